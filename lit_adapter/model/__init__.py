@@ -1,0 +1,5 @@
+"""The model: one LLaMA, and the gated prefix that composes with it.
+
+`config` holds the sizes (no torch), `llama` the frozen base, `rope` its positions, `attention` who may
+see whom, `adapter` the trained part, `cache` keys and values while decoding.
+"""

@@ -1,0 +1,214 @@
+"""Sizes of a LLaMA, read from ``config.json`` (Hugging Face) or ``params.json`` (Meta). No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lit_adapter.errors import UserError
+
+RopeKind = Literal["default", "linear", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base frequency and how long contexts are reached.
+
+    ``linear`` divides every frequency by ``factor``; ``llama3`` divides only the slow ones and blends
+    in between (Llama 3.1's ``rope_type: llama3``).
+    """
+
+    theta: float = 10_000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that shapes a LLaMA.
+
+    Raises:
+        UserError: sizes that cannot go together, each named with its value.
+    """
+
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    head_dim: int
+    n_hidden: int
+    """Width of the MLP (`intermediate_size`)."""
+    norm_eps: float = 1e-5
+    context_length: int = 2048
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden")
+        for name in (*sizes, "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"model config: {name} is {value!r}; expected a whole number above 0")
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"model config: {self.n_head} query heads cannot share {self.n_kv_head} key/value heads; "
+                "the first must be a multiple of the second"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model config: head_dim is {self.head_dim}; rotary positions need an even one")
+        if not self.rope.theta > 0 or not self.rope.factor > 0:
+            raise UserError(
+                f"model config: rope theta {self.rope.theta} and factor {self.rope.factor} must be above 0"
+            )
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> LlamaConfig:
+        """Read a Hugging Face ``config.json``, in the spelling of transformers 4 or 5.
+
+        Args:
+            raw: the parsed file.
+            source: its name, for messages.
+
+        Raises:
+            UserError: another architecture, a missing key, or an unknown kind of RoPE.
+        """
+        _refuse_other_architectures(raw, source)
+        n_embd = _required(raw, "hidden_size", source)
+        n_head = _required(raw, "num_attention_heads", source)
+        head_dim = raw.get("head_dim")
+        if head_dim is None:
+            if n_embd % n_head:
+                raise UserError(
+                    f"{source}: hidden_size {n_embd} is not a multiple of num_attention_heads {n_head}, "
+                    "and there is no head_dim to say the head size"
+                )
+            head_dim = n_embd // n_head
+        return cls(
+            vocab_size=_required(raw, "vocab_size", source),
+            n_layer=_required(raw, "num_hidden_layers", source),
+            n_head=n_head,
+            n_kv_head=raw.get("num_key_value_heads") or n_head,
+            n_embd=n_embd,
+            head_dim=head_dim,
+            n_hidden=_required(raw, "intermediate_size", source),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            context_length=int(raw.get("max_position_embeddings", 2048)),
+            rope=_rope_from_hf(raw, source),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+        )
+
+    @classmethod
+    def from_meta(
+        cls, params: dict[str, Any], *, vocab_size: int, n_hidden: int, source: str = "params.json"
+    ) -> LlamaConfig:
+        """Read Meta's ``params.json``; the two sizes it leaves out come from the tensors.
+
+        Raises:
+            UserError: a missing key.
+        """
+        n_embd, n_head = _required(params, "dim", source), _required(params, "n_heads", source)
+        if n_embd % n_head:
+            raise UserError(f"{source}: dim {n_embd} is not a multiple of n_heads {n_head}")
+        rope = RopeConfig(theta=float(params.get("rope_theta", 10_000.0)))
+        if params.get("use_scaled_rope"):
+            # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
+            rope = RopeConfig(rope.theta, "llama3", float(params.get("rope_scaling_factor", 8.0)))
+        llama3 = vocab_size > 100_000
+        context = 131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
+        return cls(
+            vocab_size=vocab_size,
+            n_layer=_required(params, "n_layers", source),
+            n_head=n_head,
+            n_kv_head=params.get("n_kv_heads") or n_head,
+            n_embd=n_embd,
+            head_dim=n_embd // n_head,
+            n_hidden=n_hidden,
+            norm_eps=float(params.get("norm_eps", 1e-5)),
+            context_length=int(params.get("max_seq_len", context)),
+            rope=rope,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the ``config.json`` that transformers and `from_hf` read."""
+        rope: dict[str, Any] = {"rope_type": self.rope.kind, "rope_theta": self.rope.theta}
+        if self.rope.kind != "default":
+            rope["factor"] = self.rope.factor
+        if self.rope.kind == "llama3":
+            rope["low_freq_factor"] = self.rope.low_freq_factor
+            rope["high_freq_factor"] = self.rope.high_freq_factor
+            rope["original_max_position_embeddings"] = self.rope.original_context_length
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "num_key_value_heads": self.n_kv_head,
+            "hidden_size": self.n_embd,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.n_hidden,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "max_position_embeddings": self.context_length,
+            "rope_parameters": rope,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+        }
+
+
+def _required(raw: dict[str, Any], key: str, source: str) -> Any:
+    if raw.get(key) is None:
+        raise UserError(f"{source}: key '{key}' is missing")
+    return raw[key]
+
+
+def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:
+    kind = raw.get("model_type")
+    if kind != "llama":
+        raise UserError(f"{source}: model_type is {kind!r}; only 'llama' models can be adapted")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(f"{source}: hidden_act is {activation!r}; a LLaMA uses 'silu'")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"{source}: the weights are quantised ({method}); convert the original checkpoint")
+
+
+def _rope_from_hf(raw: dict[str, Any], source: str) -> RopeConfig:
+    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"{source}: rope type {kind!r} is not known; expected default, linear or llama3")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    if kind == "default":
+        return RopeConfig(float(theta))
+    factor = float(_required(rope, "factor", f"{source}: rope"))
+    if kind == "linear":
+        return RopeConfig(float(theta), "linear", factor)
+    return RopeConfig(
+        theta=float(theta),
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=float(_required(rope, "low_freq_factor", f"{source}: rope")),
+        high_freq_factor=float(_required(rope, "high_freq_factor", f"{source}: rope")),
+        original_context_length=int(_required(rope, "original_max_position_embeddings", f"{source}: rope")),
+    )
+
+
+def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
+    """Name the fields in which two configurations differ, with both values."""
+    return [
+        f"{field.name} {getattr(a, field.name)} and {getattr(b, field.name)}"
+        for field in fields(LlamaConfig)
+        if getattr(a, field.name) != getattr(b, field.name)
+    ]
