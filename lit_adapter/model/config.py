@@ -212,3 +212,57 @@ def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
         for field in fields(LlamaConfig)
         if getattr(a, field.name) != getattr(b, field.name)
     ]
+
+
+GateForm = Literal["tanh", "identity", "layer", "channel"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes and form of the gated prefix attention (arXiv 2303.16199).
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    prompt_length: int = 10
+    """Learned prompt rows per adapted layer (K)."""
+    layers: int | None = None
+    """How many of the top layers carry a prefix (L); null means all of them."""
+    gate: GateForm = "tanh"
+    """How a raw gate g scales the prefix: tanh(g) per head (the paper), g per head (identity), g per layer,
+    or g per channel."""
+    prompt_init_std: float = 0.1
+    """Standard deviation of the initial prompts; the paper's is 1."""
+    dropout: float = 0.0
+    """Dropout on the prefix attention weights while training."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_length < 1:
+            raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more")
+        if self.layers is not None and self.layers < 1:
+            raise UserError(f"adapter.layers is {self.layers}; expected 1 or more, or null for all layers")
+        if not 0 < self.prompt_init_std < float("inf"):
+            raise UserError(f"adapter.prompt_init_std is {self.prompt_init_std}; expected a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter.dropout is {self.dropout}; expected 0 or more and below 1")
+
+    def adapted_layers(self, n_layer: int) -> range:
+        """Return the indices of the adapted layers of a model of ``n_layer`` layers.
+
+        Raises:
+            UserError: more layers asked for than the model has.
+        """
+        count = n_layer if self.layers is None else self.layers
+        if count > n_layer:
+            raise UserError(f"adapter.layers is {count}; the base has {n_layer} layers")
+        return range(n_layer - count, n_layer)
+
+    def gate_shape(self, n_head: int, head_dim: int) -> tuple[int, ...]:
+        """Return the shape of one layer's raw gate."""
+        return {
+            "tanh": (n_head,),
+            "identity": (n_head,),
+            "layer": (1,),
+            "channel": (n_head * head_dim,),
+        }[self.gate]

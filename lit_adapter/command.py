@@ -1,0 +1,70 @@
+"""What every script shares: parsing that answers in one line, and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lit_adapter.errors import UserError, nearest
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a script's ``main`` on the command line and leave with its status.
+
+    A user's mistake becomes one ``error: ...`` line and status 2, Ctrl-C status 130; a closed pipe
+    downstream (``| head``) ends quietly. Anything else is our bug and keeps its traceback.
+    """
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit, which would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def command_parser(program: str, description: str) -> Any:
+    """Return a jsonargparse parser for `parse`: whole option names only, no exit on error."""
+    import jsonargparse
+
+    return jsonargparse.ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
+def parse(parser: Any, argv: Sequence[str]) -> Any:
+    """Parse ``argv`` with a parser made by `command_parser`.
+
+    Raises:
+        UserError: the first mistake, with the nearest right option name where one was misspelt.
+    """
+    try:
+        return parser.parse_args(list(argv))
+    except argparse.ArgumentError as error:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(_one_line(str(error), options)) from None
+
+
+def _one_line(message: str, options: list[str]) -> str:
+    unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
+    if unknown is None:
+        return f"{message}; see --help"
+    given = unknown[1].split()[0]
+    if not given.startswith("-"):
+        return f"unexpected argument '{given}'; see --help"
+    name = given.split("=")[0]
+    return f"unknown option '{name}'{nearest(name, options) or '; see --help'}"

@@ -1,0 +1,288 @@
+"""Rows of JSON, JSONL, CSV and Parquet files, each with the line it starts on.
+
+Strict on purpose: what Python's own readers let pass (NaN, duplicate keys, short CSV rows) is refused
+with its line, because a reader that guesses trains on something else than the file says.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+
+Row = tuple[int, Mapping[str, Any]]
+"""A line number (for Parquet a row number), counted from 1, and the named values found there."""
+
+_BATCH_ROWS = 1024
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class _Refused(ValueError):
+    """Valid for Python's json, but not JSON, or not unambiguous."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise _Refused(f"key {shorten(twice)} appears twice in one object; keep one of them")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _Refused(f"{name} is not JSON; write a string, or null")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def parse_json(text: str) -> Any:
+    """Parse strict JSON: no NaN or Infinity, no key twice in an object.
+
+    Raises:
+        ValueError: anything else, numbers too long and values nested too deeply included.
+    """
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise _Refused("nested too deeply") from None
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return ``repr(value)``, printable in any encoding that repr is, cut to ``limit`` characters."""
+    shown = repr(value[:limit] if isinstance(value, str) else value)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def json_type(value: object) -> str:
+    """Return what JSON calls the type of ``value``."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def check_regular(path: Path, name: str) -> None:
+    """Refuse what cannot be read as a file, without opening it: opening a FIFO would wait for ever.
+
+    Raises:
+        UserError: missing, a folder, a loop of links, another special file, not permitted, or empty.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode) and not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileNotFoundError:
+        link = " (a link to nothing)" if path.is_symlink() else ""
+        raise UserError(f"{name}: file not found{link}; check the path") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise UserError(f"{name}: a loop of symbolic links; point it at a file") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name}: cannot read: {reason}; choose a readable file") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{name}: is a folder; name one data file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{name}: not a regular file (a pipe, socket or device); name a data file")
+    if status.st_size == 0:
+        raise UserError(f"{name}: the file is empty; expected records of instruction, input and output")
+
+
+def read_text(path: Path, name: str) -> str:
+    """Return a file's text; a UTF-8 byte order mark is dropped, any other encoding refused.
+
+    Raises:
+        UserError: not UTF-8, with the offset of the first bad byte.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot read: {error.strerror}") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
+        raise UserError(f"{name}: not UTF-8 but UTF-16 or UTF-32 (byte 0); save it as UTF-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name}:{line}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            "save the file as UTF-8"
+        ) from None
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError(f"{name}: the file is empty; expected records of instruction, input and output")
+    return text
+
+
+def _value(text: str, start: int, name: str, line: int, hint: str = "") -> tuple[Any, int]:
+    """Decode the JSON value at ``start``, whose line is ``line``; return it and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        at = f"{line + error.doc.count(chr(10), start, error.pos)}:{error.colno}"
+        raise UserError(f"{name}:{at}: not valid JSON: {error.msg}{hint}") from None
+    except _Refused as error:
+        raise UserError(f"{name}:{line}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name}:{line}: nested too deeply; a record is a flat object of strings") from None
+    except ValueError:
+        digits = f"{sys.get_int_max_str_digits():,}"
+        raise UserError(f"{name}:{line}: a number of more than {digits} digits; write it as text") from None
+
+
+def _object(value: Any, name: str, line: int) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{name}:{line}: a record is {json_type(value)}; "
+            'expected an object such as {"instruction": ..., "output": ...}'
+        )
+    return value
+
+
+def _skip(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
+
+
+def _place(text: str, position: int) -> str:
+    line = text.count("\n", 0, position) + 1
+    return f"{line}:{position - text.rfind(chr(10), 0, position)}"
+
+
+def json_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+    """Yield the objects of a JSON array, element by element so that each one's line is known."""
+    text = read_text(path, name)
+    position = _skip(text, 0)
+    if text[position] != "[":
+        raise _not_an_array(text, position, name)
+    line, counted = 1, 0
+    position = _skip(text, position + 1)
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted = position
+        if position == len(text):
+            raise UserError(f"{name}:{_place(text, position)}: the array never ends; is the file cut short?")
+        value, position = _value(text, position, name, line)
+        yield line, _object(value, name, line)
+        position = _skip(text, position)
+        if text.startswith(",", position):
+            comma, position = position, _skip(text, position + 1)
+            if text.startswith("]", position):
+                raise UserError(f"{name}:{_place(text, comma)}: not valid JSON: trailing comma; remove it")
+        elif position < len(text) and text[position] != "]":
+            raise UserError(f"{name}:{_place(text, position)}: not valid JSON: expected ',' between records")
+    position = _skip(text, position + 1)
+    if position < len(text):
+        raise UserError(f"{name}:{_place(text, position)}: not valid JSON: text after the closing ']'")
+
+
+def _not_an_array(text: str, position: int, name: str) -> UserError:
+    line = text.count("\n", 0, position) + 1
+    value, end = _value(text, position, name, line)
+    if isinstance(value, dict) and text.startswith("{", _skip(text, end)):
+        return UserError(
+            f"{name}:{line}: one object after another, without '[' around them: these are JSON Lines; "
+            "rename the file to .jsonl"
+        )
+    keys = f" with the keys {', '.join(map(shorten, list(value)[:6]))}" if isinstance(value, dict) else ""
+    return UserError(f"{name}:{line}: the file holds {json_type(value)}{keys}; expected an array of records")
+
+
+def jsonl_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+    """Yield one object per line; only a line feed ends a line, U+2028 and U+0085 are text."""
+    text = read_text(path, name)
+    if text.lstrip(" \t\r\n").startswith("["):
+        raise UserError(f"{name}:1: starts with '[', a JSON array; rename the file to .json")
+    hint = "; each line must hold one whole JSON object"
+    for line, content in enumerate(text.split("\n"), start=1):
+        start = _skip(content, 0)
+        if start == len(content):
+            continue
+        value, end = _value(content, start, name, line, hint)
+        end = _skip(content, end)
+        if end < len(content):
+            raise UserError(f"{name}:{line}:{end + 1}: text after the object{hint}")
+        yield line, _object(value, name, line)
+
+
+def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of a comma-separated file whose first line names the columns."""
+    # A quoted line break is one character whichever system wrote the file.
+    text = read_text(path, name).replace("\r\n", "\n")
+    limit = csv.field_size_limit(len(text) + 1)
+    try:
+        rows = list(_csv_lines(text, name))
+    finally:
+        csv.field_size_limit(limit)
+    header_line, header = rows[0]
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}:{header_line}: column {shorten(twice)} appears twice; rename one of them")
+    for line, values in rows[1:]:
+        if len(values) != len(header):
+            raise UserError(
+                f"{name}:{line}: {len(values)} fields, but the header names {len(header)} columns; "
+                'put text with commas or line breaks in "double quotes"'
+            )
+        yield line, dict(zip(header, values, strict=True))
+
+
+def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{name}:{line}: not valid CSV: {error}; check the quotes") from None
+        if values:
+            yield line, values
+
+
+def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of a Parquet file; of columns not wanted only the name, with null.
+
+    Raises:
+        UserError: pyarrow is not installed, or the file is not readable Parquet.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{name}: Parquet needs pyarrow; run: pip install 'lit_adapter[parquet]'") from None
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as source:
+            columns = source.schema_arrow.names
+            chosen = [column for column in wanted if column in columns]
+            ignored = dict.fromkeys(column for column in columns if column not in chosen)
+            for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, ignored | value
+    except UnicodeDecodeError as error:
+        rows = f"rows {row + 1} to {row + _BATCH_ROWS}"
+        raise UserError(f"{name}: text that is not UTF-8 in {rows}: {error.reason}; write it again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: not a readable Parquet file: {error}") from None
+
+
+READERS: dict[str, Callable[[Path, str, Iterable[str]], Iterator[Row]]] = {
+    ".json": json_rows,
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}
+"""A reader for each file suffix: path, name for messages, wanted columns."""

@@ -1,0 +1,144 @@
+"""LLaMA-Adapter's gated prefix attention (arXiv 2303.16199, section 3), attached by composition.
+
+An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's own frozen projections,
+
+    pk = P Wk, pv = P Wv                               no norm, no rotation, no mask
+    y  = softmax(q k^T / sqrt(D) + causal) v  +  c(g) * softmax(q pk^T / sqrt(D)) pv
+
+and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
+adapted model is the base model; the prompts' gradient is then exactly zero, so gates open first.
+
+Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.errors import UserError
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.precision import widen
+
+
+class GatedPrefix(nn.Module):
+    """The trained part of one attention layer: a prompt and its gate, fp32 under every precision.
+
+    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
+    """
+
+    def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        super().__init__()
+        self.form = config.gate
+        self.dropout = config.dropout
+        self.n_head, self.n_group = model.n_head, model.n_head // model.n_kv_head
+        self.scale = model.head_dim**-0.5
+        gate_shape = config.gate_shape(model.n_head, model.head_dim)
+        self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(gate_shape, dtype=torch.float32))
+
+    def strength(self) -> Tensor:
+        """Return c(g), broadcastable to the branch's output: ``[H or 1, 1, D or 1]``, fp32."""
+        if self.form == "tanh":
+            return self.gate.tanh().view(-1, 1, 1)
+        if self.form == "channel":
+            return self.gate.view(self.n_head, 1, -1)
+        return self.gate.view(-1, 1, 1)
+
+    def forward(self, q: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+        """Attend to the prompt.
+
+        Args:
+            q: rotated queries ``[B, H, T, D]``.
+            pk: the prompt's keys ``[G, K, D]``.
+            pv: the prompt's values ``[G, K, D]``.
+
+        Returns:
+            ``c(g) * softmax(q pk^T / sqrt(D)) pv``, ``[B, H, T, D]`` in q's dtype.
+        """
+        pk = pk.repeat_interleave(self.n_group, dim=0)
+        pv = pv.repeat_interleave(self.n_group, dim=0)
+        score = widen(q @ pk.mT) * self.scale  # [B, H, T, K]
+        weight = F.dropout(score.softmax(dim=-1), self.dropout, self.training)
+        return ((weight.to(q.dtype) @ pv) * self.strength()).to(q.dtype)
+
+
+def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
+    """Give the top layers of a frozen model their gated prefixes, prompts drawn with ``seed``.
+
+    Raises:
+        UserError: more adapted layers than layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index in config.adapted_layers(model.config.n_layer):
+        attention = model.layers[index].self_attn
+        device = attention.o_proj.weight.device
+        with torch.device("cpu"):
+            prefix = GatedPrefix(config, model.config)
+        with torch.no_grad():
+            prefix.prompt.normal_(0.0, config.prompt_init_std, generator=generator)
+        attention.prefix = prefix.to(device)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the adapter's parameters under the names they have in the module, checkpoint and file."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, GatedPrefix):
+            for name, parameter in module.named_parameters(recurse=False):
+                yield f"{module_name}.{name}", parameter
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the adapter's tensors on the CPU, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in adapter_parameters(model)}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str = "adapter") -> None:
+    """Copy ``state`` into the model's adapter.
+
+    Args:
+        model: a model with prefixes attached.
+        state: tensors by name.
+        source: the file's name, for messages.
+
+    Raises:
+        UserError: missing or unexpected tensors, a wrong shape, or a value that is not finite.
+    """
+    own = dict(adapter_parameters(model))
+    check_adapter_state({name: tuple(p.shape) for name, p in own.items()}, state, source)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def expected_shapes(config: AdapterConfig, model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every adapter tensor."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in config.adapted_layers(model.n_layer):
+        stem = f"layers.{index}.self_attn.prefix"
+        shapes[f"{stem}.prompt"] = (config.prompt_length, model.n_embd)
+        shapes[f"{stem}.gate"] = config.gate_shape(model.n_head, model.head_dim)
+    return shapes
+
+
+def check_adapter_state(shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor], source: str) -> None:
+    """Compare ``state`` with the wanted names and shapes, and see that every number is finite.
+
+    Raises:
+        UserError: names the first tensors that are missing, unexpected, misshapen or not finite.
+    """
+    missing = sorted(shapes.keys() - state.keys())
+    unexpected = sorted(state.keys() - shapes.keys())
+    if missing or unexpected:
+        found = [f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+                 for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise UserError(f"{source}: the adapter's tensors do not fit this model: {'; '.join(found)}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}; expected {list(shape)}")
+        if not state[name].is_floating_point() or not bool(torch.isfinite(state[name]).all()):
+            raise UserError(f"{source}: {name} holds values that are not finite numbers")

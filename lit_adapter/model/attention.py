@@ -1,0 +1,188 @@
+"""Who may see whom, asked in one place for packed rows, plain batches and caches.
+
+A `View` carries positions and answers the attention of one forward pass. The rule for packed rows: with
+every token's segment (its record) and head (a shared segment that its record continues),
+
+    query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == head[q])
+
+so that many records share a row without padding, and the template text they all start with is computed
+once per row; positions restart for each record and go on from its shared head's length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass
+class PackedRow:
+    """Records laid end to end in one row, and the positions whose next token is learned.
+
+    ``ids``, ``position``, ``segment`` and ``head`` are ``[T]``; ``target_index`` (into the row) and
+    ``target_id`` are ``[M]``. A token whose record has no shared head has its own segment as ``head``.
+    Segments are contiguous and numbered in the order they lie; a shared head comes before its records.
+    """
+
+    ids: Tensor
+    position: Tensor
+    segment: Tensor
+    head: Tensor
+    target_index: Tensor
+    target_id: Tensor
+
+
+class View(Protocol):
+    """What a forward pass needs to know beside the hidden states."""
+
+    @property
+    def rotation(self) -> KeyValue:
+        """Cosines and sines of all positions, ``[B, T, D/2]``."""
+
+    def rotation_at(self, rows: Tensor) -> KeyValue:
+        """Cosines and sines of the positions ``rows [M]``."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
+
+    def prefix_kv(self, layer: int) -> KeyValue | None:
+        """Return the layer's ready prefix keys and values, or None to project them now."""
+
+
+class _TrainingView:
+    """What views without a cache share: rotation by row, and no ready prefixes."""
+
+    def __init__(self, rotation: KeyValue) -> None:
+        self.rotation = rotation
+
+    def rotation_at(self, rows: Tensor) -> KeyValue:
+        cos, sin = self.rotation
+        return cos[:, rows], sin[:, rows]
+
+    def prefix_kv(self, layer: int) -> None:  # noqa: ARG002
+        return None
+
+
+class CausalView(_TrainingView):
+    """A plain batch ``[B, T]`` of equally long texts."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Attend causally; the last layer may ask for some rows only."""
+        if rows is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        seen = rows[:, None] >= torch.arange(k.shape[-2], device=k.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+@dataclass
+class _Group:
+    """Segments of similar length, padded to a rectangle for one attention call."""
+
+    query: Tensor  # [S, L] which of the given queries
+    key: Tensor  # [S, E] row positions of the keys: shared head, then the segment itself
+    seen: Tensor  # [S, 1, L, E] which query sees which key
+    valid: Tensor  # [S, L] which entries of `query` are real
+
+
+class SegmentView(_TrainingView):
+    """A packed row, attended segment by segment: exact, and without work for pairs that see nothing.
+
+    Segments of similar length are gathered into one rectangle per call, so that a row of many short
+    records costs a few calls. Made for CPUs; the plan is built once per row and serves every layer.
+    """
+
+    def __init__(self, row: PackedRow, rotation: KeyValue) -> None:
+        super().__init__(rotation)
+        self.all_rows = _groups(row, list(range(len(row.ids))))
+        self.target_rows = _groups(row, row.target_index.tolist())
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Attend within segments; ``rows`` can only be the row's own targets."""
+        groups = self.all_rows if rows is None else self.target_rows
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
+        parts, places = [], []
+        for group in groups:
+            part = F.scaled_dot_product_attention(
+                q[group.query].transpose(1, 2),
+                k[group.key].transpose(1, 2),
+                v[group.key].transpose(1, 2),
+                attn_mask=group.seen,
+                enable_gqa=True,
+            )
+            parts.append(part.transpose(1, 2)[group.valid])
+            places.append(group.query[group.valid])
+        y = torch.empty_like(q).index_copy(0, torch.cat(places), torch.cat(parts))
+        return y.transpose(0, 1)[None]
+
+
+@dataclass
+class _Segment:
+    """A segment's extent in the row, and that of the shared head it continues (empty if none)."""
+
+    start: int
+    end: int
+    head_start: int
+    head_end: int
+    queries: list[tuple[int, int]] = field(default_factory=list)
+    """Row position and number of each query asked for in this segment."""
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def _segments(row: PackedRow) -> list[_Segment]:
+    """Read the extent of every segment off a packed row."""
+    change = (row.segment[1:] != row.segment[:-1]).nonzero().flatten() + 1
+    starts = [0, *change.tolist()]
+    ends = [*starts[1:], len(row.ids)]
+    extent = {int(row.segment[start]): (start, end) for start, end in zip(starts, ends, strict=True)}
+    found = []
+    for number, (start, end) in extent.items():
+        head = int(row.head[start])
+        found.append(_Segment(start, end, *(extent[head] if head != number else (start, start))))
+    return found
+
+
+_SPREAD_ALLOWED = 1.5  # a rectangle's longest segment, as a multiple of its shortest
+
+
+def _groups(row: PackedRow, wanted: list[int]) -> list[_Group]:
+    """Plan the attention calls for the ascending query positions ``wanted``."""
+    segments = _segments(row)
+    owner = iter(segments)
+    segment = next(owner)
+    for number, position in enumerate(wanted):
+        while position >= segment.end:
+            segment = next(owner)
+        segment.queries.append((position, number))
+    groups: list[list[_Segment]] = []
+    for segment in sorted((s for s in segments if s.queries), key=lambda s: s.length):
+        if groups and segment.length <= _SPREAD_ALLOWED * groups[-1][0].length + 8:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return [_rectangle(group) for group in groups]
+
+
+def _rectangle(group: list[_Segment]) -> _Group:
+    position, valid = _padded([[place for place, _ in s.queries] for s in group])
+    query, _ = _padded([[number for _, number in s.queries] for s in group])
+    key, real_key = _padded([[*range(s.head_start, s.head_end), *range(s.start, s.end)] for s in group])
+    seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
+    seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
+    return _Group(query=query, key=key, seen=seen[:, None], valid=valid)
+
+
+def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Return the lists as one rectangle, and which entries are real."""
+    rows = [torch.tensor(values, dtype=torch.long) for values in lists]
+    valid = [torch.ones(len(values), dtype=torch.bool) for values in lists]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(valid, batch_first=True)

@@ -1,0 +1,165 @@
+"""LLaMA, written once: the frozen base of every adapter.
+
+Parameters carry the names of Hugging Face's ``LlamaForCausalLM`` less its leading ``model.``. Attention
+has one optional child, `prefix`; nothing here knows what it learns. Who may see whom is asked of a
+`View` (see `attention`), so that packed training rows, a plain batch and a cache share one forward.
+
+Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.precision import widen
+from lit_adapter.model.rope import inverse_frequencies, rotate, rotation
+
+if TYPE_CHECKING:
+    from lit_adapter.model.attention import View
+
+Linear = Callable[[int, int, bool], nn.Module]
+"""Builds a linear layer from input width, output width and whether it has a bias."""
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``."""
+        wide = widen(x)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with an optional extra branch, `prefix`."""
+
+    prefix: nn.Module | None
+
+    def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = linear(config.n_embd, q_width, bias)
+        self.k_proj = linear(config.n_embd, kv_width, bias)
+        self.v_proj = linear(config.n_embd, kv_width, bias)
+        self.o_proj = linear(q_width, config.n_embd, bias)
+        self.prefix = None
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Split ``[..., T, heads * D]`` into ``[..., heads, T, D]``."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+
+    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``."""
+        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the prompt's keys and values ``[G, K, D]``; they depend on weights alone."""
+        return self.project_kv(self.prefix.prompt.to(dtype))
+
+    def forward(self, x: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, T, C]``.
+            view: positions and who may see whom.
+            rows: positions whose output is wanted ``[M]``; all of them if None.
+
+        Returns:
+            ``[B, T, C]``, or ``[B, M, C]`` with ``rows``.
+        """
+        k, v = self.project_kv(x)
+        k = rotate(k, *view.rotation)
+        if rows is None:
+            q = rotate(self.heads(self.q_proj(x)), *view.rotation)
+        else:
+            q = rotate(self.heads(self.q_proj(x[:, rows])), *view.rotation_at(rows))
+        y = view.attend(self.index, q, k, v, rows)
+        if self.prefix is not None:
+            y = y + self.prefix(q, *(view.prefix_kv(self.index) or self.prefix_kv(x.dtype)))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, linear: Linear) -> None:
+        super().__init__()
+        self.gate_proj = linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self.up_proj = linear(config.n_embd, config.n_hidden, config.mlp_bias)
+        self.down_proj = linear(config.n_hidden, config.n_embd, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., C]`` to ``[..., C]``."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, index, linear)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config, linear)
+
+    def forward(self, x: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+        """Map ``x [B, T, C]`` to ``[B, T, C]``, or only the positions ``rows`` to ``[B, M, C]``."""
+        residual = x if rows is None else x[:, rows]
+        x = residual + self.self_attn(self.input_layernorm(x), view, rows)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The transformer. `forward` returns normed hidden states; `head` turns them into logits."""
+
+    def __init__(self, config: LlamaConfig, linear: Linear = nn.Linear) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, index, linear) for index in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("inverse_frequency", inverse_frequencies(config), persistent=False)
+
+    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
+        return rotation(position, self.inverse_frequency)
+
+    def forward(self, ids: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+        """Run the model.
+
+        Args:
+            ids: token ids ``[B, T]``.
+            view: positions and who may see whom.
+            rows: positions whose hidden states are wanted ``[M]``; the last layer then computes queries,
+                output projection and MLP for these alone. All positions if None.
+
+        Returns:
+            Hidden states after the final norm, ``[B, T, C]`` or ``[B, M, C]``.
+        """
+        x = self.embed_tokens(ids)
+        for block in self.layers[:-1]:
+            x = block(x, view)
+        return self.norm(self.layers[-1](x, view, rows))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""
+        return self.lm_head(hidden)

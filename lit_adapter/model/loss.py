@@ -1,0 +1,58 @@
+"""Cross-entropy at the target positions, in chunks, through a frozen output head.
+
+Only positions with a target meet the head, a chunk at a time, so that no ``[tokens, vocabulary]`` tensor
+ever exists. The head's weight is frozen: its gradient is never formed, and the gradient of the hidden
+states falls out of each chunk while its logits are at hand, so that the backward pass is one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_adapter.model.precision import widen
+
+CHUNK_LOGITS = 2**25
+"""Numbers in one chunk of logits: 128 MiB in fp32."""
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        total = widen(hidden).new_zeros(())
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            narrow = F.linear(hidden[chunk], weight)
+            logits, target = widen(narrow), target_id[chunk, None]
+            log_total = logits.logsumexp(-1, keepdim=True)
+            total += (log_total - logits.gather(-1, target)).sum()
+            if gradient is not None:
+                share = logits.sub_(log_total).exp_()
+                share.scatter_add_(-1, target, share.new_full(target.shape, -1.0))
+                gradient[chunk] = share.to(narrow.dtype) @ weight.to(narrow.dtype)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
+
+
+def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
+    """Return the summed cross-entropy (nats) of the targets.
+
+    Args:
+        hidden: normed hidden states at the target positions ``[M, C]``.
+        weight: the frozen output head ``[V, C]``.
+        target_id: the token to predict at each ``[M]``.
+
+    Returns:
+        A scalar, fp32 or wider. Whoever sums over micro-batches and ranks divides by the number of targets.
+    """
+    return _FrozenHeadLoss.apply(hidden, weight, target_id)

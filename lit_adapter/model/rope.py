@@ -1,0 +1,44 @@
+"""Rotary position embedding (arXiv 2104.09864), in the half-split order of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_adapter.model.config import LlamaConfig, RopeConfig
+from lit_adapter.model.precision import widen
+
+
+def inverse_frequencies(config: LlamaConfig) -> Tensor:
+    """Return the D/2 angular frequencies of the model's RoPE, fp32 ``[head_dim / 2]``."""
+    rope = config.rope
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequency = 1.0 / rope.theta**exponent
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "llama3":
+        return _llama3_scaled(frequency, rope)
+    return frequency
+
+
+def _llama3_scaled(frequency: Tensor, rope: RopeConfig) -> Tensor:
+    """Slow frequencies are divided by the factor, fast ones kept, those between blended (Llama 3.1)."""
+    turns = rope.original_context_length * frequency / (2 * math.pi)  # over the original context
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequency * (blend + (1 - blend) / rope.factor)
+
+
+def rotation(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines for ``position [..., T]``, each fp32 ``[..., T, head_dim / 2]``."""
+    angle = position[..., None] * inverse_frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x [B, H, T, D]`` by ``cos, sin [B, T, D/2]``; computed in fp32, returned in x's dtype."""
+    first, second = widen(x).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

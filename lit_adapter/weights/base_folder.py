@@ -1,0 +1,129 @@
+"""What a converted base folder holds: names, shapes, configuration and fingerprint. No torch.
+
+The folder is a plain Hugging Face layout: ``model.safetensors`` (or numbered shards with an index),
+``config.json``, ``generation_config.json`` where known, tokenizer files, and ``fingerprint.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.model.config import LlamaConfig
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+FINGERPRINT = "fingerprint.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+"""At least one of them is there."""
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a base, under Hugging Face's LlamaForCausalLM names.
+
+    ``attention_bias`` puts a bias on q, k, v and o; with tied embeddings there is no ``lm_head.weight``.
+    """
+    C, V = config.n_embd, config.vocab_size
+    n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    attention = {"q_proj": (n_query, C), "k_proj": (n_kv, C), "v_proj": (n_kv, C), "o_proj": (C, n_query)}
+    mlp = {
+        "gate_proj": (config.n_hidden, C),
+        "up_proj": (config.n_hidden, C),
+        "down_proj": (C, config.n_hidden),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (V, C)
+    parts = (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias))
+    for layer in range(config.n_layer):
+        block = f"model.layers.{layer}"
+        shapes[f"{block}.input_layernorm.weight"] = (C,)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (C,)
+        for part, linears, bias in parts:
+            for linear, shape in linears.items():
+                shapes[f"{block}.{part}.{linear}.weight"] = shape
+                if bias:
+                    shapes[f"{block}.{part}.{linear}.bias"] = shape[:1]
+    return shapes
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """Read the model sizes of a Hugging Face or converted folder.
+
+    Raises:
+        UserError: no readable ``config.json``, or one that describes no LLaMA.
+    """
+    path = Path(folder) / CONFIG
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return LlamaConfig.from_hf(raw, source=str(path))
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any]:
+    """Read what identifies a converted base.
+
+    Returns:
+        ``format`` (a version), ``weights`` and ``tokenizer`` (SHA-256, hex), ``files`` (name to size in
+        bytes) and ``source`` (where the base came from).
+
+    Raises:
+        UserError: the folder was not made by ``scripts/convert.py``, or by a newer version of it.
+    """
+    path = Path(folder) / FINGERPRINT
+    if not path.is_file():
+        raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
+    fingerprint = read_json(path)
+    parts = {"format": int, "weights": str, "tokenizer": str, "files": dict, "source": dict}
+    if not isinstance(fingerprint, dict):
+        raise UserError(f"{path}: expected a JSON object; convert the base again")
+    for key, kind in parts.items():
+        if not isinstance(fingerprint.get(key), kind):
+            raise UserError(f"{path}: key '{key}' is missing or of another type; convert the base again")
+    if fingerprint["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format {fingerprint['format']}, but this version reads {FORMAT_VERSION}; "
+            "convert the base again"
+        )
+    return fingerprint
+
+
+def missing_part(folder: Path) -> str | None:
+    """Return which file of a converted base is absent or of another size, or None when it is whole.
+
+    Raises:
+        UserError: no readable fingerprint.
+    """
+    for name, size in read_fingerprint(folder)["files"].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 over names, sizes and contents of the folder's tokenizer files."""
+    digest = hashlib.sha256()
+    for name in sorted(TOKENIZER_FILES):
+        path = Path(folder) / name
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Hugging Face folders: ``config.json`` with safetensors or ``pytorch_model*.bin``, sharded or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.weights.base_folder import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, expected_shapes
+from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member
+from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer
+
+BIN = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class HuggingFaceSource(Source):
+    """A folder as transformers writes it.
+
+    Raises:
+        UserError: another architecture, a file that is absent, damaged or outside the folder, or
+            tensors that do not fit ``config.json``.
+    """
+
+    format = "huggingface"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        raw = _read_object(member(folder, CONFIG))
+        self.config = LlamaConfig.from_hf(raw, source=str(folder / CONFIG))
+        self.token_ids = _token_ids(raw, self.config.vocab_size, folder / CONFIG)
+        self.generation = None
+        if (folder / GENERATION_CONFIG).is_file():
+            self.generation = _read_object(member(folder, GENERATION_CONFIG))
+        self._index, self._shard_of = _open_shards(folder)
+        self._check_names()
+        self.dtypes = {
+            name: self._shard_of[name].dtypes[name] or torch.float32 for name in expected_shapes(self.config)
+        }
+
+    def _check_names(self) -> None:
+        shapes = {name: shard.shapes[name] for name, shard in self._shard_of.items()}
+        # Old checkpoints keep RoPE's frequencies, which the configuration says again.
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        if self.config.tie_embeddings and HEAD in shapes and EMBEDDING in shapes:
+            del shapes[HEAD]
+            if not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+                raise UserError(
+                    f"{self.label(HEAD)} differs from the embedding, but {CONFIG} says "
+                    "tie_word_embeddings; set it to false there to keep both"
+                )
+        check_tensors(shapes, expected_shapes(self.config), self._file_of, CONFIG)
+
+    def _file_of(self, name: str) -> Path:
+        return self._shard_of[name].path if name in self._shard_of else self._index
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._shard_of[name].tensor(name)
+
+    def label(self, name: str) -> str:
+        """Return file and name."""
+        return f"{self._file_of(name)}: tensor {name}"
+
+    def write_tokenizer(self, out: Path) -> None:
+        """Copy the tokenizer."""
+        copy_tokenizer(self.folder, out)
+
+
+def _open_shards(folder: Path) -> tuple[Path, dict[str, Shard]]:
+    """Return the file that lists the tensors, and the shard of each tensor."""
+    kinds: tuple[tuple[str, str, type[SafetensorsShard] | type[TorchShard]], ...] = (
+        (WEIGHTS, WEIGHTS_INDEX, SafetensorsShard),
+        (BIN, BIN_INDEX, TorchShard),
+    )
+    for single, index, kind in kinds:
+        if (folder / single).is_file():
+            shard = kind(member(folder, single))
+            return shard.path, dict.fromkeys(shard.shapes, shard)
+        if (folder / index).is_file():
+            return _open_index(folder, index, kind)
+    raise UserError(f"{folder}: no weights; expected {WEIGHTS}, {WEIGHTS_INDEX}, {BIN} or {BIN_INDEX} there")
+
+
+def _open_index(
+    folder: Path, index: str, kind: type[SafetensorsShard] | type[TorchShard]
+) -> tuple[Path, dict[str, Shard]]:
+    path = member(folder, index)
+    weight_map = _read_object(path).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else []
+    if not weight_map or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: no weight_map from tensors to file names")
+    shard_of: dict[str, Shard] = {}
+    for name in sorted(set(names)):
+        try:
+            shard = kind(member(folder, name))
+        except UserError as error:
+            raise UserError(f"{error} (listed in {path.name})") from None
+        for tensor in shard.shapes:
+            if tensor in shard_of:
+                raise UserError(f"{shard.path}: tensor {tensor} is also in {shard_of[tensor].path.name}")
+            shard_of[tensor] = shard
+    for tensor, name in weight_map.items():
+        if tensor not in shard_of or shard_of[tensor].path.name != name:
+            raise UserError(f"{folder / name}: tensor {tensor} is missing, which {path.name} puts there")
+    return path, shard_of
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return raw
+
+
+def _token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
+    ids = {}
+    for key in ("bos_token_id", "eos_token_id"):
+        if raw.get(key) is None:
+            continue
+        ids[key] = raw[key]
+        for value in raw[key] if isinstance(raw[key], list) else [raw[key]]:
+            if not isinstance(value, int) or not 0 <= value < vocab_size:
+                raise UserError(f"{path}: {key} is {value!r}; expected an id below vocab_size {vocab_size}")
+    pad = raw.get("pad_token_id")
+    # LLaMA 1 and 2 write -1 or an id past the table for "no padding token".
+    if isinstance(pad, int) and 0 <= pad < vocab_size:
+        ids["pad_token_id"] = pad
+    return ids

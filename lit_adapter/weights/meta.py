@@ -1,0 +1,196 @@
+"""Meta's folders: ``params.json`` and ``consolidated.NN.pth``, one file for each model-parallel rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.weights.base_folder import expected_shapes
+from lit_adapter.weights.shards import TorchShard, member
+from lit_adapter.weights.source import (
+    Source,
+    check_tensors,
+    copy_tokenizer,
+    half_split_rows,
+    is_rotated,
+    renamed,
+)
+
+PARAMS = "params.json"
+MODULES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+ACROSS_INPUTS = (".wo.weight", ".w2.weight")
+"""Cut along their inputs (columns) between ranks; other matrices along their outputs (rows)."""
+
+
+class MetaSource(Source):
+    """A folder as Meta ships it.
+
+    Raises:
+        UserError: a shard that is absent or damaged, or tensors that do not fit ``params.json``.
+    """
+
+    format = "meta"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = member(folder, PARAMS)
+        params = read_json(path)
+        if not isinstance(params, dict):
+            raise UserError(f"{path}: expected a JSON object")
+        for key in ("quantization_args", "lora_args", "moe_args"):
+            if params.get(key):
+                raise UserError(f"{path}: key '{key}': only plain LLaMA checkpoints can be converted")
+        self.shards = _open_shards(folder)
+        self._check_count(params, path)
+        self._dims = {name: self._cut_dim(name, params["dim"]) for name in self.shards[0].shapes}
+        shapes = {name: self._merged_shape(name) for name in self._dims if name != "rope.freqs"}
+        for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
+            if len(shapes.get(name, ())) != 2:
+                raise UserError(f"{self.shards[0].path}: tensor {name} is missing or no matrix")
+        self.config = LlamaConfig.from_meta(
+            params,
+            vocab_size=shapes["output.weight"][0],
+            n_hidden=shapes["layers.0.feed_forward.w1.weight"][0],
+            source=str(path),
+        )
+        expected = expected_shapes(self.config)
+        self._names = {name: renamed(name, MODULES, "layers") for name in expected}
+        check_tensors(
+            shapes,
+            {self._names[name]: shape for name, shape in expected.items()},
+            lambda _: self.shards[0].path,
+            PARAMS,
+        )
+        self.dtypes = {
+            name: self.shards[0].dtypes[theirs] or torch.float32 for name, theirs in self._names.items()
+        }
+        self._read_token_ids()
+
+    def _check_count(self, params: dict[str, object], path: Path) -> None:
+        """Find out by the rows of a query matrix how many ranks the model was cut for."""
+        first, dim = self.shards[0], params.get("dim")
+        shape = first.shapes.get("layers.0.attention.wq.weight", ())
+        if not isinstance(dim, int) or len(shape) != 2 or not shape[0] or dim % shape[0]:
+            raise UserError(
+                f"{first.path}: tensor layers.0.attention.wq.weight has shape {list(shape)}, "
+                f"which is no part of {path.name}'s dim {dim}"
+            )
+        if dim // shape[0] != len(self.shards):
+            raise UserError(
+                f"{self.folder}: the model is cut into {dim // shape[0]} files consolidated.*.pth, "
+                f"but {len(self.shards)} are there"
+            )
+        for shard in self.shards[1:]:
+            odd = sorted(shard.shapes.keys() ^ first.shapes.keys())
+            if odd:
+                raise UserError(f"{shard.path}: tensor {odd[0]} is not in both this file and {first.path.name}")
+
+    def _cut_dim(self, name: str, dim: int) -> int | None:
+        """Return along which dimension a tensor is cut, or None where every rank holds it whole."""
+        shape = self.shards[0].shapes[name]
+        if len(self.shards) == 1 or len(shape) < 2:
+            return None
+        if name == "tok_embeddings.weight":
+            return 0 if shape[1] == dim else 1  # LLaMA 3 cuts the vocabulary, before it the width
+        return 1 if name.endswith(ACROSS_INPUTS) else 0
+
+    def _merged_shape(self, name: str) -> tuple[int, ...]:
+        shapes = [shard.shapes[name] for shard in self.shards]
+        odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+        if odd is not None:
+            raise UserError(
+                f"{self.shards[odd].path}: tensor {name} has shape {list(shapes[odd])}, "
+                f"but {list(shapes[0])} in {self.shards[0].path.name}"
+            )
+        dim = self._dims[name]
+        return tuple(size * len(shapes) if i == dim else size for i, size in enumerate(shapes[0]))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor merged from all ranks, q and k in Hugging Face's order of rows."""
+        theirs = self._names[name]
+        dim = self._dims[theirs]
+        if dim is None:
+            tensor = self.shards[0].tensor(theirs)
+        else:
+            tensor = torch.cat([shard.tensor(theirs) for shard in self.shards], dim)
+        if not is_rotated(name):
+            return tensor
+        return half_split_rows(tensor, self.config.n_head if ".q_proj." in name else self.config.n_kv_head)
+
+    def label(self, name: str) -> str:
+        """Return file and Meta's name."""
+        return f"{self.shards[0].path}: tensor {self._names[name]}"
+
+    def _tokenizer_folder(self) -> Path:
+        folders = (self.folder, self.folder.absolute().parent)
+        for folder in folders:
+            if (folder / "tokenizer.model").is_file():
+                return folder
+        raise UserError(f"{self.folder}: no tokenizer.model there or in the folder above")
+
+    def write_tokenizer(self, out: Path) -> None:
+        """Copy ``tokenizer.model`` from the folder or, as in LLaMA 1 and 2, the one above."""
+        copy_tokenizer(self._tokenizer_folder(), out)
+
+    def _read_token_ids(self) -> None:
+        """Read BOS and EOS from the tokenizer; Meta writes them nowhere else."""
+        path = self._tokenizer_folder() / "tokenizer.model"
+        self.generation = None
+        n_ranks = _count_ranks(path)
+        if n_ranks is None:
+            self.token_ids = _sentencepiece_ids(path)
+            return
+        # LLaMA 3 appends its control tokens to the ranks in a fixed order.
+        end_of_text, end_of_turn = n_ranks + 1, n_ranks + 9
+        self.token_ids = {"bos_token_id": n_ranks, "eos_token_id": end_of_text}
+        self.generation = {"bos_token_id": n_ranks, "eos_token_id": [end_of_text, end_of_turn]}
+
+
+def _open_shards(folder: Path) -> list[TorchShard]:
+    names = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    for number, name in enumerate(names):
+        if name != f"consolidated.{number:02}.pth":
+            raise UserError(f"{folder / f'consolidated.{number:02}.pth'}: file not found, but {name} is there")
+    if not names:
+        raise UserError(f"{folder}: no consolidated.00.pth beside {PARAMS}")
+    return [TorchShard(member(folder, name)) for name in names]
+
+
+def _count_ranks(path: Path) -> int | None:
+    """Return how many ranks a LLaMA 3 tokenizer lists, or None for a sentencepiece model."""
+    n_ranks = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            parts = line.split()
+            if len(parts) != 2 or not parts[1].isdigit():
+                return None
+            n_ranks += 1
+    return n_ranks
+
+
+def _sentencepiece_ids(path: Path) -> dict[str, int]:
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: no sentencepiece model or list of ranks: {error}") from None
+    return {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}

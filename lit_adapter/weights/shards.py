@@ -1,0 +1,167 @@
+"""Tensor files of others, read with suspicion: no code runs, every fault names the file.
+
+Both kinds of shard list shapes and dtypes without reading tensors, and read one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+AGAIN = "fetch it again"
+REMAP_BYTES = 134_217_728
+
+
+class Shard(Protocol):
+    """One file of named tensors."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | None]
+    """None for a type other than float32, float16 and bfloat16."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        ...
+
+
+def member(folder: Path, name: str) -> Path:
+    """Return the path of a file that must lie inside ``folder``.
+
+    Links may lead into the blobs of the Hugging Face cache the folder is part of, and nowhere else.
+
+    Raises:
+        UserError: ``name`` is a path or a URL, or the file is absent, no regular file, or elsewhere.
+    """
+    if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
+        raise UserError(f"{folder}: file name {name!r} leads out of the folder; expected a plain name")
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{path}: file not found")
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent != home and real.parent != blobs:
+        raise UserError(f"{path}: is a link that leads out of the folder; copy the file itself there")
+    return path
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Refuse what servers and git leave in place of a large file.
+
+    Raises:
+        UserError: an empty file, a Git LFS pointer, or a web page.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if not start:
+        raise UserError(f"{path}: the file is empty; {AGAIN}")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' there")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: is a web page, not the file itself; {AGAIN}")
+
+
+def read_bytes(path: Path, offset: int, count: int) -> bytearray:
+    """Read ``count`` bytes by plain reads: pages of a memory map would stay in memory with the map."""
+    content = bytearray(count)
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        if stream.readinto(content) != count:
+            raise UserError(f"{path}: ends before byte {offset + count:,}; {AGAIN}")
+    return content
+
+
+class SafetensorsShard:
+    """A ``.safetensors`` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        refuse_stand_in(path)
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the library checks sizes, offsets, overlaps and types of the header
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or damaged ({error}); {AGAIN}") from None
+        length = int.from_bytes(read_bytes(path, 0, 8), "little")
+        pairs = json.loads(read_bytes(path, 8, length), object_pairs_hook=self._unique)
+        self._header = {name: value for name, value in pairs.items() if name != "__metadata__"}
+        self._start = 8 + length
+        self.shapes = {name: tuple(value["shape"]) for name, value in self._header.items()}
+        self.dtypes = {name: FLOATS.get(value["dtype"]) for name, value in self._header.items()}
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{self.path}: '{twice}' appears twice in the header; {AGAIN}")
+        return dict(pairs)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        dtype, shape = self.dtypes[name], self.shapes[name]
+        if dtype is None:
+            raise UserError(f"{self.path}: tensor {name} is {self._header[name]['dtype']}; {_EXPECTED}")
+        begin, end = self._header[name]["data_offsets"]
+        return torch.frombuffer(read_bytes(self.path, self._start + begin, end - begin), dtype=dtype).view(shape)
+
+
+class TorchShard:
+    """A ``torch.save`` file (``.bin``, ``.pth``), read with the restricted unpickler only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        refuse_stand_in(path)
+        with path.open("rb") as stream:
+            zipped = stream.read(4) == b"PK\x03\x04"
+        if zipped and not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: truncated or damaged; {AGAIN}")
+        self._mapped = zipped  # files of before PyTorch 1.6 cannot be mapped and are held whole
+        self._n_touched = 0
+        self._tensors = self._load()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {
+            name: tensor.dtype if tensor.dtype in FLOATS.values() else None
+            for name, tensor in self._tensors.items()
+        }
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{self.path}: damaged, or holds other objects than tensors, which could run code; "
+                "use the safetensors version of this checkpoint"
+            ) from None
+        except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(f"{self.path}: truncated or damaged ({reason}); {AGAIN}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path}: holds a {type(content).__name__}; expected named tensors")
+        for name, value in content.items():
+            if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+                raise UserError(f"{self.path}: '{name}' is no dense tensor; expected named tensors only")
+        return content
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor; it is a view of the mapped file."""
+        if self.dtypes[name] is None:
+            raise UserError(f"{self.path}: tensor {name} is {self._tensors[name].dtype}; {_EXPECTED}")
+        if self._mapped and self._n_touched > REMAP_BYTES:
+            self._tensors = self._load()  # touched pages of the old map are given back with it
+            self._n_touched = 0
+        self._n_touched += math.prod(self.shapes[name]) * self._tensors[name].element_size()
+        return self._tensors[name]
+
+
+_EXPECTED = "expected float32, float16 or bfloat16"
