@@ -27,21 +27,21 @@ _BATCH_ROWS = 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class _Refused(ValueError):
+class _RefusedError(ValueError):
     """Valid for Python's json, but not JSON, or not unambiguous."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise _Refused(f"key {shorten(twice)} appears twice in one object; keep one of them")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _RefusedError(f"key {shorten(twice)} appears twice in one object; keep one of them")
     return found
 
 
 def _refuse_constant(name: str) -> Any:
-    raise _Refused(f"{name} is not JSON; write a string, or null")
+    raise _RefusedError(f"{name} is not JSON; write a string, or null")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -56,7 +56,7 @@ def parse_json(text: str) -> Any:
     try:
         return _DECODER.decode(text)
     except RecursionError:
-        raise _Refused("nested too deeply") from None
+        raise _RefusedError("nested too deeply") from None
 
 
 def shorten(value: object, limit: int = 60) -> str:
@@ -66,9 +66,11 @@ def shorten(value: object, limit: int = 60) -> str:
 
 
 def json_type(value: object) -> str:
-    """Return what JSON calls the type of ``value``."""
+    """Return what JSON calls the type of ``value``; of a number the value too."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    if type(value) in names:
+        return names[type(value)]
+    return f"the number {shorten(value)}" if isinstance(value, int | float) else type(value).__name__
 
 
 def check_regular(path: Path, name: str) -> None:
@@ -130,7 +132,7 @@ def _value(text: str, start: int, name: str, line: int, hint: str = "") -> tuple
     except json.JSONDecodeError as error:
         at = f"{line + error.doc.count(chr(10), start, error.pos)}:{error.colno}"
         raise UserError(f"{name}:{at}: not valid JSON: {error.msg}{hint}") from None
-    except _Refused as error:
+    except _RefusedError as error:
         raise UserError(f"{name}:{line}: {error}") from None
     except RecursionError:
         raise UserError(f"{name}:{line}: nested too deeply; a record is a flat object of strings") from None

@@ -32,6 +32,9 @@ class Columns:
             raise UserError(f"columns: {', '.join(map(shorten, names))}; expected three different names")
 
 
+DEFAULT_COLUMNS = Columns()
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One task. Two records are equal when their texts are, wherever they came from."""
@@ -99,7 +102,9 @@ def _content_sha256(rows: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
-def read_records(source: str | Path, *, columns: Columns = Columns(), name: str | None = None) -> Records:
+def read_records(
+    source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
+) -> Records:
     """Read a JSON (array), JSONL, CSV or Parquet file of records; the suffix tells which.
 
     Args:
@@ -126,7 +131,7 @@ def read_records(source: str | Path, *, columns: Columns = Columns(), name: str 
             rows.append(record)
         else:
             n_empty += 1
-    if rows and not saw_input and columns.input != Columns.input:
+    if rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
         raise UserError(f"{name}: no record has the input column {shorten(columns.input)}; correct its name")
     return Records(tuple(rows), name, n_empty)
 
@@ -156,9 +161,7 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int) -> str:
         )
     value = values[key]
     if not isinstance(value, str):
-        raise UserError(
-            f"{name}:{line}: {shorten(key)} is {json_type(value)} ({shorten(value)}); expected a string"
-        )
+        raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
     if not value.isascii():
         _check_unicode(value, key, name, line)
     return value
@@ -196,28 +199,30 @@ def split(
         UserError: both or none given, or no record would be left on one side.
     """
     total = len(records)
-    if (val_size is None) == (val_fraction is None):
-        raise UserError("validation split: give exactly one of val_size and val_fraction")
-    if val_fraction is not None:
-        if not 0 < val_fraction < 1:
-            raise UserError(f"val_fraction is {val_fraction}; expected a share above 0 and below 1")
-        val_size = round(total * val_fraction)
-        asked = f"val_fraction {val_fraction} is {val_size} records"
-    else:
-        asked = f"val_size is {val_size}"
-    assert val_size is not None
-    if not 0 < val_size < total:
+    count = _val_count(total, val_size, val_fraction)
+    if not 0 < count < total:
+        asked = f"val_size is {count}" if val_fraction is None else f"val_fraction {val_fraction} is {count}"
         raise UserError(
-            f"{asked}, but {records.source} has {total}; expected at least 1 and at most {total - 1}"
+            f"{asked}, but {records.source} has {total} records; expected at least 1 and at most {total - 1}"
         )
     # Only Random.random() promises the same numbers on every Python version; shuffle() does not.
     draw = random.Random(seed).random
     keys = [draw() for _ in range(total)]
-    chosen = set(sorted(range(total), key=keys.__getitem__)[:val_size])
+    chosen = set(sorted(range(total), key=keys.__getitem__)[:count])
     sides = [
         tuple(row for i, row in enumerate(records.rows) if (i in chosen) is side) for side in (False, True)
     ]
     return Records(sides[0], f"{records.source} (train)"), Records(sides[1], f"{records.source} (validation)")
+
+
+def _val_count(total: int, val_size: int | None, val_fraction: float | None) -> int:
+    if val_size is not None and val_fraction is None:
+        return val_size
+    if val_fraction is None or val_size is not None:
+        raise UserError("validation split: give exactly one of val_size and val_fraction")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}; expected a share above 0 and below 1")
+    return round(total * val_fraction)
 
 
 def overlap(train: Records, val: Records) -> int:

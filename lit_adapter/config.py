@@ -1,0 +1,167 @@
+"""The configuration of a fine-tuning run: typed dataclasses, read before torch or lightning is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lit_adapter.data.records import Columns
+from lit_adapter.errors import UserError
+from lit_adapter.model.config import AdapterConfig
+
+Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not least <= value < float("inf"):
+        raise UserError(f"{name} is {value}; expected {least} or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which records are learned, and how they become tokens."""
+
+    train: str = ""
+    """A JSON, JSONL, CSV or Parquet file, or a Hub data set as org/name."""
+    val: str | None = None
+    """A file of held-out records; without it val_size records are split off, chosen by the seed."""
+    val_size: int | float = 0.1
+    """Records to hold out when there is no val file: a count, or a fraction below 1. 0: no validation."""
+    columns: Columns = field(default_factory=Columns)
+    """Names of the instruction, input and output columns."""
+    template: str = "alpaca"
+    """alpaca, alpaca-newline, chat (the base's own), a text with {instruction} and {input}, or its file."""
+    mask_prompt: bool = True
+    """Learn the answer only, not the prompt."""
+    max_length: int = 512
+    """Longest record in tokens; longer ones lose the start of their prompt, never their answer."""
+    workers: int = 0
+    """Loader processes that pack batches ahead of the training process."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.max_length", self.max_length, 8)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.val_size", self.val_size, 0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW on the adapter's parameters, warm-up, then a decay."""
+
+    batch_size: int = 64
+    """Records in one optimizer step, over all devices together."""
+    row_tokens: int | None = None
+    """Longest packed row: the size of a micro-batch in tokens. null chooses by device. It changes memory
+    and speed, not results."""
+    epochs: float = 3.0
+    """Passes over the training records."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    lr: float | None = None
+    """Peak learning rate; default 2e-2 where neither lr nor base_lr is given."""
+    base_lr: float | None = None
+    """Peak learning rate as in the paper: lr = base_lr * batch_size / 256."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup: int | float = 0.05
+    """Warm-up: optimizer steps, or a fraction of the run if below 1."""
+    min_lr_ratio: float = 0.0
+    """The schedule's last rate, as a share of the peak."""
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    """Largest gradient norm; null switches clipping off."""
+    max_bad_steps: int = 5
+    """Stop after this many skipped steps (loss or gradient not finite) in a row."""
+
+    def __post_init__(self) -> None:
+        _at_least("optim.batch_size", self.batch_size, 1)
+        _at_least("optim.row_tokens", self.row_tokens, 8)
+        _at_least("optim.max_steps", self.max_steps, 1)
+        _at_least("optim.warmup", self.warmup, 0)
+        _at_least("optim.weight_decay", self.weight_decay, 0)
+        _at_least("optim.max_bad_steps", self.max_bad_steps, 1)
+        if not 0 < self.epochs < float("inf"):
+            raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
+        for name, rate in (("lr", self.lr), ("base_lr", self.base_lr)):
+            if rate is not None and not 0 <= rate < float("inf"):
+                raise UserError(f"optim.{name} is {rate}; expected a finite number, 0 or more")
+        if self.lr is not None and self.base_lr is not None:
+            raise UserError("optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}; expected a number from 0 to 1")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"optim.clip is {self.clip}; expected a number above 0, or null")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas is {list(self.betas)}; expected two numbers from 0 to below 1")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, from whichever of lr and base_lr is given."""
+        if self.base_lr is not None:
+            return self.base_lr * self.batch_size / 256
+        return 2e-2 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Where and how Lightning's Trainer runs, and how often it reports."""
+
+    accelerator: str = "auto"
+    """auto, cpu, or cuda (gpu)."""
+    devices: int | str = 1
+    """Devices per node: a number, or auto for all."""
+    num_nodes: int = 1
+    strategy: str = "auto"
+    """auto or ddp: one process a device, the base whole on each."""
+    precision: Precision = "auto"
+    """auto: bf16-true where the processor multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
+    log_every: int = 10
+    """Optimizer steps between points on the curves."""
+    val_every: int | None = None
+    """Optimizer steps between validations; null: ten in a run."""
+    save_every: int = 50
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    samples: int = 3
+    """Held-out records answered as text at each validation."""
+    sample_tokens: int = 64
+    """Longest sample answer."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """A progress bar on a terminal, lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.num_nodes", self.num_nodes, 1)
+        _at_least("trainer.log_every", self.log_every, 1)
+        _at_least("trainer.val_every", self.val_every, 1)
+        _at_least("trainer.save_every", self.save_every, 1)
+        _at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
+        _at_least("trainer.samples", self.samples, 0)
+        _at_least("trainer.sample_tokens", self.sample_tokens, 1)
+        if self.precision == "16-true":
+            raise UserError(
+                "trainer.precision is 16-true; fp16 gradients underflow without a scaler: "
+                "use 16-mixed, or bf16-true where the device has bf16"
+            )
+        if isinstance(self.devices, int):
+            _at_least("trainer.devices", self.devices, 1)
+        elif self.devices != "auto":
+            raise UserError(f"trainer.devices is {self.devices!r}; expected a number or auto")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A fine-tuning run."""
+
+    base: str = "checkpoints/smollm2-135m"
+    """Folder of the converted base model."""
+    out: str = "out/finetune"
+    """Run folder: configuration, checkpoints, curves and the adapter."""
+    seed: int = 1337
+    """Seeds the prompts, the order of the records and the split."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -1,0 +1,141 @@
+"""Records of a Hugging Face Hub data set by name, such as ``yahma/alpaca-cleaned``.
+
+The repository's own JSON, JSONL, CSV or Parquet files are downloaded (kept in the Hub's cache) and read
+like local ones: no code of the data set runs, and its errors have lines too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lit_adapter.data.formats import READERS
+from lit_adapter.data.records import DEFAULT_COLUMNS, Columns, Records, merge, read_records
+from lit_adapter.errors import UserError, nearest
+
+_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<part>.+))?", re.ASCII)
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
+_ABOUT_THE_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether ``source`` reads ``org/name[:file-or-split]`` and is no local path or data file's name."""
+    found = _NAME.fullmatch(str(source))
+    if found is None or Path(source).exists():
+        return False
+    return PurePosixPath(found["repo"]).suffix.lower() not in READERS
+
+
+def read_hub(name: str, *, revision: str | None = None, columns: Columns = DEFAULT_COLUMNS) -> Records:
+    """Download a Hub data set's training file (or the one named) and read its records.
+
+    Args:
+        name: ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
+        revision: branch, tag or commit; the main branch if left out.
+        columns: what the data calls the fields.
+
+    Raises:
+        UserError: unknown or closed repository, no network, no data file or several to choose from, or
+            anything `read_records` refuses.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise UserError(f"'{name}' is no Hub data set; expected org/name, org/name:split or org/name:file")
+    repo, part = found["repo"], found["part"]
+    if part and PurePosixPath(part).suffix.lower() in READERS:
+        # A file named in full needs no listing, so a downloaded one can be read without a network.
+        files = [part]
+    else:
+        listing, revision = _listing(repo, revision)
+        files = choose_files(listing, part, repo)
+    parts = [
+        read_records(_download(repo, file, revision), columns=columns, name=f"{repo}:{file}")
+        for file in files
+    ]
+    return parts[0] if len(parts) == 1 else merge(parts, name)
+
+
+def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
+    """Return the data files of ``split`` (by default the training one): one file, or all its shards.
+
+    Raises:
+        UserError: none, or more than one candidate; lists them.
+    """
+    data = sorted(file for file in files if _is_data(file))
+    if not data:
+        raise UserError(f"{repo}: holds no {', '.join(READERS)} file; convert the data set to one of them")
+    chosen = data
+    if split or len(data) > 1:
+        wanted = re.compile(rf"(^|[/_.-]){re.escape(split or 'train')}([/_.-]|$)", re.IGNORECASE)
+        chosen = [file for file in data if wanted.search(file)]
+    if split and not chosen:
+        raise UserError(
+            f"{repo}: no data file of split '{split}'{nearest(split, data)}; {_choice(repo, data)}"
+        )
+    if len({_SHARD.sub("", file) for file in chosen}) != 1:
+        raise UserError(f"{repo}: {len(data)} data files; {_choice(repo, data)}")
+    shards = [_SHARD.search(file) for file in chosen]
+    expected = int(shards[0][2]) if shards[0] else 1
+    if len(chosen) != expected:
+        raise UserError(
+            f"{repo}: {len(chosen)} of {expected} shards of {chosen[0]}; the data set is incomplete"
+        )
+    return chosen
+
+
+def _is_data(file: str) -> bool:
+    path = PurePosixPath(file)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in READERS and path.name not in _ABOUT_THE_DATA and not hidden
+
+
+def _choice(repo: str, files: list[str]) -> str:
+    more = f" and {len(files) - 12} more" if len(files) > 12 else ""
+    return f"name one as {repo}:FILE: {', '.join(files[:12])}{more}"
+
+
+def _listing(repo: str, revision: str | None) -> tuple[list[str], str | None]:
+    """Return the repository's files and the commit they belong to."""
+    from huggingface_hub import HfApi
+
+    def ask() -> Any:
+        return HfApi().dataset_info(repo, revision=revision)
+
+    info = _asking(ask, repo, None, revision)
+    return [file.rfilename for file in info.siblings or []], info.sha
+
+
+def _download(repo: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def ask() -> str:
+        return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+
+    return Path(_asking(ask, repo, file, revision))
+
+
+def _asking(ask: Any, repo: str, file: str | None, revision: str | None) -> Any:
+    """Call ``ask`` and turn the Hub client's errors into one line."""
+    from huggingface_hub import errors
+
+    # The HTTP client below huggingface_hub changed twice; its own error class is always a base of this one.
+    transport: Any = errors.HfHubHTTPError.__bases__
+    what = f"{repo}:{file}" if file else repo
+    try:
+        return ask()
+    except errors.GatedRepoError:
+        message = "access must be granted first; accept its terms on the Hub and log in with 'hf auth login'"
+    except errors.RepositoryNotFoundError:
+        message = "no such data set on the Hub (or it is private); check the name, or 'hf auth login'"
+    except errors.RevisionNotFoundError:
+        message = f"no revision '{revision}'; name a branch, tag or commit of the data set"
+    except errors.LocalEntryNotFoundError:
+        message = "not downloaded yet, and the Hub cannot be reached; check the network"
+    except errors.EntryNotFoundError:
+        message = "no such file in the data set; check its path"
+    except errors.HFValidationError as error:
+        message = f"not a valid name: {error}"
+    except (OSError, *transport) as error:
+        message = f"cannot be fetched from the Hub: {error}; check the network, or download the file yourself"
+    raise UserError(f"{what}: {message}")

@@ -1,0 +1,202 @@
+"""The Lightning data module: files of instructions in, packed steps out, position kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from lit_adapter.config import DataConfig
+from lit_adapter.data.encode import Encoded, encode_records
+from lit_adapter.data.hub import is_hub_name, read_hub
+from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_heads
+from lit_adapter.data.records import Columns, Records, overlap, read_records, split
+from lit_adapter.errors import UserError
+from lit_adapter.text.template import Template
+from lit_adapter.text.tokenizer import Tokenizer
+
+
+def cache_folder() -> Path:
+    """Return where encoded data is kept: ``$LIT_ADAPTER_CACHE``, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
+    return Path(os.environ.get("LIT_ADAPTER_CACHE") or default)
+
+
+def load_records(source: str, columns: Columns) -> Records:
+    """Read a file or, for a name like org/name that is no file, a Hub data set."""
+    return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
+
+
+class AlpacaDataModule(LightningDataModule):
+    """Instruction records as packed optimizer steps.
+
+    The position (finished optimizer steps) lives in this module's state, not in the loader: a resumed run
+    asks its sampler for the steps after the last finished one, whatever was prefetched when it stopped.
+
+    Args:
+        config: files, template, lengths.
+        tokenizer: of the base.
+        template: the resolved template.
+        tokenizer_key: the tokenizer's fingerprint, for the cache.
+        batch_size: records in an optimizer step, over all processes.
+        row_tokens: longest packed row.
+        pad_to: rows are filled up to a multiple of this.
+        seed: of order and split.
+        say: gets a line of text worth printing.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: Tokenizer,
+        template: Template,
+        tokenizer_key: str,
+        batch_size: int,
+        row_tokens: int,
+        pad_to: int = 1,
+        seed: int = 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.template = config, tokenizer, template
+        self.tokenizer_key, self.say = tokenizer_key, say
+        self.batch_size, self.row_tokens, self.pad_to, self.seed = batch_size, row_tokens, pad_to, seed
+        self.finished_steps = 0
+        self.total_steps = 0
+        self._read()
+
+    def _read(self) -> None:
+        if not self.config.train:
+            raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
+        self.train_records = load_records(self.config.train, self.config.columns)
+        self.val_records: Records | None = None
+        if self.config.val:
+            self.val_records = load_records(self.config.val, self.config.columns)
+        elif self.config.val_size:
+            self.train_records, self.val_records = split(
+                self.train_records, val_size=self.config.val_size, seed=self.seed
+            )
+        self.train_encoded = self._encode(self.train_records)
+        self.val_encoded = self._encode(self.val_records) if self.val_records else None
+        self.heads = shared_heads(self.train_encoded)
+        self.train_packer = self._packer(self.train_encoded)
+        self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
+        self.n_overlap = overlap(self.train_records, self.val_records) if self.val_records else 0
+
+    def _encode(self, records: Records) -> Encoded:
+        encoded = encode_records(
+            records,
+            self.tokenizer,
+            self.template,
+            max_length=self.config.max_length,
+            cache=cache_folder(),
+            tokenizer_key=self.tokenizer_key,
+            say=self.say,
+        )
+        if not len(encoded):
+            raise UserError(
+                f"{records.source}: every answer is longer than data.max_length {self.config.max_length}; raise it"
+            )
+        return encoded
+
+    def _packer(self, encoded: Encoded) -> Packer:
+        return Packer(
+            encoded,
+            self.heads,
+            mask_prompt=self.config.mask_prompt,
+            row_tokens=self.row_tokens,
+            pad_to=self.pad_to,
+        )
+
+    def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
+        """Return the run's optimizer steps, as process ``rank`` of ``n_processes`` sees them."""
+        return TrainingSteps(
+            self.train_packer,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            n_processes=n_processes,
+        )
+
+    def train_dataloader(self) -> DataLoader[StepBatch]:
+        """Return the loader of the steps that are still to do."""
+        steps = self.training_steps(*self._place())
+        return self._loader(steps, _Remaining(self))
+
+    def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
+        """Return the loader of the held-out records."""
+        if self.val_packer is None:
+            return []
+        rank, n_processes = self._place()
+        steps = ValidationSteps(
+            self.val_packer, batch_size=max(self.batch_size, 32), rank=rank, n_processes=n_processes
+        )
+        return self._loader(steps, range(len(steps)))
+
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def _loader(self, steps: torch.utils.data.Dataset, sampler: Any) -> DataLoader[StepBatch]:
+        return DataLoader(
+            steps,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.config.workers,
+            persistent_workers=False,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            # Its own generator: else every iteration would draw a seed from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+        return {"finished_steps": self.finished_steps, "data": self.identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the position's last finished step.
+
+        Raises:
+            UserError: the position belongs to other data.
+        """
+        if state_dict["data"] != self.identity():
+            raise UserError(
+                f"cannot resume: the checkpoint's data is {state_dict['data']}, this run's {self.identity()}"
+            )
+        self.finished_steps = state_dict["finished_steps"]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides which records a step holds."""
+        return {
+            "records": self.train_records.sha256[:16],
+            "n_records": len(self.train_encoded),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+class _Remaining(Sampler[int]):
+    """The numbers of the run's steps that are not finished; its length is the whole run's."""
+
+    def __init__(self, module: AlpacaDataModule) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.module.finished_steps, self.module.total_steps))
+
+    def __len__(self) -> int:
+        return self.module.total_steps
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to the process group would kill loader workers before the trainer has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,255 @@
+"""Global batches, packed: the records of one optimizer step laid end to end in rows, without padding.
+
+What a step learns is decided by (seed, step) alone: its records are the next ``batch_size`` of the
+epoch's permutation. How they are cut into rows, and which process computes which row, changes speed and
+memory but not the step: loss is a sum over targets, divided by the number of targets of the whole step.
+
+The text that a template puts before every record is found from the data, as the longest common start of
+the prompts of each of the template's texts. It is laid once per row; its records continue it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lit_adapter.data.encode import Encoded
+from lit_adapter.errors import UserError
+from lit_adapter.model.attention import PackedRow
+
+SHORTEST_HEAD = 4
+"""Tokens below which sharing a common start is not worth a segment."""
+
+
+@dataclass
+class StepBatch:
+    """One process's rows of one optimizer step."""
+
+    rows: list[PackedRow]
+    records: list[list[int]]
+    """Indices of the records in each row."""
+    n_targets: int
+    """Targets of the whole step, over all rows of all processes."""
+    n_tokens: int
+    """Tokens of the whole step's records, a shared start counted with every record."""
+    step: int
+
+
+def shared_heads(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
+    """Return the longest common start of the whole records' prompts, by variant of the template."""
+    heads: dict[int, NDArray[np.int32]] = {}
+    for variant in np.unique(encoded.variant).tolist():
+        members = np.flatnonzero((encoded.variant == variant) & encoded.whole)
+        if len(members) < 2:
+            continue
+        head = encoded.record(members[0])[: encoded.n_prompt[members[0]]]
+        for index in members[1:]:
+            other = encoded.record(index)[: min(len(head), encoded.n_prompt[index])]
+            same = head[: len(other)] == other
+            head = head[: len(other) if same.all() else int(same.argmin())]
+            if len(head) < SHORTEST_HEAD:
+                break
+        if len(head) >= SHORTEST_HEAD:
+            heads[variant] = head
+    return heads
+
+
+class Packer:
+    """Lays records into rows.
+
+    Args:
+        encoded: the records.
+        heads: shared starts by variant, from `shared_heads`; empty to lay every record whole.
+        mask_prompt: learn answers only.
+        row_tokens: longest row.
+        pad_to: rows are filled up to a multiple of this with a segment that nothing reads.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        heads: dict[int, NDArray[np.int32]],
+        *,
+        mask_prompt: bool,
+        row_tokens: int,
+        pad_to: int = 1,
+    ) -> None:
+        self.encoded, self.heads = encoded, heads
+        self.mask_prompt, self.row_tokens, self.pad_to = mask_prompt, row_tokens, pad_to
+        self.n_head = np.array([self._head_length(index) for index in range(len(encoded))], dtype=np.int64)
+        longest = int(encoded.length.max(initial=0))
+        if row_tokens < longest:
+            raise UserError(
+                f"optim.row_tokens is {row_tokens}, but a record has {longest} tokens; "
+                f"raise it to {longest} or lower data.max_length"
+            )
+
+    def _head_length(self, index: int) -> int:
+        """Return how many of a record's tokens its shared head covers: all of it, or nothing."""
+        head = self.heads.get(int(self.encoded.variant[index]))
+        # A record cut to length has lost its start, and a head must not reach into an answer.
+        if head is None or not self.encoded.whole[index] or self.encoded.n_prompt[index] < len(head):
+            return 0
+        return len(head) if np.array_equal(self.encoded.record(index)[: len(head)], head) else 0
+
+    def n_targets(self, records: NDArray[np.int64]) -> int:
+        """Return how many tokens of ``records`` are learned."""
+        first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones(len(records), np.int64)
+        return int((self.encoded.length[records] - np.maximum(first, 1)).sum())
+
+    def assign(self, records: NDArray[np.int64], n_processes: int = 1) -> list[list[int]]:
+        """Cut ``records`` into as few rows as fit, evenly filled; a multiple of ``n_processes`` of them.
+
+        Longest first, each into the emptiest row: rows end up nearly equal, so that processes wait little.
+        """
+        own = self.encoded.length[records] - self.n_head[records]
+        order = np.argsort(-own, kind="stable")
+        heads = {int(self.encoded.variant[r]): int(self.n_head[r]) for r in records if self.n_head[r]}
+        capacity = self.row_tokens - sum(heads.values())
+        n_rows = -(-max(1, int(own.sum()) // max(capacity, 1)) // n_processes) * n_processes
+        while True:
+            rows: list[list[int]] = [[] for _ in range(n_rows)]
+            filled = [0] * n_rows
+            for position in order.tolist():
+                row = filled.index(min(filled))
+                rows[row].append(int(records[position]))
+                filled[row] += int(own[position])
+            if all(self.row_length(row) <= self.row_tokens for row in rows):
+                return rows
+            n_rows += n_processes
+
+    def row_length(self, records: list[int]) -> int:
+        """Return the tokens of a row that holds ``records``, each shared head once."""
+        shared = {int(self.encoded.variant[r]): int(self.n_head[r]) for r in records if self.n_head[r]}
+        return sum(shared.values()) + sum(int(self.encoded.length[r] - self.n_head[r]) for r in records)
+
+    def row(self, records: list[int]) -> PackedRow:
+        """Lay ``records`` into one row: each shared head, then the records that continue it."""
+        layout = _Layout()
+        for variant in sorted({int(self.encoded.variant[r]) if self.n_head[r] else -1 for r in records}):
+            mine = [r for r in records if (int(self.encoded.variant[r]) if self.n_head[r] else -1) == variant]
+            head = layout.add(self.heads[variant]) if variant >= 0 else None
+            for record in sorted(mine):
+                first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1
+                layout.add_record(self.encoded.record(record), int(self.n_head[record]), head, first)
+        return layout.finish(self.pad_to)
+
+
+class _Layout:
+    """A row being laid out."""
+
+    def __init__(self) -> None:
+        self.ids: list[NDArray[np.int32]] = []
+        self.position: list[NDArray[np.int64]] = []
+        self.segment: list[NDArray[np.int64]] = []
+        self.head: list[NDArray[np.int64]] = []
+        self.target_index: list[NDArray[np.int64]] = []
+        self.target_id: list[NDArray[np.int32]] = []
+        self.length = 0
+
+    def add(self, ids: NDArray[np.int32], *, position: int = 0, head: int | None = None) -> int:
+        """Append a segment; return its number."""
+        number = len(self.ids)
+        self.ids.append(ids)
+        self.position.append(np.arange(position, position + len(ids)))
+        self.segment.append(np.full(len(ids), number))
+        self.head.append(np.full(len(ids), number if head is None else head))
+        self.length += len(ids)
+        return number
+
+    def add_record(self, ids: NDArray[np.int32], n_head: int, head: int | None, first: int) -> None:
+        """Append a record's own tokens; learn its tokens from number ``first`` on."""
+        start = self.length
+        self.add(ids[n_head:], position=n_head, head=head)
+        predicting = np.arange(max(first, 1) - 1, len(ids) - 1)
+        place = start + predicting - n_head
+        if head is not None:  # the shared head's tokens predict for every record that continues it
+            head_start = sum(map(len, self.ids[:head]))
+            place = np.where(predicting < n_head, head_start + predicting, place)
+        self.target_index.append(place)
+        self.target_id.append(ids[predicting + 1])
+
+    def finish(self, pad_to: int) -> PackedRow:
+        """Return the row, its targets in ascending order of place."""
+        if not self.ids or self.length % pad_to:
+            self.add(np.zeros(pad_to - self.length % pad_to, dtype=np.int32))
+        index, target = _joined(self.target_index), _joined(self.target_id)
+        order = torch.argsort(index, stable=True)
+        return PackedRow(
+            ids=_joined(self.ids),
+            position=_joined(self.position),
+            segment=_joined(self.segment),
+            head=_joined(self.head),
+            target_index=index[order],
+            target_id=target[order],
+        )
+
+
+def _joined(parts: list[NDArray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
+
+
+class TrainingSteps(torch.utils.data.Dataset):
+    """The optimizer steps of a whole run; item s is this process's share of step s.
+
+    Raises:
+        UserError: fewer records than one global batch.
+    """
+
+    def __init__(
+        self, packer: Packer, *, batch_size: int, seed: int, rank: int = 0, n_processes: int = 1
+    ) -> None:
+        self.packer, self.batch_size, self.seed = packer, batch_size, seed
+        self.rank, self.n_processes = rank, n_processes
+        n_records = len(packer.encoded)
+        if n_records < batch_size:
+            raise UserError(
+                f"optim.batch_size is {batch_size}, but there are only {n_records} training records; "
+                f"lower it to {n_records} or less"
+            )
+        self.steps_per_epoch = n_records // batch_size
+
+    def records(self, step: int) -> NDArray[np.int64]:
+        """Return the records of step ``step``: its slice of the epoch's permutation."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.packer.encoded))
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __getitem__(self, step: int) -> StepBatch:
+        return share_of_step(self.packer, self.records(step), step, self.rank, self.n_processes)
+
+
+class ValidationSteps(torch.utils.data.Dataset):
+    """The held-out records in order, ``batch_size`` at a time; item s is this process's share."""
+
+    def __init__(self, packer: Packer, *, batch_size: int, rank: int = 0, n_processes: int = 1) -> None:
+        self.packer, self.batch_size = packer, batch_size
+        self.rank, self.n_processes = rank, n_processes
+
+    def __len__(self) -> int:
+        return -(-len(self.packer.encoded) // self.batch_size)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        if step >= len(self):
+            raise IndexError(step)
+        first = step * self.batch_size
+        records = np.arange(first, min(first + self.batch_size, len(self.packer.encoded)))
+        return share_of_step(self.packer, records, step, self.rank, self.n_processes)
+
+
+def share_of_step(
+    packer: Packer, records: NDArray[np.int64], step: int, rank: int, n_processes: int
+) -> StepBatch:
+    """Pack a step's records and return the rows that process ``rank`` computes."""
+    rows = packer.assign(records, n_processes)
+    mine = rows[rank::n_processes]
+    return StepBatch(
+        rows=[packer.row(row) for row in mine],
+        records=mine,
+        n_targets=packer.n_targets(records),
+        n_tokens=int(packer.encoded.length[records].sum()),
+        step=step,
+    )

@@ -1,0 +1,153 @@
+"""``adapter.safetensors``: the trained tensors in fp32, and all that using them takes, as metadata.
+
+The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version,
+gate form and sizes, prompt template and masking, the base's name, sizes and fingerprint, and a summary
+of the training. Tensors are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate`` (raw, before c).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lit_adapter import files
+from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import check_adapter_state, expected_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.text.template import Template
+
+METADATA_KEY = "lit_adapter"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base an adapter belongs to."""
+
+    name: str
+    """Folder name under ``checkpoints/``."""
+    weights: str
+    """SHA-256 over the base's tensors."""
+    tokenizer: str
+    """SHA-256 over its tokenizer files."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter file says of itself."""
+
+    adapter: AdapterConfig
+    base: BaseIdentity
+    base_config: dict[str, Any]
+    """The base's sizes, as its ``config.json`` spells them."""
+    template: Template
+    mask_prompt: bool = True
+    training: dict[str, Any] = field(default_factory=dict)
+    """Steps, records, losses and the like; for people, nothing reads it back."""
+
+    @property
+    def model(self) -> LlamaConfig:
+        """The base's sizes."""
+        return LlamaConfig.from_hf(self.base_config, source="adapter metadata")
+
+
+def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) -> None:
+    """Write an adapter, whole or not at all.
+
+    Raises:
+        UserError: tensors that do not fit ``info``, a number that is not finite, or a file that cannot
+            be written.
+    """
+    check_adapter_state(expected_shapes(info.adapter, info.model), state, str(path))
+    described = {
+        "format_version": FORMAT_VERSION,
+        "adapter": asdict(info.adapter),
+        "base": asdict(info.base),
+        "base_config": info.base_config,
+        "template": info.template.to_dict(),
+        "mask_prompt": info.mask_prompt,
+        "training": info.training,
+    }
+    tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
+    files.write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
+
+
+def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
+    """Read and check an adapter file.
+
+    Raises:
+        UserError: missing, damaged, from another program, or not consistent with itself.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+            if metadata is None:
+                raise UserError(
+                    f"{path}: not an adapter written by lit_adapter (no '{METADATA_KEY}' metadata)"
+                )
+            info = _parse(metadata, path)
+            shapes = expected_shapes(info.adapter, info.model)
+            _check_header(file, shapes, path)
+            state = {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+    check_adapter_state(shapes, state, str(path))
+    return info, state
+
+
+def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Compare the header with the described sizes before any tensor is read."""
+    names = set(file.keys())
+    if names != shapes.keys():
+        odd = sorted(names ^ shapes.keys())
+        raise UserError(f"{path}: tensors and metadata disagree, first at {odd[0]}")
+    for name, shape in shapes.items():
+        found = tuple(file.get_slice(name).get_shape())
+        if found != shape:
+            raise UserError(f"{path}: {name} has shape {list(found)}; its metadata says {list(shape)}")
+
+
+def _parse(metadata: str, path: Path) -> AdapterInfo:
+    try:
+        raw = json.loads(metadata)
+        if raw["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: adapter format {raw['format_version']}; this version reads {FORMAT_VERSION}"
+            )
+        return AdapterInfo(
+            adapter=AdapterConfig(**raw["adapter"]),
+            base=BaseIdentity(**raw["base"]),
+            base_config=raw["base_config"],
+            template=Template.from_dict(raw["template"]),
+            mask_prompt=raw["mask_prompt"],
+            training=raw["training"],
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the adapter's metadata is damaged ({error})") from None
+
+
+def check_base(info: AdapterInfo, base: BaseIdentity, path: Path) -> None:
+    """Refuse an adapter on a base that it was not trained on.
+
+    Raises:
+        UserError: names both bases.
+    """
+    if info.base.weights != base.weights:
+        raise UserError(
+            f"{path}: trained on base '{info.base.name}' ({info.base.weights[:12]}), "
+            f"not on '{base.name}' ({base.weights[:12]}); give its own base with --base"
+        )
+    if info.base.tokenizer != base.tokenizer:
+        raise UserError(
+            f"{path}: base '{base.name}' has the right weights but another tokenizer "
+            f"({base.tokenizer[:12]} instead of {info.base.tokenizer[:12]}); convert the base again"
+        )
