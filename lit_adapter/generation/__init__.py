@@ -1,0 +1,1 @@
+"""Prompting: `sampling` picks tokens, `decode` runs the cache, `engine` is what Python users hold."""

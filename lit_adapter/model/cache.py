@@ -1,0 +1,87 @@
+"""Keys and values while decoding: allocated once, to the need; prefixes projected once.
+
+A cache has one slot per text. Texts of unequal length share a forward pass: prompts are padded on the
+right, and what padding wrote is overwritten before any later position could see it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.llama import Llama
+
+
+class KeyValueCache:
+    """Room for ``n_slots`` texts of up to ``length`` tokens.
+
+    Args:
+        model: whose keys and values are kept; its prefixes are projected now, so a changed adapter needs
+            a new cache.
+        n_slots: texts decoded together (B).
+        length: longest text with its answer, in tokens (S).
+    """
+
+    def __init__(self, model: Llama, n_slots: int, length: int) -> None:
+        config, weight = model.config, model.embed_tokens.weight
+        self.n_slots, self.length = n_slots, length
+        shape = (config.n_layer, n_slots, config.n_kv_head, length, config.head_dim)
+        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
+        self.v = torch.zeros_like(self.k)
+        with torch.no_grad():
+            self.prefix: list[KeyValue | None] = [
+                block.self_attn.prefix_kv(weight.dtype) if block.self_attn.prefix is not None else None
+                for block in model.layers
+            ]
+
+
+class _CacheView:
+    def __init__(self, cache: KeyValueCache, rotation: KeyValue) -> None:
+        self.cache, self.rotation = cache, rotation
+
+    def rotation_at(self, rows: Tensor) -> KeyValue:
+        cos, sin = self.rotation
+        return cos[:, rows], sin[:, rows]
+
+    def prefix_kv(self, layer: int) -> KeyValue | None:
+        return self.cache.prefix[layer]
+
+
+class PrefillView(_CacheView):
+    """Whole prompts ``[B, T]``, padded on the right, into the slots ``slots [B]``."""
+
+    def __init__(self, cache: KeyValueCache, rotation: KeyValue, slots: Tensor) -> None:
+        super().__init__(cache, rotation)
+        self.slots = slots
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Keep keys and values, attend causally among the prompt's own."""
+        T = k.shape[2]
+        self.cache.k[layer, self.slots, :, :T] = k
+        self.cache.v[layer, self.slots, :, :T] = v
+        if q.shape[2] == T:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        seen = rows[:, None] >= torch.arange(T, device=k.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+class DecodeView(_CacheView):
+    """One new token in every slot, at ``position [B, 1]``; keys up to ``used`` are looked at."""
+
+    def __init__(self, cache: KeyValueCache, rotation: KeyValue, position: Tensor, used: int) -> None:
+        super().__init__(cache, rotation)
+        self.slot = torch.arange(cache.n_slots, device=position.device)
+        self.position, self.used = position[:, 0], used
+        seen = torch.arange(used, device=position.device) <= position  # [B, used]
+        self.seen = None if cache.n_slots == 1 else seen[:, None, None, :]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        """Keep the new key and value, attend to all so far."""
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.slot, :, self.position] = k[:, :, 0]
+        values[self.slot, :, self.position] = v[:, :, 0]
+        return F.scaled_dot_product_attention(
+            q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=self.seen, enable_gqa=True
+        )

@@ -1,0 +1,156 @@
+"""The Lightning module: one batch is one optimizer step, whatever it takes to compute it.
+
+A `StepBatch` carries the step's rows and the number of targets of the WHOLE step, over all rows and all
+processes. Each row's summed loss is divided by that number before its backward pass, so the step is the
+same however it is cut. Optimization is manual because the rows of a step are accumulated here; clipping
+and unscaling stay where Lightning's precision plugins expect them.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from lit_adapter.config import OptimConfig
+from lit_adapter.data.packing import StepBatch
+from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import adapter_parameters, adapter_state, load_adapter_state
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import target_loss
+from lit_adapter.model.views import view_of
+from lit_adapter.training.schedule import learning_rate
+
+
+class LitAdapter(LightningModule):
+    """Trains the adapter of a frozen model; its state is the adapter alone.
+
+    Args:
+        model: the frozen base with prefixes attached.
+        config: the optimizer's settings.
+        total_steps: optimizer steps of the run, for the schedule.
+        seed: of the prefix dropout.
+    """
+
+    def __init__(self, model: Llama, config: OptimConfig, total_steps: int, seed: int = 0) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
+        self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
+        self.bad_steps_in_a_row = 0
+        self.last: dict[str, float] = {}
+        """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
+
+    def row_loss(self, row: PackedRow) -> Tensor:
+        """Return the summed cross-entropy of a row's targets."""
+        view = view_of(self.model, row)
+        hidden = self.model(row.ids[None], view, row.target_index)[0]
+        return target_loss(hidden, self.model.lm_head.weight, row.target_id)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Accumulate the step's rows, then update the adapter."""
+        if self.has_dropout:  # from the step, so that a resumed run draws what an unstopped one would
+            torch.manual_seed(hash((self.seed, batch.step, self.global_rank)))
+        self._set_learning_rate(batch.step)
+        total = torch.zeros((), device=self.device)
+        for number, row in enumerate(batch.rows):
+            with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
+                loss = self.row_loss(row)
+                # DDP averages gradients over processes; the step's loss is a sum over them.
+                self.manual_backward(loss * (self.trainer.world_size / batch.n_targets))
+            total += loss.detach()
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        self.last = {"loss": float(total) / batch.n_targets, "tokens": batch.n_tokens}
+        self._update(batch)
+
+    def _without_sync(self) -> Any:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def _set_learning_rate(self, step: int) -> None:
+        rate = learning_rate(self.config, step, self.total_steps)
+        for group in self.optimizers().param_groups:
+            group["lr"] = rate
+
+    def _update(self, batch: StepBatch) -> None:
+        optimizer = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.last["lr"] = optimizer.param_groups[0]["lr"]
+        self.trainer.datamodule.finished_steps = batch.step + 1
+        self._count_bad_steps(batch)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Measure and clip the (unscaled) gradient; drop it where it or the loss is not finite.
+
+        Gradients are already summed over processes, and so is the loss: all processes decide alike.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bound = self.config.clip if self.config.clip is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
+        self.last["grad_norm"] = float(norm)
+        if not math.isfinite(self.last["grad_norm"] + self.last["loss"]):
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _count_bad_steps(self, batch: StepBatch) -> None:
+        if math.isfinite(self.last["grad_norm"] + self.last["loss"]):
+            self.bad_steps_in_a_row = 0
+            return
+        self.bad_steps_in_a_row += 1
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and math.isfinite(self.last["loss"]) and scaler.get_scale() > 1:
+            self.bad_steps_in_a_row = 0  # the scaler is looking for its scale
+            return
+        if self.bad_steps_in_a_row >= self.config.max_bad_steps:
+            rows = self.trainer.datamodule.origins(batch)
+            raise UserError(
+                f"step {batch.step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
+                f"{self.bad_steps_in_a_row} steps in a row were skipped, so training stops (records {rows}); "
+                "lower optim.lr, or check those records; the last checkpoint is unaffected"
+            )
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Sum the loss of the held-out records."""
+        if batch_idx == 0:
+            self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
+        for row in batch.rows:
+            self.val_sum += self.row_loss(row)
+        self.val_targets += batch.n_targets
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the held-out loss per target."""
+        total = self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")
+        self.log("val/loss", float(total) / self.val_targets, sync_dist=False)
+
+    def configure_optimizers(self) -> Optimizer:
+        """Return AdamW on the adapter's parameters."""
+        parameters = [parameter for _, parameter in adapter_parameters(self.model)]
+        return AdamW(
+            parameters,
+            lr=self.config.peak_lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+        )
+
+    def on_train_start(self) -> None:
+        """Let this run's settings stand where a resumed optimizer brought its own."""
+        for group in self.optimizers().param_groups:
+            group["weight_decay"], group["betas"] = self.config.weight_decay, tuple(self.config.betas)
+            group["eps"] = self.config.eps
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the adapter; the frozen base is never saved."""
+        return adapter_state(self.model)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
+        """Load an adapter; its names and shapes must be exactly this model's."""
+        load_adapter_state(self.model, dict(state_dict), source="checkpoint")

@@ -1,0 +1,48 @@
+"""The learning rate as a plain function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from lit_adapter.config import OptimConfig
+from lit_adapter.errors import UserError
+
+
+def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
+    """Return the run's optimizer steps.
+
+    Raises:
+        UserError: epochs that do not make one step.
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    steps = int(config.epochs * steps_per_epoch)
+    if steps < 1:
+        raise UserError(f"optim.epochs is {config.epochs}: less than one of {steps_per_epoch} steps; raise it")
+    return steps
+
+
+def warmup_steps(config: OptimConfig, total: int) -> int:
+    """Return the warm-up in optimizer steps.
+
+    Raises:
+        UserError: a warm-up longer than the run.
+    """
+    steps = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if steps > total:
+        raise UserError(
+            f"optim.warmup is {steps} steps, longer than the run of {total}; lower it or train longer"
+        )
+    return steps
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Return the learning rate of optimizer step ``step`` (counted from 0) of ``total``."""
+    warmup = warmup_steps(config, total)
+    if step < warmup:
+        return config.peak_lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.peak_lr
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.peak_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
