@@ -112,9 +112,7 @@ def encode_records(
     return encoded
 
 
-def _encode_all(
-    rows: Sequence[Record], tokenizer: Tokenizer, template: Template
-) -> Iterable[_Example]:
+def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template) -> Iterable[_Example]:
     one = partial(_encode_one, tokenizer, template)
     workers = min(8, os.cpu_count() or 1)
     if len(rows) < PARALLEL_FROM or workers == 1:

@@ -184,26 +184,26 @@ def merge(parts: Sequence[Records], source: str) -> Records:
     return Records(rows, source, sum(part.n_empty_output for part in parts))
 
 
-def split(
-    records: Records, *, val_size: int | None = None, val_fraction: float | None = None, seed: int
-) -> tuple[Records, Records]:
+def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
     """Split into (train, validation), chosen by ``seed``; both keep the order of the file.
 
     Args:
         records: what to split.
-        val_size: how many validation records, or
-        val_fraction: which share of the records, above 0 and below 1; give exactly one of the two.
+        val_size: how many validation records, or, below 1, which fraction of the records.
         seed: the same seed and records give the same split, on every Python version.
 
     Raises:
-        UserError: both or none given, or no record would be left on one side.
+        UserError: not a count or a fraction, or no record would be left on one side.
     """
     total = len(records)
-    count = _val_count(total, val_size, val_fraction)
+    if not (0 < val_size < 1 or val_size == val_size // 1):
+        raise UserError(f"val_size is {val_size}; expected a number of records, or a fraction below 1")
+    count = round(total * val_size) if 0 < val_size < 1 else int(val_size)
     if not 0 < count < total:
-        asked = f"val_size is {count}" if val_fraction is None else f"val_fraction {val_fraction} is {count}"
+        asked = f"val_size {val_size}" if count == val_size else f"val_size {val_size} ({count} records)"
         raise UserError(
-            f"{asked}, but {records.source} has {total} records; expected at least 1 and at most {total - 1}"
+            f"{asked} of the {total} records of {records.source}; "
+            f"expected at least 1 record and at most {total - 1} for validation"
         )
     # Only Random.random() promises the same numbers on every Python version; shuffle() does not.
     draw = random.Random(seed).random
@@ -213,16 +213,6 @@ def split(
         tuple(row for i, row in enumerate(records.rows) if (i in chosen) is side) for side in (False, True)
     ]
     return Records(sides[0], f"{records.source} (train)"), Records(sides[1], f"{records.source} (validation)")
-
-
-def _val_count(total: int, val_size: int | None, val_fraction: float | None) -> int:
-    if val_size is not None and val_fraction is None:
-        return val_size
-    if val_fraction is None or val_size is not None:
-        raise UserError("validation split: give exactly one of val_size and val_fraction")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}; expected a share above 0 and below 1")
-    return round(total * val_fraction)
 
 
 def overlap(train: Records, val: Records) -> int:

@@ -55,21 +55,23 @@ class View(Protocol):
         """Return the layer's ready prefix keys and values, or None to project them now."""
 
 
-class _TrainingView:
-    """What views without a cache share: rotation by row, and no ready prefixes."""
+class BaseView:
+    """What all views share: rotation by position, and no ready prefixes."""
 
     def __init__(self, rotation: KeyValue) -> None:
         self.rotation = rotation
 
     def rotation_at(self, rows: Tensor) -> KeyValue:
+        """Return cosines and sines of the positions ``rows [M]``."""
         cos, sin = self.rotation
         return cos[:, rows], sin[:, rows]
 
-    def prefix_kv(self, layer: int) -> None:  # noqa: ARG002
+    def prefix_kv(self, layer: int) -> KeyValue | None:
+        """Let the layer project its prefix now: while training it changes with every step."""
         return None
 
 
-class CausalView(_TrainingView):
+class CausalView(BaseView):
     """A plain batch ``[B, T]`` of equally long texts."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
@@ -90,7 +92,7 @@ class _Group:
     valid: Tensor  # [S, L] which entries of `query` are real
 
 
-class SegmentView(_TrainingView):
+class SegmentView(BaseView):
     """A packed row, attended segment by segment: exact, and without work for pairs that see nothing.
 
     Segments of similar length are gathered into one rectangle per call, so that a row of many short

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.attention import BaseView, KeyValue
 from lit_adapter.model.llama import Llama
 
 
@@ -37,13 +37,10 @@ class KeyValueCache:
             ]
 
 
-class _CacheView:
+class _CacheView(BaseView):
     def __init__(self, cache: KeyValueCache, rotation: KeyValue) -> None:
-        self.cache, self.rotation = cache, rotation
-
-    def rotation_at(self, rows: Tensor) -> KeyValue:
-        cos, sin = self.rotation
-        return cos[:, rows], sin[:, rows]
+        super().__init__(rotation)
+        self.cache = cache
 
     def prefix_kv(self, layer: int) -> KeyValue | None:
         return self.cache.prefix[layer]

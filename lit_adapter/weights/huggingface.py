@@ -51,7 +51,8 @@ class HuggingFaceSource(Source):
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
         if self.config.tie_embeddings and HEAD in shapes and EMBEDDING in shapes:
             del shapes[HEAD]
-            if not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
                 raise UserError(
                     f"{self.label(HEAD)} differs from the embedding, but {CONFIG} says "
                     "tie_word_embeddings; set it to false there to keep both"

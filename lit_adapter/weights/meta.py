@@ -101,7 +101,9 @@ class MetaSource(Source):
         for shard in self.shards[1:]:
             odd = sorted(shard.shapes.keys() ^ first.shapes.keys())
             if odd:
-                raise UserError(f"{shard.path}: tensor {odd[0]} is not in both this file and {first.path.name}")
+                raise UserError(
+                    f"{shard.path}: tensor {odd[0]} is not in both this file and {first.path.name}"
+                )
 
     def _cut_dim(self, name: str, dim: int) -> int | None:
         """Return along which dimension a tensor is cut, or None where every rank holds it whole."""
@@ -168,7 +170,9 @@ def _open_shards(folder: Path) -> list[TorchShard]:
     names = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     for number, name in enumerate(names):
         if name != f"consolidated.{number:02}.pth":
-            raise UserError(f"{folder / f'consolidated.{number:02}.pth'}: file not found, but {name} is there")
+            raise UserError(
+                f"{folder / f'consolidated.{number:02}.pth'}: file not found, but {name} is there"
+            )
     if not names:
         raise UserError(f"{folder}: no consolidated.00.pth beside {PARAMS}")
     return [TorchShard(member(folder, name)) for name in names]

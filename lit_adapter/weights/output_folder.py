@@ -31,9 +31,9 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
         ours, theirs = out.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents or (source.is_dir() and theirs in ours.parents):
             raise UserError(f"{out}: lies inside the source {source} or holds it; choose another --out")
-    if out.is_symlink() or not out.exists():
-        if out.is_symlink():
-            raise UserError(f"{out}: is a symbolic link; choose another --out")
+    if out.is_symlink():
+        raise UserError(f"{out}: is a symbolic link; choose another --out")
+    if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
@@ -67,7 +67,6 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sweep_leftovers(out)
         name = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX, dir=out.parent)
         scratch = Path(name)
         scratch.chmod(0o755)
@@ -101,6 +100,8 @@ def move_into_place(scratch: Path, out: Path) -> None:
 
 def sweep_leftovers(out: Path) -> None:
     """Remove what killed runs for ``out`` left beside it, and undo a half-done replacement."""
+    if not out.parent.is_dir():
+        return
     previous = _previous(out)
     if previous.is_dir():
         if out.exists():

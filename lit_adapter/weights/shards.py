@@ -20,7 +20,8 @@ from lit_adapter.errors import UserError
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AGAIN = "fetch it again"
-REMAP_BYTES = 134_217_728
+REMAP_BYTES = 33_554_432
+"""How much of a mapped file may be touched before its pages are given back."""
 
 
 class Shard(Protocol):
@@ -113,7 +114,9 @@ class SafetensorsShard:
         if dtype is None:
             raise UserError(f"{self.path}: tensor {name} is {self._header[name]['dtype']}; {_EXPECTED}")
         begin, end = self._header[name]["data_offsets"]
-        return torch.frombuffer(read_bytes(self.path, self._start + begin, end - begin), dtype=dtype).view(shape)
+        return torch.frombuffer(read_bytes(self.path, self._start + begin, end - begin), dtype=dtype).view(
+            shape
+        )
 
 
 class TorchShard:

@@ -64,7 +64,9 @@ def check_tensors(
     """
     missing = [name for name in expected if name not in found]
     if missing:
-        raise UserError(f"{file_of(missing[0])}: {_listed(missing)} missing, which {sizes} asks for")
+        raise UserError(
+            f"{file_of(missing[0])}: {_listed(missing)} missing, which the sizes in {sizes} ask for"
+        )
     extra = sorted(name for name in found if name not in expected)
     if extra:
         raise UserError(
@@ -75,7 +77,7 @@ def check_tensors(
         if found[name] != shape:
             raise UserError(
                 f"{file_of(name)}: tensor {name} has shape {list(found[name])}, "
-                f"but {sizes} asks for {list(shape)}"
+                f"but the sizes in {sizes} ask for {list(shape)}"
             )
 
 

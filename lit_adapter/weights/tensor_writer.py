@@ -111,7 +111,9 @@ class TensorWriter:
         """Yield a tensor's elements in order, cast and known to be finite."""
         for chunk in self.load(entry.name).contiguous().view(-1).split(CHUNK):
             if not torch.isfinite(chunk).all():
-                raise UserError(f"{self.label(entry.name)} holds NaN or infinite values; fetch the source again")
+                raise UserError(
+                    f"{self.label(entry.name)} holds NaN or infinite values; fetch the source again"
+                )
             cast = chunk.to(entry.dtype)
             if cast.dtype != chunk.dtype and not torch.isfinite(cast).all():
                 name = str(entry.dtype).removeprefix("torch.")

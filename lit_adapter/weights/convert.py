@@ -1,0 +1,144 @@
+"""Turn a checkpoint of any known format into a base folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import write_json
+from lit_adapter.text.loading import check_vocabulary, load_tokenizer
+from lit_adapter.weights.base_folder import (
+    CONFIG,
+    FINGERPRINT,
+    FORMAT_VERSION,
+    GENERATION_CONFIG,
+    expected_shapes,
+    tokenizer_fingerprint,
+)
+from lit_adapter.weights.gguf_file import GGUFSource
+from lit_adapter.weights.huggingface import HuggingFaceSource
+from lit_adapter.weights.meta import PARAMS, MetaSource
+from lit_adapter.weights.output_folder import (
+    check_free,
+    check_output,
+    move_into_place,
+    scratch_folder,
+    sweep_leftovers,
+)
+from lit_adapter.weights.source import Source
+from lit_adapter.weights.tensor_writer import DTYPE_NAMES, Entry, TensorWriter
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
+MAX_FILE_BYTES = 5_000_000_000
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    origin: dict[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Convert a checkpoint into a base folder, which appears whole or not at all.
+
+    Args:
+        source: a Hugging Face folder, a Meta folder, or a GGUF file.
+        out: the folder to make, such as ``checkpoints/NAME``.
+        dtype: float32, bfloat16 or float16; by default every tensor keeps the source's type, and
+            quantised GGUF types become float32, which holds their values exactly.
+        overwrite: replace a converted base that is already there, once the new one is complete.
+        origin: what the fingerprint says of the source; by default its format and file name.
+        max_file_bytes: above this much, weights are cut into numbered files.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: the source is not understood or damaged, the output is in the way, or the disk is full.
+    """
+    source, out = Path(source), Path(out).absolute()
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    sweep_leftovers(out)
+    check_output(out, source, overwrite=overwrite)
+    checkpoint = open_source(source)
+    entries = [
+        Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
+        for name, shape in expected_shapes(checkpoint.config).items()
+    ]
+    with scratch_folder(out) as scratch:
+        checkpoint.write_tokenizer(scratch)
+        _check_vocabulary(scratch, checkpoint.config.vocab_size, source)
+        check_free(out, sum(entry.n_bytes for entry in entries))
+        writer = TensorWriter(
+            scratch, checkpoint.tensor, checkpoint.label, max_file_bytes=max_file_bytes, progress=progress
+        )
+        weights = writer.write(entries)
+        _write_configs(scratch, checkpoint, entries)
+        origin = origin or {"format": checkpoint.format, "name": source.resolve().name}
+        _write_fingerprint(scratch, weights, origin)
+        move_into_place(scratch, out)
+    return out
+
+
+def open_source(source: Path) -> Source:
+    """Recognise a checkpoint and check everything about it but the values of its tensors.
+
+    Raises:
+        UserError: nothing there, nothing known, or something wrong with it.
+    """
+    if source.is_file():
+        if source.suffix in (".safetensors", ".bin", ".pth", ".pt"):
+            raise UserError(f"{source}: give the folder that holds it, with its {CONFIG} or {PARAMS}")
+        return GGUFSource(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such file or folder")
+    if (source / CONFIG).is_file():
+        return HuggingFaceSource(source)
+    if (source / PARAMS).is_file():
+        return MetaSource(source)
+    found = sorted(path.name for path in source.glob("*.gguf"))
+    hint = f"; did you mean {source / found[0]}?" if found else ""
+    raise UserError(f"{source}: no {CONFIG} (Hugging Face) or {PARAMS} (Meta) there{hint}")
+
+
+def _check_vocabulary(folder: Path, n_rows: int, source: Path) -> None:
+    try:
+        check_vocabulary(load_tokenizer(folder), n_rows)
+    except UserError as error:
+        # The copy in the unfinished folder is gone when the user looks for it.
+        message = str(error).replace(str(folder), str(source))
+        raise UserError(message if str(source) in message else f"{source}: {message}") from None
+
+
+def _write_configs(folder: Path, checkpoint: Source, entries: list[Entry]) -> None:
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in entries:
+        sizes[entry.dtype] += entry.n_bytes
+    main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    write_json(folder / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
+    if checkpoint.generation is not None:
+        write_json(folder / GENERATION_CONFIG, checkpoint.generation)
+
+
+def _write_fingerprint(folder: Path, weights: str, origin: dict[str, Any]) -> None:
+    files = {
+        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if not path.name.startswith(".")
+    }
+    fingerprint = {
+        "format": FORMAT_VERSION,
+        "weights": weights,
+        "tokenizer": tokenizer_fingerprint(folder),
+        "files": files,
+        "source": origin,
+    }
+    write_json(folder / FINGERPRINT, fingerprint)

