@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from convert_sources import random_llama, write_gguf, write_hf, write_meta, write_tokenizer
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lit_adapter.weights
@@ -273,7 +275,7 @@ META: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda p: cut(p / "consolidated.01.pth"), "consolidated.01.pth: truncated or damaged"),
     "layers": (
         lambda p: edit_json(p / "params.json", n_layers=3),
-        "consolidated.00.pth: tensors layers.2.attention_norm.weight, .* missing, which the sizes in params.json ask for",
+        "consolidated.00.pth: tensors layers.2.attention_norm.weight, .* missing, .*sizes in params.json",
     ),
     "fewer layers": (lambda p: edit_json(p / "params.json", n_layers=1), "tensors layers.1.* are unknown"),
     "heads": (
@@ -357,6 +359,42 @@ def test_truncated_gguf(tmp_path: Path, share: float) -> None:
     write_gguf(random_llama(), path)
     cut(path, share)
     refuse(path, "model.gguf: truncated")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, model = tmp_path_factory.mktemp("sound"), random_llama()
+    write_gguf(model, folder / "model.gguf")
+    return {
+        "gguf": folder / "model.gguf",
+        "safetensors": write_hf(model, folder / "hf") / "model.safetensors",
+        "bin": write_hf(model, folder / "bin", "bin") / "pytorch_model.bin",
+        "pth": write_meta(model, folder / "meta") / "consolidated.00.pth",
+    }
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin", "pth"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), tail=st.booleans(), damage=st.binary(min_size=1, max_size=8))
+@example(place=0.0, tail=False, damage=b"\xff" * 8)
+def test_damaged_bytes_give_a_base_or_one_line(
+    sound: dict[str, Path], tmp_path: Path, kind: str, place: float, tail: bool, damage: bytes
+) -> None:
+    path = sound[kind]
+    content = path.read_bytes()
+    reach = min(len(content), 20_000)  # where headers and directories are
+    start = int(place * reach) + (len(content) - reach if tail else 0)
+    try:
+        path.write_bytes(content[:start] + damage + content[start + len(damage) :])
+        convert(path if kind == "gguf" else path.parent, tmp_path / "base" / "out", overwrite=True)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = f"{path}: still whole"
+    finally:
+        path.write_bytes(content)
+    assert path.parent.name in message
+    assert {entry.name for entry in (tmp_path / "base").glob("*")} <= {"out"}
 
 
 def test_sources_that_are_nothing(tmp_path: Path) -> None:

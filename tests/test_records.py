@@ -6,17 +6,13 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_adapter.data.hub import choose_files, is_hub_name, read_hub
 from lit_adapter.data.records import Columns, Record, Records, merge, overlap, read_records, split
 from lit_adapter.errors import UserError
 
@@ -73,7 +69,7 @@ def test_renamed_columns_and_absent_input(tmp_path: Path, suffix: str) -> None:
     assert texts(records) == [{"instruction": "a", "input": "", "output": "b"}]
     with pytest.raises(UserError, match="no record has the input column 'ctx'"):
         read_records(path, columns=Columns(instruction="q", input="ctx", output="r"))
-    with pytest.raises(UserError, match="1: key 'instruction' is missing .*'q', .*add it"):
+    with pytest.raises(UserError, match=r":[12]: key 'instruction' is missing .*'q', .*add it"):
         read_records(path)
 
 
@@ -99,10 +95,13 @@ def test_damage_gives_records_or_one_line(tmp_path: Path, junk: bytes, at: int, 
     whole = write_format(tmp_path, suffix, HARD).read_bytes()
     damaged = write(tmp_path, f"damaged{suffix}", whole[:at] + junk + whole[at + len(junk) :])
     try:
-        read_records(damaged)
+        assert len(read_records(damaged)) <= len(whole)
     except UserError as error:
-        assert str(error).startswith(str(damaged))
-        assert "\n" not in str(error)
+        message = str(error)
+    else:
+        return
+    assert message.startswith(str(damaged))
+    assert "\n" not in message
 
 
 FAULTS = {
@@ -310,123 +309,3 @@ def test_real_data_is_read_whole() -> None:
     assert texts(records) == expected
     lines = Path(path).read_text("utf-8").split("\n")
     assert all("{" in lines[r.line - 1] for r in records)
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("yahma/alpaca-cleaned", True),
-        ("org/name:train", True),
-        ("org/name:data/a.json", True),
-        ("data/train.json", False),
-        ("./org/name", False),
-        ("a/b/c", False),
-        ("name", False),
-        ("https://x/y", False),
-    ],
-)
-def test_is_hub_name(source: str, expected: bool) -> None:
-    assert is_hub_name(source) is expected
-
-
-def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert not is_hub_name("org/name")
-
-
-def test_choose_files_of_a_repository() -> None:
-    shards = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
-    tests = ["data/test-00000-of-00001.parquet"]
-    about = ["README.md", "dataset_infos.json", ".hidden/x.json"]
-    assert choose_files([*about, "alpaca.json"], None, "o/n") == ["alpaca.json"]
-    assert choose_files([*shards[::-1], *tests, *about], None, "o/n") == shards
-    assert choose_files([*shards, *tests], "test", "o/n") == tests
-    for files, part, message in [
-        (about, None, "holds no .json"),
-        (["a.json", "b.json"], None, r"2 data files; name one as o/n:FILE: a.json, b.json"),
-        (["train.json", "train.parquet"], None, "name one as"),
-        (["train.json"], "test", "no data file of split 'test'"),
-        (shards[:1], None, "1 of 2 shards"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            choose_files(files, part, "o/n")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Just enough of the Hub: one data set at one commit."""
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    files = {"train.jsonl": f"{OK}\n".encode() * 2, "test.jsonl": b'{"instruction":"a"}\n', "README.md": b"x"}  # noqa: RUF012
-
-    def do_GET(self) -> None:
-        head, _, file = self.path.partition(f"/resolve/{self.commit}/")
-        if self.path.startswith("/api/datasets/org/name"):
-            siblings = [{"rfilename": name} for name in self.files]
-            self.answer(
-                200, json.dumps({"id": "org/name", "sha": self.commit, "siblings": siblings}).encode()
-            )
-        elif head == "/datasets/org/name" and file in self.files:
-            self.answer(200, self.files[file])
-        else:
-            self.answer(404, b"", "EntryNotFound" if "org/name" in self.path else "RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, error: str | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Keep the test's output clean."""
-
-
-READ = """
-import sys
-from lit_adapter.data.hub import read_hub
-from lit_adapter.errors import UserError
-for name in sys.argv[1:]:
-    try:
-        records = read_hub(name)
-        print(len(records), records.source, records[0].origin)
-    except UserError as error:
-        print("error:", error)
-"""
-
-
-def read_in_process(folder: Path, endpoint: str, *names: str) -> list[str]:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "no_proxy": "*"}
-    command = [sys.executable, "-c", READ, *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout.splitlines()
-
-
-def test_read_hub_from_a_stand_in(tmp_path: Path) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    names = ["org/name", "org/name:test", f"org/name:{'train'}", "org/name:dev", "org/other"]
-    try:
-        lines = read_in_process(tmp_path, f"http://127.0.0.1:{server.server_port}", *names)
-    finally:
-        server.shutdown()
-        server.server_close()
-    whole, test, train, dev, other = lines
-    assert whole == "2 org/name:train.jsonl org/name:train.jsonl:1"
-    assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
-    assert train == whole
-    assert dev.startswith("error: org/name: no data file of split 'dev'")
-    assert other.startswith("error: org/other: no such data set on the Hub")
-    (gone,) = read_in_process(tmp_path, "http://127.0.0.1:9", "org/name")
-    assert gone.startswith("error: org/name: cannot be fetched from the Hub")
-
-
-def test_read_hub_refuses_what_is_no_name() -> None:
-    with pytest.raises(UserError, match="is no Hub data set"):
-        read_hub("../x")

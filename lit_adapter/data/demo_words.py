@@ -1,6 +1,7 @@
 """The words of the demo data set: everyday ones, so that a held-out word is new to the adapter only.
 
-White space separates them. They are many because what a small model learns last is to copy a word it was never trained to copy.
+White space separates them. They are many because what a small model learns last is to copy a word it
+was never trained to copy.
 """
 
 from __future__ import annotations

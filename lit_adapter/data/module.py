@@ -173,6 +173,12 @@ class AlpacaDataModule(LightningDataModule):
             )
         self.finished_steps = state_dict["finished_steps"]
 
+    def origins(self, batch: StepBatch) -> str:
+        """Name where the first records of a step come from, for messages."""
+        rows = [int(self.train_encoded.source_row[r]) for row in batch.records for r in row]
+        shown = ", ".join(self.train_records[row].origin for row in rows[:4])
+        return shown + (", ..." if len(rows) > 4 else "")
+
     def identity(self) -> dict[str, Any]:
         """Return what decides which records a step holds."""
         return {

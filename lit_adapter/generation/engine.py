@@ -23,9 +23,9 @@ from lit_adapter.generation.sampling import Sampling
 from lit_adapter.model.adapter import attach, load_adapter_state
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.llama import Llama
+from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import Tokenizer
-from lit_adapter.text.loading import StreamDecoder, check_vocabulary, load_tokenizer
+from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import BaseIdentity, check_base, read_adapter
 from lit_adapter.weights.base_folder import read_fingerprint
 from lit_adapter.weights.load import load_base

@@ -1,73 +1,124 @@
-"""The base's own chat template, rendered once with marks where the user's texts go."""
+"""The base's own chat template, rendered once into plain text with a place for the user's words.
+
+The Jinja program comes with the base, so it runs in Jinja's sandbox, and never sees what users write.
+"""
 
 from __future__ import annotations
 
-import datetime
-import secrets
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NoReturn
 
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from lit_adapter.errors import UserError
-from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
+USER, ANSWER = "LitAdapterUserWords", "LitAdapterAnswerWords"
+"""Stand-ins for what is not known yet; no template has these words."""
 
-def chat_template(tokenizer: Tokenizer) -> Template:
-    """Return the chat template as plain text with ``{instruction}`` and ``{input}``.
 
-    The Jinja text runs in jinja's sandbox, once, on marks that no text holds by chance; what it renders is
-    kept, so that an adapter carries the very text it was trained with.
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat of one user message, up to the answer, and what follows the answer."""
+
+    before: str
+    """Text from the start up to the user's words."""
+    after: str
+    """Text from the user's words to the answer."""
+    lead: str
+    """Space that the template puts before an answer and a prompt does not end in."""
+    end: str | None
+    """The control token after an answer, or None if none follows it."""
+    trim: bool
+    """Whether the template strips white space around the user's words."""
+
+
+def render_chat(tokenizer: Tokenizer) -> RenderedChat:
+    """Render the tokenizer's chat template for one user message.
 
     Raises:
-        UserError: the base has none, or it fails.
+        UserError: it has none, or one that fails or does not show the user's words exactly once.
     """
     if not tokenizer.chat_template:
-        raise UserError("data.template is chat, but the base has no chat template; use alpaca or your own text")
-    mark = secrets.token_hex(8)
-    with_input = _render(tokenizer, f"{mark}instruction\n\n{mark}input")
-    without = _render(tokenizer, f"{mark}instruction")
-    answered = _render(tokenizer, f"{mark}instruction", answer=f"{mark}output")
-    texts = [text.replace(f"{mark}instruction", "{instruction}") for text in (with_input, without)]
-    if any("{instruction}" not in text for text in texts):
-        raise UserError("the base's chat template leaves the user's message out; use alpaca or your own text")
-    return Template(
-        name="chat",
-        text=texts[0].replace(f"{mark}input", "{input}"),
-        text_without_input=texts[1],
-        answer_end=_answer_end(answered.partition(f"{mark}output")[2], tokenizer),
-        has_control_tokens=True,
-    )
-
-
-def _answer_end(rest: str, tokenizer: Tokenizer) -> str:
-    """Return the control token that the template puts after an answer, or an empty text."""
-    rest = rest.lstrip()
-    return max((text for text in tokenizer.control_tokens if rest.startswith(text)), key=len, default="")
-
-
-def _render(tokenizer: Tokenizer, question: str, answer: str | None = None) -> str:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    spelled = {number: text for text, number in tokenizer.control_tokens.items()}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _today}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    try:
-        return environment.from_string(tokenizer.chat_template or "").render(
-            messages=messages,
-            add_generation_prompt=answer is None,
-            bos_token=spelled.get(tokenizer.bos_id if tokenizer.bos_id is not None else -1, ""),
-            eos_token=spelled.get(tokenizer.eos_id, ""),
+        raise UserError("template 'chat': this base has no chat template; use alpaca or a text of your own")
+    user = {"role": "user", "content": USER}
+    prompt = _render(tokenizer, [user], prompt=True)
+    before, found, after = prompt.partition(USER)
+    if not found or USER in after:
+        raise UserError(
+            f"template 'chat': the base's template shows the user's words {prompt.count(USER)} times; "
+            "expected once; use alpaca or a text of your own"
         )
-    except TemplateError as error:
-        raise UserError(f"the base's chat template fails: {error}; use alpaca or your own text") from None
+    padded = _render(tokenizer, [{"role": "user", "content": f"  {USER}  "}], prompt=True)
+    whole = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}], prompt=False)
+    until_answer, found, rest = whole.partition(ANSWER)
+    if not found:
+        raise UserError(
+            "template 'chat': the base's template shows no answer; use alpaca or a text of your own"
+        )
+    gap = until_answer[len(prompt) :] if until_answer.startswith(prompt) else ""
+    return RenderedChat(before, after, gap if gap == " " else "", _end(rest, tokenizer), prompt == padded)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"the base's chat template refuses: {message}; use alpaca or your own text")
+def _end(rest: str, tokenizer: Tokenizer) -> str | None:
+    """Return the control token at the start of what follows an answer, the longest that fits."""
+    fitting = [token for token in tokenizer.control_tokens if rest.lstrip().startswith(token)]
+    return max(fitting, key=len, default=None)
 
 
-def _today(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
+    environment = _environment()
+    try:
+        template = environment.from_string(tokenizer.chat_template or "")
+        return template.render(
+            messages=messages,
+            add_generation_prompt=prompt,
+            bos_token="" if tokenizer.bos_id is None else spelled.get(tokenizer.bos_id, ""),
+            eos_token=spelled.get(tokenizer.eos_id, ""),
+            tools=None,
+            documents=None,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"template 'chat': the base's chat template fails: {error}") from None
+
+
+class _Generation(Extension):
+    """The block ``{% generation %}``, by which transformers marks answers; its content stays."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return what chat templates are written for: transformers' settings and functions."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Return a pattern that finds control tokens in a template's own text, longest first."""
+    spellings = sorted(tokenizer.control_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, spellings))) if spellings else None

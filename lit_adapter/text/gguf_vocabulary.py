@@ -1,126 +1,171 @@
-"""The vocabulary inside a GGUF file, written as the tokenizer files that a base folder holds."""
+"""The vocabulary inside a GGUF file, written as the tokenizer files every other reader knows.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_adapter import files
-from lit_adapter.errors import UserError
-from lit_adapter.text.tiktoken_ranks import SPLIT as LLAMA3_SPLIT
+from lit_adapter.errors import UserError, nearest
+from lit_adapter.text.byte_pairs import Split, byte_level_json
+from lit_adapter.text.huggingface import added_token
+from lit_adapter.text.sentencepiece_model import ModelProto
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types of the format
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "default": [_BYTE_LEVEL],
-    "gpt-2": [_BYTE_LEVEL],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-        _BYTE_LEVEL | {"use_regex": False},
-    ],
+PRE_TOKENIZERS: dict[str, Split] = {
+    "default": "gpt2",
+    "gpt-2": "gpt2",
+    "llama-bpe": "llama3",
+    "llama-v3": "llama3",
+    "llama3": "llama3",
+    "smollm": "digits",
+    "starcoder": "digits",
 }
-_PRE_TOKENIZERS["llama3"] = _PRE_TOKENIZERS["llama-bpe"]
+"""How text is cut, by ``tokenizer.ggml.pre``."""
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+"""Types of tokens; GGUF numbers them as sentencepiece does."""
+BPE = 2
 
 
-def write_gguf_tokenizer(values: dict[str, Any], out: Path) -> None:
-    """Write the vocabulary of a GGUF file into a folder.
+def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
+    """Write the tokenizer files of a GGUF vocabulary.
 
-    A byte-level BPE becomes ``tokenizer.json``, a sentencepiece vocabulary ``tokenizer.model``; control
-    tokens, BOS and chat template go to ``tokenizer_config.json``.
+    A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece one (``llama``)
+    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``.
 
     Args:
-        values: the file's fields as plain values, by name.
-        out: the folder.
+        fields: the file's keys, with plain values or as `gguf.GGUFReader.fields` holds them.
+        out: folder to write to.
 
     Raises:
-        UserError: a kind of vocabulary, or a way to cut words, that is not known here.
+        UserError: a key is missing, does not fit the others, or names a kind that is not known.
     """
-    kind = values.get("tokenizer.ggml.model")
-    tokens = values.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise UserError("GGUF: no vocabulary (tokenizer.ggml.tokens) in the file")
+    keys = _Keys(fields)
+    kind = keys.need("model")
     if kind == "gpt2":
-        files.write_json(out / "tokenizer.json", _byte_level_bpe(values))
+        content = json.dumps(_byte_level(keys), ensure_ascii=False)
+        files.write_text(Path(out) / "tokenizer.json", content)
     elif kind == "llama":
-        files.write_bytes(out / "tokenizer.model", _sentencepiece(values))
+        files.write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
     else:
-        raise UserError(f"GGUF: tokenizer.ggml.model is {kind!r}; expected gpt2 or llama")
-    files.write_json(out / "tokenizer_config.json", _settings(values))
+        raise UserError(f"GGUF: key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
+    files.write_json(Path(out) / "tokenizer_config.json", _config(keys))
 
 
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    tokens = values["tokenizer.ggml.tokens"]
-    settings: dict[str, Any] = {}
+class _Keys:
+    """The keys under ``tokenizer.ggml``, with tokens and types checked against each other."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+        self.tokens: list[str] = list(self.need("tokens"))
+        self.types: list[int] = list(self.get("token_type") or [1] * len(self.tokens))
+        if len(self.types) != len(self.tokens):
+            raise UserError(
+                f"GGUF: {len(self.tokens)} tokens but {len(self.types)} in 'tokenizer.ggml.token_type'"
+            )
+        if len(set(self.tokens)) != len(self.tokens):
+            twice = next(text for i, text in enumerate(self.tokens) if text in self.tokens[:i])
+            raise UserError(f"GGUF: token {twice!r} stands twice in 'tokenizer.ggml.tokens'")
+
+    def get(self, name: str, default: Any = None, prefix: str = "tokenizer.ggml.") -> Any:
+        value = self._fields.get(prefix + name)
+        if value is not None and hasattr(value, "contents"):
+            value = value.contents()
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise UserError(f"GGUF: key 'tokenizer.ggml.{name}' is missing; convert the original checkpoint")
+        return value
+
+    def token_id(self, name: str) -> int | None:
+        value = self.get(f"{name}_token_id")
+        if value is not None and not 0 <= value < len(self.tokens):
+            raise UserError(
+                f"GGUF: 'tokenizer.ggml.{name}_token_id' is {value}; expected below {len(self.tokens)}"
+            )
+        return value
+
+    def token(self, name: str) -> str | None:
+        id_ = self.token_id(name)
+        return None if id_ is None else self.tokens[id_]
+
+    @property
+    def add_bos(self) -> bool:
+        # Where nothing is said, llama.cpp puts BOS before LLaMA's texts only.
+        llama = self.get("model") == "llama" or PRE_TOKENIZERS.get(self.get("pre")) == "llama3"
+        return bool(self.get("add_bos_token", llama)) and self.token_id("bos") is not None
+
+
+def _byte_level(keys: _Keys) -> dict[str, Any]:
+    pre = keys.need("pre")
+    if pre not in PRE_TOKENIZERS:
+        hint = nearest(str(pre), list(PRE_TOKENIZERS))
+        raise UserError(
+            f"GGUF: 'tokenizer.ggml.pre' is {pre!r}, which is not known{hint or '; expected one of '}"
+            f"{'' if hint else ', '.join(PRE_TOKENIZERS)}"
+        )
+    named = {keys.token_id(name) for name in ("bos", "eos", "eot")}
+    added = []
+    for id_, (text, kind) in enumerate(zip(keys.tokens, keys.types, strict=True)):
+        special = kind in (CONTROL, UNKNOWN) or id_ in named
+        if special or kind == USER_DEFINED:
+            added.append(added_token(text, id_, special=special))
+    vocab = {text: id_ for id_, text in enumerate(keys.tokens)}
+    merges = []
+    for merge in keys.need("merges"):
+        left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise UserError(f"GGUF: 'tokenizer.ggml.merges' joins {merge!r}, which are no tokens")
+        merges.append((left, right))
+    bos = keys.token("bos") if keys.add_bos else None
+    return byte_level_json(vocab, merges, added, PRE_TOKENIZERS[pre], bos=bos)
+
+
+def _sentencepiece(keys: _Keys) -> bytes:
+    scores = list(keys.need("scores"))
+    if len(scores) != len(keys.tokens):
+        raise UserError(f"GGUF: {len(keys.tokens)} tokens but {len(scores)} in 'tokenizer.ggml.scores'")
+    if keys.types.count(UNKNOWN) != 1:
+        raise UserError("GGUF: 'tokenizer.ggml.token_type' has no unknown token (2), or several")
+    model = ModelProto()
+    for text, score, kind in zip(keys.tokens, scores, keys.types, strict=True):
+        model.pieces.add(piece=text, score=float(score), type=int(kind))
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = BPE, len(keys.tokens)
+    trainer.byte_fallback = "<0x00>" in keys.tokens
+    trainer.unk_id, trainer.unk_piece = keys.types.index(UNKNOWN), keys.tokens[keys.types.index(UNKNOWN)]
     for name in ("bos", "eos"):
-        number = values.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None:
-            settings[f"{name}_token"] = tokens[number]
-    default = values["tokenizer.ggml.model"] == "llama"
-    settings["add_bos_token"] = bool(values.get("tokenizer.ggml.add_bos_token", default))
-    if values.get("tokenizer.chat_template"):
-        settings["chat_template"] = values["tokenizer.chat_template"]
-    return settings
-
-
-def _byte_level_bpe(values: dict[str, Any]) -> dict[str, Any]:
-    pre = values.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise UserError(f"GGUF: tokenizer.ggml.pre is {pre!r}; known are {', '.join(_PRE_TOKENIZERS)}")
-    tokens = values["tokenizer.ggml.tokens"]
-    types = values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": number, "content": text, **flags, "special": kind != _USER_DEFINED}
-            for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in ("llama-bpe", "llama3"),
-            "vocab": {text: number for number, text in enumerate(tokens)},
-            "merges": [merge.split(" ", 1) for merge in values.get("tokenizer.ggml.merges", [])],
-        },
-    }
-
-
-def _sentencepiece(values: dict[str, Any]) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
-
-    model = protobuf.ModelProto()
-    tokens, scores = values["tokenizer.ggml.tokens"], values.get("tokenizer.ggml.scores")
-    types = values.get("tokenizer.ggml.token_type")
-    if not scores or not types or not len(tokens) == len(scores) == len(types):
-        raise UserError("GGUF: a sentencepiece vocabulary needs a score and a type for every token")
-    for text, score, kind in zip(tokens, scores, types, strict=True):
-        model.pieces.add(piece=text, score=score, type=kind)  # the format's types are sentencepiece's own
-    trainer = model.trainer_spec
-    trainer.model_type = protobuf.TrainerSpec.BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = _BYTE in types
-    trainer.bos_id = values.get("tokenizer.ggml.bos_token_id", 1)
-    trainer.eos_id = values.get("tokenizer.ggml.eos_token_id", 2)
-    trainer.unk_id = values.get("tokenizer.ggml.unknown_token_id", 0)
+        id_ = keys.token_id(name)
+        setattr(trainer, f"{name}_id", -1 if id_ is None else id_)
+        if id_ is not None:
+            setattr(trainer, f"{name}_piece", keys.tokens[id_])
+            model.pieces[id_].type = CONTROL
     trainer.pad_id = -1
-    for name in ("bos", "eos", "unk"):
-        setattr(trainer, f"{name}_piece", tokens[getattr(trainer, f"{name}_id")])
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = bool(values.get("tokenizer.ggml.add_space_prefix", True))
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = bool(keys.get("add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = bool(keys.get("remove_extra_whitespaces", False))
+    normalizer.escape_whitespaces = True
+    normalizer.precompiled_charsmap = bytes(keys.get("precompiled_charsmap", b""))
     return model.SerializeToString()
+
+
+def _config(keys: _Keys) -> dict[str, Any]:
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    spelled = {f"{ours}_token": keys.token(theirs) for ours, theirs in names.items()}
+    config: dict[str, Any] = {key: text for key, text in spelled.items() if text is not None}
+    config["add_bos_token"] = keys.add_bos
+    config["clean_up_tokenization_spaces"] = False
+    if keys.get("model") == "llama":
+        config |= {"legacy": False, "tokenizer_class": "LlamaTokenizer"}
+    else:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    chat_template = keys.get("chat_template", prefix="tokenizer.")
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    return config

@@ -3,138 +3,205 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer as Backend
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
-from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.text.description import Description, describe
+from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Return the characters by which byte-level BPE spells bytes, as GPT-2 chose them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = byte_alphabet()
+SPACE = "\u2581"
+"""How sentencepiece vocabularies spell a space."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` with the settings that lie beside it.
+    """A parsed ``tokenizer.json``, byte-level or in sentencepiece's manner.
+
+    Its post-processor is not run: BOS and EOS are put by whoever asks for them.
+
+    Args:
+        raw: the parsed file; it is changed.
+        about: what the files beside it say.
+        source: the file, for messages.
 
     Raises:
-        UserError: a damaged file, or one that names no end of text.
+        UserError: the library cannot read it, its kind is unknown, or it lacks a named token.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        definition = read_json(path)
+    def __init__(self, raw: dict[str, Any], about: Description, source: object) -> None:
         try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a usable tokenizer: {error}") from None
-        self._set_up(backend, definition, path, settings)
+            vocabulary = tokenizers.Tokenizer.from_str(json.dumps(raw)).get_vocab()
+            _mark_control_tokens(raw, vocabulary, about)
+            # Settings of somebody's training run: they would cut or vary texts without a word.
+            raw["truncation"] = raw["padding"] = None
+            self._json = json.dumps(raw)
+            continuing = json.dumps(_without_prefix(raw))
+            self._continuing_json = None if continuing == self._json else continuing
+            self._load()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}: damaged tokenizer ({error!r}); download it again") from None
+        except Exception as error:
+            # The library raises Exception itself for a file that it cannot read.
+            raise UserError(f"{source}: no tokenizer.json that can be read: {error}") from None
+        self._control = {t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]}
+        self._added = {vocabulary[t["content"]]: t["content"].encode() for t in raw["added_tokens"]}
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._byte_level, self.strips_space = _decoding(raw, source)
+        first_only = any(node.get("prepend_scheme") == "first" for node in _nodes(raw["pre_tokenizer"]))
+        self.space_after_control = self._continuing_json is not None and not first_only
+        spelled_bos = _post_processor_bos(raw, self._control)
+        describe(
+            self,
+            about,
+            bos_id=spelled_bos,
+            eos_id=None,
+            add_bos=spelled_bos is not None,
+            source=source,
+        )
+        self._refuse_leaks(vocabulary.get(raw["model"].get("unk_token") or ""), source)
 
-    def _set_up(self, backend: Backend, definition: dict[str, Any], path: Path, settings: dict[str, Any]) -> None:
-        self.backend = backend
-        backend.encode_special_tokens = True  # text is text: no control token comes out of `encode`
-        backend.no_truncation()
-        backend.no_padding()
-        added = definition.get("added_tokens") or []
-        self._controls = {token["content"]: token["id"] for token in added if token.get("special")}
-        self.byte_level = "ByteLevel" in json.dumps(definition.get("decoder") or {})
-        self.has_leading_space = not self.byte_level
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id = self._named(settings.get("bos_token"))
-        eos = self._named(settings.get("eos_token"))
-        stop = [number for number in settings["stop_ids"] if number < self.vocab_size]
-        if eos is None and not stop:
-            raise UserError(f"{path.parent}: no file there names the end-of-text token (eos_token or eos_token_id)")
-        self.eos_id = stop[0] if eos is None else eos
-        self.stop_ids = frozenset([self.eos_id, *stop])
-        self.add_bos = self._adds_bos(settings)
-        self.chat_template = default_chat_template(settings)
+    def _load(self) -> None:
+        self._backend = _backend(self._json)
+        self._continuing = _backend(self._continuing_json) if self._continuing_json else self._backend
 
-    def _named(self, token: Any) -> int | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        return self.backend.token_to_id(text) if isinstance(text, str) else None
+    def __getstate__(self) -> dict[str, Any]:
+        # The library's own pickling forgets encode_special_tokens.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_backend", "_continuing")}
 
-    def _adds_bos(self, settings: dict[str, Any]) -> bool:
-        """Follow ``add_bos_token`` where it is said, else what the tokenizer itself puts first."""
-        if self.bos_id is None:
-            return False
-        if isinstance(settings.get("add_bos_token"), bool):
-            return settings["add_bos_token"]
-        return self.backend.encode("a").ids[:1] == [self.bos_id]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def _refuse_leaks(self, unknown_id: int | None, source: object) -> None:
+        """Make sure of what every caller relies on: text never becomes a control token."""
+        for spelling, id_ in self._control.items():
+            if id_ != unknown_id and id_ in self._encode_text(spelling, False):
+                raise UserError(
+                    f"{source}: the text '{spelling}' becomes control token {id_}; "
+                    "tokenizers of this kind are not supported"
+                )
+
+    def _encode_text(self, text: str, continuation: bool) -> list[int]:
+        backend = self._continuing if continuation else self._backend
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; none for control tokens and unused ids."""
+        if token in self._added:
+            return b"" if token in self._control_ids else self._added[token]
+        text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if text is None:
+            return b""
+        if self._byte_level:
+            return bytes(BYTE_OF[c] for c in text) if BYTE_OF.keys() >= set(text) else text.encode()
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes.fromhex(text[3:5])
+        return text.replace(SPACE, " ").encode()
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._control.values())
 
     @property
     def control_tokens(self) -> dict[str, int]:
         """Return every control token's spelling and id."""
-        return self._controls
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._controls.values())
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of ``text``; nothing in it becomes a control token."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return [*start, *ids, *([self.eos_id] if eos else [])]
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Return the ids of ``text`` without a leading space of its own."""
-        if self.byte_level:
-            return self.encode(text)
-        # A line break never merges with what follows, so what comes after it is not at a start.
-        before = self.encode("\n")
-        return self.encode("\n" + text)[len(before) :]
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return what a token adds to a text, in UTF-8; nothing for a control token."""
-        if token in self._control_ids:
-            return b""
-        spelled = self.backend.id_to_token(token)
-        if spelled is None:
-            return b""
-        if self.byte_level:
-            known = all(character in _BYTE_OF for character in spelled)
-            return bytes(_BYTE_OF[character] for character in spelled) if known else spelled.encode()
-        byte = _BYTE_TOKEN.fullmatch(spelled)
-        return bytes([int(byte[1], 16)]) if byte else spelled.replace("▁", " ").encode()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``, control tokens left out."""
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.has_leading_space else text
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"backend": self.backend.to_str()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"backend": Backend.from_str(state["backend"])}
-        self.backend.encode_special_tokens = True
+        return dict(self._control)
 
 
-def from_definition(definition: dict[str, Any], path: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
-    """Return a tokenizer whose ``tokenizer.json`` would read ``definition``; ``path`` is for messages."""
-    tokenizer = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
-    tokenizer._set_up(Backend.from_str(json.dumps(definition)), definition, path, settings)
-    return tokenizer
+def byte_letters() -> dict[int, str]:
+    """Return the letter by which byte-level vocabularies spell each byte.
+
+    Printable Latin-1 bytes spell themselves; the others take the letters from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-def default_chat_template(settings: dict[str, Any]) -> str | None:
-    """Return the default chat template; a file may hold one text, or several by name."""
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        found = {item.get("name"): item.get("template") for item in found}.get("default")
-    return found if isinstance(found, str) else None
+BYTE_OF = {letter: byte for byte, letter in byte_letters().items()}
+if BYTE_OF.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
+    raise ImportError("the installed tokenizers package spells bytes in another way than GPT-2")
+
+
+def _backend(content: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(content)
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _mark_control_tokens(raw: dict[str, Any], vocabulary: dict[str, int], about: Description) -> None:
+    """Mark as special what acts as control token: named BOS and EOS, and ``<|...|>``."""
+    added = raw["added_tokens"] = list(raw.get("added_tokens") or [])
+    listed = {token["content"] for token in added}
+    for spelling in (about.bos, about.eos):
+        if spelling in vocabulary and spelling not in listed:
+            added.append(added_token(spelling, vocabulary[spelling], special=True))
+            listed.add(spelling)
+    for token in added:
+        named = token["content"] in (about.bos, about.eos)
+        token["special"] = bool(token["special"] or named or CONTROL_SPELLING.fullmatch(token["content"]))
+
+
+def added_token(content: str, id_: int, *, special: bool) -> dict[str, Any]:
+    """Return an entry of ``added_tokens``."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id_, "content": content, **flags, "special": special}
+
+
+def _nodes(part: Any) -> Iterator[dict[str, Any]]:
+    """Walk a normalizer, pre-tokenizer or decoder, and what its sequences hold."""
+    if not isinstance(part, dict):
+        return
+    yield part
+    for key in ("normalizers", "pretokenizers", "decoders", "processors"):
+        for inner in part.get(key) or ():
+            yield from _nodes(inner)
+
+
+def _without_prefix(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the same tokenizer without the space it puts before a text."""
+    copy = {key: json.loads(json.dumps(raw.get(key))) for key in ("normalizer", "pre_tokenizer")}
+    for node in _nodes(copy["normalizer"]):
+        if node["type"] == "Prepend":
+            node["prepend"] = ""
+    for node in _nodes(copy["pre_tokenizer"]):
+        if "prepend_scheme" in node:
+            node["prepend_scheme"] = "never"
+        if "add_prefix_space" in node:
+            node["add_prefix_space"] = False
+    return {**raw, **copy}
+
+
+def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
+    """Return whether tokens spell bytes, and whether decoding drops the first space."""
+    decoders = list(_nodes(raw.get("decoder")))
+    kinds = {node["type"] for node in decoders} or {node["type"] for node in _nodes(raw["pre_tokenizer"])}
+    if "ByteLevel" in kinds:
+        return True, False
+    spaces = any(node["type"] == "Replace" and node.get("pattern") == {"String": SPACE} for node in decoders)
+    if not spaces and "Metaspace" not in kinds:
+        raise UserError(
+            f"{source}: decoder {', '.join(sorted(kinds)) or 'none'} is not known; "
+            "expected a byte-level or a sentencepiece tokenizer"
+        )
+    strips = any(node["type"] == "Strip" and node.get("start") for node in decoders)
+    metaspaces = [node for node in decoders if node["type"] == "Metaspace"]
+    strips |= any(
+        node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never") != "never"
+        for node in metaspaces
+    )
+    return False, strips
+
+
+def _post_processor_bos(raw: dict[str, Any], control: dict[str, int]) -> int | None:
+    """Return the control token that the post-processor puts before a text, if it puts one."""
+    for node in _nodes(raw.get("post_processor")):
+        template = node.get("single") if node["type"] == "TemplateProcessing" else None
+        first = template[0].get("SpecialToken") if template else None
+        if first:
+            return control.get(first["id"])
+    return None

@@ -1,68 +1,100 @@
-"""LLaMA 1 and 2: a sentencepiece ``tokenizer.model``."""
+"""The sentencepiece ``tokenizer.model`` of LLaMA 1 and 2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property
-from pathlib import Path
-from typing import Any
-
-from sentencepiece import SentencePieceProcessor
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined] # made at run time
 
 from lit_adapter.errors import UserError
-from lit_adapter.text.huggingface import default_chat_template
-from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.text.description import Description, describe
+from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
+
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+"""Types of pieces, as sentencepiece numbers them."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model with the settings that lie beside it.
+    """A sentencepiece model. Tokens that other files add to it are control tokens.
+
+    Args:
+        content: the serialised model.
+        about: what the files beside it say.
+        source: the file, for messages.
 
     Raises:
-        UserError: a damaged file.
+        UserError: it is no sentencepiece model, or lacks a named token.
     """
 
-    has_leading_space = True
+    def __init__(self, content: bytes, about: Description, source: object) -> None:
+        model = parse_model(content, source)
+        size = len(model.pieces)
+        _mark_control_tokens(model, about)
+        self._control = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
+        self._control |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
+        self.vocab_size = max(size, *(id_ + 1 for id_ in self._control.values())) if self._control else size
+        self._size = size
+        self._processor = _processor(model, source)
+        self.strips_space = bool(model.normalizer_spec.add_dummy_prefix)
+        self.space_after_control = self.strips_space and about.legacy
+        model.normalizer_spec.add_dummy_prefix = False
+        self._continuing = _processor(model, source)
+        own = {
+            name: id_ if id_ >= 0 else None
+            for name, id_ in (("bos_id", self._processor.bos_id()), ("eos_id", self._processor.eos_id()))
+        }
+        describe(self, about, **own, add_bos=own["bos_id"] is not None, source=source)
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        try:
-            self.model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a usable sentencepiece model: {str(error).strip()}") from None
-        self.vocab_size = self.model.vocab_size()
-        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        if self.model.eos_id() < 0:
-            raise UserError(f"{path}: the model has no end-of-text token")
-        self.eos_id = self.model.eos_id()
-        stop = [number for number in settings["stop_ids"] if number < self.vocab_size]
-        self.stop_ids = frozenset([self.eos_id, *stop])
-        self.add_bos = bool(settings.get("add_bos_token", True)) and self.bos_id is not None
-        self.chat_template = default_chat_template(settings)
+    def _encode_text(self, text: str, continuation: bool) -> list[int]:
+        return (self._continuing if continuation else self._processor).encode(text)
 
-    @cached_property
-    def control_tokens(self) -> dict[str, int]:  # type: ignore[override]
-        """Return every control token's spelling and id."""
-        ids = range(self.vocab_size)
-        return {self.model.id_to_piece(i): i for i in ids if self.model.is_control(i)}
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of ``text``; sentencepiece never makes a control token of it."""
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return [*start, *self.model.encode(text), *([self.eos_id] if eos else [])]
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Return the ids of ``text`` without the leading space that a start of text gets."""
-        # A line break never merges with what follows, so what comes after it is not at a start.
-        return self.model.encode("\n" + text)[len(self.model.encode("\n")) :]
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return what a token adds to a text, in UTF-8; nothing for a control token."""
-        if not 0 <= token < self.vocab_size or self.model.is_control(token):
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; none for control tokens and unused ids."""
+        processor = self._processor
+        if not 0 <= token < self._size or processor.is_control(token) or processor.is_unused(token):
             return b""
-        piece = self.model.id_to_piece(token)
-        if self.model.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        return " ⁇ ".encode() if self.model.is_unknown(token) else piece.replace("▁", " ").encode()
+        if processor.is_unknown(token):
+            return processor.decode([token]).encode()
+        text = processor.id_to_piece(token)
+        if processor.is_byte(token):
+            return bytes.fromhex(text[3:5])
+        return text.replace("\u2581", " ").encode()
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``, control tokens left out."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace").removeprefix(" ")
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Return every control token's spelling and id."""
+        return dict(self._control)
+
+
+def parse_model(content: bytes, source: object) -> ModelProto:
+    """Read a serialised sentencepiece model.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
+    except RuntimeError as error:
+        what = str(error).partition("]")[2].strip() or "not its format"
+        raise UserError(
+            f"{source}: neither a sentencepiece model nor LLaMA 3's list of ranks ({what}); download it again"
+        ) from None
+    if not size:
+        raise UserError(f"{source}: a sentencepiece model without pieces; download it again")
+    return ModelProto.FromString(content)
+
+
+def _processor(model: ModelProto, source: object) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    except RuntimeError as error:
+        raise UserError(f"{source}: sentencepiece refuses this model: {error}") from None
+
+
+def _mark_control_tokens(model: ModelProto, about: Description) -> None:
+    """Retype as control token what acts as one: named BOS and EOS, special pieces, and ``<|...|>``."""
+    named = {about.bos, about.eos, *about.special}
+    for piece in model.pieces:
+        told = piece.piece in named and piece.type in (1, USER_DEFINED)
+        looks = piece.type == USER_DEFINED and CONTROL_SPELLING.fullmatch(piece.piece)
+        if told or looks:
+            piece.type = CONTROL

@@ -1,49 +1,67 @@
-"""Prompt templates: a record becomes the ids of a prompt, or of a prompt and its answer.
+"""Prompt templates: a record of instruction, input and output becomes token ids.
 
-A template is a list of parts: its own text, and the places of the user's instruction and input. Control
-tokens spelled in the template's own text become control ids; the same spelling in a user's text stays
-text. Nothing is ever searched for in user text, and nothing is formatted into it.
+A template is plain text with places for the record's fields. Control tokens in its own text become
+control tokens; the record's text never does.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.text.chat import control_pattern, render_chat
 from lit_adapter.text.tokenizer import Tokenizer
 
-# Stanford Alpaca's two texts (tatsu-lab/stanford_alpaca); models are trained on them to the letter.
-_TASK = "Below is an instruction that describes a task"
-_REQUEST = "Write a response that appropriately completes the request."
-ALPACA = f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:"
-ALPACA_WITH_INPUT = (
-    f"{_TASK}, paired with an input that provides further context. {_REQUEST}\n\n"
+INSTRUCTION, INPUT = "{instruction}", "{input}"
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-_FIELD = re.compile(r"\{(instruction|input)\}")
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+KINDS = ("alpaca", "alpaca-newline", "chat", "custom")
+_FIELD = re.compile(r"(\{instruction\}|\{input\})")
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a record is put to the model.
+    """How a record becomes a prompt and an answer."""
 
-    ``text`` serves records with an input, ``text_without_input`` those without; in both, ``{instruction}``
-    and ``{input}`` mark the user's texts and every other character stands for itself.
-    """
-
-    name: str
+    kind: str
+    """alpaca, alpaca-newline, chat or custom."""
     text: str
-    text_without_input: str
-    answer_end: str = ""
-    """Control token that ends an answer; the tokenizer's EOS if empty."""
-    has_control_tokens: bool = False
-    """Whether control tokens spelled in the texts become control ids (chat templates)."""
+    """The prompt, with ``{instruction}`` and ``{input}`` where the record's texts go. In ``chat``,
+    ``{instruction}`` is the whole message: the instruction, an empty line and the input."""
+    text_without_input: str | None = None
+    """Another text for records without input."""
+    end: str | None = None
+    """The control token that ends an answer; None for EOS."""
+    lead: str = ""
+    """A space between prompt and answer that belongs to the answer's first token."""
+    trim: bool = False
+    """Whether white space around the message goes, as in many chat templates."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            hint = nearest(str(self.kind), list(KINDS)) or f"; expected {', '.join(KINDS)}"
+            raise UserError(f"template kind '{self.kind}' is not known{hint}")
+        for text in (self.text, self.text_without_input):
+            if text is not None and INSTRUCTION not in text:
+                raise UserError(f"template {_shown(text)}: no {INSTRUCTION} in it")
+            if text is not None and self.kind == "custom" and "{output}" in text:
+                raise UserError(
+                    f"template {_shown(text)}: leave out {{output}}; the answer follows the prompt by itself"
+                )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a JSON file."""
+        """Return the template as plain values, for a JSON file."""
         return asdict(self)
 
     @classmethod
@@ -51,125 +69,187 @@ class Template:
         """Return the template that `to_dict` described.
 
         Raises:
-            TypeError: keys or values of another kind.
+            UserError: a missing or unknown key, or a value of another type.
         """
-        template = cls(**raw)
-        if not all(isinstance(v, str) for v in list(raw.values()) if not isinstance(v, bool)):
-            raise TypeError("a template's values must be texts")
-        return template
+        kinds = {"kind": str, "text": str, "lead": str, "trim": bool}
+        names = [field.name for field in fields(cls)]
+        if not isinstance(raw, dict) or sorted(raw) != sorted(names):
+            raise UserError(f"template record: expected the keys {', '.join(names)}")
+        for name, value in raw.items():
+            expected = (kinds[name],) if name in kinds else (str, type(None))
+            if not isinstance(value, expected):
+                raise UserError(f"template record: '{name}' is {value!r}; expected {expected[0].__name__}")
+        return cls(**raw)
 
-    def variant(self, has_input: bool) -> int:
-        """Return which text serves a record: 1 with an input, 0 without; 0 where they are the same."""
-        return int(has_input and self.text != self.text_without_input)
+    def variant(self, record_has_input: bool) -> int:
+        """Return which of the template's texts a record uses: 0, or 1 for the one without input."""
+        return int(self.text_without_input is not None and not record_has_input)
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """Return the id that ends an answer.
+
+        Raises:
+            UserError: the tokenizer lacks this template's control token.
+        """
+        if self.end is None:
+            return tokenizer.eos_id
+        found = tokenizer.control_id(self.end)
+        if found is None:
+            raise UserError(
+                f"template '{self.kind}': this tokenizer has no control token '{self.end}'; "
+                "the template belongs to another base"
+            )
+        return found
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Return the ids that end an answer of this template."""
-        return frozenset([self._end_id(tokenizer)])
-
-    def _end_id(self, tokenizer: Tokenizer) -> int:
-        found = tokenizer.control_id(self.answer_end) if self.answer_end else None
-        return tokenizer.eos_id if found is None else found
+        """Return the ids that end a text generated under this template."""
+        return tokenizer.stop_ids | {self.end_id(tokenizer)}
 
     def encode_prompt(self, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
-        """Return the ids of the prompt, as the model sees them before it answers."""
-        return self._encode(tokenizer, instruction, input, "")
+        """Return the ids to continue with an answer.
+
+        BOS is put first if the base was trained with it, unless the template's own text begins with it.
+
+        Raises:
+            UserError: a text with half of a surrogate pair, an input that the template has no place for,
+                or a prompt without any token.
+        """
+        return self._prompt(tokenizer, instruction, input).ids
 
     def encode_example(
-        self, tokenizer: Tokenizer, instruction: str, input: str, output: str
+        self,
+        tokenizer: Tokenizer,
+        instruction: str,
+        input: str,
+        output: str,
     ) -> tuple[list[int], int]:
-        """Return the ids of prompt, answer and its end, and how many of them are the prompt.
+        """Return the ids of prompt, answer and end token, and how many of them are the prompt's.
 
-        Prompt and answer are encoded together. Where that would merge characters across the boundary, the
-        prompt keeps the ids it has alone, since those are what generation starts from.
+        The prompt's ids are exactly `encode_prompt`'s. Prompt and answer are tokenised together; where
+        that would change the prompt's ids, the answer is encoded as its continuation, which is what a
+        model sees when it generates. Decoding the rest gives ``output`` to the letter, except that a
+        sentencepiece tokenizer drops one space at its start (`Tokenizer.strips_space`).
+
+        Raises:
+            UserError: as `encode_prompt`.
         """
-        prompt = self.encode_prompt(tokenizer, instruction, input)
-        together = self._encode(tokenizer, instruction, input, output)
-        if together[: len(prompt)] != prompt:
-            together = prompt + tokenizer.encode_continuation(output)
-        return [*together, self._end_id(tokenizer)], len(prompt)
+        prompt = self._prompt(tokenizer, instruction, input)
+        answer = (self.lead if tokenizer.strips_space else "") + output
+        if not prompt.run:
+            ids = prompt.ids + tokenizer.encode(answer, continuation=not tokenizer.space_after_control)
+        else:
+            joint = tokenizer.encode(prompt.run + answer, continuation=prompt.continuation)
+            ids = prompt.ids[: prompt.run_start] + joint
+            if ids[: len(prompt.ids)] != prompt.ids:
+                ids = prompt.ids + tokenizer.encode(answer, continuation=True)
+        return [*ids, self.end_id(tokenizer)], len(prompt.ids)
 
-    def _encode(self, tokenizer: Tokenizer, instruction: str, input: str, output: str) -> list[int]:
-        """Encode runs of plain text whole, with the template's control tokens between them."""
-        values = {"instruction": instruction, "input": input}
-        check_text(instruction, "instruction")
-        check_text(input, "input")
-        check_text(output, "output")
-        ids: list[int] = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-        run, at_start = "", True
-        for number, part in enumerate(_FIELD.split(self.text if input else self.text_without_input)):
-            if number % 2:
-                run += values[part]
-                continue
-            for literal, control in self._controls(part, tokenizer):
-                run += literal
-                if control is None or (control == tokenizer.bos_id and ids == [control] and not run):
-                    continue
-                ids += _encode_run(tokenizer, run, at_start)
-                run, at_start = "", False
-                ids.append(control)
-        return ids + _encode_run(tokenizer, run + output, at_start)
+    def _prompt(self, tokenizer: Tokenizer, instruction: str, input: str) -> _Prompt:
+        bos = tokenizer.bos_id
+        segments = _segments(self._filled(instruction, input), tokenizer)
+        ids = [bos] if tokenizer.add_bos and bos is not None and segments[:1] != [bos] else []
+        run, run_start, continuation = "", 0, False
+        for place, segment in enumerate(segments):
+            run_start = len(ids)
+            continuation = place > 0 and not tokenizer.space_after_control
+            if isinstance(segment, int):
+                run, ids = "", [*ids, segment]
+            else:
+                run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
+        if not ids:
+            raise UserError("the prompt is empty, and this base starts no text with BOS; write something")
+        return _Prompt(ids, run, run_start, continuation)
 
-    def _controls(self, part: str, tokenizer: Tokenizer) -> list[tuple[str, int | None]]:
-        """Split the template's own text at its control tokens: (text before, control id or None)."""
-        controls = tokenizer.control_tokens if self.has_control_tokens else {}
-        if not controls:
-            return [(part, None)]
-        spelled = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True))
-        pieces = re.split(f"({spelled})", part)
-        texts, found = pieces[::2], [controls[text] for text in pieces[1::2]]
-        return list(zip(texts, [*found, None], strict=True))
-
-
-def _encode_run(tokenizer: Tokenizer, text: str, at_start: bool) -> list[int]:
-    if not text:
-        return []
-    return tokenizer.encode(text) if at_start else tokenizer.encode_continuation(text)
+    def _filled(self, instruction: str, input: str) -> list[tuple[str, bool]]:
+        """Return the prompt's parts, each with whether it is the template's own text."""
+        if self.kind == "chat":
+            instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
+        if self.trim:
+            instruction = instruction.strip()
+        text = self.text
+        if self.variant(bool(input)) and self.text_without_input is not None:
+            text = self.text_without_input
+        if input and INPUT not in text:
+            raise UserError(f"template {_shown(text)}: no {INPUT} in it, but the record has an input")
+        values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
+        return [values.get(part, (part, True)) for part in _FIELD.split(text)]
 
 
-def check_text(text: str, what: str) -> None:
-    """Refuse text that has no UTF-8 form.
-
-    Raises:
-        UserError: a lone surrogate; names its place.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = f"\\u{ord(text[error.start]):04x}"
-        raise UserError(f"{what}: character {error.start} is {bad}, half of a pair; remove it") from None
+@dataclass(frozen=True)
+class _Prompt:
+    ids: list[int]
+    run: str
+    """The text after the last control token."""
+    run_start: int
+    """Where its ids start."""
+    continuation: bool
+    """Whether it was encoded without a space at its start."""
 
 
-def resolve_template(choice: str, tokenizer: Tokenizer) -> Template:
-    """Return the template that ``choice`` names.
+def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str | int]:
+    """Return runs of text, as long as possible, and the ids of the control tokens between them."""
+    pattern, control = control_pattern(tokenizer), tokenizer.control_tokens
+    segments: list[str | int] = []
+    run = ""
+    for text, own in parts:
+        at = 0
+        for match in pattern.finditer(text) if own and pattern else ():
+            run += text[at : match.start()]
+            segments += [run, control[match[0]]] if run else [control[match[0]]]
+            run, at = "", match.end()
+        run += text[at:]
+    return [*segments, run] if run else segments
+
+
+def resolve_template(
+    name_or_text: str, tokenizer: Tokenizer, *, text_without_input: str | None = None
+) -> Template:
+    """Return the template that a configuration names.
 
     Args:
-        choice: ``alpaca``, ``alpaca-newline``, ``chat``, a text with ``{instruction}``, or a text file's path.
-        tokenizer: of the base; it carries the chat template.
+        name_or_text: ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a text with
+            ``{instruction}``, or the path of a file with such a text (one line break at its end is not
+            part of it).
+        tokenizer: of the base.
+        text_without_input: a second text, for records without input.
 
     Raises:
-        UserError: an unknown name, or a text without ``{instruction}``.
+        UserError: an unknown name, an unreadable file, or a base without a chat template.
     """
-    if choice == "alpaca":
-        return Template(choice, ALPACA_WITH_INPUT, ALPACA)
-    if choice == "alpaca-newline":
-        return Template(choice, ALPACA_WITH_INPUT + "\n", ALPACA + "\n")
-    if choice == "chat":
-        from lit_adapter.text.chat import chat_template
+    if name_or_text == "chat":
+        return _chat(tokenizer)
+    if name_or_text in ("alpaca", "alpaca-newline"):
+        newline = "\n" if name_or_text == "alpaca-newline" else ""
+        return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
+    if INSTRUCTION in name_or_text:
+        return Template("custom", name_or_text, text_without_input)
+    path = Path(name_or_text)
+    if "\n" not in name_or_text and path.is_file():
+        text = _read(path)
+        if INSTRUCTION not in text:
+            raise UserError(f"{path}: a template needs {INSTRUCTION} in its text")
+        return Template("custom", text, text_without_input)
+    hint = nearest(name_or_text, list(KINDS[:-1]))
+    expected = f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or its file"
+    raise UserError(f"template {_shown(name_or_text)} is not known{hint or expected}")
 
-        return chat_template(tokenizer)
-    if "{instruction}" not in choice and Path(choice).is_file():
-        choice = Path(choice).read_text(encoding="utf-8")
-    if "{instruction}" not in choice:
-        hint = nearest(choice, ["alpaca", "alpaca-newline", "chat"])
-        raise UserError(
-            f"data.template is {choice[:60]!r}; expected alpaca, alpaca-newline, chat, or a text (or a file of "
-            f"one) with {{instruction}}{hint}"
-        )
-    return _custom(choice)
+
+def _chat(tokenizer: Tokenizer) -> Template:
+    chat = render_chat(tokenizer)
+    if _FIELD.search(chat.before + chat.after):
+        raise UserError(f"template 'chat': the base's template has {INSTRUCTION} or {INPUT} in its own text")
+    text = chat.before + INSTRUCTION + chat.after
+    return Template("chat", text, end=chat.end, lead=chat.lead, trim=chat.trim)
 
 
-def _custom(text: str) -> Template:
-    """Return a user's own template; without an ``{input}`` of its own, inputs follow the instruction."""
-    if "{input}" in text:
-        return Template("custom", text, text.replace("{input}", ""))
-    return Template("custom", text.replace("{instruction}", "{instruction}\n\n{input}"), text)
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -1,9 +1,17 @@
-"""The interface every tokenizer keeps, and the choice among them by what a folder holds."""
+"""The interface every tokenizer keeps, and decoding as a stream."""
 
 from __future__ import annotations
 
+import codecs
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+
+from lit_adapter.errors import UserError
+
+CONTROL_SPELLING = re.compile(r"<\|[^|]*\|>")
+"""A token spelled like this acts as a control token, also where a file forgot to mark it as one."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Tokenizer(ABC):
@@ -23,24 +31,51 @@ class Tokenizer(ABC):
     """Ids that end a generated text; always holds ``eos_id``."""
     chat_template: str | None
     """The base's own Jinja template, where it has one."""
-    has_leading_space: bool
-    """Whether a start of text is encoded with a space before it, which decoding takes off again."""
+    strips_space: bool = False
+    """Whether `decode` drops one space at the very start, because `encode` puts one there."""
+    space_after_control: bool = False
+    """Whether text after a control token gets that space too, as the base's own library does it."""
+
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continuation: bool = False
+    ) -> list[int]:
+        """Return the ids of ``text``; nothing in it becomes a control token.
+
+        Args:
+            text: any text, NUL included.
+            bos: put BOS before it.
+            eos: put EOS after it.
+            continuation: the text continues an earlier one, so it gets no space at its start.
+
+        Raises:
+            UserError: the text has half of a surrogate pair, or BOS is asked of a tokenizer without one.
+        """
+        broken = _SURROGATE.search(text)
+        if broken:
+            raise UserError(
+                f"the text has half of a surrogate pair (U+{ord(broken[0]):04X}) at character "
+                f"{broken.start()}; remove it or write the whole character"
+            )
+        if bos and self.bos_id is None:
+            raise UserError("this tokenizer has no BOS token")
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        return before + self._encode_text(text, continuation) + ([self.eos_id] if eos else [])
 
     @abstractmethod
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of ``text``; nothing in it becomes a control token."""
+    def _encode_text(self, text: str, continuation: bool) -> list[int]:
+        """Return the ids of well-formed text."""
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Return the ids of ``text`` where it continues other text: without a leading space of its own."""
-        return self.encode(text)
-
-    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``, control tokens left out."""
+        """Return the text of ``ids``, control tokens left out.
+
+        Bytes that are no UTF-8 become U+FFFD, one for each broken sequence as in `bytes.decode`.
+        """
+        decoder = StreamDecoder(self)
+        return "".join([decoder.push(token) for token in ids]) + decoder.flush()
 
     @abstractmethod
-    def token_bytes(self, token: int) -> bytes:
-        """Return what a token adds to a text, in UTF-8; nothing for a control token."""
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; none for control tokens and unused ids."""
 
     def control_id(self, text: str) -> int | None:
         """Return the id of the control token spelled ``text``, or None."""
@@ -50,3 +85,45 @@ class Tokenizer(ABC):
     @abstractmethod
     def control_tokens(self) -> dict[str, int]:
         """Return every control token's spelling and id."""
+
+
+class StreamDecoder:
+    """Decodes one token at a time: what all `push` calls and `flush` return is `Tokenizer.decode`'s text.
+
+    A token that ends inside a character gives nothing until the character is whole. The work for a token
+    does not depend on how many came before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer.strips_space
+
+    def push(self, token: int) -> str:
+        """Return the characters that ``token`` completes."""
+        piece = self._tokenizer.piece(token)
+        if piece and self._strip:
+            piece, self._strip = piece.removeprefix(b" "), False
+        return self._utf8.decode(piece)
+
+    def flush(self) -> str:
+        """Return what is left at the end: U+FFFD for a character that was never finished."""
+        return self._utf8.decode(b"", final=True)
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int, source: object = "tokenizer") -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for.
+
+    Args:
+        tokenizer: of the base.
+        rows: rows of the base's embedding.
+        source: where the tokenizer comes from, for the message.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
+            "the tokenizer belongs to another model"
+        )

@@ -11,7 +11,7 @@ import torch
 
 from lit_adapter.errors import UserError
 from lit_adapter.files import write_json
-from lit_adapter.text.loading import check_vocabulary, load_tokenizer
+from lit_adapter.text.load import check_vocabulary, load_tokenizer
 from lit_adapter.weights.base_folder import (
     CONFIG,
     FINGERPRINT,

@@ -97,7 +97,8 @@ def _is_there(name: str, out: Path, revision: str | None) -> bool:
     if there != name or not same_revision:
         what = there or origin.get("name")
         at = f" at {origin['revision']}" if origin.get("revision") else ""
-        raise UserError(f"{out}: holds {what}{at}, not {name}; choose another --out or remove it")
+        wanted = f"{name} at {revision}" if revision else name
+        raise UserError(f"{out}: holds {what}{at}, not {wanted}; choose another --out or remove it")
     return missing_part(out) is None
 
 
@@ -169,7 +170,11 @@ def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) ->
     if not any(vocabulary in names for vocabulary in VOCABULARY_FILES):
         raise UserError(f"{name}: has no {' or '.join(VOCABULARY_FILES)}")
     _fetch(name, commit, small_files(names), folder)
-    read_config(folder)  # refuses another architecture before gigabytes arrive
+    try:
+        read_config(folder)  # refuses another architecture before gigabytes arrive
+    except UserError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(str(error).replace(str(folder), name)) from None
     _fetch(name, commit, weights, folder)
     origin = {"model": name, "format": "huggingface", "revision": revision or "main", "commit": commit}
     convert(folder, out, overwrite=True, origin=origin, progress=progress)
@@ -186,7 +191,10 @@ def _list_files(name: str, revision: str | None) -> tuple[list[str], str]:
 
 def _fetch(name: str, commit: str, files: list[str], folder: Path) -> None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     _asking_hub(
         name,
         commit,

@@ -193,8 +193,6 @@ class GGUFSource(Source):
 
     def write_tokenizer(self, out: Path) -> None:
         """Write the vocabulary inside the file as tokenizer files."""
-        from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
-
         if "tokenizer.ggml.tokens" not in self.fields:
             raise UserError(f"{self.path}: no tokenizer; key 'tokenizer.ggml.tokens' is missing")
         try:

@@ -100,7 +100,7 @@ class TensorWriter:
     def _write_tensor(self, stream: BinaryIO, entry: Entry, digest: hashlib._Hash) -> None:
         digest.update(f"{entry.name} {DTYPE_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
         for chunk in self._chunks(entry):
-            content = memoryview(chunk.view(torch.uint8).numpy())
+            content = chunk.view(torch.uint8).numpy().data
             digest.update(content)
             stream.write(content)
             self.n_done += len(content)

@@ -1,0 +1,93 @@
+"""The scripts' command lines; each parses before anything heavy is imported, then calls one function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from lit_adapter.command import command_parser, parse
+from lit_adapter.config import Config
+from lit_adapter.errors import UserError, nearest
+
+
+def finetune_main(argv: Sequence[str]) -> int:
+    """Parse a run's configuration and train."""
+    config, resume = parse_finetune(argv)
+    from lit_adapter.training.finetune import finetune
+
+    return finetune(config, resume)
+
+
+def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
+    """Return the configuration and what to resume.
+
+    Raises:
+        UserError: a file, key or value that is wrong; names file, line and key.
+    """
+    parser = command_parser("finetune.py", "Fine-tune a frozen LLaMA with gated prefix attention.")
+    import jsonargparse
+
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of the fields below")
+    parser.add_argument("--resume", type=str | None, default=None, help="'last', or a checkpoint of the run")
+    parser.add_class_arguments(Config, nested_key=None)
+    for path in _config_files(argv):
+        check_config_file(path)
+    parsed = parse(parser, argv)
+    values = parser.instantiate_classes(parsed)
+    values = {field.name: values[field.name] for field in fields(Config)}
+    return Config(**values), parsed.resume
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    found = [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    found += [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    return [Path(value) for value in found]
+
+
+def check_config_file(path: Path) -> None:
+    """Look for mistakes that need the file's lines to be named: YAML itself, unknown and repeated keys.
+
+    Raises:
+        UserError: the first mistake, with file and line.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: expected keys and values, as in configs/quickstart.yaml")
+    _check_keys(node, Config, path, "")
+
+
+def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> None:
+    known = get_type_hints(kind)
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key not in known:
+            raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{nearest(key, list(known))}")
+        if key in seen:
+            raise UserError(f"{path}:{line}: key '{prefix}{key}' is given twice; keep one")
+        seen.add(key)
+        inner = next((k for k in (known[key], *get_args(known[key])) if is_dataclass(k)), None)
+        if inner is not None and isinstance(value_node, yaml.MappingNode):
+            _check_keys(value_node, inner, path, f"{prefix}{key}.")
+
+
+def generate_main(argv: Sequence[str]) -> int:
+    """Parse and answer prompts."""
+    from lit_adapter.generation.command import answer, parser
+
+    return answer(parse(parser(), argv), sys.stdout)

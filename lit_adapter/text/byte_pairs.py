@@ -1,0 +1,158 @@
+"""Byte-level BPE as ``tokenizer.json`` content, and LLaMA 3's list of ranks turned into it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lit_adapter.errors import UserError
+from lit_adapter.text.huggingface import added_token, byte_letters
+
+Split = Literal["gpt2", "digits", "llama3"]
+"""How text is cut before merging: GPT-2's way; each digit apart, then GPT-2's way; LLaMA 3's way."""
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+N_LLAMA3_CONTROL = 256
+LLAMA3_CONTROL = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    4: "finetune_right_pad_id",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
+"""Names of LLaMA 3.1's control tokens by their place after the ranks; the rest are reserved."""
+LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+def byte_level_json(
+    vocab: dict[str, int],
+    merges: Sequence[tuple[str, str]],
+    added: list[dict[str, Any]],
+    split: Split,
+    *,
+    bos: str | None = None,
+) -> dict[str, Any]:
+    """Return the content of a ``tokenizer.json`` for a byte-level BPE.
+
+    Args:
+        vocab: tokens, spelled in `byte_letters`.
+        merges: pairs of tokens, most urgent first.
+        added: entries of ``added_tokens``, as from `added_token`.
+        split: how text is cut first.
+        bos: control token that other programs shall put before every text.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    first: dict[Split, list[dict[str, Any]]] = {
+        "gpt2": [],
+        "digits": [{"type": "Digits", "individual_digits": True}],
+        "llama3": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": LLAMA3_PATTERN},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        ],
+    }
+    parts = [*first[split], byte_level | {"use_regex": split != "llama3"}]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts},
+        "post_processor": _put_before(bos, added) if bos else None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": split == "llama3",
+            "vocab": vocab,
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+def _put_before(bos: str, added: list[dict[str, Any]]) -> dict[str, Any]:
+    ids = [token["id"] for token in added if token["content"] == bos]
+    special, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": ids, "tokens": [bos]}},
+    }
+
+
+def looks_like_ranks(content: bytes) -> bool:
+    """Whether the first line is a base64 text and a rank, as in LLaMA 3's ``tokenizer.model``."""
+    parts = content.partition(b"\n")[0].split()
+    return len(parts) == 2 and parts[1].isdigit() and parts[0].isascii()
+
+
+def llama3_json(content: bytes, source: object) -> dict[str, Any]:
+    """Return LLaMA 3's list of ranks, with its 256 control tokens, as ``tokenizer.json`` content.
+
+    Raises:
+        UserError: a line that is none, ranks that are not 0, 1, 2 ... once each, or a byte without token.
+    """
+    ranks = _read_ranks(content, source)
+    letters = byte_letters()
+    spelled = {token: "".join([letters[byte] for byte in token]) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        # The rank belongs to the result, so every way to reach it is a merge of equal urgency.
+        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    names = llama3_control_tokens()
+    added = [added_token(name, len(ranks) + place, special=True) for place, name in enumerate(names)]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    return byte_level_json(vocab, merges, added, "llama3", bos=names[0])
+
+
+def llama3_control_tokens() -> list[str]:
+    """Return the spellings of LLaMA 3.1's 256 control tokens in the order of their ids."""
+    names, n_reserved = [], 0
+    for place in range(N_LLAMA3_CONTROL):
+        name = LLAMA3_CONTROL.get(place)
+        if name is None:
+            name, n_reserved = f"reserved_special_token_{n_reserved}", n_reserved + 1
+        names.append(f"<|{name}|>")
+    return names
+
+
+def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        parts = line.split()
+        if not parts:
+            continue
+        try:
+            token, rank = base64.b64decode(parts[0], validate=True), int(parts[1])
+        except (binascii.Error, ValueError, IndexError):
+            raise UserError(f"{source}:{number}: expected a token in base64 and its rank") from None
+        if token in ranks:
+            raise UserError(f"{source}:{number}: this token stands there twice; download the file again")
+        ranks[token] = rank
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{source}: the ranks are not 0 to {len(ranks) - 1}, each once; download it again")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{source}: no token for byte 0x{missing[0]:02X}; the file is truncated")
+    return ranks

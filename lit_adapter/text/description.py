@@ -1,0 +1,154 @@
+"""What the JSON files beside a vocabulary say: BOS, EOS, stop ids and the chat template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is said about a tokenizer; None where nothing is."""
+
+    bos: str | None = None
+    eos: str | None = None
+    add_bos: bool | None = None
+    legacy: bool = True
+    """Whether transformers' sentencepiece tokenizers put a space after control tokens."""
+    chat_template: str | None = None
+    bos_id: int | None = None
+    """As in ``generation_config.json`` or ``config.json``."""
+    stop_ids: tuple[int, ...] = ()
+    """As in both of them; the first is EOS where ``eos`` is not said."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Tokens that other files add to a sentencepiece model."""
+    special: frozenset[str] = frozenset()
+    """Those of them that are marked special."""
+
+
+def read_description(folder: Path) -> Description:
+    """Read what stands beside a tokenizer.
+
+    Raises:
+        UserError: a file that is no JSON object, or a key of another type than expected.
+    """
+    main = _optional(folder / "tokenizer_config.json")
+    special = _optional(folder / "special_tokens_map.json")
+    models = [(folder / name, _optional(folder / name)) for name in ("generation_config.json", "config.json")]
+    bos_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "bos_token_id")]
+    stop_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "eos_token_id")]
+    add_bos = main.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: add_bos_token is {add_bos!r}; expected true or false"
+        )
+    added, special_added = _added(folder, main)
+    return Description(
+        bos=_spelling(main, "bos_token") or _spelling(special, "bos_token"),
+        eos=_spelling(main, "eos_token") or _spelling(special, "eos_token"),
+        add_bos=add_bos,
+        legacy=main.get("legacy") is not False,
+        chat_template=_chat_template(folder, main),
+        bos_id=bos_ids[0] if bos_ids else None,
+        stop_ids=tuple(dict.fromkeys(stop_ids)),
+        added=added,
+        special=special_added,
+    )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return raw
+
+
+def _ids(path: Path, raw: dict[str, Any], key: str) -> list[int]:
+    """Read a token id that may be a number, a list of numbers, or absent."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    # -1 is how some files say that there is none.
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= -1 for id_ in ids):
+        raise UserError(f"{path}: {key} is {value!r}; expected a token id or a list of them")
+    return [id_ for id_ in ids if id_ >= 0]
+
+
+def _spelling(raw: dict[str, Any], key: str) -> str | None:
+    value = raw.get(key)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _chat_template(folder: Path, main: dict[str, Any]) -> str | None:
+    """Read the chat template from its own file or from ``tokenizer_config.json``, in this order."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    found = _optional(folder / "chat_template.json").get("chat_template", main.get("chat_template"))
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found else None
+
+
+def _added(folder: Path, main: dict[str, Any]) -> tuple[dict[str, int], frozenset[str]]:
+    listed = _optional(folder / "added_tokens.json")
+    added = {content: id_ for content, id_ in listed.items() if isinstance(id_, int)}
+    special = set()
+    decoder = main.get("added_tokens_decoder")
+    for id_, token in decoder.items() if isinstance(decoder, dict) else ():
+        if str(id_).isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str):
+            added[token["content"]] = int(id_)
+            if token.get("special"):
+                special.add(token["content"])
+    return added, frozenset(special)
+
+
+def describe(
+    tokenizer: Tokenizer,
+    about: Description,
+    *,
+    bos_id: int | None,
+    eos_id: int | None,
+    add_bos: bool,
+    source: object,
+) -> None:
+    """Give a tokenizer its BOS, EOS, stop ids and chat template.
+
+    Args:
+        tokenizer: knows its control tokens already.
+        about: what the files beside it say; goes before the following.
+        bos_id: the vocabulary's own BOS.
+        eos_id: the vocabulary's own EOS.
+        add_bos: what the vocabulary does where nothing is said.
+        source: the vocabulary's file, for messages.
+
+    Raises:
+        UserError: a token is named that the vocabulary lacks, or there is no EOS.
+    """
+    for spelling in (about.bos, about.eos):
+        if spelling and tokenizer.control_id(spelling) is None:
+            raise UserError(f"{source}: token '{spelling}' of tokenizer_config.json is not in the vocabulary")
+    eos = tokenizer.control_id(about.eos) if about.eos else eos_id
+    bos = tokenizer.control_id(about.bos) if about.bos else bos_id
+    if eos is None and about.stop_ids:
+        eos = about.stop_ids[0]
+    if eos is None:
+        raise UserError(f"{source}: no EOS token; name it in tokenizer_config.json as eos_token")
+    tokenizer.eos_id = eos
+    tokenizer.bos_id = bos if bos is not None else about.bos_id
+    wanted = about.add_bos if about.add_bos is not None else add_bos
+    tokenizer.add_bos = wanted and tokenizer.bos_id is not None
+    tokenizer.stop_ids = frozenset({eos, *about.stop_ids})
+    tokenizer.chat_template = about.chat_template

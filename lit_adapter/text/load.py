@@ -1,0 +1,62 @@
+"""The choice among tokenizers by what a folder holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
+from lit_adapter.text.description import Description, read_description
+from lit_adapter.text.huggingface import HuggingFaceTokenizer
+from lit_adapter.text.sentencepiece_model import SentencePieceTokenizer
+from lit_adapter.text.tokenizer import Tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a model folder.
+
+    ``tokenizer.json`` goes before ``tokenizer.model``, because only it holds tokens added later.
+
+    Raises:
+        UserError: there is none, or its file is empty, damaged or of an unknown kind.
+    """
+    folder = Path(folder)
+    found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
+    if not found:
+        raise UserError(
+            f"{folder}: no tokenizer.json or tokenizer.model there; expected the folder of a converted base"
+        )
+    path = found[0]
+    content = _content(path)
+    about = read_description(folder)
+    if path.suffix == ".json":
+        raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: expected a JSON object")
+        return HuggingFaceTokenizer(raw, about, path)
+    if looks_like_ranks(content):
+        return _load_ranks(content, about, path)
+    return SentencePieceTokenizer(content, about, path)
+
+
+def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
+    raw = llama3_json(content, path)
+    tokenizer = HuggingFaceTokenizer(raw, replace(about, eos=about.eos or LLAMA3_STOPS[0]), path)
+    stops = {tokenizer.control_id(stop) for stop in LLAMA3_STOPS} - {None}
+    # Meta writes the ends of a turn into no file.
+    tokenizer.stop_ids |= {stop for stop in stops if stop is not None}
+    return tokenizer
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    if not content.strip():
+        raise UserError(f"{path}: is empty; download it again")
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the tokenizer itself; download it again")
+    return content

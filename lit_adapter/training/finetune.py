@@ -1,0 +1,308 @@
+"""A fine-tuning run, from its configuration to its adapter file."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_adapter import files
+from lit_adapter.config import Config
+from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.summary import describe
+from lit_adapter.device import choose_device, choose_dtype
+from lit_adapter.errors import UserError
+from lit_adapter.generation.engine import AdaptedLlama, base_identity
+from lit_adapter.model.adapter import adapter_parameters, adapter_state, attach
+from lit_adapter.model.llama import Llama
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.text.tokenizer import check_vocabulary
+from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Report, Samples, tasks_of
+from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lit_adapter.training.module import LitAdapter
+from lit_adapter.training.run_folder import RunFolder, changeable, identity
+from lit_adapter.training.schedule import total_steps, warmup_steps
+from lit_adapter.training.signals import StopOnSignal
+from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.load import load_base
+
+Say = Callable[[str], None]
+
+
+def finetune(config: Config, resume: str | None = None, say: Say = print) -> int:
+    """Train an adapter.
+
+    Args:
+        config: the run.
+        resume: ``last``, or a checkpoint file of the run.
+        say: gets each line worth printing; the first process alone speaks.
+
+    Returns:
+        The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
+
+    Raises:
+        UserError: anything the user can put right.
+    """
+    first = rank_zero_only.rank == 0
+    say = say if first else _say_nothing
+    folder = RunFolder(Path(config.out))
+    signals = StopOnSignal()
+    _quiet_lightning()
+    if not first:
+        return _Run(config, folder, signals, say).train(resume)
+    folder.open(resume=resume is not None)
+    try:
+        return _Run(config, folder, signals, say).train(resume)
+    finally:
+        folder.close()
+
+
+class _Run:
+    """The parts of a run, put together once."""
+
+    def __init__(self, config: Config, folder: RunFolder, signals: StopOnSignal, say: Say) -> None:
+        self.config, self.folder, self.signals, self.say = config, folder, signals, say
+        self.base = Path(config.base)
+        self.base_config = read_config(self.base)
+        config.adapter.adapted_layers(self.base_config.n_layer)
+        if config.data.max_length > self.base_config.context_length:
+            raise UserError(
+                f"data.max_length is {config.data.max_length}, but the base's context is "
+                f"{self.base_config.context_length}; lower it"
+            )
+        self.device = choose_device(config.trainer.accelerator)
+        self.precision = self._precision()
+        self.tokenizer = load_tokenizer(self.base)
+        check_vocabulary(self.tokenizer, self.base_config.vocab_size)
+        self.template = resolve_template(config.data.template, self.tokenizer)
+        self.identity = base_identity(self.base)
+
+    def _precision(self) -> str:
+        """Resolve auto by measuring."""
+        wanted = self.config.trainer.precision
+        if wanted == "16-mixed" and self.device.type == "cpu":
+            raise UserError("trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU")
+        if wanted != "auto":
+            return wanted
+        found = "bf16-true" if choose_dtype(None, self.device) == torch.bfloat16 else "32-true"
+        self.say(f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32")
+        return found
+
+    def train(self, resume: str | None) -> int:
+        """Train from the start or from a checkpoint."""
+        config, start = self.config, time.perf_counter()
+        data = self._data()
+        steps = total_steps(config.optim, data.training_steps().steps_per_epoch)
+        warmup_steps(config.optim, steps)
+        data.total_steps = steps
+        for line in describe(data, config.optim.epochs):
+            self.say(line)
+        checkpoint = self._checkpoint_to_resume(resume)
+        if checkpoint and read_checkpoint(checkpoint)["global_step"] >= steps and self.folder.adapter.is_file():
+            self.say(f"{self.folder.path}: already complete, {steps} steps; nothing to do")
+            return 0
+        model = self._model()
+        module = LitAdapter(model, config.optim, steps, config.seed)
+        trainer = self._trainer(data, model, steps, purge_from=checkpoint)
+        self._announce(model, data, steps)
+        if rank_zero_only.rank == 0:
+            files.write_text(self.folder.config, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        if checkpoint is None and data.val_packer is not None:
+            trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        return self._finish(trainer, module, start)
+
+    def _finish(self, trainer: pl.Trainer, module: LitAdapter, start: float) -> int:
+        step = trainer.global_step
+        if self.signals.received:
+            where = self.folder.checkpoint_path(step)
+            self.say(f"stopped by signal {self.signals.received} at step {step}; saved {where}; --resume last goes on")
+            return self.signals.exit_status
+        summary: dict[str, Any] = {"steps": step, "train_loss": module.last["loss"]}
+        if "val/loss" in trainer.callback_metrics:
+            summary["val_loss"] = float(trainer.callback_metrics["val/loss"])
+        if trainer.is_global_zero:
+            self._write_adapter(self.folder.adapter, adapter_state(module.model), summary)
+            size = self.folder.adapter.stat().st_size
+            took = time.perf_counter() - start
+            self.say(f"wrote {self.folder.adapter} ({size:,} bytes) after {step} steps, {took:.0f} s in all")
+        return 0
+
+    def _data(self) -> AlpacaDataModule:
+        config = self.config
+        return AlpacaDataModule(
+            config.data,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tokenizer_key=self.identity.tokenizer,
+            batch_size=config.optim.batch_size,
+            row_tokens=self._row_tokens(),
+            seed=config.seed,
+            say=self.say,
+        )
+
+    def _row_tokens(self) -> int:
+        """Choose rows long enough to keep the device busy, short enough for its memory."""
+        if self.config.optim.row_tokens is not None:
+            return self.config.optim.row_tokens
+        return max(self.config.data.max_length, 8192 if self.device.type == "cuda" else 2048)
+
+    def _model(self) -> Llama:
+        """Load the base in its storage precision; the adapter is fp32 whatever that is."""
+        dtype = torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+        # Lightning moves it to its device, so that each process loads onto its own.
+        model = load_base(self.base, device="cpu", dtype=dtype)
+        attach(model, self.config.adapter, self.config.seed)
+        return model
+
+    def _checkpoint_to_resume(self, resume: str | None) -> Path | None:
+        if resume is None:
+            return None
+        if "://" in resume:
+            raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
+        return self.folder.newest_checkpoint(self.say) if resume == "last" else Path(resume)
+
+    def _trainer(
+        self, data: AlpacaDataModule, model: Llama, steps: int, purge_from: Path | None
+    ) -> pl.Trainer:
+        options = self.config.trainer
+        if isinstance(options.devices, int) and self.device.type == "cuda":
+            available = torch.cuda.device_count()
+            if options.devices > available:
+                raise UserError(f"trainer.devices is {options.devices}, but this machine has {available} GPUs")
+        bar = options.progress == "bar" or (options.progress == "auto" and sys.stdout.isatty())
+        val_every = options.val_every or max(1, steps // 10)
+        logger = TensorBoardLogger(
+            str(self.folder.path),
+            name="",
+            version="tensorboard",
+            default_hp_metric=False,
+            purge_step=read_checkpoint(purge_from)["global_step"] + 1 if purge_from else None,
+        )
+        validates = data.val_packer is not None
+        return pl.Trainer(
+            accelerator=self.device.type,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=self._strategy(),
+            precision=self.precision if "mixed" in self.precision else "32-true",  # type: ignore[arg-type]
+            max_epochs=1,  # our sampler's one pass is the whole run, all epochs in it
+            val_check_interval=min(val_every, steps) if validates else None,
+            check_val_every_n_epoch=None if validates else 1,
+            limit_val_batches=None if validates else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=logger,
+            callbacks=self._callbacks(data, model, bar),
+            plugins=[DurableCheckpointIO()],
+            enable_checkpointing=False,
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+    def _strategy(self) -> Any:
+        options = self.config.trainer
+        several = options.num_nodes > 1 or options.devices not in (1, "1")
+        if options.strategy == "ddp" or (options.strategy == "auto" and several):
+            # The frozen base is read by every process itself; only adapter gradients are exchanged.
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+        if options.strategy != "auto":
+            raise UserError(f"trainer.strategy is {options.strategy!r}; expected auto or ddp")
+        return "auto"
+
+    def _callbacks(self, data: AlpacaDataModule, model: Llama, bar: bool) -> list[pl.Callback]:
+        options = self.config.trainer
+        record = {
+            "identity": identity(
+                self.config,
+                base=self.identity.weights[:16],
+                tokenizer=self.identity.tokenizer[:16],
+                template=self.template.to_dict(),
+                precision=self.precision,
+                **{f"data.{key}": value for key, value in data.identity().items()},
+            ),
+            "changeable": changeable(self.config),
+        }
+        lines = options.progress == "lines" or (options.progress == "auto" and not bar)
+        assistant = AdaptedLlama(model, self.tokenizer, self.template)
+        callbacks: list[pl.Callback] = [
+            self.signals,
+            Report(every=options.log_every, lines=lines, say=self.say),
+            BestAdapter(partial(self._write_adapter, self.folder.best)),
+            Samples(assistant, tasks_of(data.val_records, options.samples), options.sample_tokens),
+            Checkpoints(
+                self.folder, _plain(record), every=options.save_every, keep=options.keep_checkpoints, say=self.say
+            ),
+        ]
+        return [*callbacks, RichProgressBar(leave=True)] if bar else callbacks
+
+    def _write_adapter(self, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+        info = AdapterInfo(
+            adapter=self.config.adapter,
+            base=self.identity,
+            base_config=self.base_config.to_hf(),
+            template=self.template,
+            mask_prompt=self.config.data.mask_prompt,
+            training=summary,
+        )
+        save_adapter(path, state, info)
+
+    def _announce(self, model: Llama, data: AlpacaDataModule, steps: int) -> None:
+        config = self.config
+        trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
+        frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+        layers = len(config.adapter.adapted_layers(self.base_config.n_layer))
+        self.say(
+            f"model: {self.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
+            f"(K {config.adapter.prompt_length}, L {layers} of {self.base_config.n_layer})"
+        )
+        base_lr = config.optim.peak_lr * 256 / config.optim.batch_size
+        self.say(
+            f"run: {steps} steps of {config.optim.batch_size} records; lr {config.optim.peak_lr:g} "
+            f"(base_lr {base_lr:g}), warm-up {warmup_steps(config.optim, steps)} steps; {self.folder.path}"
+        )
+        if config.optim.peak_lr == 0:
+            self.say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
+
+
+def _plain(value: Any) -> Any:
+    """Return nested values with lists for tuples, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _say_nothing(line: str) -> None:
+    """The other processes stay silent."""
+
+
+def _quiet_lightning() -> None:
+    """Keep Lightning's hints out of the output; our own lines say what a user can act on."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*mid-epoch.*")

@@ -1,0 +1,155 @@
+"""A run's folder: its files, its lock, and what identifies it.
+
+    RUN/config.yaml              the resolved configuration
+    RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
+    RUN/best.safetensors         the adapter with the lowest held-out loss
+    RUN/adapter.safetensors      the adapter at the end: the deliverable
+    RUN/tensorboard/             curves, gates and sample texts
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_adapter import files
+from lit_adapter.config import Config
+from lit_adapter.errors import UserError
+from lit_adapter.training.checkpoint import read_checkpoint
+
+LOCK = ".lock"
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter.safetensors"
+        self.best = path / "best.safetensors"
+        self.tensorboard = path / "tensorboard"
+
+    def open(self, *, resume: bool) -> None:
+        """Take the folder for this process, and see that it can be written.
+
+        Raises:
+            UserError: it holds another run, is not a folder, cannot be written, or is in use.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; choose another run folder with --out")
+        if not resume and self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
+            raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
+        if resume and not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
+        files.write_text(self.path / LOCK, self._claim())
+        files.sweep(self.path)
+
+    def _claim(self) -> str:
+        """Return this process's number, unless a living process holds the lock."""
+        lock = self.path / LOCK
+        holder = lock.read_text() if lock.is_file() else ""
+        if holder.isdigit() and int(holder) != os.getpid() and _is_training(int(holder)):
+            raise UserError(f"{self.path}: in use by process {holder}; wait for it, or choose another --out")
+        return str(os.getpid())
+
+    def close(self) -> None:
+        """Give the folder back."""
+        (self.path / LOCK).unlink(missing_ok=True)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Return the name of the checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step-{step:07d}.ckpt"
+
+    def newest_checkpoint(self, say: Callable[[str], None]) -> Path:
+        """Return the newest usable checkpoint; name those that are not.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+        for path in found:
+            try:
+                step = read_checkpoint(path)["global_step"]
+            except UserError as error:
+                say(f"{error}; trying the one before")
+                continue
+            say(f"resuming from {path}: step {step}, the newest complete checkpoint")
+            return path
+        reason = f"none of its {len(found)} checkpoints is usable" if found else "it holds no checkpoint"
+        raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
+
+
+def _is_training(process: int) -> bool:
+    """Tell a living training process from a number that something else has since been given."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        try:
+            os.kill(process, 0)
+        except OSError:
+            return False
+        return not Path("/proc").is_dir()
+    return b"python" in command
+
+
+def identity(config: Config, **facts: Any) -> dict[str, Any]:
+    """Return what a resumed run must share with the run it continues, by configuration key.
+
+    Learning rate, weight decay, epochs, devices, precision of logging and the like may change; they are
+    in `changeable`.
+    """
+    plain = asdict(config)
+    data = {f"data.{key}": plain["data"][key] for key in ("mask_prompt", "max_length")}
+    optim = {f"optim.{key}": plain["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")}
+    adapter = {f"adapter.{key}": value for key, value in plain["adapter"].items()}
+    return {"seed": config.seed, **adapter, **data, **optim, **facts}
+
+
+def changeable(config: Config) -> dict[str, Any]:
+    """Return the settings that a resumed run may change; changes are listed."""
+    plain = asdict(config)
+    found = {key: plain[key] for key in ("base", "out")}
+    for section, keys in (
+        ("optim", ("epochs", "max_steps", "lr", "base_lr", "weight_decay", "betas", "eps", "clip", "row_tokens")),
+        ("data", ("workers",)),
+        ("trainer", tuple(plain["trainer"])),
+    ):
+        found |= {f"{section}.{key}": plain[section][key] for key in keys}
+    return found
+
+
+def compare(path: Path, saved: dict[str, Any], own: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Refuse a checkpoint of another run; list settings that changed.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: ``{"identity": ..., "changeable": ...}`` from the checkpoint.
+        own: the same of this run.
+        say: gets a line for each changed setting.
+
+    Raises:
+        UserError: names every part of the identity that differs, with both values.
+    """
+    differences = [
+        f"{key} was {saved['identity'].get(key)!r}, now {value!r}"
+        for key, value in own["identity"].items()
+        if _plain(saved["identity"].get(key)) != _plain(value)
+    ]
+    if differences:
+        raise UserError(f"{path}: cannot resume another run: {'; '.join(differences)}")
+    for key, value in own["changeable"].items():
+        if _plain(saved["changeable"].get(key)) != _plain(value):
+            say(f"resuming with {key} changed from {saved['changeable'].get(key)!r} to {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

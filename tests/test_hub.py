@@ -1,0 +1,158 @@
+"""Hub data sets: names, the choice of files, and a download from a stand-in server."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from lit_adapter.data.hub import choose_files, is_hub_name, read_hub
+from lit_adapter.errors import UserError
+
+OK = '{"instruction":"a","output":"b"}'
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {"train.jsonl": f"{OK}\n{OK}\n".encode(), "test.jsonl": b'{"instruction":"a"}\n', "README.md": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("yahma/alpaca-cleaned", True),
+        ("org/name:train", True),
+        ("org/name:data/a.json", True),
+        ("data/train.json", False),
+        ("./org/name", False),
+        ("a/b/c", False),
+        ("name", False),
+        ("https://x/y", False),
+    ],
+)
+def test_is_hub_name(source: str, expected: bool) -> None:
+    assert is_hub_name(source) is expected
+
+
+def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name("org/name")
+
+
+def test_choose_files_of_a_repository() -> None:
+    shards = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
+    tests = ["data/test-00000-of-00001.parquet"]
+    about = ["README.md", "dataset_infos.json", ".hidden/x.json"]
+    assert choose_files([*about, "alpaca.json"], None, "o/n") == ["alpaca.json"]
+    assert choose_files([*shards[::-1], *tests, *about], None, "o/n") == shards
+    assert choose_files([*shards, *tests], "test", "o/n") == tests
+    for files, part, message in [
+        (about, None, "holds no .json"),
+        (["a.json", "b.json"], None, r"2 data files; name one as o/n:FILE: a.json, b.json"),
+        (["train.json", "train.parquet"], None, "name one as"),
+        (["train.json"], "test", "no data file of split 'test'"),
+        (shards[:1], None, "1 of 2 shards"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            choose_files(files, part, "o/n")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Just enough of the Hub: one data set at one commit."""
+
+    def do_GET(self) -> None:
+        head, _, file = self.path.replace("/resolve/main/", f"/resolve/{COMMIT}/").partition(
+            f"/resolve/{COMMIT}/"
+        )
+        if self.path.startswith("/api/datasets/org/name"):
+            siblings = [{"rfilename": name} for name in FILES]
+            self.answer(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
+        elif head == "/datasets/org/name" and file in FILES:
+            self.answer(200, FILES[file])
+        else:
+            self.answer(404, b"", "EntryNotFound" if "org/name" in self.path else "RepoNotFound")
+
+    do_HEAD = do_GET  # noqa: N815 the base class names it
+
+    def answer(self, status: int, body: bytes, error: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+READ = """
+import sys
+from lit_adapter.data.hub import read_hub
+from lit_adapter.errors import UserError
+for name in sys.argv[1:]:
+    try:
+        records = read_hub(name)
+        print(len(records), records.source, records[0].origin)
+    except UserError as error:
+        print("error:", error)
+"""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def read_in_process(folder: Path, endpoint: str, *names: str, **more: str) -> list[str]:
+    own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "NO_PROXY": "*", "no_proxy": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *names],
+        env={**os.environ, **own, **more},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_read_hub_from_a_stand_in(tmp_path: Path, endpoint: str) -> None:
+    names = ["org/name", "org/name:train", "org/name:test", "org/name:dev", "org/name:x.json", "org/other"]
+    whole, train, test, dev, missing, other = read_in_process(tmp_path, endpoint, *names)
+    assert whole == train == "2 org/name:train.jsonl org/name:train.jsonl:1"
+    assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
+    assert dev.startswith("error: org/name: no data file of split 'dev'")
+    assert missing.startswith("error: org/name:x.json: no such file in the data set")
+    assert other.startswith("error: org/other: no such data set on the Hub")
+
+
+def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: str) -> None:
+    first = read_in_process(tmp_path, endpoint, "org/name:train.jsonl")
+    assert first == ["2 org/name:train.jsonl org/name:train.jsonl:1"]
+    names = ["org/name:train.jsonl", "org/name:test.jsonl", "org/name"]
+    again, absent, listed = read_in_process(tmp_path, endpoint, *names, HF_HUB_OFFLINE="1")
+    assert [again] == first
+    assert absent.startswith("error: org/name:test.jsonl: not downloaded yet")
+    assert listed.startswith("error: org/name: cannot be fetched from the Hub")
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
+    (line,) = read_in_process(tmp_path, "http://127.0.0.1:9", "org/name")
+    assert line.startswith("error: org/name: cannot be fetched from the Hub")
+
+
+def test_read_hub_refuses_what_is_no_name() -> None:
+    with pytest.raises(UserError, match="is no Hub data set"):
+        read_hub("../x")
