@@ -73,6 +73,7 @@ def write_hf(model: LlamaForCausalLM, folder: Path, layout: str = "single") -> P
     """``layout``: single, sharded, bin or bin-sharded."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]

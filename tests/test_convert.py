@@ -56,6 +56,7 @@ def test_hugging_face_layouts_keep_the_model(tmp_path: Path, layout: str) -> Non
     out = convert(write_hf(model, tmp_path / "source", layout), tmp_path / "out")
     assert {t.dtype for t in tensors_of(out).values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258]}
     assert_same_model(out, model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 

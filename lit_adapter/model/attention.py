@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_adapter.model.precision import widen
+
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -88,8 +90,8 @@ class _Group:
 
     query: Tensor  # [S, L] which of the given queries
     key: Tensor  # [S, E] row positions of the keys: shared head, then the segment itself
-    seen: Tensor  # [S, 1, L, E] which query sees which key
-    valid: Tensor  # [S, L] which entries of `query` are real
+    hidden: Tensor  # [S, 1, 1, L, E] which key a query does not see
+    real: Tensor  # [n] which entries of the flattened `query` are not padding
 
 
 class SegmentView(BaseView):
@@ -107,20 +109,42 @@ class SegmentView(BaseView):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """Attend within segments; ``rows`` can only be the row's own targets."""
         groups = self.all_rows if rows is None else self.target_rows
+        if not groups:  # a row without targets: q is as empty as its result, and keeps the graph whole for DDP
+            return q
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
-        parts, places = [], []
-        for group in groups:
-            part = F.scaled_dot_product_attention(
-                q[group.query].transpose(1, 2),
-                k[group.key].transpose(1, 2),
-                v[group.key].transpose(1, 2),
-                attn_mask=group.seen,
-                enable_gqa=True,
-            )
-            parts.append(part.transpose(1, 2)[group.valid])
-            places.append(group.query[group.valid])
-        y = torch.empty_like(q).index_copy(0, torch.cat(places), torch.cat(parts))
+        parts = [_attend_rectangle(q, k, v, group) for group in groups]
+        places = torch.cat([group.query.flatten()[group.real] for group in groups])
+        y = torch.empty_like(q).index_copy(0, places, torch.cat(parts))
         return y.transpose(0, 1)[None]
+
+
+def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
+    """Return the group's real queries' results ``[n, H, D]``, from ``q, k, v [T, heads, D]``.
+
+    Written out: on CPUs the fused kernel's backward pass is several times slower on such short segments.
+    """
+    (S, L), E = group.query.shape, group.key.shape[1]
+    H, G, D = q.shape[1], k.shape[1], q.shape[2]
+    # index_select, not indexing: its backward adds rows without index_put's serial loop.
+    queries = q.index_select(0, group.query.flatten()).view(S, L, G, H // G, D).permute(0, 2, 3, 1, 4)
+    keys = k.index_select(0, group.key.flatten()).view(S, E, G, D).permute(0, 2, 3, 1)
+    values = v.index_select(0, group.key.flatten()).view(S, E, G, D).transpose(1, 2)
+    if L * E > _LONG:
+        return _attend_fused(queries.flatten(1, 2), keys.mT, values, group)
+    score = queries.reshape(S, G, -1, D) @ keys  # [S, G, H/G * L, E]
+    score = widen(score).view(S, G, H // G, L, E).mul(D**-0.5).masked_fill(group.hidden, -torch.inf)
+    weight = score.softmax(-1).to(v.dtype).view(S, G, -1, E)
+    y = (weight @ values).view(S, H, L, D).transpose(1, 2).reshape(S * L, H, D)
+    return y.index_select(0, group.real)
+
+
+_LONG = 512 * 512  # pairs of a segment from which keeping their scores costs more than recomputing them
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
+    """Do the same for long segments ``[S, heads, L, D]`` without keeping a score for every pair."""
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=~group.hidden[:, 0], enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 
 @dataclass
@@ -170,16 +194,17 @@ def _groups(row: PackedRow, wanted: list[int]) -> list[_Group]:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return [_rectangle(group) for group in groups]
+    return [_rectangle(group, row.ids.device) for group in groups]
 
 
-def _rectangle(group: list[_Segment]) -> _Group:
+def _rectangle(group: list[_Segment], device: torch.device) -> _Group:
     position, valid = _padded([[place for place, _ in s.queries] for s in group])
     query, _ = _padded([[number for _, number in s.queries] for s in group])
     key, real_key = _padded([[*range(s.head_start, s.head_end), *range(s.start, s.end)] for s in group])
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
     seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
-    return _Group(query=query, key=key, seen=seen[:, None], valid=valid)
+    plan = (query, key, ~seen[:, None, None], valid.flatten().nonzero().flatten())
+    return _Group(*(part.to(device) for part in plan))
 
 
 def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_adapter.model.attention import PackedRow, SegmentView
+from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
 
 CHUNK_LOGITS = 2**25
@@ -56,3 +58,10 @@ def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
         A scalar, fp32 or wider. Whoever sums over micro-batches and ranks divides by the number of targets.
     """
     return _FrozenHeadLoss.apply(hidden, weight, target_id)
+
+
+def row_loss(model: Llama, row: PackedRow) -> Tensor:
+    """Return the summed cross-entropy of a packed row's targets, a scalar in nats."""
+    view = SegmentView(row, model.rotation(row.position[None]))
+    hidden = model(row.ids[None], view, row.target_index)[0]
+    return target_loss(hidden, model.lm_head.weight, row.target_id)

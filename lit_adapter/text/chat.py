@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -120,5 +121,10 @@ def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
 
 def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return a pattern that finds control tokens in a template's own text, longest first."""
-    spellings = sorted(tokenizer.control_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, spellings))) if spellings else None
+    return _any_of(tuple(tokenizer.control_tokens))
+
+
+@cache
+def _any_of(spellings: tuple[str, ...]) -> re.Pattern[str] | None:
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if spellings else None

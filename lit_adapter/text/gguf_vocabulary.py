@@ -52,7 +52,7 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     elif kind == "llama":
         files.write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
     else:
-        raise UserError(f"GGUF: key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
+        raise UserError(f"key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
     files.write_json(Path(out) / "tokenizer_config.json", _config(keys))
 
 
@@ -64,12 +64,10 @@ class _Keys:
         self.tokens: list[str] = list(self.need("tokens"))
         self.types: list[int] = list(self.get("token_type") or [1] * len(self.tokens))
         if len(self.types) != len(self.tokens):
-            raise UserError(
-                f"GGUF: {len(self.tokens)} tokens but {len(self.types)} in 'tokenizer.ggml.token_type'"
-            )
+            raise UserError(f"{len(self.tokens)} tokens but {len(self.types)} in 'tokenizer.ggml.token_type'")
         if len(set(self.tokens)) != len(self.tokens):
             twice = next(text for i, text in enumerate(self.tokens) if text in self.tokens[:i])
-            raise UserError(f"GGUF: token {twice!r} stands twice in 'tokenizer.ggml.tokens'")
+            raise UserError(f"token {twice!r} stands twice in 'tokenizer.ggml.tokens'")
 
     def get(self, name: str, default: Any = None, prefix: str = "tokenizer.ggml.") -> Any:
         value = self._fields.get(prefix + name)
@@ -80,15 +78,13 @@ class _Keys:
     def need(self, name: str) -> Any:
         value = self.get(name)
         if value is None:
-            raise UserError(f"GGUF: key 'tokenizer.ggml.{name}' is missing; convert the original checkpoint")
+            raise UserError(f"key 'tokenizer.ggml.{name}' is missing; convert the original checkpoint")
         return value
 
     def token_id(self, name: str) -> int | None:
         value = self.get(f"{name}_token_id")
         if value is not None and not 0 <= value < len(self.tokens):
-            raise UserError(
-                f"GGUF: 'tokenizer.ggml.{name}_token_id' is {value}; expected below {len(self.tokens)}"
-            )
+            raise UserError(f"'tokenizer.ggml.{name}_token_id' is {value}; expected below {len(self.tokens)}")
         return value
 
     def token(self, name: str) -> str | None:
@@ -107,7 +103,7 @@ def _byte_level(keys: _Keys) -> dict[str, Any]:
     if pre not in PRE_TOKENIZERS:
         hint = nearest(str(pre), list(PRE_TOKENIZERS))
         raise UserError(
-            f"GGUF: 'tokenizer.ggml.pre' is {pre!r}, which is not known{hint or '; expected one of '}"
+            f"'tokenizer.ggml.pre' is {pre!r}, which is not known{hint or '; expected one of '}"
             f"{'' if hint else ', '.join(PRE_TOKENIZERS)}"
         )
     named = {keys.token_id(name) for name in ("bos", "eos", "eot")}
@@ -121,7 +117,7 @@ def _byte_level(keys: _Keys) -> dict[str, Any]:
     for merge in keys.need("merges"):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise UserError(f"GGUF: 'tokenizer.ggml.merges' joins {merge!r}, which are no tokens")
+            raise UserError(f"'tokenizer.ggml.merges' joins {merge!r}, which are no tokens")
         merges.append((left, right))
     bos = keys.token("bos") if keys.add_bos else None
     return byte_level_json(vocab, merges, added, PRE_TOKENIZERS[pre], bos=bos)
@@ -130,9 +126,9 @@ def _byte_level(keys: _Keys) -> dict[str, Any]:
 def _sentencepiece(keys: _Keys) -> bytes:
     scores = list(keys.need("scores"))
     if len(scores) != len(keys.tokens):
-        raise UserError(f"GGUF: {len(keys.tokens)} tokens but {len(scores)} in 'tokenizer.ggml.scores'")
+        raise UserError(f"{len(keys.tokens)} tokens but {len(scores)} in 'tokenizer.ggml.scores'")
     if keys.types.count(UNKNOWN) != 1:
-        raise UserError("GGUF: 'tokenizer.ggml.token_type' has no unknown token (2), or several")
+        raise UserError("'tokenizer.ggml.token_type' has no unknown token (2), or several")
     model = ModelProto()
     for text, score, kind in zip(keys.tokens, scores, keys.types, strict=True):
         model.pieces.add(piece=text, score=float(score), type=int(kind))

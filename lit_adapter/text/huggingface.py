@@ -62,7 +62,8 @@ class HuggingFaceTokenizer(Tokenizer):
             add_bos=spelled_bos is not None,
             source=source,
         )
-        self._refuse_leaks(vocabulary.get(raw["model"].get("unk_token") or ""), source)
+        unknown = raw["model"].get("unk_id", vocabulary.get(raw["model"].get("unk_token") or ""))
+        self._refuse_leaks(unknown, source)
 
     def _load(self) -> None:
         self._backend = _backend(self._json)

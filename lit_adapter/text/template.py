@@ -69,17 +69,19 @@ class Template:
         """Return the template that `to_dict` described.
 
         Raises:
-            UserError: a missing or unknown key, or a value of another type.
+            ValueError: a missing or unknown key, or a value that no template has.
         """
-        kinds = {"kind": str, "text": str, "lead": str, "trim": bool}
         names = [field.name for field in fields(cls)]
         if not isinstance(raw, dict) or sorted(raw) != sorted(names):
-            raise UserError(f"template record: expected the keys {', '.join(names)}")
+            raise ValueError(f"template: expected the keys {', '.join(names)}")
+        kinds = {"kind": (str,), "text": (str,), "lead": (str,), "trim": (bool,)}
         for name, value in raw.items():
-            expected = (kinds[name],) if name in kinds else (str, type(None))
-            if not isinstance(value, expected):
-                raise UserError(f"template record: '{name}' is {value!r}; expected {expected[0].__name__}")
-        return cls(**raw)
+            if not isinstance(value, kinds.get(name, (str, type(None)))):
+                raise ValueError(f"template: '{name}' is {value!r}")
+        try:
+            return cls(**raw)
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
     def variant(self, record_has_input: bool) -> int:
         """Return which of the template's texts a record uses: 0, or 1 for the one without input."""
@@ -170,7 +172,9 @@ class Template:
         if self.variant(bool(input)) and self.text_without_input is not None:
             text = self.text_without_input
         if input and INPUT not in text:
-            raise UserError(f"template {_shown(text)}: no {INPUT} in it, but the record has an input")
+            raise UserError(
+                f"template {_shown(text)}: no place for the input that a record has; add {INPUT} to it"
+            )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
         return [values.get(part, (part, True)) for part in _FIELD.split(text)]
 

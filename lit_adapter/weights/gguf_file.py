@@ -195,10 +195,7 @@ class GGUFSource(Source):
         """Write the vocabulary inside the file as tokenizer files."""
         if "tokenizer.ggml.tokens" not in self.fields:
             raise UserError(f"{self.path}: no tokenizer; key 'tokenizer.ggml.tokens' is missing")
-        try:
-            write_gguf_tokenizer(self.fields, out)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
+        write_gguf_tokenizer(self.fields, out)
 
     def _read_token_ids(self) -> None:
         ids = {

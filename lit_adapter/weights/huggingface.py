@@ -11,12 +11,18 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.files import read_json
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.weights.base_folder import CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, expected_shapes
+from lit_adapter.weights.base_folder import (
+    BIN,
+    BIN_INDEX,
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    expected_shapes,
+)
 from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member
 from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer
 
-BIN = "pytorch_model.bin"
-BIN_INDEX = "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -1,0 +1,134 @@
+"""The main job on an embedded default: a real 135M LLaMA learns to turn requests into JSON commands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_adapter.cli import parse_finetune
+from lit_adapter.command import command_parser, parse
+from lit_adapter.data import demo
+from lit_adapter.data.records import Records, read_records
+from lit_adapter.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_adapter.generation.engine import AdaptedLlama
+
+CONFIG = Path("configs/quickstart.yaml")
+DATA = Path("out/demo-data")
+MODEL = "smollm2-135m"
+ANSWER_TOKENS = 48
+"""Longest answer while scoring; the longest reference has half as many tokens."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model does on the held-out records."""
+
+    exact_match: float
+    """Share of answers that are the right JSON value."""
+    loss: float
+    """Nats per answer token."""
+    answers: list[str]
+
+
+def quickstart_main(argv: Sequence[str]) -> int:
+    """Fetch, convert, train, score, show."""
+    parser = command_parser("quickstart.py", "Fine-tune and score the embedded default, from nothing.")
+    parser.add_argument("--out", type=str, default="out/quickstart", help="run folder; a number is added if taken")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the demo data")
+    args = parse(parser, argv)
+    if not CONFIG.is_file():
+        raise UserError(f"{CONFIG}: not found; run this from the repository's top folder")
+    start = time.perf_counter()
+    from lit_adapter.weights.download import download
+
+    base = Path("checkpoints") / MODEL
+    download(MODEL, base)
+    demo.write(DATA, args.seed)
+    out = _free_folder(Path(args.out))
+    config, _ = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)])
+    from lit_adapter.training.finetune import finetune
+
+    status = finetune(config)
+    if status == 0:
+        report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
+    return status
+
+
+def _free_folder(path: Path) -> Path:
+    """Return the folder, or its name with the first number that no earlier run has taken."""
+    number = 2
+    free = path
+    while free.exists():
+        free = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return free
+
+
+def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
+    """Score base and adapted model on the held-out records and print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import lit_adapter
+
+    console = Console()
+    model = lit_adapter.load(adapter=adapter, base=base)
+    with console.status("scoring the adapted model"):
+        after = score(model, held_out)
+    with console.status("scoring the base"), model.without_adapter():
+        before = score(model, held_out)
+    trained = sum(block.self_attn.prefix.prompt.numel() + block.self_attn.prefix.gate.numel()
+                  for block in model.model.layers if block.self_attn.prefix is not None)  # fmt: skip
+    table = Table(title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before")
+    for column in ("", "base", "adapted"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
+    table.add_row("held-out loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("trained parameters", "0", f"{trained:,}")
+    table.add_row("adapter file", "", f"{adapter.stat().st_size / 1e6:.2f} MB")
+    table.add_row("time, all in all", "", f"{time.perf_counter() - start:.0f} s")
+    console.print(table)
+    for index in range(3):
+        _show_example(console, held_out[index], before.answers[index], after.answers[index])
+    console.print(f'Try it: python scripts/generate.py --adapter {adapter} --prompt "{demo.INSTRUCTION}" '
+                  '--input "Remind me to water the roses at 17:45"', soft_wrap=True)  # fmt: skip
+
+
+def _show_example(console: Any, record: Any, before: str, after: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(f"\nrequest   {record.input}", style="bold"))
+    lines = (("base", before, "dim"), ("adapted", after, "green"), ("expected", record.output, ""))
+    for title, text, style in lines:
+        first = " / ".join(text.split("\n"))[:160]
+        console.print(Text(f"{title:<9} {first}", style=style), soft_wrap=True)
+
+
+def score(model: AdaptedLlama, records: Records) -> Score:
+    """Answer the records greedily, compare with their outputs, and measure the loss of those outputs."""
+    tasks = [(record.instruction, record.input) for record in records]
+    answers = model.generate_batch(tasks, batch_size=50, max_new_tokens=ANSWER_TOKENS)
+    right = sum(demo.exact_match(answer, record.output) for answer, record in zip(answers, records, strict=True))
+    return Score(right / len(records), held_out_loss(model, records), answers)
+
+
+def held_out_loss(model: AdaptedLlama, records: Records) -> float:
+    """Return the loss per answer token, as validation during training measures it."""
+    import numpy as np
+    import torch
+
+    from lit_adapter.data.encode import encode_records
+    from lit_adapter.data.packing import Packer, shared_heads
+    from lit_adapter.model.loss import row_loss
+
+    encoded = encode_records(records, model.tokenizer, model.template, max_length=512)
+    packer = Packer(encoded, shared_heads(encoded), mask_prompt=True, row_tokens=2048)
+    everything = np.arange(len(encoded))
+    with torch.inference_mode():
+        total = sum(float(row_loss(model.model, packer.row(row))) for row in packer.assign(everything))
+    return total / packer.n_targets(everything)

@@ -1,0 +1,75 @@
+"""Fixtures for the whole session: a tiny converted base and a small data file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tiny_models import transformers_llama
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
+from lit_adapter.weights.convert import convert
+
+torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
+
+WORDS = ("red", "green", "blue", "apple", "river", "stone", "cloud", "seven", "lamp", "Öl")
+
+
+def records() -> list[dict[str, str]]:
+    """Forty-eight tasks, uneven in length; every third has an input."""
+    made = []
+    for number in range(48):
+        words = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 3 + number % 5)]
+        made.append(
+            {
+                "instruction": f"Repeat the words {number} times in order." if number % 2 else "Say it back.",
+                "input": " ".join(words) if number % 3 == 0 else "",
+                "output": " ".join([*words, str(number)]),
+            }
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON file of 48 records."""
+    path = tmp_path_factory.mktemp("data") / "tiny.json"
+    path.write_text(json.dumps(records(), indent=1), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted base: four layers, grouped queries, and a byte-level tokenizer trained here."""
+    source = tmp_path_factory.mktemp("base") / "source"
+    source.mkdir()
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [text for record in records() for text in record.values()]
+    tokenizer.train_from_iterator([*texts, ALPACA, ALPACA_WITHOUT_INPUT], trainer)
+    tokenizer.save(str(source / "tokenizer.json"))
+    described = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(described))
+    model = transformers_llama(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model.float().save_pretrained(source)
+    return convert(source, source.parent / "tiny")

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_adapter.data import encode
+from lit_adapter.data.encode import Encoded, encode_records
+from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import Template, resolve_template
+from lit_adapter.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return load_tokenizer(tiny_base)
+
+
+@pytest.fixture(scope="session")
+def template(tokenizer: Tokenizer) -> Template:
+    return resolve_template("alpaca", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def records(tiny_records: Path) -> Records:
+    return read_records(tiny_records)
+
+
+def assert_equal(a: Encoded, b: Encoded) -> None:
+    for field in fields(Encoded):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other), field.name
+
+
+def test_records_are_prompt_answer_and_eos(
+    records: Records, tokenizer: Tokenizer, template: Template
+) -> None:
+    data = encode_records(records, tokenizer, template, max_length=10_000)
+    assert len(data) == len(records) == 48
+    assert (data.n_cut, data.n_dropped.tolist()) == (0, [0])
+    assert data.source_row.tolist() == list(range(48))
+    assert data.length.sum() == len(data.ids) == data.start[-1]
+    for index, record in enumerate(records):
+        ids, n_prompt = data.record(index).tolist(), int(data.n_prompt[index])
+        assert ids[0] == tokenizer.bos_id
+        assert ids[-1] == tokenizer.eos_id
+        assert tokenizer.eos_id not in ids[:-1]
+        assert ids[:n_prompt] == template.encode_prompt(tokenizer, record.instruction, record.input)
+        assert tokenizer.decode(ids[n_prompt:-1]) == record.output
+        assert data.variant[index] == (0 if record.input else 1)
+
+
+def test_cutting_takes_the_start_of_the_prompt(
+    records: Records, tokenizer: Tokenizer, template: Template
+) -> None:
+    whole = encode_records(records, tokenizer, template, max_length=10_000)
+    limit = int(np.median(whole.length))
+    data = encode_records(records, tokenizer, template, max_length=limit)
+    assert 0 < data.n_cut < len(data) == 48
+    for index in range(48):
+        full, short = whole.record(index), data.record(index)
+        assert len(short) == min(limit, len(full))
+        assert np.array_equal(short, full[len(full) - len(short) :])
+        answer = full[whole.n_prompt[index] :]
+        assert np.array_equal(short[data.n_prompt[index] :], answer)
+        assert data.whole[index] == (len(full) <= limit)
+
+
+def test_answers_that_do_not_fit_are_dropped_and_counted(
+    records: Records, tokenizer: Tokenizer, template: Template
+) -> None:
+    whole = encode_records(records, tokenizer, template, max_length=10_000)
+    n_answer = whole.length - whole.n_prompt
+    limit = int(np.median(n_answer))
+    data = encode_records(records, tokenizer, template, max_length=limit)
+    fits = n_answer < limit  # one token of prompt has to precede it
+    assert 0 < fits.sum() < 48
+    assert data.source_row.tolist() == np.flatnonzero(fits).tolist()
+    assert data.n_dropped.tolist() == [int((~fits).sum())]
+    assert (data.n_prompt >= 1).all()
+    assert (data.length <= limit).all()
+    for place, row in enumerate(data.source_row.tolist()):
+        assert tokenizer.decode(data.record(place)[data.n_prompt[place] : -1].tolist()) == records[row].output
+
+
+def test_everything_dropped_leaves_empty_arrays_that_the_cache_keeps(
+    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        data = encode_records(records, tokenizer, template, max_length=1, cache=tmp_path)
+        assert len(data) == 0
+        assert data.start.tolist() == [0]
+        assert data.n_dropped.tolist() == [48]
+
+
+def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("encoded again instead of reading the cache")
+
+    monkeypatch.setattr(encode, "_encode_all", fail)
+
+
+def test_the_second_call_reads_the_cache(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"max_length": 90, "cache": tmp_path / "new" / "folder", "tokenizer_key": "k"}
+    first = encode_records(records, tokenizer, template, **settings)
+    assert_equal(first, encode_records(records, tokenizer, template, max_length=90))
+    forbid_encoding(monkeypatch)
+    assert_equal(first, encode_records(records, tokenizer, template, **settings))
+
+
+def test_what_decides_the_tokens_decides_the_file(
+    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
+) -> None:
+    other_template = resolve_template("alpaca-newline", tokenizer)
+    other_records = Records((Record("a", "", "b"), *records.rows), "other")
+    reordered = Records(records.rows[::-1], "reordered")
+    cases = [
+        (records, template, 90, "key"),
+        (records, template, 91, "key"),
+        (records, template, 90, "another key"),
+        (records, other_template, 90, "key"),
+        (other_records, template, 90, "key"),
+        (reordered, template, 90, "key"),
+    ]
+    for count, (rows, form, length, key) in enumerate(cases, start=1):
+        encode_records(rows, tokenizer, form, max_length=length, cache=tmp_path, tokenizer_key=key)
+        assert len(list(tmp_path.iterdir())) == count
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a tensor: the file stays a valid safetensors file."""
+    return content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": truncated,
+    "flipped": flipped,
+    "empty": lambda content: b"",
+    "header": lambda content: content[:20] + b"\xff" + content[21:],
+    "one-byte-short": lambda content: content[:-1],
+    "text": lambda content: b"not a tensor file at all",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_cache_is_made_anew_with_a_line(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    said: list[str] = []
+
+    def again() -> Encoded:
+        return encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+
+    first = again()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert_equal(first, again())
+    assert said == [f"{path}: damaged cache of tokens; encoding again"]
+    assert path.read_bytes() == content
+    assert_equal(first, again())
+    assert len(said) == 1
+
+
+def test_any_flipped_bit_of_the_tensors_is_noticed(
+    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
+) -> None:
+    first = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    draw = np.random.default_rng(0)
+    for place in draw.integers(header, len(content), 25).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(damaged)
+        said: list[str] = []
+        again = encode_records(
+            records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append
+        )
+        assert_equal(first, again)
+        assert said
+
+
+def test_worker_processes_give_the_same_arrays(
+    records: Records, tokenizer: Tokenizer, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = encode_records(records, tokenizer, template, max_length=90)
+    started: list[object] = []
+
+    class Counted(encode.ProcessPoolExecutor):
+        def __init__(self, workers: int, **settings: object) -> None:
+            started.append(workers)
+            super().__init__(2, **settings)
+
+    monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", Counted)
+    monkeypatch.setattr(encode.os, "cpu_count", lambda: 2)
+    assert_equal(here, encode_records(records, tokenizer, template, max_length=90))
+    assert started == [2]
+
+
+def test_a_control_token_typed_by_a_user_stays_text(tokenizer: Tokenizer, template: Template) -> None:
+    rows = Records((Record("say </s>", "<s>", "it is </s> here"),), "typed")
+    data = encode_records(rows, tokenizer, template, max_length=1000)
+    ids = data.record(0).tolist()
+    assert ids.count(tokenizer.eos_id) == 1
+    assert ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.decode(ids[data.n_prompt[0] :]) == "it is </s> here"

@@ -1,0 +1,169 @@
+"""Imports go only downward, configurations parse, and nothing unsafe is called."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from lit_adapter.cli import parse_finetune
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "lit_adapter").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+LAYERS = [
+    ("errors",),
+    ("files", "device", "command"),
+    ("model",),
+    ("text",),
+    ("weights", "data", "config"),
+    ("generation",),
+    ("training",),
+    ("cli", "quickstart"),
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+SAME_LEVEL = {("config", "data"), ("data", "config"), ("quickstart", "cli")}
+MAY_IMPORT_LIGHTNING = ("lit_adapter.data.module", "lit_adapter.training.")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that an import names, ``from a import b`` as a.b too: b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def top_level(tree: ast.Module) -> ast.Module:
+    """What is imported with the module itself: not in functions, not under TYPE_CHECKING."""
+    return ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+
+def test_every_part_has_its_layer() -> None:
+    parts = {name.split(".")[1] for name in TREES if "." in name}
+    assert parts == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if "." in name])
+def test_imports_go_only_downward(name: str) -> None:
+    part = name.split(".")[1]
+    for other in imported(TREES[name]):
+        if not other.startswith("lit_adapter.") or other.split(".")[1] not in LEVEL:
+            continue
+        below = other.split(".")[1]
+        allowed = below == part or (part, below) in SAME_LEVEL or LEVEL[below] < LEVEL[part]
+        assert allowed, f"{name} imports {other}, which is not below it"
+
+
+def test_modules_import_each_other_without_cycles() -> None:
+    graph = {
+        name: {other for other in imported(top_level(tree)) if other in TREES and other != name}
+        for name, tree in TREES.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_only_training_knows_lightning() -> None:
+    for name, tree in TREES.items():
+        if any(re.match(r"(pytorch_)?lightning\b", other) for other in imported(tree)):
+            assert name.startswith(MAY_IMPORT_LIGHTNING), name
+
+
+LIGHT = {
+    "lit_adapter.cli": ("torch", "lightning", "transformers"),
+    "lit_adapter.weights.cli": ("torch", "lightning", "transformers"),
+    "lit_adapter.weights.convert": ("lightning", "transformers", "peft"),
+    "lit_adapter.generation.engine": ("lightning", "transformers", "peft"),
+    "lit_adapter.data.packing": ("lightning", "transformers"),
+    "lit_adapter.text.load": ("torch", "lightning", "transformers"),
+    "lit_adapter.data.encode": ("torch", "lightning"),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_starts_light_stays_light(name: str) -> None:
+    """Worker processes import `data.encode`, and --help imports the command lines."""
+    code = f"import sys, {name}; print(*[m for m in {LIGHT[name]!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configurations() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_parses(path: Path) -> None:
+    config, resume = parse_finetune(["--config", str(path)])
+    assert config.data.train
+    assert resume is None
+
+
+FORBIDDEN_MODULES = ("dill", "shelve", "marshal", "cloudpickle", "joblib")
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unsafe_is_called(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.isascii()
+    tree = ast.parse(text)
+    for name in imported(tree):
+        assert name.split(".")[0] not in FORBIDDEN_MODULES, f"{path}: imports {name}"
+        assert not name.startswith("pickle.") or name == "pickle.UnpicklingError", f"{path}: imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", f"{path}:{node.lineno}: pickle.{node.attr}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path}:{node.lineno}: bare except"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "trust_remote_code", f"{path}:{node.lineno}"
+            assert node.arg != "allow_pickle", f"{path}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"), (
+                f"{path}:{node.lineno}: {called}"
+            )
+            if called == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", f"{path}:{node.lineno}: torch.load"
+
+
+def test_the_check_above_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these must fail it."""
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for number, line in enumerate(
+        [
+            "import pickle\npickle.loads(data)",
+            "from pickle import load",
+            "import dill",
+            "torch.load(path)",
+            "torch.load(path, weights_only=False)",
+            "yaml.load(text)",
+            "f(trust_remote_code=True)",
+            "try:\n    f()\nexcept:\n    g()",
+        ]
+    ):
+        path = tmp_path / f"bad{number}.py"
+        path.write_text(line + "\n")
+        with pytest.raises(AssertionError):
+            test_nothing_unsafe_is_called(path)

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import open_adapter, random_llama
+
+from lit_adapter.data.encode import Encoded
+from lit_adapter.data.packing import (
+    SHORTEST_HEAD,
+    Packer,
+    TrainingSteps,
+    ValidationSteps,
+    share_of_step,
+    shared_heads,
+)
+from lit_adapter.errors import UserError
+from lit_adapter.model import attention
+from lit_adapter.model.adapter import adapter_parameters
+from lit_adapter.model.attention import CausalView, PackedRow
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import row_loss
+
+HEADS = (np.arange(20, 26), np.arange(30, 37))  # what each of the template's two texts starts with
+
+
+def encoded(
+    seed: int, n_records: int = 9, *, cut: bool = False, longest: int = 12, vocab: int = 61
+) -> Encoded:
+    """Records of uneven length, two variants, some with an answer of one token, some cut to length."""
+    draw = np.random.default_rng(seed)
+    ids, n_prompt, variant, whole = [], [], [], []
+    for index in range(n_records):
+        kind = int(draw.integers(2))
+        prompt = np.concatenate([HEADS[kind], draw.integers(2, vocab, draw.integers(0, longest))])
+        answer = draw.integers(2, vocab, 1 if index % 3 == 0 else draw.integers(1, longest))
+        shortened = cut and index % 4 == 1
+        prompt = prompt[draw.integers(1, len(prompt)) :] if shortened else prompt
+        ids.append(np.concatenate([prompt, answer]))
+        n_prompt.append(len(prompt))
+        variant.append(kind)
+        whole.append(not shortened)
+    return Encoded(
+        ids=np.concatenate(ids).astype(np.int32),
+        start=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        n_prompt=np.array(n_prompt, np.int32),
+        variant=np.array(variant, np.int8),
+        whole=np.array(whole),
+        source_row=np.arange(n_records, dtype=np.int32),
+        n_dropped=np.zeros(1, np.int32),
+    )
+
+
+@dataclass
+class Result:
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    n_targets: int
+
+
+def gradients_of(model: Llama, loss: torch.Tensor, n_targets: int) -> Result:
+    names, parameters = zip(*adapter_parameters(model), strict=True)
+    found = torch.autograd.grad(loss, parameters)
+    return Result(loss.detach(), dict(zip(names, found, strict=True)), n_targets)
+
+
+def plain(model: Llama, data: Encoded, records: Any, mask_prompt: bool) -> Result:
+    """One record at a time, all logits, torch's cross-entropy: nothing packed, shared or chunked."""
+    total, count = torch.zeros((), dtype=model.embed_tokens.weight.dtype), 0
+    for index in records:
+        ids = torch.from_numpy(data.record(index).astype(np.int64))
+        labels = ids.clone()
+        labels[: data.n_prompt[index] if mask_prompt else 1] = -100
+        view = CausalView(model.rotation(torch.arange(len(ids))[None]))
+        logits = model.head(model(ids[None], view))[0]
+        total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        count += int((labels != -100).sum())
+    return gradients_of(model, total, count)
+
+
+def packed(model: Llama, rows: list[PackedRow]) -> Result:
+    total = torch.stack([row_loss(model, row) for row in rows]).sum()
+    return gradients_of(model, total, sum(len(row.target_id) for row in rows))
+
+
+def assert_same(found: Result, wanted: Result, tolerance: float = 1e-10) -> None:
+    assert found.n_targets == wanted.n_targets
+    assert abs(found.loss - wanted.loss) / wanted.loss < tolerance
+    assert found.gradients.keys() == wanted.gradients.keys()
+    for name, gradient in wanted.gradients.items():
+        assert gradient.norm() > 0
+        error = (found.gradients[name] - gradient).norm() / gradient.norm()
+        assert error < tolerance, f"{name}: relative error {error}"
+
+
+MODELS: dict[str, tuple[dict[str, Any], AdapterConfig]] = {
+    "gqa-top-layers": ({}, AdapterConfig(prompt_length=4, layers=2)),
+    "mha-all-layers": ({"n_kv_head": 4}, AdapterConfig(prompt_length=3, prompt_init_std=1.0)),
+    "mqa-tied-bias": (
+        {"n_kv_head": 1, "tie_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        AdapterConfig(prompt_length=5, gate="channel"),
+    ),
+    "one-layer": ({"n_layer": 1, "head_dim": 12}, AdapterConfig(prompt_length=1, gate="layer")),
+    "last-of-four": ({"n_layer": 4}, AdapterConfig(prompt_length=2, layers=1, gate="identity")),
+}
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64) -> Llama:
+    sizes, adapter = MODELS[name]
+    return open_adapter(random_llama(11, dtype, **sizes), adapter, seed=5)
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False], ids=["answers", "all-tokens"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared-heads", "whole-records"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_prompt: bool) -> None:
+    model, data = model_of(name), encoded(3, cut=True)
+    heads = shared_heads(data) if share else {}
+    assert len(heads) == (2 if share else 0)
+    wanted = plain(model, data, range(len(data)), mask_prompt)
+    for row_tokens, pad_to in ((1000, 1), (60, 1), (60, 16)):
+        packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens, pad_to=pad_to)
+        rows = [packer.row(row) for row in packer.assign(np.arange(len(data)))]
+        assert (len(rows) == 1) == (row_tokens == 1000)
+        assert all(len(row.ids) % pad_to == 0 for row in rows)
+        assert packer.n_targets(np.arange(len(data))) == wanted.n_targets
+        assert_same(packed(model, rows), wanted)
+
+
+def test_fp32_is_near_fp64() -> None:
+    data = encoded(4, 12)
+    wanted = plain(model_of("gqa-top-layers"), data, range(12), True)
+    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
+    found = packed(model_of("gqa-top-layers", torch.float32), [packer.row(list(range(12)))])
+    assert_same(found, wanted, tolerance=2e-4)
+
+
+def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = model_of("gqa-top-layers"), encoded(5, cut=True)
+    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000, pad_to=32)
+    row = packer.row(list(range(len(data))))
+    monkeypatch.setattr(attention, "_LONG", 0)
+    assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    n_records=st.integers(1, 14),
+    longest=st.integers(2, 30),
+    row_tokens=st.integers(70, 300),
+    pad_to=st.sampled_from([1, 8, 128]),
+    n_processes=st.integers(1, 3),
+    share=st.booleans(),
+    mask_prompt=st.booleans(),
+    name=st.sampled_from(sorted(MODELS)),
+)
+def test_any_batch_cut_any_way(
+    seed: int,
+    n_records: int,
+    longest: int,
+    row_tokens: int,
+    pad_to: int,
+    n_processes: int,
+    share: bool,
+    mask_prompt: bool,
+    name: str,
+) -> None:
+    """All processes' shares of a step, together, are the step: also where a process has no record."""
+    model, data = model_of(name), encoded(seed, n_records, cut=True, longest=longest)
+    heads = shared_heads(data) if share else {}
+    packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens, pad_to=pad_to)
+    records = np.random.default_rng(seed).permutation(n_records)
+    shares = [share_of_step(packer, records, 0, rank, n_processes) for rank in range(n_processes)]
+    assert len({len(part.rows) for part in shares}) == 1  # as many backward passes on every process
+    assert sorted(r for part in shares for row in part.records for r in row) == list(range(n_records))
+    rows = [row for part in shares for row in part.rows]
+    assert {part.n_targets for part in shares} == {sum(len(row.target_id) for row in rows)}
+    assert {part.n_tokens for part in shares} == {len(data.ids)}
+    wanted = plain(model, data, range(n_records), mask_prompt)
+    assert shares[0].n_targets == wanted.n_targets
+    assert_same(packed(model, rows), wanted)
+
+
+def test_a_row_without_records_gives_zero_loss_and_zero_gradients() -> None:
+    """With fewer records than processes, the others still run a backward pass, which DDP waits for."""
+    model, data = model_of("gqa-top-layers"), encoded(1, 1)
+    packer = Packer(data, {}, mask_prompt=True, row_tokens=100)
+    empty = share_of_step(packer, np.array([0]), 0, 1, 2)
+    assert empty.records == [[]]
+    found = packed(model, empty.rows)
+    assert (found.loss.item(), found.n_targets) == (0.0, 0)
+    assert all(not gradient.any() for gradient in found.gradients.values())
+
+
+def visible(row: PackedRow) -> list[tuple[int, ...]]:
+    """The tokens that each position sees, in order, by the rule in words."""
+    seen = []
+    for q in range(len(row.ids)):
+        keys = [k for k in range(q + 1) if row.segment[k] in (row.segment[q], row.head[q])]
+        assert row.position[keys].tolist() == list(range(len(keys)))
+        seen.append(tuple(row.ids[keys].tolist()))
+    return seen
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_every_target_is_predicted_from_exactly_its_own_past(mask_prompt: bool) -> None:
+    data = encoded(6, 10, cut=True)
+    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=500, pad_to=64)
+    row = packer.row(list(range(10)))
+    seen = visible(row)
+    found = sorted(
+        (*seen[place], target)
+        for place, target in zip(row.target_index.tolist(), row.target_id.tolist(), strict=True)
+    )
+    wanted = []
+    for index in range(10):
+        ids = tuple(data.record(index).tolist())
+        first = int(data.n_prompt[index]) if mask_prompt else 1
+        wanted += [ids[: n + 1] for n in range(first, len(ids))]
+    assert found == sorted(wanted)
+    assert row.target_index.tolist() == sorted(row.target_index.tolist())
+
+
+def test_shared_heads_are_the_longest_common_starts() -> None:
+    heads = shared_heads(encoded(3, 40))
+    assert {variant: head.tolist() for variant, head in heads.items()} == {
+        0: HEADS[0].tolist(),
+        1: HEADS[1].tolist(),
+    }
+
+
+def test_a_head_never_reaches_into_an_answer() -> None:
+    """Records that are equal to the end share their prompt, not what is learned."""
+    ids = np.tile(np.arange(2, 12), 3).astype(np.int32)
+    same = {"variant": np.zeros(3, np.int8), "source_row": np.arange(3, dtype=np.int32)}
+    data = Encoded(
+        ids=ids,
+        start=np.array([0, 10, 20, 30]),
+        n_prompt=np.array([9, 7, 8], np.int32),
+        whole=np.ones(3, np.bool_),
+        n_dropped=np.zeros(1, np.int32),
+        **same,
+    )
+    assert shared_heads(data)[0].tolist() == list(range(2, 9))
+    model = model_of("gqa-top-layers")
+    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=100)
+    assert_same(packed(model, [packer.row([0, 1, 2])]), plain(model, data, range(3), True))
+
+
+def test_short_common_starts_are_not_shared() -> None:
+    data = encoded(2, 8)
+    short = SHORTEST_HEAD - 1
+    for index in range(8):  # the records of a variant differ right after the third token
+        data.record(index)[short] = index
+    assert shared_heads(data) == {}
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3, 5])
+def test_assign_covers_each_record_once_and_keeps_to_the_limit(n_processes: int) -> None:
+    for seed in range(30):
+        data = encoded(seed, 1 + seed, cut=True, longest=3 + seed)
+        limit = int(data.length.max()) + seed
+        packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=limit)
+        rows = packer.assign(np.arange(len(data)), n_processes)
+        assert sorted(r for row in rows for r in row) == list(range(len(data)))
+        assert len(rows) % n_processes == 0
+        for row in filter(None, rows):
+            assert len(packer.row(row).ids) == packer.row_length(row) <= limit
+
+
+def test_rows_shorter_than_a_record_are_refused() -> None:
+    data = encoded(1)
+    longest = int(data.length.max())
+    with pytest.raises(UserError, match=rf"row_tokens is {longest - 1}, but a record has {longest} tokens"):
+        Packer(data, {}, mask_prompt=True, row_tokens=longest - 1)
+
+
+def steps_of(seed: int = 0, batch_size: int = 4, **kwargs: int) -> TrainingSteps:
+    packer = Packer(encoded(8, 19), {}, mask_prompt=True, row_tokens=200)
+    return TrainingSteps(packer, batch_size=batch_size, seed=seed, **kwargs)
+
+
+def test_an_epoch_is_a_permutation_and_each_epoch_another() -> None:
+    steps = steps_of()
+    assert steps.steps_per_epoch == 4
+    epochs = [np.concatenate([steps.records(4 * epoch + s) for s in range(4)]) for epoch in range(3)]
+    for order in epochs:
+        assert len(set(order.tolist())) == 16
+        assert set(order.tolist()) <= set(range(19))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
+
+
+def test_order_is_decided_by_seed_and_step_alone() -> None:
+    one, same, other = steps_of(seed=5), steps_of(seed=5, rank=1, n_processes=2), steps_of(seed=6)
+    for step in (7, 0, 3):  # asked in any order
+        assert np.array_equal(one.records(step), same.records(step))
+    assert any(not np.array_equal(one.records(step), other.records(step)) for step in range(4))
+
+
+def test_processes_share_a_step_without_overlap() -> None:
+    whole = steps_of()[2]
+    parts = [steps_of(rank=rank, n_processes=2)[2] for rank in range(2)]
+    assert sorted(r for p in parts for row in p.records for r in row) == sorted(whole.records[0])
+    assert {p.n_targets for p in parts} == {whole.n_targets}
+    assert {p.step for p in parts} == {2}
+
+
+def test_fewer_records_than_a_batch_are_refused() -> None:
+    with pytest.raises(UserError, match=r"batch_size is 20, but there are only 19 training records"):
+        steps_of(batch_size=20)
+
+
+def test_validation_takes_every_record_once_in_order() -> None:
+    packer = Packer(encoded(8, 19), {}, mask_prompt=True, row_tokens=200)
+    steps = ValidationSteps(packer, batch_size=8)
+    assert len(steps) == 3
+    batches = list(steps)
+    assert [sorted(r for row in b.records for r in row) for b in batches] == [
+        list(range(8)),
+        list(range(8, 16)),
+        list(range(16, 19)),
+    ]
+    assert sum(batch.n_targets for batch in batches) == packer.n_targets(np.arange(19))
