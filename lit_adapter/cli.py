@@ -38,7 +38,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
     for path in _config_files(argv):
         check_config_file(path)
     parsed = parse(parser, argv)
-    values = parser.instantiate_classes(parsed)
+    values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
     return Config(**values), parsed.resume
 

@@ -143,17 +143,20 @@ class Peft:
                 groups.append([])
             groups[-1].append(record)
         parts = [self._padded(packer, group) for group in groups]
-        return Batch(parts, sum(int((labels != -100).sum()) for _, labels in parts))
+        return Batch(parts, sum(len(target_id) for _, _, target_id in parts))
 
-    def _padded(self, packer: Packer, records: list[int]) -> tuple[Tensor, Tensor]:
-        """Return ids and labels ``[B, T]``, padded on the right; labels are -100 on prompts and padding."""
+    def _padded(self, packer: Packer, records: list[int]) -> tuple[Tensor, ...]:
+        """Return ids padded on the right ``[B, T]``, flat places that predict a target, and the targets."""
         shape = len(records), int(packer.encoded.length[records].max())
         ids, labels = np.zeros(shape, np.int64), np.full(shape, -100)
-        for place, record in enumerate(records):
+        for line, record in enumerate(records):
             tokens, first = packer.encoded.record(record), int(packer.encoded.n_prompt[record])
-            ids[place, : len(tokens)] = tokens
-            labels[place, first : len(tokens)] = tokens[first:]
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(labels).to(self.device)
+            ids[line, : len(tokens)] = tokens
+            labels[line, first : len(tokens)] = tokens[first:]
+        # Found here, so that a step need not ask the device how many targets there are.
+        next_label = np.roll(labels, -1, axis=1).reshape(-1)  # no record's first token is a target
+        place = np.flatnonzero(next_label != -100)
+        return tuple(torch.from_numpy(part).to(self.device) for part in (ids, place, next_label[place]))
 
     def start(self, method: Method, seed: int) -> list[nn.Parameter]:
         """Put the adapter back to where it started; return what is trained."""
@@ -162,14 +165,14 @@ class Peft:
                 parameter.copy_(initial)
         return self.trained
 
-    def loss(self, part: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the summed cross-entropy of a padded batch."""
-        ids, target = part[0], part[1][:, 1:]
+        ids, place, target_id = part
         # No attention mask: under the causal one, nothing that counts sees what is padded on the right.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.causal.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits = self.causal.lm_head(hidden[target != -100])
-        return F.cross_entropy(logits.float(), target[target != -100], reduction="sum")
+            hidden = self.causal.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.causal.lm_head(hidden.flatten(0, 1).index_select(0, place))
+        return F.cross_entropy(logits.float(), target_id, reduction="sum")
 
 
 def _peft_model(kind: str, base: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -66,7 +66,9 @@ def _attention(
         y = score.softmax(-1) @ project["v"][:, group]
         if prompt is not None:
             pk, pv = (_linear(base, f"{stem}.{part}_proj", prompt)[:, group] for part in "kv")
-            y = y + _opening(adapter[f"{stem}.prefix.gate"], form, head, own) * ((q @ pk.T / D**0.5).softmax(-1) @ pv)
+            y = y + _opening(adapter[f"{stem}.prefix.gate"], form, head, own) * (
+                (q @ pk.T / D**0.5).softmax(-1) @ pv
+            )
         heads.append(y)
     return _linear(base, f"{stem}.o_proj", torch.cat(heads, dim=-1))
 

@@ -114,7 +114,9 @@ def test_gates_open_first_and_then_every_tensor_learns(form: Any) -> None:
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(model)], lr=1e-2, weight_decay=0.0)
     ids = random_ids(4, 12)
     for step in range(3):
-        loss = torch.nn.functional.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -177,7 +179,7 @@ def test_prompts_come_from_the_seed() -> None:
 
 
 def test_attach_refuses_more_layers_than_there_are() -> None:
-    with pytest.raises(UserError, match="adapter.layers is 4; the base has 3 layers"):
+    with pytest.raises(UserError, match=r"adapter\.layers is 4; the base has 3 layers"):
         attach(random_llama(), AdapterConfig(layers=4))
 
 

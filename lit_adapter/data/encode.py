@@ -171,7 +171,7 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     except (SafetensorError, OSError):
         return None
     names = {field.name for field in fields(Encoded)}
-    if metadata.get("key") != key or arrays.keys() != names or metadata["checksum"] != _checksum(arrays):
+    if metadata.get("key") != key or arrays.keys() != names or metadata.get("checksum") != _checksum(arrays):
         return None
     return Encoded(**arrays)
 

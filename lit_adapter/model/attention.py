@@ -109,7 +109,7 @@ class SegmentView(BaseView):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """Attend within segments; ``rows`` can only be the row's own targets."""
         groups = self.all_rows if rows is None else self.target_rows
-        if not groups:  # a row without targets: q is as empty as its result, and keeps the graph whole for DDP
+        if not groups:  # a row without targets: q, empty like its result, keeps the graph whole for DDP
             return q
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
         parts = [_attend_rectangle(q, k, v, group) for group in groups]

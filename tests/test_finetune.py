@@ -1,0 +1,187 @@
+"""Runs of finetune() in this process, on a tiny base: what is written, resumed, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_adapter.cli import parse_finetune
+from lit_adapter.config import Config
+from lit_adapter.errors import UserError
+from lit_adapter.training.checkpoint import read_checkpoint
+from lit_adapter.training.finetune import finetune
+from lit_adapter.weights.adapter_file import read_adapter
+
+TINY = Path(__file__).parent / "configs" / "tiny.yaml"
+STEPS = 15  # 40 training records, 8 a step, three epochs of five steps
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Return a maker of configurations from command-line options."""
+
+    def make(*options: str, out: str = "run") -> Config:
+        fixed = ["--base", str(tiny_base), "--data.train", str(tiny_records), "--out", str(tmp_path / out)]
+        return parse_finetune(["--config", str(TINY), *fixed, *options])[0]
+
+    return make
+
+
+class Stopper:
+    """Collects lines, and sends this process a signal when a line starts with ``at``."""
+
+    def __init__(self, at: str = "never", number: signal.Signals = signal.SIGTERM) -> None:
+        self.at, self.number, self.lines = at, number, []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if line.startswith(self.at):
+            signal.raise_signal(self.number)
+
+
+def stopped_and_resumed(config: Config, stop_at: int) -> bytes:
+    stopper = Stopper(f"step {stop_at}/")
+    assert finetune(config, say=stopper) == 143
+    assert not (Path(config.out) / "adapter.safetensors").exists()
+    resumed = Stopper()
+    assert finetune(config, resume="last", say=resumed) == 0
+    assert any(f"step {stop_at}" in line and "resuming" in line for line in resumed.lines)
+    return (Path(config.out) / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.precision", "bf16-true", "--data.workers", "2"]])
+def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config], options: list[str]) -> None:
+    """Inside an epoch, on its last step, on its first, and after one step."""
+    options = [*options, "--adapter.dropout", "0.1", "--trainer.save_every", "100"]
+    assert finetune(tiny(*options, out="whole"), say=Stopper()) == 0
+    whole = (Path(tiny(out="whole").out) / "adapter.safetensors").read_bytes()
+    for stop_at in (1, 5, 6, 8):
+        assert stopped_and_resumed(tiny(*options, out=f"stopped-{stop_at}"), stop_at) == whole
+
+
+def test_what_a_run_leaves(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    lines = Stopper()
+    assert finetune(config, say=lines) == 0
+    out = Path(config.out)
+    info, state = read_adapter(out / "adapter.safetensors")
+    assert info.adapter == config.adapter
+    assert info.training["steps"] == STEPS
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    gates = [tensor for name, tensor in state.items() if name.endswith("gate")]
+    assert all(bool(gate.ne(0).all()) for gate in gates)
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-0000012.ckpt", "step-0000015.ckpt"]
+    checkpoint = read_checkpoint(out / "checkpoints" / names[-1])
+    assert checkpoint["state_dict"].keys() == state.keys()
+    assert (out / "checkpoints" / names[-1]).stat().st_size < 4 * (out / "adapter.safetensors").stat().st_size
+    assert read_adapter(out / "best.safetensors")[0].training["val_loss"] <= info.training["val_loss"]
+    again = parse_finetune(["--config", str(out / "config.yaml")])[0]
+    assert again == config
+    assert not (out / ".lock").exists()
+
+
+def test_more_epochs_go_on_where_the_run_ended(tiny: Callable[..., Config]) -> None:
+    """With a constant rate, two epochs and then a third are the same three epochs."""
+    constant = ["--optim.schedule", "constant", "--optim.warmup", "0", "--trainer.val_every", "5"]
+    finetune(tiny(*constant, out="three"), say=Stopper())
+    finetune(tiny(*constant, "--optim.epochs", "2", out="two"), say=Stopper())
+    lines = Stopper()
+    finetune(tiny(*constant, "--optim.epochs", "3", out="two"), resume="last", say=lines)
+    assert any("optim.epochs changed from 2.0 to 3.0" in line for line in lines.lines)
+    three, two = (load_file(Path(tiny(out=out).out) / "adapter.safetensors") for out in ("three", "two"))
+    for name, tensor in three.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_a_finished_run_has_nothing_to_resume(tiny: Callable[..., Config]) -> None:
+    finetune(tiny(), say=Stopper())
+    lines = Stopper()
+    assert finetune(tiny(), resume="last", say=lines) == 0
+    assert any("already complete" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seed", "5"], "seed was 1337, now 5"),
+        (["--optim.batch_size", "4"], "optim.batch_size was 8, now 4"),
+        (["--adapter.gate", "identity"], "adapter.gate was 'tanh', now 'identity'"),
+        (["--data.template", "alpaca-newline"], "template was"),
+        (["--optim.schedule", "linear"], "optim.schedule was 'cosine', now 'linear'"),
+    ],
+)
+def test_another_run_is_not_resumed(tiny: Callable[..., Config], option: list[str], message: str) -> None:
+    finetune(tiny("--optim.max_steps", "2"), say=Stopper())
+    with pytest.raises(UserError, match=message):
+        finetune(tiny("--optim.max_steps", "4", *option), resume="last", say=Stopper())
+
+
+def test_the_command_lines_rate_counts_after_a_resume(tiny: Callable[..., Config]) -> None:
+    """A rate of 0 given on resume leaves the adapter as it was, whatever the checkpoint's optimizer says."""
+    finetune(tiny("--optim.max_steps", "4"), say=Stopper())
+    before = load_file(Path(tiny().out) / "adapter.safetensors")
+    lines = Stopper()
+    finetune(tiny("--optim.max_steps", "8", "--optim.lr", "0"), resume="last", say=lines)
+    assert any("optim.lr changed from 0.02 to 0.0" in line for line in lines.lines)
+    after = load_file(Path(tiny().out) / "adapter.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Callable[..., Config]) -> None:
+    finetune(tiny("--optim.max_steps", "8"), say=Stopper())
+    newest = Path(tiny().out) / "checkpoints" / "step-0000008.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[-3] ^= 1
+    newest.write_bytes(content)
+    lines = Stopper()
+    finetune(tiny("--optim.max_steps", "9"), resume="last", say=lines)
+    assert any("step-0000008.ckpt" in line and "checksum" in line for line in lines.lines)
+    assert any("step 4, the newest complete" in line for line in lines.lines)
+
+
+def test_a_second_run_does_not_touch_the_first(tiny: Callable[..., Config]) -> None:
+    finetune(tiny("--optim.max_steps", "1"), say=Stopper())
+    before = (Path(tiny().out) / "adapter.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        finetune(tiny(), say=Stopper())
+    assert (Path(tiny().out) / "adapter.safetensors").read_bytes() == before
+
+
+def test_nothing_to_resume_is_an_error(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="nothing to resume"):
+        finetune(tiny(), resume="last", say=Stopper())
+
+
+def test_numbers_that_go_wrong_stop_the_run(tiny: Callable[..., Config]) -> None:
+    """A rate that throws the adapter to infinity: steps are skipped, then the run says where and stops."""
+    config = tiny("--optim.lr", "1e38", "--optim.warmup", "0", "--optim.clip", "null", "--adapter.gate", "identity")
+    with pytest.raises(UserError, match=r"step \d+: loss .*5 steps in a row.*tiny.json:\d+"):
+        finetune(config, say=Stopper())
+    for path in Path(config.out).glob("checkpoints/*.ckpt"):
+        state = read_checkpoint(path)["state_dict"]
+        assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def test_batches_too_large_for_the_data_are_refused(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"optim.batch_size is 64, but there are only 40"):
+        finetune(tiny("--optim.batch_size", "64"), say=Stopper())
+
+
+def test_every_config_field_reaches_the_command_line(tiny: Callable[..., Config]) -> None:
+    config = tiny("--optim.betas", "[0.8, 0.9]", "--adapter.layers", "null", "--data.columns.input", "context")
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.adapter.layers is None
+    assert config.data.columns.input == "context"
+    assert dataclasses.is_dataclass(config.trainer)
