@@ -159,18 +159,10 @@ class AlpacaDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
-        return {"finished_steps": self.finished_steps, "data": self.identity()}
+        return {"finished_steps": self.finished_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the position's last finished step.
-
-        Raises:
-            UserError: the position belongs to other data.
-        """
-        if state_dict["data"] != self.identity():
-            raise UserError(
-                f"cannot resume: the checkpoint's data is {state_dict['data']}, this run's {self.identity()}"
-            )
+        """Go on after the position's last finished step."""
         self.finished_steps = state_dict["finished_steps"]
 
     def origins(self, batch: StepBatch) -> str:
@@ -184,8 +176,6 @@ class AlpacaDataModule(LightningDataModule):
         return {
             "records": self.train_records.sha256[:16],
             "n_records": len(self.train_encoded),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
         }
 
 

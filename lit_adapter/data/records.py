@@ -163,11 +163,11 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
     if not value.isascii():
-        _check_unicode(value, key, name, line)
+        check_unicode(value, key, name, line)
     return value
 
 
-def _check_unicode(value: str, key: str, name: str, line: int) -> None:
+def check_unicode(value: str, key: str, name: str, line: int) -> None:
     """Refuse half of a surrogate pair here: tokenizers would fail on it later, without a line."""
     try:
         value.encode()

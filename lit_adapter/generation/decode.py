@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.generation.sampling import Sampling, choose
+from lit_adapter.generation.sampling import choose
+from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import DecodeView, KeyValueCache, PrefillView
 from lit_adapter.model.llama import Llama
 

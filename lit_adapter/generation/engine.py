@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.generation.decode import decode
-from lit_adapter.generation.sampling import Sampling
+from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import attach, load_adapter_state
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.llama import Llama
@@ -64,7 +64,7 @@ class AdaptedLlama:
 
     def stream(self, instruction: str, input: str = "", **sampling: Any) -> Iterator[str]:
         """Answer one task, piece by piece; no piece ends inside a character."""
-        for _, piece in self._answers([(instruction, input)], Sampling(**sampling), batch_size=1):
+        for _, piece in self._answers([(instruction, input)], Sampling.of(**sampling), batch_size=1):
             if piece:
                 yield piece
 
@@ -85,7 +85,7 @@ class AdaptedLlama:
             sampling: see `Sampling`.
         """
         answers = [""] * len(tasks)
-        for number, piece in self._answers(tasks, Sampling(**sampling), batch_size):
+        for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
             if piece is None:
                 finished(number)
             else:

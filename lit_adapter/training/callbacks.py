@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import GatedPrefix, adapter_state
-from lit_adapter.training.run_folder import RunFolder, compare
+from lit_adapter.training.run_folder import RunFolder
 
 Say = Callable[[str], None]
 
@@ -21,8 +21,8 @@ Say = Callable[[str], None]
 class Checkpoints(Callback):
     """Saves every ``every`` optimizer steps and where training stops; keeps the newest ``keep``."""
 
-    def __init__(self, folder: RunFolder, record: dict[str, Any], *, every: int, keep: int, say: Say) -> None:
-        self.folder, self.record, self.every, self.keep, self.say = folder, record, every, keep, say
+    def __init__(self, folder: RunFolder, record: dict[str, Any], *, every: int, keep: int) -> None:
+        self.folder, self.record, self.every, self.keep = folder, record, every, keep
         self.saved_step = -1
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -30,8 +30,9 @@ class Checkpoints(Callback):
         checkpoint["lit_adapter"] = self.record
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        """Refuse a checkpoint of another run."""
-        compare(self.folder.checkpoints, checkpoint["lit_adapter"], self.record, self.say)
+        """Let a run that ended go on, where it is given more steps now."""
+        # Lightning would take the last batch of the shorter run for the end of this one.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,7 +140,7 @@ class Report(Callback):
                 rows.append(strength)
                 values[f"gates/layer_{index:02d}"] = float(strength.mean())
                 values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())
-        heat = torch.stack(rows)
+        heat = torch.stack(rows).nan_to_num(0.0).clamp(max=1e6)  # a picture, also of a run gone wrong
         _log(trainer, values, step)
         picture = heat / heat.max().clamp(min=1e-8)
         picture = picture.repeat_interleave(12, 0).repeat_interleave(12, 1)[None]

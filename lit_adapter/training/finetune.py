@@ -36,7 +36,7 @@ from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Report, Samples, tasks_of
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.run_folder import RunFolder, changeable, identity
+from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.signals import StopOnSignal
 from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
@@ -114,13 +114,14 @@ class _Run:
         data.total_steps = steps
         for line in describe(data, config.optim.epochs):
             self.say(line)
-        checkpoint = self._checkpoint_to_resume(resume)
-        if checkpoint and read_checkpoint(checkpoint)["global_step"] >= steps and self.folder.adapter.is_file():
+        record = self._record(data)
+        checkpoint, done = self._checkpoint_to_resume(resume, record)
+        if checkpoint and done >= steps and self.folder.adapter.is_file():
             self.say(f"{self.folder.path}: already complete, {steps} steps; nothing to do")
             return 0
         model = self._model()
         module = LitAdapter(model, config.optim, steps, config.seed)
-        trainer = self._trainer(data, model, steps, purge_from=checkpoint)
+        trainer = self._trainer(data, steps, self._callbacks(data, model, record), purge_step=done + 1)
         self._announce(model, data, steps)
         if rank_zero_only.rank == 0:
             files.write_text(self.folder.config, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
@@ -172,29 +173,47 @@ class _Run:
         attach(model, self.config.adapter, self.config.seed)
         return model
 
-    def _checkpoint_to_resume(self, resume: str | None) -> Path | None:
+    def _record(self, data: AlpacaDataModule) -> dict[str, Any]:
+        """Return what identifies this run, and the settings that a resume may change."""
+        facts = {
+            "base": self.identity.weights[:16],
+            "tokenizer": self.identity.tokenizer[:16],
+            "template": self.template.to_dict(),
+            "precision": self.precision,
+            **{f"data.{key}": value for key, value in data.identity().items()},
+        }
+        return _plain({"identity": identity(self.config, **facts), "changeable": changeable(self.config)})
+
+    def _checkpoint_to_resume(self, resume: str | None, record: dict[str, Any]) -> tuple[Path | None, int]:
+        """Return the checkpoint and its step, having compared it with this run; (None, 0) to start anew."""
         if resume is None:
-            return None
+            return None, 0
         if "://" in resume:
             raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
-        return self.folder.newest_checkpoint(self.say) if resume == "last" else Path(resume)
+        path = self.folder.newest_checkpoint(self.say) if resume == "last" else Path(resume)
+        checkpoint = read_checkpoint(path)
+        compare(path, checkpoint["lit_adapter"], record, self.say)
+        return path, checkpoint["global_step"]
+
+    def _shows_bar(self) -> bool:
+        wanted = self.config.trainer.progress
+        return wanted == "bar" or (wanted == "auto" and sys.stdout.isatty())
 
     def _trainer(
-        self, data: AlpacaDataModule, model: Llama, steps: int, purge_from: Path | None
+        self, data: AlpacaDataModule, steps: int, callbacks: list[pl.Callback], purge_step: int
     ) -> pl.Trainer:
         options = self.config.trainer
         if isinstance(options.devices, int) and self.device.type == "cuda":
             available = torch.cuda.device_count()
             if options.devices > available:
                 raise UserError(f"trainer.devices is {options.devices}, but this machine has {available} GPUs")
-        bar = options.progress == "bar" or (options.progress == "auto" and sys.stdout.isatty())
         val_every = options.val_every or max(1, steps // 10)
         logger = TensorBoardLogger(
             str(self.folder.path),
             name="",
             version="tensorboard",
             default_hp_metric=False,
-            purge_step=read_checkpoint(purge_from)["global_step"] + 1 if purge_from else None,
+            purge_step=purge_step if purge_step > 1 else None,
         )
         validates = data.val_packer is not None
         return pl.Trainer(
@@ -210,10 +229,10 @@ class _Run:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=logger,
-            callbacks=self._callbacks(data, model, bar),
+            callbacks=callbacks,
             plugins=[DurableCheckpointIO()],
             enable_checkpointing=False,
-            enable_progress_bar=bar,
+            enable_progress_bar=self._shows_bar(),
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
@@ -229,29 +248,16 @@ class _Run:
             raise UserError(f"trainer.strategy is {options.strategy!r}; expected auto or ddp")
         return "auto"
 
-    def _callbacks(self, data: AlpacaDataModule, model: Llama, bar: bool) -> list[pl.Callback]:
-        options = self.config.trainer
-        record = {
-            "identity": identity(
-                self.config,
-                base=self.identity.weights[:16],
-                tokenizer=self.identity.tokenizer[:16],
-                template=self.template.to_dict(),
-                precision=self.precision,
-                **{f"data.{key}": value for key, value in data.identity().items()},
-            ),
-            "changeable": changeable(self.config),
-        }
+    def _callbacks(self, data: AlpacaDataModule, model: Llama, record: dict[str, Any]) -> list[pl.Callback]:
+        options, bar = self.config.trainer, self._shows_bar()
         lines = options.progress == "lines" or (options.progress == "auto" and not bar)
         assistant = AdaptedLlama(model, self.tokenizer, self.template)
         callbacks: list[pl.Callback] = [
-            self.signals,
             Report(every=options.log_every, lines=lines, say=self.say),
             BestAdapter(partial(self._write_adapter, self.folder.best)),
             Samples(assistant, tasks_of(data.val_records, options.samples), options.sample_tokens),
-            Checkpoints(
-                self.folder, _plain(record), every=options.save_every, keep=options.keep_checkpoints, say=self.say
-            ),
+            self.signals,  # before the checkpoints: a stop is saved at once
+            Checkpoints(self.folder, record, every=options.save_every, keep=options.keep_checkpoints),
         ]
         return [*callbacks, RichProgressBar(leave=True)] if bar else callbacks
 
