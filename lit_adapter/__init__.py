@@ -1,8 +1,8 @@
 """Fine-tune LLaMA models cheaply: a frozen base and a few trained numbers in gated prefix attention.
 
-    import lit_adapter
-    model = lit_adapter.load(adapter="out/run/adapter.safetensors")
-    print(model.generate("Name three colours."))
+import lit_adapter
+model = lit_adapter.load(adapter="out/run/adapter.safetensors")
+print(model.generate("Name three colours."))
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
     parser = command_parser("finetune.py", "Fine-tune a frozen LLaMA with gated prefix attention.")
     import jsonargparse
 
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file of the fields below")
+    parser.add_argument(
+        "--config", action=jsonargparse.ActionConfigFile, help="YAML file of the fields below"
+    )
     parser.add_argument("--resume", type=str | None, default=None, help="'last', or a checkpoint of the run")
     parser.add_class_arguments(Config, nested_key=None)
     for path in _config_files(argv):

@@ -88,7 +88,9 @@ class OptimConfig:
             if rate is not None and not 0 <= rate < float("inf"):
                 raise UserError(f"optim.{name} is {rate}; expected a finite number, 0 or more")
         if self.lr is not None and self.base_lr is not None:
-            raise UserError("optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)")
+            raise UserError(
+                "optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)"
+            )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}; expected a number from 0 to 1")
         if self.clip is not None and not self.clip > 0:

@@ -38,7 +38,9 @@ class Score:
 def quickstart_main(argv: Sequence[str]) -> int:
     """Fetch, convert, train, score, show."""
     parser = command_parser("quickstart.py", "Fine-tune and score the embedded default, from nothing.")
-    parser.add_argument("--out", type=str, default="out/quickstart", help="run folder; a number is added if taken")
+    parser.add_argument(
+        "--out", type=str, default="out/quickstart", help="run folder; a number is added if taken"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the demo data")
     args = parse(parser, argv)
     if not CONFIG.is_file():
@@ -75,6 +77,7 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     from rich.table import Table
 
     import lit_adapter
+    from lit_adapter.model.adapter import adapter_parameters
 
     console = Console()
     model = lit_adapter.load(adapter=adapter, base=base)
@@ -82,9 +85,10 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
         after = score(model, held_out)
     with console.status("scoring the base"), model.without_adapter():
         before = score(model, held_out)
-    trained = sum(block.self_attn.prefix.prompt.numel() + block.self_attn.prefix.gate.numel()
-                  for block in model.model.layers if block.self_attn.prefix is not None)  # fmt: skip
-    table = Table(title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before")
+    trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
+    table = Table(
+        title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before"
+    )
     for column in ("", "base", "adapted"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
@@ -113,7 +117,9 @@ def score(model: AdaptedLlama, records: Records) -> Score:
     """Answer the records greedily, compare with their outputs, and measure the loss of those outputs."""
     tasks = [(record.instruction, record.input) for record in records]
     answers = model.generate_batch(tasks, batch_size=50, max_new_tokens=ANSWER_TOKENS)
-    right = sum(demo.exact_match(answer, record.output) for answer, record in zip(answers, records, strict=True))
+    right = sum(
+        demo.exact_match(answer, record.output) for answer, record in zip(answers, records, strict=True)
+    )
     return Score(right / len(records), held_out_loss(model, records), answers)
 
 

@@ -166,7 +166,9 @@ def test_nothing_to_resume_is_an_error(tiny: Callable[..., Config]) -> None:
 
 def test_numbers_that_go_wrong_stop_the_run(tiny: Callable[..., Config]) -> None:
     """A rate that throws the adapter to infinity: steps are skipped, then the run says where and stops."""
-    config = tiny("--optim.lr", "1e20", "--optim.warmup", "0", "--optim.clip", "null", "--adapter.gate", "identity")
+    config = tiny(
+        "--optim.lr", "1e20", "--optim.warmup", "0", "--optim.clip", "null", "--adapter.gate", "identity"
+    )
     with pytest.raises(UserError, match=r"step \d+: loss .*5 steps in a row.*tiny.json:\d+"):
         finetune(config, say=Stopper())
     for path in Path(config.out).glob("checkpoints/*.ckpt"):
@@ -180,7 +182,9 @@ def test_batches_too_large_for_the_data_are_refused(tiny: Callable[..., Config])
 
 
 def test_every_config_field_reaches_the_command_line(tiny: Callable[..., Config]) -> None:
-    config = tiny("--optim.betas", "[0.8, 0.9]", "--adapter.layers", "null", "--data.columns.input", "context")
+    config = tiny(
+        "--optim.betas", "[0.8, 0.9]", "--adapter.layers", "null", "--data.columns.input", "context"
+    )
     assert config.optim.betas == (0.8, 0.9)
     assert config.adapter.layers is None
     assert config.data.columns.input == "context"

@@ -22,7 +22,9 @@ def describe(data: AlpacaDataModule, epochs: float) -> list[str]:
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned",
     ]
     if data.val_encoded is not None:
-        lines.append(f"      {len(data.val_encoded):,} held-out records, {int(data.val_encoded.length.sum()):,} tokens")
+        lines.append(
+            f"      {len(data.val_encoded):,} held-out records, {int(data.val_encoded.length.sum()):,} tokens"
+        )
     notes = [
         (records.n_empty_output, "left out: empty output"),
         (int(encoded.n_dropped[0]), f"left out: answer longer than data.max_length {data.config.max_length}"),
@@ -34,7 +36,9 @@ def describe(data: AlpacaDataModule, epochs: float) -> list[str]:
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, what in notes if count]
     saved = int(data.train_packer.n_head.sum())
     if saved:
-        lines.append(f"      {saved / length.sum():.0%} of the tokens are a start that all records share: computed once a row")
+        lines.append(
+            f"      {saved / length.sum():.0%} of the tokens are a start that all records share: computed once a row"
+        )
     return [*lines, "example (dimmed: not learned)", _example(data)]
 
 

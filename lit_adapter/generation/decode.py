@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,11 +40,13 @@ def check_prompt(model: Llama, prompt: Sequence[int], settings: Sampling) -> Non
     if not prompt:
         raise UserError("the prompt has no token; give some text")
     if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but the base's context is {context}; shorten it")
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, but the base's context is {context}; shorten it"
+        )
     if len(prompt) + settings.max_new_tokens > context:
         raise UserError(
-            f"the prompt's {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the base's "
-            f"context of {context}; lower max_new_tokens to {context - len(prompt)} or less"
+            f"the prompt's {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the "
+            f"base's context of {context}; lower max_new_tokens to {context - len(prompt)} or less"
         )
 
 
@@ -56,7 +58,7 @@ def decode(
     stop_ids: frozenset[int],
     *,
     batch_size: int = 1,
-) -> Iterator[tuple[int, int | None]]:
+) -> Generator[tuple[int, int | None], bool | None, None]:
     """Answer prompts, up to ``batch_size`` at a time.
 
     Args:
@@ -92,9 +94,11 @@ def decode(
             changed = free
         else:
             decoder.step(slots)
-            changed = [index for index, slot in enumerate(slots) if slot is not None]
+            changed = list(range(n_slots))
         for index in changed:
             slot = slots[index]
+            if slot is None:
+                continue
             ended = slot.token in stop_ids
             if not ended:
                 slot.n_new += 1
@@ -148,11 +152,11 @@ class _Decoder:
         used = max(slot.length for slot in slots if slot) + 1
         view = DecodeView(self.cache, self.model.rotation(position), position, used)
         hidden = self.model(ids, view)[:, 0]
-        live = [index for index, slot in enumerate(slots) if slot]
-        for index in live:
-            slots[index].length += 1
-        where = torch.tensor(live, device=self.device)
-        self._choose(hidden[where], [slots[index] for index in live], where)
+        live = [(index, slot) for index, slot in enumerate(slots) if slot]
+        for _, slot in live:
+            slot.length += 1
+        where = torch.tensor([index for index, _ in live], device=self.device)
+        self._choose(hidden[where], [slot for _, slot in live], where)
 
     def _choose(self, hidden: Tensor, slots: list[_Slot], where: Tensor) -> None:
         """Choose a token for each of ``slots``, whose hidden states are ``hidden [B, C]``."""

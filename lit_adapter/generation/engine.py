@@ -1,8 +1,8 @@
 """What Python users hold: a base with its adapter, ready to be prompted.
 
-    import lit_adapter
-    model = lit_adapter.load(adapter="out/run/adapter.safetensors")
-    print(model.generate("Name three colours."))
+import lit_adapter
+model = lit_adapter.load(adapter="out/run/adapter.safetensors")
+print(model.generate("Name three colours."))
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def find_base(name: str) -> Path:
     """
     folder = Path("checkpoints") / name
     if not folder.is_dir():
-        raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
+        raise UserError(
+            f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
+        )
     return folder
 
 
@@ -192,9 +194,9 @@ def load(
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
-    folder = Path(base) if base is not None else find_base(info.base.name)
+    folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
     if info is not None:
-        check_base(info, base_identity(folder), Path(adapter))
+        check_base(info, base_identity(folder), Path(str(adapter)))
     target = choose_device(device)
     tokenizer = load_tokenizer(folder)
     model = load_base(folder, device=target, dtype=choose_dtype(dtype, target)).eval()

@@ -12,15 +12,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lit_adapter import files
 from lit_adapter.data.formats import READERS, check_regular, json_type, shorten
 from lit_adapter.data.records import check_unicode
 from lit_adapter.errors import UserError, nearest
 
-GROUPS_OF = 4
-"""Answers synced together, in batches: more leaves fewer slots idle at a group's end, and loses more."""
+BATCHES_PER_GROUP = 4
+"""More leaves fewer slots idle at a group's end, and loses more."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{name}: its suffix names no format read here; expected {', '.join(READERS)}")
-    prompts = [_prompt(values, f"{name}:{line}") for line, values in reader(path, name, ("instruction", "input"))]
+    prompts = [
+        _prompt(values, f"{name}:{line}") for line, values in reader(path, name, ("instruction", "input"))
+    ]
     if not prompts:
         raise UserError(f'{name}: no record; expected objects such as {{"instruction": ..., "input": ...}}')
     return prompts
@@ -79,6 +81,18 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is in the way.
+
+    Raises:
+        UserError: a folder, or a file that is not to be replaced.
+    """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file to write")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
+
+
 class Answers:
     """The answers so far, kept beside the output until it is whole.
 
@@ -86,62 +100,100 @@ class Answers:
         out: the file to make.
         prompts: of the whole run.
         settings: everything else that the answers depend on, as a JSON value.
+        group: prompts answered, written and synced together. A group always starts at a multiple of this,
+            so a resumed run repeats the batches, and with them the roundings, of one never stopped.
         overwrite: replace ``out``, and leave aside an unfinished run of other prompts or settings.
 
     Raises:
         UserError: ``out`` is in the way, or the unfinished run is another one or damaged.
     """
 
-    def __init__(self, out: Path, prompts: Sequence[Prompt], settings: Any, *, overwrite: bool) -> None:
-        self.out, self.prompts = Path(out), prompts
+    def __init__(
+        self, out: Path, prompts: Sequence[Prompt], settings: Any, *, group: int, overwrite: bool
+    ) -> None:
+        self.out, self.prompts, self.group = Path(out), prompts, group
         self.path = self.out.with_name(f".{self.out.name}.partial")
-        if self.out.is_dir():
-            raise UserError(f"{out}: is a folder; name a file to write")
-        if self.out.exists() and not overwrite:
-            raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
+        check_target(self.out, overwrite=overwrite)
         self.header = {
             "prompts": digest([[prompt.instruction, prompt.input] for prompt in prompts]),
             "settings": digest(settings),
         }
-        found = self._read()
-        if found is not None and overwrite and self._other(found[0]):
-            found = None
-        self.lines: list[bytes] = [] if found is None else self._checked(*found)
+        self.lines = self._read(keep_other=not overwrite)
+        if self.n_done < len(prompts):
+            del self.lines[self.n_done // group * group :]
 
     @property
     def n_done(self) -> int:
         """How many prompts, from the first on, have their answer."""
         return len(self.lines)
 
-    def run(self, group: int, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
-        """Answer what is left, ``group`` prompts at a time, and write the output.
-
-        A group always starts at a multiple of ``group``, so a resumed run repeats the batches, and with
-        them the roundings, of a run that was never stopped.
+    def run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
+        """Answer what is left, group by group, and write the output.
 
         Raises:
-            UserError: a file that cannot be written.
+            UserError: a file that cannot be written, or that another run writes too.
         """
-        del self.lines[len(self.lines) // group * group if self.n_done < len(self.prompts) else self.n_done :]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self.path.exists() else "w+b") as stream:
-                stream.truncate()
-                self._append(stream, [json.dumps(self.header).encode() + b"\n", *self.lines])
-                stream.truncate()
-                files.sync_folder(self.path.parent)
-                while self.n_done < len(self.prompts):
-                    part = self.prompts[self.n_done : self.n_done + group]
-                    lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
-                    self._append(stream, lines)
-                    self.lines += lines
-        except OSError as error:
-            raise files.write_error(self.path, error) from error
+        # Written anew, so that a line cut short by the kill is gone before anything follows it.
+        files.write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
+        while self.n_done < len(self.prompts):
+            part = self.prompts[self.n_done : self.n_done + self.group]
+            lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
+            self._append(lines)
+            self.lines += lines
+        if self._read(keep_other=True) != self.lines:
+            raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
         files.write_bytes(self.out, b"".join(self.lines))
         self.path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _append(stream: BinaryIO, lines: Iterable[bytes]) -> None:
-        stream.write(b"".join(lines))
-        stream.flush()
-        os.fsync(stream.fileno())
+    def _append(self, lines: Iterable[bytes]) -> None:
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(b"".join(lines))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise files.write_error(self.path, error) from error
+
+    def _read(self, *, keep_other: bool) -> list[bytes]:
+        """Return the whole lines of an unfinished run of these prompts and settings."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read: {error.strerror}") from None
+        if b"\n" not in content:
+            return []  # not even the first line is whole: there is nothing to lose
+        header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short
+        other = self._difference(header)
+        if other and keep_other:
+            raise UserError(
+                f"{self.path}: an unfinished run with {other}; run it with those, "
+                "choose another --output, or start again with --overwrite"
+            )
+        if other:
+            return []
+        for number, (prompt, line) in enumerate(zip(self.prompts, lines, strict=False)):
+            if not _answers(prompt, line):
+                raise UserError(
+                    f"{self.path}:{number + 2}: not the answer to {prompt.origin}; delete this file"
+                )
+        return [line + b"\n" for line in lines[: len(self.prompts)]]
+
+    def _difference(self, header: bytes) -> str:
+        """Return what differs between this run and the one of ``header``; nothing if it is the same."""
+        try:
+            found = json.loads(header)
+        except ValueError:
+            return "a damaged first line"
+        if not isinstance(found, dict) or found.get("prompts") != self.header["prompts"]:
+            return "other prompts"
+        return "other settings" if found.get("settings") != self.header["settings"] else ""
+
+
+def _answers(prompt: Prompt, line: bytes) -> bool:
+    """Whether ``line`` is what `Prompt.line` writes for some answer."""
+    try:
+        return prompt.line(json.loads(line)["output"]) == line + b"\n"
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -21,7 +21,7 @@ def choose(logits: Tensor, settings: Sampling, uniform: Tensor, seen: Tensor | N
         Token ids ``[B]``; -1 where a row's logits are not numbers.
     """
     logits = logits.float()
-    broken = logits.isnan().any(-1)
+    broken = ~logits.amax(-1).isfinite()  # NaN anywhere, an overflow, or nothing to choose from
     if seen is not None:
         penalty = settings.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -31,14 +31,19 @@ def choose(logits: Tensor, settings: Sampling, uniform: Tensor, seen: Tensor | N
 
 def _sample(logits: Tensor, settings: Sampling, uniform: Tensor) -> Tensor:
     """Invert the cumulative distribution of the kept tokens, most likely first, at ``uniform``."""
-    probability, token = (logits / settings.temperature).softmax(-1).sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability
-    keep = (before < settings.top_p) & (probability >= settings.min_p * probability[:, :1])
+    # Without the largest logit, and bounded below, a tiny temperature divides to no infinity or 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(settings.temperature, 1e-30)
+    probability, token = logits.softmax(-1).sort(-1, descending=True)
+    keep = probability >= settings.min_p * probability[:, :1]
+    if settings.top_p < 1:  # at 1, a sum rounded up would cut off a large vocabulary's tail
+        keep &= probability.cumsum(-1) - probability < settings.top_p
     if settings.top_k:
         keep[:, settings.top_k :] = False
+    keep &= probability > 0
     keep[:, 0] = True
     cumulative = (probability * keep).cumsum(-1)
-    # The point stays below the kept mass, so the first token whose sum passes it is a kept one.
     point = (uniform.to(cumulative) * cumulative[:, -1]).unsqueeze(-1)
-    rank = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[-1] - 1)
+    # The kept tokens come first; rounded up to all of their mass, the point would pass the last of them.
+    last = keep.sum(-1, keepdim=True) - 1
+    rank = torch.searchsorted(cumulative, point, right=True).minimum(last)
     return token.gather(-1, rank).squeeze(-1)

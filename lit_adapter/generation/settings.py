@@ -40,7 +40,9 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; expected a finite number, 0 (greedy) or more")
+            raise UserError(
+                f"temperature is {self.temperature}; expected a finite number, 0 (greedy) or more"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (off) or more")
         if not 0 < self.top_p <= 1:

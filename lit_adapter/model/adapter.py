@@ -134,8 +134,11 @@ def check_adapter_state(shapes: dict[str, tuple[int, ...]], state: dict[str, Ten
     missing = sorted(shapes.keys() - state.keys())
     unexpected = sorted(state.keys() - shapes.keys())
     if missing or unexpected:
-        found = [f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-                 for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        found = [
+            f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
         raise UserError(f"{source}: the adapter's tensors do not fit this model: {'; '.join(found)}")
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:

@@ -58,7 +58,7 @@ class PrefillView(_CacheView):
         T = k.shape[2]
         self.cache.k[layer, self.slots, :, :T] = k
         self.cache.v[layer, self.slots, :, :T] = v
-        if q.shape[2] == T:
+        if rows is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         seen = rows[:, None] >= torch.arange(T, device=k.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)

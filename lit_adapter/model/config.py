@@ -122,7 +122,9 @@ class LlamaConfig:
             # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
             rope = RopeConfig(rope.theta, "llama3", float(params.get("rope_scaling_factor", 8.0)))
         llama3 = vocab_size > 100_000
-        context = 131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
+        context = (
+            131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
+        )
         return cls(
             vocab_size=vocab_size,
             n_layer=_required(params, "n_layers", source),

@@ -10,7 +10,7 @@ Letters: B batch, T positions, C width, H query heads, G key/value heads, D head
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with an optional extra branch, `prefix`."""
 
-    prefix: nn.Module | None
+    prefix: Any
+    """A module that adds to attention's output before `o_proj`, or None."""
 
     def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
         super().__init__()
@@ -128,11 +129,13 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The transformer. `forward` returns normed hidden states; `head` turns them into logits."""
 
+    inverse_frequency: Tensor
+
     def __init__(self, config: LlamaConfig, linear: Linear = nn.Linear) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Block(config, index, linear) for index in range(config.n_layer))
+        self.layers: Any = nn.ModuleList(Block(config, index, linear) for index in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -42,7 +42,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
 
 

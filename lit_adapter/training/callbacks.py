@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_adapter.generation.engine import AdaptedLlama
@@ -25,17 +25,17 @@ class Checkpoints(Callback):
         self.folder, self.record, self.every, self.keep = folder, record, every, keep
         self.saved_step = -1
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict) -> None:
         """Put the run's identity and settings into the checkpoint."""
         checkpoint["lit_adapter"] = self.record
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict) -> None:
         """Let a run that ended go on, where it is given more steps now."""
         # Lightning would take the last batch of the shorter run for the end of this one.
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the end of an optimizer step: nothing is half done there."""
         step = trainer.global_step
@@ -43,7 +43,7 @@ class Checkpoints(Callback):
         if step % self.every == 0 or last or trainer.should_stop:
             self.save(trainer, step)
 
-    def save(self, trainer: Trainer, step: int) -> None:
+    def save(self, trainer: Any, step: int) -> None:
         """Save, then delete the oldest."""
         if step == self.saved_step:
             return
@@ -69,7 +69,7 @@ class BestAdapter(Callback):
         """Go on from the lowest loss of the resumed run."""
         self.loss = float(state_dict["loss"])
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Compare, and write on the first process."""
         loss = float(trainer.callback_metrics["val/loss"])
         if trainer.global_step == 0 or not loss < self.loss:
@@ -90,12 +90,12 @@ class Report(Callback):
         self.first_val: float | None = None
         self.warned: set[str] = set()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock."""
         self.tokens, self.since = 0.0, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the step, and report every few."""
         last, step = pl_module.last, trainer.global_step
@@ -110,13 +110,14 @@ class Report(Callback):
         self.tokens, self.since = 0.0, now
         self._curves(trainer, pl_module, step)
         if self.lines:
-            remaining = (trainer.datamodule.total_steps - step) * last["tokens"] / self.tokens_per_s
+            total = trainer.datamodule.total_steps
+            remaining = (total - step) * last["tokens"] / self.tokens_per_s
             self.say(
-                f"step {step}/{trainer.datamodule.total_steps}  loss {last['loss']:.4f}  lr {last['lr']:.2e}  "
+                f"step {step}/{total}  loss {last['loss']:.4f}  lr {last['lr']:.2e}  "
                 f"{self.tokens_per_s:,.0f} tokens/s  {remaining:,.0f} s left"
             )
 
-    def _curves(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+    def _curves(self, trainer: Any, pl_module: Any, step: int) -> None:
         last = pl_module.last
         values = {
             "train/loss": last["loss"],
@@ -130,7 +131,7 @@ class Report(Callback):
         if trainer.is_global_zero and trainer.logger is not None:
             self._gates(trainer, pl_module, step)
 
-    def _gates(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+    def _gates(self, trainer: Any, pl_module: Any, step: int) -> None:
         """Write every layer's gates and prompt norm, and one picture of layers by heads."""
         rows, values = [], {}
         for index, block in enumerate(pl_module.model.layers):
@@ -151,14 +152,16 @@ class Report(Callback):
     def _warn_of_bad_numbers(self, last: dict[str, float], step: int) -> None:
         if not math.isfinite(last["loss"] + last["grad_norm"]):
             self.say(
-                f"step {step}: loss {last['loss']}, gradient norm {last['grad_norm']}: not finite, step skipped"
+                f"step {step} skipped: loss {last['loss']} or gradient norm {last['grad_norm']} is not finite"
             )
         elif self.first_loss is None:
             self.first_loss = last["loss"]
         elif last["loss"] > 100 * self.first_loss:
-            self._once("spike", f"step {step}: the loss jumped to {last['loss']:.3g}; a lower optim.lr may help")
+            self._once(
+                "spike", f"step {step}: the loss jumped to {last['loss']:.3g}; a lower optim.lr may help"
+            )
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the held-out loss."""
         loss, step = float(trainer.callback_metrics["val/loss"]), trainer.global_step
         _log(trainer, {"val/perplexity": _perplexity(loss), "val/loss": loss}, step)
@@ -170,7 +173,7 @@ class Report(Callback):
         # Validation is not training time.
         self.tokens, self.since = 0.0, time.perf_counter()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """See whether the gates have opened at all."""
         state = pl_module.state_dict()
         gates = [value for name, value in state.items() if name.endswith(".gate")]
@@ -186,17 +189,26 @@ class Report(Callback):
 class Samples(Callback):
     """Answers a few held-out records at each validation and writes them to TensorBoard as text."""
 
-    def __init__(self, assistant: AdaptedLlama, tasks: list[tuple[str, str, str]], max_new_tokens: int) -> None:
+    def __init__(
+        self, assistant: AdaptedLlama, tasks: list[tuple[str, str, str]], max_new_tokens: int
+    ) -> None:
         self.assistant, self.tasks, self.max_new_tokens = assistant, tasks, max_new_tokens
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Generate on the first process; the others go on to wait in the next step."""
         if not self.tasks or not trainer.is_global_zero or trainer.logger is None:
             return
         pairs = [(instruction, input) for instruction, input, _ in self.tasks]
         answers = self.assistant.generate_batch(pairs, max_new_tokens=self.max_new_tokens)
-        for number, ((instruction, input, wanted), answer) in enumerate(zip(self.tasks, answers, strict=True)):
-            parts = (("Instruction", instruction), ("Input", input), ("Answer", answer), ("Reference", wanted))
+        for number, ((instruction, input, wanted), answer) in enumerate(
+            zip(self.tasks, answers, strict=True)
+        ):
+            parts = (
+                ("Instruction", instruction),
+                ("Input", input),
+                ("Answer", answer),
+                ("Reference", wanted),
+            )
             text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts if body)
             trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
 
@@ -210,7 +222,7 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 50.0)) if math.isfinite(loss) else math.inf
 
 
-def _log(trainer: Trainer, values: dict[str, float], step: int) -> None:
+def _log(trainer: Any, values: dict[str, float], step: int) -> None:
     if trainer.logger is not None:
         trainer.logger.log_metrics(values, step=step)
 
@@ -220,5 +232,3 @@ def tasks_of(records: Any, count: int) -> list[tuple[str, str, str]]:
     if records is None:
         return []
     return [(record.instruction, record.input, record.output) for record in records[:count]]
-
-

@@ -37,7 +37,9 @@ class DurableCheckpointIO(CheckpointIO):
         structure = json.dumps(_encode(checkpoint, tensors, ""), sort_keys=True)
         for name, tensor in checkpoint["state_dict"].items():
             if not bool(torch.isfinite(tensor).all()):
-                raise UserError(f"{path}: not written: {name} is not finite; earlier checkpoints are unaffected")
+                raise UserError(
+                    f"{path}: not written: {name} is not finite; earlier checkpoints are unaffected"
+                )
         metadata = {METADATA_KEY: structure, "sha256": _checksum(structure, tensors)}
         files.write_bytes(Path(path), save(tensors, metadata=metadata))
 
@@ -88,7 +90,10 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
         tensors[place] = value.detach().cpu().contiguous()
         return ["tensor", place]
     if isinstance(value, dict):
-        return ["dict", [[_encode(k, tensors, ""), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()]]
+        return [
+            "dict",
+            [[_encode(k, tensors, ""), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()],
+        ]
     if isinstance(value, list | tuple):
         items = [_encode(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]
         return ["tuple" if isinstance(value, tuple) else "list", items]

@@ -60,7 +60,7 @@ def finetune(config: Config, resume: str | None = None, say: Say = print) -> int
     Raises:
         UserError: anything the user can put right.
     """
-    first = rank_zero_only.rank == 0
+    first = _rank() == 0
     say = say if first else _say_nothing
     folder = RunFolder(Path(config.out))
     signals = StopOnSignal()
@@ -98,11 +98,15 @@ class _Run:
         """Resolve auto by measuring."""
         wanted = self.config.trainer.precision
         if wanted == "16-mixed" and self.device.type == "cpu":
-            raise UserError("trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU")
+            raise UserError(
+                "trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU"
+            )
         if wanted != "auto":
             return wanted
         found = "bf16-true" if choose_dtype(None, self.device) == torch.bfloat16 else "32-true"
-        self.say(f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32")
+        self.say(
+            f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32"
+        )
         return found
 
     def train(self, resume: str | None) -> int:
@@ -123,7 +127,7 @@ class _Run:
         module = LitAdapter(model, config.optim, steps, config.seed)
         trainer = self._trainer(data, steps, self._callbacks(data, model, record), purge_step=done + 1)
         self._announce(model, data, steps)
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             files.write_text(self.folder.config, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         if checkpoint is None and data.val_packer is not None:
             trainer.validate(module, data, verbose=False)
@@ -134,7 +138,9 @@ class _Run:
         step = trainer.global_step
         if self.signals.received:
             where = self.folder.checkpoint_path(step)
-            self.say(f"stopped by signal {self.signals.received} at step {step}; saved {where}; --resume last goes on")
+            self.say(
+                f"stopped by signal {self.signals.received} after step {step}: {where}; --resume last goes on"
+            )
             return self.signals.exit_status
         summary: dict[str, Any] = {"steps": step, "train_loss": module.last["loss"]}
         if "val/loss" in trainer.callback_metrics:
@@ -206,7 +212,9 @@ class _Run:
         if isinstance(options.devices, int) and self.device.type == "cuda":
             available = torch.cuda.device_count()
             if options.devices > available:
-                raise UserError(f"trainer.devices is {options.devices}, but this machine has {available} GPUs")
+                raise UserError(
+                    f"trainer.devices is {options.devices}, but this machine has {available} GPUs"
+                )
         val_every = options.val_every or max(1, steps // 10)
         logger = TensorBoardLogger(
             str(self.folder.path),
@@ -288,6 +296,11 @@ class _Run:
         )
         if config.optim.peak_lr == 0:
             self.say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
+
+
+def _rank() -> int:
+    """Return this process's number; launchers announce it before Lightning starts."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def _plain(value: Any) -> Any:

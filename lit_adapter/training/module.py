@@ -62,21 +62,28 @@ class LitAdapter(LightningModule):
         self.last = {"loss": float(total) / batch.n_targets, "tokens": batch.n_tokens}
         self._update(batch)
 
+    def _optimizer(self) -> Any:
+        return self.optimizers()
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def _without_sync(self) -> Any:
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _set_learning_rate(self, step: int) -> None:
         rate = learning_rate(self.config, step, self.total_steps)
-        for group in self.optimizers().param_groups:
+        for group in self._optimizer().param_groups:
             group["lr"] = rate
 
     def _update(self, batch: StepBatch) -> None:
-        optimizer = self.optimizers()
+        optimizer = self._optimizer()
         optimizer.step()
         optimizer.zero_grad()
         self.last["lr"] = optimizer.param_groups[0]["lr"]
-        self.trainer.datamodule.finished_steps = batch.step + 1
+        self._data.finished_steps = batch.step + 1
         self._count_bad_steps(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -102,7 +109,7 @@ class LitAdapter(LightningModule):
             self.bad_steps_in_a_row = 0  # the scaler is looking for its scale
             return
         if self.bad_steps_in_a_row >= self.config.max_bad_steps:
-            rows = self.trainer.datamodule.origins(batch)
+            rows = self._data.origins(batch)
             raise UserError(
                 f"step {batch.step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
                 f"{self.bad_steps_in_a_row} steps in a row were skipped, so training stops (records {rows}); "
@@ -135,11 +142,11 @@ class LitAdapter(LightningModule):
 
     def on_train_start(self) -> None:
         """Let this run's settings stand where a resumed optimizer brought its own."""
-        for group in self.optimizers().param_groups:
+        for group in self._optimizer().param_groups:
             group["weight_decay"], group["betas"] = self.config.weight_decay, tuple(self.config.betas)
             group["eps"] = self.config.eps
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the adapter; the frozen base is never saved."""
         return adapter_state(self.model)
 

@@ -1,10 +1,10 @@
 """A run's folder: its files, its lock, and what identifies it.
 
-    RUN/config.yaml              the resolved configuration
-    RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
-    RUN/best.safetensors         the adapter with the lowest held-out loss
-    RUN/adapter.safetensors      the adapter at the end: the deliverable
-    RUN/tensorboard/             curves, gates and sample texts
+RUN/config.yaml              the resolved configuration
+RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
+RUN/best.safetensors         the adapter with the lowest held-out loss
+RUN/adapter.safetensors      the adapter at the end: the deliverable
+RUN/tensorboard/             curves, gates and sample texts
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def identity(config: Config, **facts: Any) -> dict[str, Any]:
     """
     plain = asdict(config)
     data = {f"data.{key}": plain["data"][key] for key in ("mask_prompt", "max_length")}
-    optim = {f"optim.{key}": plain["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")}
+    optim = {
+        f"optim.{key}": plain["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
+    }
     adapter = {f"adapter.{key}": value for key, value in plain["adapter"].items()}
     return {"seed": config.seed, **adapter, **data, **optim, **facts}
 
@@ -119,7 +121,10 @@ def changeable(config: Config) -> dict[str, Any]:
     plain = asdict(config)
     found = {key: plain[key] for key in ("base", "out")}
     for section, keys in (
-        ("optim", ("epochs", "max_steps", "lr", "base_lr", "weight_decay", "betas", "eps", "clip", "row_tokens")),
+        (
+            "optim",
+            ("epochs", "max_steps", "lr", "base_lr", "weight_decay", "betas", "eps", "clip", "row_tokens"),
+        ),
         ("data", ("workers",)),
         ("trainer", tuple(plain["trainer"])),
     ):

@@ -18,7 +18,9 @@ def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
         return config.max_steps
     steps = int(config.epochs * steps_per_epoch)
     if steps < 1:
-        raise UserError(f"optim.epochs is {config.epochs}: less than one of {steps_per_epoch} steps; raise it")
+        raise UserError(
+            f"optim.epochs is {config.epochs}: less than one of {steps_per_epoch} steps; raise it"
+        )
     return steps
 
 

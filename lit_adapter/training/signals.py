@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
@@ -38,16 +38,16 @@ class StopOnSignal(Callback):
             os._exit(EXIT_STATUS[signal.SIGINT])  # files are renamed into place whole, so none is harmed
         self.received = self.received or number
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Set the handlers again: Lightning has replaced them."""
         self.install()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Likewise where only validation runs."""
         self.install()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Agree on stopping, once an optimizer step."""
         flag = torch.tensor(float(self.received), device=pl_module.device)

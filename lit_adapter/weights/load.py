@@ -50,9 +50,7 @@ def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -
     return model.to(device).requires_grad_(False)
 
 
-def _checked(
-    tensor: torch.Tensor, name: str, wanted: dict[str, tuple[int, ...]], file: Path
-) -> torch.Tensor:
+def _checked(tensor: torch.Tensor, name: str, wanted: dict[str, tuple[int, ...]], file: Path) -> torch.Tensor:
     if name not in wanted:
         raise UserError(f"{file}: unexpected tensor {name}; convert the base again")
     if tuple(tensor.shape) != wanted[name]:

@@ -1,0 +1,59 @@
+"""What the tests of generating share: an adapter with random gates, and the script without a process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lit_adapter.command import parse
+from lit_adapter.files import read_json
+from lit_adapter.generation.command import answer, parser
+from lit_adapter.generation.engine import base_identity
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.adapter_file import AdapterInfo, expected_shapes, save_adapter
+
+ROOT = Path(__file__).parents[1]
+CHOICES = ("--device", "cpu", "--dtype", "float32")
+
+
+def save_random_adapter(base: Path, path: Path, seed: int = 0) -> Path:
+    """An adapter of the tiny base whose gates are open."""
+    raw = read_json(base / "config.json")
+    config = AdapterConfig(layers=3, prompt_length=5)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    template = resolve_template("alpaca", load_tokenizer(base))
+    save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
+    return path
+
+
+def script(*argv: object, out: io.StringIO | None = None) -> str:
+    """What ``scripts/generate.py`` writes on standard output."""
+    out = out or io.StringIO()
+    assert answer(parse(parser(), [str(value) for value in argv]), out) == 0
+    return out.getvalue()
+
+
+def json_lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def process(*argv: object) -> subprocess.Popen[bytes]:
+    """The script as a process of its own, one thread, nothing on its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "scripts/generate.py", *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )

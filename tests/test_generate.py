@@ -1,0 +1,249 @@
+"""Decoding and the Python interface, with random gates on a tiny base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from generation_fixtures import save_random_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import open_adapter, random_ids, random_llama
+
+import lit_adapter
+from lit_adapter.errors import UserError
+from lit_adapter.generation.decode import decode
+from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.attention import CausalView
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
+
+HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
+STOPS = frozenset({3, 9, 20, 41, 55})
+LENGTHS = (5, 1, 17, 9, 9, 2, 30)
+
+
+def tiny(n_kv_head: int = 2, gate: str = "tanh") -> Llama:
+    model = random_llama(1, torch.float32, n_kv_head=n_kv_head).eval()
+    return open_adapter(model, AdapterConfig(layers=2, prompt_length=4, gate=gate), seed=2)
+
+
+def prompts() -> list[list[int]]:
+    return [random_ids(length, seed=length + 50 * n).tolist() for n, length in enumerate(LENGTHS)]
+
+
+def uncached(model: Llama, prompt: list[int], n_new: int) -> list[int]:
+    """Greedy decoding by a whole forward pass for every token."""
+    ids = list(prompt)
+    for _ in range(n_new):
+        now = torch.tensor([ids])
+        position = torch.arange(len(ids)).expand_as(now)
+        with torch.no_grad():
+            ids.append(model.head(model(now, CausalView(model.rotation(position))))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def answers(
+    model: Llama, asked: list[list[int]], how: Sampling, batch_size: int = 1, stops: frozenset[int] = STOPS
+) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in asked]
+    ended = []
+    for number, token in decode(model, asked, how, stops, batch_size=batch_size):
+        assert number not in ended
+        if token is None:
+            ended.append(number)
+        else:
+            found[number].append(token)
+    assert sorted(ended) == list(range(len(asked)))
+    return found
+
+
+@pytest.mark.parametrize("gate", ["tanh", "channel", "layer"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_cached_decoding_equals_repeated_full_passes(heads: int, gate: str) -> None:
+    model = tiny(heads, gate)
+    for prompt in prompts()[:3]:
+        wanted = uncached(model, prompt, 12)
+        assert answers(model, [prompt], Sampling(max_new_tokens=12), stops=frozenset()) == [wanted]
+        end = next((place for place, token in enumerate(wanted) if token in STOPS), 12)
+        assert answers(model, [prompt], Sampling(max_new_tokens=12)) == [wanted[:end]]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(max_new_tokens=14),
+        Sampling(max_new_tokens=14, temperature=1.5, seed=3),
+        Sampling(max_new_tokens=14, temperature=1.0, top_p=0.9, repetition_penalty=1.4, seed=8),
+        Sampling(max_new_tokens=14, repetition_penalty=1.2),
+    ],
+    ids=["greedy", "sampled", "penalised", "greedy-penalised"],
+)
+@pytest.mark.parametrize("heads", [4, 2], ids=["mha", "gqa"])
+def test_a_batch_of_unequal_lengths_equals_single_runs(heads: int, how: Sampling) -> None:
+    model, asked = tiny(heads), prompts()
+    alone = [answers(model, [prompt], how)[0] for prompt in asked]
+    assert len({len(tokens) for tokens in alone}) > 1  # some end early, so slots are refilled
+    for batch_size in (2, 3, len(asked), 50):
+        assert answers(model, asked, how, batch_size) == alone
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 2**64 - 1))
+def test_batches_of_any_shape_equal_single_runs(lengths: list[int], batch_size: int, seed: int) -> None:
+    model = tiny()
+    asked = [random_ids(length, seed=length + n).tolist() for n, length in enumerate(lengths)]
+    how = Sampling(max_new_tokens=6, temperature=1.2, seed=seed)
+    alone = [answers(model, [prompt], how)[0] for prompt in asked]
+    assert answers(model, asked, how, batch_size) == alone
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer() -> None:
+    model = tiny()
+    free = answers(model, [[5, 6]], Sampling(max_new_tokens=30), stops=frozenset())[0]
+    never = answers(model, [[5, 6]], Sampling(max_new_tokens=30, repetition_penalty=1e6), stops=frozenset())[
+        0
+    ]
+    assert len(set(free)) < len(free)
+    assert len({5, 6, *never}) == len(never) + 2
+
+
+def test_the_consumer_can_end_one_text_of_a_batch() -> None:
+    model, how = tiny(), Sampling(max_new_tokens=10)
+    whole = answers(model, prompts()[:3], how, 3)
+    events = decode(model, prompts()[:3], how, STOPS, batch_size=3)
+    found: list[list[int]] = [[], [], []]
+    reply = None
+    while True:
+        try:
+            number, token = events.send(reply)
+        except StopIteration:
+            break
+        if token is not None:
+            found[number].append(token)
+        reply = token is not None and number == 0 and len(found[0]) == 2
+    assert found == [whole[0][:2], *whole[1:]]
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    model = tiny()
+    model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="logits are not numbers; the base or the adapter is damaged"):
+        answers(model, [[1, 2]], Sampling())
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
+    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+
+
+def test_logits_of_the_plain_base_equal_transformers(tiny_base: Path) -> None:
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tiny_base.parent / "source", dtype=torch.float32
+    ).eval()
+    ours = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
+    ids = random_ids(2, 70, vocab=300)
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+    found = ours.logits(ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_generate_is_the_argmax_of_logits(model: AdaptedLlama) -> None:
+    ids = model.template.encode_prompt(model.tokenizer, "Say it back.", "red blue")
+    new: list[int] = []
+    while len(new) < 20:
+        new.append(model.logits(torch.tensor([[*ids, *new]]))[0, -1].argmax().item())
+        assert new[-1] not in model.tokenizer.stop_ids  # else choose another prompt for this test
+    assert model.generate("Say it back.", "red blue", max_new_tokens=20) == model.tokenizer.decode(new)
+
+
+def test_generate_stream_and_batch_agree(model: AdaptedLlama) -> None:
+    tasks = [("Say it back.", "red"), ("Repeat the words.", ""), ("Say it back.", "green lamp river stone")]
+    for sampling in ({}, {"temperature": 1.0, "seed": 4}):
+        alone = [model.generate(*task, max_new_tokens=25, **sampling) for task in tasks]
+        assert ["".join(model.stream(*task, max_new_tokens=25, **sampling)) for task in tasks] == alone
+        finished: list[int] = []
+        found = model.generate_batch(
+            tasks, batch_size=2, finished=finished.append, max_new_tokens=25, **sampling
+        )
+        assert found == alone
+        assert sorted(finished) == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_text(model: AdaptedLlama) -> None:
+    def sample(seed: int) -> str:
+        return model.generate("Say it back.", temperature=1.0, seed=seed, max_new_tokens=20)
+
+    texts = [sample(seed) for seed in range(6)]
+    assert texts == [sample(seed) for seed in range(6)]
+    assert len(set(texts)) >= 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_stop_texts_cut_where_they_begin(model: AdaptedLlama, data: st.DataObject) -> None:
+    """Whatever stretch of an answer is the stop text, within a token or across several."""
+    seed = data.draw(st.integers(0, 5))
+    how = {"temperature": 1.0, "seed": seed, "max_new_tokens": 24}
+    whole = model.generate("Say it back.", **how)
+    begin = data.draw(st.integers(0, len(whole) - 1))
+    stop = whole[begin : begin + data.draw(st.integers(1, 12))]
+    absent = stop + "\0never"  # held back while it could still come, and then not lost
+    pieces = list(model.stream("Say it back.", stop=(absent, stop), **how))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    assert "".join(model.stream("Say it back.", stop=(absent,), **how)) == whole
+
+
+def test_stop_ids_end_the_answer(model: AdaptedLlama) -> None:
+    ids = model.template.encode_prompt(model.tokenizer, "Say it back.")
+    new = [token for _, token in decode(model.model, [ids], Sampling(max_new_tokens=12), frozenset())][:-1]
+    unused = next(token for token in range(2, 300) if token not in new)
+    for place in (0, 4, 11):
+        wanted = model.tokenizer.decode(new[: new.index(new[place])])
+        assert model.generate("Say it back.", max_new_tokens=12, stop_ids=(unused, new[place])) == wanted
+
+
+def test_without_adapter_is_the_plain_base_and_ends(model: AdaptedLlama, tiny_base: Path) -> None:
+    plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
+    ids = random_ids(1, 20, vocab=300)
+    adapted = model.logits(ids)
+    with model.without_adapter():
+        assert torch.equal(model.logits(ids), plain.logits(ids))
+    with pytest.raises(UserError), model.without_adapter():
+        model.generate("x", top_k=-1)
+    assert torch.equal(model.logits(ids), adapted)
+    assert (adapted - plain.logits(ids)).abs().max() > 0.1
+
+
+def test_what_does_not_fit_the_context_names_the_numbers(model: AdaptedLlama) -> None:
+    long = "red " * 3000
+    n = len(model.template.encode_prompt(model.tokenizer, long))
+    with pytest.raises(UserError, match=f"the prompt has {n} tokens, but the base's context is 1024"):
+        model.generate(long)
+    n = len(model.template.encode_prompt(model.tokenizer, "Say it back."))
+    with pytest.raises(
+        UserError, match=f"{n} tokens and max_new_tokens 1024 .* lower .* to {1024 - n} or less"
+    ):
+        model.generate("Say it back.", max_new_tokens=1024)
+    assert (
+        model.generate(
+            "Say it back.", max_new_tokens=1024 - n, stop_ids=tuple(range(model.tokenizer.vocab_size))
+        )
+        == ""
+    )
+
+
+def test_a_misspelt_setting_is_named(model: AdaptedLlama) -> None:
+    for call in (model.generate, lambda task, **given: model.generate_batch([(task, "")], **given)):
+        with pytest.raises(UserError, match="'temprature'; did you mean 'temperature'"):
+            call("x", temprature=1)

@@ -1,0 +1,193 @@
+"""Files of prompts: answered in order, resumed after a kill to the same bytes, refused with file and line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from generation_fixtures import CHOICES, json_lines, process, save_random_adapter, script
+
+import lit_adapter
+from lit_adapter.errors import UserError
+
+SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def common(tiny_base: Path, adapter: Path) -> tuple[object, ...]:
+    return ("--adapter", adapter, "--base", tiny_base, *CHOICES, *SHORT)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    records = json.loads(tiny_records.read_text(encoding="utf-8"))[:21]
+    lines = [
+        {"instruction": r["instruction"], **({"input": r["input"]} if r["input"] else {})} for r in records
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(common: tuple[object, ...], prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The output of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    assert script(*common, "--prompts", prompts, "--output", out) == f"wrote {out} (21 answers)\n"
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+    return out.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def killed(
+    common: tuple[object, ...], prompts: Path, whole: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    """What a process that was killed in the middle left behind."""
+    out = tmp_path_factory.mktemp("killed") / "out.jsonl"
+    partial = out.with_name(".out.jsonl.partial")
+    running = process(*common, "--prompts", prompts, "--output", out)
+    while running.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 8):
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait(60) == -signal.SIGKILL, running.stderr.read()
+    assert not out.exists()
+    left = partial.read_bytes()
+    assert 9 <= left.count(b"\n") < 22
+    return left
+
+
+def test_answers_stand_in_the_order_of_the_file(
+    whole: bytes, prompts: Path, adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    model = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+    (tmp_path / "whole.jsonl").write_bytes(whole)
+    found = json_lines(tmp_path / "whole.jsonl")
+    asked = [{"input": "", **record} for record in json_lines(prompts)]
+    for record, task in zip(found, asked, strict=True):
+        output = model.generate(**task, max_new_tokens=40, temperature=1.0)
+        assert record == {**task, "output": output}
+        assert list(record) == ["instruction", "input", "output"]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    common: tuple[object, ...], prompts: Path, whole: bytes, killed: bytes, tmp_path: Path
+) -> None:
+    header = killed.index(b"\n") + 1
+    everything = killed[:header] + whole  # killed after the last answer, before the rename
+    for number, left in enumerate(
+        [killed, killed[:-1], killed[: header + 1], killed[: header - 3], b"", everything]
+    ):
+        out = tmp_path / f"out{number}.jsonl"
+        (tmp_path / f".{out.name}.partial").write_bytes(left)
+        script(*common, "--prompts", prompts, "--output", out)
+        assert out.read_bytes() == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_finished_answers_are_not_computed_again(
+    common: tuple[object, ...], prompts: Path, whole: bytes, killed: bytes, tmp_path: Path
+) -> None:
+    """A mark in an answer that the killed run had finished is still there at the end."""
+    header, first, rest = killed.split(b"\n", 2)
+    marked = json.dumps({**json.loads(first), "output": "MARK"}, ensure_ascii=False).encode()
+    (tmp_path / ".out.jsonl.partial").write_bytes(b"\n".join([header, marked, rest]))
+    script(*common, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b"\n".join([marked, whole.split(b"\n", 1)[1]])
+
+
+def test_another_batch_size_may_go_on(
+    common: tuple[object, ...], prompts: Path, whole: bytes, killed: bytes, tmp_path: Path
+) -> None:
+    """Someone who ran out of memory needs just that."""
+    (tmp_path / ".out.jsonl.partial").write_bytes(killed)
+    script(*common, "--batch_size", 1, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("argv", "change", "message"),
+    [
+        (("--seed", 1), b"", "an unfinished run with other settings"),
+        (("--no-adapter",), b"", "an unfinished run with other settings"),
+        ((), b'{"instruction": "one more"}\n', "an unfinished run with other prompts"),
+    ],
+)
+def test_an_unfinished_run_of_something_else_is_refused_and_kept(
+    common: tuple[object, ...],
+    prompts: Path,
+    killed: bytes,
+    tmp_path: Path,
+    argv: tuple[object, ...],
+    change: bytes,
+    message: str,
+) -> None:
+    partial, asked = tmp_path / ".out.jsonl.partial", tmp_path / "prompts.jsonl"
+    partial.write_bytes(killed)
+    asked.write_bytes(prompts.read_bytes() + change)
+    run = (*common, *argv, "--prompts", asked, "--output", tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match=message):
+        script(*run)
+    assert partial.read_bytes() == killed
+    script(*run, "--overwrite")
+    assert len(json_lines(tmp_path / "out.jsonl")) == 21 + bool(change)
+    assert not partial.exists()
+
+
+def test_a_damaged_unfinished_run_is_refused(
+    common: tuple[object, ...], prompts: Path, killed: bytes, tmp_path: Path
+) -> None:
+    header, first, second, rest = killed.split(b"\n", 3)
+    for damaged in (b"\n".join([header, second, first, rest]), b"\n".join([header, b"{", second, rest])):
+        (tmp_path / ".out.jsonl.partial").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"partial:2: not the answer to .*prompts.jsonl:1"):
+            script(*common, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+
+
+def test_an_output_in_the_way(
+    common: tuple[object, ...], prompts: Path, whole: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(UserError, match=r"out\.jsonl: already there"):
+        script(*common, "--prompts", prompts, "--output", out)
+    assert out.read_text() == "mine\n"
+    script(*common, "--prompts", prompts, "--output", out, "--overwrite")
+    assert out.read_bytes() == whole
+    with pytest.raises(UserError, match="is a folder"):
+        script(*common, "--prompts", prompts, "--output", tmp_path, "--overwrite")
+    with pytest.raises(UserError, match="is the file of --prompts"):
+        script(*common, "--prompts", prompts, "--output", prompts, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"instuction": "x"}', r":2: key 'instruction' is missing \(found: 'instuction'\); did you mean"),
+        ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
+        ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
+        ('{"instruction": " "}', ":2: 'instruction' is empty"),
+        ('{"instruction": "\\ud800"}', ":2: 'instruction' holds .* half of a character"),
+        ('{"instruction": "x"', ":2:20: not valid JSON"),
+        ('["x"]', ":2: a record is a list"),
+        (
+            '{"instruction": "' + "red " * 2000 + '"}',
+            r":2: the prompt has \d+ tokens, but the base's context is 1024",
+        ),
+    ],
+)
+def test_a_malformed_prompt_names_its_line(
+    common: tuple[object, ...], tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"instruction": "fine", "input": null, "output": 3}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"prompts\.jsonl" + message):
+        script(*common, "--prompts", path, "--output", tmp_path / "out.jsonl")
+    assert [found.name for found in tmp_path.iterdir()] == ["prompts.jsonl"]
