@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -46,7 +47,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
-    found = [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    found = [value for flag, value in pairwise(argv) if flag == "--config"]
     found += [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
     return [Path(value) for value in found]
 

@@ -102,7 +102,8 @@ class AlpacaDataModule(LightningDataModule):
         )
         if not len(encoded):
             raise UserError(
-                f"{records.source}: every answer is longer than data.max_length {self.config.max_length}; raise it"
+                f"{records.source}: every answer is longer than data.max_length "
+                f"{self.config.max_length}; raise it"
             )
         return encoded
 

@@ -37,7 +37,7 @@ def describe(data: AlpacaDataModule, epochs: float) -> list[str]:
     saved = int(data.train_packer.n_head.sum())
     if saved:
         lines.append(
-            f"      {saved / length.sum():.0%} of the tokens are a start that all records share: computed once a row"
+            f"      {saved / length.sum():.0%} of the tokens are a shared start: computed once a row"
         )
     return [*lines, "example (dimmed: not learned)", _example(data)]
 

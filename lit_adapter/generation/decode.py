@@ -89,8 +89,8 @@ def decode(
         if free:
             numbers = [waiting.popleft() for _ in free]
             new = decoder.prefill([list(prompts[number]) for number in numbers], numbers, free)
-            for index, slot in zip(free, new, strict=True):
-                slots[index] = slot
+            for index, filled in zip(free, new, strict=True):
+                slots[index] = filled
             changed = free
         else:
             decoder.step(slots)
