@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from finetune_runs import TINY
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lit_adapter.cli import parse_finetune
+from lit_adapter.config import Config
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert
 
@@ -73,3 +77,27 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.float().save_pretrained(source)
     return convert(source, source.parent / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Return a maker of run configurations from command-line options."""
+
+    def make(*options: str, out: str = "run") -> Config:
+        fixed = ["--base", str(tiny_base), "--data.train", str(tiny_records), "--out", str(tmp_path / out)]
+        return parse_finetune(["--config", str(TINY), *fixed, *options])[0]
+
+    return make
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run GPU tests where a GPU is; elsewhere skip them and say why."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from finetune_runs import Stopper
 from safetensors.torch import load_file
 
 from lit_adapter.cli import parse_finetune
@@ -18,36 +18,7 @@ from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import read_adapter
 
-TINY = Path(__file__).parent / "configs" / "tiny.yaml"
 STEPS = 15  # 40 training records, 8 a step, three epochs of five steps
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Return a maker of configurations from command-line options."""
-
-    def make(*options: str, out: str = "run") -> Config:
-        fixed = ["--base", str(tiny_base), "--data.train", str(tiny_records), "--out", str(tmp_path / out)]
-        return parse_finetune(["--config", str(TINY), *fixed, *options])[0]
-
-    return make
-
-
-class Stopper:
-    """Collects lines, and sends this process a signal when a line starts with ``at``."""
-
-    def __init__(self, at: str = "never", number: signal.Signals = signal.SIGTERM) -> None:
-        self.at, self.number, self.lines = at, number, []
-
-    def __call__(self, line: str) -> None:
-        self.lines.append(line)
-        if line.startswith(self.at):
-            signal.raise_signal(self.number)
 
 
 def stopped_and_resumed(config: Config, stop_at: int) -> bytes:
@@ -68,6 +39,19 @@ def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config], options: list[
     whole = (Path(tiny(out="whole").out) / "adapter.safetensors").read_bytes()
     for stop_at in (1, 5, 6, 8):
         assert stopped_and_resumed(tiny(*options, out=f"stopped-{stop_at}"), stop_at) == whole
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_low_precision_learns_as_fp32_does(tiny: Callable[..., Config], precision: str) -> None:
+    """The adapter stays in fp32, and the held-out loss ends where fp32's does, to the precision of bf16."""
+    for name in ("32-true", precision):
+        finetune(tiny("--trainer.precision", name, out=name), say=Stopper())
+    losses = []
+    for name in ("32-true", precision):
+        info, state = read_adapter(Path(tiny(out=name).out) / "adapter.safetensors")
+        losses.append(info.training["val_loss"])
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
 
 
 def test_what_a_run_leaves(tiny: Callable[..., Config]) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune_runs import TINY
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "tests" / "configs" / "tiny.yaml"
 
 
 def command(base: Path, data: Path, out: Path, *options: str) -> list[str]:

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def describe(data: AlpacaDataModule, epochs: float) -> list[str]:
-    """Return rows, tokens, shares cut and dropped, what packing saves, and one decoded example."""
+def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
+    """Return rows, tokens, shares cut and dropped, what packing saves, and one decoded example.
+
+    Args:
+        data: what was read and encoded.
+        color: whether the part that is not learned can be dimmed; else it stands in brackets.
+    """
     encoded, records = data.train_encoded, data.train_records
     length = encoded.length
     n_targets = data.train_packer.n_targets(np.arange(len(encoded)))
@@ -39,14 +44,19 @@ def describe(data: AlpacaDataModule, epochs: float) -> list[str]:
         lines.append(
             f"      {saved / length.sum():.0%} of the tokens are a shared start: computed once a row"
         )
-    return [*lines, "example (dimmed: not learned)", _example(data)]
+    how = "dimmed" if color else "in [[ ]]"
+    return [
+        *lines,
+        f"example ({how}: not learned)",
+        _example(data, *((DIM, PLAIN) if color else ("[[", "]]"))),
+    ]
 
 
-def _example(data: AlpacaDataModule) -> str:
-    """Decode the first record, its masked part dimmed."""
+def _example(data: AlpacaDataModule, before: str, after: str) -> str:
+    """Decode the first record, its masked part between two marks."""
     ids = data.train_encoded.record(0).tolist()
     n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
     raw = [data.tokenizer.piece(token) for token in ids]
     prompt, answer = (b"".join(part).decode("utf-8", "replace") for part in (raw[:n_prompt], raw[n_prompt:]))
-    text = f"{DIM}{prompt}{PLAIN}{answer}"
+    text = f"{before}{prompt}{after}{answer}" if prompt else answer
     return "\n".join(f"  | {line}" for line in text.split("\n"))

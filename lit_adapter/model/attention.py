@@ -103,8 +103,9 @@ class SegmentView(BaseView):
 
     def __init__(self, row: PackedRow, rotation: KeyValue) -> None:
         super().__init__(rotation)
-        self.all_rows = _groups(row, list(range(len(row.ids))))
-        self.target_rows = _groups(row, row.target_index.tolist())
+        device = rotation[0].device
+        self.all_rows = _groups(row, list(range(len(row.ids))), device)
+        self.target_rows = _groups(row, row.target_index.tolist(), device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """Attend within segments; ``rows`` can only be the row's own targets."""
@@ -179,7 +180,7 @@ def _segments(row: PackedRow) -> list[_Segment]:
 _SPREAD_ALLOWED = 1.5  # a rectangle's longest segment, as a multiple of its shortest
 
 
-def _groups(row: PackedRow, wanted: list[int]) -> list[_Group]:
+def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[_Group]:
     """Plan the attention calls for the ascending query positions ``wanted``."""
     segments = _segments(row)
     owner = iter(segments)
@@ -194,7 +195,7 @@ def _groups(row: PackedRow, wanted: list[int]) -> list[_Group]:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return [_rectangle(group, row.ids.device) for group in groups]
+    return [_rectangle(group, device) for group in groups]
 
 
 def _rectangle(group: list[_Segment], device: torch.device) -> _Group:

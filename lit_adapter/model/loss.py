@@ -61,7 +61,11 @@ def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
 
 
 def row_loss(model: Llama, row: PackedRow) -> Tensor:
-    """Return the summed cross-entropy of a packed row's targets, a scalar in nats."""
-    view = SegmentView(row, model.rotation(row.position[None]))
-    hidden = model(row.ids[None], view, row.target_index)[0]
-    return target_loss(hidden, model.lm_head.weight, row.target_id)
+    """Return the summed cross-entropy of a packed row's targets, a scalar in nats.
+
+    The row may lie on the CPU: what a view plans from it is planned there, then moved to the model.
+    """
+    device = model.embed_tokens.weight.device
+    view = SegmentView(row, model.rotation(row.position[None].to(device)))
+    hidden = model(row.ids[None].to(device), view, row.target_index.to(device))[0]
+    return target_loss(hidden, model.lm_head.weight, row.target_id.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -116,7 +117,7 @@ class _Run:
         steps = total_steps(config.optim, data.training_steps().steps_per_epoch)
         warmup_steps(config.optim, steps)
         data.total_steps = steps
-        for line in describe(data, config.optim.epochs):
+        for line in describe(data, color=sys.stdout.isatty()):
             self.say(line)
         record = self._record(data)
         checkpoint, done = self._checkpoint_to_resume(resume, record)
@@ -174,8 +175,10 @@ class _Run:
     def _model(self) -> Llama:
         """Load the base in its storage precision; the adapter is fp32 whatever that is."""
         dtype = torch.bfloat16 if self.precision == "bf16-true" else torch.float32
-        # Lightning moves it to its device, so that each process loads onto its own.
-        model = load_base(self.base, device="cpu", dtype=dtype)
+        device = self.device
+        if device.type == "cuda":  # each process of a node loads straight onto its own GPU
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        model = load_base(self.base, device=device, dtype=dtype)
         attach(model, self.config.adapter, self.config.seed)
         return model
 

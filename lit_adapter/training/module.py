@@ -46,6 +46,12 @@ class LitAdapter(LightningModule):
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
 
+    def transfer_batch_to_device(
+        self, batch: StepBatch, device: torch.device, dataloader_idx: int
+    ) -> StepBatch:
+        """Leave the step on the CPU: its rows are planned there and go to the device one at a time."""
+        return batch
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
         if self.has_dropout:  # from the step, so that a resumed run draws what an unstopped one would

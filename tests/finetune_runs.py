@@ -1,0 +1,21 @@
+"""What tests of whole runs share."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+TINY = Path(__file__).parent / "configs" / "tiny.yaml"
+
+
+class Stopper:
+    """Collects lines, and sends this process a signal when a line starts with ``at``."""
+
+    def __init__(self, at: str = "never", number: signal.Signals = signal.SIGTERM) -> None:
+        self.at, self.number = at, number
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if line.startswith(self.at):
+            signal.raise_signal(self.number)
