@@ -10,6 +10,7 @@ import pytest
 import torch
 from finetune_runs import Stopper
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_adapter.cli import parse_finetune
 from lit_adapter.config import Config
@@ -141,6 +142,33 @@ def test_a_second_run_does_not_touch_the_first(tiny: Callable[..., Config]) -> N
     with pytest.raises(UserError, match="holds a run already"):
         finetune(tiny(), say=Stopper())
     assert (Path(tiny().out) / "adapter.safetensors").read_bytes() == before
+
+
+def test_curves_go_on_without_repeated_steps(tiny: Callable[..., Config]) -> None:
+    """Killed after step 8 with a checkpoint of step 4: steps 5 to 8 are drawn once, by the resumed run."""
+    config = tiny("--optim.max_steps", "12")
+
+    def die(line: str) -> None:
+        if line.startswith("step 7/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017, PT011 (however Lightning passes it on)
+        finetune(config, say=die)
+    finetune(config, resume="last", say=Stopper())
+    events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    wanted = {
+        "train/tokens_per_s",
+        "optim/lr",
+        "optim/grad_norm",
+        "val/loss",
+        "val/perplexity",
+        "gates/layer_03",
+    }
+    assert wanted <= set(events.Tags()["scalars"])
+    assert "samples/0/text_summary" in events.Tags()["tensors"]
+    assert "gates/layers_by_heads" in events.Tags()["images"]
 
 
 def test_nothing_to_resume_is_an_error(tiny: Callable[..., Config]) -> None:

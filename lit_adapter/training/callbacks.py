@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from lit_adapter.generation.engine import AdaptedLlama
@@ -232,3 +233,16 @@ def tasks_of(records: Any, count: int) -> list[tuple[str, str, str]]:
     if records is None:
         return []
     return [(record.instruction, record.input, record.output) for record in records[:count]]
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar without what means nothing here: a version, and an epoch that is the whole run."""
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """Return loss and tokens/s, to the digits a person reads."""
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return {name: f"{value:,.0f}" if name == "tokens/s" else value for name, value in shown.items()}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"

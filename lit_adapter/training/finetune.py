@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,7 +33,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
-from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Report, Samples, tasks_of
+from lit_adapter.training.callbacks import Bar, BestAdapter, Checkpoints, Report, Samples, tasks_of
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
@@ -270,7 +269,7 @@ class _Run:
             self.signals,  # before the checkpoints: a stop is saved at once
             Checkpoints(self.folder, record, every=options.save_every, keep=options.keep_checkpoints),
         ]
-        return [*callbacks, RichProgressBar(leave=True)] if bar else callbacks
+        return [*callbacks, Bar(leave=True)] if bar else callbacks
 
     def _write_adapter(self, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
         info = AdapterInfo(

@@ -1,0 +1,79 @@
+"""What decides whether the demo is learned: one change at a time, scored on its held-out requests.
+
+python scripts/measure_demo.py --base checkpoints/smollm2-135m --json OUT.json
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_adapter.cli import parse_finetune
+from lit_adapter.command import command_parser, parse, run
+from lit_adapter.data import demo
+from lit_adapter.data.records import read_records
+from lit_adapter.files import write_json
+from lit_adapter.quickstart import CONFIG, score
+
+# Name, training records, options that differ from configs/quickstart.yaml.
+VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("as the quickstart", 2000, ()),
+    ("500 records, 4 epochs", 500, ("--optim.epochs", "4")),
+    ("1,000 records, 2 epochs", 1000, ("--optim.epochs", "2")),
+    ("4,000 records", 4000, ()),
+    ("twice the steps", 2000, ("--optim.epochs", "2")),
+    ("lr 1e-2", 2000, ("--optim.lr", "1e-2")),
+    ("lr 3e-2", 2000, ("--optim.lr", "3e-2")),
+    ("prompts N(0, 1)", 2000, ("--adapter.prompt_init_std", "1.0")),
+    ("K 20", 2000, ("--adapter.prompt_length", "20")),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train and score every variant."""
+    parser = command_parser("measure_demo.py", "Ablation of the demo.")
+    parser.add_argument("--base", type=str, default="checkpoints/smollm2-135m")
+    parser.add_argument("--json", type=str, required=True, help="where the rows go")
+    args = parse(parser, argv)
+    rows = []
+    print("| variant | exact match | held-out loss | seconds |\n|---|---:|---:|---:|")
+    for name, n_train, options in VARIANTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            row = {"variant": name, **measure(Path(scratch), Path(args.base), n_train, options)}
+        rows.append(row)
+        write_json(Path(args.json), rows)
+        print(f"| {name} | {row['exact_match']:.1%} | {row['loss']:.4f} | {row['seconds']:.0f} |", flush=True)
+    return 0
+
+
+def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> dict[str, float]:
+    """Train one variant and return its scores."""
+    import lit_adapter
+    from lit_adapter.training.finetune import finetune
+
+    train, val = demo.write(folder, 0, n_train)
+    fixed = [
+        "--base",
+        str(base),
+        "--out",
+        str(folder / "run"),
+        "--data.train",
+        str(train),
+        "--data.val",
+        str(val),
+    ]
+    quiet = ["--trainer.val_every", "100000", "--trainer.samples", "0"]
+    config, _ = parse_finetune(["--config", str(CONFIG), *fixed, *quiet, *options])
+    start = time.perf_counter()
+    finetune(config, say=lambda line: print(line, file=sys.stderr))
+    seconds = time.perf_counter() - start
+    model = lit_adapter.load(adapter=folder / "run" / "adapter.safetensors", base=base)
+    result = score(model, read_records(val))
+    return {"exact_match": result.exact_match, "loss": result.loss, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    run(main)
