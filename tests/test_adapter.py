@@ -20,7 +20,7 @@ from lit_adapter.model.adapter import (
     load_adapter_state,
 )
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 
 FORMS = ["tanh", "identity", "layer", "channel"]
@@ -224,3 +224,12 @@ def test_state_survives_a_round_trip() -> None:
     ids = random_ids(1, 9)
     with torch.no_grad():
         assert torch.equal(logits(one, ids), logits(other, ids))
+
+
+def test_a_7b_adapter_has_the_papers_count() -> None:
+    """1,229,760 numbers for LLaMA 7B with K 10 and L 30 (design facts; the paper rounds to 1.2 M)."""
+    llama_7b = LlamaConfig(
+        vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008
+    )
+    shapes = expected_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 1_229_760
