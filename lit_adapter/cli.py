@@ -85,8 +85,13 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
             raise UserError(f"{path}:{line}: key '{prefix}{key}' is given twice; keep one")
         seen.add(key)
         inner = next((k for k in (known[key], *get_args(known[key])) if is_dataclass(k)), None)
-        if inner is not None and isinstance(value_node, yaml.MappingNode):
-            _check_keys(value_node, inner, path, f"{prefix}{key}.")
+        if inner is None:
+            continue
+        if not isinstance(value_node, yaml.MappingNode):
+            raise UserError(
+                f"{path}:{line}: '{prefix}{key}' must hold keys such as {', '.join(get_type_hints(inner))}"
+            )
+        _check_keys(value_node, inner, path, f"{prefix}{key}.")
 
 
 def generate_main(argv: Sequence[str]) -> int:

@@ -59,7 +59,34 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
         raise UserError(_one_line(str(error), options)) from None
 
 
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+}
+
+
+def _wrong_value(message: str) -> str | None:
+    """Say jsonargparse's "does not validate" in words: key, value and what would be right."""
+    key = re.search(r'Parser key "([^"]+)"', message)
+    given = re.search(r"(?:Got|Given) value: (.*)", message)
+    classes = re.findall(r"Expected an? <class '(\w+)'>", message)
+    choices = re.findall(r"Expected an? typing\.Literal\[(.*?)\]", message)
+    wanted = [_KINDS[name] for name in dict.fromkeys(classes) if name in _KINDS]
+    wanted += [f"one of {choice.replace(chr(39), '')}" for choice in choices]
+    if key is None or given is None or not wanted:
+        return None
+    if "a number" in wanted and "a whole number" in wanted:
+        wanted.remove("a whole number")
+    return f"{key[1]} is {given[1]!r}; expected {' or '.join(wanted)}"
+
+
 def _one_line(message: str, options: list[str]) -> str:
+    in_words = _wrong_value(message)
+    if in_words is not None:
+        return in_words
     unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
     if unknown is None:
         return f"{message}; see --help"

@@ -1,0 +1,81 @@
+"""A user's mistakes on the command line and in configuration files: one line, with what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finetune_runs import TINY
+
+from lit_adapter.cli import finetune_main
+from lit_adapter.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--trainer.precision 16-true", "trainer.precision is 16-true; fp16 gradients underflow"),
+        ("--trainer.precision 16-mixed", "trainer.precision is 16-mixed, which needs a GPU"),
+        ("--trainer.devices x", "trainer.devices is 'x'; expected a number or auto"),
+        ("--trainer.strategy horovod", "trainer.strategy is 'horovod'; expected auto or ddp"),
+        ("--trainer.accelerator tpu", "device is 'tpu'; expected auto, cpu, cuda"),
+        ("--trainer.val_every 0", "trainer.val_every is 0; expected 1 or more"),
+        ("--optim.lr nan", "optim.lr is 'nan'; expected a number"),
+        ("--optim.lr .nan", "optim.lr is nan; expected a finite number"),
+        ("--optim.lr=-1", "optim.lr is -1"),
+        ("--optim.lr fast", "optim.lr is 'fast'; expected a number or null"),
+        ("--optim.lr 0.1 --optim.base_lr 0.1", "optim.lr and optim.base_lr are both given"),
+        ("--optim.warmup 100", "optim.warmup is 100 steps, longer than the run of 15"),
+        ("--optim.batch_size 8.5", "optim.batch_size is '8.5'; expected a whole number"),
+        ("--optim.batch_size 64", "optim.batch_size is 64, but there are only 40 training records"),
+        ("--optim.row_tokens 20", r"optim.row_tokens is 20, but a record has \d+ tokens"),
+        ("--optim.epochs 0.01", "optim.epochs is 0.01: less than one of 5 steps"),
+        ("--optim.betas [2,3]", "optim.betas is "),
+        ("--optim.lrr 3", "unknown option '--optim.lrr'; did you mean '--optim.lr'"),
+        ("--seed=-1", "seed is -1; expected 0 or more"),
+        ("--adapter.layers 9", "adapter.layers is 9; the base has 4 layers"),
+        ("--adapter.gate foo", "adapter.gate is 'foo'; expected one of tanh, identity, layer, channel"),
+        ("--adapter.prompt_length 0", "adapter.prompt_length is 0; expected 1 or more"),
+        ("--data.max_length 5000", "data.max_length is 5000, but the base's context is 1024"),
+        ("--data.template hello", "template 'hello' is not known"),
+        ("--data.template chat", "this base has no chat template"),
+        ("--data.val nofile.json", "nofile.json: file not found"),
+        ("--data.val_size 50", "val_size 50 of the 48 records"),
+        ("--base nowhere", "nowhere/config.json: file not found"),
+        ("--resume last", "no such run folder, nothing to resume"),
+        ("--out /proc/x", "/proc/x.*cannot write"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, options: str, message: str
+) -> None:
+    fixed = ["--config", TINY, "--base", tiny_base, "--data.train", tiny_records, "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match=message) as caught:
+        finetune_main([*map(str, fixed), *options.split()])
+    assert "\n" not in str(caught.value)
+    left = list((tmp_path / "run").iterdir()) if (tmp_path / "run").exists() else []
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lr: 1\n  lr: 2\n", r":3: key 'optim.lr' is given twice; keep one"),
+        ("optim:\n  batchsize: 1\n", r":2: unknown key 'optim.batchsize'; did you mean 'batch_size'\?"),
+        ("adapter: 5\n", r":1: 'adapter' must hold keys such as prompt_length"),
+        ("optim: {lr: 1\n", r":\d: not valid YAML"),
+        ("\tbase: x\n", r":1: not valid YAML"),
+        ("- base\n", "expected keys and values"),
+        ("", "expected keys and values"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"config.yaml(:|:? ).*{message.lstrip(':')}|config.yaml{message}"):
+        finetune_main(["--config", str(path)])
+
+
+def test_a_missing_configuration_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such configuration file"):
+        finetune_main(["--config", "nowhere.yaml"])
