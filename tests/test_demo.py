@@ -86,8 +86,8 @@ def test_files_hold_the_records_byte_for_byte(tmp_path: Path) -> None:
 
 def test_the_data_of_a_seed_never_changes() -> None:
     train, held_out = generate(0)
-    assert train[0]["input"] == "Hey, mention to Peter that my violet book is waiting."
-    assert held_out[0]["output"] == '{"action":"set_temperature","room":"north office","degrees":28}'
+    assert train[0]["input"] == "Hello. Somebody has to tell Jenny that the useful bonnet was upstairs."
+    assert held_out[0]["output"] == '{"action":"play_music","title":"Quiet Country","artist":"Daphne Grant"}'
 
 
 @pytest.mark.parametrize(("n_train", "n_val"), [(0, 5), (5, -1)])

@@ -42,6 +42,20 @@ def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config], options: list[
         assert stopped_and_resumed(tiny(*options, out=f"stopped-{stop_at}"), stop_at) == whole
 
 
+@pytest.mark.parametrize("val_every", ["5", "7"])
+def test_a_run_killed_before_its_last_write_ends_in_the_same_bytes(
+    tiny: Callable[..., Config], val_every: str
+) -> None:
+    """Its last checkpoint is there, its adapter file is not."""
+    config = tiny("--trainer.val_every", val_every)
+    finetune(config, say=Stopper())
+    adapter = Path(config.out) / "adapter.safetensors"
+    whole = adapter.read_bytes()
+    adapter.unlink()
+    finetune(config, resume="last", say=Stopper())
+    assert adapter.read_bytes() == whole
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_low_precision_learns_as_fp32_does(tiny: Callable[..., Config], precision: str) -> None:
     """The adapter stays in fp32, and the held-out loss ends where fp32's does, to the precision of bf16."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 FIRST_NAMES = """
     Aaron Abigail Adrian Agnes Alan Albert Alice Amanda Amelia Amir Amy Andrea Andrew Angela Anna
     Anthony Arthur Astrid Audrey Barbara Beatrice Benjamin Bernard Bianca Boris Brenda Brian Bruno
-    Camila Carla Carlos Caroline Cecilia Charles Charlotte Chloe Chris Clara Claude Colin Connor Cynthia
+    Camila Carla Carlos Caroline Cecilia Charles Charlotte Chloe Chris Clara Clement Colin Connor Cynthia
     Daniel Daphne David Deborah Dennis Diana Diego Dmitri Donna Dora Douglas Edgar Edith Edward Elena
     Eli Elsa Emily Emma Eric Esther Eva Evelyn Felix Fiona Frances Frank Freya Gabriel George Gloria
     Grace Greta Hannah Harold Harry Hassan Heather Hector Helen Henry Hugo Ian Ingrid Irene Iris Isaac

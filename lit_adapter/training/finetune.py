@@ -132,9 +132,9 @@ class _Run:
         if checkpoint is None and data.val_packer is not None:
             trainer.validate(module, data, verbose=False)
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-        return self._finish(trainer, module, start)
+        return self._finish(trainer, module, data, start)
 
-    def _finish(self, trainer: pl.Trainer, module: LitAdapter, start: float) -> int:
+    def _finish(self, trainer: pl.Trainer, module: LitAdapter, data: AlpacaDataModule, start: float) -> int:
         step = trainer.global_step
         if self.signals.received:
             where = self.folder.checkpoint_path(step)
@@ -143,7 +143,9 @@ class _Run:
             )
             return self.signals.exit_status
         summary: dict[str, Any] = {"steps": step, "train_loss": module.last["loss"]}
-        if "val/loss" in trainer.callback_metrics:
+        if data.val_packer is not None:
+            if module.validated_step != step:  # stopped between the last checkpoint and its validation
+                trainer.validate(module, data, verbose=False)
             summary["val_loss"] = float(trainer.callback_metrics["val/loss"])
         if trainer.is_global_zero:
             self._write_adapter(self.folder.adapter, adapter_state(module.model), summary)

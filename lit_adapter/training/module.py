@@ -43,6 +43,7 @@ class LitAdapter(LightningModule):
         self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
         self.bad_steps_in_a_row = 0
+        self.validated_step = -1
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
 
@@ -133,7 +134,16 @@ class LitAdapter(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Publish the held-out loss per target."""
         total = self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")
+        self.validated_step = self.trainer.global_step
         self.log("val/loss", float(total) / self.val_targets, sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the last step measured: a run resumed at its very end still reports it."""
+        checkpoint["last"] = self.last
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what the last step measured."""
+        self.last = checkpoint["last"]
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW on the adapter's parameters."""
