@@ -11,6 +11,9 @@ from lit_adapter.model.config import AdapterConfig
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
+MOST_WORKERS = 64
+"""Each holds pipes open; some hundreds exhaust what a process may open, and it dies without a word."""
+
 
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < float("inf"):
@@ -39,8 +42,12 @@ class DataConfig:
     """Loader processes that pack batches ahead of the training process."""
 
     def __post_init__(self) -> None:
+        if self.val == "":
+            raise UserError("data.val is empty; name a file, or leave it out to split off data.val_size")
         _at_least("data.max_length", self.max_length, 8)
         _at_least("data.workers", self.workers, 0)
+        if self.workers > MOST_WORKERS:
+            raise UserError(f"data.workers is {self.workers}; expected {MOST_WORKERS} or less")
         _at_least("data.val_size", self.val_size, 0)
 
 
@@ -84,6 +91,8 @@ class OptimConfig:
         _at_least("optim.max_bad_steps", self.max_bad_steps, 1)
         if not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
+        if not 0 < self.eps < float("inf"):
+            raise UserError(f"optim.eps is {self.eps}; expected a finite number above 0")
         for name, rate in (("lr", self.lr), ("base_lr", self.base_lr)):
             if rate is not None and not 0 <= rate < float("inf"):
                 raise UserError(f"optim.{name} is {rate}; expected a finite number, 0 or more")
@@ -169,4 +178,8 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
+        if not self.out or "://" in self.out:
+            raise UserError(f"out is {self.out!r}; expected a folder of this machine")
         _at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")

@@ -37,9 +37,13 @@ def durable_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it to ``path``.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full (needed and free bytes are named).
+        UserError: the folder cannot be written, the disk is full (needed and free bytes are named), or a
+            pipe or device has this name.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # The rename would put a file in the place of the device itself, for every program: /dev/null.
+        raise UserError(f"{path}: a pipe, socket or device; name a regular file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)

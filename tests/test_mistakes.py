@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from finetune_runs import TINY
 
-from lit_adapter.cli import finetune_main
+from lit_adapter.cli import finetune_main, generate_main
 from lit_adapter.errors import UserError
+from lit_adapter.files import write_text
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,20 @@ from lit_adapter.errors import UserError
         ("--optim.epochs 0.01", "optim.epochs is 0.01: less than one of 5 steps"),
         ("--optim.betas [2,3]", "optim.betas is "),
         ("--optim.lrr 3", "unknown option '--optim.lrr'; did you mean '--optim.lr'"),
+        ("--optim.eps .nan", "optim.eps is nan; expected a finite number above 0"),
+        ("--optim.eps 0", "optim.eps is 0.0; expected a finite number above 0"),
+        ("--optim.epochs 1e308", "optim.epochs makes .* steps, more than 9,999,999"),
+        ("--optim.max_steps 10000000", "optim.max_steps makes 10,000,000 steps, more than 9,999,999"),
+        ("--trainer.devices 9999", r"trainer.devices is 9999, but this machine has \d+ "),
+        ("--data.val=", "data.val is empty; name a file"),
+        ("--out=", "out is ''; expected a folder of this machine"),
+        ("--out https://x/y", "out is 'https://x/y'; expected a folder of this machine"),
+        ("--data.workers 9999", "data.workers is 9999; expected 64 or less"),
+        (
+            "--adapter.prompt_length 99999999999",
+            "adapter.prompt_length is 99999999999; expected 65536 or less",
+        ),
+        (f"--seed {2**64}", f"seed is {2**64}; expected a whole number from 0"),
         ("--seed=-1", "seed is -1; expected 0 or more"),
         ("--adapter.layers 9", "adapter.layers is 9; the base has 4 layers"),
         ("--adapter.gate foo", "adapter.gate is 'foo'; expected one of tanh, identity, layer, channel"),
@@ -79,3 +95,17 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, text: str, message:
 def test_a_missing_configuration_file_is_named() -> None:
     with pytest.raises(UserError, match=r"nowhere.yaml: no such configuration file"):
         finetune_main(["--config", "nowhere.yaml"])
+
+
+def test_a_pipe_or_device_is_never_replaced_by_a_file(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"  # stands for /dev/null, which a failing test would destroy
+    os.mkfifo(pipe)
+    options = ["--base", tiny_base, "--prompts", tiny_records, "--output", pipe, "--overwrite"]
+    with pytest.raises(UserError, match="pipe: a pipe, socket or device"):
+        generate_main([*map(str, options)])
+    with pytest.raises(UserError, match="pipe: a pipe, socket or device"):
+        write_text(pipe, "x")
+    assert pipe.is_fifo()
+    assert list(tmp_path.glob(".pipe*")) == []

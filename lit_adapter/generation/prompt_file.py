@@ -85,10 +85,12 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
     Raises:
-        UserError: a folder, or a file that is not to be replaced.
+        UserError: a folder, a pipe or device, or a file that is not to be replaced.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out}: a pipe, socket or device; name a regular file to write")
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
 

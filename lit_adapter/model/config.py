@@ -8,6 +8,8 @@ from typing import Any, Literal
 from lit_adapter.errors import UserError
 
 RopeKind = Literal["default", "linear", "llama3"]
+MOST_PROMPTS = 65536
+"""Prompts of a layer; a number above it is a slip, and would end in an allocation that fails."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.prompt_length < 1:
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more")
+        if self.prompt_length > MOST_PROMPTS:
+            raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected {MOST_PROMPTS} or less")
         if self.layers is not None and self.layers < 1:
             raise UserError(f"adapter.layers is {self.layers}; expected 1 or more, or null for all layers")
         if not 0 < self.prompt_init_std < float("inf"):

@@ -213,11 +213,14 @@ class _Run:
         self, data: AlpacaDataModule, steps: int, callbacks: list[pl.Callback], purge_step: int
     ) -> pl.Trainer:
         options = self.config.trainer
-        if isinstance(options.devices, int) and self.device.type == "cuda":
-            available = torch.cuda.device_count()
+        if isinstance(options.devices, int):
+            gpu = self.device.type == "cuda"
+            # Two processes can share a core, as a trial of several devices; many would only starve it.
+            available = torch.cuda.device_count() if gpu else max(2, os.cpu_count() or 1)
             if options.devices > available:
+                kind = "GPUs" if gpu else "processor cores at most"
                 raise UserError(
-                    f"trainer.devices is {options.devices}, but this machine has {available} GPUs"
+                    f"trainer.devices is {options.devices}, but this machine has {available} {kind}; lower it"
                 )
         val_every = options.val_every or max(1, steps // 10)
         logger = TensorBoardLogger(

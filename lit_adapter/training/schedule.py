@@ -7,21 +7,25 @@ import math
 from lit_adapter.config import OptimConfig
 from lit_adapter.errors import UserError
 
+MOST_STEPS = 9_999_999
+"""Checkpoints have seven digits: the newest is the last by name."""
+
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
     """Return the run's optimizer steps.
 
     Raises:
-        UserError: epochs that do not make one step.
+        UserError: epochs that do not make one step, or more steps than checkpoints can number.
     """
-    if config.max_steps is not None:
-        return config.max_steps
-    steps = int(config.epochs * steps_per_epoch)
+    steps = config.epochs * steps_per_epoch if config.max_steps is None else config.max_steps
+    if steps > MOST_STEPS:
+        key = "epochs" if config.max_steps is None else "max_steps"
+        raise UserError(f"optim.{key} makes {steps:,} steps, more than {MOST_STEPS:,}; lower it")
     if steps < 1:
         raise UserError(
             f"optim.epochs is {config.epochs}: less than one of {steps_per_epoch} steps; raise it"
         )
-    return steps
+    return int(steps)
 
 
 def warmup_steps(config: OptimConfig, total: int) -> int:
