@@ -22,7 +22,9 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device("cuda" if name == "gpu" else str(name))
     except RuntimeError:
-        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device

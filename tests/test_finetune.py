@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,3 +216,9 @@ def test_every_config_field_reaches_the_command_line(tiny: Callable[..., Config]
     assert config.adapter.layers is None
     assert config.data.columns.input == "context"
     assert dataclasses.is_dataclass(config.trainer)
+
+
+def test_signals_are_given_back_after_a_run(tiny: Callable[..., Config]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    finetune(tiny("--optim.max_steps", "1"), say=Stopper())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before

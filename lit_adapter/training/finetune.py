@@ -71,6 +71,7 @@ def finetune(config: Config, resume: str | None = None, say: Say = print) -> int
     try:
         return _Run(config, folder, signals, say).train(resume)
     finally:
+        signals.restore()
         folder.close()
 
 

@@ -22,6 +22,7 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self.received = 0
+        self.earlier = {number: signal.getsignal(number) for number in EXIT_STATUS}
 
     @property
     def exit_status(self) -> int:
@@ -32,6 +33,11 @@ class StopOnSignal(Callback):
         """Take the signals over; called again when training starts, after Lightning has set its own."""
         for number in EXIT_STATUS:
             signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before the run."""
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
