@@ -15,6 +15,9 @@ from lit_adapter.command import command_parser, parse
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError, nearest
 
+_PLAIN_TAG = "tag:yaml.org,2002:"
+_PYTHON_TAG = "tag:yaml.org,2002:python/"
+
 
 def finetune_main(argv: Sequence[str]) -> int:
     """Parse a run's configuration and train."""
@@ -78,7 +81,14 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
     known = get_type_hints(kind)
     seen: set[str] = set()
     for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.startswith(_PLAIN_TAG):
+            raise UserError(f"{path}:{line}: a key must be a plain name, as in configs/quickstart.yaml")
+        key = key_node.value
+        if not value_node.tag.startswith(_PLAIN_TAG) or value_node.tag.startswith(_PYTHON_TAG):
+            raise UserError(
+                f"{path}:{line}: '{prefix}{key}' has the tag {value_node.tag}; give a plain value"
+            )
         if key not in known:
             raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{nearest(key, list(known))}")
         if key in seen:

@@ -65,6 +65,7 @@ _KINDS = {
     "bool": "true or false",
     "str": "text",
     "NoneType": "null",
+    "tuple": "a list such as [0.9, 0.95]",
 }
 
 
@@ -87,6 +88,9 @@ def _one_line(message: str, options: list[str]) -> str:
     in_words = _wrong_value(message)
     if in_words is not None:
         return in_words
+    section = re.search(r'Parser key "([^"]+)": Unable to load config', message)
+    if section is not None:
+        return f"{section[1]} is a group of fields; give them one by one, as --{section[1]}.FIELD VALUE"
     unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
     if unknown is None:
         return f"{message}; see --help"

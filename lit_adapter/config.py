@@ -178,6 +178,8 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
+        if not self.base:
+            raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder of this machine")
         _at_least("seed", self.seed, 0)
