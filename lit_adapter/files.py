@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lit_adapter.errors import UserError
 
@@ -33,8 +33,12 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def durable_path(path: Path) -> Iterator[Path]:
+def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it to ``path``.
+
+    Args:
+        path: where the file goes.
+        needed: its size in bytes where known, for the message; else what was written when it failed.
 
     Raises:
         UserError: the folder cannot be written, the disk is full (needed and free bytes are named), or a
@@ -59,14 +63,15 @@ def durable_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise write_error(path, error, needed=_size(temporary)) from error
+        raise write_error(path, error, needed=_size(temporary) if needed is None else needed) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
-    _write(path, lambda stream: stream.write(content), needed=len(content))
+    with durable_path(path, needed=len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,15 +82,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path``, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _write(path: Path, writer: Callable[[BinaryIO], Any], needed: int) -> None:
-    with durable_path(path) as temporary:
-        try:
-            with temporary.open("wb") as stream:
-                writer(stream)
-        except OSError as error:
-            raise write_error(path, error, needed=needed) from error
 
 
 def write_error(path: Path, error: OSError, needed: int | None = None) -> UserError:

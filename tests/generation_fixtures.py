@@ -14,11 +14,10 @@ import torch
 from lit_adapter.command import parse
 from lit_adapter.files import read_json
 from lit_adapter.generation.command import answer, parser
-from lit_adapter.generation.engine import base_identity
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import AdapterInfo, expected_shapes, save_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, expected_shapes, save_adapter
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("--device", "cpu", "--dtype", "float32")

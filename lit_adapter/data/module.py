@@ -46,7 +46,6 @@ class AlpacaDataModule(LightningDataModule):
         tokenizer_key: the tokenizer's fingerprint, for the cache.
         batch_size: records in an optimizer step, over all processes.
         row_tokens: longest packed row.
-        pad_to: rows are filled up to a multiple of this.
         seed: of order and split.
         say: gets a line of text worth printing.
     """
@@ -60,14 +59,13 @@ class AlpacaDataModule(LightningDataModule):
         tokenizer_key: str,
         batch_size: int,
         row_tokens: int,
-        pad_to: int = 1,
         seed: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.template = config, tokenizer, template
         self.tokenizer_key, self.say = tokenizer_key, say
-        self.batch_size, self.row_tokens, self.pad_to, self.seed = batch_size, row_tokens, pad_to, seed
+        self.batch_size, self.row_tokens, self.seed = batch_size, row_tokens, seed
         self.finished_steps = 0
         self.total_steps = 0
         self._read()
@@ -113,7 +111,6 @@ class AlpacaDataModule(LightningDataModule):
             self.heads,
             mask_prompt=self.config.mask_prompt,
             row_tokens=self.row_tokens,
-            pad_to=self.pad_to,
         )
 
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:

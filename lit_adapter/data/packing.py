@@ -107,8 +107,7 @@ class Packer:
         """
         own = self.encoded.length[records] - self.n_head[records]
         order = np.argsort(-own, kind="stable")
-        heads = {int(self.encoded.variant[r]): int(self.n_head[r]) for r in records if self.n_head[r]}
-        capacity = self.row_tokens - sum(heads.values())
+        capacity = self.row_tokens - self._shared_length(records.tolist())
         n_rows = -(-max(1, int(own.sum()) // max(capacity, 1)) // n_processes) * n_processes
         while True:
             rows: list[list[int]] = [[] for _ in range(n_rows)]
@@ -123,14 +122,22 @@ class Packer:
 
     def row_length(self, records: list[int]) -> int:
         """Return the tokens of a row that holds ``records``, each shared head once."""
+        own = sum(int(self.encoded.length[r] - self.n_head[r]) for r in records)
+        return self._shared_length(records) + own
+
+    def _shared_length(self, records: list[int]) -> int:
+        """Return the tokens of the shared heads that ``records`` continue."""
         shared = {int(self.encoded.variant[r]): int(self.n_head[r]) for r in records if self.n_head[r]}
-        return sum(shared.values()) + sum(int(self.encoded.length[r] - self.n_head[r]) for r in records)
+        return sum(shared.values())
 
     def row(self, records: list[int]) -> PackedRow:
         """Lay ``records`` into one row: each shared head, then the records that continue it."""
         layout = _Layout()
-        for variant in sorted({int(self.encoded.variant[r]) if self.n_head[r] else -1 for r in records}):
-            mine = [r for r in records if (int(self.encoded.variant[r]) if self.n_head[r] else -1) == variant]
+        variants = {
+            record: int(self.encoded.variant[record]) if self.n_head[record] else -1 for record in records
+        }
+        for variant in sorted(set(variants.values())):
+            mine = [record for record in records if variants[record] == variant]
             head = layout.add(self.heads[variant]) if variant >= 0 else None
             for record in sorted(mine):
                 first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1

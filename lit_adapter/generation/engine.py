@@ -26,18 +26,11 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
-from lit_adapter.weights.adapter_file import BaseIdentity, check_base, read_adapter
-from lit_adapter.weights.base_folder import read_fingerprint
+from lit_adapter.weights.adapter_file import base_identity, check_base, read_adapter
 from lit_adapter.weights.load import load_base
 
 Task = tuple[str, str]
 """Instruction and input."""
-
-
-def base_identity(folder: Path) -> BaseIdentity:
-    """Return how a converted base is recognised."""
-    fingerprint = read_fingerprint(folder)
-    return BaseIdentity(folder.resolve().name, fingerprint["weights"], fingerprint["tokenizer"])
 
 
 def find_base(name: str) -> Path:

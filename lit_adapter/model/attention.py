@@ -78,10 +78,15 @@ class CausalView(BaseView):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """Attend causally; the last layer may ask for some rows only."""
-        if rows is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        seen = rows[:, None] >= torch.arange(k.shape[-2], device=k.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return attend_causally(q, k, v, rows)
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    """Return causal attention of all positions, or of the positions ``rows [M]`` that ``q`` holds."""
+    if rows is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    seen = rows[:, None] >= torch.arange(k.shape[-2], device=k.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adapter.model.attention import BaseView, KeyValue
+from lit_adapter.model.attention import BaseView, KeyValue, attend_causally
 from lit_adapter.model.llama import Llama
 
 
@@ -58,10 +58,7 @@ class PrefillView(_CacheView):
         T = k.shape[2]
         self.cache.k[layer, self.slots, :, :T] = k
         self.cache.v[layer, self.slots, :, :T] = v
-        if rows is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        seen = rows[:, None] >= torch.arange(T, device=k.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return attend_causally(q, k, v, rows)
 
 
 class DecodeView(_CacheView):

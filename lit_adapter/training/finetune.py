@@ -27,7 +27,7 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
-from lit_adapter.generation.engine import AdaptedLlama, base_identity
+from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import adapter_parameters, adapter_state, attach
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -39,7 +39,7 @@ from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.signals import StopOnSignal
-from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import load_base
 
@@ -201,8 +201,10 @@ class _Run:
             return None, 0
         if "://" in resume:
             raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
-        path = self.folder.newest_checkpoint(self.say) if resume == "last" else Path(resume)
-        checkpoint = read_checkpoint(path)
+        if resume == "last":
+            path, checkpoint = self.folder.newest_checkpoint(self.say)
+        else:
+            path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         compare(path, checkpoint["lit_adapter"], record, self.say)
         return path, checkpoint["global_step"]
 

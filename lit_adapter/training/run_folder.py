@@ -69,8 +69,8 @@ class RunFolder:
         """Return the name of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:07d}.ckpt"
 
-    def newest_checkpoint(self, say: Callable[[str], None]) -> Path:
-        """Return the newest usable checkpoint; name those that are not.
+    def newest_checkpoint(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+        """Return the newest usable checkpoint and what it holds; name those that are not usable.
 
         Raises:
             UserError: there is none.
@@ -78,12 +78,12 @@ class RunFolder:
         found = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
         for path in found:
             try:
-                step = read_checkpoint(path)["global_step"]
+                checkpoint = read_checkpoint(path)
             except UserError as error:
                 say(f"{error}; trying the one before")
                 continue
-            say(f"resuming from {path}: step {step}, the newest complete checkpoint")
-            return path
+            say(f"resuming from {path}: step {checkpoint['global_step']}, the newest complete checkpoint")
+            return path, checkpoint
         reason = f"none of its {len(found)} checkpoints is usable" if found else "it holds no checkpoint"
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
@@ -137,7 +137,7 @@ def compare(path: Path, saved: dict[str, Any], own: dict[str, Any], say: Callabl
 
     Args:
         path: the checkpoint, for messages.
-        saved: ``{"identity": ..., "changeable": ...}`` from the checkpoint.
+        saved: ``{"identity": ..., "changeable": ...}`` from the checkpoint, in plain values as JSON has them.
         own: the same of this run.
         say: gets a line for each changed setting.
 
@@ -147,14 +147,10 @@ def compare(path: Path, saved: dict[str, Any], own: dict[str, Any], say: Callabl
     differences = [
         f"{key} was {saved['identity'].get(key)!r}, now {value!r}"
         for key, value in own["identity"].items()
-        if _plain(saved["identity"].get(key)) != _plain(value)
+        if saved["identity"].get(key) != value
     ]
     if differences:
         raise UserError(f"{path}: cannot resume another run: {'; '.join(differences)}")
     for key, value in own["changeable"].items():
-        if _plain(saved["changeable"].get(key)) != _plain(value):
+        if saved["changeable"].get(key) != value:
             say(f"resuming with {key} changed from {saved['changeable'].get(key)!r} to {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

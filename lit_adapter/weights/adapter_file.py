@@ -21,6 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import check_adapter_state, expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.template import Template
+from lit_adapter.weights.base_folder import read_fingerprint
 
 METADATA_KEY = "lit_adapter"
 FORMAT_VERSION = 1
@@ -36,6 +37,12 @@ class BaseIdentity:
     """SHA-256 over the base's tensors."""
     tokenizer: str
     """SHA-256 over its tokenizer files."""
+
+
+def base_identity(folder: Path) -> BaseIdentity:
+    """Return how a converted base is recognised."""
+    fingerprint = read_fingerprint(folder)
+    return BaseIdentity(folder.resolve().name, fingerprint["weights"], fingerprint["tokenizer"])
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lit_adapter.device import DTYPES
 from lit_adapter.errors import UserError
 from lit_adapter.files import write_json
 from lit_adapter.text.load import load_tokenizer
@@ -33,9 +34,8 @@ from lit_adapter.weights.output_folder import (
     sweep_leftovers,
 )
 from lit_adapter.weights.source import Source
-from lit_adapter.weights.tensor_writer import DTYPE_NAMES, Entry, TensorWriter
+from lit_adapter.weights.tensor_writer import Entry, TensorWriter
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 MAX_FILE_BYTES = 5_000_000_000
 
 
