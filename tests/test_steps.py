@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from random_records import HEADS, encoded
 
 from lit_adapter.data.packing import SHORTEST_HEAD, Packer, TrainingSteps, ValidationSteps, shared_heads
@@ -46,6 +47,33 @@ def test_shared_heads_are_the_longest_common_starts() -> None:
     }
 
 
+@pytest.mark.parametrize("share", [True, False], ids=["shared-heads", "whole-records"])
+def test_every_token_of_a_row_is_read_by_a_target(share: bool) -> None:
+    """A record's last token is predicted and never read: it is not laid."""
+    data = encoded(6, 40, cut=True)
+    packer = Packer(data, shared_heads(data) if share else {}, mask_prompt=True, row_tokens=2000)
+    row = packer.row(list(range(40)))
+    heads = sum(map(len, packer.heads.values()))
+    assert len(row.ids) == packer.row_length(list(range(40)))
+    assert len(row.ids) == heads + int((data.length - 1 - packer.n_head).sum())
+    place = row.target_index[:, None]
+    reads = (row.segment == row.segment[place]) | (row.segment == row.head[place])
+    assert (reads & (torch.arange(len(row.ids)) <= place)).any(dim=0).all()
+
+
+def test_a_record_of_its_shared_head_and_one_token_adds_nothing_to_a_row() -> None:
+    data = encoded(0, 30, longest=2)
+    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
+    bare = np.flatnonzero(packer.n_own == 0).tolist()
+    assert len({int(data.variant[record]) for record in bare}) == 2
+    row = packer.row(bare)
+    assert row.ids.tolist() == [*HEADS[0], *HEADS[1]]
+    assert sorted(row.target_id.tolist()) == sorted(int(data.record(record)[-1]) for record in bare)
+    assert set(row.target_index.tolist()) == {len(HEADS[0]) - 1, len(row.ids) - 1}
+    row = packer.row(list(range(30)))
+    assert row.segment.unique().tolist() == list(range(int(row.segment.max()) + 1))
+
+
 def test_short_common_starts_are_not_shared() -> None:
     data = encoded(2, 8)
     short = SHORTEST_HEAD - 1
@@ -69,8 +97,9 @@ def test_assign_covers_each_record_once_and_keeps_to_the_limit(n_processes: int)
 
 def test_rows_shorter_than_a_record_are_refused() -> None:
     data = encoded(1)
-    longest = int(data.length.max())
-    with pytest.raises(UserError, match=rf"row_tokens is {longest - 1}, but a record has {longest} tokens"):
+    longest = int(data.length.max()) - 1
+    Packer(data, {}, mask_prompt=True, row_tokens=longest)
+    with pytest.raises(UserError, match=rf"row_tokens is {longest - 1}, but a record takes {longest} tokens"):
         Packer(data, {}, mask_prompt=True, row_tokens=longest - 1)
 
 

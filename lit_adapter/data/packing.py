@@ -5,7 +5,8 @@ epoch's permutation. How they are cut into rows, and which process computes whic
 memory but not the step: loss is a sum over targets, divided by the number of targets of the whole step.
 
 The text that a template puts before every record is found from the data, as the longest common start of
-the prompts of each of the template's texts. It is laid once per row; its records continue it.
+the prompts of each of the template's texts. It is laid once per row; its records continue it. A record's
+last token is a target and never an input: nothing is predicted from it, so it takes no place in a row.
 """
 
 from __future__ import annotations
@@ -80,10 +81,12 @@ class Packer:
         self.encoded, self.heads = encoded, heads
         self.mask_prompt, self.row_tokens, self.pad_to = mask_prompt, row_tokens, pad_to
         self.n_head = np.array([self._head_length(index) for index in range(len(encoded))], dtype=np.int64)
-        longest = int(encoded.length.max(initial=0))
+        self.n_own = encoded.length - 1 - self.n_head
+        """Tokens that each record adds to a row: neither its shared head nor its last token ``[records]``."""
+        longest = int(encoded.length.max(initial=1)) - 1
         if row_tokens < longest:
             raise UserError(
-                f"optim.row_tokens is {row_tokens}, but a record has {longest} tokens; "
+                f"optim.row_tokens is {row_tokens}, but a record takes {longest} tokens of a row; "
                 f"raise it to {longest} or lower data.max_length"
             )
 
@@ -105,7 +108,7 @@ class Packer:
 
         Longest first, each into the emptiest row: rows end up nearly equal, so that processes wait little.
         """
-        own = self.encoded.length[records] - self.n_head[records]
+        own = self.n_own[records]
         order = np.argsort(-own, kind="stable")
         capacity = self.row_tokens - self._shared_length(records.tolist())
         n_rows = -(-max(1, int(own.sum()) // max(capacity, 1)) // n_processes) * n_processes
@@ -122,8 +125,7 @@ class Packer:
 
     def row_length(self, records: list[int]) -> int:
         """Return the tokens of a row that holds ``records``, each shared head once."""
-        own = sum(int(self.encoded.length[r] - self.n_head[r]) for r in records)
-        return self._shared_length(records) + own
+        return self._shared_length(records) + int(self.n_own[records].sum())
 
     def _shared_length(self, records: list[int]) -> int:
         """Return the tokens of the shared heads that ``records`` continue."""
@@ -168,9 +170,10 @@ class _Layout:
         return number
 
     def add_record(self, ids: NDArray[np.int32], n_head: int, head: int | None, first: int) -> None:
-        """Append a record's own tokens; learn its tokens from number ``first`` on."""
+        """Append a record's own tokens but the last; learn its tokens from number ``first`` on."""
         start = self.length
-        self.add(ids[n_head:], position=n_head, head=head)
+        if len(ids) - 1 > n_head:
+            self.add(ids[n_head:-1], position=n_head, head=head)
         predicting = np.arange(max(first, 1) - 1, len(ids) - 1)
         place = start + predicting - n_head
         if head is not None:  # the shared head's tokens predict for every record that continues it
