@@ -1,0 +1,68 @@
+"""Measure training or decoding beside the libraries a user would pick instead, in one run, in turn.
+
+    python scripts/benchmark.py train --model 7b --json train.json --markdown train.md
+    python scripts/benchmark.py generate --model checkpoints/smollm2-135m --json generate.json
+
+A method that fails has a row that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.command import command_parser, parse, run
+from lit_adapter.errors import UserError
+
+WORK = ("train", "generate")
+
+
+def read_options(argv: Sequence[str]) -> Any:
+    """Return the command line's options.
+
+    Raises:
+        UserError: a mistake in it.
+    """
+    parser = command_parser("scripts/benchmark.py", "Measure training or decoding beside other libraries.")
+    parser.add_argument("work", choices=WORK, help="what to measure")
+    parser.add_argument("--model", required=True, help="folder of a converted base, or 7b: random weights")
+    parser.add_argument("--data", help="a file of records (default: random tokens of Alpaca's lengths)")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer for --data (default: the model's)")
+    parser.add_argument("--json", required=True, metavar="FILE", help="write the rows there, as they come")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there too")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; ours-N is rows of N tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each method")
+    parser.add_argument("--steps", type=int, help="optimizer steps in a pass (default: 4; 1 on a CPU)")
+    parser.add_argument("--batch", type=int, help="records in an optimizer step (default: 64; 32 on a CPU)")
+    parser.add_argument(
+        "--row-tokens", nargs="+", type=int, help="longest rows (default: 8192 2048; CPU 2048)"
+    )
+    parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batches to choose the best from")
+    parser.add_argument("--batches", nargs="+", type=int, help="texts decoded together (default: 1 32)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="tokens to decode")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="prompt of a decoded text")
+    parser.add_argument(
+        "--first-token-prompt", type=int, help="prompt timed to its first token (512; CPU 200)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--base-precision", default="auto", help="of the frozen base: auto or a dtype's name")
+    parser.add_argument("--seed", type=int, default=1337, help="of weights, records and adapters")
+    options = parse(parser, argv)
+    if options.data and not options.tokenizer and not (Path(options.model) / "config.json").is_file():
+        raise UserError(f"--data needs a tokenizer, and --model {options.model} has none: give --tokenizer")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the comparison; the status is 1 if one of our own methods failed."""
+    options = read_options(argv)
+    from benchmarks.run import generate, train
+
+    table, ok = (train if options.work == "train" else generate)(options)
+    print(table)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    run(main)

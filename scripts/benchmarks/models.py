@@ -1,0 +1,104 @@
+"""The one frozen base that every method of a benchmark shares, in our words and in transformers'."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_adapter.errors import UserError
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.weights.load import load_base
+
+LLAMA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+SHAPES = {"7b": LLAMA_7B}
+
+
+@dataclass
+class Base:
+    """A loaded base."""
+
+    name: str
+    hf: dict[str, Any]
+    """Its ``config.json``."""
+    model: Llama
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its precision."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the frozen weights, a tied head once."""
+        own = [p for name, p in self.model.named_parameters() if ".prefix." not in name]
+        return sum(parameter.numel() * parameter.element_size() for parameter in own)
+
+
+def read_base(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> Base:
+    """Load a converted base folder, or make a known shape with random weights on the device.
+
+    Raises:
+        UserError: neither a shape nor a folder.
+    """
+    if name in SHAPES:
+        return Base(name, SHAPES[name], random_base(SHAPES[name], device, dtype, seed))
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {name}: expected a converted base folder or {', '.join(SHAPES)}")
+    hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Base(folder.name, hf, load_base(folder, device=device, dtype=dtype))
+
+
+def random_base(hf: dict[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
+    """Return a frozen model of random weights, made where it stays."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_hf(hf))
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {
+        name: torch.empty(tensor.shape, device=device, dtype=dtype).normal_(
+            1.0 if tensor.ndim == 1 else 0.0, 0.02, generator=generator
+        )
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.to(device).requires_grad_(False)
+
+
+def causal_model(base: Base) -> Any:
+    """Return transformers' LlamaForCausalLM over the very same weights."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig.from_dict(base.hf)
+    config._attn_implementation = "sdpa"
+    config.dtype = base.dtype
+    with torch.device("meta"):
+        causal: Any = transformers.LlamaForCausalLM(config)
+    own = {name: p for name, p in base.model.state_dict().items() if ".prefix." not in name}
+    state = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in own.items()}
+    causal.load_state_dict(state, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        causal.lm_head.weight = causal.model.embed_tokens.weight
+    causal.model.rotary_emb = type(causal.model.rotary_emb)(config=config).to(base.device)
+    return causal.requires_grad_(False).eval()

@@ -1,0 +1,109 @@
+"""What a user would pick instead: PEFT's adapters on transformers' LLaMA, as their users run them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.methods import Part, Steps, padded_part, padded_steps
+from benchmarks.models import Base, causal_model
+from benchmarks.workload import Workload
+
+PROMPT_LENGTH = 10
+
+
+def adapted(causal: Any, kind: str, *, autocast_adapter: bool = False) -> Any:
+    """Put PEFT's ``adaption-prompt`` or ``lora`` (r 8 on q, v) into a LlamaForCausalLM; return it.
+
+    Args:
+        causal: transformers' model.
+        kind: which adapter.
+        autocast_adapter: leave it to PEFT to widen the adapter to fp32.
+    """
+    from peft import AdaptionPromptConfig, LoraConfig, PeftConfig, get_peft_model
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    layers = causal.config.num_hidden_layers
+    config: PeftConfig = AdaptionPromptConfig(
+        adapter_len=PROMPT_LENGTH, adapter_layers=layers, task_type="CAUSAL_LM"
+    )
+    if kind == "lora":
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrapped: Any = get_peft_model(causal, config, autocast_adapter_dtype=autocast_adapter)
+    return wrapped.base_model.model.eval()  # there is no dropout anywhere to lose
+
+
+class Shell:
+    """One of PEFT's adapters on the shared weights, perhaps with liger-kernel or torch.compile."""
+
+    def __init__(self, base: Base, kind: str, seed: int, *, liger: bool, compiled: bool) -> None:
+        self.kind, self.patches = kind, {}
+        torch.manual_seed(seed)
+        causal = causal_model(base)
+        if liger:
+            self.patches = _with_liger(causal)
+        self.causal = adapted(causal, kind)
+        self.parameters: list[nn.Parameter] = [p for p in self.causal.parameters() if p.requires_grad]
+        if compiled:
+            for layer in self.causal.model.layers:
+                layer.compile(dynamic=True)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Have liger's module-wide patches in place, which would else reach the other methods."""
+        module = importlib.import_module("transformers.models.llama.modeling_llama")
+        original = {name: getattr(module, name) for name in self.patches}
+        try:
+            for name, value in self.patches.items():
+                setattr(module, name, value)
+            yield
+        finally:
+            for name, value in original.items():
+                setattr(module, name, value)
+
+
+def _with_liger(causal: Any) -> dict[str, Any]:
+    """Patch a model with liger-kernel; return, and undo, what it changed for all models."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+    before = dict(vars(module))
+    apply_liger_kernel_to_llama(model=causal)
+    changed = {name: value for name, value in vars(module).items() if before.get(name) is not value}
+    for name in changed:
+        setattr(module, name, before[name])
+    return changed
+
+
+class Rival:
+    """A shell trained on padded batches."""
+
+    def __init__(self, base: Base, work: Workload, shell: Shell, size: int, *, grouped: bool) -> None:
+        self.base, self.work, self.shell, self.size, self.grouped = base, work, shell, size, grouped
+        self.parameters = shell.parameters
+
+    def steps(self, records: list[NDArray[np.int64]]) -> Steps:
+        """Pad each micro-batch to its longest record."""
+        length = 0 if self.shell.kind == "lora" else PROMPT_LENGTH
+        for step in padded_steps(self.work, records, self.size, grouped=self.grouped):
+            yield [padded_part(self.base, self.work.encoded, part, length) for part in step]
+
+    def loss(self, part: Part) -> Tensor:
+        """Return the loss that the model itself computes, as a trainer asks for it."""
+        batch = part.data
+        with self.shell.active():
+            return self.shell.causal(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                labels=batch.labels,
+                use_cache=False,
+                num_items_in_batch=1,
+            ).loss

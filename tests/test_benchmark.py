@@ -1,0 +1,106 @@
+"""scripts/benchmark.py on a tiny model: what it writes, and that its methods compute the same thing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import benchmark
+import torch
+from benchmarks.arithmetic import Work, step_operations
+from benchmarks.workload import alpaca_like
+from tiny_models import open_adapter, random_ids, random_llama
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_adapter.model.attention import CausalView
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.loss import target_loss
+
+TRAIN = ("--batch", "6", "--steps", "2", "--repeats", "2", "--row-tokens", "700", "--peft-batch", "2", "3")
+DECODE = ("--batches", "1", "3", "--new-tokens", "5", "--prompt-tokens", "9", "--repeats", "2")
+
+
+def rows_of(work: str, base: Path, folder: Path, *options: str) -> dict[str, dict[str, Any]]:
+    out = folder / "rows.json"
+    fixed = ["--model", str(base), "--json", str(out), "--base-precision", "float32", "--device", "cpu"]
+    status = benchmark.main([work, *fixed, "--markdown", str(folder / "rows.md"), *options])
+    assert status == 0
+    rows = json.loads(out.read_text())
+    table = (folder / "rows.md").read_text()
+    assert all("error" not in row for row in rows), [row.get("error") for row in rows]
+    assert all(f"| {row['name']} |" in table and row["useful_tokens_per_s"] > 0 for row in rows)
+    assert all(row["machine"]["matmul_flops_per_s"] > 0 for row in rows)
+    return {row["name"]: row for row in rows}
+
+
+def test_all_methods_train_the_same_model_on_the_same_records(tiny_base: Path, tmp_path: Path) -> None:
+    rows = rows_of("train", tiny_base, tmp_path, *TRAIN)
+    assert len(rows) == 6
+    before = [row["loss_before"] for row in rows.values()]
+    assert before == pytest.approx([before[0]] * 6, rel=1e-5)
+    packed, padded = rows["ours, rows of 700"], rows["ours, padded, no saving"]
+    assert padded["losses"] == pytest.approx(packed["losses"], rel=1e-4)
+    assert padded["loss_after"] == pytest.approx(packed["loss_after"], rel=1e-4)
+    assert len(packed["losses"]) == 4
+    for row in rows.values():
+        assert row["loss_after"] != row["loss_before"]
+        assert row["compilations_while_timed"] == 0
+    assert packed["operations_per_record"] < padded["operations_per_record"] / 2
+
+
+def test_real_records_are_read(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
+    options = (*TRAIN, "--data", str(tiny_records), "--methods", "ours-700")
+    (row,) = rows_of("train", tiny_base, tmp_path, *options).values()
+    assert row["machine"]["workload"]["records"] == 48
+
+
+def test_decoding_is_compared(tiny_base: Path, tmp_path: Path) -> None:
+    rows = rows_of("generate", tiny_base, tmp_path, *DECODE)
+    assert len(rows) == 2 * 4 + 2
+    assert {row["batch"] for row in rows.values() if "batch" in row} == {1, 3}
+
+
+def test_a_method_that_fails_has_a_row_that_says_so(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr("benchmarks.rivals.adapted", fail)
+    out = tmp_path / "rows.json"
+    methods = ("--methods", "ours-700", "lora")
+    options = ["train", "--model", str(tiny_base), "--json", str(out), *TRAIN, *methods]
+    assert benchmark.main([*options, "--base-precision", "float32"]) == 0
+    ours, lora = json.loads(out.read_text())
+    assert ours["useful_tokens_per_s"] > 0
+    assert (lora["useful_tokens_per_s"], lora["error"]) == (None, "RuntimeError: no such kernel")
+
+
+def test_built_in_lengths_are_like_alpacas() -> None:
+    data = alpaca_like(20_000, 32_000, seed=0)
+    assert 100 < data.length.mean() < 106
+    assert 34 < (data.length - data.n_prompt).mean() < 38
+    assert data.length.max() <= 512
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
+    """Attention's own products (`pairs`) aside: torch has no fixed count for its fused kernels."""
+    model = open_adapter(random_llama(dtype=torch.float32), AdapterConfig(prompt_length=5, layers=layers))
+    ids, rows = random_ids(1, 40), torch.arange(3, 40, 4)
+    view = CausalView(model.rotation(torch.arange(40)[None]))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, view, rows)[0]
+        target_loss(hidden, model.lm_head.weight, random_ids(len(rows))).backward()
+    products = {"mm", "addmm", "bmm"}
+    done = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if op.__name__.split(".")[0] in products
+    )
+    work = Work(tokens=40, pairs=0, last_tokens=len(rows), last_pairs=0, head_tokens=len(rows))
+    assert step_operations(model.config, work, layers, prompt_length=5) == pytest.approx(done, rel=0.02)
