@@ -11,8 +11,9 @@ once per row; positions restart for each record and go on from its shared head's
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,15 @@ class PackedRow:
     head: Tensor
     target_index: Tensor
     target_id: Tensor
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ``ids``, ``position``, ``target_index`` and ``target_id`` on a device, in one transfer."""
+        parts = (self.ids, self.position, self.target_index, self.target_id)
+        joined = torch.cat(parts)
+        if device.type == "cuda":  # from pinned memory the host does not wait for the device's other work
+            joined = joined.pin_memory().to(device, non_blocking=True)
+        ids, position, target_index, target_id = joined.split([len(part) for part in parts])
+        return ids, position, target_index, target_id
 
 
 class View(Protocol):
@@ -71,6 +81,14 @@ class BaseView:
     def prefix_kv(self, layer: int) -> KeyValue | None:
         """Let the layer project its prefix now: while training it changes with every step."""
         return None
+
+
+class BlockView(BaseView):
+    """A view that does not ask a block's modules to attend, but computes the block itself."""
+
+    @abstractmethod
+    def block(self, block: Any, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the block's output for ``x [1, T, C]``, or for its positions ``rows [M]`` only."""
 
 
 class CausalView(BaseView):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_adapter.model.attention import BlockView
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.precision import widen
 from lit_adapter.model.rope import inverse_frequencies, rotate, rotation
@@ -112,6 +113,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention and MLP, each behind a norm and beside a residual."""
 
+    fused_weights: Any = None
+    """Its matrices in another form, for a view that computes blocks."""
+
     def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
@@ -119,8 +123,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
         """Map ``x [B, T, C]`` to ``[B, T, C]``, or only the positions ``rows`` to ``[B, M, C]``."""
+        if isinstance(view, BlockView):
+            return view.block(self, x, rows)
         residual = x if rows is None else x[:, rows]
         x = residual + self.self_attn(self.input_layernorm(x), view, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -146,7 +152,7 @@ class Llama(nn.Module):
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
         return rotation(position, self.inverse_frequency)
 
-    def forward(self, ids: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
         """Run the model.
 
         Args:

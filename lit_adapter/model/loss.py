@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adapter.model.attention import PackedRow, SegmentView
+from lit_adapter.model.attention import BlockView, KeyValue, PackedRow, SegmentView, View
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
 
@@ -30,20 +30,33 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = widen(hidden).new_zeros(())
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            narrow = F.linear(hidden[chunk], weight)
-            logits, target = widen(narrow), target_id[chunk, None]
-            log_total = logits.logsumexp(-1, keepdim=True)
-            total += (log_total - logits.gather(-1, target)).sum()
+            logits = F.linear(hidden[chunk], weight)
+            loss, share = _sum_and_share(logits, target_id[chunk], wants_gradient)
+            total += loss
             if gradient is not None:
-                share = logits.sub_(log_total).exp_()
-                share.scatter_add_(-1, target, share.new_full(target.shape, -1.0))
-                gradient[chunk] = share.to(narrow.dtype) @ weight.to(narrow.dtype)
+                gradient[chunk] = share @ weight.to(share.dtype)
         ctx.gradient = gradient
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
+
+
+def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy, and in the logits' precision its gradient if that is wanted."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from lit_adapter.model.kernels.loss import cross_entropy_
+
+        return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits
+    wide, target = widen(logits), target_id[:, None]
+    log_total = wide.logsumexp(-1, keepdim=True)
+    total = (log_total - wide.gather(-1, target)).sum()
+    if not wants_gradient:
+        return total, logits
+    share = wide.sub_(log_total).exp_()
+    share.scatter_add_(-1, target, share.new_full(target.shape, -1.0))
+    return total, share.to(logits.dtype)
 
 
 def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
@@ -65,7 +78,17 @@ def row_loss(model: Llama, row: PackedRow) -> Tensor:
 
     The row may lie on the CPU: what a view plans from it is planned there, then moved to the model.
     """
-    device = model.embed_tokens.weight.device
-    view = SegmentView(row, model.rotation(row.position[None].to(device)))
-    hidden = model(row.ids[None].to(device), view, row.target_index.to(device))[0]
-    return target_loss(hidden, model.lm_head.weight, row.target_id.to(device))
+    ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
+    view = _view(model, row, model.rotation(position[None]))
+    hidden = model(ids[None], view, target_index)[0]
+    return target_loss(hidden, model.lm_head.weight, target_id)
+
+
+def _view(model: Llama, row: PackedRow, rotation: KeyValue) -> View | BlockView:
+    """Return the fastest way to compute the row on the model's device."""
+    if rotation[0].is_cuda:
+        from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
+
+        if fused.applies(model):
+            return fused.FusedView(row, rotation)
+    return SegmentView(row, rotation)

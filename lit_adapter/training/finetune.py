@@ -182,6 +182,11 @@ class _Run:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         model = load_base(self.base, device=device, dtype=dtype)
         attach(model, self.config.adapter, self.config.seed)
+        if device.type == "cuda":
+            from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
+
+            if fused.applies(model):
+                fused.join_projections(model)
         return model
 
     def _record(self, data: AlpacaDataModule) -> dict[str, Any]:

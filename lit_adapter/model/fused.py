@@ -1,0 +1,330 @@
+"""The CUDA path of training: a whole block, forward and backward, as matrix products and a few kernels.
+
+Autograd would keep what no gradient needs and read every tensor several times between the products. Here
+a block is one node of the graph that keeps 6 C + 2 M numbers a token (its input, q, k, v, the attention's
+output, the sum after it, gate and up), or 2 C when ``recompute`` is on, and forms no gradient of a weight.
+It computes what `llama.Block` computes; the tests compare both.
+
+Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapter.model.adapter import GatedPrefix
+from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model.kernels import attention, rows
+from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.matrices import (
+    Float8Linear,
+    Float8Matrix,
+    Matrix,
+    PlainMatrix,
+    join,
+    joined,
+)
+from lit_adapter.model.tiles import TilePlan, plan_tiles
+
+LONGEST_PROMPT = 64
+"""Prompt rows that fit the attention kernel's registers beside its queries."""
+
+
+def applies(model: Llama) -> bool:
+    """Whether these kernels compute ``model``: frozen plain layers in bf16 or fp16, on CUDA."""
+    weight, D = model.embed_tokens.weight, model.config.head_dim
+    fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and D in (16, 32, 64, 128)
+    return fits and not torch.is_autocast_enabled() and all(_block_applies(block) for block in model.layers)
+
+
+def _block_applies(block: Block) -> bool:
+    prefix = block.self_attn.prefix
+    if prefix is not None and (len(prefix.prompt) > LONGEST_PROMPT or (prefix.dropout and prefix.training)):
+        return False
+    own = [parameter for name, parameter in block.named_parameters() if ".prefix." not in name]
+    products = [module for module in block.modules() if type(module) in (nn.Linear, Float8Linear)]
+    n_plain = sum(isinstance(module, nn.Linear) for module in products)
+    # Seven matrices and two norms: a bias, or anything that learns, would add to them.
+    plain = len(products) == 7 and len(own) == n_plain + 2
+    return plain and not any(parameter.requires_grad for parameter in own)
+
+
+def join_projections(model: Llama) -> None:
+    """Lay q, k, v and gate, up of every block side by side."""
+    for block in model.layers:
+        join(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        join(block.mlp.gate_proj, block.mlp.up_proj)
+
+
+@dataclass
+class _Weights:
+    """A block's frozen part."""
+
+    qkv: Matrix
+    o: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its products take fp8."""
+        return self.qkv.quantised
+
+    def operand(self, x: Tensor) -> rows.Operand:
+        """Return rows on their way into a product."""
+        return rows.quantise(x) if self.quantised else x
+
+
+def quantise_blocks(model: Llama) -> None:
+    """Keep every block's matrices in fp8, for these kernels; one block at a time."""
+    for block in model.layers:
+        attn, mlp = block.self_attn, block.mlp
+        groups = (
+            (attn, ("q_proj", "k_proj", "v_proj")),
+            (attn, ("o_proj",)),
+            (mlp, ("gate_proj", "up_proj")),
+            (mlp, ("down_proj",)),
+        )
+        matrices = []
+        for owner, names in groups:
+            linears = [getattr(owner, name) for name in names]
+            matrix, start = Float8Matrix.of(joined(*linears)), 0
+            for name, linear in zip(names, linears, strict=True):
+                setattr(owner, name, Float8Linear(matrix.outputs(start, start + linear.out_features)))
+                start += linear.out_features
+            matrices.append(matrix)
+        block.fused_weights = _Weights(*matrices)
+
+
+def _weights(block: Block) -> _Weights:
+    if isinstance(block.fused_weights, _Weights):
+        return block.fused_weights
+    attn: Any = block.self_attn
+    mlp: Any = block.mlp
+    return _Weights(
+        PlainMatrix(joined(attn.q_proj, attn.k_proj, attn.v_proj)),
+        PlainMatrix(attn.o_proj.weight),
+        PlainMatrix(joined(mlp.gate_proj, mlp.up_proj)),
+        PlainMatrix(mlp.down_proj.weight),
+    )
+
+
+class FusedView(BlockView):
+    """A packed row for blocks that are computed whole.
+
+    Args:
+        row: on the CPU.
+        rotation: cosines and sines of its positions.
+        recompute: keep little for the backward pass and compute the rest again there.
+    """
+
+    def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
+        super().__init__(rotation)
+        device = rotation[0].device
+        self.all_rows = plan_tiles(row, None, device)
+        self.target_rows = plan_tiles(row, row.target_index, device)
+        self.recompute = recompute
+
+    def block(self, block: Block, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Compute a block for ``x [1, T, C]``, or for its positions ``rows``, the row's targets."""
+        prefix = block.self_attn.prefix
+        if not isinstance(prefix, GatedPrefix):
+            return _FusedBlock.apply(x[0], None, None, block, self, rows)[None]
+        strength = prefix.strength()[:, 0].expand(prefix.n_head, block.self_attn.head_dim)
+        return _FusedBlock.apply(x[0], prefix.prompt, strength, block, self, rows)[None]
+
+
+class _Site:
+    """One block on one row: all that its computation reads beside ``x``.
+
+    Args:
+        block: the block.
+        view: the row.
+        places: positions whose output is wanted ``[M]``; all of them if None.
+        prompt: the layer's, fp32 ``[K, C]``, or None.
+        strength: c(g) of the prompt's, fp32 ``[H, D]``.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        view: FusedView,
+        places: Tensor | None,
+        prompt: Tensor | None,
+        strength: Tensor | None,
+    ) -> None:
+        self.weights, self.view, self.places = _weights(block), view, places
+        self.prompt = prompt
+        self.strength = strength.contiguous() if strength is not None else None
+        self.before: RMSNorm = block.input_layernorm
+        self.between: RMSNorm = block.post_attention_layernorm
+        attn: Any = block.self_attn
+        self.D: int = attn.head_dim
+        self.q_width: int = attn.q_proj.out_features
+        self.k_width: int = attn.k_proj.out_features
+        self.plan: TilePlan = view.all_rows if places is None else view.target_rows
+        cos, sin = view.rotation
+        self.rotation: KeyValue = (cos[0], sin[0])
+
+    @property
+    def q(self) -> Matrix:
+        """The matrix of queries alone."""
+        return self.weights.qkv.outputs(0, self.q_width)
+
+    @property
+    def kv(self) -> Matrix:
+        """The matrix of keys and values alone."""
+        return self.weights.qkv.outputs(self.q_width)
+
+    def prefix(self, kv: Tensor | None) -> attention.Prefix | None:
+        """Return the prompt with its projection ``[K, 2 G D]``."""
+        if kv is None or self.strength is None:
+            return None
+        return attention.Prefix(kv, self.strength)
+
+    def norm_between(self, middle: Tensor) -> tuple[rows.Operand, Tensor]:
+        """Return the norm before the MLP, and its ``rstd``."""
+        return rows.norm(middle, self.between.weight, self.between.eps, quantised=self.weights.quantised)
+
+
+@dataclass
+class _Attended:
+    """What a block's backward pass reads of its attention."""
+
+    rstd: Tensor
+    """Of the norm before it, fp32 ``[T]``."""
+    q: Tensor
+    """Rotated ``[T, H D]``, or ``[M, H D]``."""
+    kv: Tensor
+    """Rotated keys beside values ``[T, 2 G D]``."""
+    y: Tensor
+    """The output, laid out like ``q``."""
+    lse: Tensor
+    """Its log-sum-exp, fp32 ``[H, T]`` or ``[H, M]``."""
+    prompt: Tensor | None
+    """The prompt's keys beside values ``[K, 2 G D]``."""
+
+
+@dataclass
+class _GateUp:
+    """What it reads of its MLP."""
+
+    rstd: Tensor
+    """Of the norm before it, fp32 ``[T]`` or ``[M]``."""
+    value: Tensor
+    """Gate beside up ``[T, 2 M]``."""
+
+
+class _FusedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        prompt: Tensor | None,
+        strength: Tensor | None,
+        block: Block,
+        view: FusedView,
+        places: Tensor | None,
+    ) -> Tensor:
+        site = _Site(block, view, places, prompt, strength)
+        weights, norm = site.weights, site.between
+        attended = _attend(site, x)
+        middle, normed, rstd = rows.add_and_norm(
+            x if places is None else x[places],
+            weights.o(weights.operand(attended.y)),
+            norm.weight,
+            norm.eps,
+            quantised=weights.quantised,
+        )
+        gate_up = _GateUp(rstd, weights.gate_up(normed))
+        if any(ctx.needs_input_grad):
+            ctx.block, ctx.view = block, view
+            kept = () if view.recompute else (*vars(attended).values(), *vars(gate_up).values())
+            ctx.save_for_backward(x, prompt, strength, places, middle, *kept)
+        return weights.down.add(rows.swiglu(gate_up.value, quantised=weights.quantised), middle)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, prompt, strength, places, middle, *kept = ctx.saved_tensors
+        site = _Site(ctx.block, ctx.view, places, prompt, strength)
+        gate_up = _GateUp(*kept[-2:]) if kept else _recomputed_gate_up(site, middle)
+        dmiddle, operand = _mlp_backward(site, middle, gate_up, dy.contiguous())
+        del gate_up
+        attended = _Attended(*kept[:-2]) if kept else _attend(site, x)
+        do = site.weights.o.backward(operand)
+        if ctx.needs_input_grad[0]:
+            dx, dprefix = _attention_backward(site, x, attended, do, dmiddle)
+        else:  # the first adapted block: nothing but its prompt learns from here
+            dx, dprefix = None, _scores_backward(site, attended, do, None)
+        if dprefix is None:
+            return dx, None, None, None, None, None
+        dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(middle.dtype)))
+        return dx, dprompt.float(), dprefix.strength, None, None, None
+
+
+def _attend(site: _Site, x: Tensor) -> _Attended:
+    """Compute a block up to its attention's output."""
+    D, weights, (cos, sin) = site.D, site.weights, site.rotation
+    normed, rstd = rows.norm(x, site.before.weight, site.before.eps, quantised=weights.quantised)
+    if site.places is None:
+        qkv = weights.qkv(normed)
+        rows.rotate_(qkv, cos, sin, (site.q_width + site.k_width) // D)
+        q, kv = qkv[:, : site.q_width], qkv[:, site.q_width :]
+    else:
+        q, kv = site.q(normed[site.places]), site.kv(normed)
+        rows.rotate_(q, cos[site.places], sin[site.places], site.q_width // D)
+        rows.rotate_(kv, cos, sin, site.k_width // D)
+    prompt = site.kv(weights.operand(site.prompt.to(x.dtype))) if site.prompt is not None else None
+    k, v = kv.chunk(2, dim=1)
+    y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(prompt))
+    return _Attended(rstd, q, kv, y, lse, prompt)
+
+
+def _recomputed_gate_up(site: _Site, middle: Tensor) -> _GateUp:
+    normed, rstd = site.norm_between(middle)
+    return _GateUp(rstd, site.weights.gate_up(normed))
+
+
+def _mlp_backward(site: _Site, middle: Tensor, gate_up: _GateUp, dy: Tensor) -> tuple[Tensor, rows.Operand]:
+    """Return the gradient of ``middle``, whose sum with the MLP's output has the gradient ``dy``, twice."""
+    weights, quantised = site.weights, site.weights.quantised
+    dproduct = weights.down.backward(weights.operand(dy))
+    dnormed = weights.gate_up.backward(rows.swiglu_backward(dproduct, gate_up.value, quantised=quantised))
+    return rows.norm_backward(dnormed, middle, site.between.weight, gate_up.rstd, dy, quantised=quantised)
+
+
+def _scores_backward(
+    site: _Site, attended: _Attended, do: Tensor, into: attention.Gradients | None
+) -> attention.Prefix | None:
+    """Return the prefix's gradients, and write those of q, k and v to ``into``."""
+    k, v = attended.kv.chunk(2, dim=1)
+    prefix = site.prefix(attended.prompt)
+    return attention.attend_backward(
+        do, attended.q, k, v, attended.y, attended.lse, site.plan, site.D, prefix, into
+    )
+
+
+def _attention_backward(
+    site: _Site, x: Tensor, attended: _Attended, do: Tensor, dmiddle: Tensor
+) -> tuple[Tensor, attention.Prefix | None]:
+    """Return the gradients of the block's input and of its prefix."""
+    weights = site.weights
+    if site.places is None:
+        dqkv = x.new_empty(len(x), site.q_width + 2 * site.k_width)
+        dq, dkv = dqkv[:, : site.q_width], dqkv[:, site.q_width :]
+    else:
+        dq, dkv = torch.empty_like(attended.q), torch.empty_like(attended.kv)
+    dk, dv = dkv.chunk(2, dim=1)
+    dprefix = _scores_backward(site, attended, do, attention.Gradients(dq, dk, dv, site.rotation))
+    if site.places is None:
+        dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
+    else:  # in fp32: many targets may stand at one place, a shared head's
+        dnormed = site.kv.backward(weights.operand(dkv)).float()
+        dnormed.index_add_(0, site.places, site.q.backward(weights.operand(dq)).float())
+        beside = torch.zeros_like(dnormed).index_add_(0, site.places, dmiddle.float())
+    dx, _ = rows.norm_backward(dnormed, x, site.before.weight, attended.rstd, beside)
+    return dx, dprefix

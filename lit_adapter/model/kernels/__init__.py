@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA path: `attention` with the gated prefix, `rows` between products, `loss`."""

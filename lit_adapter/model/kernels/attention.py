@@ -1,0 +1,374 @@
+"""Attention over a packed row, the gated prefix in the same pass, and their gradients.
+
+Per query tile, with q already rotated and c the prefix's strength,
+
+    o = softmax(q k^T / sqrt(D) where seen) v  +  c * softmax(q pk^T / sqrt(D)) pv
+
+The queries are in registers when the prompt's few keys are added, so that the prefix reads and writes
+nothing of the row's size. The backward pass recomputes all weights from the log-sum-exp (arXiv 2205.14135)
+and the prefix's part of ``o`` from the prompt, so that nothing but q, k, v, o is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, TilePlan
+
+LOG2_E = 1.4426950408889634
+LAUNCH = {"num_warps": 4, "num_stages": 2}
+"""Tried on an H100: more of either is slower on records of some hundred tokens."""
+
+
+@dataclass
+class Prefix:
+    """A layer's prompt, projected, and its strength."""
+
+    kv: Tensor
+    """Keys beside values ``[K, 2 G D]``."""
+    strength: Tensor
+    """c(g) for every channel, fp32 ``[H, D]``."""
+
+
+@triton.jit
+def _load_queries(place, first, head_start, head_end, m, n_queries, TILE: tl.constexpr):
+    n = m * TILE + tl.arange(0, TILE)
+    live = n < n_queries
+    # A place of -1 sees nothing: the tile's surplus rows.
+    return (
+        n,
+        live,
+        tl.load(place + n, mask=live, other=-1),
+        tl.load(first + n, mask=live, other=0),
+        tl.load(head_start + n, mask=live, other=0),
+        tl.load(head_end + n, mask=live, other=0),
+    )
+
+
+@triton.jit
+def _sees(j, i, low, head_low, head_high):
+    """Return whether queries at ``i`` see keys at ``j`` (both shaped to broadcast)."""
+    return (j <= i) & ((j >= low) | ((j >= head_low) & (j < head_high)))
+
+
+@triton.jit
+def _rotated_back(x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.constexpr):
+    """Return ``x [ROWS, D]``, a gradient, rotated by the opposite angles of the positions ``place``."""
+    HALF: tl.constexpr = D // 2
+    at = place[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    cos = tl.load(cos_at + at, mask=live[:, None], other=0.0)
+    sin = tl.load(sin_at + at, mask=live[:, None], other=0.0)
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    turned = tl.join(a * cos + b * sin, b * cos - a * sin)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, D))
+
+
+@triton.jit
+def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
+    """Return softmax(q pk^T / sqrt(D)), fp32, ``[queries, ROWS]``; rows beyond the prompt weigh nothing."""
+    score = tl.dot(q, tl.trans(pk)) * scale
+    score = tl.where((tl.arange(0, ROWS) < n_prompt)[None, :], score, -float("inf"))
+    weight = tl.exp2(score - tl.max(score, 1)[:, None])
+    return weight / tl.sum(weight, 1)[:, None]
+
+
+@triton.jit
+def _forward_kernel(
+    q_at, k_at, v_at, o_at, lse_at, prompt_at, strength_at,
+    place, first, head_start, head_end, key_from, key_tile,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, n_prompt, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    m, h = tl.program_id(0), tl.program_id(1)
+    g, H = h // GROUP, tl.num_programs(1)
+    n, live, i, low, head_low, head_high = _load_queries(place, first, head_start, head_end, m, n_queries, M)
+    d = tl.arange(0, D)
+    q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    y = tl.zeros([M, D], tl.float32)
+    for step in range(tl.load(key_from + m), tl.load(key_from + m + 1)):
+        j = tl.load(key_tile + step) * N + tl.arange(0, N)
+        inside = (j < n_keys)[:, None]
+        k = tl.load(k_at + j[:, None] * kv_stride + (g * D + d)[None, :], mask=inside, other=0.0)
+        score = tl.dot(q, tl.trans(k)) * scale
+        seen = _sees(j[None, :], i[:, None], low[:, None], head_low[:, None], head_high[:, None])
+        score = tl.where(seen, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen so far
+        shrink = tl.exp2(top - safe)
+        weight = tl.exp2(score - safe[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(v_at + j[:, None] * kv_stride + (g * D + d)[None, :], mask=inside, other=0.0)
+        y = y * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+        top = new_top
+    total = tl.where(total == 0.0, 1.0, total)
+    y = y / total[:, None]
+    tl.store(lse_at + h * n_queries + n, top + tl.log2(total), mask=live)
+    if ROWS > 0:
+        r = tl.arange(0, ROWS)
+        kv_width = H // GROUP * D
+        at = prompt_at + (r * 2 * kv_width)[:, None] + (g * D + d)[None, :]
+        pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
+        pv = tl.load(at + kv_width, mask=(r < n_prompt)[:, None], other=0.0)
+        weight = _prefix_weights(q, pk, n_prompt, scale, ROWS)
+        y += tl.dot(weight.to(pv.dtype), pv) * tl.load(strength_at + h * D + d)[None, :]
+    o_ptr = o_at + n[:, None] * o_stride + (h * D + d)[None, :]
+    tl.store(o_ptr, y.to(o_at.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q_at, k_at, v_at, o_at, do_at, lse_at, delta_at, dq_at, cos_at, sin_at,
+    prompt_at, strength_at, dprompt_at, dstrength_at,
+    place, first, head_start, head_end, key_from, key_tile,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, n_prompt, scale, softmax_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries (if ROW: of the row's part of attention) and, in parts, of the prefix."""
+    m, h = tl.program_id(0), tl.program_id(1)
+    g, H = h // GROUP, tl.num_programs(1)
+    n, live, i, low, head_low, head_high = _load_queries(place, first, head_start, head_end, m, n_queries, M)
+    d = tl.arange(0, D)
+    q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
+    o_offset = n[:, None] * o_stride + (h * D + d)[None, :]
+    do = tl.load(do_at + o_offset, mask=live[:, None], other=0.0)
+    dq = tl.zeros([M, D], tl.float32)
+    delta = tl.zeros([M], tl.float32)
+    if ROW:
+        o = tl.load(o_at + o_offset, mask=live[:, None], other=0.0)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if ROWS > 0:
+        r = tl.arange(0, ROWS)
+        kv_width = H // GROUP * D
+        at = prompt_at + (r * 2 * kv_width)[:, None] + (g * D + d)[None, :]
+        pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
+        pv = tl.load(at + kv_width, mask=(r < n_prompt)[:, None], other=0.0)
+        strength = tl.load(strength_at + h * D + d)[None, :]
+        share = _prefix_weights(q, pk, n_prompt, scale, ROWS)
+        narrow = share.to(pv.dtype)
+        y = tl.dot(narrow, pv)  # the prefix's part of o, less its strength
+        tl.store(dstrength_at + (m * H + h) * D + d, tl.sum(do.to(tl.float32) * y, 0))
+        dy = do.to(tl.float32) * strength
+        prefix_delta = tl.sum(dy * y, 1)
+        delta -= prefix_delta  # o - c y is the row's own part
+        dy = dy.to(pv.dtype)
+        dshare = share * (tl.dot(dy, tl.trans(pv)) - prefix_delta[:, None])
+        dshare = dshare.to(pv.dtype)
+        part = dprompt_at + ((m * 2 * H + h) * ROWS + r)[:, None] * D + d[None, :]
+        tl.store(part, tl.dot(tl.trans(dshare), q) * softmax_scale)
+        tl.store(part + H * ROWS * D, tl.dot(tl.trans(narrow), dy))
+        if ROW:
+            dq = tl.dot(dshare, pk)
+    if ROW:
+        tl.store(delta_at + h * n_queries + n, delta, mask=live)
+        lse = tl.load(lse_at + h * n_queries + n, mask=live, other=0.0)
+        for step in range(tl.load(key_from + m), tl.load(key_from + m + 1)):
+            j = tl.load(key_tile + step) * N + tl.arange(0, N)
+            inside = (j < n_keys)[:, None]
+            kv_offset = j[:, None] * kv_stride + (g * D + d)[None, :]
+            k = tl.load(k_at + kv_offset, mask=inside, other=0.0)
+            v = tl.load(v_at + kv_offset, mask=inside, other=0.0)
+            score = tl.dot(q, tl.trans(k)) * scale
+            seen = _sees(j[None, :], i[:, None], low[:, None], head_low[:, None], head_high[:, None])
+            weight = tl.where(seen, tl.exp2(score - lse[:, None]), 0.0)
+            dscore = weight * (tl.dot(do, tl.trans(v)) - delta[:, None])
+            dq += tl.dot(dscore.to(k.dtype), k)
+        dq = _rotated_back(dq * softmax_scale, cos_at, sin_at, i, live, D, M)
+        dq_ptr = dq_at + n[:, None] * dq_stride + (h * D + d)[None, :]
+        tl.store(dq_ptr, dq.to(dq_at.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q_at, k_at, v_at, do_at, lse_at, delta_at, dk_at, dv_at, sums_at, cos_at, sin_at,
+    place, first, head_start, head_end, query_tile, part_tile, part_from, part_slot,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, dkv_stride, scale, softmax_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys and values, over all query heads that share them, or one part of their sum."""
+    part, g = tl.program_id(0), tl.program_id(1)
+    j = tl.load(part_tile + part) * N + tl.arange(0, N)
+    inside = j < n_keys
+    d = tl.arange(0, D)
+    kv_offset = j[:, None] * kv_stride + (g * D + d)[None, :]
+    k = tl.load(k_at + kv_offset, mask=inside[:, None], other=0.0)
+    v = tl.load(v_at + kv_offset, mask=inside[:, None], other=0.0)
+    dk = tl.zeros([N, D], tl.float32)
+    dv = tl.zeros([N, D], tl.float32)
+    start, end = tl.load(part_from + part), tl.load(part_from + part + 1)
+    for h in range(g * GROUP, (g + 1) * GROUP):
+        for step in range(start, end):
+            n, live, i, low, head_low, head_high = _load_queries(
+                place, first, head_start, head_end, tl.load(query_tile + step), n_queries, M
+            )
+            column = (h * D + d)[None, :]
+            q = tl.load(q_at + n[:, None] * q_stride + column, mask=live[:, None], other=0.0)
+            do = tl.load(do_at + n[:, None] * o_stride + column, mask=live[:, None], other=0.0)
+            lse = tl.load(lse_at + h * n_queries + n, mask=live, other=0.0)
+            delta = tl.load(delta_at + h * n_queries + n, mask=live, other=0.0)
+            score = tl.dot(k, tl.trans(q)) * scale
+            seen = _sees(j[:, None], i[None, :], low[None, :], head_low[None, :], head_high[None, :])
+            weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
+            dv += tl.dot(weight.to(do.dtype), do)
+            dscore = weight * (tl.dot(v, tl.trans(do)) - delta[None, :])
+            dk += tl.dot(dscore.to(q.dtype), q)
+    dk *= softmax_scale
+    slot = tl.load(part_slot + part)
+    if slot < 0:
+        _store_key_gradient(dk, dv, dk_at, dv_at, cos_at, sin_at, j, inside, g, dkv_stride, D, N)
+    else:
+        at = sums_at + (slot * tl.num_programs(1) + g) * 2 * N * D
+        at += tl.arange(0, N)[:, None] * D + d[None, :]
+        tl.store(at, dk)
+        tl.store(at + N * D, dv)
+
+
+@triton.jit
+def _store_key_gradient(
+    dk, dv, dk_at, dv_at, cos_at, sin_at, j, inside, g, dkv_stride, D: tl.constexpr, N: tl.constexpr
+):
+    dk = _rotated_back(dk, cos_at, sin_at, j, inside, D, N)
+    at = j[:, None] * dkv_stride + (g * D + tl.arange(0, D))[None, :]
+    tl.store(dk_at + at, dk.to(dk_at.dtype.element_ty), mask=inside[:, None])
+    tl.store(dv_at + at, dv.to(dv_at.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _sum_key_gradient_kernel(
+    sums_at, dk_at, dv_at, cos_at, sin_at, sum_tile, sum_from, n_keys, dkv_stride,
+    D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of a key tile that has several, in their order."""
+    number, g = tl.program_id(0), tl.program_id(1)
+    inner = tl.arange(0, N)[:, None] * D + tl.arange(0, D)[None, :]
+    dk = tl.zeros([N, D], tl.float32)
+    dv = tl.zeros([N, D], tl.float32)
+    for slot in range(tl.load(sum_from + number), tl.load(sum_from + number + 1)):
+        at = sums_at + (slot * tl.num_programs(1) + g) * 2 * N * D + inner
+        dk += tl.load(at)
+        dv += tl.load(at + N * D)
+    j = tl.load(sum_tile + number) * N + tl.arange(0, N)
+    _store_key_gradient(dk, dv, dk_at, dv_at, cos_at, sin_at, j, j < n_keys, g, dkv_stride, D, N)
+
+
+def _sizes(k: Tensor, D: int, H: int) -> dict[str, Any]:
+    return {"GROUP": H * D // k.shape[1], "D": D, "M": QUERY_TILE, "N": KEY_TILE}
+
+
+def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
+    """Return the prompt's length and the tile that holds it, none for no prompt."""
+    if prefix is None:
+        return 0, 0
+    return len(prefix.kv), max(16, triton.next_power_of_2(len(prefix.kv)))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, D: int, prefix: Prefix | None
+) -> tuple[Tensor, Tensor]:
+    """Attend over a packed row, and to the prompt.
+
+    Args:
+        q: rotated queries ``[M, H * D]``; rows may be strided.
+        k: rotated keys ``[T, G * D]``; rows may be strided.
+        v: values, laid out like ``k``.
+        plan: who sees whom.
+        D: head size.
+        prefix: the layer's prompt, or None.
+
+    Returns:
+        ``o [M, H * D]`` and its log-sum-exp (base 2) ``[H, M]``, fp32.
+    """
+    H = q.shape[1] // D
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(H, len(q), dtype=torch.float32, device=q.device)
+    n_prompt, prompt_rows = _prompt_rows(prefix)
+    some = prefix or Prefix(q, lse)
+    _forward_kernel[(triton.cdiv(len(q), QUERY_TILE), H)](
+        q, k, v, o, lse, some.kv, some.strength,
+        plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
+        plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), n_prompt, D**-0.5 * LOG2_E,
+        **_sizes(k, D, H), ROWS=prompt_rows, **LAUNCH,
+    )  # fmt: skip
+    return o, lse
+
+
+@dataclass
+class Gradients:
+    """Where `attend_backward` writes the gradients of its inputs, rotated back; rows may be strided."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotation: tuple[Tensor, Tensor]
+    """Cosines and sines of the row's positions, fp32 ``[T, D/2]``."""
+
+
+def attend_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    plan: TilePlan,
+    D: int,
+    prefix: Prefix | None,
+    into: Gradients | None,
+) -> Prefix | None:
+    """Compute the gradients of `attend`, and of the rotation before it.
+
+    Args:
+        do: gradient of ``o``, contiguous.
+        q: as given to `attend`, like the next two.
+        k: keys.
+        v: values.
+        o: what `attend` returned.
+        lse: what `attend` returned.
+        plan: who sees whom.
+        D: head size.
+        prefix: the layer's prompt, or None.
+        into: where the gradients of q, k and v go; None if nobody needs them.
+
+    Returns:
+        The gradients of the prefix, fp32.
+    """
+    H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, triton.cdiv(len(q), QUERY_TILE)
+    n_prompt, prompt_rows = _prompt_rows(prefix)
+    delta = torch.empty_like(lse)
+    dprompt = lse.new_empty(n_tiles, 2, H, prompt_rows, D)
+    dstrength = lse.new_empty(n_tiles, H, D)
+    some = prefix or Prefix(q, lse)
+    out = into or Gradients(do, do, do, (lse, lse))
+    scales = (D**-0.5 * LOG2_E, D**-0.5)
+    sight = (plan.place, plan.first, plan.head_start, plan.head_end)
+    _query_gradient_kernel[(n_tiles, H)](
+        q, k, v, o, do, lse, delta, out.q, *out.rotation, some.kv, some.strength, dprompt, dstrength,
+        *sight, plan.key_from, plan.key_tile,
+        plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
+        n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows, ROW=into is not None, **LAUNCH,
+    )  # fmt: skip
+    if into is not None:
+        sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if len(plan.sum_tile) else lse
+        _key_gradient_kernel[(plan.n_parts, G)](
+            q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
+            plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
+            plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), into.k.stride(0),
+            *scales, **_sizes(k, D, H), **LAUNCH,
+        )  # fmt: skip
+        _sum_key_gradient_kernel[(len(plan.sum_tile), G)](
+            sums, into.k, into.v, *into.rotation, plan.sum_tile, plan.sum_from,
+            plan.n_keys, into.k.stride(0), D=D, N=KEY_TILE, **LAUNCH,
+        )  # fmt: skip
+    if prefix is None:
+        return None
+    by_group = dprompt.view(n_tiles, 2, G, H // G, prompt_rows, D).sum((0, 3))[:, :, :n_prompt]
+    return Prefix(by_group.permute(2, 0, 1, 3).reshape(n_prompt, 2 * G * D), dstrength.sum(0))

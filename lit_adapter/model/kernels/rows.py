@@ -1,0 +1,259 @@
+"""What is done to a row's tokens between the matrix products: norms, rotation, SwiGLU, and gradients.
+
+What goes into a product next comes out in the form that product takes, see `Operand`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024
+"""Of the SwiGLU's width that one program handles, where the result needs no scale for the whole row."""
+LARGEST = 448.0
+"""The largest number of fp8 (e4m3)."""
+
+
+@dataclass
+class Quantised:
+    """Rows in fp8, each with its scale."""
+
+    data: Tensor
+    """``[T, C]``"""
+    scale: Tensor
+    """fp32 ``[T, 1]``"""
+
+    def __getitem__(self, places: Tensor) -> Quantised:
+        return Quantised(self.data[places], self.scale[places])
+
+
+Operand = Tensor | Quantised
+"""Rows on their way into a product: in the base's precision, or in fp8."""
+
+
+@triton.jit
+def _scale_of(y):
+    return tl.maximum(tl.max(tl.abs(y)), 1e-12) / 448.0
+
+
+@triton.jit
+def _store(out_at, scale_at, y, t, at, mask, QUANTISE: tl.constexpr):
+    if QUANTISE:
+        scale = _scale_of(y)
+        tl.store(scale_at + t, scale)
+        y = y / scale
+    tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(x_at + t * stride + c, mask=c < C, other=0.0).to(tl.float32)
+    _store(out_at, scale_at, x, t, t * C + c, c < C, True)
+
+
+@triton.jit
+def _norm_kernel(
+    x_at, plus_at, sum_at, weight_at, y_at, scale_at, rstd_at, C, eps,
+    ADD: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(x_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(plus_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
+        x = x.to(sum_at.dtype.element_ty)
+        tl.store(sum_at + t * C + c, x, mask=c < C)
+        x = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
+    weight = tl.load(weight_at + c, mask=c < C, other=0.0)
+    y = (x * rstd).to(weight.dtype) * weight
+    _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
+    tl.store(rstd_at + t, rstd)
+
+
+@triton.jit
+def _norm_gradient_kernel(
+    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, C,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    at = t * C + c
+    x = tl.load(x_at + at, mask=c < C, other=0.0).to(tl.float32)
+    dy = tl.load(dy_at + at, mask=c < C, other=0.0).to(tl.float32)
+    weighted = dy * tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_at + t)
+    along = tl.sum(weighted * x) * rstd * rstd / C
+    dx = (weighted - x * along) * rstd
+    dx += tl.load(beside_at + at, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(dx_at + at, dx.to(dx_at.dtype.element_ty), mask=c < C)
+    if QUANTISE:
+        _store(out_at, scale_at, dx, t, at, c < C, True)
+
+
+@triton.jit
+def _rotate_kernel(x_at, cos_at, sin_at, stride, n_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    head, d = tl.arange(0, HEADS), tl.arange(0, HALF)
+    cos = tl.load(cos_at + t * HALF + d)[None, :]
+    sin = tl.load(sin_at + t * HALF + d)[None, :]
+    at = x_at + t * stride + (head * 2 * HALF)[:, None] + d[None, :]
+    live = (head < n_heads)[:, None]
+    a = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, (a * cos - b * sin).to(x_at.dtype.element_ty), mask=live)
+    tl.store(at + HALF, (b * cos + a * sin).to(x_at.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_at, y_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_at + t * 2 * M + c, mask=c < M, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_at + t * 2 * M + M + c, mask=c < M, other=0.0).to(tl.float32)
+    _store(y_at, scale_at, gate * tl.sigmoid(gate) * up, t, t * M + c, c < M, QUANTISE)
+
+
+@triton.jit
+def _swiglu_gradient_kernel(
+    dy_at, gate_up_at, out_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = t * 2 * M + c
+    gate = tl.load(gate_up_at + at, mask=c < M, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_at + at + M, mask=c < M, other=0.0).to(tl.float32)
+    dy = tl.load(dy_at + t * M + c, mask=c < M, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    dgate, dup = dy * up * share * (1 + gate * (1 - share)), dy * gate * share
+    if QUANTISE:
+        scale = tl.maximum(_scale_of(dgate), _scale_of(dup))
+        tl.store(scale_at + t, scale)
+        dgate, dup = dgate / scale, dup / scale
+    tl.store(out_at + at, dgate.to(out_at.dtype.element_ty), mask=c < M)
+    tl.store(out_at + at + M, dup.to(out_at.dtype.element_ty), mask=c < M)
+
+
+def _room(T: int, C: int, like: Tensor, quantised: bool) -> tuple[Operand, Tensor, Tensor]:
+    """Return room for rows on their way into a product, its data, and its scales."""
+    if not quantised:
+        plain = like.new_empty(T, C)
+        return plain, plain, plain
+    room = Quantised(
+        like.new_empty(T, C, dtype=torch.float8_e4m3fn), like.new_empty(T, 1, dtype=torch.float32)
+    )
+    return room, room.data, room.scale
+
+
+def quantise(x: Tensor) -> Quantised:
+    """Return ``x [T, C]`` in fp8; its rows may be strided."""
+    T, C = x.shape
+    _, data, scale = _room(T, C, x, True)
+    _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **_whole(C))
+    return Quantised(data, scale)
+
+
+def _whole(width: int) -> dict[str, int]:
+    """One program for a whole row."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, *, quantised: bool = False) -> tuple[Operand, Tensor]:
+    """Return the RMS norm of ``x [T, C]`` and the reciprocal of its root mean square, fp32 ``[T]``."""
+    return _norm(x, x, x, weight, eps, quantised)
+
+
+def add_and_norm(
+    x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool = False
+) -> tuple[Tensor, Operand, Tensor]:
+    """Return ``x + plus``, and what `norm` returns for it."""
+    total = torch.empty_like(x)
+    return total, *_norm(x, plus, total, weight, eps, quantised)
+
+
+def _norm(
+    x: Tensor, plus: Tensor, total: Tensor, weight: Tensor, eps: float, quantised: bool
+) -> tuple[Operand, Tensor]:
+    T, C = x.shape
+    room, data, scale = _room(T, C, x, quantised)
+    rstd = torch.empty(T, dtype=torch.float32, device=x.device)
+    _norm_kernel[(T,)](
+        x, plus, total, weight, data, scale, rstd, C, eps,
+        ADD=plus is not x, QUANTISE=quantised, **_whole(C),
+    )  # fmt: skip
+    return room, rstd
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, beside: Tensor, *, quantised: bool = False
+) -> tuple[Tensor, Operand]:
+    """Return the gradient of a norm's input plus ``beside``, the residual's, twice.
+
+    Args:
+        dy: gradient of the norm's output ``[T, C]``.
+        x: the norm's input ``[T, C]``.
+        weight: the norm's ``[C]``.
+        rstd: what `norm` returned ``[T]``.
+        beside: gradient that reaches the input past the norm ``[T, C]``.
+        quantised: whether the second is to be in fp8.
+
+    Returns:
+        The gradient, and the same on its way into a product.
+    """
+    T, C = x.shape
+    dx = torch.empty_like(x)
+    room, data, scale = _room(T, C, x, True) if quantised else (dx, dx, dx)
+    _norm_gradient_kernel[(T,)](
+        dy, x, weight, rstd, beside, dx, data, scale, C, QUANTISE=quantised, **_whole(C)
+    )
+    return dx, room
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
+    """Rotate the first ``n_heads`` heads of each token in place.
+
+    Args:
+        x: ``[T, at least n_heads * D]``, rows may be strided.
+        cos: fp32 ``[T, D/2]``.
+        sin: fp32 ``[T, D/2]``.
+        n_heads: how many heads.
+    """
+    half = cos.shape[1]
+    _rotate_kernel[(len(x),)](
+        x, cos, sin, x.stride(0), n_heads, HALF=half, HEADS=triton.next_power_of_2(n_heads), num_warps=4
+    )
+
+
+def swiglu(gate_up: Tensor, *, quantised: bool = False) -> Operand:
+    """Return silu(gate) * up ``[T, M]`` of both side by side ``[T, 2 M]``."""
+    T, M = gate_up.shape[0], gate_up.shape[1] // 2
+    room, data, scale = _room(T, M, gate_up, quantised)
+    _swiglu_kernel[_grid(T, M, quantised)](
+        gate_up, data, scale, M, QUANTISE=quantised, **_width(M, quantised)
+    )
+    return room
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor, *, quantised: bool = False) -> Operand:
+    """Return the gradient of ``gate_up [T, 2 M]``."""
+    T, M = dy.shape
+    room, data, scale = _room(T, 2 * M, gate_up, quantised)
+    _swiglu_gradient_kernel[_grid(T, M, quantised)](
+        dy, gate_up, data, scale, M, QUANTISE=quantised, **_width(M, quantised)
+    )
+    return room
+
+
+def _width(M: int, quantised: bool) -> dict[str, int]:
+    return _whole(M) if quantised else {"BLOCK": ELEMENTS, "num_warps": 4}
+
+
+def _grid(T: int, M: int, quantised: bool) -> tuple[int, int]:
+    return T, 1 if quantised else triton.cdiv(M, ELEMENTS)

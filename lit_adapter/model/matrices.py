@@ -1,0 +1,149 @@
+"""The frozen matrices of the CUDA path: as the base stores them, or in fp8 with a scale for each row.
+
+In fp8 (e4m3) a product needs both its factors scaled along the dimension that it sums over. The forward
+pass sums over a matrix's inputs and the backward pass over its outputs, so a second, transposed copy is
+kept; both together are as large as the matrix in bf16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.model.kernels.rows import LARGEST, Operand, Quantised, quantise
+
+
+class Matrix(Protocol):
+    """A frozen ``[outputs, inputs]`` matrix."""
+
+    quantised: bool
+    """Whether its factors are `Quantised`."""
+
+    def __call__(self, x: Operand) -> Tensor:
+        """Return ``x W^T``, ``[T, outputs]``."""
+
+    def add(self, x: Operand, beside: Tensor) -> Tensor:
+        """Return ``beside + x W^T``."""
+
+    def backward(self, dy: Operand) -> Tensor:
+        """Return ``dy W``, ``[T, inputs]``."""
+
+    def outputs(self, start: int, end: int | None = None) -> Matrix:
+        """Return the matrix of some of the outputs."""
+
+
+class PlainMatrix:
+    """A matrix in bf16 or fp16."""
+
+    quantised = False
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Operand) -> Tensor:
+        """Return ``x W^T``."""
+        return F.linear(_plain(x), self.weight)
+
+    def add(self, x: Operand, beside: Tensor) -> Tensor:
+        """Return ``beside + x W^T``."""
+        return torch.addmm(beside, _plain(x), self.weight.T)
+
+    def backward(self, dy: Operand) -> Tensor:
+        """Return ``dy W``."""
+        return _plain(dy) @ self.weight
+
+    def outputs(self, start: int, end: int | None = None) -> PlainMatrix:
+        """Return the matrix of some of the outputs."""
+        return PlainMatrix(self.weight[start:end])
+
+
+def _plain(x: Operand) -> Tensor:
+    assert isinstance(x, Tensor)
+    return x
+
+
+@dataclass
+class Float8Matrix:
+    """A matrix in fp8, and its transpose with scales of its own."""
+
+    data: Tensor
+    """``[outputs, inputs]``"""
+    scale: Tensor
+    """Of each output, fp32 ``[1, outputs]``."""
+    back: Tensor
+    """``[inputs, outputs]``"""
+    back_scale: Tensor
+    """Of each input, fp32 ``[1, inputs]``."""
+    quantised: bool = True
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Float8Matrix:
+        """Quantise a matrix."""
+        forward, backward = _scaled(weight), _scaled(weight.T)
+        return cls(forward[0], forward[1], backward[0], backward[1])
+
+    def __call__(self, x: Operand) -> Tensor:
+        """Return ``x W^T``."""
+        return _product(x, self.data, self.scale)
+
+    def add(self, x: Operand, beside: Tensor) -> Tensor:
+        """Return ``beside + x W^T``."""
+        return self(x).add_(beside)
+
+    def backward(self, dy: Operand) -> Tensor:
+        """Return ``dy W``."""
+        return _product(dy, self.back, self.back_scale)
+
+    def outputs(self, start: int, end: int | None = None) -> Float8Matrix:
+        """Return the matrix of some of the outputs."""
+        part = slice(start, end)
+        return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale)
+
+
+def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``weight`` in fp8, contiguous, and the scales of its rows ``[1, rows]``."""
+    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (weight / scale).to(torch.float8_e4m3fn).contiguous(), scale.T.contiguous()
+
+
+def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
+    assert isinstance(x, Quantised)
+    return torch._scaled_mm(
+        x.data, matrix.T, scale_a=x.scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+class Float8Linear(nn.Module):
+    """What stands in a block for a linear layer whose weight is kept in fp8: its forward pass only."""
+
+    def __init__(self, matrix: Float8Matrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.out_features, self.in_features = matrix.data.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
+        return self.matrix(quantise(x.reshape(-1, self.in_features))).view(*x.shape[:-1], -1)
+
+
+def join(*linears: Any) -> None:
+    """Lay the weights of layers that read the same input side by side in memory, for one product."""
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def joined(*linears: Any) -> Tensor:
+    """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
+    weights = [linear.weight for linear in linears]
+    place = weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != place:
+            return torch.cat(weights)
+        place += weight.numel() * weight.element_size()
+    first = weights[0].detach()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())

@@ -1,0 +1,127 @@
+"""Which tiles of a packed row's attention hold anything at all: the plan of the CUDA kernels.
+
+A kernel handles a tile of queries and visits only the tiles of keys that one of them sees. Both lists,
+and what each query sees, are planned on the CPU once per row and serve every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lit_adapter.model.attention import PackedRow
+
+QUERY_TILE = 64
+KEY_TILE = 64
+VISITS = 16
+"""Query tiles that one program adds up into the gradient of a key tile; a shared head has hundreds, and
+would keep the device waiting for the one program that adds them all."""
+
+
+@dataclass
+class TilePlan:
+    """Attention of some queries over a packed row of T tokens, as int32 tensors on the device.
+
+    Query n stands at position ``place[n]`` of the row and sees the positions from ``first[n]`` to itself,
+    and those from ``head_start[n]`` to below ``head_end[n]`` (the shared head its record continues).
+    """
+
+    n_keys: int
+    """Tokens in the row (T)."""
+    place: Tensor
+    first: Tensor
+    head_start: Tensor
+    head_end: Tensor
+    key_from: Tensor
+    """Query tile m visits the key tiles ``key_tile[key_from[m] : key_from[m + 1]]``."""
+    key_tile: Tensor
+    query_tile: Tensor
+    """The query tiles that visit each key tile, one key tile after another."""
+    part_tile: Tensor
+    """The key tile of part p of that work,"""
+    part_from: Tensor
+    """the first of its entries in ``query_tile``, which end where the next part begins,"""
+    part_slot: Tensor
+    """and where among unfinished sums its own goes; -1 where a key tile has one part only."""
+    sum_tile: Tensor
+    """The key tiles that have several parts,"""
+    sum_from: Tensor
+    """and which slots are theirs: ``sum_from[n]`` to ``sum_from[n + 1]``."""
+
+    @property
+    def n_queries(self) -> int:
+        """How many queries there are."""
+        return len(self.place)
+
+    @property
+    def n_parts(self) -> int:
+        """Into how many parts the gradients of keys and values are cut."""
+        return len(self.part_tile)
+
+
+def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> TilePlan:
+    """Plan the attention of a row.
+
+    Args:
+        row: on the CPU.
+        places: ascending row positions of the queries ``[M]``; all of the row's if None.
+        device: where the plan goes.
+    """
+    segment, head = row.segment.numpy(), row.head.numpy()
+    n_keys = len(segment)
+    start = np.flatnonzero(np.diff(segment, prepend=-1))  # of every segment; their numbers are their order
+    end = np.append(start[1:], n_keys)
+    place = np.arange(n_keys) if places is None else places.numpy()
+    own, shared = segment[place], head[place]
+    first = start[own]
+    head_start = np.where(shared == own, 0, start[shared])
+    head_end = np.where(shared == own, 0, end[shared])
+    visits = _visits(place, first, head_start, head_end, n_keys)
+    query_from, query_tile = _lists(visits.T)
+    arrays = [place, first, head_start, head_end, *_lists(visits), query_tile, *_parts(query_from)]
+    joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
+    if device.type == "cuda":
+        joined = joined.pin_memory()
+    parts = joined.to(device, non_blocking=True).split([len(array) for array in arrays])
+    return TilePlan(n_keys, *parts)
+
+
+def _visits(
+    place: NDArray, first: NDArray, head_start: NDArray, head_end: NDArray, n_keys: int
+) -> NDArray[np.bool_]:
+    """Return which query tile has to visit which key tile ``[query tiles, key tiles]``."""
+    shape = (-(-len(place) // QUERY_TILE), -(-n_keys // KEY_TILE))
+    seen = np.zeros(shape, dtype=np.bool_)
+    # One entry for each segment in each tile: from its first token to the last query there, and its head.
+    tile = np.arange(len(place)) // QUERY_TILE
+    change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
+    last = place[np.append(change[1:], len(place)) - 1] if len(place) else place
+    for m, low, high in zip(tile[change], first[change], last, strict=True):
+        seen[m, low // KEY_TILE : high // KEY_TILE + 1] = True
+    for m, low, high in zip(tile[change], head_start[change], head_end[change], strict=True):
+        if low < high:
+            seen[m, low // KEY_TILE : (high - 1) // KEY_TILE + 1] = True
+    return seen
+
+
+def _lists(visits: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
+    """Return each row's ``True`` columns, one row after another, and where each row's list starts."""
+    return np.append(0, visits.sum(1).cumsum()), visits.nonzero()[1]
+
+
+def _parts(query_from: NDArray) -> tuple[NDArray, ...]:
+    """Cut the work on each key tile into parts of about equal size; see the fields of `TilePlan`."""
+    visits = np.diff(query_from)
+    most = max(VISITS, 2 * -(-int(query_from[-1]) // max(len(visits), 1)))  # few sums, also for long texts
+    count = np.maximum(1, -(-visits // most))
+    part_tile = np.repeat(np.arange(len(visits)), count)
+    number = np.arange(len(part_tile)) - np.repeat(count.cumsum() - count, count)
+    part_from = np.append(query_from[part_tile] + number * most, query_from[-1])
+    several = count[part_tile] > 1
+    part_slot = np.where(several, several.cumsum() - 1, -1)
+    sum_tile = np.flatnonzero(count > 1)
+    return part_tile, part_from, part_slot, sum_tile, np.append(0, count[sum_tile].cumsum())

@@ -1,0 +1,109 @@
+"""Blocks computed whole by the CUDA kernels, compared with fp64 and with the modules' own computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from random_records import encoded
+from tiny_models import open_adapter, random_llama
+from torch import Tensor
+
+from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.model.adapter import adapter_parameters
+from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import target_loss
+
+pytestmark = pytest.mark.gpu
+
+CASES: list[dict[str, Any]] = [
+    {"head_dim": 64, "n_kv_head": 2, "gate": "tanh", "prompt_length": 10},
+    {"head_dim": 128, "n_kv_head": 4, "gate": "identity", "prompt_length": 3, "layers": 2},
+    {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prompt_length": 17},
+    {"head_dim": 64, "n_kv_head": 4, "gate": "layer", "prompt_length": 64, "mask_prompt": False},
+]
+
+
+def model_of(case: dict[str, Any], seed: int) -> Llama:
+    """A model in fp64 whose every weight is a bf16 number."""
+    sizes = {key: case[key] for key in ("head_dim", "n_kv_head")}
+    model = random_llama(seed, **sizes, n_head=4, n_embd=96, n_hidden=80)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    adapter = {key: case[key] for key in ("gate", "prompt_length", "layers") if key in case}
+    return open_adapter(model, AdapterConfig(**adapter), seed=seed)
+
+
+def row_of(case: dict[str, Any], seed: int) -> PackedRow:
+    data = encoded(seed, 20, cut=bool(seed % 2), longest=60)
+    mask_prompt = case.get("mask_prompt", True)
+    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=100_000)
+    return packer.row(list(range(20)))
+
+
+def on_gpu(model: Llama, base: torch.dtype, adapter: torch.dtype) -> Llama:
+    frequency = model.inverse_frequency
+    model = model.to("cuda", base)
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(adapter)
+    model.inverse_frequency = frequency.cuda()
+    return model
+
+
+def loss_and_gradients(model: Llama, row: PackedRow, view: BaseView) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden = model(row.ids[None].cuda(), view, row.target_index.cuda())[0]
+    loss = target_loss(hidden, model.lm_head.weight, row.target_id.cuda())
+    names, parameters = zip(*adapter_parameters(model), strict=True)
+    gradients = torch.autograd.grad(loss, parameters)
+    return loss.detach().double(), dict(zip(names, (g.double() for g in gradients), strict=True))
+
+
+def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The relative error of all gradients together."""
+    difference = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    return (difference / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(number: int, recompute: bool) -> None:
+    from lit_adapter.model.fused import FusedView, applies, join_projections
+
+    case, row = CASES[number], row_of(CASES[number], number)
+    model = on_gpu(model_of(case, number), torch.float64, torch.float64)
+    place = row.position[None].cuda()
+    exact = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
+    model = on_gpu(model, torch.bfloat16, torch.float32)
+    modules = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
+    join_projections(model)
+    assert applies(model)
+    fused = loss_and_gradients(model, row, FusedView(row, model.rotation(place), recompute=recompute))
+    assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
+    assert error(fused[1], exact[1]) < 1.25 * error(modules[1], exact[1]) < 0.1
+
+
+def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:
+    from lit_adapter.model.fused import FusedView
+
+    row = row_of(CASES[0], 0)
+    row.target_index, row.target_id = row.target_index[:0], row.target_id[:0]
+    model = on_gpu(model_of(CASES[0], 0), torch.bfloat16, torch.float32)
+    view = FusedView(row, model.rotation(row.position[None].cuda()))
+    loss, gradients = loss_and_gradients(model, row, view)
+    assert float(loss) == 0
+    assert not any(bool(gradient.any()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("what", ["fp32", "bias", "long prompt", "dropout"])
+def test_what_the_kernels_do_not_compute_is_left_to_the_modules(what: str) -> None:
+    from lit_adapter.model.fused import applies
+
+    config = AdapterConfig(
+        prompt_length=65 if what == "long prompt" else 4, dropout=0.1 if what == "dropout" else 0.0
+    )
+    model = open_adapter(random_llama(0, head_dim=16, mlp_bias=what == "bias"), config)
+    dtype = torch.float32 if what == "fp32" else torch.bfloat16
+    assert not applies(on_gpu(model, dtype, torch.float32))

@@ -1,0 +1,85 @@
+"""The plan of the CUDA kernels: what a query sees and which tiles are visited, against the rule in words."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from random_records import encoded
+
+from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.model import tiles
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.tiles import TilePlan, plan_tiles
+
+
+def row_of(seed: int, n_records: int, longest: int, *, mask_prompt: bool = True) -> PackedRow:
+    data = encoded(seed, n_records, cut=bool(seed % 2), longest=longest)
+    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=100_000)
+    return packer.row(list(range(n_records)))
+
+
+def visible(row: PackedRow, q: int) -> set[int]:
+    """The positions that position ``q`` sees."""
+    return {k for k in range(q + 1) if row.segment[k] in (row.segment[q], row.head[q])}
+
+
+def planned(plan: TilePlan, n: int) -> set[int]:
+    own = range(int(plan.first[n]), int(plan.place[n]) + 1)
+    return {*own, *range(int(plan.head_start[n]), int(plan.head_end[n]))}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("targets", [False, True])
+def test_a_query_sees_what_the_rule_lets_it_see(seed: int, targets: bool) -> None:
+    row = row_of(seed, 9, 40, mask_prompt=seed != 2)
+    places = row.target_index if targets else torch.arange(len(row.ids))
+    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"))
+    assert plan.place.tolist() == places.tolist()
+    for n, place in enumerate(places.tolist()):
+        assert planned(plan, n) == visible(row, place)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("targets", [False, True])
+def test_exactly_the_tiles_that_hold_something_are_visited(seed: int, targets: bool) -> None:
+    row = row_of(seed, 14, 90)
+    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"))
+    wanted = set()
+    for n, place in enumerate(plan.place.tolist()):
+        wanted |= {(n // tiles.QUERY_TILE, k // tiles.KEY_TILE) for k in visible(row, place)}
+    by_query = {
+        (m, int(key))
+        for m, (start, end) in enumerate(itertools.pairwise(plan.key_from.tolist()))
+        for key in plan.key_tile[start:end]
+    }
+    assert by_query == wanted
+    parts = list(itertools.pairwise(plan.part_from.tolist()))
+    by_key = [
+        (int(query), int(key))
+        for key, (start, end) in zip(plan.part_tile, parts, strict=True)
+        for query in plan.query_tile[start:end]
+    ]
+    assert set(by_key) == wanted
+    assert len(by_key) == len(wanted)
+
+
+def test_a_head_that_many_records_continue_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "VISITS", 2)
+    plan = plan_tiles(row_of(0, 60, 60), None, torch.device("cpu"))
+    count = torch.bincount(plan.part_tile.long())
+    assert count.max() > 2
+    assert plan.sum_tile.tolist() == (count > 1).nonzero().flatten().tolist()
+    slots = [int(slot) for slot in plan.part_slot if slot >= 0]
+    assert slots == list(range(int(plan.sum_from[-1])))
+    for tile, (start, end) in zip(plan.sum_tile, itertools.pairwise(plan.sum_from.tolist()), strict=True):
+        assert plan.part_slot[plan.part_tile == tile].tolist() == list(range(start, end))
+
+
+def test_a_row_without_targets_has_an_empty_plan() -> None:
+    row = row_of(0, 3, 5)
+    row.target_index = row.target_index[:0]
+    plan = plan_tiles(row, row.target_index, torch.device("cpu"))
+    assert plan.n_queries == 0
+    assert plan.part_from.tolist() == [0] * (plan.n_parts + 1)
