@@ -62,14 +62,19 @@ class PrefillView(_CacheView):
 
 
 class DecodeView(_CacheView):
-    """One new token in every slot, at ``position [B, 1]``; keys up to ``used`` are looked at."""
+    """One new token in every slot, at ``position [B, 1]``; keys up to ``used`` are looked at.
 
-    def __init__(self, cache: KeyValueCache, rotation: KeyValue, position: Tensor, used: int) -> None:
+    ``exact`` says that ``used`` is the longest text's length with its new token; more is allowed without.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, rotation: KeyValue, position: Tensor, used: int, *, exact: bool = True
+    ) -> None:
         super().__init__(cache, rotation)
         self.slot = torch.arange(cache.n_slots, device=position.device)
         self.position, self.used = position[:, 0], used
         seen = torch.arange(used, device=position.device) <= position  # [B, used]
-        self.seen = None if cache.n_slots == 1 else seen[:, None, None, :]
+        self.seen = None if exact and cache.n_slots == 1 else seen[:, None, None, :]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         """Keep the new key and value, attend to all so far."""

@@ -1,0 +1,117 @@
+"""Steps that run ahead of their reader give what steps taken one by one give.
+
+The device's part is replaced: a captured step is one that runs when it is replayed, and tokens land when
+they are waited for. On a CUDA device, `test_decode_on_cuda` runs the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_generate import answers, prompts, tiny
+from tiny_models import random_ids
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.generation import decode as decoding
+from lit_adapter.generation import graph_decoder
+from lit_adapter.generation.decoder import Decoder
+from lit_adapter.generation.graph_decoder import GraphDecoder
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.llama import Llama
+
+
+class _LateLanding:
+    def __init__(self, n_slots: int) -> None:
+        self.tokens: list[int] | None = None
+
+    def send(self, tokens: Tensor) -> None:
+        assert self.tokens is None  # the place is free: what was sent before has been read
+        self.tokens = tokens.tolist()
+
+    def wait(self) -> list[int]:
+        tokens, self.tokens = self.tokens, None
+        assert tokens is not None
+        return tokens
+
+
+captured: list[int] = []
+
+
+def _capture(body: Callable[[], None]) -> Callable[[], None]:
+    captured.append(1)
+    return body
+
+
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_decoder, "Landing", _LateLanding)
+    monkeypatch.setattr(graph_decoder, "capture", _capture)
+    monkeypatch.setattr(graph_decoder, "LEAST_USED", 8)  # so that a few captures come to pass
+    captured.clear()
+
+
+def ahead(model: Llama, asked: list[list[int]], how: Sampling, batch_size: int = 1) -> list[list[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "Decoder", GraphDecoder)
+        return answers(model, asked, how, batch_size)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(max_new_tokens=14),
+        Sampling(max_new_tokens=14, temperature=1.5, seed=3),
+        Sampling(max_new_tokens=14, temperature=1.0, top_p=0.9, repetition_penalty=1.4, seed=8),
+    ],
+    ids=["greedy", "sampled", "penalised"],
+)
+@pytest.mark.parametrize("heads", [4, 2], ids=["mha", "gqa"])
+def test_running_ahead_changes_no_token(heads: int, how: Sampling) -> None:
+    model, asked = tiny(heads), prompts()
+    wanted = answers(model, asked, how)
+    for batch_size in (1, 2, 3, len(asked)):
+        assert ahead(model, asked, how, batch_size) == wanted
+    assert captured
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 9))
+def test_batches_of_any_shape_and_length_of_answer(lengths: list[int], batch_size: int, n_new: int) -> None:
+    model = tiny()
+    asked = [random_ids(length, seed=length + n).tolist() for n, length in enumerate(lengths)]
+    how = Sampling(max_new_tokens=n_new, temperature=1.2, seed=n_new)
+    assert ahead(model, asked, how, batch_size) == answers(model, asked, how, batch_size)
+
+
+def test_no_step_is_started_that_no_text_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    advance = GraphDecoder._advance
+    monkeypatch.setattr(
+        GraphDecoder, "_advance", lambda self, used: steps.append(used) or advance(self, used)
+    )
+    decoder = GraphDecoder(tiny(), 1, 30, Sampling(max_new_tokens=9))
+    with torch.inference_mode():
+        slots = decoder.prefill([[5, 6, 7]], [0], [0])
+        for n_new in range(1, 9):
+            slots[0].n_new = n_new
+            assert decoder.step(list(slots)) == [0]
+    assert len(steps) == 8  # the first of nine tokens came with the prompt
+
+
+def test_logits_that_are_no_numbers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    step = Decoder.prefill
+
+    def then_break(self: Decoder, *args: object) -> object:
+        new = step(self, *args)  # type: ignore[arg-type]
+        model.norm.weight.data[0] = float("nan")
+        return new
+
+    monkeypatch.setattr(Decoder, "prefill", then_break)
+    with pytest.raises(UserError, match="logits are not numbers"):
+        ahead(model, [[1, 2]], Sampling())
