@@ -22,7 +22,8 @@ def row_of(seed: int, n_records: int, longest: int, *, mask_prompt: bool = True)
 
 def visible(row: PackedRow, q: int) -> set[int]:
     """The positions that position ``q`` sees."""
-    return {k for k in range(q + 1) if row.segment[k] in (row.segment[q], row.head[q])}
+    segment = row.segment.numpy()[: q + 1]
+    return set(((segment == segment[q]) | (segment == int(row.head[q]))).nonzero()[0].tolist())
 
 
 def planned(plan: TilePlan, n: int) -> set[int]:
@@ -46,23 +47,29 @@ def test_a_query_sees_what_the_rule_lets_it_see(seed: int, targets: bool) -> Non
 def test_exactly_the_tiles_that_hold_something_are_visited(seed: int, targets: bool) -> None:
     row = row_of(seed, 14, 90)
     plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"))
-    wanted = set()
-    for n, place in enumerate(plan.place.tolist()):
-        wanted |= {(n // tiles.QUERY_TILE, k // tiles.KEY_TILE) for k in visible(row, place)}
     by_query = {
         (m, int(key))
         for m, (start, end) in enumerate(itertools.pairwise(plan.key_from.tolist()))
         for key in plan.key_tile[start:end]
     }
-    assert by_query == wanted
+    assert by_query == met(row, plan, tiles.QUERY_TILE)
     parts = list(itertools.pairwise(plan.part_from.tolist()))
     by_key = [
         (int(query), int(key))
         for key, (start, end) in zip(plan.part_tile, parts, strict=True)
         for query in plan.query_tile[start:end]
     ]
-    assert set(by_key) == wanted
-    assert len(by_key) == len(wanted)
+    assert set(by_key) == met(row, plan, tiles.VISITING_TILE)
+    assert len(by_key) == len(set(by_key))
+
+
+def met(row: PackedRow, plan: TilePlan, size: int) -> set[tuple[int, int]]:
+    """Which tiles of ``size`` queries see something in which tiles of keys."""
+    return {
+        (n // size, k // tiles.KEY_TILE)
+        for n, place in enumerate(plan.place.tolist())
+        for k in visible(row, place)
+    }
 
 
 def test_a_head_that_many_records_continue_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

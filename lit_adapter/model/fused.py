@@ -2,7 +2,7 @@
 
 Autograd would keep what no gradient needs and read every tensor several times between the products. Here
 a block is one node of the graph that keeps 6 C + 2 M numbers a token (its input, q, k, v, the attention's
-output, the sum after it, gate and up), or 2 C when ``recompute`` is on, and forms no gradient of a weight.
+output, the sum after it, gate and up), or its input alone with ``recompute``, and no gradient of a weight.
 It computes what `llama.Block` computes; the tests compare both.
 
 Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
@@ -186,10 +186,6 @@ class _Site:
             return None
         return attention.Prefix(kv, self.strength)
 
-    def norm_between(self, middle: Tensor) -> tuple[rows.Operand, Tensor]:
-        """Return the norm before the MLP, and its ``rstd``."""
-        return rows.norm(middle, self.between.weight, self.between.eps, quantised=self.weights.quantised)
-
 
 @dataclass
 class _Attended:
@@ -210,12 +206,14 @@ class _Attended:
 
 
 @dataclass
-class _GateUp:
+class _Between:
     """What it reads of its MLP."""
 
+    middle: Tensor
+    """The sum after attention ``[T, C]``, or ``[M, C]``."""
     rstd: Tensor
-    """Of the norm before it, fp32 ``[T]`` or ``[M]``."""
-    value: Tensor
+    """Of the norm of that, fp32 ``[T]`` or ``[M]``."""
+    gate_up: Tensor
     """Gate beside up ``[T, 2 M]``."""
 
 
@@ -231,30 +229,23 @@ class _FusedBlock(torch.autograd.Function):
         places: Tensor | None,
     ) -> Tensor:
         site = _Site(block, view, places, prompt, strength)
-        weights, norm = site.weights, site.between
+        weights = site.weights
         attended = _attend(site, x)
-        middle, normed, rstd = rows.add_and_norm(
-            x if places is None else x[places],
-            weights.o(weights.operand(attended.y)),
-            norm.weight,
-            norm.eps,
-            quantised=weights.quantised,
-        )
-        gate_up = _GateUp(rstd, weights.gate_up(normed))
+        between = _go_between(site, x, attended)
         if any(ctx.needs_input_grad):
             ctx.block, ctx.view = block, view
-            kept = () if view.recompute else (*vars(attended).values(), *vars(gate_up).values())
-            ctx.save_for_backward(x, prompt, strength, places, middle, *kept)
-        return weights.down.add(rows.swiglu(gate_up.value, quantised=weights.quantised), middle)
+            kept = () if view.recompute else (*vars(attended).values(), *vars(between).values())
+            ctx.save_for_backward(x, prompt, strength, places, *kept)
+        return weights.down.add(rows.swiglu(between.gate_up, quantised=weights.quantised), between.middle)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, prompt, strength, places, middle, *kept = ctx.saved_tensors
+        x, prompt, strength, places, *kept = ctx.saved_tensors
         site = _Site(ctx.block, ctx.view, places, prompt, strength)
-        gate_up = _GateUp(*kept[-2:]) if kept else _recomputed_gate_up(site, middle)
-        dmiddle, operand = _mlp_backward(site, middle, gate_up, dy.contiguous())
-        del gate_up
-        attended = _Attended(*kept[:-2]) if kept else _attend(site, x)
+        attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
+        between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended)
+        dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
+        del between
         do = site.weights.o.backward(operand)
         if ctx.needs_input_grad[0]:
             dx, dprefix = _attention_backward(site, x, attended, do, dmiddle)
@@ -262,7 +253,7 @@ class _FusedBlock(torch.autograd.Function):
             dx, dprefix = None, _scores_backward(site, attended, do, None)
         if dprefix is None:
             return dx, None, None, None, None, None
-        dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(middle.dtype)))
+        dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(x.dtype)))
         return dx, dprompt.float(), dprefix.strength, None, None, None
 
 
@@ -284,17 +275,33 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
     return _Attended(rstd, q, kv, y, lse, prompt)
 
 
-def _recomputed_gate_up(site: _Site, middle: Tensor) -> _GateUp:
-    normed, rstd = site.norm_between(middle)
-    return _GateUp(rstd, site.weights.gate_up(normed))
+def _go_between(site: _Site, x: Tensor, attended: _Attended) -> _Between:
+    """Compute a block from its attention's output to what goes into SwiGLU."""
+    weights, norm = site.weights, site.between
+    middle, normed, rstd = rows.add_and_norm(
+        x if site.places is None else x[site.places],
+        weights.o(weights.operand(attended.y)),
+        norm.weight,
+        norm.eps,
+        quantised=weights.quantised,
+    )
+    return _Between(middle, rstd, weights.gate_up(normed))
 
 
-def _mlp_backward(site: _Site, middle: Tensor, gate_up: _GateUp, dy: Tensor) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of ``middle``, whose sum with the MLP's output has the gradient ``dy``, twice."""
+def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
+    """Return the gradient of the sum after attention, twice; ``dy`` is that of the block's output."""
     weights, quantised = site.weights, site.weights.quantised
     dproduct = weights.down.backward(weights.operand(dy))
-    dnormed = weights.gate_up.backward(rows.swiglu_backward(dproduct, gate_up.value, quantised=quantised))
-    return rows.norm_backward(dnormed, middle, site.between.weight, gate_up.rstd, dy, quantised=quantised)
+    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
+    del dproduct
+    return rows.norm_backward(
+        weights.gate_up.backward(dgate_up),
+        between.middle,
+        site.between.weight,
+        between.rstd,
+        dy,
+        quantised=quantised,
+    )
 
 
 def _scores_backward(

@@ -139,11 +139,11 @@ def join(*linears: Any) -> None:
 
 def joined(*linears: Any) -> Tensor:
     """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
-    weights = [linear.weight for linear in linears]
-    place = weights[0].data_ptr()
+    weights = [linear.weight.detach() for linear in linears]
+    first, place = weights[0], weights[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
     for weight in weights:
-        if weight.data_ptr() != place:
+        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:
             return torch.cat(weights)
-        place += weight.numel() * weight.element_size()
-    first = weights[0].detach()
+        place += weight.numel()
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())

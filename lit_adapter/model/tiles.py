@@ -17,7 +17,9 @@ from lit_adapter.model.attention import PackedRow
 
 QUERY_TILE = 64
 KEY_TILE = 64
-VISITS = 16
+VISITING_TILE = 32
+"""The tile of queries where a program owns a tile of keys and visits the queries that see it."""
+VISITS = 32
 """Query tiles that one program adds up into the gradient of a key tile; a shared head has hundreds, and
 would keep the device waiting for the one program that adds them all."""
 
@@ -40,7 +42,7 @@ class TilePlan:
     """Query tile m visits the key tiles ``key_tile[key_from[m] : key_from[m + 1]]``."""
     key_tile: Tensor
     query_tile: Tensor
-    """The query tiles that visit each key tile, one key tile after another."""
+    """The visiting tiles of each key tile, one key tile after another."""
     part_tile: Tensor
     """The key tile of part p of that work,"""
     part_from: Tensor
@@ -80,9 +82,9 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
     first = start[own]
     head_start = np.where(shared == own, 0, start[shared])
     head_end = np.where(shared == own, 0, end[shared])
-    visits = _visits(place, first, head_start, head_end, n_keys)
-    query_from, query_tile = _lists(visits.T)
-    arrays = [place, first, head_start, head_end, *_lists(visits), query_tile, *_parts(query_from)]
+    sight = (place, first, head_start, head_end)
+    query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE).T)
+    arrays = [*sight, *_lists(_visits(*sight, n_keys, QUERY_TILE)), query_tile, *_parts(query_from)]
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
     if device.type == "cuda":
         joined = joined.pin_memory()
@@ -91,13 +93,13 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
 
 
 def _visits(
-    place: NDArray, first: NDArray, head_start: NDArray, head_end: NDArray, n_keys: int
+    place: NDArray, first: NDArray, head_start: NDArray, head_end: NDArray, n_keys: int, size: int
 ) -> NDArray[np.bool_]:
-    """Return which query tile has to visit which key tile ``[query tiles, key tiles]``."""
-    shape = (-(-len(place) // QUERY_TILE), -(-n_keys // KEY_TILE))
+    """Return which tile of ``size`` queries and which tile of keys meet ``[query tiles, key tiles]``."""
+    shape = (-(-len(place) // size), -(-n_keys // KEY_TILE))
     seen = np.zeros(shape, dtype=np.bool_)
     # One entry for each segment in each tile: from its first token to the last query there, and its head.
-    tile = np.arange(len(place)) // QUERY_TILE
+    tile = np.arange(len(place)) // size
     change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
     last = place[np.append(change[1:], len(place)) - 1] if len(place) else place
     for m, low, high in zip(tile[change], first[change], last, strict=True):

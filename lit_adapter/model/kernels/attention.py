@@ -19,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, TilePlan
+from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, VISITING_TILE, TilePlan
 
 LOG2_E = 1.4426950408889634
-LAUNCH = {"num_warps": 4, "num_stages": 2}
-"""Tried on an H100: more of either is slower on records of some hundred tokens."""
 
 
 @dataclass
@@ -260,8 +258,8 @@ def _sum_key_gradient_kernel(
     _store_key_gradient(dk, dv, dk_at, dv_at, cos_at, sin_at, j, j < n_keys, g, dkv_stride, D, N)
 
 
-def _sizes(k: Tensor, D: int, H: int) -> dict[str, Any]:
-    return {"GROUP": H * D // k.shape[1], "D": D, "M": QUERY_TILE, "N": KEY_TILE}
+def _sizes(k: Tensor, D: int, H: int, tile: int = QUERY_TILE) -> dict[str, Any]:
+    return {"GROUP": H * D // k.shape[1], "D": D, "M": tile, "N": KEY_TILE, "num_warps": 4}
 
 
 def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
@@ -296,7 +294,7 @@ def attend(
         q, k, v, o, lse, some.kv, some.strength,
         plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), n_prompt, D**-0.5 * LOG2_E,
-        **_sizes(k, D, H), ROWS=prompt_rows, **LAUNCH,
+        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
     )  # fmt: skip
     return o, lse
 
@@ -354,7 +352,7 @@ def attend_backward(
         q, k, v, o, do, lse, delta, out.q, *out.rotation, some.kv, some.strength, dprompt, dstrength,
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
-        n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows, ROW=into is not None, **LAUNCH,
+        n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows, ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:
         sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if len(plan.sum_tile) else lse
@@ -362,11 +360,11 @@ def attend_backward(
             q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
             plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
             plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), into.k.stride(0),
-            *scales, **_sizes(k, D, H), **LAUNCH,
+            *scales, **_sizes(k, D, H, VISITING_TILE), num_stages=1,
         )  # fmt: skip
         _sum_key_gradient_kernel[(len(plan.sum_tile), G)](
             sums, into.k, into.v, *into.rotation, plan.sum_tile, plan.sum_from,
-            plan.n_keys, into.k.stride(0), D=D, N=KEY_TILE, **LAUNCH,
+            plan.n_keys, into.k.stride(0), D=D, N=KEY_TILE, num_warps=4,
         )  # fmt: skip
     if prefix is None:
         return None
