@@ -128,6 +128,11 @@ class TrainerConfig:
     """auto or ddp: one process a device, the base whole on each."""
     precision: Precision = "auto"
     """auto: bf16-true where the processor multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
+    base_precision: Literal["full", "fp8"] = "full"
+    """fp8: the frozen linear layers in 8-bit floats, on Hopper GPUs and later, with precision bf16-true.
+    Faster, and no longer exact."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, slower."""
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None

@@ -70,7 +70,7 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(number: int, recompute: bool) -> None:
-    from lit_adapter.model.fused import FusedView, applies, join_projections
+    from lit_adapter.model.fused import FusedView, applies, prepare
 
     case, row = CASES[number], row_of(CASES[number], number)
     model = on_gpu(model_of(case, number), torch.float64, torch.float64)
@@ -78,11 +78,28 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(number: int,
     exact = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
     model = on_gpu(model, torch.bfloat16, torch.float32)
     modules = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
-    join_projections(model)
+    prepare(model)
     assert applies(model)
     fused = loss_and_gradients(model, row, FusedView(row, model.rotation(place), recompute=recompute))
     assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
     assert error(fused[1], exact[1]) < 1.25 * error(modules[1], exact[1]) < 0.1
+
+
+def test_fp8_is_near_bf16() -> None:
+    """Three bits of mantissa; the wiring is right if the gradients still point the same way."""
+    from lit_adapter.model.fused import FusedView, applies, prepare
+
+    case, row = CASES[0], row_of(CASES[0], 0)
+    results = []
+    for float8 in (False, True):
+        model = on_gpu(model_of(case, 0), torch.bfloat16, torch.float32)
+        prepare(model, float8=float8)
+        assert applies(model)
+        results.append(
+            loss_and_gradients(model, row, FusedView(row, model.rotation(row.position[None].cuda())))
+        )
+    assert abs(results[1][0] - results[0][0]) / results[0][0] < 0.02
+    assert error(results[1][1], results[0][1]) < 0.3
 
 
 def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:

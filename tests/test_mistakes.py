@@ -18,6 +18,10 @@ from lit_adapter.files import write_text
     [
         ("--trainer.precision 16-true", "trainer.precision is 16-true; fp16 gradients underflow"),
         ("--trainer.precision 16-mixed", "trainer.precision is 16-mixed, which needs a GPU"),
+        (
+            "--trainer.base_precision fp8",
+            "trainer.base_precision is fp8 with precision .* on a cpu; it needs",
+        ),
         ("--trainer.devices x", "trainer.devices is 'x'; expected a number or auto"),
         ("--trainer.strategy horovod", "trainer.strategy is 'horovod'; expected auto or ddp"),
         ("--trainer.accelerator mps", "device is 'mps'; expected auto, cpu, cuda"),

@@ -53,6 +53,9 @@ class PackedRow:
 class View(Protocol):
     """What a forward pass needs to know beside the hidden states."""
 
+    recompute: bool
+    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
+
     @property
     def rotation(self) -> KeyValue:
         """Cosines and sines of all positions, ``[B, T, D/2]``."""
@@ -69,6 +72,9 @@ class View(Protocol):
 
 class BaseView:
     """What all views share: rotation by position, and no ready prefixes."""
+
+    recompute = False
+    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
 
     def __init__(self, rotation: KeyValue) -> None:
         self.rotation = rotation
@@ -124,8 +130,9 @@ class SegmentView(BaseView):
     records costs a few calls. Made for CPUs; the plan is built once per row and serves every layer.
     """
 
-    def __init__(self, row: PackedRow, rotation: KeyValue) -> None:
+    def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         super().__init__(rotation)
+        self.recompute = recompute
         device = rotation[0].device
         self.all_rows = _groups(row, list(range(len(row.ids))), device)
         self.target_rows = _groups(row, row.target_index.tolist(), device)

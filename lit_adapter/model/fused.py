@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
 from lit_adapter.model.kernels import attention, rows
@@ -53,11 +54,34 @@ def _block_applies(block: Block) -> bool:
     return plain and not any(parameter.requires_grad for parameter in own)
 
 
-def join_projections(model: Llama) -> None:
-    """Lay q, k, v and gate, up of every block side by side."""
-    for block in model.layers:
-        join(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
-        join(block.mlp.gate_proj, block.mlp.up_proj)
+def prepare(model: Llama, *, float8: bool = False) -> None:
+    """Lay a loaded model's weights out for these kernels, where they apply.
+
+    Args:
+        model: on its device, adapter attached.
+        float8: keep the blocks' matrices in fp8.
+
+    Raises:
+        UserError: fp8 that this model or device cannot have.
+    """
+    if not applies(model):
+        if float8:
+            raise UserError(
+                "trainer.base_precision is fp8, which needs a base without biases, adapter.dropout 0 and "
+                f"adapter.prompt_length {LONGEST_PROMPT} or less, of version v1; use base_precision full"
+            )
+        return
+    if not float8:
+        for block in model.layers:
+            join(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+            join(block.mlp.gate_proj, block.mlp.up_proj)
+        return
+    if torch.cuda.get_device_capability(model.embed_tokens.weight.device) < (9, 0):
+        name = torch.cuda.get_device_name(model.embed_tokens.weight.device)
+        raise UserError(
+            f"trainer.base_precision is fp8, which needs a Hopper GPU or later, not {name}; use full"
+        )
+    _quantise_blocks(model)
 
 
 @dataclass
@@ -79,7 +103,7 @@ class _Weights:
         return rows.quantise(x) if self.quantised else x
 
 
-def quantise_blocks(model: Llama) -> None:
+def _quantise_blocks(model: Llama) -> None:
     """Keep every block's matrices in fp8, for these kernels; one block at a time."""
     for block in model.layers:
         attn, mlp = block.self_attn, block.mlp

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_adapter.model.attention import BlockView
 from lit_adapter.model.config import LlamaConfig
@@ -165,9 +166,13 @@ class Llama(nn.Module):
             Hidden states after the final norm, ``[B, T, C]`` or ``[B, M, C]``.
         """
         x = self.embed_tokens(ids)
-        for block in self.layers[:-1]:
-            x = block(x, view)
-        return self.norm(self.layers[-1](x, view, rows))
+        for block in self.layers:
+            wanted = rows if block is self.layers[-1] else None
+            if view.recompute and not isinstance(view, BlockView):
+                x = checkpoint(block, x, view, wanted, use_reentrant=False)
+            else:
+                x = block(x, view, wanted)
+        return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""

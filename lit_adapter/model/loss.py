@@ -73,22 +73,25 @@ def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
     return _FrozenHeadLoss.apply(hidden, weight, target_id)
 
 
-def row_loss(model: Llama, row: PackedRow) -> Tensor:
+def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor:
     """Return the summed cross-entropy of a packed row's targets, a scalar in nats.
 
-    The row may lie on the CPU: what a view plans from it is planned there, then moved to the model.
+    Args:
+        model: on any device.
+        row: on the CPU, where what a view needs to know of it is planned.
+        recompute: keep each block's input alone for the backward pass; the result is the same.
     """
     ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
-    view = _view(model, row, model.rotation(position[None]))
+    view = _view(model, row, model.rotation(position[None]), recompute)
     hidden = model(ids[None], view, target_index)[0]
     return target_loss(hidden, model.lm_head.weight, target_id)
 
 
-def _view(model: Llama, row: PackedRow, rotation: KeyValue) -> View | BlockView:
+def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:
     """Return the fastest way to compute the row on the model's device."""
     if rotation[0].is_cuda:
         from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
         if fused.applies(model):
-            return fused.FusedView(row, rotation)
-    return SegmentView(row, rotation)
+            return fused.FusedView(row, rotation, recompute=recompute)
+    return SegmentView(row, rotation, recompute=recompute)

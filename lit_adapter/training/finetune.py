@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -40,7 +41,7 @@ from lit_adapter.training.run_folder import RunFolder, changeable, compare, iden
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.signals import StopOnSignal
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
-from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_folder import expected_shapes, read_config
 from lit_adapter.weights.load import load_base
 
 Say = Callable[[str], None]
@@ -102,6 +103,13 @@ class _Run:
             raise UserError(
                 "trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU"
             )
+        if self.config.trainer.base_precision == "fp8" and (
+            self.device.type == "cpu" or wanted not in ("auto", "bf16-true")
+        ):
+            raise UserError(
+                f"trainer.base_precision is fp8 with precision {wanted} on a {self.device.type}; "
+                "it needs bf16-true and a GPU: use base_precision full"
+            )
         if wanted != "auto":
             return wanted
         found = "bf16-true" if choose_dtype(None, self.device) == torch.bfloat16 else "32-true"
@@ -125,7 +133,7 @@ class _Run:
             self.say(f"{self.folder.path}: already complete, {steps} steps; nothing to do")
             return 0
         model = self._model()
-        module = LitAdapter(model, config.optim, steps, config.seed)
+        module = LitAdapter(model, config.optim, steps, config.seed, recompute=config.trainer.recompute)
         trainer = self._trainer(data, steps, self._callbacks(data, model, record), purge_step=done + 1)
         self._announce(model, data, steps)
         if _rank() == 0:
@@ -185,8 +193,7 @@ class _Run:
         if device.type == "cuda":
             from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
-            if fused.applies(model):
-                fused.join_projections(model)
+            fused.prepare(model, float8=self.config.trainer.base_precision == "fp8")
         return model
 
     def _record(self, data: AlpacaDataModule) -> dict[str, Any]:
@@ -196,6 +203,7 @@ class _Run:
             "tokenizer": self.identity.tokenizer[:16],
             "template": self.template.to_dict(),
             "precision": self.precision,
+            "base_precision": self.config.trainer.base_precision,
             **{f"data.{key}": value for key, value in data.identity().items()},
         }
         return _plain({"identity": identity(self.config, **facts), "changeable": changeable(self.config)})
@@ -298,7 +306,7 @@ class _Run:
     def _announce(self, model: Llama, data: AlpacaDataModule, steps: int) -> None:
         config = self.config
         trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
-        frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+        frozen = sum(math.prod(shape) for shape in expected_shapes(self.base_config).values())
         layers = len(config.adapter.adapted_layers(self.base_config.n_layer))
         self.say(
             f"model: {self.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "

@@ -35,12 +35,22 @@ class LitAdapter(LightningModule):
         config: the optimizer's settings.
         total_steps: optimizer steps of the run, for the schedule.
         seed: of the prefix dropout.
+        recompute: keep little for the backward pass; see `row_loss`.
     """
 
-    def __init__(self, model: Llama, config: OptimConfig, total_steps: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        config: OptimConfig,
+        total_steps: int,
+        seed: int = 0,
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
+        self.recompute = recompute
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
         self.bad_steps_in_a_row = 0
         self.validated_step = -1
@@ -61,7 +71,7 @@ class LitAdapter(LightningModule):
         total = torch.zeros((), device=self.device)
         for number, row in enumerate(batch.rows):
             with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
-                loss = row_loss(self.model, row)
+                loss = row_loss(self.model, row, recompute=self.recompute)
                 # DDP averages gradients over processes; the step's loss is a sum over them.
                 self.manual_backward(loss * (self.trainer.world_size / batch.n_targets))
             total += loss.detach()
