@@ -73,19 +73,20 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
         return
     if not float8:
         for block in model.layers:
-            join(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
-            join(block.mlp.gate_proj, block.mlp.up_proj)
+            for owner, names in _groups(block):
+                join(*(getattr(owner, name) for name in names))
         return
     if torch.cuda.get_device_capability(model.embed_tokens.weight.device) < (9, 0):
         name = torch.cuda.get_device_name(model.embed_tokens.weight.device)
         raise UserError(
             f"trainer.base_precision is fp8, which needs a Hopper GPU or later, not {name}; use full"
         )
-    _quantise_blocks(model)
+    for block in model.layers:  # one at a time: both forms of a block, never of the model
+        _keep_float8(block)
 
 
 @dataclass
-class _Weights:
+class BlockWeights:
     """A block's frozen part."""
 
     qkv: Matrix
@@ -103,38 +104,38 @@ class _Weights:
         return rows.quantise(x) if self.quantised else x
 
 
-def _quantise_blocks(model: Llama) -> None:
-    """Keep every block's matrices in fp8, for these kernels; one block at a time."""
-    for block in model.layers:
-        attn, mlp = block.self_attn, block.mlp
-        groups = (
-            (attn, ("q_proj", "k_proj", "v_proj")),
-            (attn, ("o_proj",)),
-            (mlp, ("gate_proj", "up_proj")),
-            (mlp, ("down_proj",)),
-        )
-        matrices = []
-        for owner, names in groups:
-            linears = [getattr(owner, name) for name in names]
-            matrix, start = Float8Matrix.of(joined(*linears)), 0
-            for name, linear in zip(names, linears, strict=True):
-                setattr(owner, name, Float8Linear(matrix.outputs(start, start + linear.out_features)))
-                start += linear.out_features
-            matrices.append(matrix)
-        block.fused_weights = _Weights(*matrices)
+def float8_weights(block: Block) -> BlockWeights:
+    """Return a block's matrices in fp8."""
+    groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
+    return BlockWeights(*(Float8Matrix.of(joined(*linears)) for linears in groups))
 
 
-def _weights(block: Block) -> _Weights:
-    if isinstance(block.fused_weights, _Weights):
-        return block.fused_weights
-    attn: Any = block.self_attn
-    mlp: Any = block.mlp
-    return _Weights(
-        PlainMatrix(joined(attn.q_proj, attn.k_proj, attn.v_proj)),
-        PlainMatrix(attn.o_proj.weight),
-        PlainMatrix(joined(mlp.gate_proj, mlp.up_proj)),
-        PlainMatrix(mlp.down_proj.weight),
-    )
+def _plain_weights(block: Block) -> BlockWeights:
+    groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
+    return BlockWeights(*(PlainMatrix(joined(*linears)) for linears in groups))
+
+
+def _groups(block: Block) -> list[tuple[Any, tuple[str, ...]]]:
+    """Return which layers' matrices lie side by side, as the fields of `BlockWeights` have them."""
+    attn, mlp = block.self_attn, block.mlp
+    return [
+        (attn, ("q_proj", "k_proj", "v_proj")),
+        (attn, ("o_proj",)),
+        (mlp, ("gate_proj", "up_proj")),
+        (mlp, ("down_proj",)),
+    ]
+
+
+def _keep_float8(block: Block) -> None:
+    """Put a block's matrices in fp8 in the place of its own."""
+    weights = float8_weights(block)
+    for matrix, (owner, names) in zip(vars(weights).values(), _groups(block), strict=True):
+        start = 0
+        for name in names:
+            end = start + getattr(owner, name).out_features
+            setattr(owner, name, Float8Linear(matrix.outputs(start, end)))
+            start = end
+    block.fused_weights = weights
 
 
 class FusedView(BlockView):
@@ -171,6 +172,7 @@ class _Site:
         places: positions whose output is wanted ``[M]``; all of them if None.
         prompt: the layer's, fp32 ``[K, C]``, or None.
         strength: c(g) of the prompt's, fp32 ``[H, D]``.
+        weights: the block's matrices in another form than its own, or None.
     """
 
     def __init__(
@@ -180,8 +182,10 @@ class _Site:
         places: Tensor | None,
         prompt: Tensor | None,
         strength: Tensor | None,
+        weights: BlockWeights | None,
     ) -> None:
-        self.weights, self.view, self.places = _weights(block), view, places
+        self.weights = weights or _plain_weights(block)
+        self.view, self.places = view, places
         self.prompt = prompt
         self.strength = strength.contiguous() if strength is not None else None
         self.before: RMSNorm = block.input_layernorm
@@ -252,12 +256,12 @@ class _FusedBlock(torch.autograd.Function):
         view: FusedView,
         places: Tensor | None,
     ) -> Tensor:
-        site = _Site(block, view, places, prompt, strength)
+        site = _Site(block, view, places, prompt, strength, block.fused_weights)
         weights = site.weights
         attended = _attend(site, x)
         between = _go_between(site, x, attended)
         if any(ctx.needs_input_grad):
-            ctx.block, ctx.view = block, view
+            ctx.block, ctx.view, ctx.weights = block, view, block.fused_weights
             kept = () if view.recompute else (*vars(attended).values(), *vars(between).values())
             ctx.save_for_backward(x, prompt, strength, places, *kept)
         return weights.down.add(rows.swiglu(between.gate_up, quantised=weights.quantised), between.middle)
@@ -265,7 +269,7 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, prompt, strength, places, *kept = ctx.saved_tensors
-        site = _Site(ctx.block, ctx.view, places, prompt, strength)
+        site = _Site(ctx.block, ctx.view, places, prompt, strength, ctx.weights)
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended)
         dmiddle, operand = _mlp_backward(site, between, dy.contiguous())

@@ -40,7 +40,7 @@ def rival(base: Base, kind: str | None, seed: int, cache: str | None = None) -> 
     """Return transformers' ``generate``, plain or with a PEFT adapter, with a dynamic or static cache."""
     torch.manual_seed(seed)
     causal = causal_model(base)
-    causal = adapted(causal, kind) if kind else causal
+    causal = adapted(causal, kind, base.adapted) if kind else causal
     settings = causal.generation_config
     settings.do_sample, settings.eos_token_id, settings.pad_token_id = False, None, 0
 

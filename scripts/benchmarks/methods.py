@@ -53,15 +53,42 @@ class Method(Protocol):
 
 def attach_ours(base: Base, seed: int) -> list[nn.Parameter]:
     """Give the base our default adapter; return what is trained."""
-    attach(base.model, AdapterConfig(), seed)
+    attach(base.model, AdapterConfig(layers=base.adapted), seed)
+    if base.device.type == "cuda":
+        from lit_adapter.model import fused
+
+        fused.prepare(base.model)
     return [parameter for _, parameter in adapter_parameters(base.model)]
 
 
 class Packed:
-    """This package as users get it: packed rows, shared starts, targets alone where they are enough."""
+    """This package as users get it: packed rows, shared starts, targets alone where they are enough.
 
-    def __init__(self, base: Base, work: Workload, parameters: list[nn.Parameter], row_tokens: int) -> None:
-        self.base, self.parameters = base, parameters
+    Args:
+        base: what all methods share.
+        work: the records.
+        parameters: the adapter's.
+        row_tokens: longest row.
+        float8: the frozen matrices in fp8, beside the base's own, which the other methods read.
+        recompute: keep little for the backward pass.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        work: Workload,
+        parameters: list[nn.Parameter],
+        row_tokens: int,
+        *,
+        float8: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        self.base, self.parameters, self.recompute = base, parameters, recompute
+        self.weights: list[Any] = [None] * base.model.config.n_layer
+        if float8:
+            from lit_adapter.model import fused
+
+            self.weights = [fused.float8_weights(block) for block in base.model.layers]
         heads = shared_heads(work.encoded)
         self.packer = Packer(work.encoded, heads, mask_prompt=True, row_tokens=row_tokens)
 
@@ -83,7 +110,14 @@ class Packed:
 
     def loss(self, part: Part) -> Tensor:
         """Return a packed row's loss."""
-        return row_loss(self.base.model, part.data)
+        blocks = self.base.model.layers
+        for block, weights in zip(blocks, self.weights, strict=True):
+            block.fused_weights = weights
+        try:
+            return row_loss(self.base.model, part.data, recompute=self.recompute)
+        finally:
+            for block in blocks:
+                block.fused_weights = None
 
 
 @dataclass
@@ -140,7 +174,7 @@ def padded_part(base: Base, encoded: Encoded, records: NDArray[np.int64], prompt
 
 def _operations(base: Base, work: Work, prompt_length: int = AdapterConfig().prompt_length) -> int:
     config = base.model.config
-    return step_operations(config, work, config.n_layer, prompt_length)
+    return step_operations(config, work, base.adapted if prompt_length else config.n_layer, prompt_length)
 
 
 class PaddedOurs:

@@ -27,6 +27,8 @@ LLAMA_7B: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 SHAPES = {"7b": LLAMA_7B}
+ADAPTED = {"7b": 30}
+"""Adapted layers (L) as in the paper; of other models all are."""
 
 
 @dataclass
@@ -37,6 +39,11 @@ class Base:
     hf: dict[str, Any]
     """Its ``config.json``."""
     model: Llama
+
+    @property
+    def adapted(self) -> int:
+        """How many of the top layers an adapter goes into (L)."""
+        return ADAPTED.get(self.name, self.model.config.n_layer)
 
     @property
     def device(self) -> torch.device:

@@ -20,18 +20,18 @@ from benchmarks.workload import Workload
 PROMPT_LENGTH = 10
 
 
-def adapted(causal: Any, kind: str, *, autocast_adapter: bool = False) -> Any:
+def adapted(causal: Any, kind: str, layers: int, *, autocast_adapter: bool = False) -> Any:
     """Put PEFT's ``adaption-prompt`` or ``lora`` (r 8 on q, v) into a LlamaForCausalLM; return it.
 
     Args:
         causal: transformers' model.
         kind: which adapter.
+        layers: how many of the top layers an adaption prompt goes into; LoRA goes into all.
         autocast_adapter: leave it to PEFT to widen the adapter to fp32.
     """
     from peft import AdaptionPromptConfig, LoraConfig, PeftConfig, get_peft_model
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    layers = causal.config.num_hidden_layers
     config: PeftConfig = AdaptionPromptConfig(
         adapter_len=PROMPT_LENGTH, adapter_layers=layers, task_type="CAUSAL_LM"
     )
@@ -50,7 +50,7 @@ class Shell:
         causal = causal_model(base)
         if liger:
             self.patches = _with_liger(causal)
-        self.causal = adapted(causal, kind)
+        self.causal = adapted(causal, kind, base.adapted)
         self.parameters: list[nn.Parameter] = [p for p in self.causal.parameters() if p.requires_grad]
         if compiled:
             for layer in self.causal.model.layers:

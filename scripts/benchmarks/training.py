@@ -87,9 +87,9 @@ def entries(base: Base, work: Workload, options: Any) -> dict[str, Entry]:
     ours, shells = attach_ours(base, options.seed), {}  # type: ignore[var-annotated]
     sizes = [size for size in options.peft_batch if size <= work.batch] or [work.batch]
 
-    def packed(row_tokens: int) -> Entry:
-        name = f"ours, rows of {row_tokens}"
-        return Entry(name, lambda size: Packed(base, work, ours, row_tokens), [0], RATES["ours"])
+    def packed(row_tokens: int, **how: bool) -> Entry:
+        name = ", ".join(["ours", *how, f"rows of {row_tokens}"])
+        return Entry(name, lambda size: Packed(base, work, ours, row_tokens, **how), [0], RATES["ours"])
 
     def rival(kind: str, *, grouped: bool, liger: bool = False, compiled: bool = False) -> Entry:
         label = "LoRA" if kind == "lora" else "AdaptionPrompt"
@@ -105,6 +105,9 @@ def entries(base: Base, work: Workload, options: Any) -> dict[str, Entry]:
         return Entry(name, make, sizes, RATES[kind])
 
     found = {f"ours-{row_tokens}": packed(row_tokens) for row_tokens in options.row_tokens}
+    longest = max(options.row_tokens)
+    found["ours-recompute"] = packed(longest, recompute=True)
+    found["ours-float8"] = packed(longest, float8=True)
     found["ours-padded"] = Entry(
         "ours, padded, no saving", lambda size: PaddedOurs(base, work, ours, size), sizes, RATES["ours"]
     )
