@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -43,7 +44,7 @@ def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
     parser.add_class_arguments(Config, nested_key=None)
     for path in _config_files(argv):
         check_config_file(path)
-    parsed = parse(parser, argv)
+    parsed = parse(parser, [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in argv])
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
     return Config(**values), parsed.resume

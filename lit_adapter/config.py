@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lit_adapter.data.records import Columns
@@ -13,6 +13,7 @@ Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "1
 
 MOST_WORKERS = 64
 """Each holds pipes open; some hundreds exhaust what a process may open, and it dies without a word."""
+DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:
@@ -65,9 +66,11 @@ class OptimConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
-    """Peak learning rate; default 2e-2 where neither lr nor base_lr is given."""
+    """Peak learning rate; where neither lr nor base_lr is given 2e-2, for adapter.version v2 1e-2."""
     base_lr: float | None = None
     """Peak learning rate as in the paper: lr = base_lr * batch_size / 256."""
+    lr_scale_v2: float = 0.1
+    """adapter.version v2: the rate of its norms, biases and scales, as a share of lr. They do not decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup: int | float = 0.05
@@ -93,7 +96,7 @@ class OptimConfig:
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
         if not 0 < self.eps < float("inf"):
             raise UserError(f"optim.eps is {self.eps}; expected a finite number above 0")
-        for name, rate in (("lr", self.lr), ("base_lr", self.base_lr)):
+        for name, rate in (("lr", self.lr), ("base_lr", self.base_lr), ("lr_scale_v2", self.lr_scale_v2)):
             if rate is not None and not 0 <= rate < float("inf"):
                 raise UserError(f"optim.{name} is {rate}; expected a finite number, 0 or more")
         if self.lr is not None and self.base_lr is not None:
@@ -112,7 +115,7 @@ class OptimConfig:
         """The peak learning rate, from whichever of lr and base_lr is given."""
         if self.base_lr is not None:
             return self.base_lr * self.batch_size / 256
-        return 2e-2 if self.lr is None else self.lr
+        return DEFAULT_LR["v1"] if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,8 @@ class Config:
     """Run folder: configuration, checkpoints, curves and the adapter."""
     seed: int = 1337
     """Seeds the prompts, the order of the records and the split."""
+    init_from: str | None = None
+    """An adapter.safetensors on the same base to start from, of the same sizes and gate form."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -190,3 +195,12 @@ class Config:
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
+        if self.init_from == "":
+            raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")
+
+
+def with_learning_rate(config: Config) -> Config:
+    """Return the run with its adapter's default learning rate where none is given."""
+    if config.optim.lr is not None or config.optim.base_lr is not None or config.adapter.version == "v1":
+        return config
+    return replace(config, optim=replace(config.optim, lr=DEFAULT_LR[config.adapter.version]))

@@ -11,9 +11,13 @@ from lit_adapter.model.config import LlamaConfig
 def reference_logits(
     config: LlamaConfig, base: dict[str, Tensor], adapter: dict[str, Tensor], form: str, ids: Tensor
 ) -> Tensor:
-    """Return logits ``[T, V]`` of one text ``ids [T]``, rope of kind default."""
-    base = {name: tensor.double() for name, tensor in base.items()}
+    """Return logits ``[T, V]`` of one text ``ids [T]``, rope of kind default.
+
+    ``adapter`` may hold V2's tensors too: ``s * (W x + b)`` for linears, norm weights in place of the base's.
+    """
+    base = {name: tensor.double() for name, tensor in base.items() if ".adapter_" not in name}
     adapter = {name: tensor.double() for name, tensor in adapter.items()}
+    base |= {name.replace(".adapter_weight", ".weight"): tensor for name, tensor in adapter.items()}
     x = base["embed_tokens.weight"][ids]
     for index in range(config.n_layer):
         layer = f"layers.{index}"
@@ -22,7 +26,7 @@ def reference_logits(
         normed = _norm(x, base[f"{layer}.post_attention_layernorm.weight"], config.norm_eps)
         gate, up = (_linear(base, f"{layer}.mlp.{part}_proj", normed) for part in ("gate", "up"))
         x = x + _linear(base, f"{layer}.mlp.down_proj", gate / (1 + (-gate).exp()) * up)
-    return _norm(x, base["norm.weight"], config.norm_eps) @ base["lm_head.weight"].T
+    return _linear(base, "lm_head", _norm(x, base["norm.weight"], config.norm_eps))
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,7 +35,10 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _linear(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     y = x @ state[f"{name}.weight"].T
-    return y + state[f"{name}.bias"] if f"{name}.bias" in state else y
+    y = y + state[f"{name}.bias"] if f"{name}.bias" in state else y
+    if f"{name}.adapter_scale" in state:
+        return state[f"{name}.adapter_scale"] * (y + state[f"{name}.adapter_bias"])
+    return y
 
 
 def _turned(config: LlamaConfig, x: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ def open_adapter(model: Llama, config: AdapterConfig, seed: int = 0, gate: float
         for name, parameter in adapter_parameters(model):
             if name.endswith(".gate"):
                 parameter.normal_(0.0, gate, generator=generator)
+            elif ".adapter_" in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += 0.3 * noise
     return model
 
 

@@ -20,7 +20,7 @@ from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.adapter import attach, load_adapter_state
+from lit_adapter.model.adapter import attach, load_adapter_state, plain_base
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -97,15 +97,8 @@ class AdaptedLlama:
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Be the plain base inside the block."""
-        attentions = [block.self_attn for block in self.model.layers]
-        prefixes = [attention.prefix for attention in attentions]
-        for attention in attentions:
-            attention.prefix = None
-        try:
+        with plain_base(self.model):
             yield
-        finally:
-            for attention, prefix in zip(attentions, prefixes, strict=True):
-                attention.prefix = prefix
 
     def _answers(
         self, tasks: Sequence[Task], settings: Sampling, batch_size: int

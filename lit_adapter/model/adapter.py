@@ -8,18 +8,29 @@ An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's o
 and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
 adapted model is the base model; the prompts' gradient is then exactly zero, so gates open first.
 
+Version 2 of the adapter trains every norm and linear layer too (see `affine`).
+
 Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.affine import (
+    AdaptedLinear,
+    AdaptedNorm,
+    adapt_everywhere,
+    adapted_modules,
+    expected_widths,
+)
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
@@ -68,7 +79,7 @@ class GatedPrefix(nn.Module):
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
-    """Give the top layers of a frozen model their gated prefixes, prompts drawn with ``seed``.
+    """Give a frozen model what ``config`` trains; prompts are drawn with ``seed``.
 
     Raises:
         UserError: more adapted layers than layers.
@@ -82,14 +93,87 @@ def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
         with torch.no_grad():
             prefix.prompt.normal_(0.0, config.prompt_init_std, generator=generator)
         attention.prefix = prefix.to(device)
+    if config.version == "v2":
+        adapt_everywhere(model, head=config.head)
+
+
+_TRAINED: dict[type[nn.Module], tuple[str, ...]] = {
+    GatedPrefix: ("prompt", "gate"),
+    AdaptedLinear: ("adapter_bias", "adapter_scale"),
+    AdaptedNorm: ("adapter_weight",),
+}
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the adapter's parameters under the names they have in the module, checkpoint and file."""
     for module_name, module in model.named_modules():
-        if isinstance(module, GatedPrefix):
-            for name, parameter in module.named_parameters(recurse=False):
-                yield f"{module_name}.{name}", parameter
+        for name in _TRAINED.get(type(module), ()):
+            yield f"{module_name}.{name}", getattr(module, name)
+
+
+def is_of_prefix(name: str) -> bool:
+    """Tell a prompt or gate by its name from what V2 adds."""
+    return ".prefix." in name
+
+
+def parameter_counts(model: Llama) -> str:
+    """Say what is trained, in numbers: prompts, gates, and V2's norms, biases and scales."""
+    prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
+    kinds = ["prompt", "gate", "adapter_weight", "adapter_bias", "adapter_scale"]
+    count = dict.fromkeys(kinds, 0)
+    for name, parameter in adapter_parameters(model):
+        count[name.rpartition(".")[2]] += parameter.numel()
+    parts = []
+    if prefixes:
+        sizes = f"K {len(prefixes[0].prompt)}, L {len(prefixes)} of {model.config.n_layer}"
+        parts.append(f"prompts {count['prompt']:,} and gates {count['gate']:,}, {sizes}")
+    if count["adapter_scale"]:
+        per_linear = f"biases {count['adapter_bias']:,}, scales {count['adapter_scale']:,}"
+        head = "with" if isinstance(model.lm_head, AdaptedLinear) else "without"
+        parts.append(f"norms {count['adapter_weight']:,}, {per_linear}, {head} head")
+    return "; ".join(parts)
+
+
+def check_same_form(given: AdapterConfig, wanted: AdapterConfig, n_layer: int, source: Path) -> None:
+    """Refuse to start a run from an adapter of another form.
+
+    Raises:
+        UserError: names every setting that differs, with both values.
+    """
+    theirs, ours = (
+        {
+            "version": config.version,
+            "prompt_length": config.prompt_length,
+            "layers": len(config.adapted_layers(n_layer)),
+            "gate": config.gate,
+            "head": config.head,
+        }
+        for config in (given, wanted)
+    )
+    wrong = [
+        f"adapter.{key} {value} (here {ours[key]})" for key, value in theirs.items() if value != ours[key]
+    ]
+    if wrong:
+        raise UserError(f"{source}: cannot start from it: it has {', '.join(wrong)}; set them as it has them")
+
+
+@contextmanager
+def plain_base(model: Llama) -> Iterator[None]:
+    """Be the model without its adapter inside the block."""
+    attentions = [block.self_attn for block in model.layers]
+    prefixes = [attention.prefix for attention in attentions]
+    adapted = list(adapted_modules(model))
+    for attention in attentions:
+        attention.prefix = None
+    for module in adapted:
+        module.active = False
+    try:
+        yield
+    finally:
+        for attention, prefix in zip(attentions, prefixes, strict=True):
+            attention.prefix = prefix
+        for module in adapted:
+            module.active = True
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -122,6 +206,8 @@ def expected_shapes(config: AdapterConfig, model: LlamaConfig) -> dict[str, tupl
         stem = f"layers.{index}.self_attn.prefix"
         shapes[f"{stem}.prompt"] = (config.prompt_length, model.n_embd)
         shapes[f"{stem}.gate"] = config.gate_shape(model.n_head, model.head_dim)
+    if config.version == "v2":
+        shapes |= {name: (width,) for name, width in expected_widths(model, head=config.head).items()}
     return shapes
 
 

@@ -141,7 +141,7 @@ class SegmentView(BaseView):
         """Attend within segments; ``rows`` can only be the row's own targets."""
         groups = self.all_rows if rows is None else self.target_rows
         if not groups:  # a row without targets: q, empty like its result, keeps the graph whole for DDP
-            return q
+            return q + 0 * (k.sum() + v.sum())
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
         parts = [_attend_rectangle(q, k, v, group) for group in groups]
         places = torch.cat([group.query.flatten()[group.real] for group in groups])

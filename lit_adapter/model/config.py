@@ -223,14 +223,17 @@ GateForm = Literal["tanh", "identity", "layer", "channel"]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Sizes and form of the gated prefix attention (arXiv 2303.16199).
+    """Sizes and form of the adapter: gated prefix attention (arXiv 2303.16199), and V2 (arXiv 2304.15010).
 
     Raises:
         UserError: a value out of its range.
     """
 
+    version: Literal["v1", "v2"] = "v1"
+    """v1: prompts and gates. v2: besides them every norm, and a bias and scale on every linear layer."""
     prompt_length: int = 10
-    """Learned prompt rows per adapted layer (K)."""
+    """Learned prompt rows per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
+    make a plain LLaMA of base and adapter."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
     gate: GateForm = "tanh"
@@ -240,10 +243,22 @@ class AdapterConfig:
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
+    head: bool = False
+    """v2: a bias and scale on the output head too."""
 
     def __post_init__(self) -> None:
-        if self.prompt_length < 1:
-            raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more")
+        if self.version not in ("v1", "v2"):
+            raise UserError(f"adapter.version is {self.version!r}; expected v1 or v2")
+        if self.prompt_length < 0 or (self.prompt_length == 0 and self.version == "v1"):
+            hint = " (0 is for adapter.version v2)" if self.prompt_length == 0 else ""
+            raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more{hint}")
+        if self.prompt_length == 0 and self.layers is not None:
+            raise UserError(
+                f"adapter.layers is {self.layers}, but with adapter.prompt_length 0 no layer has prompts; "
+                "leave one of them out"
+            )
+        if self.head and self.version == "v1":
+            raise UserError("adapter.head is true; it needs adapter.version v2")
         if self.prompt_length > MOST_PROMPTS:
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected {MOST_PROMPTS} or less")
         if self.layers is not None and self.layers < 1:
@@ -254,12 +269,14 @@ class AdapterConfig:
             raise UserError(f"adapter.dropout is {self.dropout}; expected 0 or more and below 1")
 
     def adapted_layers(self, n_layer: int) -> range:
-        """Return the indices of the adapted layers of a model of ``n_layer`` layers.
+        """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.
 
         Raises:
             UserError: more layers asked for than the model has.
         """
         count = n_layer if self.layers is None else self.layers
+        if self.prompt_length == 0:
+            count = 0
         if count > n_layer:
             raise UserError(f"adapter.layers is {count}; the base has {n_layer} layers")
         return range(n_layer - count, n_layer)

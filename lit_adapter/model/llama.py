@@ -39,9 +39,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x``."""
+        return self.scaled(x, self.weight)
+
+    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Normalise ``x`` and multiply it by ``weight``, in x's dtype."""
         wide = widen(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return (wide.to(x.dtype) * weight).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -3,6 +3,7 @@
 Only positions with a target meet the head, a chunk at a time, so that no ``[tokens, vocabulary]`` tensor
 ever exists. The head's weight is frozen: its gradient is never formed, and the gradient of the hidden
 states falls out of each chunk while its logits are at hand, so that the backward pass is one product.
+So do the gradients of the bias and scale that V2 may put on the head, ``s * (W h + b)``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_adapter.model.affine import AdaptedLinear
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow, SegmentView, View
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
@@ -23,24 +25,33 @@ CHUNK_LOGITS = 2**25
 
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target_id: Tensor, bias: Tensor | None, scale: Tensor | None
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        affine = [torch.zeros_like(x) for x in (bias, scale) if x is not None]
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = widen(hidden).new_zeros(())
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            logits = F.linear(hidden[chunk], weight)
-            loss, share = _sum_and_share(logits, target_id[chunk], wants_gradient)
+            narrow = F.linear(hidden[chunk], weight)
+            logits = narrow if bias is None or scale is None else (narrow + bias) * scale
+            loss, share = _sum_and_share(logits, target_id[chunk], gradient is not None)
             total += loss
-            if gradient is not None:
-                gradient[chunk] = share @ weight.to(share.dtype)
-        ctx.gradient = gradient
+            if gradient is None:
+                continue
+            if bias is not None and scale is not None:
+                affine[1] += (share * (narrow + bias)).sum(0)
+                share = share * scale
+                affine[0] += share.sum(0)
+            gradient[chunk] = share.to(narrow.dtype) @ weight.to(narrow.dtype)
+        ctx.gradients = (gradient, *(affine or (None, None)))
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, bias, scale = (g if g is None else (g * upstream).to(g.dtype) for g in ctx.gradients)
+        return hidden, None, None, bias, scale
 
 
 def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -59,18 +70,26 @@ def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> t
     return total, share.to(logits.dtype)
 
 
-def target_loss(hidden: Tensor, weight: Tensor, target_id: Tensor) -> Tensor:
+def target_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_id: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Return the summed cross-entropy (nats) of the targets.
 
     Args:
         hidden: normed hidden states at the target positions ``[M, C]``.
         weight: the frozen output head ``[V, C]``.
         target_id: the token to predict at each ``[M]``.
+        bias: V2's bias on the head ``[V]``, added before the scale.
+        scale: V2's scale on the head ``[V]``, given with the bias.
 
     Returns:
         A scalar, fp32 or wider. Whoever sums over micro-batches and ranks divides by the number of targets.
     """
-    return _FrozenHeadLoss.apply(hidden, weight, target_id)
+    return _FrozenHeadLoss.apply(hidden, weight, target_id, bias, scale)
 
 
 def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor:
@@ -84,7 +103,9 @@ def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor
     ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
     view = _view(model, row, model.rotation(position[None]), recompute)
     hidden = model(ids[None], view, target_index)[0]
-    return target_loss(hidden, model.lm_head.weight, target_id)
+    head = model.lm_head
+    affine = (head.adapter_bias, head.adapter_scale) if isinstance(head, AdaptedLinear) else (None, None)
+    return target_loss(hidden, head.weight, target_id, *affine)
 
 
 def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:

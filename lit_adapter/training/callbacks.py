@@ -129,7 +129,8 @@ class Report(Callback):
             "optim/grad_norm": last["grad_norm"],
         }
         _log(trainer, values, step)
-        if trainer.is_global_zero and trainer.logger is not None:
+        has_prefix = any(block.self_attn.prefix is not None for block in pl_module.model.layers)
+        if has_prefix and trainer.is_global_zero and trainer.logger is not None:
             self._gates(trainer, pl_module, step)
 
     def _gates(self, trainer: Any, pl_module: Any, step: int) -> None:
@@ -178,7 +179,7 @@ class Report(Callback):
         """See whether the gates have opened at all."""
         state = pl_module.state_dict()
         gates = [value for name, value in state.items() if name.endswith(".gate")]
-        if trainer.global_step > 1 and not any(bool(gate.any()) for gate in gates):
+        if gates and trainer.global_step > 1 and not any(bool(gate.any()) for gate in gates):
             self._once("gates", "every gate is still 0, so the adapter does nothing; raise optim.lr above 0")
 
     def _once(self, key: str, text: str) -> None:

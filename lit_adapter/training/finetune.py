@@ -23,13 +23,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_adapter import files
-from lit_adapter.config import Config
+from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import adapter_parameters, adapter_state, attach
+from lit_adapter.model.adapter import (
+    adapter_parameters,
+    adapter_state,
+    attach,
+    check_same_form,
+    load_adapter_state,
+    parameter_counts,
+)
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -40,7 +47,13 @@ from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.signals import StopOnSignal
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
+from lit_adapter.weights.adapter_file import (
+    AdapterInfo,
+    base_identity,
+    check_base,
+    read_adapter,
+    save_adapter,
+)
 from lit_adapter.weights.base_folder import expected_shapes, read_config
 from lit_adapter.weights.load import load_base
 
@@ -80,7 +93,8 @@ class _Run:
     """The parts of a run, put together once."""
 
     def __init__(self, config: Config, folder: RunFolder, signals: StopOnSignal, say: Say) -> None:
-        self.config, self.folder, self.signals, self.say = config, folder, signals, say
+        self.config = config = with_learning_rate(config)
+        self.folder, self.signals, self.say = folder, signals, say
         self.base = Path(config.base)
         self.base_config = read_config(self.base)
         config.adapter.adapted_layers(self.base_config.n_layer)
@@ -95,6 +109,22 @@ class _Run:
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)
         self.template = resolve_template(config.data.template, self.tokenizer)
         self.identity = base_identity(self.base)
+        self.start = self._start()
+        self.start_sha256 = config.init_from and files.file_sha256(Path(config.init_from))[:16]
+
+    def _start(self) -> dict[str, Tensor] | None:
+        """Return the adapter that `init_from` names, having seen that it fits this run."""
+        if self.config.init_from is None:
+            return None
+        path = Path(self.config.init_from)
+        info, state = read_adapter(path)
+        check_base(info, self.identity, path)
+        check_same_form(info.adapter, self.config.adapter, self.base_config.n_layer, path)
+        if info.template != self.template:
+            self.say(
+                f"{path}: its template is {info.template.kind}; this run goes on with {self.template.kind}"
+            )
+        return state
 
     def _precision(self) -> str:
         """Resolve auto by measuring."""
@@ -190,6 +220,8 @@ class _Run:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         model = load_base(self.base, device=device, dtype=dtype)
         attach(model, self.config.adapter, self.config.seed)
+        if self.start is not None:
+            load_adapter_state(model, self.start, source=str(self.config.init_from))
         if device.type == "cuda":
             from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
@@ -204,6 +236,7 @@ class _Run:
             "template": self.template.to_dict(),
             "precision": self.precision,
             "base_precision": self.config.trainer.base_precision,
+            "init_from": self.start_sha256,
             **{f"data.{key}": value for key, value in data.identity().items()},
         }
         return _plain({"identity": identity(self.config, **facts), "changeable": changeable(self.config)})
@@ -307,11 +340,12 @@ class _Run:
         config = self.config
         trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
         frozen = sum(math.prod(shape) for shape in expected_shapes(self.base_config).values())
-        layers = len(config.adapter.adapted_layers(self.base_config.n_layer))
         self.say(
             f"model: {self.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-            f"(K {config.adapter.prompt_length}, L {layers} of {self.base_config.n_layer})"
+            f"({parameter_counts(model)})"
         )
+        if config.init_from is not None:
+            self.say(f"starting from {config.init_from}")
         base_lr = config.optim.peak_lr * 256 / config.optim.batch_size
         self.say(
             f"run: {steps} steps of {config.optim.batch_size} records; lr {config.optim.peak_lr:g} "

@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import adapter_parameters, adapter_state, load_adapter_state
+from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_prefix, load_adapter_state
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -93,7 +93,7 @@ class LitAdapter(LightningModule):
     def _set_learning_rate(self, step: int) -> None:
         rate = learning_rate(self.config, step, self.total_steps)
         for group in self._optimizer().param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
 
     def _update(self, batch: StepBatch) -> None:
         optimizer = self._optimizer()
@@ -156,21 +156,27 @@ class LitAdapter(LightningModule):
         self.last = checkpoint["last"]
 
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW on the adapter's parameters."""
-        parameters = [parameter for _, parameter in adapter_parameters(self.model)]
-        return AdamW(
-            parameters,
-            lr=self.config.peak_lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-        )
+        """Return AdamW on the adapter's parameters: prompts and gates, then what V2 adds."""
+        groups = self._parameter_groups()
+        return AdamW(groups, lr=self.config.peak_lr, betas=self.config.betas, eps=self.config.eps)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups that are not empty, each with its share of the rate and its decay."""
+        prefix: list[Tensor] = []
+        rest: list[Tensor] = []
+        for name, parameter in adapter_parameters(self.model):
+            (prefix if is_of_prefix(name) else rest).append(parameter)
+        groups = [
+            {"params": prefix, "lr_scale": 1.0, "weight_decay": self.config.weight_decay},
+            {"params": rest, "lr_scale": self.config.lr_scale_v2, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     def on_train_start(self) -> None:
         """Let this run's settings stand where a resumed optimizer brought its own."""
-        for group in self._optimizer().param_groups:
-            group["weight_decay"], group["betas"] = self.config.weight_decay, tuple(self.config.betas)
-            group["eps"] = self.config.eps
+        for group, own in zip(self._optimizer().param_groups, self._parameter_groups(), strict=True):
+            group["weight_decay"], group["lr_scale"] = own["weight_decay"], own["lr_scale"]
+            group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the adapter; the frozen base is never saved."""

@@ -123,7 +123,10 @@ def changeable(config: Config) -> dict[str, Any]:
     for section, keys in (
         (
             "optim",
-            ("epochs", "max_steps", "lr", "base_lr", "weight_decay", "betas", "eps", "clip", "row_tokens"),
+            (
+                *("epochs", "max_steps", "lr", "base_lr", "lr_scale_v2"),
+                *("weight_decay", "betas", "eps", "clip", "row_tokens"),
+            ),
         ),
         ("data", ("workers",)),
         ("trainer", tuple(plain["trainer"])),
