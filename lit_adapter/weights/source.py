@@ -115,6 +115,12 @@ def half_split_rows(tensor: Tensor, n_head: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
+def neighbour_rows(tensor: Tensor, n_head: int) -> Tensor:
+    """Undo `half_split_rows`: reorder rows of Hugging Face's rotary layout for Meta's."""
+    halves = tensor.reshape(n_head, 2, -1, *tensor.shape[1:])  # [H, 2, D/2, ...]
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
 def is_rotated(name: str) -> bool:
     """Whether a tensor's rows follow the rotary layout."""
     return ".q_proj." in name or ".k_proj." in name

@@ -1,0 +1,46 @@
+"""The largest logit difference between two forms of an adapter, on a fixed prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_adapter.model.adapter import attach, load_adapter_state
+from lit_adapter.model.attention import CausalView
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.foreign.plain import PlainAdapter
+from lit_adapter.weights.load import load_base
+
+INSTRUCTION = "Give three tips for staying healthy."
+
+
+def fixed_prompt(base: Path) -> Tensor:
+    """Return the ids ``[1, T]`` of one Alpaca prompt."""
+    tokenizer = load_tokenizer(base)
+    return torch.tensor([resolve_template("alpaca", tokenizer).encode_prompt(tokenizer, INSTRUCTION)])
+
+
+@torch.inference_mode()
+def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
+    """Return logits ``[1, T, V]`` of the base with an adapter, in fp32 on the CPU."""
+    model = load_base(base, device="cpu", dtype=torch.float32).eval()
+    if adapter is not None:
+        attach(model, replace(adapter.config, dropout=0.0))
+        load_adapter_state(model, adapter.state)
+    position = torch.arange(ids.shape[1])[None]
+    return model.head(model(ids, CausalView(model.rotation(position))))
+
+
+def difference(base: Path, source: PlainAdapter, target: PlainAdapter) -> str:
+    """Say how far apart the two are."""
+    ids = fixed_prompt(base)
+    one, other, plain = (logits(base, ids, adapter) for adapter in (source, target, None))
+    worst, effect = float((one - other).abs().max()), float((one - plain).abs().max())
+    return (
+        f"largest difference {worst:.3g} between source and target form ({ids.shape[1]} prompt tokens, fp32; "
+        f"the adapter itself moves them by up to {effect:.3g})"
+    )

@@ -1,0 +1,97 @@
+"""``torch.save`` files of strangers: tensors, plain containers and a Namespace of plain values, no code.
+
+PyTorch's restricted unpickler builds the objects, and may build one type more than by itself, the
+`argparse.Namespace` that training scripts keep their options in. What it returns is then looked through,
+since PyTorch allows some types (parameters, sparse and quantised tensors) that no adapter needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.weights.shards import AGAIN, refuse_stand_in
+
+PLAIN = (str, int, float, bool, type(None))
+_OF_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
+    *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
+)
+"""What PyTorch and zipfile raise on changed bytes."""
+DEEPEST = 20
+"""Levels of containers in a file; an optimizer's state has about five."""
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return what a ``torch.save`` file holds; tensors stay mapped on disk where the file allows it.
+
+    Raises:
+        UserError: damaged, or holding anything but tensors, plain containers and a Namespace of plain
+            values; nothing of it has run.
+    """
+    refuse_stand_in(path)
+    with path.open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"
+    try:
+        if zipped and not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: truncated or damaged; {AGAIN}")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: damaged, or holds other objects than tensors and plain values, which could run code "
+            f"({_reason(error)}); ask for the adapter's tensors alone"
+        ) from None
+    except _OF_DAMAGE as error:
+        raise UserError(f"{path}: truncated or damaged ({_reason(error)}); {AGAIN}") from None
+    _check(content, str(path), "", 0)
+    return content
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "instruction" in line]
+    return (lines or str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _check(value: Any, source: str, place: str, depth: int) -> None:
+    """Look through what was read.
+
+    Raises:
+        UserError: names the first object that is not allowed, and its place.
+    """
+    where = f"{source}: {place or 'its content'}"
+    if depth > DEEPEST:
+        raise UserError(f"{where} is nested more than {DEEPEST} deep; no adapter is")
+    kind = type(value)
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise UserError(f"{where} is no dense tensor; convert it to one")
+    elif kind in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in PLAIN:
+                raise UserError(f"{where} has a key of type {type(key).__name__}; expected text or a number")
+            _check(item, source, f"{place}.{key}" if place else str(key), depth + 1)
+    elif kind in (list, tuple):
+        for number, item in enumerate(value):
+            _check(item, source, f"{place}[{number}]", depth + 1)
+    elif kind is argparse.Namespace:
+        for key, item in vars(value).items():
+            _check_plain(item, f"{where}.{key}")
+    elif kind not in PLAIN:
+        raise UserError(f"{where} is a {kind.__name__}; expected tensors and plain values")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    values = value if type(value) in (list, tuple) else [value]
+    for item in values:
+        if type(item) not in PLAIN:
+            raise UserError(f"{where} holds a {type(item).__name__}; expected plain values in a Namespace")

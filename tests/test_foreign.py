@@ -1,0 +1,374 @@
+"""Adapters of other code bases: read as their own logits say, written back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from foreign_adapters import HERE, IDS, SIZES, base_tensors, converted, logits_of, sizes, write_base
+from prefix_formula import reference_logits
+from tiny_models import transformers_llama
+from torch import Tensor
+
+import lit_adapter
+from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
+from lit_adapter.weights.foreign.cli import convert_adapter_main
+
+FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The base of the files in ``adapters/``, with two and with four key and value heads."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {groups: write_base(folder, groups) for groups in (2, 4)}
+
+
+def own_adapter(path: Path, base: Path, config: AdapterConfig, groups: int = 2, equal: bool = False) -> Path:
+    """An adapter in our format with random tensors; ``equal``: one value in all gates of a layer."""
+    draw = torch.Generator().manual_seed(7)
+    shapes = expected_shapes(config, LlamaConfig.from_hf(sizes(groups)))
+    state = {name: torch.randn(shape, generator=draw) * 0.7 for name, shape in shapes.items()}
+    for name in state:
+        if equal and name.endswith(".gate"):
+            state[name] = state[name][:1].expand(len(state[name])).clone()
+    template = resolve_template("alpaca", load_tokenizer(base))
+    raw = json.loads((base / "config.json").read_text())
+    save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
+    return path
+
+
+def stated(path: Path) -> dict[str, Any]:
+    return json.loads((HERE / f"{path}.json").read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_library_itself_gives_its_logits(
+    tmp_path: Path, bases: dict[int, Path], name: str
+) -> None:
+    """Random gates, grouped queries for litgpt; the logits were computed by the library."""
+    told, out = stated(Path(name)), tmp_path / "adapter.safetensors"
+    lines = converted(HERE / f"{name}.pth", out, bases[told["groups"]])
+    found = logits_of(out, told["groups"])[:, :12]
+    # Both libraries rotate in fp32.
+    torch.testing.assert_close(found, torch.tensor(told["logits"], dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert f"{name[:6]}" in lines[0]
+    config = read_adapter(out)[0].adapter
+    assert (config.version, config.prompt_length, config.layers) == (name[-2:], 3, 1)
+    assert (config.gate, config.head) == ("identity", name.endswith("v2"))
+    report = "\n".join(lines)
+    assert f"{name[-2:].upper()}, 1 of 2 layers (1 to 1), K 3, gates identity a head" in report
+    assert "bit for bit" in report
+    assert "largest difference 0 between source and target form" in report
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_recent_litgpt_agrees_where_its_gates_are_closed(
+    tmp_path: Path, bases: dict[int, Path], version: str
+) -> None:
+    """Since 0.5.5 its prefix reads wrong rows; its logits were computed with gates of 0."""
+    name, out = f"litgpt-0.5.13-{version}", tmp_path / "adapter.safetensors"
+    lines = converted(HERE / f"{name}.pth", out, bases[2])
+    assert any("litgpt 0.5.5 and later project the prefix through wrong rows" in line for line in lines)
+    info, state = read_adapter(out)
+    assert all(bool(tensor.any()) for tensor in state.values())
+    closed = {name: tensor * (not name.endswith(".gate")) for name, tensor in state.items()}
+    save_adapter(out, closed, info)
+    found, wanted = logits_of(out, 2)[:, :12], torch.tensor(stated(Path(name))["logits"], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lit-llama-v1", "lit-llama-v2", "litgpt-0.5.13-v1", "litgpt-0.5.13-v2"])
+def test_there_and_back_is_the_same_file_bit_for_bit(
+    tmp_path: Path, bases: dict[int, Path], name: str
+) -> None:
+    source, there, back = HERE / f"{name}.pth", tmp_path / "adapter.safetensors", tmp_path / "back.pth"
+    converted(source, there, bases[stated(Path(name))["groups"]])
+    target = "litgpt" if name.startswith("litgpt") else "lit-llama"
+    converted(there, back, None, to=target)
+    before, after = (torch.load(path, weights_only=True) for path in (source, back))
+    if target == "litgpt":
+        assert before.keys() == after.keys() == {"model"}
+        before, after = before["model"], after["model"]
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert torch.equal(after[key], tensor), key
+
+
+@pytest.mark.parametrize("target", ["lit-llama", "litgpt", "peft"])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_ours_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str, version: str) -> None:
+    """An untrained head is left out again, and one that was trained is kept."""
+    if (target, version) == ("peft", "v2"):
+        return
+    for head in {False, version == "v2"}:
+        form = "layer" if target == "peft" else "identity"
+        config = AdapterConfig(version=version, prompt_length=3, layers=2, gate=form, head=head)
+        ours = own_adapter(tmp_path / f"ours-{head}.safetensors", bases[4], config, 4)
+        there, back = tmp_path / f"there-{head}", tmp_path / f"back-{head}.safetensors"
+        converted(ours, there, None, to=target)
+        converted(there, back, bases[4])
+        (one, before), (other, after) = read_adapter(ours), read_adapter(back)
+        assert one.adapter == other.adapter
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# The official code is not installable; its file and forward are written here from the published layout.
+
+
+def official(path: Path, *, single: bool = False, **more: Any) -> tuple[dict[str, Tensor], Path]:
+    draw = torch.Generator().manual_seed(3)
+    H, C = SIZES["heads"], SIZES["width"]
+    gate = (1,) if single else (1, H, 1, 1)
+    tensors = {
+        "adapter_query.weight": torch.randn(6, C, generator=draw),
+        "layers.0.attention.gate": torch.zeros(gate),
+        "layers.1.attention.gate": torch.randn(gate, generator=draw),
+    }
+    torch.save({"model": tensors, **more} if more else tensors, path)
+    return tensors, path
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["per-head", "before-april-2023"])
+@pytest.mark.parametrize("gate", ["tanh", "identity"])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_the_official_adapter(
+    tmp_path: Path, bases: dict[int, Path], gate: str, single: bool, groups: int
+) -> None:
+    tensors, source = official(tmp_path / "adapter.pth", single=single)
+    out = tmp_path / "adapter.safetensors"
+    lines = converted(source, out, bases[groups], gate=gate)
+    prefix = "layers.1.self_attn.prefix"
+    own = {
+        f"{prefix}.prompt": tensors["adapter_query.weight"],
+        f"{prefix}.gate": tensors["layers.1.attention.gate"].flatten().expand(SIZES["heads"]),
+    }
+    config = LlamaConfig.from_hf(sizes(groups))
+    wanted = reference_logits(config, base_tensors(groups), own, gate, torch.tensor(IDS))
+    torch.testing.assert_close(logits_of(out, groups), wanted, rtol=1e-6, atol=1e-6)
+    assert "decided   layers: the top 1, whose gates are open" in lines
+    form = "identity a layer" if single and gate == "identity" else f"{gate} a head"
+    assert any(f"1 of 2 layers (1 to 1), K 6, gates {form}" in line for line in lines)
+
+
+def test_the_official_training_checkpoint_says_its_layers(tmp_path: Path, bases: dict[int, Path]) -> None:
+    """Its base's tensors are left alone, its optimizer and scaler read and ignored."""
+    import argparse
+
+    args = argparse.Namespace(adapter_layer=2, adapter_len=3, lr=None, betas=[0.9, 0.95], output_dir="x")
+    more = {"optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 4, "scaler": {"scale": 65536.0}}
+    tensors, source = official(tmp_path / "checkpoint-4.pth", args=args, **more)
+    content = torch.load(source, weights_only=False)
+    content["model"]["layers.0.attention.wq.weight"] = torch.ones(4, 4)
+    content["model"]["layers.0.attention.gate"] = torch.ones(1, SIZES["heads"], 1, 1)
+    torch.save(content, source)
+    out = tmp_path / "adapter.safetensors"
+    lines = converted(source, out, bases[2], gate="tanh")
+    assert "decided   layers: 2, as the checkpoint's args say" in lines
+    info, state = read_adapter(out)
+    assert (info.adapter.prompt_length, info.adapter.layers) == (3, 2)
+    table = tensors["adapter_query.weight"]
+    assert torch.equal(state["layers.0.self_attn.prefix.prompt"], table[:3])
+    assert torch.equal(state["layers.1.self_attn.prefix.prompt"], table[3:])
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2], ids=["mha", "gqa"])
+def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) -> None:
+    from lit_adapter.weights.convert import convert
+
+    sizes = {"vocab_size": 260, "num_key_value_heads": n_kv_head, "bos_token_id": 256, "eos_token_id": 257}
+    theirs = transformers_llama(4, torch.float32, **sizes)
+    source = tmp_path / "source"
+    theirs.save_pretrained(source)
+    from convert_sources import write_tokenizer
+
+    write_tokenizer(source, 260)
+    base = convert(source, tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    config = AdapterConfig(prompt_length=5, layers=2, gate="layer")
+    draw = torch.Generator().manual_seed(1)
+    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    ours, folder = tmp_path / "ours.safetensors", tmp_path / "for-peft"
+    template = resolve_template("alpaca", load_tokenizer(base))
+    save_adapter(ours, state, AdapterInfo(config, base_identity(base), raw, template))
+    assert any("largest difference 0 " in line for line in converted(ours, folder, base, to="peft"))
+
+    ids = torch.arange(3, 20)[None]
+    plain = theirs(input_ids=ids).logits
+    adapted = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    with torch.no_grad():
+        wanted = adapted(input_ids=ids).logits
+    model = lit_adapter.load(adapter=ours, base=base, device="cpu", dtype="float32")
+    torch.testing.assert_close(model.logits(ids), wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - plain).abs().max() > 0.5
+
+    again = tmp_path / "again"
+    adapted.save_pretrained(again)
+    back = tmp_path / "back.safetensors"
+    converted(again, back, base)
+    assert all(torch.equal(read_adapter(back)[1][name], tensor) for name, tensor in state.items())
+    assert read_adapter(back)[0].adapter == config
+
+
+def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
+    tmp_path: Path, bases: dict[int, Path]
+) -> None:
+    config = AdapterConfig(prompt_length=3, layers=2, gate="tanh")
+    ours, out = own_adapter(tmp_path / "a.safetensors", bases[2], config), tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"peft has one gate a layer, and these differ, by up to 0\.\d+ .*--allow"
+    ):
+        converted(ours, out, bases[2], to="peft")
+    assert not out.exists()
+    report = "\n".join(converted(ours, out, bases[2], to="peft", allow_lossy=True))
+    assert "changed   2 gates, tanh a head to identity a layer: LOSSY" in report
+    assert "largest difference 0 " not in report
+    state = read_adapter(ours)[1]
+    written = peft.utils.load_peft_weights(str(out))
+    for layer in (0, 1):
+        mean = state[f"layers.{layer}.self_attn.prefix.gate"].double().tanh().mean()
+        found = written[f"base_model.model.model.layers.{layer}.self_attn.adaption_gate"]
+        assert found.item() == pytest.approx(mean.item(), rel=1e-6)
+    equal = own_adapter(tmp_path / "b.safetensors", bases[2], config, equal=True)
+    assert "the same function" in "\n".join(converted(equal, tmp_path / "out2", bases[2], to="peft"))
+
+
+@pytest.mark.parametrize("form", ["tanh", "layer", "channel"])
+def test_gates_into_the_identity_form(tmp_path: Path, bases: dict[int, Path], form: Any) -> None:
+    config = AdapterConfig(prompt_length=3, layers=2, gate=form)
+    ours = own_adapter(tmp_path / "ours.safetensors", bases[2], config, equal=form == "channel")
+    there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
+    converted(ours, there, None, to="litgpt")
+    converted(there, back, bases[2])
+    assert read_adapter(back)[0].adapter.gate == "identity"
+    torch.testing.assert_close(logits_of(back, 2), logits_of(ours, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_gates_into_the_tanh_form_only_where_a_tanh_reaches(tmp_path: Path, bases: dict[int, Path]) -> None:
+    ours = own_adapter(tmp_path / "a.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="identity"))
+    with pytest.raises(
+        UserError, match=r"scales its prefix by \S+, which no tanh reaches; keep --to-gate id"
+    ):
+        converted(ours, tmp_path / "b.safetensors", bases[2], to_gate="tanh")
+    info, state = read_adapter(ours)
+    small = {name: tensor * (0.3 if name.endswith("gate") else 1) for name, tensor in state.items()}
+    save_adapter(ours, small, info)
+    converted(ours, tmp_path / "b.safetensors", bases[2], to_gate="tanh")
+    assert read_adapter(tmp_path / "b.safetensors")[0].adapter.gate == "tanh"
+    found = logits_of(tmp_path / "b.safetensors", 2)
+    torch.testing.assert_close(found, logits_of(ours, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_the_old_scalar_gate_of_lit_llama(tmp_path: Path, bases: dict[int, Path]) -> None:
+    old = torch.load(HERE / "lit-llama-v1.pth", weights_only=True)
+    name = "transformer.h.1.attn.gating_factor"
+    for value in (torch.tensor([0.4]), torch.tensor(0.4)):
+        old[name] = value
+        torch.save(old, tmp_path / "old.pth")
+        lines = converted(tmp_path / "old.pth", tmp_path / "old.safetensors", bases[4], overwrite=True)
+        assert any("gates identity a layer" in line for line in lines)
+        old[name] = torch.full((1, 4, 1, 1), 0.4)
+        torch.save(old, tmp_path / "new.pth")
+        converted(tmp_path / "new.pth", tmp_path / "new.safetensors", bases[4], overwrite=True)
+        found, wanted = (logits_of(tmp_path / f"{age}.safetensors", 4) for age in ("old", "new"))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_old_gate_shape_of_litgpt(tmp_path: Path, bases: dict[int, Path]) -> None:
+    new = torch.load(HERE / "litgpt-0.5.4-v1.pth", weights_only=True)
+    name = "transformer.h.1.attn.gating_factor"
+    assert new["model"][name].shape == (1, 1, 4, 1)
+    new["model"][name] = new["model"][name].permute(0, 2, 1, 3).contiguous()
+    torch.save(new, tmp_path / "old.pth")
+    shutil.copy(HERE / "litgpt-0.5.4-v1.pth", tmp_path / "new.pth")
+    for age in ("old", "new"):
+        lines = converted(tmp_path / f"{age}.pth", tmp_path / f"{age}.safetensors", bases[2])
+        assert "litgpt" in lines[0]
+    old, new = (read_adapter(tmp_path / f"{age}.safetensors")[1] for age in ("old", "new"))
+    assert all(torch.equal(old[key], tensor) for key, tensor in new.items())
+
+
+def test_templates_are_those_the_code_bases_train_with(tmp_path: Path, bases: dict[int, Path]) -> None:
+    for name, kind in (("lit-llama-v1", "alpaca"), ("litgpt-0.5.4-v1", "alpaca-newline")):
+        out = tmp_path / f"{name}.safetensors"
+        lines = converted(HERE / f"{name}.pth", out, bases[stated(Path(name))["groups"]])
+        assert read_adapter(out)[0].template.kind == kind
+        assert any(f"template: {kind}, which {name[:6]}" in line for line in lines)
+    text = "Q: {instruction} {input} A:"
+    converted(HERE / "lit-llama-v1.pth", tmp_path / "c.safetensors", bases[4], template=text)
+    assert read_adapter(tmp_path / "c.safetensors")[0].template.text == text
+
+
+def test_the_script_prints_its_report(
+    tmp_path: Path, bases: dict[int, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.safetensors"
+    argv = [str(HERE / "lit-llama-v2.pth"), "--out", str(out), "--base", str(bases[4])]
+    assert convert_adapter_main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("source", "found", "decided", "exact", "reordered", "logits", "wrote"),
+    ]
+
+
+MISTAKES = {
+    "nothing": ("missing.pth", {}, r"missing\.pth: no such adapter file or folder"),
+    "no base": ("lit-llama-v1.pth", {"base": None}, r"does not say which base it belongs to; .* --base"),
+    "gate": ("lit-llama-v1.pth", {"gate": "tanh"}, "--gate is for an official source"),
+    "official": ("official.pth", {}, r"does not say how its gates act; add --gate tanh"),
+    "template": ("ours.safetensors", {"template": "alpaca"}, "--template is for making ours of others'"),
+    "to gate": ("ours.safetensors", {"to": "peft", "to_gate": "layer"}, "--to-gate is for --to ours"),
+    "already": ("ours.safetensors", {}, "is in our format already; name another with --to"),
+    "grouped": ("ours.safetensors", {"to": "lit-llama"}, "lit-llama has no model with grouped queries"),
+    "v2": ("v2.safetensors", {"to": "peft"}, "has no norms, biases and scales, so a V2 adapter cannot"),
+    "base": ("ours.safetensors", {"to": "peft", "base": 4}, "trained on base 'base-2' .*, not on 'base-4'"),
+    "unknown": ("unknown.pth", {}, r"no adapter of a known format: it has a, b, \.\.\.; known are official"),
+    "closed": ("closed.pth", {"gate": "tanh"}, "gates open in 0 of 2 layers: how many layers are adapted"),
+    "from": (
+        "litgpt-0.5.13-v2.pth",
+        {"given": "lit-llama"},
+        r"tensor transformer\.h\.0\.rms_1\.scale is mis",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "wishes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(
+    tmp_path: Path, bases: dict[int, Path], name: str, wishes: dict[str, Any], message: str
+) -> None:
+    own_adapter(tmp_path / "ours.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="layer"))
+    own_adapter(tmp_path / "v2.safetensors", bases[2], AdapterConfig(version="v2", prompt_length=3))
+    tensors, _ = official(tmp_path / "official.pth")
+    torch.save({key: value * 0 for key, value in tensors.items()}, tmp_path / "closed.pth")
+    torch.save({key: torch.ones(2) for key in "abc"}, tmp_path / "unknown.pth")
+    for path in HERE.glob("*.pth"):
+        shutil.copy(path, tmp_path)
+    wishes = {"base": 2, **wishes}
+    base = bases[wishes["base"]] if wishes["base"] else None
+    with pytest.raises(UserError, match=message):
+        converted(tmp_path / name, tmp_path / "out", base, **{k: v for k, v in wishes.items() if k != "base"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]) -> None:
+    source, out = tmp_path / "source.pth", tmp_path / "out"
+    shutil.copy(HERE / "litgpt-0.5.4-v1.pth", source)
+    out.write_text("precious")
+    with pytest.raises(UserError, match=r"out: already there; use --overwrite"):
+        converted(source, out, bases[2])
+    with pytest.raises(UserError, match=r"source\.pth: --out is the source"):
+        converted(source, source, bases[2], overwrite=True)
+    converted(source, out, bases[2], overwrite=True)
+    assert read_adapter(out)[0].adapter.prompt_length == 3
