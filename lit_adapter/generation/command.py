@@ -235,8 +235,8 @@ def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sam
 def _identity(args: Any, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
     """Return all that answers depend on beside the prompts; paths and the batch size are left out."""
     from lit_adapter.files import file_sha256
-    from lit_adapter.generation.engine import find_base
     from lit_adapter.weights.adapter_file import base_identity, read_adapter
+    from lit_adapter.weights.base_folder import find_base
 
     folder = Path(args.base) if args.base else find_base(read_adapter(Path(args.adapter))[0].base.name)
     base = base_identity(folder)

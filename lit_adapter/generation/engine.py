@@ -27,24 +27,11 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import base_identity, check_base, read_adapter
+from lit_adapter.weights.base_folder import find_base
 from lit_adapter.weights.load import load_base
 
 Task = tuple[str, str]
 """Instruction and input."""
-
-
-def find_base(name: str) -> Path:
-    """Return the folder of the base that an adapter names.
-
-    Raises:
-        UserError: not below ``checkpoints/`` of the working folder.
-    """
-    folder = Path("checkpoints") / name
-    if not folder.is_dir():
-        raise UserError(
-            f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
-        )
-    return folder
 
 
 class AdaptedLlama:

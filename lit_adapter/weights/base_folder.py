@@ -64,6 +64,20 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def find_base(name: str) -> Path:
+    """Return the folder of the base that an adapter names.
+
+    Raises:
+        UserError: not below ``checkpoints/`` of the working folder.
+    """
+    folder = Path("checkpoints") / name
+    if not folder.is_dir():
+        raise UserError(
+            f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
+        )
+    return folder
+
+
 def read_config(folder: Path) -> LlamaConfig:
     """Read the model sizes of a Hugging Face or converted folder.
 

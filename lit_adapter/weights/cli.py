@@ -1,4 +1,4 @@
-"""The command lines of ``scripts/convert.py`` and ``scripts/download.py``; torch comes in after parsing."""
+"""Command lines of ``convert.py``, ``download.py`` and ``merge.py`` in ``scripts/``; torch comes later."""
 
 from __future__ import annotations
 
@@ -53,6 +53,39 @@ def download_main(argv: Sequence[str]) -> int:
     with byte_progress("converting") as progress:
         fetched = download(options.name, out, revision=options.revision, progress=progress)
     print(f"wrote {_shown(out)}" if fetched else f"{_shown(out)} is already there and complete")
+    return 0
+
+
+def merge_main(argv: Sequence[str]) -> int:
+    """Run ``scripts/merge.py``."""
+    parser = command_parser(
+        "scripts/merge.py", "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts."
+    )
+    parser.add_argument("adapter", help="adapter.safetensors of a run with adapter.prompt_length 0")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="default: float32; bfloat16 and float16 round what was learned",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a base that is already there")
+    options = parse(parser, argv)
+
+    from lit_adapter.weights.merge import merge
+
+    out = Path(options.out)
+    with byte_progress("merging") as progress:
+        report = merge(
+            Path(options.adapter),
+            out,
+            base=Path(options.base) if options.base else None,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(f"wrote {_shown(out)}: {report}")
     return 0
 
 

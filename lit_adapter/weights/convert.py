@@ -74,6 +74,25 @@ def convert(
     check_output(out, source, overwrite=overwrite)
     with _naming(source):
         checkpoint = open_source(source)
+    origin = origin or {"format": checkpoint.format, "name": source.resolve().name}
+    write_base(checkpoint, source, out, dtype, origin, max_file_bytes, progress)
+    return out
+
+
+def write_base(
+    checkpoint: Source,
+    source: Path,
+    out: Path,
+    dtype: str | None,
+    origin: dict[str, Any],
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write an opened checkpoint as a base folder; ``source`` is its name in messages.
+
+    Raises:
+        UserError: a tensor or tokenizer that cannot be used, or a disk that is full.
+    """
     entries = [
         Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
         for name, shape in expected_shapes(checkpoint.config).items()
@@ -88,10 +107,8 @@ def convert(
         )
         weights = writer.write(entries)
         _write_configs(scratch, checkpoint, entries)
-        origin = origin or {"format": checkpoint.format, "name": source.resolve().name}
         _write_fingerprint(scratch, weights, origin)
         move_into_place(scratch, out)
-    return out
 
 
 def open_source(source: Path) -> Source:

@@ -1,0 +1,119 @@
+"""A base and a V2 adapter without prompts become one plain Hugging Face LLaMA with biases.
+
+``s * (W x + b)`` is a linear layer of its own: its weight is ``diag(s) W``, its bias ``s * b``. A gated
+prefix has a softmax of its own beside the layer's, which no weights of a plain LLaMA compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base, read_adapter
+from lit_adapter.weights.base_folder import expected_shapes, find_base
+from lit_adapter.weights.convert import write_base
+from lit_adapter.weights.foreign.measure import fixed_prompt, logits
+from lit_adapter.weights.foreign.plain import PlainAdapter
+from lit_adapter.weights.huggingface import HuggingFaceSource
+from lit_adapter.weights.output_folder import check_output, sweep_leftovers
+from lit_adapter.weights.source import Source
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Write the merged model, and say how far its logits are from the adapter's.
+
+    Args:
+        adapter: an ``adapter.safetensors`` of version v2 without prompts.
+        out: the folder to make; it is a base folder too.
+        base: the adapter's base; by default the one it names, under ``checkpoints/``.
+        dtype: float32, bfloat16 or float16; the last two round the merged weights.
+        overwrite: replace a base folder that is already there.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        UserError: an adapter that cannot be merged, another base, or an output in the way.
+    """
+    info, state = read_adapter(adapter)
+    refuse_unmergeable(info, adapter)
+    folder = find_base(info.base.name) if base is None else base
+    check_base(info, base_identity(folder), adapter)
+    out = out.absolute()
+    sweep_leftovers(out)
+    check_output(out, folder, overwrite=overwrite)
+    origin = {"format": "merged", "base": info.base.name, "adapter": adapter.name}
+    write_base(MergedSource(folder, state), adapter, out, dtype, origin, progress=progress)
+    ids = fixed_prompt(folder)
+    before, after = logits(folder, ids, PlainAdapter(info.adapter, state)), logits(out, ids, None)
+    worst, largest = float((before - after).abs().max()), float(before.abs().max())
+    return (
+        f"largest logit difference {worst:.3g} between adapter and merged model "
+        f"({ids.shape[1]} prompt tokens; logits up to {largest:.3g})"
+    )
+
+
+def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
+    """Refuse what no plain LLaMA computes.
+
+    Raises:
+        UserError: the adapter has prompts, or adapts the output head.
+    """
+    if info.adapter.prompt_length:
+        raise UserError(
+            f"{path}: has prompts, whose attention has a softmax of its own that no plain LLaMA computes, "
+            "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
+            "--adapter.prompt_length 0"
+        )
+    if info.adapter.head:
+        raise UserError(
+            f"{path}: adapts the output head, which has no bias in a plain LLaMA, so it cannot be merged; "
+            "train one with --adapter.head false"
+        )
+
+
+class MergedSource(Source):
+    """A base folder whose tensors come out merged with an adapter's, in fp32."""
+
+    format = "merged"
+
+    def __init__(self, base: Path, state: dict[str, Tensor]) -> None:
+        self.base, self.state = HuggingFaceSource(base), state
+        self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
+        self.dtypes = dict.fromkeys(expected_shapes(self.config), torch.float32)
+        self.token_ids: dict[str, Any] = self.base.token_ids
+        self.generation = self.base.generation
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a merged tensor."""
+        module, _, kind = name.removeprefix("model.").rpartition(".")
+        norm = self.state.get(f"{module}.adapter_weight")
+        if norm is not None:
+            return norm
+        scale = self.state.get(f"{module}.adapter_scale")
+        if scale is None:
+            return self.base.tensor(name).float()
+        if kind == "weight":
+            return self.base.tensor(name).float() * scale[:, None]
+        own = self.base.tensor(name).float() if name in self.base.dtypes else torch.zeros_like(scale)
+        return scale * (own + self.state[f"{module}.adapter_bias"])
+
+    def label(self, name: str) -> str:
+        """Return file and name."""
+        return self.base.label(name)
+
+    def write_tokenizer(self, out: Path) -> None:
+        """Copy the base's tokenizer."""
+        self.base.write_tokenizer(out)

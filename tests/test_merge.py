@@ -1,0 +1,113 @@
+"""A base and a V2 adapter without prompts as one plain LLaMA, loaded by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from convert_sources import random_llama, write_hf
+from generation_fixtures import CHOICES, script
+
+import lit_adapter
+from lit_adapter.errors import UserError
+from lit_adapter.files import read_json
+from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
+from lit_adapter.weights.cli import merge_main
+from lit_adapter.weights.convert import convert
+from lit_adapter.weights.merge import merge
+
+BARE = AdapterConfig(version="v2", prompt_length=0)
+
+
+def made(folder: Path, config: AdapterConfig = BARE, **sizes: object) -> tuple[Path, Path]:
+    """A converted base, and an adapter of it with random tensors."""
+    write_hf(random_llama(max_position_embeddings=512, **sizes), folder / "source")
+    base = convert(folder / "source", folder / "base")
+    raw = read_json(base / "config.json")
+    draw = torch.Generator().manual_seed(5)
+    state = {
+        name: torch.randn(shape, generator=draw) * 0.3 + (not name.endswith(("bias", "prompt", "gate")))
+        for name, shape in expected_shapes(config, LlamaConfig.from_hf(raw)).items()
+    }
+    template = resolve_template("alpaca", load_tokenizer(base))
+    path = folder / "adapter.safetensors"
+    save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
+    return base, path
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        {"attention_bias": True, "mlp_bias": True},
+        {"attention_bias": True, "dtype": torch.bfloat16},
+    ],
+    ids=["plain", "tied", "biased", "bf16"],
+)
+def test_transformers_loads_it_and_gives_the_adapters_logits(
+    tmp_path: Path, sizes: dict[str, object]
+) -> None:
+    base, adapter = made(tmp_path, **sizes)
+    out = tmp_path / "merged"
+    report = merge(adapter, out, base=base)
+    assert float(report.split()[3]) < 1e-3
+    config = read_json(out / "config.json")
+    assert config["attention_bias"] is True
+    assert config["mlp_bias"] is True
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.arange(3, 25)[None]
+    ours = lit_adapter.load(adapter=adapter, base=base, device="cpu", dtype="float32")
+    wanted = ours.logits(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    with ours.without_adapter():
+        assert (ours.logits(ids) - wanted).abs().max() > 0.1
+
+
+def test_it_is_a_base_like_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = made(tmp_path)
+    out = tmp_path / "merged"
+    argv = [str(adapter), "--out", str(out), "--base", str(base), "--dtype", "bfloat16"]
+    assert merge_main(argv) == 0
+    assert "largest logit difference" in capsys.readouterr().out
+    assert read_json(out / "fingerprint.json")["source"] == {
+        "format": "merged",
+        "base": "base",
+        "adapter": "adapter.safetensors",
+    }
+    assert script("--base", out, "--prompt", "Say it back.", "--max_new_tokens", "3", *CHOICES)
+    with pytest.raises(UserError, match="merged: already there; use --overwrite"):
+        merge_main(argv)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            AdapterConfig(prompt_length=2),
+            r"has prompts, whose attention has a softmax of its own .*prompt_length 0",
+        ),
+        (
+            AdapterConfig(version="v2", prompt_length=2),
+            "has prompts, whose attention has a softmax of its own",
+        ),
+        (
+            AdapterConfig(version="v2", prompt_length=0, head=True),
+            "adapts the output head, which has no bias",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_says_why_and_what_to_do(
+    tmp_path: Path, config: AdapterConfig, message: str
+) -> None:
+    base, adapter = made(tmp_path, config)
+    with pytest.raises(UserError, match=message):
+        merge(adapter, tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
