@@ -229,8 +229,6 @@ class AdapterConfig:
         UserError: a value out of its range.
     """
 
-    version: Literal["v1", "v2"] = "v1"
-    """v1: prompts and gates. v2: besides them every norm, and a bias and scale on every linear layer."""
     prompt_length: int = 10
     """Learned prompt rows per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
     make a plain LLaMA of base and adapter."""
@@ -243,6 +241,8 @@ class AdapterConfig:
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
+    version: Literal["v1", "v2"] = "v1"
+    """v1: prompts and gates. v2: besides them every norm, and a bias and scale on every linear layer."""
     head: bool = False
     """v2: a bias and scale on the output head too."""
 
