@@ -128,7 +128,8 @@ class TrainerConfig:
     """Devices per node: a number, or auto for all."""
     num_nodes: int = 1
     strategy: str = "auto"
-    """auto or ddp: one process a device, the base whole on each."""
+    """ddp: the base whole on every device. fsdp2: cut over the devices, for bases that do not fit one.
+    auto: ddp where there are several devices."""
     precision: Precision = "auto"
     """auto: bf16-true where the processor multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
     base_precision: Literal["full", "fp8"] = "full"

@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from finetune_runs import TINY
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,21 +27,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
-
-
-def test_two_processes_take_the_steps_of_one(
-    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    options = ["--optim.max_steps", "5", "--trainer.samples", "0"]
-    for devices in ("1", "2"):
-        arguments = command(
-            tiny_base, tiny_records, tmp_path / devices, *options, "--trainer.devices", devices
-        )
-        done = run(arguments, environment)
-        assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / devices / "adapter.safetensors") for devices in ("1", "2"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_mistake_is_one_line_and_status_two(

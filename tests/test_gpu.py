@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import Stopper
+from finetune_runs import TINY, Stopper
+from safetensors.torch import load_file
 
 import lit_adapter
 from lit_adapter.config import Config
@@ -41,3 +45,36 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[..., Config], tiny_base: P
     torch.testing.assert_close(on_gpu.logits(ids).cpu(), on_cpu.logits(ids), rtol=1e-3, atol=1e-3)
     tasks = [("Say it back.", "red green"), ("Repeat the words.", "")]
     assert on_gpu.generate_batch(tasks, max_new_tokens=20) == on_cpu.generate_batch(tasks, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_gpus_together_take_the_steps_of_one(
+    tiny: Callable[..., Config],
+    tiny_base: Path,
+    tiny_records: Path,
+    tmp_path: Path,
+    strategy: str,
+    devices: int,
+) -> None:
+    if devices > torch.cuda.device_count():
+        pytest.skip(f"needs {devices} CUDA devices")
+    options = ["--trainer.accelerator", "cuda", "--optim.max_steps", "5"]
+    finetune(tiny(*options, out="one"), say=Stopper())
+    script = [
+        sys.executable,
+        "scripts/finetune.py",
+        "--config",
+        str(TINY),
+        "--base",
+        str(tiny_base),
+        *options,
+    ]
+    layout = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
+    arguments = [*script, "--data.train", str(tiny_records), "--out", str(tmp_path / "together"), *layout]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(arguments, cwd=root, env=os.environ, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    one, together = (load_file(tmp_path / out / "adapter.safetensors") for out in ("one", "together"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-4, msg=name)

@@ -23,7 +23,7 @@ from lit_adapter.files import write_text
             "trainer.base_precision is fp8 with precision .* on a cpu; it needs",
         ),
         ("--trainer.devices x", "trainer.devices is 'x'; expected a number or auto"),
-        ("--trainer.strategy horovod", "trainer.strategy is 'horovod'; expected auto or ddp"),
+        ("--trainer.strategy horovod", "trainer.strategy is 'horovod'; expected auto, ddp or fsdp2"),
         ("--trainer.accelerator mps", "device is 'mps'; expected auto, cpu, cuda"),
         ("--trainer.accelerator meta", "device is 'meta'; expected auto, cpu, cuda"),
         ("--trainer.accelerator cpu:3", "device is 'cpu:3'; expected auto, cpu, cuda"),

@@ -67,8 +67,9 @@ def decode(
     waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
     n_slots = min(batch_size, len(prompts))
     length = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
-    on_cuda = model.embed_tokens.weight.device.type == "cuda"
-    decoder = (GraphDecoder if on_cuda else Decoder)(model, n_slots, length, settings)
+    # A graph holds on to the memory of matrices, and gathered ones lie elsewhere every time.
+    captured = model.embed_tokens.weight.device.type == "cuda" and not model.is_cut
+    decoder = (GraphDecoder if captured else Decoder)(model, n_slots, length, settings)
     stop_ids = stop_ids | set(settings.stop_ids)
     slots: list[Slot | None] = [None] * n_slots
     while waiting or any(slots):

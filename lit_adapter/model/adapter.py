@@ -92,7 +92,7 @@ def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
             prefix = GatedPrefix(config, model.config)
         with torch.no_grad():
             prefix.prompt.normal_(0.0, config.prompt_init_std, generator=generator)
-        attention.prefix = prefix.to(device)
+        attention.prefix = prefix if device.type == "meta" else prefix.to(device)  # the base is yet to come
     if config.version == "v2":
         adapt_everywhere(model, head=config.head)
 

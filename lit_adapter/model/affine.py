@@ -30,7 +30,8 @@ class AdaptedLinear(nn.Module):
         """Off, it is the frozen layer."""
         self.weight = frozen.weight
         self.register_parameter("bias", frozen.bias)
-        zero = frozen.weight.new_zeros(frozen.out_features, dtype=torch.float32)
+        device = "cpu" if frozen.weight.is_meta else frozen.weight.device  # the base is yet to come
+        zero = torch.zeros(frozen.out_features, dtype=torch.float32, device=device)
         self.adapter_bias = nn.Parameter(zero)
         self.adapter_scale = nn.Parameter(torch.ones_like(zero))
 

@@ -31,10 +31,7 @@ class KeyValueCache:
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
         self.v = torch.zeros_like(self.k)
         with torch.no_grad():
-            self.prefix: list[KeyValue | None] = [
-                block.self_attn.prefix_kv(weight.dtype) if block.self_attn.prefix is not None else None
-                for block in model.layers
-            ]
+            self.prefix: list[KeyValue | None] = model.prefix_kv(weight.dtype)
 
 
 class _CacheView(BaseView):

@@ -128,6 +128,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
 
+    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's prefix keys and values ``[G, K, D]``, or None where it has no prefix."""
+        return None if self.self_attn.prefix is None else self.self_attn.prefix_kv(dtype)
+
     def forward(self, x: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
         """Map ``x [B, T, C]`` to ``[B, T, C]``, or only the positions ``rows`` to ``[B, M, C]``."""
         if isinstance(view, BlockView):
@@ -141,6 +145,8 @@ class Llama(nn.Module):
     """The transformer. `forward` returns normed hidden states; `head` turns them into logits."""
 
     inverse_frequency: Tensor
+    is_cut = False
+    """Whether its matrices are cut over processes: they are whole within its own forward passes only."""
 
     def __init__(self, config: LlamaConfig, linear: Linear = nn.Linear) -> None:
         super().__init__()
@@ -156,6 +162,10 @@ class Llama(nn.Module):
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
         return rotation(position, self.inverse_frequency)
+
+    def prefix_kv(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+        """Return every layer's prefix keys and values."""
+        return [block.prefix_kv(dtype) for block in self.layers]
 
     def forward(self, ids: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
         """Run the model.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lit_adapter.generation.engine import AdaptedLlama
@@ -197,8 +198,12 @@ class Samples(Callback):
         self.assistant, self.tasks, self.max_new_tokens = assistant, tasks, max_new_tokens
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate on the first process; the others go on to wait in the next step."""
-        if not self.tasks or not trainer.is_global_zero or trainer.logger is None:
+        """Generate on the first process; the others go on to wait in the next step.
+
+        On a base that is cut over the processes all of them generate, the same tokens.
+        """
+        together = isinstance(trainer.strategy, ModelParallelStrategy)
+        if not self.tasks or not (trainer.is_global_zero or together) or trainer.logger is None:
             return
         pairs = [(instruction, input) for instruction, input, _ in self.tasks]
         answers = self.assistant.generate_batch(pairs, max_new_tokens=self.max_new_tokens)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -46,7 +45,9 @@ from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
+from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import StopOnSignal
+from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
 from lit_adapter.weights.adapter_file import (
     AdapterInfo,
     base_identity,
@@ -55,7 +56,7 @@ from lit_adapter.weights.adapter_file import (
     save_adapter,
 )
 from lit_adapter.weights.base_folder import expected_shapes, read_config
-from lit_adapter.weights.load import load_base
+from lit_adapter.weights.load import empty_base, load_base
 
 Say = Callable[[str], None]
 
@@ -104,6 +105,7 @@ class _Run:
                 f"{self.base_config.context_length}; lower it"
             )
         self.device = choose_device(config.trainer.accelerator)
+        check_layout(config.trainer, self.device)
         self.precision = self._precision()
         self.tokenizer = load_tokenizer(self.base)
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)
@@ -163,7 +165,7 @@ class _Run:
             self.say(f"{self.folder.path}: already complete, {steps} steps; nothing to do")
             return 0
         model = self._model()
-        module = LitAdapter(model, config.optim, steps, config.seed, recompute=config.trainer.recompute)
+        module = self._module(model, steps)
         trainer = self._trainer(data, steps, self._callbacks(data, model, record), purge_step=done + 1)
         self._announce(model, data, steps)
         if _rank() == 0:
@@ -213,20 +215,36 @@ class _Run:
         return max(self.config.data.max_length, 8192 if self.device.type == "cuda" else 2048)
 
     def _model(self) -> Llama:
-        """Load the base in its storage precision; the adapter is fp32 whatever that is."""
-        dtype = torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+        """Load the base in its storage precision; the adapter is fp32 whatever that is.
+
+        A base that is cut over the processes is read later, when they are connected.
+        """
         device = self.device
         if device.type == "cuda":  # each process of a node loads straight onto its own GPU
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        model = load_base(self.base, device=device, dtype=dtype)
+        sharded = is_sharded(self.config.trainer)
+        if sharded:
+            model = empty_base(self.base, dtype=self._dtype())
+        else:
+            model = load_base(self.base, device=device, dtype=self._dtype())
         attach(model, self.config.adapter, self.config.seed)
         if self.start is not None:
             load_adapter_state(model, self.start, source=str(self.config.init_from))
-        if device.type == "cuda":
+        if device.type == "cuda" and not sharded:
             from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
             fused.prepare(model, float8=self.config.trainer.base_precision == "fp8")
         return model
+
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+    def _module(self, model: Llama, steps: int) -> LitAdapter:
+        arguments = (model, self.config.optim, steps, self.config.seed)
+        recompute = self.config.trainer.recompute
+        if is_sharded(self.config.trainer):
+            return ShardedLitAdapter(*arguments, base=self.base, dtype=self._dtype(), recompute=recompute)
+        return LitAdapter(*arguments, recompute=recompute)
 
     def _record(self, data: AlpacaDataModule) -> dict[str, Any]:
         """Return what identifies this run, and the settings that a resume may change."""
@@ -262,15 +280,6 @@ class _Run:
         self, data: AlpacaDataModule, steps: int, callbacks: list[pl.Callback], purge_step: int
     ) -> pl.Trainer:
         options = self.config.trainer
-        if isinstance(options.devices, int):
-            gpu = self.device.type == "cuda"
-            # Two processes can share a core, as a trial of several devices; many would only starve it.
-            available = torch.cuda.device_count() if gpu else max(2, os.cpu_count() or 1)
-            if options.devices > available:
-                kind = "GPUs" if gpu else "processor cores at most"
-                raise UserError(
-                    f"trainer.devices is {options.devices}, but this machine has {available} {kind}; lower it"
-                )
         val_every = options.val_every or max(1, steps // 10)
         logger = TensorBoardLogger(
             str(self.folder.path),
@@ -284,7 +293,7 @@ class _Run:
             accelerator=self.device.type,
             devices=options.devices,
             num_nodes=options.num_nodes,
-            strategy=self._strategy(),
+            strategy=choose_strategy(options, self.device),
             precision=self.precision if "mixed" in self.precision else "32-true",  # type: ignore[arg-type]
             max_epochs=1,  # our sampler's one pass is the whole run, all epochs in it
             val_check_interval=min(val_every, steps) if validates else None,
@@ -294,23 +303,13 @@ class _Run:
             log_every_n_steps=1,
             logger=logger,
             callbacks=callbacks,
-            plugins=[DurableCheckpointIO()],
+            plugins=[DurableCheckpointIO(), *launcher_plugins()],
+            inference_mode=not is_sharded(options),  # what it gathers then could not be trained with later
             enable_checkpointing=False,
             enable_progress_bar=self._shows_bar(),
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-
-    def _strategy(self) -> Any:
-        options = self.config.trainer
-        several = options.num_nodes > 1 or options.devices not in (1, "1")
-        if options.strategy == "ddp" or (options.strategy == "auto" and several):
-            # The frozen base is read by every process itself; only adapter gradients are exchanged.
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            return DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-        if options.strategy != "auto":
-            raise UserError(f"trainer.strategy is {options.strategy!r}; expected auto or ddp")
-        return "auto"
 
     def _callbacks(self, data: AlpacaDataModule, model: Llama, record: dict[str, Any]) -> list[pl.Callback]:
         options, bar = self.config.trainer, self._shows_bar()

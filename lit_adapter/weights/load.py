@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,6 +12,13 @@ from safetensors import SafetensorError, safe_open
 from lit_adapter.errors import UserError
 from lit_adapter.model.llama import Llama
 from lit_adapter.weights.base_folder import expected_shapes, read_config
+
+Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
+"""Reads, from an open safetensors file, what a named tensor's parameter holds here, in a precision."""
+
+
+def _read_whole(tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensors.get_tensor(name).to(dtype)
 
 
 def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
@@ -26,35 +35,73 @@ def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         UserError: a tensor that is missing, unexpected, misshapen or unreadable.
     """
-    config = read_config(folder)
+    model = _skeleton(folder)
+    _fill(model, folder, device=device, dtype=dtype)
+    return model.to(device)
+
+
+def empty_base(folder: Path, *, dtype: torch.dtype) -> Llama:
+    """Return a frozen base whose norms and biases alone are read, into memory; its matrices have sizes only.
+
+    They lie on torch's meta device, to be cut over processes before `fill_base` reads them.
+    """
+    model = _skeleton(folder)
+    _fill(model, folder, device="cpu", dtype=dtype, largest=1)
+    return model
+
+
+def fill_base(
+    model: Llama, folder: Path, *, device: torch.device | str, dtype: torch.dtype, read: Reader
+) -> None:
+    """Let ``read`` get what an empty base lacks.
+
+    Raises:
+        UserError: as `load_base`.
+    """
+    _fill(model, folder, device=device, dtype=dtype, read=read)
+
+
+def _skeleton(folder: Path) -> Llama:
     with torch.device("meta"):
-        model = Llama(config)
-    wanted = expected_shapes(config)
+        return Llama(read_config(folder)).requires_grad_(False)
+
+
+def _fill(
+    model: Llama,
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    read: Reader = _read_whole,
+    largest: int = 2,
+) -> None:
+    """Read the parameters that are not there yet, up to ``largest`` dimensions."""
+    wanted = expected_shapes(model.config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: set[str] = set()
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    state[name] = _checked(tensors.get_tensor(name), name, wanted, file).to(dtype)
+                    _check(tensors, name, wanted, file)
+                    found.add(name)
+                    own = name.removeprefix("model.")
+                    if parameters[own].is_meta and parameters[own].ndim <= largest:
+                        state[own] = read(tensors, name, parameters[own], dtype)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: cannot be read ({error}); convert the base again") from None
-    missing = sorted(wanted.keys() - state.keys())
+    missing = sorted(wanted.keys() - found)
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; convert it again")
-    own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    if config.tie_embeddings:
-        own["lm_head.weight"] = own["embed_tokens.weight"]
-    model.load_state_dict(own, strict=True, assign=True)
-    if config.tie_embeddings:
+    model.load_state_dict(parameters | state, strict=True, assign=True)
+    if model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    return model.to(device).requires_grad_(False)
 
 
-def _checked(tensor: torch.Tensor, name: str, wanted: dict[str, tuple[int, ...]], file: Path) -> torch.Tensor:
+def _check(tensors: Any, name: str, wanted: dict[str, tuple[int, ...]], file: Path) -> None:
     if name not in wanted:
         raise UserError(f"{file}: unexpected tensor {name}; convert the base again")
-    if tuple(tensor.shape) != wanted[name]:
-        raise UserError(
-            f"{file}: {name} has shape {list(tensor.shape)}; config.json asks for {list(wanted[name])}"
-        )
-    return tensor
+    shape = tensors.get_slice(name).get_shape()
+    if tuple(shape) != wanted[name]:
+        raise UserError(f"{file}: {name} has shape {shape}; config.json asks for {list(wanted[name])}")

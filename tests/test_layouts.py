@@ -1,0 +1,185 @@
+"""One run on different layouts: one process, two with the base on each (DDP) or a part of it (FSDP2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_runs import TINY, Stopper
+from safetensors.torch import load_file
+
+from lit_adapter.config import Config, TrainerConfig
+from lit_adapter.errors import UserError
+from lit_adapter.training.finetune import finetune
+from lit_adapter.training.strategy import check_layout
+from lit_adapter.weights.adapter_file import read_adapter
+
+TESTS = Path(__file__).parent
+TWO = ("--trainer.devices", "2", "--trainer.strategy")
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def arguments(tiny_base: Path, tiny_records: Path) -> list[str]:
+    script = str(TESTS / "watched_run.py")
+    return [script, "--config", str(TINY), "--base", str(tiny_base), "--data.train", str(tiny_records)]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "WATCHED": str(tmp_path)}
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Wait for a process that must succeed and return what it printed."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return output
+
+
+def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **pipes)
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    one_state, other_state = (load_file(out / "adapter.safetensors") for out in (one, other))
+    assert one_state.keys() == other_state.keys()
+    for name, tensor in one_state.items():
+        torch.testing.assert_close(other_state[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("ddp", ()), ("fsdp2", ("--adapter.version", "v2", "--trainer.recompute", "true"))],
+)
+def test_two_processes_take_the_steps_of_one(
+    tiny: Callable[..., Config],
+    arguments: list[str],
+    environment: dict[str, str],
+    tmp_path: Path,
+    strategy: str,
+    options: tuple[str, ...],
+) -> None:
+    """The same losses and adapter; only gradients are exchanged, and of a cut base its parts."""
+    options = (*options, "--optim.max_steps", "5")
+    finetune(tiny(*options, out="one"), say=Stopper())
+    out = tmp_path / "two"
+    ended(start([*arguments, "--out", str(out), *options, *TWO, strategy], environment))
+    assert_same_adapter(tmp_path / "one", out)
+    one, two = (read_adapter(path / "adapter.safetensors")[0] for path in (tmp_path / "one", out))
+    for key in ("train_loss", "val_loss"):
+        assert two.training[key] == pytest.approx(one.training[key], abs=1e-5)
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["adapter"] == ranks[1]["adapter"]
+    n_trained = sum(tensor.numel() for tensor in load_file(out / "adapter.safetensors").values())
+    for rank in ranks:
+        exchanged = rank["exchanged"]
+        assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 100
+        assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
+        assert ("gloo:all_gather" in exchanged) == (strategy == "fsdp2")
+        assert not any("reduce_scatter" in name for name in exchanged)
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def on_two_nodes(arguments: list[str], environment: dict[str, str]) -> None:
+    """Let torchrun start one process on each of two nodes, which are both this machine."""
+    port = free_port()
+    nodes = []
+    for node in range(2):
+        rendezvous = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            "--master-port",
+            port,
+            "--nproc-per-node",
+            "1",
+        ]
+        nodes.append(start([*launcher, *arguments, "--trainer.num_nodes", "2"], environment))
+    for node in nodes:
+        ended(node)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_layout(
+    tiny: Callable[..., Config], arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """One process, two with FSDP2, two nodes with DDP, one process again: two steps each."""
+    constant = ["--optim.schedule", "constant", "--optim.warmup", "0", "--trainer.save_every", "100"]
+    constant += ["--trainer.samples", "0"]
+    out, steps = tmp_path / "moved", "--optim.max_steps"
+    moved = [*arguments, "--out", str(out), *constant, "--resume", "last"]
+    finetune(tiny(*constant, steps, "8", out="whole"), say=Stopper())
+    finetune(tiny(*constant, steps, "2", out="moved"), say=Stopper())
+    ended(start([*moved, steps, "4", *TWO, "fsdp2"], environment))
+    on_two_nodes([*moved, steps, "6", "--trainer.strategy", "ddp"], environment)
+    finetune(tiny(*constant, steps, "8", out="moved"), resume="last", say=Stopper())
+    assert_same_adapter(tmp_path / "whole", out)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """An environment that no launcher has touched."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name in ("MASTER_ADDR", "NODE_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({}, {"num_nodes": 2}, "num_nodes is 2, but nothing started this run on the other nodes"),
+        ({"MASTER_ADDR": "node0"}, {"num_nodes": 2}, "nothing started this run on the other nodes"),
+        ({"MASTER_ADDR": "node0", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"}, {"num_nodes": 2, "devices": 2}, None),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4"},
+            {"devices": 2},
+            "torchrun started 4 processes, but trainer.num_nodes 1 times trainer.devices 2 is 2",
+        ),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}, {"devices": 2}, None),
+        (
+            {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"},
+            {"devices": 2},
+            "SLURM started 1 processes, but trainer.num_nodes 1 times trainer.devices 2 is 2",
+        ),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, {"devices": 2}, None),
+        ({}, {"devices": 9999}, "trainer.devices is 9999, but this machine has"),
+    ],
+)
+def test_a_layout_that_would_wait_for_ever_is_refused(
+    no_launcher: pytest.MonkeyPatch, environment: dict[str, str], options: dict[str, Any], message: str | None
+) -> None:
+    for name, value in environment.items():
+        no_launcher.setenv(name, value)
+    if message is None:
+        check_layout(TrainerConfig(**options), torch.device("cpu"))
+    else:
+        with pytest.raises(UserError, match=message):
+            check_layout(TrainerConfig(**options), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"precision": "16-mixed"}, "16-mixed"), ({"base_precision": "fp8"}, "fp8")]
+)
+def test_what_does_not_go_with_a_cut_base_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_layout(TrainerConfig(strategy="fsdp2", **options), torch.device("cpu"))
