@@ -11,6 +11,7 @@ from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
 from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.model import tiles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
 from lit_adapter.model.config import AdapterConfig
@@ -69,9 +70,12 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(number: int, recompute: bool) -> None:
+def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
+    number: int, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lit_adapter.model.fused import FusedView, applies, prepare
 
+    monkeypatch.setattr(tiles, "VISITS", 2)  # a shared head's gradient comes in parts, as in long rows
     case, row = CASES[number], row_of(CASES[number], number)
     model = on_gpu(model_of(case, number), torch.float64, torch.float64)
     place = row.position[None].cuda()
@@ -80,9 +84,29 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(number: int,
     modules = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
     prepare(model)
     assert applies(model)
-    fused = loss_and_gradients(model, row, FusedView(row, model.rotation(place), recompute=recompute))
+    view = FusedView(row, model.rotation(place), recompute=recompute)
+    assert len(view.all_rows.sum_tile)
+    fused = loss_and_gradients(model, row, view)
     assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
     assert error(fused[1], exact[1]) < 1.25 * error(modules[1], exact[1]) < 0.1
+
+
+@pytest.mark.parametrize("part", [(0, None), (64, None), (0, 64)])
+def test_a_product_in_fp8_is_near_the_exact_one(part: tuple[int, int | None]) -> None:
+    """Three bits of mantissa in either factor: an error of some percent."""
+    from lit_adapter.model.kernels.rows import quantise
+    from lit_adapter.model.matrices import Float8Matrix
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight, x, dy = (
+        torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+        for shape in ((160, 96), (37, 96), (37, 160))
+    )
+    matrix, some = Float8Matrix.of(weight * 3).outputs(*part), slice(*part)
+    exact = x.double() @ (3 * weight.double())[some].T
+    back = dy.double()[:, some] @ (3 * weight.double())[some]
+    assert (matrix(quantise(x)) - exact).norm() / exact.norm() < 0.05
+    assert (matrix.backward(quantise(dy[:, some])) - back).norm() / back.norm() < 0.05
 
 
 def test_fp8_is_near_bf16() -> None:
@@ -99,7 +123,7 @@ def test_fp8_is_near_bf16() -> None:
             loss_and_gradients(model, row, FusedView(row, model.rotation(row.position[None].cuda())))
         )
     assert abs(results[1][0] - results[0][0]) / results[0][0] < 0.02
-    assert error(results[1][1], results[0][1]) < 0.3
+    assert error(results[1][1], results[0][1]) < 0.6
 
 
 def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:

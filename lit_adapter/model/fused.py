@@ -208,11 +208,9 @@ class _Site:
         """The matrix of keys and values alone."""
         return self.weights.qkv.outputs(self.q_width)
 
-    def prefix(self, kv: Tensor | None) -> attention.Prefix | None:
-        """Return the prompt with its projection ``[K, 2 G D]``."""
-        if kv is None or self.strength is None:
-            return None
-        return attention.Prefix(kv, self.strength)
+    def prefix(self, kv: Tensor) -> attention.Prefix | None:
+        """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
+        return attention.Prefix(kv, self.strength) if self.strength is not None else None
 
 
 @dataclass
@@ -229,8 +227,8 @@ class _Attended:
     """The output, laid out like ``q``."""
     lse: Tensor
     """Its log-sum-exp, fp32 ``[H, T]`` or ``[H, M]``."""
-    prompt: Tensor | None
-    """The prompt's keys beside values ``[K, 2 G D]``."""
+    prompt: Tensor
+    """The prompt's keys beside values ``[K, 2 G D]``, no row without one."""
 
 
 @dataclass
@@ -259,61 +257,65 @@ class _FusedBlock(torch.autograd.Function):
         site = _Site(block, view, places, prompt, strength, block.fused_weights)
         weights = site.weights
         attended = _attend(site, x)
-        between = _go_between(site, x, attended)
-        if any(ctx.needs_input_grad):
+        learns = any(ctx.needs_input_grad)
+        between, y = _go_between(site, x, attended, twice=learns and not view.recompute)
+        if learns:
             ctx.block, ctx.view, ctx.weights = block, view, block.fused_weights
             kept = () if view.recompute else (*vars(attended).values(), *vars(between).values())
             ctx.save_for_backward(x, prompt, strength, places, *kept)
-        return weights.down.add(rows.swiglu(between.gate_up, quantised=weights.quantised), between.middle)
+        weights.down.add_to(y, rows.swiglu(between.gate_up, quantised=weights.quantised))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, prompt, strength, places, *kept = ctx.saved_tensors
         site = _Site(ctx.block, ctx.view, places, prompt, strength, ctx.weights)
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
-        between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended)
+        between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
         dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
         del between
         do = site.weights.o.backward(operand)
         if ctx.needs_input_grad[0]:
-            dx, dprefix = _attention_backward(site, x, attended, do, dmiddle)
+            dx, dprompt, dstrength = _attention_backward(site, x, attended, do, dmiddle)
         else:  # the first adapted block: nothing but its prompt learns from here
-            dx, dprefix = None, _scores_backward(site, attended, do, None)
-        if dprefix is None:
-            return dx, None, None, None, None, None
-        dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(x.dtype)))
-        return dx, dprompt.float(), dprefix.strength, None, None, None
+            dx, (dprompt, dstrength) = None, _prompt_gradients(site, attended, do)
+        return dx, dprompt, dstrength, None, None, None
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
-    """Compute a block up to its attention's output."""
-    D, weights, (cos, sin) = site.D, site.weights, site.rotation
-    normed, rstd = rows.norm(x, site.before.weight, site.before.eps, quantised=weights.quantised)
+    """Compute a block up to its attention's output; the prompt goes through the tokens' own product."""
+    D, T, weights, (cos, sin) = site.D, len(x), site.weights, site.rotation
+    norm = site.before
+    normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.places is None:
         qkv = weights.qkv(normed)
-        rows.rotate_(qkv, cos, sin, (site.q_width + site.k_width) // D)
-        q, kv = qkv[:, : site.q_width], qkv[:, site.q_width :]
+        rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
+        q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
     else:
         q, kv = site.q(normed[site.places]), site.kv(normed)
         rows.rotate_(q, cos[site.places], sin[site.places], site.q_width // D)
-        rows.rotate_(kv, cos, sin, site.k_width // D)
-    prompt = site.kv(weights.operand(site.prompt.to(x.dtype))) if site.prompt is not None else None
-    k, v = kv.chunk(2, dim=1)
-    y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(prompt))
-    return _Attended(rstd, q, kv, y, lse, prompt)
+        rows.rotate_(kv[:T], cos, sin, site.k_width // D)
+    k, v = kv[:T].chunk(2, dim=1)
+    y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(kv[T:]))
+    return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
 
 
-def _go_between(site: _Site, x: Tensor, attended: _Attended) -> _Between:
-    """Compute a block from its attention's output to what goes into SwiGLU."""
+def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> tuple[_Between, Tensor]:
+    """Compute a block from its attention's output to what goes into SwiGLU.
+
+    Returns:
+        What is kept of it, and the sum after attention, to add the MLP's output to: a copy if ``twice``.
+    """
     weights, norm = site.weights, site.between
-    middle, normed, rstd = rows.add_and_norm(
+    middle, twin, normed, rstd = rows.add_and_norm(
         x if site.places is None else x[site.places],
         weights.o(weights.operand(attended.y)),
         norm.weight,
         norm.eps,
         quantised=weights.quantised,
+        twice=twice,
     )
-    return _Between(middle, rstd, weights.gate_up(normed))
+    return _Between(middle, rstd, weights.gate_up(normed)), twin
 
 
 def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
@@ -343,23 +345,38 @@ def _scores_backward(
     )
 
 
+def _prompt_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a block's prompt and of its strength, and nothing else."""
+    dprefix = _scores_backward(site, attended, do, None)
+    if dprefix is None:
+        return None, None
+    dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(do.dtype)))
+    return dprompt.float(), dprefix.strength
+
+
 def _attention_backward(
     site: _Site, x: Tensor, attended: _Attended, do: Tensor, dmiddle: Tensor
-) -> tuple[Tensor, attention.Prefix | None]:
-    """Return the gradients of the block's input and of its prefix."""
-    weights = site.weights
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the block's input, of its prompt and of that's strength."""
+    weights, T, q_width = site.weights, len(x), site.q_width
+    n_rows = T + len(attended.prompt)
     if site.places is None:
-        dqkv = x.new_empty(len(x), site.q_width + 2 * site.k_width)
-        dq, dkv = dqkv[:, : site.q_width], dqkv[:, site.q_width :]
+        dqkv = x.new_empty(n_rows, q_width + 2 * site.k_width)
+        dqkv[T:, :q_width] = 0.0
+        dq, dkv = dqkv[:T, :q_width], dqkv[:, q_width:]
     else:
-        dq, dkv = torch.empty_like(attended.q), torch.empty_like(attended.kv)
-    dk, dv = dkv.chunk(2, dim=1)
+        dq, dkv = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width)
+    dk, dv = dkv[:T].chunk(2, dim=1)
     dprefix = _scores_backward(site, attended, do, attention.Gradients(dq, dk, dv, site.rotation))
+    if dprefix is not None:
+        dkv[T:] = dprefix.kv
     if site.places is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
     else:  # in fp32: many targets may stand at one place, a shared head's
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.places, site.q.backward(weights.operand(dq)).float())
-        beside = torch.zeros_like(dnormed).index_add_(0, site.places, dmiddle.float())
-    dx, _ = rows.norm_backward(dnormed, x, site.before.weight, attended.rstd, beside)
-    return dx, dprefix
+        beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.places, dmiddle.float())
+    dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
+    if dprefix is None:
+        return dx, None, None
+    return dx, dnormed[T:].float(), dprefix.strength

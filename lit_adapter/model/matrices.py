@@ -26,8 +26,8 @@ class Matrix(Protocol):
     def __call__(self, x: Operand) -> Tensor:
         """Return ``x W^T``, ``[T, outputs]``."""
 
-    def add(self, x: Operand, beside: Tensor) -> Tensor:
-        """Return ``beside + x W^T``."""
+    def add_to(self, total: Tensor, x: Operand) -> None:
+        """Add ``x W^T`` to ``total``, in place."""
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``, ``[T, inputs]``."""
@@ -48,9 +48,9 @@ class PlainMatrix:
         """Return ``x W^T``."""
         return F.linear(_plain(x), self.weight)
 
-    def add(self, x: Operand, beside: Tensor) -> Tensor:
-        """Return ``beside + x W^T``."""
-        return torch.addmm(beside, _plain(x), self.weight.T)
+    def add_to(self, total: Tensor, x: Operand) -> None:
+        """Add ``x W^T`` to ``total``, in place."""
+        total.addmm_(_plain(x), self.weight.T)
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``."""
@@ -90,9 +90,9 @@ class Float8Matrix:
         """Return ``x W^T``."""
         return _product(x, self.data, self.scale)
 
-    def add(self, x: Operand, beside: Tensor) -> Tensor:
-        """Return ``beside + x W^T``."""
-        return self(x).add_(beside)
+    def add_to(self, total: Tensor, x: Operand) -> None:
+        """Add ``x W^T`` to ``total``, in place."""
+        total.add_(self(x))
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``."""

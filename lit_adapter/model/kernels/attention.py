@@ -11,7 +11,7 @@ and the prefix's part of ``o`` from the prompt, so that nothing but q, k, v, o i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,13 +23,25 @@ from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, VISITING_TILE, TilePla
 
 LOG2_E = 1.4426950408889634
 
+LENGTHS = ("n_queries", "n_keys", "n_prompt")
+PLAN = tuple(field.name for field in fields(TilePlan))
+
+
+def _kernel(function: Any) -> Any:
+    """Compile once for all rows: their lengths, and where parts of a plan lie, differ with every row."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        do_not_specialize=[name for name in names if name in LENGTHS],
+        do_not_specialize_on_alignment=[name for name in names if name in PLAN],
+    )(function)
+
 
 @dataclass
 class Prefix:
     """A layer's prompt, projected, and its strength."""
 
     kv: Tensor
-    """Keys beside values ``[K, 2 G D]``."""
+    """Keys beside values ``[K, 2 G D]``; rows may be strided."""
     strength: Tensor
     """c(g) for every channel, fp32 ``[H, D]``."""
 
@@ -76,11 +88,11 @@ def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
     return weight / tl.sum(weight, 1)[:, None]
 
 
-@triton.jit
+@_kernel
 def _forward_kernel(
     q_at, k_at, v_at, o_at, lse_at, prompt_at, strength_at,
     place, first, head_start, head_end, key_from, key_tile,
-    n_queries, n_keys, q_stride, kv_stride, o_stride, n_prompt, scale,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, prompt_stride, n_prompt, scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -112,22 +124,22 @@ def _forward_kernel(
     tl.store(lse_at + h * n_queries + n, top + tl.log2(total), mask=live)
     if ROWS > 0:
         r = tl.arange(0, ROWS)
-        kv_width = H // GROUP * D
-        at = prompt_at + (r * 2 * kv_width)[:, None] + (g * D + d)[None, :]
+        at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
-        pv = tl.load(at + kv_width, mask=(r < n_prompt)[:, None], other=0.0)
+        pv = tl.load(at + H // GROUP * D, mask=(r < n_prompt)[:, None], other=0.0)
         weight = _prefix_weights(q, pk, n_prompt, scale, ROWS)
         y += tl.dot(weight.to(pv.dtype), pv) * tl.load(strength_at + h * D + d)[None, :]
     o_ptr = o_at + n[:, None] * o_stride + (h * D + d)[None, :]
     tl.store(o_ptr, y.to(o_at.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@_kernel
 def _query_gradient_kernel(
     q_at, k_at, v_at, o_at, do_at, lse_at, delta_at, dq_at, cos_at, sin_at,
     prompt_at, strength_at, dprompt_at, dstrength_at,
     place, first, head_start, head_end, key_from, key_tile,
-    n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, n_prompt, scale, softmax_scale,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, prompt_stride, n_prompt,
+    scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
@@ -146,10 +158,9 @@ def _query_gradient_kernel(
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if ROWS > 0:
         r = tl.arange(0, ROWS)
-        kv_width = H // GROUP * D
-        at = prompt_at + (r * 2 * kv_width)[:, None] + (g * D + d)[None, :]
+        at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
-        pv = tl.load(at + kv_width, mask=(r < n_prompt)[:, None], other=0.0)
+        pv = tl.load(at + H // GROUP * D, mask=(r < n_prompt)[:, None], other=0.0)
         strength = tl.load(strength_at + h * D + d)[None, :]
         share = _prefix_weights(q, pk, n_prompt, scale, ROWS)
         narrow = share.to(pv.dtype)
@@ -185,7 +196,7 @@ def _query_gradient_kernel(
         tl.store(dq_ptr, dq.to(dq_at.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@_kernel
 def _key_gradient_kernel(
     q_at, k_at, v_at, do_at, lse_at, delta_at, dk_at, dv_at, sums_at, cos_at, sin_at,
     place, first, head_start, head_end, query_tile, part_tile, part_from, part_slot,
@@ -240,7 +251,7 @@ def _store_key_gradient(
     tl.store(dv_at + at, dv.to(dv_at.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@_kernel
 def _sum_key_gradient_kernel(
     sums_at, dk_at, dv_at, cos_at, sin_at, sum_tile, sum_from, n_keys, dkv_stride,
     D: tl.constexpr, N: tl.constexpr,
@@ -293,7 +304,8 @@ def attend(
     _forward_kernel[(triton.cdiv(len(q), QUERY_TILE), H)](
         q, k, v, o, lse, some.kv, some.strength,
         plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
-        plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), n_prompt, D**-0.5 * LOG2_E,
+        plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
+        D**-0.5 * LOG2_E,
         **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
     )  # fmt: skip
     return o, lse
@@ -352,7 +364,8 @@ def attend_backward(
         q, k, v, o, do, lse, delta, out.q, *out.rotation, some.kv, some.strength, dprompt, dstrength,
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
-        n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows, ROW=into is not None, num_stages=2,
+        some.kv.stride(0), n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows,
+        ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:
         sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if len(plan.sum_tile) else lse

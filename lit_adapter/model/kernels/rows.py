@@ -59,7 +59,7 @@ def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    x_at, plus_at, sum_at, weight_at, y_at, scale_at, rstd_at, C, eps,
+    x_at, plus_at, sum_at, twin_at, weight_at, y_at, scale_at, rstd_at, C, eps,
     ADD: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -69,6 +69,7 @@ def _norm_kernel(
         x += tl.load(plus_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
         x = x.to(sum_at.dtype.element_ty)
         tl.store(sum_at + t * C + c, x, mask=c < C)
+        tl.store(twin_at + t * C + c, x, mask=c < C)
         x = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
     weight = tl.load(weight_at + c, mask=c < C, other=0.0)
@@ -155,8 +156,12 @@ def quantise(x: Tensor) -> Quantised:
     """Return ``x [T, C]`` in fp8; its rows may be strided."""
     T, C = x.shape
     _, data, scale = _room(T, C, x, True)
-    _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **_whole(C))
+    _quantise_into(x, data, scale)
     return Quantised(data, scale)
+
+
+def _quantise_into(x: Tensor, data: Tensor, scale: Tensor) -> None:
+    _quantise_kernel[(len(x),)](x, data, scale, x.stride(0), x.shape[1], **_whole(x.shape[1]))
 
 
 def _whole(width: int) -> dict[str, int]:
@@ -165,30 +170,60 @@ def _whole(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, *, quantised: bool = False) -> tuple[Operand, Tensor]:
-    """Return the RMS norm of ``x [T, C]`` and the reciprocal of its root mean square, fp32 ``[T]``."""
-    return _norm(x, x, x, weight, eps, quantised)
+def norm(
+    x: Tensor, weight: Tensor, eps: float, below: Tensor | None, *, quantised: bool = False
+) -> tuple[Operand, Tensor]:
+    """Norm a row's tokens.
+
+    Args:
+        x: ``[T, C]``.
+        weight: of the norm ``[C]``.
+        eps: of the norm.
+        below: rows ``[K, C]`` that go into the next product with the normed ones, as they are.
+        quantised: whether that product takes fp8.
+
+    Returns:
+        The RMS norm of ``x`` above ``below``, ``[T + K, C]``, and the reciprocal of its root mean square,
+        fp32 ``[T]``.
+    """
+    T, C = x.shape
+    room, data, scale = _room(T + (0 if below is None else len(below)), C, x, quantised)
+    if below is not None and quantised:
+        _quantise_into(below, data[T:], scale[T:])
+    elif below is not None:
+        data[T:] = below
+    return room, _norm(x, x, x, x, weight, eps, data, scale, quantised)
 
 
 def add_and_norm(
-    x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool = False
-) -> tuple[Tensor, Operand, Tensor]:
-    """Return ``x + plus``, and what `norm` returns for it."""
+    x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool = False, twice: bool = True
+) -> tuple[Tensor, Tensor, Operand, Tensor]:
+    """Return ``x + plus`` and, if wanted, a copy of it, and what `norm` returns for it."""
+    T, C = x.shape
     total = torch.empty_like(x)
-    return total, *_norm(x, plus, total, weight, eps, quantised)
+    twin = torch.empty_like(x) if twice else total
+    room, data, scale = _room(T, C, x, quantised)
+    return total, twin, room, _norm(x, plus, total, twin, weight, eps, data, scale, quantised)
 
 
 def _norm(
-    x: Tensor, plus: Tensor, total: Tensor, weight: Tensor, eps: float, quantised: bool
-) -> tuple[Operand, Tensor]:
+    x: Tensor,
+    plus: Tensor,
+    total: Tensor,
+    twin: Tensor,
+    weight: Tensor,
+    eps: float,
+    data: Tensor,
+    scale: Tensor,
+    quantised: bool,
+) -> Tensor:
     T, C = x.shape
-    room, data, scale = _room(T, C, x, quantised)
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     _norm_kernel[(T,)](
-        x, plus, total, weight, data, scale, rstd, C, eps,
+        x, plus, total, twin, weight, data, scale, rstd, C, eps,
         ADD=plus is not x, QUANTISE=quantised, **_whole(C),
     )  # fmt: skip
-    return room, rstd
+    return rstd
 
 
 def norm_backward(
