@@ -1,0 +1,178 @@
+"""Measure runs on several devices of this machine: tokens/s, efficiency against one, peak memory of each.
+
+    python scripts/measure_scaling.py --tokenizer checkpoints/smollm2-135m --shape 7b \
+        --layouts ddp:1 ddp:2 fsdp2:2 --data my_records.json
+
+Every layout is a real run of scripts/finetune.py on a base of random weights, which is written once below
+--out. The step grows with the devices (--records each), so that every device has the same work. Options after
+`--` are given to the runs, for example `-- --trainer.recompute true`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = "LIT_ADAPTER_MEASURED"
+"""Environment variable of the runs: the folder where each process writes what it measured."""
+SHAPES: dict[str, dict[str, int | float]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13_824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def main() -> None:
+    """Write the base, run every layout, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a converted base, for its tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="a file of records")
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument(
+        "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES, the reference first"
+    )
+    parser.add_argument("--records", type=int, default=64, help="records of a step for each device")
+    parser.add_argument("--steps", type=int, default=12, help="steps; the first third is not measured")
+    parser.add_argument("--out", type=Path, default=Path("out/scaling"))
+    parser.add_argument("rest", nargs="*", help="options of the runs, after --")
+    asked = parser.parse_args()
+    base = random_base(asked.shape, asked.tokenizer, asked.out / asked.shape)
+    reference: float | None = None
+    print(f"{'layout':10} {'tokens/s':>10} {'a device':>10} {'efficiency':>10}  peak GB of each device")
+    for layout in asked.layouts:
+        strategy, _, devices = layout.partition(":")
+        ranks = run(asked, base, strategy, int(devices or 1))
+        speed = statistics.median(rank["tokens_per_s"] for rank in ranks)
+        reference = reference or speed / len(ranks)
+        peaks = " ".join(f"{rank['peak_bytes'] / 1e9:.1f}" for rank in ranks)
+        each = speed / len(ranks)
+        print(f"{layout:10} {speed:10,.0f} {each:10,.0f} {each / reference:10.1%}  {peaks}", flush=True)
+
+
+def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
+    """Write a converted base of random bf16 weights, a layer a file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lit_adapter.model.config import LlamaConfig
+    from lit_adapter.weights.base_folder import TOKENIZER_FILES, expected_shapes, tokenizer_fingerprint
+
+    if (out / "fingerprint.json").is_file():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, out)
+    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    described: dict[str, Any] = {"model_type": "llama", "vocab_size": vocabulary, **SHAPES[shape]}
+    described |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    (out / "config.json").write_text(json.dumps(described))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, size in expected_shapes(LlamaConfig.from_hf(described)).items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        values = torch.empty(size, dtype=torch.bfloat16)
+        files.setdefault(part, {})[name] = values.fill_(1.0) if len(size) == 1 else values.normal_(0.0, 0.02)
+        if part != "rest" and name.endswith("down_proj.weight"):
+            save_file(files.pop(part), out / f"model-{int(part):05d}.safetensors")
+    save_file(files["rest"], out / "model-rest.safetensors")
+    fingerprint = {"format": 1, "weights": f"random {shape}", "tokenizer": tokenizer_fingerprint(out)}
+    (out / "fingerprint.json").write_text(json.dumps({**fingerprint, "files": {}, "source": {}}))
+    return out
+
+
+def run(asked: argparse.Namespace, base: Path, strategy: str, devices: int) -> list[dict[str, float]]:
+    """Train a few steps on a layout; return what each process measured."""
+    folder = asked.out / f"{asked.shape}-{strategy}-{devices}"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "measured").mkdir(parents=True)
+    options = {
+        "base": base,
+        "out": folder / "run",
+        "data.train": asked.data,
+        "data.val_size": 0,
+        "data.workers": 2,
+        "optim.batch_size": asked.records * devices,
+        "optim.max_steps": asked.steps,
+        "optim.epochs": 1000,
+        "trainer.devices": devices,
+        "trainer.strategy": strategy,
+        "trainer.save_every": 1000,
+    }
+    arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    environment = os.environ | {RESULT: str(folder / "measured")}
+    done = subprocess.run([sys.executable, __file__, *arguments, *asked.rest], env=environment)
+    if done.returncode:
+        sys.exit(f"{strategy}:{devices} ended with status {done.returncode}")
+    return [json.loads(path.read_text()) for path in sorted((folder / "measured").iterdir())]
+
+
+def measured_run(folder: Path) -> None:
+    """Be one process of a run: scripts/finetune.py with a clock."""
+    import lightning.pytorch as pl
+    import torch
+
+    from lit_adapter.cli import finetune_main
+    from lit_adapter.command import run as run_script
+
+    on_gpu = torch.cuda.is_available()
+
+    class Clock(pl.Callback):
+        """Times optimizer steps and writes speed and memory at the end."""
+
+        def __init__(self) -> None:
+            self.ends: list[tuple[float, float]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            """Note when a step has ended, and its tokens."""
+            if on_gpu:
+                torch.cuda.synchronize()
+            self.ends.append((time.perf_counter(), pl_module.last["tokens"]))
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            """Write down the last two thirds."""
+            ends = self.ends[len(self.ends) // 3 :]
+            speed = sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
+            peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+            found = {"tokens_per_s": speed, "peak_bytes": peak}
+            (folder / f"rank-{trainer.global_rank:03d}.json").write_text(json.dumps(found))
+
+    fit = pl.Trainer.fit
+
+    def timed(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        trainer.callbacks.append(Clock())
+        fit(trainer, *args, **kwargs)
+
+    pl.Trainer.fit = timed  # type: ignore[method-assign]
+    run_script(finetune_main)
+
+
+if __name__ == "__main__":
+    if RESULT in os.environ:
+        measured_run(Path(os.environ[RESULT]))
+    else:
+        main()
