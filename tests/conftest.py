@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 from finetune_runs import TINY
+from hub_stand_in import hub  # noqa: F401 (a fixture)
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -2,27 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from convert_sources import random_llama, write_gguf, write_hf
+from hub_stand_in import COMMIT, Hub, script
 from transformers import LlamaForCausalLM
 
-import lit_adapter.weights
 from lit_adapter.errors import UserError
 from lit_adapter.weights.base_folder import missing_part, read_fingerprint
 from lit_adapter.weights.download import WHEEL_MODELS, WheelModel, download, small_files, weight_files
-
-HERE = Path(next(iter(lit_adapter.weights.__path__))).parents[1]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_safetensors_are_preferred_and_nothing_else_is_fetched() -> None:
@@ -125,88 +115,6 @@ def test_mistakes_before_anything_is_fetched(tmp_path: Path, wheel: Path) -> Non
     download("tiny", tmp_path / "out")
     with pytest.raises(UserError, match="holds tiny, not org/other; choose another --out or remove it"):
         download("org/other", tmp_path / "out")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as listing and fetching a repository needs."""
-
-    repositories: ClassVar[dict[str, Path]]
-    fetched: ClassVar[list[str]]
-    address: ClassVar[str]
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        parts = self.path.split("?")[0].strip("/").removeprefix("api/models/").split("/")
-        name, verb, revision, rest = "/".join(parts[:2]), *(*parts[2:], "", "", "")[:3]
-        if name == "org/gated":
-            return self.answer(403, {"X-Error-Code": "GatedRepo"})
-        if name not in self.repositories:
-            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-        if revision not in ("", "main", "v1", COMMIT):
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        folder = self.repositories[name]
-        if verb != "resolve":
-            files = sorted(folder.iterdir())
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in files]
-            description = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
-            content = json.dumps(tree if verb == "tree" else description).encode()
-            return self.answer(200, {"Content-Type": "application/json"}, content)
-        content = (folder / rest).read_bytes()
-        if self.command == "GET":
-            self.fetched.append(rest)
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        return self.answer(200, headers, content)
-
-    def answer(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
-@pytest.fixture
-def hub() -> Iterator[type[Hub]]:
-    class Handler(Hub):
-        repositories: ClassVar[dict[str, Path]] = {}
-        fetched: ClassVar[list[str]] = []
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    Handler.address = f"http://127.0.0.1:{server.server_port}"
-    yield Handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def script(
-    place: Path, endpoint: str, *arguments: object, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    own = {
-        "PYTHONPATH": str(HERE),
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(place / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    return subprocess.run(
-        [sys.executable, HERE / "scripts" / "download.py", *map(str, arguments)],
-        env={**os.environ, **own, **variables},
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_a_repository_of_the_hub(tmp_path: Path, hub: type[Hub]) -> None:

@@ -78,6 +78,7 @@ def test_what_a_run_leaves(tiny: Callable[..., Config]) -> None:
     info, state = read_adapter(out / "adapter.safetensors")
     assert info.adapter == config.adapter
     assert info.training["steps"] == STEPS
+    assert info.training["data"] == "tiny.json"  # of a path, the name alone goes into the file
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     gates = [tensor for name, tensor in state.items() if name.endswith("gate")]
     assert all(bool(gate.ne(0).all()) for gate in gates)

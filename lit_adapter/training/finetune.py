@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lit_adapter import files
 from lit_adapter.config import Config, with_learning_rate
+from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype
@@ -324,6 +325,16 @@ class _Run:
         ]
         return [*callbacks, Bar(leave=True)] if bar else callbacks
 
+    def _about_training(self) -> dict[str, Any]:
+        """Return what the adapter file tells people of its training; of a data file its name alone."""
+        config, source = self.config, self.config.data.train
+        return {
+            "data": source if is_hub_name(source) else Path(source).name,
+            "epochs": config.optim.epochs,
+            "batch_size": config.optim.batch_size,
+            "lr": config.optim.peak_lr,
+        }
+
     def _write_adapter(self, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
         info = AdapterInfo(
             adapter=self.config.adapter,
@@ -331,7 +342,7 @@ class _Run:
             base_config=self.base_config.to_hf(),
             template=self.template,
             mask_prompt=self.config.data.mask_prompt,
-            training=summary,
+            training={**self._about_training(), **summary},
         )
         save_adapter(path, state, info)
 

@@ -78,6 +78,12 @@ def find_base(name: str) -> Path:
     return folder
 
 
+def base_at_hand(name: str) -> Path | None:
+    """Return the folder of the base that an adapter names, or None where it is not there."""
+    folder = Path("checkpoints") / name
+    return folder if (folder / FINGERPRINT).is_file() else None
+
+
 def read_config(folder: Path) -> LlamaConfig:
     """Read the model sizes of a Hugging Face or converted folder.
 

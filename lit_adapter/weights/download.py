@@ -167,20 +167,20 @@ def weight_files(names: Sequence[str]) -> list[str]:
 def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) -> None:
     # Kept when the network fails, so that the next try goes on where this one stopped.
     folder = out.parent / f".{name.replace('/', '--')}.download"
-    names, commit = _list_files(name, revision)
+    names, commit = list_files(name, revision)
     weights = weight_files(names)
     if CONFIG not in names or not weights:
         has = "no config.json" if CONFIG not in names else "no safetensors or pytorch_model*.bin"
         raise UserError(f"{name}: has {has}; fetch its files yourself and use scripts/convert.py")
     if not any(vocabulary in names for vocabulary in VOCABULARY_FILES):
         raise UserError(f"{name}: has no {' or '.join(VOCABULARY_FILES)}")
-    _fetch(name, commit, small_files(names), folder)
+    fetch_files(name, commit, small_files(names), folder)
     try:
         read_config(folder)  # refuses another architecture before gigabytes arrive
     except UserError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(str(error).replace(str(folder), name)) from None
-    _fetch(name, commit, weights, folder)
+    fetch_files(name, commit, weights, folder)
     from lit_adapter.weights.convert import convert
 
     origin = {"model": name, "format": "huggingface", "revision": revision or "main", "commit": commit}
@@ -188,28 +188,29 @@ def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) ->
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _list_files(name: str, revision: str | None) -> tuple[list[str], str]:
+def list_files(name: str, revision: str | None) -> tuple[list[str], str]:
     """Return a repository's file names and the commit they are of."""
     from huggingface_hub import HfApi
 
-    info = _asking_hub(name, revision, lambda: HfApi().model_info(name, revision=revision))
+    info = asking_hub(name, revision, lambda: HfApi().model_info(name, revision=revision))
     return [file.rfilename for file in info.siblings or []], str(info.sha)
 
 
-def _fetch(name: str, commit: str, files: list[str], folder: Path) -> None:
+def fetch_files(name: str, commit: str, files: list[str], folder: Path) -> None:
+    """Fetch some files of a repository into a folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    _asking_hub(
+    asking_hub(
         name,
         commit,
         lambda: snapshot_download(name, revision=commit, allow_patterns=files, local_dir=folder),
     )
 
 
-def _asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
+def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
     """Run a request, and say in one line why the Hub did not answer it."""
     from huggingface_hub import errors
 
@@ -223,6 +224,8 @@ def _asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
         raise UserError(
             f"{name}: not found on the Hub; check the spelling, or run 'hf auth login' if it is private"
         ) from None
+    except errors.BadRequestError as error:
+        raise UserError(f"{name}: the Hub refuses it: {str(error).strip().splitlines()[-1]}") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{name}: has no revision '{revision}'; check the branch, tag or commit") from None
     except errors.HFValidationError:
@@ -233,6 +236,11 @@ def _asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
         if not transport and not isinstance(error, OSError):
             raise
         reason = (str(error).strip().splitlines() or ["no answer"])[0][:200]
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise UserError(
+                f"{name}: this login may not do that ({reason}); check the name, or run 'hf auth login' "
+                "with a token that may write"
+            ) from None
         raise UserError(
             f"{name}: the Hub cannot be reached ({type(error).__name__}: {reason}); "
             "check the network and run the same command again"

@@ -21,7 +21,7 @@ from lit_adapter.weights.adapter_file import (
     read_adapter,
     save_adapter,
 )
-from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_folder import base_at_hand, read_config
 from lit_adapter.weights.foreign import lit, official, peft
 from lit_adapter.weights.foreign.gates import with_gates
 from lit_adapter.weights.foreign.measure import difference
@@ -30,7 +30,6 @@ from lit_adapter.weights.foreign.recognise import OURS, Opened, open_adapter
 
 TEMPLATES = {official.NAME: "alpaca", lit.LIT_LLAMA.name: "alpaca", lit.LITGPT.name: "alpaca-newline"}
 """What each code base's own Alpaca script trains with."""
-CHECKPOINTS = Path("checkpoints")
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,7 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
     source = str(opened.path)
     if opened.format == OURS:
         info, state = read_adapter(opened.path)
-        base = wishes.base
-        if base is None and (CHECKPOINTS / info.base.name).is_dir():
-            base = CHECKPOINTS / info.base.name
+        base = wishes.base or base_at_hand(info.base.name)
         if base is not None:
             check_base(info, base_identity(base), opened.path)
         return info, PlainAdapter(info.adapter, state), base

@@ -1,0 +1,109 @@
+"""Adapters to and from the Hugging Face Hub: one file and its model card in a repository."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lit_adapter import files
+from lit_adapter.errors import UserError
+from lit_adapter.weights.base_folder import base_at_hand
+from lit_adapter.weights.download import asking_hub, fetch_files, list_files
+
+ADAPTER = "adapter.safetensors"
+CARD = "README.md"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[str]:
+    """Fetch an adapter, check it, and put it at ``out``.
+
+    Args:
+        name: ``org/name`` on the Hub.
+        out: the file to make; one that is there already stays if it is the same.
+        revision: branch, tag or commit.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        UserError: no such repository, no adapter of ours in it, a damaged one, or another file at ``out``.
+    """
+    if name.count("/") != 1:
+        raise UserError(f"'{name}' is no name on the Hub; expected org/name")
+    names, commit = list_files(name, revision)
+    if ADAPTER not in names:
+        theirs = next((file for file in PEFT_WEIGHTS if file in names), None)
+        hint = f"; it has {theirs}: fetch its files and use scripts/convert_adapter.py" if theirs else ""
+        raise UserError(
+            f"{name}: has no {ADAPTER}{hint or '; only adapters pushed by lit_adapter are fetched'}"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch_files(name, commit, [ADAPTER], Path(scratch))
+        from lit_adapter.weights.adapter_file import read_adapter
+
+        path = Path(scratch) / ADAPTER
+        try:
+            info, _ = read_adapter(path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), f"{name}/{ADAPTER}")) from None
+        content = path.read_bytes()
+    there = out.is_file()
+    if out.exists() and not (there and out.read_bytes() == content):
+        raise UserError(f"{out}: already there and something else; choose another --out or remove it")
+    if not there:
+        files.write_bytes(out, content)
+    base = f"checkpoints/{info.base.name}"
+    have = "is there" if base_at_hand(info.base.name) else "is not there: fetch or convert the base"
+    return [f"{out} is already there" if there else f"wrote {out}", f"its base {base} {have}"]
+
+
+def push_adapter(
+    adapter: Path, name: str, *, private: bool = False, card: Path | None = None
+) -> tuple[str, str | None]:
+    """Put an adapter into a repository of the Hub, which is made if need be.
+
+    A card that the repository has already is left alone unless ``card`` is given: its author may have filled
+    in the licence.
+
+    Args:
+        adapter: an ``adapter.safetensors``.
+        name: ``org/name``.
+        private: make the repository private, where it is new.
+        card: a file with the model card; by default one is written from the adapter's metadata.
+
+    Returns:
+        The commit's address, and the card that was written; None where the repository keeps its own.
+
+    Raises:
+        UserError: a file that is no adapter, no login, or a refusal by the Hub.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    from lit_adapter.weights.adapter_file import read_adapter
+    from lit_adapter.weights.model_card import model_card
+
+    info, _ = read_adapter(adapter)
+    text = _read_card(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    if get_token() is None:
+        raise UserError("not logged in to the Hub; run 'hf auth login', or set HF_TOKEN")
+    api: Any = HfApi()
+    asking_hub(name, None, lambda: api.create_repo(name, private=private, exist_ok=True))
+    names, _ = list_files(name, None)
+    keeps = CARD in names and card is None
+    operations = [CommitOperationAdd(ADAPTER, str(adapter))]
+    operations += [] if keeps else [CommitOperationAdd(CARD, text.encode())]
+    commit = asking_hub(
+        name, None, lambda: api.create_commit(name, operations, commit_message="Upload adapter")
+    )
+    return str(commit.commit_url), None if keeps else text
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None

@@ -1,0 +1,91 @@
+"""The page that stands beside an adapter on the Hub, written from what its file says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.weights.adapter_file import AdapterInfo
+from lit_adapter.weights.base_folder import read_fingerprint
+
+LICENSE_LINE = "# license: yours to fill in; base and data have terms of their own"
+_TRAINING = {
+    "data": "data",
+    "epochs": "epochs",
+    "batch_size": "records a step",
+    "lr": "peak learning rate",
+    "steps": "optimizer steps",
+    "train_loss": "training loss of the last step",
+    "val_loss": "held-out loss (nats a token)",
+    "converted_from": "converted from the format of",
+}
+
+
+def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
+    """Return the card's Markdown.
+
+    Args:
+        info: what the adapter says of itself.
+        repository: ``org/name``.
+        base: the base's folder where it is at hand; it may know where the base came from.
+    """
+    origin = read_fingerprint(base)["source"].get("model") if base is not None else None
+    known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
+    head = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
+    head += [f"base_model: {json.dumps(known)}"] if known else []
+    head += [LICENSE_LINE, "---"]
+    parts = [
+        "\n".join(head),
+        f"# {repository.rpartition('/')[2]}",
+        _what(info),
+        f"## Base\n\n`{info.base.name}`{f' ({origin})' if origin else ''}\n\n"
+        f"- weights: SHA-256 `{info.base.weights}`\n- tokenizer: SHA-256 `{info.base.tokenizer}`",
+        f"## Prompts\n\nTemplate `{info.template.kind}`:\n\n{_indented(info.template.text)}",
+    ]
+    if info.template.text_without_input is not None:
+        parts.append(f"Without input:\n\n{_indented(info.template.text_without_input)}")
+    rows = [
+        f"| {text} | {_shown(info.training[key])} |"
+        for key, text in _TRAINING.items()
+        if key in info.training
+    ]
+    if rows:
+        parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
+    name = repository.rpartition("/")[2]
+    parts.append(
+        "## Use\n\nWith lit_adapter, and the base converted to "
+        f"`checkpoints/{info.base.name}`:\n\n"
+        f"    python scripts/download.py {repository} --adapter\n"
+        f'    python scripts/generate.py --adapter out/{name}.safetensors --prompt "..."'
+    )
+    parts.append("## License\n\nTo be filled in by the author.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(info: AdapterInfo) -> str:
+    config, model = info.adapter, info.model
+    count = sum(math.prod(shape) for shape in expected_shapes(config, model).values())
+    layers = len(config.adapted_layers(model.n_layer))
+    text = f"A LLaMA-Adapter {config.version.upper()}: {count:,} trained numbers beside a frozen base."
+    if layers:
+        text += (
+            f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
+            f"gates of form `{config.gate}`."
+        )
+    if config.version == "v2":
+        text += (
+            f" Norms, and a bias and scale on every linear layer{', the head too' if config.head else ''}."
+        )
+    return text
+
+
+def _shown(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _indented(text: str) -> str:
+    """Indent a text, so that Markdown shows it to the letter."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
