@@ -89,6 +89,7 @@ def test_only_training_knows_lightning() -> None:
 LIGHT = {
     "lit_adapter.cli": ("torch", "lightning", "transformers"),
     "lit_adapter.weights.cli": ("torch", "lightning", "transformers"),
+    "lit_adapter.weights.foreign.cli": ("torch", "lightning", "transformers"),
     "lit_adapter.weights.convert": ("lightning", "transformers", "peft"),
     "lit_adapter.generation.engine": ("lightning", "transformers", "peft"),
     "lit_adapter.data.packing": ("lightning", "transformers"),
