@@ -51,6 +51,7 @@ def _capture(body: Callable[[], None]) -> Callable[[], None]:
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_decoder, "Landing", _LateLanding)
     monkeypatch.setattr(graph_decoder, "capture", _capture)
+    monkeypatch.setattr(graph_decoder, "fused_decoder", lambda model, cache: None)
     monkeypatch.setattr(graph_decoder, "LEAST_USED", 8)  # so that a few captures come to pass
     captured.clear()
 

@@ -75,26 +75,29 @@ class Decoder:
             numbers: which prompts they are.
             slots: their slots in the cache.
         """
+        where = torch.tensor(slots, device=self.device)
+        hidden = self._read(prompts, where)
+        if self.seen is not None:
+            for prompt, slot in zip(prompts, slots, strict=True):
+                self.seen[slot] = False
+                self.seen[slot, torch.tensor(prompt, device=self.device)] = True
+        new = [Slot(number, len(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
+        self._choose(hidden, new, where)
+        return new
+
+    def _read(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
+        """Run the model on prompts, and return the hidden states ``[B, C]`` of their last tokens."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ids = ids.to(self.device)
-        where = torch.tensor(slots, device=self.device)
         position = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        view = PrefillView(self.cache, self.model.rotation(position), where)
+        view = PrefillView(self.cache, self.model.rotation(position), slots)
         last = torch.tensor(lengths, device=self.device) - 1
         if len(prompts) == 1:  # one text: the last layer computes its last position alone
-            hidden = self.model(ids, view, last)[:, 0]
-        else:
-            hidden = self.model(ids, view)[torch.arange(len(prompts), device=self.device), last]
-        if self.seen is not None:
-            for row, slot in enumerate(slots):
-                self.seen[slot] = False
-                self.seen[slot, ids[row, : lengths[row]]] = True
-        new = [Slot(number, length) for number, length in zip(numbers, lengths, strict=True)]
-        self._choose(hidden, new, where)
-        return new
+            return self.model(ids, view, last)[:, 0]
+        return self.model(ids, view)[torch.arange(len(prompts), device=self.device), last]
 
     def step(self, slots: list[Slot | None]) -> list[int]:
         """Put every slot's newest token into the cache and choose the next; idle slots idle along.

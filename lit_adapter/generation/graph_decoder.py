@@ -1,14 +1,15 @@
 """Decoding on CUDA: a whole step is one captured graph, and the device runs ahead of whoever reads.
 
 Tokens, positions and everything a step needs stay on the device. While the host hands on the tokens of
-one step, the device computes the next; what it computed for a text that had ended is thrown away. The
-first step runs as it is, which loads its kernels, and is all that the shortest answers need.
+one step, the device computes the next; what it computed for a text that had ended is thrown away. To
+capture a step takes no longer than to launch its kernels once, so that no answer is too short for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from torch import Tensor
 from lit_adapter.generation.decoder import Decoder, Slot
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cache import DecodeView
-from lit_adapter.model.fused_step import FusedStep, fusible
+from lit_adapter.model.cache import DecodeView, KeyValueCache
 from lit_adapter.model.llama import Llama
+
+if TYPE_CHECKING:
+    from lit_adapter.model.fused_decode import FusedDecode
 
 LEAST_USED = 256
 """Shortest cache that a graph of the module path attends to; longer ones are its doubles."""
@@ -31,13 +34,14 @@ class GraphDecoder(Decoder):
         super().__init__(model, n_slots, length, settings)
         self.refill = max(1, n_slots // 4)  # a prompt takes the time of several steps, many hardly more
         new = self.numbers.new_zeros
-        self.token, self.position, self.drawn = (new(n_slots, dtype=torch.long) for _ in range(3))
+        self.token = new(n_slots, dtype=torch.long)
+        self.place = new(2, n_slots, dtype=torch.long)  # of the newest token: in its text, in its answer
+        self.position, self.drawn = self.place
+        self.last_place = self.place.new_tensor([[length - 1], [settings.max_new_tokens - 1]])
         self.chosen = new(n_slots, dtype=torch.long)
-        self.rows = torch.arange(n_slots, device=self.device)
-        self.fused: FusedStep | None = None
-        self.landings: list[Landing] = []
+        self.fused = fused_decoder(model, self.cache)
+        self.landings = [Landing(n_slots), Landing(n_slots)]
         self.graphs: dict[int, Callable[[], None]] = {}
-        self.loaded = False
         self.ahead: _Ahead | None = None
 
     def prefill(
@@ -51,11 +55,13 @@ class GraphDecoder(Decoder):
         self.drawn[where] = 1
         return new
 
+    def _read(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.fused.read(prompts, slots.tolist())
+        return super()._read(prompts, slots)
+
     def step(self, slots: list[Slot | None]) -> list[int]:
         """Return the slots that have a new token, and start the step after it."""
-        if not self.landings:  # not before the first token is out: Triton alone takes long to import
-            self.fused = FusedStep(self.model, self.cache) if fusible(self.model) else None
-            self.landings = [Landing(self.cache.n_slots), Landing(self.cache.n_slots)]
         read = self.ahead or self._launch(slots)
         limit = self.settings.max_new_tokens
         wanted = any(slot.n_new + slot.under_way < limit for slot in slots if slot)
@@ -72,14 +78,9 @@ class GraphDecoder(Decoder):
     def _launch(self, slots: list[Slot | None]) -> _Ahead:
         """Start one step of all slots and the way of its tokens to the host."""
         used = self._looked_at(max(slot.length for slot in slots if slot) + 1)
-        if used in self.graphs:
-            self.graphs[used]()
-        elif not self.loaded:
-            self._advance(used)
-            self.loaded = True
-        else:
+        if used not in self.graphs:
             self.graphs[used] = capture(lambda: self._advance(used))
-            self.graphs[used]()
+        self.graphs[used]()
         for slot in slots:
             if slot:
                 slot.length += 1
@@ -102,27 +103,34 @@ class GraphDecoder(Decoder):
         uniform = self.numbers[self.drawn]
         token = choose(self._logits(used), self.settings, uniform, self.seen)
         self.chosen.copy_(token)
-        self.token.copy_(token.clamp(min=0))
+        torch.clamp(token, min=0, out=self.token)
         if self.seen is not None:
-            self.seen[self.rows, self.token] = True
+            self.seen.scatter_(1, self.token[:, None], True)
         # Slots whose text has ended go on counting until they are refilled; within their room.
-        self.position.add_(1).clamp_(max=self.cache.length - 1)
-        self.drawn.add_(1).clamp_(max=len(self.numbers) - 1)
+        torch.minimum(self.place + 1, self.last_place, out=self.place)
 
     def _logits(self, used: int) -> Tensor:
         if self.fused is not None:
-            return self.fused(self.token, self.position)
+            return self.fused.step(self.token, self.position)
         position = self.position[:, None]
         view = DecodeView(self.cache, self.model.rotation(position), position, used, exact=False)
         return self.model.head(self.model(self.token[:, None], view)[:, 0])
+
+
+def fused_decoder(model: Llama, cache: KeyValueCache) -> FusedDecode | None:
+    """Return what decodes the model with kernels of its own, if they compute it."""
+    from lit_adapter.model import fused_decode  # needs Triton, which comes with CUDA builds of torch
+
+    return fused_decode.decoder_for(model, cache)
 
 
 def capture(body: Callable[[], None]) -> Callable[[], None]:
     """Record what ``body`` launches, without running it, and return what runs it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):
-        # Not `torch.cuda.graph`, which first gives all unused memory back to the driver.
-        graph.capture_begin(capture_error_mode="thread_local")
+        # Not `torch.cuda.graph`, which first gives all unused memory back to the driver. Relaxed: kernels
+        # that this is the first to use are loaded meanwhile.
+        graph.capture_begin(capture_error_mode="relaxed")
         try:
             body()
         finally:

@@ -6,6 +6,8 @@ right, and what padding wrote is overwritten before any later position could see
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,8 @@ class KeyValueCache:
     """Room for ``n_slots`` texts of up to ``length`` tokens.
 
     Args:
-        model: whose keys and values are kept; its prefixes are projected now, so a changed adapter needs
-            a new cache.
+        model: whose keys and values are kept; its prefixes are projected once, so a changed adapter
+            needs a new cache.
         n_slots: texts decoded together (B).
         length: longest text with its answer, in tokens (S).
     """
@@ -30,17 +32,22 @@ class KeyValueCache:
         shape = (config.n_layer, n_slots, config.n_kv_head, length, config.head_dim)
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
         self.v = torch.zeros_like(self.k)
+        self.model = model
+
+    @cached_property
+    def prefix(self) -> list[KeyValue | None]:
+        """Keys and values ``[G, K, D]`` of each layer's prompt, or None."""
         with torch.no_grad():
-            self.prefix: list[KeyValue | None] = model.prefix_kv(weight.dtype)
+            return self.model.prefix_kv(self.k.dtype)
 
 
 class _CacheView(BaseView):
     def __init__(self, cache: KeyValueCache, rotation: KeyValue) -> None:
         super().__init__(rotation)
-        self.cache = cache
+        self.cache, self.prefix = cache, cache.prefix
 
     def prefix_kv(self, layer: int) -> KeyValue | None:
-        return self.cache.prefix[layer]
+        return self.prefix[layer]
 
 
 class PrefillView(_CacheView):

@@ -72,9 +72,7 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
             )
         return
     if not float8:
-        for block in model.layers:
-            for owner, names in _groups(block):
-                join(*(getattr(owner, name) for name in names))
+        lay_out(model)
         return
     if torch.cuda.get_device_capability(model.embed_tokens.weight.device) < (9, 0):
         name = torch.cuda.get_device_name(model.embed_tokens.weight.device)
@@ -83,6 +81,13 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
         )
     for block in model.layers:  # one at a time: both forms of a block, never of the model
         _keep_float8(block)
+
+
+def lay_out(model: Llama) -> None:
+    """Lay matrices that read the same input side by side, where they are not yet."""
+    for block in model.layers:
+        for owner, names in _groups(block):
+            join(*(getattr(owner, name) for name in names))
 
 
 @dataclass
@@ -108,6 +113,11 @@ def float8_weights(block: Block) -> BlockWeights:
     """Return a block's matrices in fp8."""
     groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
     return BlockWeights(*(Float8Matrix.of(joined(*linears)) for linears in groups))
+
+
+def block_weights(block: Block) -> BlockWeights:
+    """Return a block's matrices; no copy of them, once `prepare` has laid them out."""
+    return block.fused_weights or _plain_weights(block)
 
 
 def _plain_weights(block: Block) -> BlockWeights:

@@ -132,18 +132,26 @@ class Float8Linear(nn.Module):
 
 def join(*linears: Any) -> None:
     """Lay the weights of layers that read the same input side by side in memory, for one product."""
-    whole = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+    weights = [linear.weight.detach() for linear in linears]
+    if _side_by_side(weights):
+        return
+    whole = torch.cat(weights)
+    for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
 
 
 def joined(*linears: Any) -> Tensor:
     """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
     weights = [linear.weight.detach() for linear in linears]
-    first, place = weights[0], weights[0].storage_offset()
-    storage = first.untyped_storage().data_ptr()
+    if not _side_by_side(weights):
+        return torch.cat(weights)
+    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+
+
+def _side_by_side(weights: list[Tensor]) -> bool:
+    storage, place = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
     for weight in weights:
         if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:
-            return torch.cat(weights)
+            return False
         place += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+    return True

@@ -1,8 +1,9 @@
 """Attention of one decode step: one query a slot, keys in the cache, and the gated prefix branch.
 
-With few slots, several programs share the keys of one; the last of them to finish adds up the shares.
+With few slots, several programs share the keys of one, and another does its prefix; the last of them to
+finish adds up their parts.
 
-Letters: B slots, H query heads, G key/value heads, D head size, S cache length, K prompt length.
+Letters: B slots, T tokens, H query heads, G key/value heads, D head size, S cache length, K prompt length.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.kernels.decode_products import starts_early
 
 KEYS = 64
 """Keys that a program looks at in one go."""
+MOST_SPLITS = 64
+HEADS = 8
+"""Heads that one program rotates or keeps."""
 
 
-class Shares:
-    """Where programs that share one text's keys leave their parts: with few slots, many share one.
+class Parts:
+    """Where the programs that share one text's keys leave their parts.
 
     Args:
         n_slots: B.
@@ -32,97 +37,139 @@ class Shares:
     def __init__(
         self, n_slots: int, heads: tuple[int, int], head_dim: int, length: int, device: torch.device
     ) -> None:
-        wanted = 2 * _multiprocessors(device) // (n_slots * heads[1])
+        programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        wanted = max(1, programs // (n_slots * heads[1]))
         most = triton.next_power_of_2(triton.cdiv(length, KEYS))
-        self.splits = min(triton.next_power_of_2(max(1, wanted) + 1) // 2, most, 64)
-        shape = (n_slots, heads[1], self.splits, heads[0] // heads[1])
-        self.partial = torch.empty(*shape, head_dim, device=device)  # fp32 [B, G, splits, H/G, D]
+        self.splits = min(triton.next_power_of_2(wanted + 1) // 2, most, MOST_SPLITS)
+        shape = (n_slots, heads[1], self.splits + 1, heads[0] // heads[1])  # one more for the prefix
+        self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [B, G, splits + 1, H/G, D]
         self.weight = torch.empty(*shape, device=device)  # log of each part's softmax denominator
-        self.early = starts_early(device)
         self.arrived = torch.zeros(n_slots, heads[1], dtype=torch.int32, device=device)
+        self.early = starts_early(device)
 
 
 def attend(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
     position: Tensor,
-    prefix: tuple[Tensor, Tensor, Tensor] | None,
-    shares: Shares,
+    prefix: Prefix | None,
+    parts: Parts,
     y: Tensor,
 ) -> None:
     """Attend to all keys up to each slot's position, and add the gated prefix branch.
 
     Args:
-        q: rotated queries ``[B, H, D]``.
+        q: rotated queries ``[B, H * D]``; rows may be strided.
         cache: the layer's keys and values ``[B, G, S, D]``.
         position: of the newest key ``[B]``.
-        prefix: the prompt's keys and values ``[G, K, D]`` and the strength of each channel, fp32
-            ``[H, D]``; None for a layer without prefix.
-        shares: for the parts of long texts.
-        y: is given the result ``[B, H, D]``.
+        prefix: of the layer, or None.
+        parts: room for them; overwritten.
+        y: is given the result ``[B, H * D]``.
     """
-    B, H, D = q.shape
-    G, S = cache[0].shape[1:3]
-    prompt = prefix[0].shape[1] if prefix else 0
-    _attention_kernel[B * G, shares.splits](
-        q, *cache, position, *(prefix or (q, q, q)), y,
-        shares.partial, shares.weight, shares.arrived, S, D**-0.5,
-        H=H, G=G, D=D, HEADS=max(16, triton.next_power_of_2(H // G)), KEYS=KEYS,
-        K=prompt, K_PADDED=max(16, triton.next_power_of_2(prompt)), SPLITS=shares.splits, EARLY=shares.early,
-        num_warps=4, num_stages=3, launch_pdl=shares.early,
+    B, G, S, D = cache[0].shape
+    H = y.shape[1] // D
+    K = len(prefix.kv) if prefix else 0
+    some = (prefix.kv, prefix.strength) if prefix else (q, parts.y)
+    n_programs = parts.splits + (K > 0 and parts.splits > 1)
+    _attention_kernel[B * G, n_programs](
+        q, *cache, position, *some, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
+        GROUP=H // G, G=G, D=D, HEADS=max(16, triton.next_power_of_2(H // G)), KEYS=KEYS,
+        K=K, K_PADDED=max(16, triton.next_power_of_2(K)), SPLITS=parts.splits,
+        WIDTH=triton.next_power_of_2(H // G * D), EARLY=parts.early,
+        num_warps=4, num_stages=3, launch_pdl=parts.early,
     )  # fmt: skip
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def rotate_and_keep(
+    qkv: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    slot: Tensor,
+    position: Tensor,
+    cache: tuple[Tensor, Tensor],
+) -> None:
+    """Rotate queries and keys in place, and put keys and values into the cache.
+
+    Args:
+        qkv: queries, keys and values of each token ``[T, (H + 2 G) * D]``.
+        rotation: cosines and sines, fp32 ``[T, D/2]``.
+        slot: of each token's text ``[T]``.
+        position: of each token in its text ``[T]``.
+        cache: the layer's keys and values ``[B, G, S, D]``.
+    """
+    _, G, S, D = cache[0].shape
+    T, n_heads = len(qkv), qkv.shape[1] // D
+    _keep_kernel[T, triton.cdiv(n_heads, HEADS)](
+        qkv, *rotation, slot, position, *cache, S, H=n_heads - 2 * G, G=G, HALF=D // 2, HEADS=HEADS
+    )
+
+
+@triton.jit
+def _keep_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, slot_ptr, position_ptr, k_ptr, v_ptr, S,
+    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """A program owns HEADS heads of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    d = tl.arange(0, HALF)[None, :]
+    place = qkv_ptr + (t * (H + 2 * G) + head) * (2 * HALF) + d
+    a = tl.load(place, mask=head < H + 2 * G, other=0.0)
+    b = tl.load(place + HALF, mask=head < H + 2 * G, other=0.0)
+    first, second = a.to(tl.float32), b.to(tl.float32)
+    cos, sin = tl.load(cos_ptr + t * HALF + d), tl.load(sin_ptr + t * HALF + d)
+    turned = (first * cos - second * sin).to(a.dtype)
+    turned_too = (second * cos + first * sin).to(a.dtype)
+    tl.store(place, turned, mask=head < H + G)
+    tl.store(place + HALF, turned_too, mask=head < H + G)
+    row = tl.load(slot_ptr + t) * G * S + tl.load(position_ptr + t)  # of the text's first group
+    key = k_ptr + (row + (head - H) * S) * (2 * HALF) + d
+    tl.store(key, turned, mask=(head >= H) & (head < H + G))
+    tl.store(key + HALF, turned_too, mask=(head >= H) & (head < H + G))
+    value = v_ptr + (row + (head - H - G) * S) * (2 * HALF) + d
+    tl.store(value, a, mask=(head >= H + G) & (head < H + 2 * G))
+    tl.store(value + HALF, b, mask=(head >= H + G) & (head < H + 2 * G))
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, y_ptr,
-    partial_ptr, weight_ptr, arrived_ptr, S, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, position_ptr, prompt_ptr, strength_ptr, y_ptr,
+    part_ptr, weight_ptr, arrived_ptr, q_stride, S, scale,
+    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program owns the query heads of one slot and group, and one of SPLITS shares of the keys.
-
-    The last program of a slot and group to arrive adds up the shares.
-    """
-    GROUP: tl.constexpr = H // G
+    """A program owns the query heads of one slot and group, and one of SPLITS shares of its keys."""
+    pair, split = tl.program_id(0), tl.program_id(1)
+    slot, group = pair // G, pair % G
+    length = tl.load(position_ptr + slot).to(tl.int32) + 1  # known since before the step
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    pair = tl.program_id(0)
     head = tl.arange(0, HEADS)
     real = head < GROUP
-    d = tl.arange(0, D)
-    channel = (pair * GROUP + head)[:, None] * D + d[None, :]  # of queries and results
-    q = tl.load(q_ptr + channel, mask=real[:, None], other=0.0)
-    length = tl.load(position_ptr + pair // G).to(tl.int32) + 1
+    d = tl.arange(0, D)[None, :]
+    channel = (group * GROUP + head)[:, None] * D + d
+    q = tl.load(q_ptr + slot * q_stride + channel, mask=real[:, None], other=0.0)
     own = tl.cdiv(tl.cdiv(length, KEYS), SPLITS) * KEYS
-    begin = tl.program_id(1) * own
+    begin = tl.minimum(split * own, length)  # nothing is left for a program beyond SPLITS: the prefix's
     at = pair.to(tl.int64) * S * D
     y, weight = _attend_keys(
         q, k_ptr + at, v_ptr + at, begin, tl.minimum(begin + own, length), scale, D, KEYS
     )
-    last = True
-    if SPLITS > 1:
-        share = (pair * SPLITS + tl.program_id(1)) * GROUP + head
-        tl.store(partial_ptr + share[:, None] * D + d[None, :], y, mask=real[:, None])
-        tl.store(weight_ptr + share, weight, mask=real)
+    if K > 0:  # noqa: SIM102 (decided when compiling)
+        if SPLITS == 1 or split == SPLITS:
+            strength = tl.load(strength_ptr + channel, mask=real[:, None], other=0.0)
+            prompt = prompt_ptr + group * D
+            y += strength * _attend_prompt(q, prompt, prompt + G * D, scale, 2 * G * D, D, K, K_PADDED)
+    if SPLITS == 1:
+        tl.store(y_ptr + slot * G * GROUP * D + channel, y, mask=real[:, None])
+    else:
+        part = (pair * (SPLITS + 1) + split) * GROUP + head
+        tl.store(part_ptr + part[:, None] * D + d, y, mask=real[:, None])
+        tl.store(weight_ptr + part, weight, mask=real)
         tl.debug_barrier()  # all of this program's stores come before it is counted
-        last = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == SPLITS - 1
-    if last:
-        if SPLITS > 1:
+        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             tl.store(arrived_ptr + pair, 0)
-            y = _joined(partial_ptr, weight_ptr, pair, head, real, D, GROUP, SPLITS)
-        if K > 0:
-            strength = (pair % G * GROUP + head)[:, None] * D + d[None, :]
-            strength = tl.load(strength_ptr + strength, mask=real[:, None], other=0.0)
-            prompt = pair % G * K * D
-            y += strength * _attend_prompt(q, pk_ptr + prompt, pv_ptr + prompt, scale, D, K, K_PADDED)
-        tl.store(y_ptr + channel, y, mask=real[:, None])
+            _join(part_ptr, weight_ptr, y_ptr, pair, D, GROUP, K, SPLITS, WIDTH)
 
 
 @triton.jit
@@ -145,37 +192,50 @@ def _attend_keys(q, k_ptr, v_ptr, begin, end, scale, D: tl.constexpr, KEYS: tl.c
         total = total * shrink + tl.sum(p, 1)
         y = tl.dot(p.to(v.dtype), v, y * shrink[:, None])
         top = higher
-    weight = tl.where(total > 0, top + tl.log(total), float("-inf"))  # an empty share weighs nothing
-    return y / tl.where(total > 0, total, 1.0)[:, None], weight
+    some = tl.where(total > 0, total, 1.0)
+    return y / some[:, None], top + tl.log(some)  # an empty share's weight is 0, its logarithm -inf
 
 
 @triton.jit
-def _joined(
-    partial_ptr, weight_ptr, pair, head, real, D: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr
+def _attend_prompt(
+    q, pk_ptr, pv_ptr, scale, stride, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr
 ):
-    """Return the sum of the shares ``[HEADS, D]``, each by its weight. They lie in L2: no stale L1 line."""
-    splits = pair * SPLITS + tl.arange(0, SPLITS)
-    place = splits[:, None] * GROUP + head[None, :]
-    weight = tl.load(weight_ptr + place, mask=real[None, :], other=0.0, cache_modifier=".cg")
-    top = tl.max(weight, 0)
-    total = tl.sum(tl.exp(weight - top[None, :]), 0)
-    y = tl.zeros((head.shape[0], D), tl.float32)
-    for split in range(SPLITS):
-        share = (pair * SPLITS + split) * GROUP + head
-        factor = tl.exp(tl.load(weight_ptr + share, mask=real, other=0.0, cache_modifier=".cg") - top) / total
-        place_of_part = share[:, None] * D + tl.arange(0, D)[None, :]
-        part = tl.load(partial_ptr + place_of_part, mask=real[:, None], other=0.0, cache_modifier=".cg")
-        y += factor[:, None] * part
-    return y
-
-
-@triton.jit
-def _attend_prompt(q, pk_ptr, pv_ptr, scale, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr):
     """Return the attention of ``q [HEADS, D]`` over the prompt's K keys."""
     key = tl.arange(0, K_PADDED)
-    place = key[:, None] * D + tl.arange(0, D)[None, :]
+    place = key[:, None] * stride + tl.arange(0, D)[None, :]
     pk = tl.load(pk_ptr + place, mask=(key < K)[:, None], other=0.0)
     pv = tl.load(pv_ptr + place, mask=(key < K)[:, None], other=0.0)
     score = tl.where((key < K)[None, :], tl.dot(q, tl.trans(pk)) * scale, float("-inf"))
     p = tl.exp(score - tl.max(score, 1)[:, None])
     return tl.dot((p / tl.sum(p, 1)[:, None]).to(pv.dtype), pv)
+
+
+@triton.jit
+def _join(
+    part_ptr, weight_ptr, y_ptr, pair,
+    D: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of a slot's and group's parts, each by its weight, and of its prefix.
+
+    Parts are read from L2, where all programs wrote them: a line in L1 could be an older step's.
+    """
+    channel = tl.arange(0, WIDTH)
+    real = channel < GROUP * D
+    first = pair * (SPLITS + 1) * GROUP
+    top = tl.full((WIDTH,), float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        place = weight_ptr + first + split * GROUP + channel // D
+        top = tl.maximum(top, tl.load(place, mask=real, other=0.0, cache_modifier=".cg"))
+    total = tl.zeros((WIDTH,), tl.float32)
+    y = tl.zeros((WIDTH,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        place = weight_ptr + first + split * GROUP + channel // D
+        factor = tl.exp(tl.load(place, mask=real, other=0.0, cache_modifier=".cg") - top)
+        part = part_ptr + (first + split * GROUP) * D + channel
+        total += factor
+        y += factor * tl.load(part, mask=real, other=0.0, cache_modifier=".cg")
+    y /= total
+    if K > 0:
+        part = part_ptr + (first + SPLITS * GROUP) * D + channel
+        y += tl.load(part, mask=real, other=0.0, cache_modifier=".cg")
+    tl.store(y_ptr + pair * GROUP * D + channel, y, mask=real)

@@ -1,49 +1,36 @@
-"""Matrix products of one decode step, each with all that surrounds it: a step is bound by reading weights.
+"""Products of one text's newest token with the weights, each with all that surrounds it.
 
-RMSNorm before a product, and rotation, cache write, SiLU or residual after it, are done by the product's
-own kernel. A program owns ROWS rows of one weight and as many of a second one (or of the same, half a
-head or half a matrix on), for all slots. With one slot, products are sums of vectors; with more, they go
-through the matrix units. On compute capability 9, a launch begins while the one before it ends.
+Such a step is bound by reading weights. RMSNorm before a product, and rotation, cache write, SiLU or
+residual after it, are done by the product's own kernel: a layer is five launches with its attention's. A
+program owns ROWS rows of one weight and as many of a second one (or of the same, half a head or half a
+matrix on). On compute capability 9 a launch begins while the one before it ends.
 
-Every function takes contiguous tensors of one CUDA device, weights and hidden states in bf16.
+Every function takes contiguous tensors of one CUDA device.
 
-Letters: B slots, C width, M width of the MLP, H query heads, G key/value heads, D head size, S cache length.
+Letters: C width, M width of the MLP, H query heads, G key/value heads, D head size, S cache length.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_SLOTS = 64
-"""Slots of one program; more are divided among several."""
+ROWS, DEPTH, WARPS = 4, 512, 4
+"""Rows of either weight and columns that a program reads at a time, and its warps: the best of 16 tried."""
 
 
-class Tile(NamedTuple):
-    """The part of a product that one program does, and how."""
-
-    rows: int
-    """Rows of either weight."""
-    depth: int
-    """Columns read at a time."""
-    slots: int
-    warps: int
-    stages: int
-    early: bool
-    """See `starts_early`."""
+def starts_early(device: torch.device) -> bool:
+    """Return whether a launch may overlap the end of the one before it."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def tile(n_slots: int, device: torch.device) -> Tile:
-    """Return the fastest tile measured for so many slots."""
-    early = starts_early(device)
-    if n_slots == 1:
-        return Tile(rows=4, depth=1024, slots=1, warps=4, stages=1, early=early)
-    slots = min(max(16, triton.next_power_of_2(n_slots)), MOST_SLOTS)
-    return Tile(rows=16, depth=128, slots=slots, warps=4, stages=4, early=early)
+def _launch(x: Tensor, rows: int = ROWS) -> dict[str, Any]:
+    early = starts_early(x.device)
+    return {"ROWS": rows, "DEPTH": DEPTH, "EARLY": early, "num_warps": WARPS, "launch_pdl": early}
 
 
 def project(
@@ -55,90 +42,72 @@ def project(
     position: Tensor,
     q: Tensor,
     cache: tuple[Tensor, Tensor],
-    shape: Tile,
 ) -> None:
     """Norm, project to queries, keys and values, rotate, and put keys and values into the cache.
 
     Args:
-        x: hidden states ``[B, C]``.
+        x: hidden state ``[1, C]``.
         norm: the norm's weight ``[C]``.
         eps: the norm's.
         weights: of queries ``[H * D, C]``, keys and values ``[G * D, C]``.
-        rotation: cosines and sines of the positions, fp32 ``[B, D/2]``.
-        position: where the cache is written ``[B]``.
-        q: is given the rotated queries ``[B, H, D]``.
-        cache: the layer's keys and values ``[B, G, S, D]``.
-        shape: a program's part.
+        rotation: cosines and sines of the position, fp32 ``[1, D/2]``.
+        position: where the cache is written ``[1]``.
+        q: is given the rotated queries ``[1, H * D]``.
+        cache: the layer's keys and values ``[1, G, S, D]``.
     """
-    B, C = x.shape
     _, G, S, D = cache[0].shape
-    rows = min(shape.rows, D // 2)
-    grid = ((q.shape[1] + 2 * G) * (D // 2 // rows), triton.cdiv(B, shape.slots))
-    _project_kernel[grid](
-        x, norm, *weights, *rotation, position, q, *cache, B, S, eps,
-        C=C, H=q.shape[1], G=G, D=D, ROWS=rows, DEPTH=shape.depth, SLOTS=shape.slots, EARLY=shape.early,
-        num_warps=shape.warps, num_stages=shape.stages, launch_pdl=shape.early,
+    H, rows = q.shape[1] // D, min(ROWS, D // 2)
+    _project_kernel[((H + 2 * G) * (D // 2 // rows),)](
+        x, norm, *weights, *rotation, position, q, *cache, S, eps,
+        C=x.shape[1], H=H, G=G, D=D, **_launch(x, rows),
     )  # fmt: skip
 
 
-def gate_up(
-    x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, hidden: Tensor, shape: Tile
-) -> None:
+def gate_up(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, hidden: Tensor) -> None:
     """Norm, and write ``silu(gate x) * up x``.
 
     Args:
-        x: hidden states ``[B, C]``.
+        x: hidden state ``[1, C]``.
         norm: the norm's weight ``[C]``.
         eps: the norm's.
         gate: ``[M, C]``.
         up: ``[M, C]``.
-        hidden: is given the result ``[B, M]``.
-        shape: a program's part.
+        hidden: is given the result ``[1, M]``.
     """
-    B, C = x.shape
     M = len(gate)
-    _gate_up_kernel[triton.cdiv(M, shape.rows), triton.cdiv(B, shape.slots)](
-        x, norm, gate, up, hidden, B, M, eps,
-        C=C, ROWS=shape.rows, DEPTH=shape.depth, SLOTS=shape.slots, EARLY=shape.early,
-        num_warps=shape.warps, num_stages=shape.stages, launch_pdl=shape.early,
+    _gate_up_kernel[(triton.cdiv(M, ROWS),)](
+        x, norm, gate, up, hidden, M, eps, C=x.shape[1], **_launch(x)
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor, weight: Tensor, out: Tensor, shape: Tile, *, norm: Tensor | None = None, eps: float = 0.0
-) -> None:
-    """Write ``weight norm(x)``; without a norm, add ``weight x`` to what ``out`` holds (the residual).
+def add_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Add ``weight x [1, N]`` to ``out``, the residual; ``x [1, C]``, ``weight [N, C]``."""
+    _linear(x, weight, out, None, 0.0)
 
-    Args:
-        x: ``[B, C]``.
-        weight: ``[N, C]``.
-        out: ``[B, N]``.
-        shape: a program's part.
-        norm: the norm's weight ``[C]``.
-        eps: the norm's.
-    """
-    B, C = x.shape
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
+    """Write ``weight norm(x) [1, N]`` to ``out``; ``x [1, C]``, ``weight [N, C]``."""
+    _linear(x, weight, out, norm, eps)
+
+
+def _linear(x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None, eps: float) -> None:
     N = len(weight)
     half = triton.cdiv(N, 2)
-    _linear_kernel[triton.cdiv(half, shape.rows), triton.cdiv(B, shape.slots)](
-        x, x if norm is None else norm, weight, out, B, N, half, eps,
-        C=C, NORM=norm is not None, ROWS=shape.rows, DEPTH=shape.depth, SLOTS=shape.slots, EARLY=shape.early,
-        num_warps=shape.warps, num_stages=shape.stages, launch_pdl=shape.early,
+    _linear_kernel[(triton.cdiv(half, ROWS),)](
+        x, x if norm is None else norm, weight, out, N, half, eps,
+        C=x.shape[1], NORM=norm is not None, **_launch(x),
     )  # fmt: skip
-
-
-def starts_early(device: torch.device) -> bool:
-    """Return whether a launch may overlap the end of the one before it."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
-def _vector_products(
-    x_ptr, norm_ptr, first_ptr, second_ptr, first, second, slot, eps,
-    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-    EARLY: tl.constexpr,
+def _products(
+    x_ptr, norm_ptr, first_ptr, second_ptr, first, second, eps,
+    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Return the products of two sets of weight rows with one slot's states, ``[ROWS, 1]`` each."""
+    """Return rows ``first`` and ``second`` of two weights times the (normed) state, ``[ROWS]`` each.
+
+    The norm's own factor is known at the end of the rows and multiplied in there.
+    """
     column = tl.arange(0, DEPTH)
     first_part = first_ptr + first.to(tl.int64)[:, None] * C + column[None, :]
     second_part = second_ptr + second.to(tl.int64)[:, None] * C + column[None, :]
@@ -165,69 +134,14 @@ def _vector_products(
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(square, 0) / C + eps)
-    return tl.sum(a, 1)[:, None] * scale, tl.sum(b, 1)[:, None] * scale
-
-
-@triton.jit
-def _matrix_products(
-    x_ptr, norm_ptr, first_ptr, second_ptr, first, second, slot, eps,
-    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Return the products of two sets of weight rows with all slots' states, ``[ROWS, SLOTS]`` each.
-
-    The norm's own factor, a number per slot, is known at the end of the rows and multiplied in there.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    a = tl.zeros((ROWS, SLOTS), tl.float32)
-    b = tl.zeros((ROWS, SLOTS), tl.float32)
-    square = tl.zeros((SLOTS,), tl.float32)
-    first_row = first_ptr + first.to(tl.int64)[:, None] * C
-    second_row = second_ptr + second.to(tl.int64)[:, None] * C
-    for start in range(0, C, DEPTH):
-        column = start + tl.arange(0, DEPTH)
-        inside = column < C
-        x = tl.load(x_ptr + slot[None, :] * C + column[:, None], mask=inside[:, None], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            square += tl.sum(wide * wide, 0)
-            weight = tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            x = (wide * weight[:, None]).to(x.dtype)
-        a = tl.dot(tl.load(first_row + column[None, :], mask=inside[None, :], other=0.0), x, a)
-        b = tl.dot(tl.load(second_row + column[None, :], mask=inside[None, :], other=0.0), x, b)
-    if NORM:
-        scale = tl.rsqrt(square / C + eps)[None, :]
-        a *= scale
-        b *= scale
-    return a, b
-
-
-@triton.jit
-def _products(
-    x_ptr, norm_ptr, first_ptr, second_ptr, first, second, slot, eps,
-    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Return rows ``first`` and ``second`` of two weights times the (normed) states of the slots."""
-    if SLOTS == 1:
-        a, b = _vector_products(
-            x_ptr, norm_ptr, first_ptr, second_ptr, first, second, slot, eps, C, NORM, ROWS, DEPTH, EARLY
-        )
-    else:
-        a, b = _matrix_products(
-            x_ptr, norm_ptr, first_ptr, second_ptr, first, second, slot,
-            eps, C, NORM, ROWS, DEPTH, SLOTS, EARLY,
-        )  # fmt: skip
-    return a, b
+    return tl.sum(a, 1) * scale, tl.sum(b, 1) * scale
 
 
 @triton.jit
 def _project_kernel(
-    x_ptr, norm_ptr, wq_ptr, wk_ptr, wv_ptr, cos_ptr, sin_ptr, position_ptr, q_ptr, k_ptr, v_ptr, B, S, eps,
+    x_ptr, norm_ptr, wq_ptr, wk_ptr, wv_ptr, cos_ptr, sin_ptr, position_ptr, q_ptr, k_ptr, v_ptr, S, eps,
     C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS channels of the first half of a head, and those they are rotated with."""
     HALF: tl.constexpr = D // 2
@@ -235,79 +149,61 @@ def _project_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) // (HALF // ROWS)
     channel = tl.program_id(0) % (HALF // ROWS) * ROWS + tl.arange(0, ROWS)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    real = slot < B
-    slot = tl.minimum(slot, B - 1)
-    position = tl.load(position_ptr + slot).to(tl.int64)
+    position = tl.load(position_ptr).to(tl.int64)
     if head < H:
         weight_ptr = wq_ptr
         own = head
-        out = q_ptr + (slot * H + own).to(tl.int64) * D
+        out = q_ptr + own * D
     elif head < H + G:
         weight_ptr = wk_ptr
         own = head - H
-        out = k_ptr + ((slot * G + own).to(tl.int64) * S + position) * D
+        out = k_ptr + (own * S + position) * D
     else:
         weight_ptr = wv_ptr
         own = head - H - G
-        out = v_ptr + ((slot * G + own).to(tl.int64) * S + position) * D
+        out = v_ptr + (own * S + position) * D
     row = own * D + channel
     a, b = _products(
-        x_ptr, norm_ptr, weight_ptr, weight_ptr, row, row + HALF, slot,
-        eps, C, True, ROWS, DEPTH, SLOTS, EARLY,
-    )  # fmt: skip
+        x_ptr, norm_ptr, weight_ptr, weight_ptr, row, row + HALF, eps, C, True, ROWS, DEPTH, EARLY
+    )
     if head < H + G:
-        cos = tl.load(cos_ptr + slot[None, :] * HALF + channel[:, None])
-        sin = tl.load(sin_ptr + slot[None, :] * HALF + channel[:, None])
+        cos = tl.load(cos_ptr + channel)
+        sin = tl.load(sin_ptr + channel)
         a, b = a * cos - b * sin, b * cos + a * sin
-    place = out[None, :] + channel[:, None]
-    tl.store(place, a, mask=real[None, :])
-    tl.store(place + HALF, b, mask=real[None, :])
+    tl.store(out + channel, a)
+    tl.store(out + channel + HALF, b)
 
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, B, M, eps,
-    C: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, M, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS channels of the MLP."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    real = (slot < B)[None, :] & (row < M)[:, None]
-    slot = tl.minimum(slot, B - 1)
     last = tl.minimum(row, M - 1)
-    a, b = _products(
-        x_ptr, norm_ptr, gate_ptr, up_ptr, last, last, slot, eps, C, True, ROWS, DEPTH, SLOTS, EARLY
-    )
-    tl.store(out_ptr + slot[None, :] * M + row[:, None], a / (1.0 + tl.exp(-a)) * b, mask=real)
+    a, b = _products(x_ptr, norm_ptr, gate_ptr, up_ptr, last, last, eps, C, True, ROWS, DEPTH, EARLY)
+    tl.store(out_ptr + row, a / (1.0 + tl.exp(-a)) * b, mask=row < M)
 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, norm_ptr, weight_ptr, out_ptr, B, N, half, eps,
-    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_ptr, norm_ptr, weight_ptr, out_ptr, N, half, eps,
+    C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows of the first half of the weight, and as many of the second half."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    real = slot < B
-    slot = tl.minimum(slot, B - 1)
     first = tl.minimum(row, half - 1)
     second = tl.minimum(row + half, N - 1)
-    a, b = _products(
-        x_ptr, norm_ptr, weight_ptr, weight_ptr, first, second, slot, eps, C, NORM, ROWS, DEPTH, SLOTS, EARLY
-    )
-    place = out_ptr + slot[None, :].to(tl.int64) * N + row[:, None]
-    in_first = real[None, :] & (row < half)[:, None]
-    in_second = in_first & (row + half < N)[:, None]
+    a, b = _products(x_ptr, norm_ptr, weight_ptr, weight_ptr, first, second, eps, C, NORM, ROWS, DEPTH, EARLY)
+    in_first = row < half
+    in_second = in_first & (row + half < N)
     if not NORM:
-        a += tl.load(place, mask=in_first, other=0.0).to(tl.float32)
-        b += tl.load(place + half, mask=in_second, other=0.0).to(tl.float32)
-    tl.store(place, a, mask=in_first)
-    tl.store(place + half, b, mask=in_second)
+        a += tl.load(out_ptr + row, mask=in_first, other=0.0).to(tl.float32)
+        b += tl.load(out_ptr + row + half, mask=in_second, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, a, mask=in_first)
+    tl.store(out_ptr + row + half, b, mask=in_second)

@@ -1,0 +1,208 @@
+"""Prompts and decode steps on CUDA with the kernels of training and a few of their own.
+
+Which of the two ways a model goes is decided in `decoder_for` and nowhere else: models that the kernels
+compute (see `fused.applies`) are decoded by `FusedDecode`, all others by `Llama.forward` on the cache's
+views. No weight is kept twice.
+
+Letters: B slots, T tokens, C width, H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_adapter.model import fused
+from lit_adapter.model.adapter import GatedPrefix
+from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model.cache import KeyValueCache
+from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
+from lit_adapter.model.kernels.attention import Prefix
+from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.tiles import plan_tiles
+
+
+def decoder_for(model: Llama, cache: KeyValueCache) -> FusedDecode | None:
+    """Return what decodes the model, or None if that is its own forward pass."""
+    return FusedDecode(model, cache) if fused.applies(model) else None
+
+
+class FusedDecode:
+    """Reads prompts into a cache and takes decode steps, for models that `fused.applies` to.
+
+    Args:
+        model: its projections are laid side by side.
+        cache: keys and values.
+    """
+
+    def __init__(self, model: Llama, cache: KeyValueCache) -> None:
+        if model.layers[0].fused_weights is None:
+            with torch.inference_mode(False):  # the weights live on, perhaps into training
+                fused.lay_out(model)
+        config, B = model.config, cache.n_slots
+        H, G, D = config.n_head, config.n_kv_head, config.head_dim
+        self.model, self.cache, self.D = model, cache, D
+        self.q_width, self.kv_width = H * D, G * D
+        self.weights = [fused.block_weights(block) for block in model.layers]
+        self.prefix = [
+            _prefix(block.self_attn.prefix, weights, cache.k.dtype, self.q_width)
+            for block, weights in zip(model.layers, self.weights, strict=True)
+        ]
+        new = model.embed_tokens.weight.new_empty
+        self.parts = decode_attention.Parts(B, (H, G), D, cache.length, cache.k.device)
+        self.y = new(B, H * D)
+        self.slot = torch.arange(B, device=cache.k.device)
+        head = model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
+        plain = plain and not any(weights.quantised for weights in self.weights)
+        self.alone = _OneText(self) if B == 1 and plain else None
+
+    def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Read prompts into their slots, all in one row, and return their last hidden states ``[B, C]``."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        segment = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+        last = lengths.cumsum(0) - 1
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        position = torch.arange(len(ids)) - (last + 1 - lengths)[segment]
+        row = PackedRow(ids, position, segment, segment, last, last)
+        view = _PromptView(self, row, torch.tensor(slots)[segment])
+        return self.model(view.ids[None], view, view.last)[0]
+
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
+        """Put every slot's newest token into the cache.
+
+        Args:
+            token: ``[B]``.
+            position: of these tokens ``[B]``.
+
+        Returns:
+            Logits of the next token ``[B, V]``; the next call may overwrite them.
+        """
+        rotation = self.model.rotation(position[None])
+        if self.alone is not None:
+            return self.alone.step(token, position, rotation)
+        view = _StepView(self, rotation, self.slot, position)
+        return self.model.head(self.model(token[None], view)[0])
+
+
+def _prefix(
+    prefix: GatedPrefix | None, weights: fused.BlockWeights, dtype: torch.dtype, q_width: int
+) -> Prefix | None:
+    """Return a layer's prompt, projected once, as the kernels take it."""
+    if prefix is None:
+        return None
+    kv = weights.qkv.outputs(q_width)
+    D = q_width // prefix.n_head
+    prompt = weights.operand(prefix.prompt.to(dtype))
+    return Prefix(kv(prompt), prefix.strength()[:, 0].expand(prefix.n_head, D).contiguous())
+
+
+class _CacheRowView(BlockView):
+    """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
+
+    Args:
+        decode: weights, prefixes and the cache.
+        rotation: cosines and sines ``[1, T, D/2]``.
+        slot: of each token's text ``[T]``.
+        position: of each token in its text ``[T]``.
+    """
+
+    def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
+        super().__init__(rotation)
+        self.decode, self.slot, self.position = decode, slot, position
+
+    def block(self, block: Block, x: Tensor, rows_wanted: Tensor | None) -> Tensor:
+        """Compute a block for ``x [1, T, C]``, or for its positions ``rows_wanted [M]``."""
+        decode, layer, x = self.decode, block.self_attn.index, x[0]
+        weights, quantised = decode.weights[layer], decode.weights[layer].quantised
+        before, between = block.input_layernorm, block.post_attention_layernorm
+        normed, _ = rows.norm(x, before.weight, before.eps, None, quantised=quantised)
+        qkv = weights.qkv(normed)
+        cos, sin = self.rotation
+        cache = (decode.cache.k[layer], decode.cache.v[layer])
+        decode_attention.rotate_and_keep(qkv, (cos[0], sin[0]), self.slot, self.position, cache)
+        y = weights.operand(self.attend(layer, qkv, rows_wanted))
+        middle, _, normed, _ = rows.add_and_norm(
+            x if rows_wanted is None else x[rows_wanted],
+            weights.o(y),
+            between.weight,
+            between.eps,
+            quantised=quantised,
+            twice=False,
+        )
+        weights.down.add_to(middle, rows.swiglu(weights.gate_up(normed), quantised=quantised))
+        return middle[None]
+
+    @abstractmethod
+    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+        """Return attention ``[T, H * D]`` of rotated ``qkv [T, (H + 2 G) * D]``, or ``[M, H * D]``."""
+
+
+class _PromptView(_CacheRowView):
+    """Prompts laid end to end, each attending to itself.
+
+    Args:
+        decode: weights, prefixes and the cache.
+        row: the prompts; its targets are their last tokens.
+        slot: of each token's text, on the CPU ``[T]``.
+    """
+
+    def __init__(self, decode: FusedDecode, row: PackedRow, slot: Tensor) -> None:
+        device = decode.cache.k.device
+        joined = torch.cat((row.ids, row.position, slot, row.target_index)).pin_memory()
+        T = len(slot)
+        parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
+        self.ids, position, slot, self.last = parts
+        super().__init__(decode, decode.model.rotation(position[None]), slot, position)
+        self.all_rows = plan_tiles(row, None, device)
+        self.last_rows = plan_tiles(row, row.target_index, device)
+
+    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+        decode = self.decode
+        q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
+        plan = self.all_rows if rows_wanted is None else self.last_rows
+        q = q if rows_wanted is None else q[rows_wanted]
+        return attention.attend(q, k, v, plan, decode.D, decode.prefix[layer])[0]
+
+
+class _StepView(_CacheRowView):
+    """One new token in every slot."""
+
+    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+        decode = self.decode
+        cache = (decode.cache.k[layer], decode.cache.v[layer])
+        q = qkv[:, : decode.q_width]
+        decode_attention.attend(q, cache, self.position, decode.prefix[layer], decode.parts, decode.y)
+        return decode.y
+
+
+class _OneText:
+    """The steps of a single text: five launches a layer, which read each weight once."""
+
+    def __init__(self, decode: FusedDecode) -> None:
+        self.decode, config = decode, decode.model.config
+        new = decode.y.new_empty
+        self.x = new(1, config.n_embd)
+        self.q = new(1, decode.q_width)
+        self.hidden = new(1, config.n_hidden)
+        self.logits = new(1, config.vocab_size, dtype=torch.float32)
+
+    def step(self, token: Tensor, position: Tensor, rotation: KeyValue) -> Tensor:
+        """Do `FusedDecode.step` for ``token [1]`` at ``position [1]``."""
+        decode, model, products, x = self.decode, self.decode.model, decode_products, self.x
+        torch.index_select(model.embed_tokens.weight, 0, token, out=x)
+        for index, block in enumerate(model.layers):
+            attn, mlp, norm = block.self_attn, block.mlp, block.input_layernorm
+            cache = (decode.cache.k[index], decode.cache.v[index])
+            weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+            products.project(x, norm.weight, norm.eps, weights, rotation, position, self.q, cache)
+            decode_attention.attend(self.q, cache, position, decode.prefix[index], decode.parts, decode.y)
+            products.add_linear(decode.y, attn.o_proj.weight, x)
+            norm = block.post_attention_layernorm
+            products.gate_up(x, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight, self.hidden)
+            products.add_linear(self.hidden, mlp.down_proj.weight, x)
+        products.norm_linear(x, model.norm.weight, model.norm.eps, model.lm_head.weight, self.logits)
+        return self.logits
