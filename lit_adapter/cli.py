@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,9 +24,15 @@ _PYTHON_TAG = "tag:yaml.org,2002:python/"
 def finetune_main(argv: Sequence[str]) -> int:
     """Parse a run's configuration and train."""
     config, resume = parse_finetune(argv)
+    from lit_adapter.training.signals import Signals
+
+    signals = Signals()
+    signals.install()  # before the seconds that the next import takes
+    if isinstance(sys.stdout, TextIOWrapper):  # a log file should show the last step, also of a killed run
+        sys.stdout.reconfigure(line_buffering=True)
     from lit_adapter.training.finetune import finetune
 
-    return finetune(config, resume)
+    return finetune(config, resume, signals=signals)
 
 
 def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:

@@ -27,9 +27,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        status = getattr(interrupt, "exit_status", INTERRUPTED)
     except BrokenPipeError:
         # Python flushes standard output once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 TINY = Path(__file__).parent / "configs" / "tiny.yaml"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
 
 
 class Stopper:
@@ -19,3 +20,9 @@ class Stopper:
         self.lines.append(line)
         if line.startswith(self.at):
             signal.raise_signal(self.number)
+
+
+def arguments(base: Path, data: Path, out: Path, *options: str) -> list[str]:
+    """The command line of a tiny run."""
+    fixed = ["--base", str(base), "--data.train", str(data), "--out", str(out)]
+    return ["--config", str(TINY), *fixed, *options]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -40,54 +39,3 @@ def test_a_mistake_is_one_line_and_status_two(
     assert time.perf_counter() - start < 2
     assert done.returncode == 2
     assert done.stderr == f"error: {bad}:3: unknown key 'optim.batchsize'; did you mean 'batch_size'?\n"
-
-
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
-)
-def test_a_signal_saves_and_leaves_with_its_status(
-    tiny_base: Path,
-    tiny_records: Path,
-    tmp_path: Path,
-    environment: dict[str, str],
-    number: signal.Signals,
-    status: int,
-) -> None:
-    out = tmp_path / "run"
-    arguments = command(
-        tiny_base, tiny_records, out, "--optim.epochs", "2000", "--trainer.val_every", "100000"
-    )
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(number)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == status
-    saved = sorted((out / "checkpoints").iterdir())[-1]
-    assert str(saved) in rest
-
-
-def test_killed_at_random_moments_the_run_ends_in_the_same_bytes(
-    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    """SIGKILL after a number of lines, resume, again and again; the lines are the moments."""
-    options = ["--trainer.save_every", "1", "--optim.epochs", "4"]
-    whole = run(command(tiny_base, tiny_records, tmp_path / "whole", *options), environment)
-    assert whole.returncode == 0, whole.stderr
-    out, resume = tmp_path / "killed", []
-    for kills in range(4):
-        arguments = [*command(tiny_base, tiny_records, out, *options), *resume]
-        with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            steps = (line for line in process.stdout if line.startswith("step") and "/" in line.split()[1])
-            for _ in range(3 + kills):
-                next(steps, None)
-            process.kill()
-        resume = ["--resume", "last"]
-    last = run([*command(tiny_base, tiny_records, out, *options), *resume], environment)
-    assert last.returncode == 0, last.stderr
-    assert (out / "adapter.safetensors").read_bytes() == (
-        tmp_path / "whole" / "adapter.safetensors"
-    ).read_bytes()

@@ -163,11 +163,9 @@ class AlpacaDataModule(LightningDataModule):
         """Go on after the position's last finished step."""
         self.finished_steps = state_dict["finished_steps"]
 
-    def origins(self, batch: StepBatch) -> str:
-        """Name where the first records of a step come from, for messages."""
-        rows = [int(self.train_encoded.source_row[r]) for row in batch.records for r in row]
-        shown = ", ".join(self.train_records[row].origin for row in rows[:4])
-        return shown + (", ..." if len(rows) > 4 else "")
+    def origin(self, record: int) -> str:
+        """Name where a training record comes from, for messages."""
+        return self.train_records[int(self.train_encoded.source_row[record])].origin
 
     def identity(self) -> dict[str, Any]:
         """Return what decides which records a step holds."""

@@ -111,7 +111,8 @@ class Packer:
         own = self.n_own[records]
         order = np.argsort(-own, kind="stable")
         capacity = self.row_tokens - self._shared_length(records.tolist())
-        n_rows = -(-max(1, int(own.sum()) // max(capacity, 1)) // n_processes) * n_processes
+        n_rows = min(max(1, int(own.sum()) // max(capacity, 1)), len(records))
+        n_rows = -(-n_rows // n_processes) * n_processes
         while True:
             rows: list[list[int]] = [[] for _ in range(n_rows)]
             filled = [0] * n_rows

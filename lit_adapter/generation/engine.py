@@ -56,6 +56,7 @@ class AdaptedLlama:
         *,
         batch_size: int = 16,
         finished: Callable[[int], None] = lambda number: None,
+        stopped: Callable[[], bool] = lambda: False,
         **sampling: Any,
     ) -> list[str]:
         """Answer many tasks together.
@@ -64,6 +65,7 @@ class AdaptedLlama:
             tasks: instruction and input of each.
             batch_size: answered at a time.
             finished: is told the number of every task that is done.
+            stopped: asked after every piece of text; once true, the answers are returned as they are.
             sampling: see `Sampling`.
         """
         answers = [""] * len(tasks)
@@ -72,6 +74,8 @@ class AdaptedLlama:
                 finished(number)
             else:
                 answers[number] += piece
+            if stopped():
+                break
         return answers
 
     @torch.inference_mode()

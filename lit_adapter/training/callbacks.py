@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +14,62 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from lit_adapter.config import TrainerConfig
+from lit_adapter.data.records import Records
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import GatedPrefix, adapter_state
+from lit_adapter.training.notices import Notices
+from lit_adapter.training.processes import agree
 from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.training.signals import Signals
 
 Say = Callable[[str], None]
 
 
-class Checkpoints(Callback):
-    """Saves every ``every`` optimizer steps and where training stops; keeps the newest ``keep``."""
+class Validation(Callback):
+    """Runs the held-out records before the first step, every ``every`` steps and after the last one.
 
-    def __init__(self, folder: RunFolder, record: dict[str, Any], *, every: int, keep: int) -> None:
-        self.folder, self.record, self.every, self.keep = folder, record, every, keep
+    Lightning's own schedule would validate again wherever training stops, and not where a kill has cut a
+    validation off: the checkpoint of its step is there then, and the resumed run begins with it.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Tell whether the held-out loss after ``step`` steps is wanted."""
+        return step % self.every == 0 or step == total_steps
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin with what the start, or the checkpoint, left to do."""
+        self._run(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Validate after the step's checkpoint."""
+        self._run(trainer, pl_module)
+
+    def _run(self, trainer: Any, pl_module: Any) -> None:
+        step = trainer.global_step
+        done = pl_module.validated_step == step
+        if done or trainer.should_stop or not self.due(step, trainer.datamodule.total_steps):
+            return
+        first_iteration = trainer._logger_connector._first_loop_iter
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_iteration
+
+
+class Checkpoints(Callback):
+    """Saves before the first step, every ``every`` steps and at a stop; keeps the newest ``keep``."""
+
+    def __init__(self, folder: RunFolder, record: dict[str, Any], options: TrainerConfig) -> None:
+        self.folder, self.record = folder, record
+        self.every, self.keep = options.save_every, options.keep_checkpoints
         self.saved_step = -1
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict) -> None:
@@ -35,6 +80,12 @@ class Checkpoints(Callback):
         """Let a run that ended go on, where it is given more steps now."""
         # Lightning would take the last batch of the shorter run for the end of this one.
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        self.saved_step = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save the start, so that a run can be resumed from its first moment on."""
+        if trainer.global_step == 0:
+            self.save(trainer, 0)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -45,10 +96,17 @@ class Checkpoints(Callback):
         if step % self.every == 0 or last or trainer.should_stop:
             self.save(trainer, step)
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save where a signal has cut the validation short."""
+        if trainer.should_stop:
+            self.save(trainer, trainer.global_step)
+
     def save(self, trainer: Any, step: int) -> None:
         """Save, then delete the oldest."""
         if step == self.saved_step:
             return
+        if trainer.is_global_zero and trainer.logger is not None:
+            trainer.logger.experiment.flush()  # a resumed run draws only what comes after this step
         trainer.save_checkpoint(self.folder.checkpoint_path(step))
         self.saved_step = step
         if trainer.is_global_zero:
@@ -73,8 +131,8 @@ class BestAdapter(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Compare, and write on the first process."""
-        loss = float(trainer.callback_metrics["val/loss"])
-        if trainer.global_step == 0 or not loss < self.loss:
+        loss = pl_module.val_loss
+        if trainer.should_stop or trainer.global_step == 0 or not loss < self.loss:
             return
         self.loss = loss
         if trainer.is_global_zero:
@@ -82,19 +140,40 @@ class BestAdapter(Callback):
 
 
 class Report(Callback):
-    """Curves for TensorBoard, lines for terminals without a progress bar, and words of warning."""
+    """Curves for TensorBoard, lines for terminals without a progress bar, and words of warning.
 
-    def __init__(self, *, every: int, lines: bool, say: Say) -> None:
-        self.every, self.lines, self.say = every, lines, say
+    Args:
+        options: how often, and whether with a line each time.
+        say: gets a line of text.
+        lr: the peak learning rate.
+        redraw: the checkpoint's own step has been taken off the curves with what comes after it.
+    """
+
+    def __init__(self, options: TrainerConfig, say: Say, *, lr: float, redraw: bool) -> None:
+        self.every, self.say, self.redraw = options.log_every, say, redraw
+        self.lines = options.progress == "lines" or (options.progress == "auto" and not shows_bar(options))
         self.tokens, self.since = 0.0, 0.0
         self.tokens_per_s = 0.0
-        self.first_loss: float | None = None
-        self.first_val: float | None = None
-        self.warned: set[str] = set()
+        self.notices = Notices(say, lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run's report continues."""
+        return {"tokens_per_s": self.tokens_per_s, "notices": self.notices.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an earlier report."""
+        self.tokens_per_s = state_dict["tokens_per_s"]
+        self.notices.load(state_dict["notices"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and draw again what had to be taken off the curves."""
         self.tokens, self.since = 0.0, time.perf_counter()
+        if self.redraw and self._is_point(trainer):
+            self._curves(trainer, pl_module, trainer.global_step)
+
+    def _is_point(self, trainer: Any) -> bool:
+        step, total = trainer.global_step, trainer.datamodule.total_steps
+        return step > 0 and (step % self.every == 0 or step == total)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -102,10 +181,10 @@ class Report(Callback):
         """Collect the step, and report every few."""
         last, step = pl_module.last, trainer.global_step
         self.tokens += last["tokens"]
-        self._warn_of_bad_numbers(last, step)
+        self.notices.step(last["loss"], last["grad_norm"], step)
         shown = {"loss": last["loss"], "tokens/s": self.tokens_per_s}
         pl_module.log_dict(shown, prog_bar=True, logger=False)
-        if step % self.every and step != trainer.datamodule.total_steps:
+        if not self._is_point(trainer):
             return
         now = time.perf_counter()
         self.tokens_per_s = self.tokens / (now - self.since)
@@ -131,20 +210,25 @@ class Report(Callback):
         }
         _log(trainer, values, step)
         has_prefix = any(block.self_attn.prefix is not None for block in pl_module.model.layers)
-        if has_prefix and trainer.is_global_zero and trainer.logger is not None:
+        if has_prefix and trainer.is_global_zero:
             self._gates(trainer, pl_module, step)
 
     def _gates(self, trainer: Any, pl_module: Any, step: int) -> None:
         """Write every layer's gates and prompt norm, and one picture of layers by heads."""
-        rows, values = [], {}
+        rows, values = {}, {}
         for index, block in enumerate(pl_module.model.layers):
             prefix = block.self_attn.prefix
             if isinstance(prefix, GatedPrefix):
                 strength = prefix.strength().detach().abs().mean(-1).flatten().cpu()
-                rows.append(strength)
+                rows[index] = strength
                 values[f"gates/layer_{index:02d}"] = float(strength.mean())
                 values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())
-        heat = torch.stack(rows).nan_to_num(0.0).clamp(max=1e6)  # a picture, also of a run gone wrong
+        self.notices.gates({layer: bool(strength.any()) for layer, strength in rows.items()}, step)
+        if trainer.logger is None:
+            return
+        heat = (
+            torch.stack(list(rows.values())).nan_to_num(0.0).clamp(max=1e6)
+        )  # a picture, also of a run gone wrong
         _log(trainer, values, step)
         picture = heat / heat.max().clamp(min=1e-8)
         picture = picture.repeat_interleave(12, 0).repeat_interleave(12, 1)[None]
@@ -152,61 +236,55 @@ class Report(Callback):
         writer.add_image("gates/layers_by_heads", picture, step)
         writer.add_histogram("gates/strength", heat, step)
 
-    def _warn_of_bad_numbers(self, last: dict[str, float], step: int) -> None:
-        if not math.isfinite(last["loss"] + last["grad_norm"]):
-            self.say(
-                f"step {step} skipped: loss {last['loss']} or gradient norm {last['grad_norm']} is not finite"
-            )
-        elif self.first_loss is None:
-            self.first_loss = last["loss"]
-        elif last["loss"] > 100 * self.first_loss:
-            self._once(
-                "spike", f"step {step}: the loss jumped to {last['loss']:.3g}; a lower optim.lr may help"
-            )
-
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the held-out loss."""
-        loss, step = float(trainer.callback_metrics["val/loss"]), trainer.global_step
+        if trainer.should_stop:
+            return
+        loss, step = pl_module.val_loss, trainer.global_step
         _log(trainer, {"val/perplexity": _perplexity(loss), "val/loss": loss}, step)
-        if self.first_val is None:
-            self.first_val = loss
-        elif abs(loss - self.first_val) < 1e-4 * self.first_val and step >= 20:
-            self._once("flat", "the held-out loss is where it started; a higher optim.lr may help")
+        self.notices.held_out(loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
         # Validation is not training time.
         self.tokens, self.since = 0.0, time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """See whether the gates have opened at all."""
-        state = pl_module.state_dict()
-        gates = [value for name, value in state.items() if name.endswith(".gate")]
-        if gates and trainer.global_step > 1 and not any(bool(gate.any()) for gate in gates):
-            self._once("gates", "every gate is still 0, so the adapter does nothing; raise optim.lr above 0")
-
-    def _once(self, key: str, text: str) -> None:
-        if key not in self.warned:
-            self.warned.add(key)
-            self.say(f"warning: {text}")
+        """Look back."""
+        if trainer.global_step >= trainer.datamodule.total_steps:
+            self.notices.end(trainer.global_step)
+        if pl_module.skipped_steps:
+            self.say(f"{pl_module.skipped_steps} of {trainer.global_step} steps were skipped")
 
 
 class Samples(Callback):
     """Answers a few held-out records at each validation and writes them to TensorBoard as text."""
 
     def __init__(
-        self, assistant: AdaptedLlama, tasks: list[tuple[str, str, str]], max_new_tokens: int
+        self, assistant: AdaptedLlama, records: Records | None, options: TrainerConfig, signals: Signals
     ) -> None:
-        self.assistant, self.tasks, self.max_new_tokens = assistant, tasks, max_new_tokens
+        self.assistant, self.signals, self.max_new_tokens = assistant, signals, options.sample_tokens
+        chosen = [] if records is None else records[: options.samples]
+        self.tasks = [(record.instruction, record.input, record.output) for record in chosen]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate on the first process; the others go on to wait in the next step.
+        """Generate on the first process, until a signal comes; the others go on to wait in the next step.
 
         On a base that is cut over the processes all of them generate, the same tokens.
         """
         together = isinstance(trainer.strategy, ModelParallelStrategy)
-        if not self.tasks or not (trainer.is_global_zero or together) or trainer.logger is None:
+        if not self.tasks or not (trainer.is_global_zero or together):
             return
+        if trainer.logger is None or trainer.should_stop:
+            return
+
+        def stopped() -> bool:
+            if together:
+                agree(trainer, pl_module.device, self.signals)
+            return bool(self.signals.agreed if together else self.signals.received)
+
         pairs = [(instruction, input) for instruction, input, _ in self.tasks]
-        answers = self.assistant.generate_batch(pairs, max_new_tokens=self.max_new_tokens)
+        answers = self.assistant.generate_batch(pairs, max_new_tokens=self.max_new_tokens, stopped=stopped)
+        if stopped():
+            return
         for number, ((instruction, input, wanted), answer) in enumerate(
             zip(self.tasks, answers, strict=True)
         ):
@@ -234,11 +312,9 @@ def _log(trainer: Any, values: dict[str, float], step: int) -> None:
         trainer.logger.log_metrics(values, step=step)
 
 
-def tasks_of(records: Any, count: int) -> list[tuple[str, str, str]]:
-    """Return instruction, input and output of the first ``count`` records."""
-    if records is None:
-        return []
-    return [(record.instruction, record.input, record.output) for record in records[:count]]
+def shows_bar(options: TrainerConfig) -> bool:
+    """Tell whether a progress bar is wanted: where nothing else is said, on a terminal."""
+    return options.progress == "bar" or (options.progress == "auto" and sys.stdout.isatty())
 
 
 class Bar(RichProgressBar):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ from torch import Tensor
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import check_adapter_state
 
 METADATA_KEY = "lit_adapter_checkpoint"
+PARTS = frozenset(
+    {"state_dict", "optimizer_states", "global_step", "loops", "callbacks", "lit_adapter", "measured"}
+)
+"""What a checkpoint holds at least."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -38,7 +44,8 @@ class DurableCheckpointIO(CheckpointIO):
         for name, tensor in checkpoint["state_dict"].items():
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
-                    f"{path}: not written: {name} is not finite; earlier checkpoints are unaffected"
+                    f"{path}: not written: {name} is not finite; earlier checkpoints are unaffected; "
+                    "lower optim.lr and go on with --resume last"
                 )
         metadata = {METADATA_KEY: structure, "sha256": _checksum(structure, tensors)}
         files.write_bytes(Path(path), save(tensors, metadata=metadata))
@@ -70,7 +77,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of a training run; an adapter file cannot be resumed")
     if metadata.get("sha256") != _checksum(metadata[METADATA_KEY], tensors):
         raise UserError(f"{path}: the checkpoint is damaged (its checksum differs)")
-    return _decode(json.loads(metadata[METADATA_KEY]), tensors)
+    checkpoint = _decode(json.loads(metadata[METADATA_KEY]), tensors)
+    missing = sorted(PARTS - checkpoint.keys())
+    if missing:
+        raise UserError(f"{path}: not a usable checkpoint: it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """See that a checkpoint holds this adapter and its optimizer's moments: names, shapes, fp32, finite.
+
+    Args:
+        path: the file, for messages.
+        checkpoint: what `read_checkpoint` returned.
+        shapes: of every adapter tensor.
+
+    Raises:
+        UserError: names the first tensor that is not what it should be.
+    """
+    check_adapter_state(shapes, checkpoint["state_dict"], str(path))
+    moments = {
+        f"optimizer {number}.{key}": state[key]
+        for number, state in checkpoint["optimizer_states"][0]["state"].items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    odd = Counter(tuple(moment.shape) for moment in moments.values()) - Counter([*shapes.values()] * 2)
+    if odd:
+        raise UserError(f"{path}: the optimizer holds a tensor {list(next(iter(odd)))}, not the adapter's")
+    for name, tensor in (checkpoint["state_dict"] | moments).items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: {name} is not fp32, or holds values that are not finite numbers")
 
 
 def _checksum(structure: str, tensors: dict[str, Tensor]) -> str:

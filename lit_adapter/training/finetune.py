@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_adapter import files
@@ -37,17 +35,36 @@ from lit_adapter.model.adapter import (
     load_adapter_state,
     parameter_counts,
 )
+from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
-from lit_adapter.training.callbacks import Bar, BestAdapter, Checkpoints, Report, Samples, tasks_of
-from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lit_adapter.training.callbacks import (
+    Bar,
+    BestAdapter,
+    Checkpoints,
+    Report,
+    Samples,
+    Validation,
+    shows_bar,
+)
+from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.run_folder import RunFolder, changeable, compare, identity
+from lit_adapter.training.processes import (
+    StopOnSignal,
+    end_run,
+    follow,
+    last_words,
+    quiet_lightning,
+    rank,
+    take_over,
+)
+from lit_adapter.training.resume import Beginning, find_beginning
+from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter
-from lit_adapter.training.signals import StopOnSignal
+from lit_adapter.training.signals import Signals
 from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
 from lit_adapter.weights.adapter_file import (
     AdapterInfo,
@@ -62,39 +79,45 @@ from lit_adapter.weights.load import empty_base, load_base
 Say = Callable[[str], None]
 
 
-def finetune(config: Config, resume: str | None = None, say: Say = print) -> int:
+def finetune(
+    config: Config, resume: str | None = None, say: Say = print, signals: Signals | None = None
+) -> int:
     """Train an adapter.
 
     Args:
         config: the run.
         resume: ``last``, or a checkpoint file of the run.
         say: gets each line worth printing; the first process alone speaks.
+        signals: handlers that are set already; by default they are set here.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
 
     Raises:
         UserError: anything the user can put right.
+        Interrupted: a signal before training, where there is nothing to save.
     """
-    first = _rank() == 0
-    say = say if first else _say_nothing
     folder = RunFolder(Path(config.out))
-    signals = StopOnSignal()
-    _quiet_lightning()
-    if not first:
-        return _Run(config, folder, signals, say).train(resume)
-    folder.open(resume=resume is not None)
+    if signals is None:
+        signals = Signals()
+        signals.install()
+    quiet_lightning()
     try:
-        return _Run(config, folder, signals, say).train(resume)
+        if rank() > 0:
+            return follow(lambda: _Run(config, folder, signals, _say_nothing).train(resume), signals)
+        folder.open(resume=resume is not None)
+        try:
+            return _Run(config, folder, signals, say).train(resume)
+        finally:
+            folder.close()
     finally:
         signals.restore()
-        folder.close()
 
 
 class _Run:
     """The parts of a run, put together once."""
 
-    def __init__(self, config: Config, folder: RunFolder, signals: StopOnSignal, say: Say) -> None:
+    def __init__(self, config: Config, folder: RunFolder, signals: Signals, say: Say) -> None:
         self.config = config = with_learning_rate(config)
         self.folder, self.signals, self.say = folder, signals, say
         self.base = Path(config.base)
@@ -160,41 +183,54 @@ class _Run:
         data.total_steps = steps
         for line in describe(data, color=sys.stdout.isatty()):
             self.say(line)
-        record = self._record(data)
-        checkpoint, done = self._checkpoint_to_resume(resume, record)
-        if checkpoint and done >= steps and self.folder.adapter.is_file():
-            self.say(f"{self.folder.path}: already complete, {steps} steps; nothing to do")
+        record = self._record(data, steps)
+        begin = Beginning()
+        if resume is not None:
+            shapes = adapter_shapes(config.adapter, self.base_config)
+            begin = find_beginning(resume, self.folder, record, shapes, self.say)
+        if begin.step >= steps and self.folder.adapter.is_file():
+            self.say(f"{self.folder.path}: already complete, {begin.step} steps; nothing to do")
             return 0
         model = self._model()
         module = self._module(model, steps)
-        trainer = self._trainer(data, steps, self._callbacks(data, model, record), purge_step=done + 1)
+        validation = Validation(config.trainer.val_every or max(1, steps // 10))
+        # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
+        repeats = validation.due(begin.step, steps) and not begin.is_validated
+        callbacks = self._callbacks(data, model, record, validation, repeats)
+        trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
         self._announce(model, data, steps)
-        if _rank() == 0:
-            files.write_text(self.folder.config, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-        if checkpoint is None and data.val_packer is not None:
-            trainer.validate(module, data, verbose=False)
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        self.signals.only_note()
+        if rank() == 0:
+            self.folder.set_aside(begin.step, self.say)
+            files.write_text(self.folder.config, yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+        # At step 0 there is nothing to restore: the start follows from the seed.
+        path = str(begin.path) if begin.step else None
+        with last_words(several=trainer.world_size > 1):
+            trainer.fit(module, data, ckpt_path=path, weights_only=True)
         return self._finish(trainer, module, data, start)
 
     def _finish(self, trainer: pl.Trainer, module: LitAdapter, data: AlpacaDataModule, start: float) -> int:
         step = trainer.global_step
-        if self.signals.received:
-            where = self.folder.checkpoint_path(step)
-            self.say(
-                f"stopped by signal {self.signals.received} after step {step}: {where}; --resume last goes on"
-            )
+        if self.signals.agreed:
+            where, name = self.folder.checkpoint_path(step), signal.Signals(self.signals.agreed).name
+            self.say(f"stopped by {name} after step {step}: {where}; --resume last goes on")
             return self.signals.exit_status
         summary: dict[str, Any] = {"steps": step, "train_loss": module.last["loss"]}
         if data.val_packer is not None:
-            if module.validated_step != step:  # stopped between the last checkpoint and its validation
-                trainer.validate(module, data, verbose=False)
-            summary["val_loss"] = float(trainer.callback_metrics["val/loss"])
+            summary["val_loss"] = module.val_loss
         if trainer.is_global_zero:
             self._write_adapter(self.folder.adapter, adapter_state(module.model), summary)
             size = self.folder.adapter.stat().st_size
             took = time.perf_counter() - start
             self.say(f"wrote {self.folder.adapter} ({size:,} bytes) after {step} steps, {took:.0f} s in all")
-        return 0
+        return self.signals.exit_status
+
+    def _on_death(self, sentence: str) -> None:
+        """Another process has died: name it, and end this one, which may be waiting for it."""
+        newest = max(self.folder.checkpoints.glob("step-*.ckpt"), default=None)
+        rest = f"{newest} is complete, --resume last goes on" if newest else "nothing is saved yet"
+        self.folder.close()
+        end_run(f"{sentence}; the run ends; {rest}", self.signals.exit_status or 1)
 
     def _data(self) -> AlpacaDataModule:
         config = self.config
@@ -241,14 +277,14 @@ class _Run:
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def _module(self, model: Llama, steps: int) -> LitAdapter:
-        arguments = (model, self.config.optim, steps, self.config.seed)
+        arguments = (model, self.config.optim, steps, self.config.seed, self.signals)
         recompute = self.config.trainer.recompute
         if is_sharded(self.config.trainer):
             return ShardedLitAdapter(*arguments, base=self.base, dtype=self._dtype(), recompute=recompute)
         return LitAdapter(*arguments, recompute=recompute)
 
-    def _record(self, data: AlpacaDataModule) -> dict[str, Any]:
-        """Return what identifies this run, and the settings that a resume may change."""
+    def _record(self, data: AlpacaDataModule, steps: int) -> dict[str, Any]:
+        """Return what identifies this run, the settings that a resume may change, and the run's length."""
         facts = {
             "base": self.identity.weights[:16],
             "tokenizer": self.identity.tokenizer[:16],
@@ -258,48 +294,29 @@ class _Run:
             "init_from": self.start_sha256,
             **{f"data.{key}": value for key, value in data.identity().items()},
         }
-        return _plain({"identity": identity(self.config, **facts), "changeable": changeable(self.config)})
-
-    def _checkpoint_to_resume(self, resume: str | None, record: dict[str, Any]) -> tuple[Path | None, int]:
-        """Return the checkpoint and its step, having compared it with this run; (None, 0) to start anew."""
-        if resume is None:
-            return None, 0
-        if "://" in resume:
-            raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
-        if resume == "last":
-            path, checkpoint = self.folder.newest_checkpoint(self.say)
-        else:
-            path, checkpoint = Path(resume), read_checkpoint(Path(resume))
-        compare(path, checkpoint["lit_adapter"], record, self.say)
-        return path, checkpoint["global_step"]
-
-    def _shows_bar(self) -> bool:
-        wanted = self.config.trainer.progress
-        return wanted == "bar" or (wanted == "auto" and sys.stdout.isatty())
+        own = identity(self.config, **facts)
+        return plain({"identity": own, "changeable": changeable(self.config), "steps": steps})
 
     def _trainer(
-        self, data: AlpacaDataModule, steps: int, callbacks: list[pl.Callback], purge_step: int
+        self, data: AlpacaDataModule, callbacks: list[pl.Callback], purge_step: int | None
     ) -> pl.Trainer:
         options = self.config.trainer
-        val_every = options.val_every or max(1, steps // 10)
         logger = TensorBoardLogger(
             str(self.folder.path),
             name="",
             version="tensorboard",
             default_hp_metric=False,
-            purge_step=purge_step if purge_step > 1 else None,
+            purge_step=purge_step,
         )
-        validates = data.val_packer is not None
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=self.device.type,
             devices=options.devices,
             num_nodes=options.num_nodes,
             strategy=choose_strategy(options, self.device),
             precision=self.precision if "mixed" in self.precision else "32-true",  # type: ignore[arg-type]
             max_epochs=1,  # our sampler's one pass is the whole run, all epochs in it
-            val_check_interval=min(val_every, steps) if validates else None,
-            check_val_every_n_epoch=None if validates else 1,
-            limit_val_batches=None if validates else 0,
+            check_val_every_n_epoch=2,  # never: our own callback validates
+            limit_val_batches=None if data.val_packer is not None else 0,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=logger,
@@ -307,23 +324,33 @@ class _Run:
             plugins=[DurableCheckpointIO(), *launcher_plugins()],
             inference_mode=not is_sharded(options),  # what it gathers then could not be trained with later
             enable_checkpointing=False,
-            enable_progress_bar=self._shows_bar(),
+            enable_progress_bar=shows_bar(options),
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        take_over(trainer, self._on_death)
+        return trainer
 
-    def _callbacks(self, data: AlpacaDataModule, model: Llama, record: dict[str, Any]) -> list[pl.Callback]:
-        options, bar = self.config.trainer, self._shows_bar()
-        lines = options.progress == "lines" or (options.progress == "auto" and not bar)
+    def _callbacks(
+        self,
+        data: AlpacaDataModule,
+        model: Llama,
+        record: dict[str, Any],
+        validation: Validation,
+        repeats: bool,
+    ) -> list[pl.Callback]:
+        options = self.config.trainer
         assistant = AdaptedLlama(model, self.tokenizer, self.template)
-        callbacks: list[pl.Callback] = [
-            Report(every=options.log_every, lines=lines, say=self.say),
+        found: list[pl.Callback] = [
+            Report(options, self.say, lr=self.config.optim.peak_lr, redraw=repeats),
             BestAdapter(partial(self._write_adapter, self.folder.best)),
-            Samples(assistant, tasks_of(data.val_records, options.samples), options.sample_tokens),
-            self.signals,  # before the checkpoints: a stop is saved at once
-            Checkpoints(self.folder, record, every=options.save_every, keep=options.keep_checkpoints),
+            Samples(assistant, data.val_records, options, self.signals),
+            StopOnSignal(self.signals),  # before the checkpoints: a stop is saved at once
+            Checkpoints(self.folder, record, options),
         ]
-        return [*callbacks, Bar(leave=True)] if bar else callbacks
+        if data.val_packer is not None:
+            found.append(validation)  # after the checkpoint of its step
+        return [Bar(leave=True), *found] if shows_bar(options) else found
 
     def _about_training(self) -> dict[str, Any]:
         """Return what the adapter file tells people of its training; of a data file its name alone."""
@@ -361,34 +388,15 @@ class _Run:
             f"run: {steps} steps of {config.optim.batch_size} records; lr {config.optim.peak_lr:g} "
             f"(base_lr {base_lr:g}), warm-up {warmup_steps(config.optim, steps)} steps; {self.folder.path}"
         )
+        warmup = warmup_steps(config.optim, steps)
         if config.optim.peak_lr == 0:
             self.say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
-
-
-def _rank() -> int:
-    """Return this process's number; launchers announce it before Lightning starts."""
-    return int(getattr(rank_zero_only, "rank", 0))
-
-
-def _plain(value: Any) -> Any:
-    """Return nested values with lists for tuples, as YAML and JSON have them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+        elif warmup > steps / 2:
+            self.say(
+                f"warning: the warm-up takes {warmup} of the run's {steps} steps; "
+                "lower optim.warmup (0.05 is usual) or train longer"
+            )
 
 
 def _say_nothing(line: str) -> None:
     """The other processes stay silent."""
-
-
-def _quiet_lightning() -> None:
-    """Keep Lightning's hints out of the output; our own lines say what a user can act on."""
-    import logging
-
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*mid-epoch.*")

@@ -25,6 +25,10 @@ from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_p
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
+from lit_adapter.training.signals import Signals
+
+MEASURED = ("last", "bad_steps_in_a_row", "skipped_steps", "validated_step", "val_loss")
+"""Attributes of the module that a checkpoint keeps."""
 
 
 class LitAdapter(LightningModule):
@@ -35,6 +39,7 @@ class LitAdapter(LightningModule):
         config: the optimizer's settings.
         total_steps: optimizer steps of the run, for the schedule.
         seed: of the prefix dropout.
+        signals: what this process has been asked to do; all processes hear of it with the step's loss.
         recompute: keep little for the backward pass; see `row_loss`.
     """
 
@@ -44,16 +49,17 @@ class LitAdapter(LightningModule):
         config: OptimConfig,
         total_steps: int,
         seed: int = 0,
+        signals: Signals | None = None,
         *,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
-        self.recompute = recompute
+        self.recompute, self.signals = recompute, signals or Signals()
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
-        self.bad_steps_in_a_row = 0
-        self.validated_step = -1
+        self.bad_steps_in_a_row, self.skipped_steps = 0, 0
+        self.validated_step, self.val_loss = -1, math.nan
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
 
@@ -75,9 +81,18 @@ class LitAdapter(LightningModule):
                 # DDP averages gradients over processes; the step's loss is a sum over them.
                 self.manual_backward(loss * (self.trainer.world_size / batch.n_targets))
             total += loss.detach()
-        total = self.trainer.strategy.reduce(total, reduce_op="sum")
-        self.last = {"loss": float(total) / batch.n_targets, "tokens": batch.n_tokens}
+        self.last = {"loss": self._over_processes(total) / batch.n_targets, "tokens": batch.n_tokens}
         self._update(batch)
+
+    def _over_processes(self, loss: Tensor) -> float:
+        """Return the sum of all processes' losses; the signals they have received travel along."""
+        if self.trainer.world_size == 1:
+            return float(loss)
+        values = torch.tensor([0.0, *self.signals.flags()], device=loss.device)
+        values[0] = loss
+        total, *flags = self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
+        self.signals.agree(flags)
+        return total
 
     def _optimizer(self) -> Any:
         return self.optimizers()
@@ -121,17 +136,33 @@ class LitAdapter(LightningModule):
             self.bad_steps_in_a_row = 0
             return
         self.bad_steps_in_a_row += 1
+        self.skipped_steps += 1
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and math.isfinite(self.last["loss"]) and scaler.get_scale() > 1:
             self.bad_steps_in_a_row = 0  # the scaler is looking for its scale
             return
         if self.bad_steps_in_a_row >= self.config.max_bad_steps:
-            rows = self._data.origins(batch)
             raise UserError(
                 f"step {batch.step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
-                f"{self.bad_steps_in_a_row} steps in a row were skipped, so training stops (records {rows}); "
-                "lower optim.lr, or check those records; the last checkpoint is unaffected"
+                f"{self.bad_steps_in_a_row} steps in a row were skipped, so training stops; "
+                f"{self._culprits(batch.step)}; the last checkpoint is unaffected"
             )
+
+    @torch.no_grad()
+    def _culprits(self, step: int) -> str:
+        """Compute every record of the step alone, the same on all processes, and name those that fail."""
+        records = self._data.training_steps().records(step).tolist()
+        bad = {}
+        for record in records:
+            loss = float(row_loss(self.model, self._data.train_packer.row([record])))
+            if not math.isfinite(loss):
+                bad[record] = f" (loss {loss})"
+        named = bad or dict.fromkeys(records, "")
+        shown = ", ".join(self._data.origin(record) + text for record, text in list(named.items())[:4])
+        shown += f" and {len(named) - 4} more" if len(named) > 4 else ""
+        if bad:
+            return f"the loss is not finite in {shown}; check those records, or lower optim.lr"
+        return f"no record's own loss is at fault (of {shown}); lower optim.lr"
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Sum the loss of the held-out records."""
@@ -142,18 +173,21 @@ class LitAdapter(LightningModule):
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the held-out loss per target."""
+        """Publish the held-out loss per target, unless a signal has cut the validation short."""
+        if self.trainer.should_stop:
+            return
         total = self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")
-        self.validated_step = self.trainer.global_step
-        self.log("val/loss", float(total) / self.val_targets, sync_dist=False)
+        self.validated_step, self.val_loss = self.trainer.global_step, float(total) / self.val_targets
+        self.log("val/loss", self.val_loss, logger=False)  # `Report` draws it, at its own step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the last step measured: a run resumed at its very end still reports it."""
-        checkpoint["last"] = self.last
+        """Keep what was measured and counted, so that a resumed run goes on with it."""
+        checkpoint["measured"] = {name: getattr(self, name) for name in MEASURED}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what the last step measured."""
-        self.last = checkpoint["last"]
+        """Take up what was measured and counted."""
+        for name in MEASURED:
+            setattr(self, name, checkpoint["measured"][name])
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW on the adapter's parameters: prompts and gates, then what V2 adds."""

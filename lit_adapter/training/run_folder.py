@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lit_adapter import files
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
@@ -69,8 +71,14 @@ class RunFolder:
         """Return the name of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:07d}.ckpt"
 
-    def newest_checkpoint(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    def newest_checkpoint(
+        self, check: Callable[[Path, dict[str, Any]], None], say: Callable[[str], None]
+    ) -> tuple[Path, dict[str, Any]]:
         """Return the newest usable checkpoint and what it holds; name those that are not usable.
+
+        Args:
+            check: raises UserError for one that is not usable, AnotherRunError for one of another run.
+            say: gets a line for each that is not usable, and one for the choice.
 
         Raises:
             UserError: there is none.
@@ -79,6 +87,9 @@ class RunFolder:
         for path in found:
             try:
                 checkpoint = read_checkpoint(path)
+                check(path, checkpoint)
+            except AnotherRunError:
+                raise
             except UserError as error:
                 say(f"{error}; trying the one before")
                 continue
@@ -86,6 +97,17 @@ class RunFolder:
             return path, checkpoint
         reason = f"none of its {len(found)} checkpoints is usable" if found else "it holds no checkpoint"
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
+
+    def set_aside(self, step: int, say: Callable[[str], None]) -> None:
+        """Rename the checkpoints after ``step``: a run that goes on from there is not mixed with them."""
+        later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
+        for path in sorted(later):
+            path.replace(path.with_suffix(".aside"))
+            say(f"{path}: not part of the run that goes on from step {step}; kept as {path.stem}.aside")
+
+
+class AnotherRunError(UserError):
+    """A checkpoint that is sound, but of a run with another identity."""
 
 
 def _is_training(process: int) -> bool:
@@ -99,6 +121,15 @@ def _is_training(process: int) -> bool:
             return False
         return not Path("/proc").is_dir()
     return b"python" in command
+
+
+def plain(value: Any) -> Any:
+    """Return nested values with lists for tuples, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def identity(config: Config, **facts: Any) -> dict[str, Any]:
@@ -133,27 +164,3 @@ def changeable(config: Config) -> dict[str, Any]:
     ):
         found |= {f"{section}.{key}": plain[section][key] for key in keys}
     return found
-
-
-def compare(path: Path, saved: dict[str, Any], own: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Refuse a checkpoint of another run; list settings that changed.
-
-    Args:
-        path: the checkpoint, for messages.
-        saved: ``{"identity": ..., "changeable": ...}`` from the checkpoint, in plain values as JSON has them.
-        own: the same of this run.
-        say: gets a line for each changed setting.
-
-    Raises:
-        UserError: names every part of the identity that differs, with both values.
-    """
-    differences = [
-        f"{key} was {saved['identity'].get(key)!r}, now {value!r}"
-        for key, value in own["identity"].items()
-        if saved["identity"].get(key) != value
-    ]
-    if differences:
-        raise UserError(f"{path}: cannot resume another run: {'; '.join(differences)}")
-    for key, value in own["changeable"].items():
-        if saved["changeable"].get(key) != value:
-            say(f"resuming with {key} changed from {saved['changeable'].get(key)!r} to {value!r}")

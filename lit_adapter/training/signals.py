@@ -1,63 +1,89 @@
 """Signals: finish the optimizer step, save, say where, leave with the right status.
 
-The handlers only set a flag. All processes agree on it at the end of a step, so that none of them waits
-in a collective operation for one that has already left.
+Before training there is nothing to save, and a signal ends the program at once. From then on a handler only
+sets a flag, which is looked at after every optimizer step, validation batch and token of a sample. The flags
+of several processes are summed with the loss, so that all of them stop after the same step and none waits
+in a collective operation for one that has left. No torch here: handlers are set before it is imported.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback
-
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
+"""What the script leaves with, by signal."""
 
 
-class StopOnSignal(Callback):
-    """Ends training after the current step on SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends it at once."""
+class Interrupted(KeyboardInterrupt):
+    """A signal before the first step."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_status = EXIT_STATUS[signal.Signals(number)]
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} before training; there was nothing to save")
+
+
+class Signals:
+    """The handlers of one run and what they have noted."""
 
     def __init__(self) -> None:
         self.received = 0
-        self.earlier = {number: signal.getsignal(number) for number in EXIT_STATUS}
+        """The signal that this process has got, 0 for none."""
+        self.agreed = 0
+        """The signal that all processes know of."""
+        # Where a launcher started this process, others wait for it: it may not leave before they know.
+        self.only_notes = is_launched()
+        self.earlier: dict[signal.Signals, Any] = {}
 
     @property
     def exit_status(self) -> int:
-        """The status the script leaves with: 143 for SIGTERM, 130 for SIGINT, otherwise 0."""
-        return EXIT_STATUS.get(signal.Signals(self.received), 0) if self.received else 0
+        """143 for SIGTERM, 130 for SIGINT, otherwise 0."""
+        number = self.agreed or self.received
+        return EXIT_STATUS[signal.Signals(number)] if number else 0
 
     def install(self) -> None:
-        """Take the signals over; called again when training starts, after Lightning has set its own."""
-        for number in EXIT_STATUS:
-            signal.signal(number, self._note)
+        """Take the signals over, and let through those that were held back at this process's start."""
+        self.earlier = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them before the run."""
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
+    def only_note(self) -> None:
+        """From here on let a signal wait for the end of the step.
+
+        Raises:
+            Interrupted: there has been one.
+        """
+        if self.received and not self.only_notes:
+            raise Interrupted(self.received)
+        self.only_notes = True
+
+    def flags(self) -> list[float]:
+        """Return a 1 in the place of the received signal; such lists are summed over processes."""
+        return [float(self.received == number) for number in EXIT_STATUS]
+
+    def agree(self, flags: Sequence[float]) -> None:
+        """Take up what any process has received: ``flags`` summed over processes."""
+        for number, count in zip(EXIT_STATUS, flags, strict=True):
+            if count and not self.agreed:
+                self.agreed = number
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.received:
             os._exit(EXIT_STATUS[signal.SIGINT])  # files are renamed into place whole, so none is harmed
         self.received = self.received or number
+        if not self.only_notes:
+            raise Interrupted(number)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the handlers again: Lightning has replaced them."""
-        self.install()
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Likewise where only validation runs."""
-        self.install()
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Agree on stopping, once an optimizer step."""
-        flag = torch.tensor(float(self.received), device=pl_module.device)
-        received = trainer.strategy.reduce(flag, reduce_op="max")
-        if int(received):
-            self.received = int(received)
-            trainer.should_stop = True
+def is_launched() -> bool:
+    """Tell a process of several, started by torchrun, SLURM or Lightning, from one started by hand."""
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return "LOCAL_RANK" in os.environ or (several and "SLURM_PROCID" in os.environ)

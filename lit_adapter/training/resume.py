@@ -1,0 +1,79 @@
+"""Which checkpoint a run goes on from, and what it must have in common with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.training.checkpoint import check_contents, read_checkpoint
+from lit_adapter.training.run_folder import AnotherRunError, RunFolder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: at step 0, or after a checkpoint's step."""
+
+    path: Path | None = None
+    step: int = 0
+    is_validated: bool = False
+    """The held-out loss of that step has been measured."""
+
+
+def find_beginning(
+    resume: str, folder: RunFolder, record: dict[str, Any], shapes: dict[str, tuple[int, ...]], say: Say
+) -> Beginning:
+    """Find the checkpoint, compare it with this run, check it, and list the settings that change.
+
+    Args:
+        resume: ``last``, or a checkpoint file.
+        folder: of the run.
+        record: ``identity``, ``changeable`` and ``steps`` of this run, in plain values as JSON has them.
+        shapes: of every adapter tensor.
+        say: gets a line for each thing worth knowing.
+
+    Raises:
+        UserError: there is none, it is not usable, or it is another run's (then both values are named).
+    """
+    if "://" in resume:
+        raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
+
+    def check(path: Path, checkpoint: dict[str, Any]) -> None:
+        _compare(path, checkpoint["lit_adapter"]["identity"], record["identity"])
+        check_contents(path, checkpoint, shapes)
+
+    if resume == "last":
+        path, checkpoint = folder.newest_checkpoint(check, say)
+    else:
+        path, checkpoint = Path(resume), read_checkpoint(Path(resume))
+        check(path, checkpoint)
+    for line in _changes(checkpoint["lit_adapter"], record):
+        say(f"resuming with {line}")
+    step = checkpoint["global_step"]
+    return Beginning(path, step, checkpoint["measured"]["validated_step"] == step)
+
+
+def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    differences = [
+        f"{key} was {saved.get(key)!r}, now {value!r}"
+        for key, value in own.items()
+        if saved.get(key) != value
+    ]
+    if differences:
+        raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(differences)}")
+
+
+def _changes(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+    for key, value in own["changeable"].items():
+        if saved["changeable"].get(key) != value:
+            yield f"{key} changed from {saved['changeable'].get(key)!r} to {value!r}"
+    schedule, warmup = own["identity"]["optim.schedule"], own["identity"]["optim.warmup"]
+    if saved["steps"] != own["steps"] and (schedule != "constant" or 0 < warmup < 1):
+        yield (
+            f"the {schedule} schedule laid over {own['steps']} steps instead of {saved['steps']}: "
+            f"not the run that {own['steps']} steps from the start would be"
+        )

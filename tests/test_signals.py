@@ -1,0 +1,278 @@
+"""Signals at every stage of a run, in one process and in two; a process that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from finetune_runs import SCRIPT, arguments
+from warm_runs import Run, two_ranks
+
+from lit_adapter.training.checkpoint import read_checkpoint
+
+LONG = ["--optim.epochs", "3000", "--trainer.val_every", "100000", "--data.workers", "2"]
+SECONDS = 20
+"""What a stop may take here; a step takes a fraction of one, but other work shares the machine."""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {"LIT_ADAPTER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+def saved_and_said(out: Path, output: str) -> int:
+    """Return the step that the last line names; its checkpoint is there, is the newest, and can be read."""
+    found = re.search(r"stopped by SIG\w+ after step (\d+): (\S+); --resume last goes on", output)
+    assert found, output
+    path = Path(found[2])
+    assert path == sorted(out.glob("checkpoints/*.ckpt"))[-1]
+    assert read_checkpoint(path)["global_step"] == int(found[1])
+    assert "Traceback" not in output
+    return int(found[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+)
+def test_during_training(
+    tiny_base: Path,
+    tiny_records: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    """To the whole group: the loader's workers get it too."""
+    run = Run(arguments(tiny_base, tiny_records, tmp_path / "run", *LONG), tmp_path / "log", environment)
+    run.wait_for("step 3/")
+    os.killpg(run.pid, number)
+    assert run.wait(SECONDS) == status, run.output
+    assert saved_and_said(tmp_path / "run", run.output) >= 3
+
+
+def test_during_a_save(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG)
+    run = Run(command, tmp_path / "log", environment, "write 6")
+    assert run.wait() == 143, run.output
+    # The flag is looked at before the save: one more step is done and saved.
+    assert saved_and_said(tmp_path / "run", run.output) == 5
+
+
+def test_a_long_validation_is_left(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """The held-out records would take minutes; the signal comes in their first batch."""
+    many = tmp_path / "many.jsonl"
+    line = json.dumps({"instruction": "Say it back.", "input": "red apple", "output": "red apple river"})
+    many.write_text(f"{line}\n" * 20_000)
+    command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG, "--data.val", str(many))
+    run = Run(command, tmp_path / "log", environment, "validation 1")
+    run.wait_for("stopped by SIGTERM after step 0")
+    assert "held-out loss" not in run.output
+    assert run.wait(SECONDS) == 143
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_samples_are_left_after_a_token(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Nine hundred tokens of a sample are to come; the signal comes with the first."""
+    command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG, "--trainer.sample_tokens", "800")
+    start = time.monotonic()
+    run = Run(command, tmp_path / "log", environment, "token")
+    assert run.wait() == 143, run.output
+    assert time.monotonic() - start < 60
+    assert saved_and_said(tmp_path / "run", run.output) == 1
+
+
+def test_before_training_nothing_is_left_behind(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "run"
+    command = arguments(tiny_base, tiny_records, out, "--optim.max_steps", "1")
+    run = Run(command, tmp_path / "log", environment, "line data:")
+    assert run.wait(SECONDS) == 143, run.output
+    assert run.output.endswith("stopped by SIGTERM before training; there was nothing to save\n")
+    assert list(out.iterdir()) == []
+    again = Run(command, tmp_path / "log", environment)
+    assert again.wait() == 0, again.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_while_it_imports(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], number: signal.Signals
+) -> None:
+    code = (
+        "import builtins, os, sys; sound = builtins.__import__\n"
+        "def importing(name, *rest, **named):\n"
+        f"    if name == 'lightning.pytorch': os.kill(os.getpid(), {int(number)})\n"
+        "    return sound(name, *rest, **named)\n"
+        "builtins.__import__ = importing\n"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [str(SCRIPT), *arguments(tiny_base, tiny_records, tmp_path / "run")]
+    code = f"import sys; sys.argv = {command!r}\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+    )
+    assert done.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}[number]
+    assert done.stderr == f"stopped by {number.name} before training; there was nothing to save\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "run"
+    command = arguments(tiny_base, tiny_records, out, *LONG, "--optim.batch_size", "40")
+    run = Run(command, tmp_path / "log", environment, "line step 4/", signal.SIGINT)
+    run.wait_for("step 4/")
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait(SECONDS) == 130, run.output
+    assert all(read_checkpoint(path) for path in out.glob("checkpoints/*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("events", [("line step 3/", ""), ("", "validation 2"), ("validation 1", "")])
+def test_two_processes_agree(
+    tiny_base: Path,
+    tiny_records: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    events: tuple[str, str],
+) -> None:
+    """One of them gets the signal, between steps or inside a validation; both stop after the same step."""
+    many = ["--data.val", str(tiny_records), "--trainer.val_every", "4", "--optim.epochs", "3000"]
+    command = arguments(tiny_base, tiny_records, tmp_path / "run", *many)
+    first, second = two_ranks(command, tmp_path / "log", environment, events)
+    assert first.wait() == 143, first.output
+    assert second.wait(SECONDS) == 0, second.output
+    assert second.output == ""
+    assert saved_and_said(tmp_path / "run", first.output) == {"l": 4, "": 4, "v": 0}[events[0][:1]]
+
+
+def launch(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command, env=os.environ | environment, stdout=stream, stderr=stream, start_new_session=True
+        )
+
+
+def wait_for(log: Path, text: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Processes whose command line names a folder of this test."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = entry.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in text:
+            found.append(text)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("target", ["group", "other"])
+def test_two_processes_that_lightning_starts(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], target: str
+) -> None:
+    """First SIGTERM while the second one still imports: both get there and leave; then during training."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, str(SCRIPT), *arguments(tiny_base, tiny_records, out, *LONG)]
+    command += ["--trainer.devices", "2"]
+    with launch(command, environment, log) as process:
+        wait_for(log, "run: ")
+        while not children(process.pid):
+            time.sleep(0.01)
+        if target == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            os.kill(children(process.pid)[0], signal.SIGTERM)
+        assert process.wait(240) == 143, log.read_text()
+    assert saved_and_said(out, log.read_text()) == 0
+    with launch([*command, "--resume", "last"], environment, log) as process:
+        wait_for(log, "step 3/")
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(SECONDS) == 143, log.read_text()
+    assert saved_and_said(out, log.read_text()) >= 3
+    assert processes_of(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_process_that_dies_is_named(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, str(SCRIPT), *arguments(tiny_base, tiny_records, out, *LONG)]
+    command += ["--trainer.devices", "2"]
+    with launch(command, environment, log) as process:
+        wait_for(log, "step 5/")
+        other = next(
+            child
+            for child in children(process.pid)
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()
+        )
+        os.kill(other, signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(60) == 1, log.read_text()
+        assert time.monotonic() - killed < 60
+    last = log.read_text().splitlines()[-1]
+    newest = sorted(out.glob("checkpoints/*.ckpt"))[-1]
+    assert last == (
+        f"error: process 1 (pid {other}) was killed by signal 9; the run ends; "
+        f"{newest} is complete, --resume last goes on"
+    )
+    assert "Traceback" not in log.read_text()
+    read_checkpoint(newest)
+    with launch([*command, "--resume", "last"], environment, log) as process:
+        wait_for(log, "tokens/s")
+        process.kill()  # the first one, this time
+    end = time.monotonic() + 60
+    while processes_of(out):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_under_torchrun(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """SIGTERM to the agent: the processes save; the agent itself returns 1."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*agent, str(SCRIPT), *arguments(tiny_base, tiny_records, out, *LONG), "--trainer.devices", "2"]
+    with launch(command, environment, log) as process:
+        wait_for(log, "step 3/")
+        process.terminate()
+        assert process.wait(60) == 1, log.read_text()
+    found = re.search(r"stopped by SIGTERM after step (\d+): (\S+);", log.read_text())
+    assert found, log.read_text()
+    assert read_checkpoint(Path(found[2]))["global_step"] == int(found[1]) >= 3
