@@ -10,17 +10,20 @@ from typing import Any
 import peft
 import pytest
 import torch
+from finetune_runs import TINY
 from foreign_adapters import HERE, IDS, SIZES, base_tensors, converted, logits_of, sizes, write_base
 from prefix_formula import reference_logits
 from tiny_models import transformers_llama
 from torch import Tensor
 
 import lit_adapter
+from lit_adapter.cli import parse_finetune
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
+from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
 from lit_adapter.weights.foreign.cli import convert_adapter_main
 
@@ -214,12 +217,15 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
     torch.testing.assert_close(model.logits(ids), wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - plain).abs().max() > 0.5
 
-    again = tmp_path / "again"
+    again, pickled = tmp_path / "again", tmp_path / "pickled"
     adapted.save_pretrained(again)
-    back = tmp_path / "back.safetensors"
-    converted(again, back, base)
-    assert all(torch.equal(read_adapter(back)[1][name], tensor) for name, tensor in state.items())
-    assert read_adapter(back)[0].adapter == config
+    adapted.save_pretrained(pickled, safe_serialization=False)
+    assert not (pickled / "adapter_model.safetensors").exists()
+    for source in (again, again / "adapter_model.safetensors", pickled):
+        back = tmp_path / "back.safetensors"
+        converted(source, back, base, overwrite=True)
+        assert all(torch.equal(read_adapter(back)[1][name], tensor) for name, tensor in state.items())
+        assert read_adapter(back)[0].adapter == config
 
 
 def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
@@ -309,6 +315,26 @@ def test_templates_are_those_the_code_bases_train_with(tmp_path: Path, bases: di
     text = "Q: {instruction} {input} A:"
     converted(HERE / "lit-llama-v1.pth", tmp_path / "c.safetensors", bases[4], template=text)
     assert read_adapter(tmp_path / "c.safetensors")[0].template.text == text
+
+
+def test_a_run_starts_from_an_imported_adapter(
+    tmp_path: Path, bases: dict[int, Path], tiny_records: Path
+) -> None:
+    start = tmp_path / "start.safetensors"
+    converted(HERE / "litgpt-0.5.4-v2.pth", start, bases[2])
+    own = [
+        *("--base", bases[2], "--data.train", tiny_records, "--out", tmp_path / "run", "--init-from", start),
+        *("--adapter.version", "v2", "--adapter.head", "true", "--adapter.gate", "identity"),
+        *("--adapter.layers", 1, "--adapter.prompt_length", 3, "--optim.max_steps", 1, "--optim.lr", 0),
+        *("--data.template", "{instruction} {input}:", "--data.max_length", 128, "--trainer.samples", 0),
+    ]
+    config, _ = parse_finetune(["--config", str(TINY), *map(str, own)])
+    lines: list[str] = []
+    finetune(config, say=lines.append)
+    assert f"starting from {start}" in lines
+    assert f"{start}: its template is alpaca-newline; this run goes on with custom" in lines
+    before, after = read_adapter(start)[1], read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_the_script_prints_its_report(
