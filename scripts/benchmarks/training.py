@@ -174,15 +174,14 @@ class Comparison:
         best, initial = float("inf"), None
         started = time.perf_counter()
         for size in entry.sizes:
-            try:
-                method = entry.make(size)
-                if initial is None:
-                    initial = [parameter.detach().clone() for parameter in method.parameters]
-                entry.start(method, initial)
-                seconds = self._try(entry)
-            except torch.OutOfMemoryError:
+            method = entry.make(size)
+            if initial is None:
+                initial = [parameter.detach().clone() for parameter in method.parameters]
+            entry.start(method, initial)
+            seconds = self._try(entry)
+            if seconds is None:
                 entry.tried[size] = "out of memory"
-                machine.release()
+                machine.release()  # after the exception, which held the tensors of its frames
                 continue
             entry.tried[size] = f"{self.work.tokens(self.work.records(0)) / seconds:.1f}"
             if seconds < best:
@@ -193,11 +192,14 @@ class Comparison:
         entry.start(chosen, initial)
         entry.facts["loss_before"] = self._evaluate(entry)
 
-    def _try(self, entry: Entry) -> float:
-        """Return the seconds of pass 0, after whatever compiles or allocates has done so."""
+    def _try(self, entry: Entry) -> float | None:
+        """Return the seconds of pass 0 once what compiles or allocates has done so; None: out of memory."""
         with entry.in_place():
-            self._pass(entry, self.work.records(0)[:1])
-            return self._pass(entry, self.work.records(0)).seconds
+            try:
+                self._pass(entry, self.work.records(0)[:1])
+                return self._pass(entry, self.work.records(0)).seconds
+            except torch.OutOfMemoryError:
+                return None
 
     def _timed(self, entry: Entry, records: list[NDArray[np.int64]]) -> None:
         with entry.in_place():
@@ -327,7 +329,8 @@ def idle_share(work: Callable[[], Any]) -> float:
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         work()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in on_gpu if not e.is_user_annotation and not e.name.startswith("Optimizer.")]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
