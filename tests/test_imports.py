@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lit_adapter.cli import parse_finetune
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lit_adapter").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
     ("files", "device", "command"),
@@ -106,6 +108,21 @@ def test_what_starts_light_stays_light(name: str) -> None:
     assert done.stdout.split() == []
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_is_shown_without_anything_heavy(path: Path) -> None:
+    """So that it is there within a second."""
+    code = (
+        "import contextlib, runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
+        f"with contextlib.suppress(SystemExit): runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        "print('heavy:', *{'torch', 'lightning', 'transformers', 'peft', 'numpy'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(path.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert "usage:" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
+
+
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -123,7 +140,7 @@ def test_every_configuration_parses(path: Path) -> None:
 FORBIDDEN_MODULES = ("dill", "shelve", "marshal", "cloudpickle", "joblib")
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS, *BENCHMARKS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_unsafe_is_called(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.isascii()

@@ -45,9 +45,9 @@ def train(options: Any) -> tuple[str, bool]:
     work = _workload(options, base, cuda)
     report = _report(options, base, {"workload": work.describe(), "batch": work.batch, "steps": work.steps})
     found = training.entries(base, work, options)
-    usual = (
-        found if cuda else [name for name in found if not name.endswith(("-liger", "-compiled", "-float8"))]
-    )
+    usual = [name for name in found if not name.startswith("saving-")]
+    if not cuda:
+        usual = [name for name in usual if not name.endswith(("-liger", "-compiled", "-float8"))]
     chosen = _chosen(options.methods, found, usual)
     training.Comparison(base, work, {name: found[name] for name in chosen}, report, options.repeats).run()
     return _finish(options, report, TRAINING)

@@ -19,6 +19,7 @@ from benchmarks.methods import Method, Packed, PaddedOurs, Part, attach_ours
 from benchmarks.models import Base
 from benchmarks.report import Report, Row, failure, progress_bar
 from benchmarks.rivals import Rival, Shell
+from benchmarks.savings import TargetHead, Unshared
 from benchmarks.workload import Workload
 from lit_adapter.config import OptimConfig
 
@@ -111,6 +112,22 @@ def entries(base: Base, work: Workload, options: Any) -> dict[str, Entry]:
     found["ours-padded"] = Entry(
         "ours, padded, no saving", lambda size: PaddedOurs(base, work, ours, size), sizes, RATES["ours"]
     )
+    found["saving-head"] = Entry(
+        "saving 1: the head at targets alone",
+        lambda size: TargetHead(base, work, ours, size),
+        sizes,
+        RATES["ours"],
+    )
+    for number, whole, key in ((2, True, "packing"), (3, False, "last-layer")):
+        what = "packed rows" if whole else "the last layer at targets alone"
+        found[f"saving-{key}"] = Entry(
+            f"saving {number}: and {what}",
+            lambda size, whole=whole: Unshared(
+                base, work, ours, options.row_tokens[0], whole_last_layer=whole
+            ),
+            [0],
+            RATES["ours"],
+        )
     for kind in ("adaption-prompt", "lora"):
         found[kind] = rival(kind, grouped=False)
         found[f"{kind}-grouped"] = rival(kind, grouped=True)

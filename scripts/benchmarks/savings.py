@@ -1,0 +1,57 @@
+"""Our training step on a CPU with its savings taken in one after the other, to see what each brings.
+
+`PaddedOurs` has none of them; then come the head at targets alone, packing, the last layer at targets
+alone, and, in `Packed`, the shared starts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.methods import Packed, PaddedOurs, Part
+from benchmarks.models import Base
+from benchmarks.workload import Workload
+from lit_adapter.data.packing import Packer
+from lit_adapter.model.attention import CausalView, SegmentView
+from lit_adapter.model.loss import row_loss, target_loss
+
+
+class TargetHead(PaddedOurs):
+    """Padded, but only targets meet the output head."""
+
+    def loss(self, part: Part) -> Tensor:
+        """Return a padded batch's loss."""
+        ids, model = part.data.ids, self.base.model
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = model(ids, CausalView(model.rotation(position)))[:, :-1].flatten(0, 1)
+        labels = part.data.labels[:, 1:].flatten()
+        place = (labels != -100).nonzero().flatten()
+        return target_loss(hidden[place], model.lm_head.weight, labels[place])
+
+
+class Unshared(Packed):
+    """Packed, each record with its whole start; perhaps the last layer at all positions too."""
+
+    def __init__(
+        self,
+        base: Base,
+        work: Workload,
+        parameters: list[nn.Parameter],
+        row_tokens: int,
+        *,
+        whole_last_layer: bool,
+    ) -> None:
+        super().__init__(base, work, parameters, row_tokens)
+        self.packer = Packer(work.encoded, {}, mask_prompt=True, row_tokens=row_tokens)
+        self.whole_last_layer = whole_last_layer
+
+    def loss(self, part: Part) -> Tensor:
+        """Return a packed row's loss."""
+        model, row = self.base.model, part.data
+        if not self.whole_last_layer:
+            return row_loss(model, row)
+        ids, position, target_index, target_id = row.inputs(self.base.device)
+        view = SegmentView(row, model.rotation(position[None]))
+        hidden = model(ids[None], view)[0, target_index]
+        return target_loss(hidden, model.lm_head.weight, target_id)
