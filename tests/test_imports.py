@@ -140,7 +140,9 @@ def test_every_configuration_parses(path: Path) -> None:
 FORBIDDEN_MODULES = ("dill", "shelve", "marshal", "cloudpickle", "joblib")
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS, *BENCHMARKS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *SCRIPTS, *BENCHMARKS], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_nothing_unsafe_is_called(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.isascii()
