@@ -41,9 +41,9 @@ def rows_of(work: str, base: Path, folder: Path, *options: str) -> dict[str, dic
 
 def test_all_methods_train_the_same_model_on_the_same_records(tiny_base: Path, tmp_path: Path) -> None:
     rows = rows_of("train", tiny_base, tmp_path, *TRAIN)
-    assert len(rows) == 6
+    assert {name.split(",")[0] for name in rows} == {"ours", "PEFT AdaptionPrompt", "PEFT LoRA"}
     before = [row["loss_before"] for row in rows.values()]
-    assert before == pytest.approx([before[0]] * 6, rel=1e-5)
+    assert before == pytest.approx([before[0]] * len(rows), rel=1e-5)
     packed, padded = rows["ours, rows of 700"], rows["ours, padded, no saving"]
     assert padded["losses"] == pytest.approx(packed["losses"], rel=1e-4)
     assert padded["loss_after"] == pytest.approx(packed["loss_after"], rel=1e-4)

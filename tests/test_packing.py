@@ -98,11 +98,12 @@ def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_pro
         assert_same(packed(model, rows), wanted)
 
 
-def test_fp32_is_near_fp64() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_is_near_fp64(name: str) -> None:
     data = encoded(4, 12)
-    wanted = plain(model_of("gqa-top-layers"), data, range(12), True)
+    wanted = plain(model_of(name), data, range(12), True)
     packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
-    found = packed(model_of("gqa-top-layers", torch.float32), [packer.row(list(range(12)))])
+    found = packed(model_of(name).to(torch.float32), [packer.row(list(range(12)))])
     assert_same(found, wanted, tolerance=2e-4)
 
 
@@ -114,7 +115,7 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     n_records=st.integers(1, 14),
@@ -125,7 +126,6 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
     share=st.booleans(),
     mask_prompt=st.booleans(),
     name=st.sampled_from(sorted(MODELS)),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
 )
 def test_any_batch_cut_any_way(
     seed: int,
@@ -137,7 +137,6 @@ def test_any_batch_cut_any_way(
     share: bool,
     mask_prompt: bool,
     name: str,
-    dtype: torch.dtype,
 ) -> None:
     """All processes' shares of a step, together, are the step: also where a process has no record."""
     model, data = model_of(name), encoded(seed, n_records, cut=True, longest=longest)
@@ -152,8 +151,7 @@ def test_any_batch_cut_any_way(
     assert {part.n_tokens for part in shares} == {len(data.ids)}
     wanted = plain(model, data, range(n_records), mask_prompt)
     assert shares[0].n_targets == wanted.n_targets
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
-    assert_same(packed(model_of(name, dtype), rows), wanted, tolerance)
+    assert_same(packed(model, rows), wanted)
 
 
 def test_a_row_without_records_gives_zero_loss_and_zero_gradients() -> None:
