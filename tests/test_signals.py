@@ -226,12 +226,13 @@ def test_two_processes_that_lightning_starts(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_process_that_dies_is_named(
-    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], strategy: str
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, str(SCRIPT), *arguments(tiny_base, tiny_records, out, *LONG)]
-    command += ["--trainer.devices", "2"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", strategy]
     with launch(command, environment, log) as process:
         wait_for(log, "step 5/")
         other = next(
