@@ -74,6 +74,7 @@ def test_killed_at_random_moments(
     moments = random.Random(seed)
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     options = [*OPTIONS, "--data.workers", str(workers)]
+    assert Run(["--help"], tmp_path / "log", cache).wait() == 0  # the first fork waits for the imports
     start = time.monotonic()
     whole = Run(arguments(tiny_base, tiny_records, tmp_path / "whole", *options), tmp_path / "log", cache)
     assert whole.wait() == 0, whole.output

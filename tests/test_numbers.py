@@ -15,6 +15,7 @@ from warm_runs import Run, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.training import module
 from lit_adapter.training.checkpoint import read_checkpoint
@@ -49,8 +50,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     sound = module.row_loss
 
     def spoil(token: int) -> None:
-        def row_loss(model: torch.nn.Module, row: object) -> torch.Tensor:
-            return sound(model, row) * (float("nan") if (row.ids == token).any() else 1.0)
+        def row_loss(model: torch.nn.Module, row: PackedRow, **options: bool) -> torch.Tensor:
+            return sound(model, row, **options) * (float("nan") if (row.ids == token).any() else 1.0)
 
         monkeypatch.setattr(module, "row_loss", row_loss)
 

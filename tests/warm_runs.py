@@ -190,7 +190,7 @@ def _after_first(generate: Callable, number: int) -> Callable:
 def _poison(token: int) -> None:
     sound = module.row_loss
 
-    def row_loss(model: Any, row: Any) -> Any:
-        return sound(model, row) * (math.nan if bool((row.ids == token).any()) else 1.0)
+    def row_loss(model: Any, row: Any, **options: Any) -> Any:
+        return sound(model, row, **options) * (math.nan if bool((row.ids == token).any()) else 1.0)
 
     module.row_loss = row_loss
