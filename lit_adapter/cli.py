@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 
@@ -23,7 +23,7 @@ _PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 def finetune_main(argv: Sequence[str]) -> int:
     """Parse a run's configuration and train."""
-    config, resume = parse_finetune(argv)
+    request = parse_finetune(argv)
     from lit_adapter.training.signals import Signals
 
     signals = Signals()
@@ -32,11 +32,19 @@ def finetune_main(argv: Sequence[str]) -> int:
         sys.stdout.reconfigure(line_buffering=True)
     from lit_adapter.training.finetune import finetune
 
-    return finetune(config, resume, signals=signals)
+    return finetune(request.config, request.resume, signals=signals, dry_run=request.dry_run)
 
 
-def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
-    """Return the configuration and what to resume.
+class FinetuneRequest(NamedTuple):
+    """What the command line of ``scripts/finetune.py`` asks for."""
+
+    config: Config
+    resume: str | None
+    dry_run: bool
+
+
+def parse_finetune(argv: Sequence[str]) -> FinetuneRequest:
+    """Return the configuration, what to resume, and whether it is only a trial.
 
     Raises:
         UserError: a file, key or value that is wrong; names file, line and key.
@@ -48,13 +56,16 @@ def parse_finetune(argv: Sequence[str]) -> tuple[Config, str | None]:
         "--config", action=jsonargparse.ActionConfigFile, help="YAML file of the fields below"
     )
     parser.add_argument("--resume", type=str | None, default=None, help="'last', or a checkpoint of the run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, try three steps, write nothing"
+    )
     parser.add_class_arguments(Config, nested_key=None)
     for path in _config_files(argv):
         check_config_file(path)
     parsed = parse(parser, [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in argv])
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
-    return Config(**values), parsed.resume
+    return FinetuneRequest(Config(**values), parsed.resume, parsed.dry_run)
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
@@ -104,12 +115,20 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
         seen.add(key)
         inner = next((k for k in (known[key], *get_args(known[key])) if is_dataclass(k)), None)
         if inner is None:
+            _check_plain(value_node, f"{path}:{line}: '{prefix}{key}'")
             continue
         if not isinstance(value_node, yaml.MappingNode):
             raise UserError(
                 f"{path}:{line}: '{prefix}{key}' must hold keys such as {', '.join(get_type_hints(inner))}"
             )
         _check_keys(value_node, inner, path, f"{prefix}{key}.")
+
+
+def _check_plain(node: yaml.Node, place: str) -> None:
+    """Refuse keys, deep lists and references to itself where a plain value or a list of them belongs."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise UserError(f"{place} holds keys or lists within; give a plain value")
 
 
 def generate_main(argv: Sequence[str]) -> int:

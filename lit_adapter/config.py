@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +20,14 @@ DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < float("inf"):
         raise UserError(f"{name} is {value}; expected {least} or more")
+
+
+def _expand_home(config: object, *names: str) -> None:
+    """Let ``~`` stand for the user's home folder, as saved configurations have it."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, os.path.expanduser(value))
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class DataConfig:
     """Loader processes that pack batches ahead of the training process."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "train", "val", "template")
         if self.val == "":
             raise UserError("data.val is empty; name a file, or leave it out to split off data.val_size")
         _at_least("data.max_length", self.max_length, 8)
@@ -189,6 +199,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
+        _expand_home(self, "base", "out", "init_from")
         if not self.base:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:

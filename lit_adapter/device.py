@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import torch
 
 from lit_adapter.errors import UserError
 
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,6 +31,11 @@ def choose_device(name: str | None = None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return where this process of a run computes: each process of a node has its own GPU."""
+    return device if device.type != "cuda" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -66,3 +74,47 @@ def _product_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(a, b)
         best = min(best, time.thread_time() - start)
     return best
+
+
+def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+    """Return the memory that can still be had: of a GPU, or of this machine or container.
+
+    What the process holds already is not in it. None where the system does not say.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    machine = _keyed(meminfo).get("MemAvailable:")
+    if machine is None:
+        return None
+    left = [_group_bytes(cgroup, *names) for names in _CGROUP_FILES]
+    return min([machine * 1024, *(bytes_ for bytes_ in left if bytes_ is not None)])
+
+
+_CGROUP_FILES = (  # of the two versions of control groups: limit, use, and which of it the kernel may drop
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def _group_bytes(cgroup: Path, limit: str, used: str, statistics: str, dropped: str) -> int | None:
+    """Return what a container may still take, or None without a limit."""
+    try:
+        left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return None
+    return left + _keyed(cgroup / statistics).get(dropped, 0)
+
+
+def _keyed(path: Path) -> dict[str, int]:
+    """Read the first number after each name of a file that the kernel writes."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}

@@ -2,25 +2,33 @@
 
 A file is written under a temporary name in the SAME folder (a rename is atomic only within one file
 system), flushed, synced, and renamed over the old one. A crash leaves the old file and perhaps a
-``.name.*.tmp`` leftover, which `sweep` removes.
+``.name.*.tmp`` leftover, which the next write of that file or `sweep` removes; a lock tells it from a file
+that another process is writing just now.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+LEFTOVER_SECONDS = 60
+"""Age of an unlocked temporary file from which it is a leftover; a younger one may not be locked yet."""
+LARGEST_JSON = 2**28
+"""Bytes; configurations, indexes and vocabularies are far smaller."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,12 +58,13 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
         raise UserError(f"{path}: a pipe, socket or device; name a regular file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"), LEFTOVER_SECONDS)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
     except OSError as error:
         raise write_error(path, error) from error
-    os.close(descriptor)
     temporary = Path(name)
     try:
+        _lock(descriptor)
         yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb") as written:
@@ -65,7 +74,19 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error, needed=_size(temporary) if needed is None else needed) from error
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the file's lock, which lasts until it is closed; False if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -82,6 +103,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path``, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def probe(folder: Path) -> None:
+    """See that files can be made in ``folder``, or where it would be made; leave nothing behind.
+
+    Raises:
+        UserError: they cannot.
+    """
+    place = folder if folder.is_dir() else existing_parent(folder)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=TEMPORARY_SUFFIX, dir=place) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def write_error(path: Path, error: OSError, needed: int | None = None) -> UserError:
@@ -111,10 +146,21 @@ def _size(path: Path) -> int | None:
 
 def sweep(folder: Path) -> int:
     """Remove what killed writes left behind in ``folder`` and below; return how many files."""
-    leftovers = [path for path in folder.rglob(f".*{TEMPORARY_SUFFIX}") if path.is_file()]
+    return _remove(folder.rglob(f".*{TEMPORARY_SUFFIX}"), 0)
+
+
+def _remove(leftovers: Iterable[Path], seconds: float) -> int:
+    """Remove the files that nobody has locked and that are older than ``seconds``; return how many."""
+    removed = 0
     for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
+        with suppress(OSError):  # another process may be faster
+            if not path.is_file() or time.time() - path.stat().st_mtime < seconds:
+                continue
+            with path.open("rb") as file:
+                if _lock(file.fileno()):
+                    path.unlink()
+                    removed += 1
+    return removed
 
 
 def file_sha256(path: Path) -> str:
@@ -127,9 +173,12 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: missing, unreadable, not UTF-8, or not JSON; names the file and the place.
+        UserError: missing, unreadable, not UTF-8, not JSON, or far too large; names the file and the place.
     """
     try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise UserError(f"{path}: {size:,} bytes of JSON; expected {LARGEST_JSON:,} or less")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
@@ -141,3 +190,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def without_home(path: str) -> str:
+    """Return ``path`` with ``~`` for the user's home folder: what is saved names no user."""
+    home = str(Path.home())
+    return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path

@@ -52,7 +52,7 @@ def quickstart_main(argv: Sequence[str]) -> int:
     download(MODEL, base)
     demo.write(DATA, args.seed)
     out = _free_folder(Path(args.out))
-    config, _ = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)])
+    config = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)]).config
     from lit_adapter.training.finetune import finetune
 
     status = finetune(config)

@@ -66,7 +66,7 @@ def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> d
         str(val),
     ]
     quiet = ["--trainer.val_every", "100000", "--trainer.samples", "0"]
-    config, _ = parse_finetune(["--config", str(CONFIG), *fixed, *quiet, *options])
+    config = parse_finetune(["--config", str(CONFIG), *fixed, *quiet, *options]).config
     start = time.perf_counter()
     finetune(config, say=lambda line: print(line, file=sys.stderr))
     seconds = time.perf_counter() - start

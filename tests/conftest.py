@@ -102,3 +102,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many faults and fuzz examples were tried, over all processes of the run."""
+    found = [
+        (name, value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+    ]
+    faults = [value for name, value in found if name == "fault"]
+    examples = sum(value for name, value in found if name == "examples")
+    if faults or examples:
+        terminalreporter.write_line(
+            f"faults: {len(faults)} rows tried, {len(set(faults))} of the ninety-three; "
+            f"fuzz: {examples:,} examples"
+        )

@@ -132,9 +132,9 @@ def test_there_are_configurations() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_parses(path: Path) -> None:
-    config, resume = parse_finetune(["--config", str(path)])
-    assert config.data.train
-    assert resume is None
+    request = parse_finetune(["--config", str(path)])
+    assert request.config.data.train
+    assert (request.resume, request.dry_run) == (None, False)
 
 
 FORBIDDEN_MODULES = ("dill", "shelve", "marshal", "cloudpickle", "joblib")
@@ -163,9 +163,15 @@ def test_nothing_unsafe_is_called(path: Path) -> None:
             assert called not in ("eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"), (
                 f"{path}:{node.lineno}: {called}"
             )
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
             if called == "torch.load":
-                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert given.get("weights_only") == "True", f"{path}:{node.lineno}: torch.load"
+            if called.endswith(("load_state_dict", "load_model")):
+                assert given.get("strict", "True") != "False", f"{path}:{node.lineno}: strict=False"
+            assert given.get("shell") != "True", f"{path}:{node.lineno}: shell=True"
+            assert not called.endswith((".extractall", ".mktemp", ".load_from_checkpoint")), (
+                f"{path}:{node.lineno}: {called}"
+            )
 
 
 def test_the_check_above_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +186,10 @@ def test_the_check_above_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest
             "torch.load(path, weights_only=False)",
             "yaml.load(text)",
             "f(trust_remote_code=True)",
+            "model.load_state_dict(state, strict=False)",
+            "subprocess.run(text, shell=True)",
+            "archive.extractall(folder)",
+            "Module.load_from_checkpoint(path)",
             "try:\n    f()\nexcept:\n    g()",
         ]
     ):

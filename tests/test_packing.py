@@ -111,7 +111,7 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
     model, data = model_of("gqa-top-layers"), encoded(5, cut=True)
     packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000, pad_to=32)
     row = packer.row(list(range(len(data))))
-    monkeypatch.setattr(attention, "_LONG", 0)
+    monkeypatch.setattr(attention, "MOST_SCORED", 0)
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from lit_adapter import files
 from lit_adapter.data.records import Record, Records
+from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def encode_records(
         max_length: longest record, in tokens.
         cache: folder of cache files, or None for no caching.
         tokenizer_key: fingerprint of the tokenizer, for the cache's key.
-        say: gets a line when a damaged cache file is replaced.
+        say: gets a line when a damaged cache file is replaced, or none can be written.
     """
     key = _key(records, template, max_length, tokenizer_key)
     path = cache / f"tokens-{key[:32]}.safetensors" if cache else None
@@ -108,7 +109,10 @@ def encode_records(
         say(f"{path}: damaged cache of tokens; encoding again")
     encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
     if path:
-        _write_cache(path, key, encoded)
+        try:
+            _write_cache(path, key, encoded)
+        except UserError as error:  # the next run encodes again; this one goes on
+            say(f"tokens are not cached: {error}; $LIT_ADAPTER_CACHE names another folder")
     return encoded
 
 

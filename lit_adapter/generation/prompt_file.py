@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,17 @@ class Answers:
         self.path.unlink(missing_ok=True)
 
     def _append(self, lines: Iterable[bytes]) -> None:
+        content = b"".join(lines)
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as stream:
-                stream.write(b"".join(lines))
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            raise files.write_error(self.path, error) from error
+            with suppress(OSError):  # the half written line would only keep the disk full
+                os.truncate(self.path, size)
+            raise files.write_error(self.path, error, needed=len(content)) from error
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the whole lines of an unfinished run of these prompts and settings."""

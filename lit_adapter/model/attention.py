@@ -114,7 +114,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Ten
 
 
 @dataclass
-class _Group:
+class SegmentGroup:
     """Segments of similar length, padded to a rectangle for one attention call."""
 
     query: Tensor  # [S, L] which of the given queries
@@ -149,7 +149,7 @@ class SegmentView(BaseView):
         return y.transpose(0, 1)[None]
 
 
-def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
+def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
     """Return the group's real queries' results ``[n, H, D]``, from ``q, k, v [T, heads, D]``.
 
     Written out: on CPUs the fused kernel's backward pass is several times slower on such short segments.
@@ -160,7 +160,7 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
     queries = q.index_select(0, group.query.flatten()).view(S, L, G, H // G, D).permute(0, 2, 3, 1, 4)
     keys = k.index_select(0, group.key.flatten()).view(S, E, G, D).permute(0, 2, 3, 1)
     values = v.index_select(0, group.key.flatten()).view(S, E, G, D).transpose(1, 2)
-    if L * E > _LONG:
+    if L * E > MOST_SCORED:
         return _attend_fused(queries.flatten(1, 2), keys.mT, values, group)
     score = queries.reshape(S, G, -1, D) @ keys  # [S, G, H/G * L, E]
     score = widen(score).view(S, G, H // G, L, E).mul(D**-0.5).masked_fill(group.hidden, -torch.inf)
@@ -169,10 +169,10 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
     return y.index_select(0, group.real)
 
 
-_LONG = 512 * 512  # pairs of a segment from which keeping their scores costs more than recomputing them
+MOST_SCORED = 512 * 512  # pairs of a segment from which keeping their scores costs more than recomputing them
 
 
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> Tensor:
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
     """Do the same for long segments ``[S, heads, L, D]`` without keeping a score for every pair."""
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=~group.hidden[:, 0], enable_gqa=True)
     return y.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
@@ -210,7 +210,7 @@ def _segments(row: PackedRow) -> list[_Segment]:
 _SPREAD_ALLOWED = 1.5  # a rectangle's longest segment, as a multiple of its shortest
 
 
-def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[_Group]:
+def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[SegmentGroup]:
     """Plan the attention calls for the ascending query positions ``wanted``."""
     segments = _segments(row)
     owner = iter(segments)
@@ -228,14 +228,14 @@ def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[_Gr
     return [_rectangle(group, device) for group in groups]
 
 
-def _rectangle(group: list[_Segment], device: torch.device) -> _Group:
+def _rectangle(group: list[_Segment], device: torch.device) -> SegmentGroup:
     position, valid = _padded([[place for place, _ in s.queries] for s in group])
     query, _ = _padded([[number for _, number in s.queries] for s in group])
     key, real_key = _padded([[*range(s.head_start, s.head_end), *range(s.start, s.end)] for s in group])
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
     seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
     plan = (query, key, ~seen[:, None, None], valid.flatten().nonzero().flatten())
-    return _Group(*(part.to(device) for part in plan))
+    return SegmentGroup(*(part.to(device) for part in plan))
 
 
 def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:

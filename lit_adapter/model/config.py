@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from lit_adapter.errors import UserError
 
+MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
+MOST_WIDE = 2**24
+"""Bounds far above any LLaMA: a file that names more is damaged, and nothing is allocated for it."""
 RopeKind = Literal["default", "linear", "llama3"]
 MOST_PROMPTS = 65536
 """Prompts of a layer; a number above it is a slip, and would end in an allocation that fails."""
@@ -57,6 +60,10 @@ class LlamaConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"model config: {name} is {value!r}; expected a whole number above 0")
+            if value > MOST.get(name, MOST_WIDE):
+                raise UserError(
+                    f"model config: {name} is {value}; expected {MOST.get(name, MOST_WIDE)} or less"
+                )
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"model config: {self.n_head} query heads cannot share {self.n_kv_head} key/value heads; "
@@ -78,8 +85,17 @@ class LlamaConfig:
             source: its name, for messages.
 
         Raises:
-            UserError: another architecture, a missing key, or an unknown kind of RoPE.
+            UserError: another architecture, a missing key, an unknown kind of RoPE, or a value that none has.
         """
+        try:
+            return cls._from_hf(raw, source)
+        except UserError as error:
+            raise (error if source in str(error) else UserError(f"{source}: {error}")) from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{source}: a value of another kind than expected ({error})") from None
+
+    @classmethod
+    def _from_hf(cls, raw: dict[str, Any], source: str) -> LlamaConfig:
         _refuse_other_architectures(raw, source)
         n_embd = _required(raw, "hidden_size", source)
         n_head = _required(raw, "num_attention_heads", source)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lit_adapter import files
@@ -24,16 +19,14 @@ from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
-from lit_adapter.device import choose_device, choose_dtype
+from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import (
-    adapter_parameters,
     adapter_state,
     attach,
     check_same_form,
     load_adapter_state,
-    parameter_counts,
 )
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.llama import Llama
@@ -50,7 +43,11 @@ from lit_adapter.training.callbacks import (
     shows_bar,
 )
 from lit_adapter.training.checkpoint import DurableCheckpointIO
+from lit_adapter.training.curves import Curves
+from lit_adapter.training.dry_run import N_TRIED, Stopwatch, rehearse
 from lit_adapter.training.module import LitAdapter
+from lit_adapter.training.plan import announce
+from lit_adapter.training.preflight import check_records, check_space, enough_memory
 from lit_adapter.training.processes import (
     StopOnSignal,
     end_run,
@@ -61,7 +58,7 @@ from lit_adapter.training.processes import (
     take_over,
 )
 from lit_adapter.training.resume import Beginning, find_beginning
-from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain
+from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import Signals
@@ -73,14 +70,19 @@ from lit_adapter.weights.adapter_file import (
     read_adapter,
     save_adapter,
 )
-from lit_adapter.weights.base_folder import expected_shapes, read_config
+from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import empty_base, load_base
 
 Say = Callable[[str], None]
 
 
 def finetune(
-    config: Config, resume: str | None = None, say: Say = print, signals: Signals | None = None
+    config: Config,
+    resume: str | None = None,
+    say: Say = print,
+    signals: Signals | None = None,
+    *,
+    dry_run: bool = False,
 ) -> int:
     """Train an adapter.
 
@@ -89,6 +91,7 @@ def finetune(
         resume: ``last``, or a checkpoint file of the run.
         say: gets each line worth printing; the first process alone speaks.
         signals: handlers that are set already; by default they are set here.
+        dry_run: say what the run would do, try three steps, and leave nothing in the run folder.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
@@ -104,14 +107,24 @@ def finetune(
     quiet_lightning()
     try:
         if rank() > 0:
-            return follow(lambda: _Run(config, folder, signals, _say_nothing).train(resume), signals)
+            other = partial(_run, config, folder, signals, _say_nothing, resume, dry_run)
+            return follow(other, signals)
+        if dry_run:
+            folder.check(resume=resume is not None)
+            return _run(config, folder, signals, say, resume, dry_run)
         folder.open(resume=resume is not None)
         try:
-            return _Run(config, folder, signals, say).train(resume)
+            return _run(config, folder, signals, say, resume, dry_run)
         finally:
             folder.close()
     finally:
         signals.restore()
+
+
+def _run(
+    config: Config, folder: RunFolder, signals: Signals, say: Say, resume: str | None, dry_run: bool
+) -> int:
+    return _Run(config, folder, signals, say).train(resume, dry_run=dry_run)
 
 
 class _Run:
@@ -174,7 +187,7 @@ class _Run:
         )
         return found
 
-    def train(self, resume: str | None) -> int:
+    def train(self, resume: str | None, *, dry_run: bool = False) -> int:
         """Train from the start or from a checkpoint."""
         config, start = self.config, time.perf_counter()
         data = self._data()
@@ -191,21 +204,29 @@ class _Run:
         if begin.step >= steps and self.folder.adapter.is_file():
             self.say(f"{self.folder.path}: already complete, {begin.step} steps; nothing to do")
             return 0
+        needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
         model = self._model()
+        if not is_sharded(config.trainer):  # a base that is cut is read later
+            check_records(model, data, needed)
         module = self._module(model, steps)
-        validation = Validation(config.trainer.val_every or max(1, steps // 10))
+        val_every = config.trainer.val_every or max(1, steps // 10)
+        if dry_run:
+            announce(config, self.base_config, self.identity.name, model, steps, self.say)
+            trainer = self._trainer(data, [Stopwatch()], None, n_steps=min(N_TRIED, steps))
+            return rehearse(trainer, module, data, steps - begin.step, val_every, self.say)
+        validation = Validation(val_every)
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated
         callbacks = self._callbacks(data, model, record, validation, repeats)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
-        self._announce(model, data, steps)
+        announce(config, self.base_config, self.identity.name, model, steps, self.say)
         self.signals.only_note()
         if rank() == 0:
             self.folder.set_aside(begin.step, self.say)
-            files.write_text(self.folder.config, yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+            files.write_text(self.folder.config, saved_config(config))
         # At step 0 there is nothing to restore: the start follows from the seed.
         path = str(begin.path) if begin.step else None
-        with last_words(several=trainer.world_size > 1):
+        with last_words(several=trainer.world_size > 1), enough_memory(needed):
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         return self._finish(trainer, module, data, start)
 
@@ -256,18 +277,15 @@ class _Run:
 
         A base that is cut over the processes is read later, when they are connected.
         """
-        device = self.device
-        if device.type == "cuda":  # each process of a node loads straight onto its own GPU
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         sharded = is_sharded(self.config.trainer)
         if sharded:
             model = empty_base(self.base, dtype=self._dtype())
         else:
-            model = load_base(self.base, device=device, dtype=self._dtype())
+            model = load_base(self.base, device=own_device(self.device), dtype=self._dtype())
         attach(model, self.config.adapter, self.config.seed)
         if self.start is not None:
             load_adapter_state(model, self.start, source=str(self.config.init_from))
-        if device.type == "cuda" and not sharded:
+        if self.device.type == "cuda" and not sharded:
             from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
             fused.prepare(model, float8=self.config.trainer.base_precision == "fp8")
@@ -298,16 +316,14 @@ class _Run:
         return plain({"identity": own, "changeable": changeable(self.config), "steps": steps})
 
     def _trainer(
-        self, data: AlpacaDataModule, callbacks: list[pl.Callback], purge_step: int | None
+        self,
+        data: AlpacaDataModule,
+        callbacks: list[pl.Callback],
+        purge_step: int | None,
+        n_steps: int | None = None,
     ) -> pl.Trainer:
+        """Return a trainer; with ``n_steps`` it stops after so many and draws nothing."""
         options = self.config.trainer
-        logger = TensorBoardLogger(
-            str(self.folder.path),
-            name="",
-            version="tensorboard",
-            default_hp_metric=False,
-            purge_step=purge_step,
-        )
         trainer = pl.Trainer(
             accelerator=self.device.type,
             devices=options.devices,
@@ -317,14 +333,15 @@ class _Run:
             max_epochs=1,  # our sampler's one pass is the whole run, all epochs in it
             check_val_every_n_epoch=2,  # never: our own callback validates
             limit_val_batches=None if data.val_packer is not None else 0,
+            limit_train_batches=n_steps,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
-            logger=logger,
+            logger=n_steps is None and Curves(self.folder.path, purge_step, self.say),
             callbacks=callbacks,
             plugins=[DurableCheckpointIO(), *launcher_plugins()],
             inference_mode=not is_sharded(options),  # what it gathers then could not be trained with later
             enable_checkpointing=False,
-            enable_progress_bar=shows_bar(options),
+            enable_progress_bar=shows_bar(options) and n_steps is None,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
@@ -372,30 +389,6 @@ class _Run:
             training={**self._about_training(), **summary},
         )
         save_adapter(path, state, info)
-
-    def _announce(self, model: Llama, data: AlpacaDataModule, steps: int) -> None:
-        config = self.config
-        trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
-        frozen = sum(math.prod(shape) for shape in expected_shapes(self.base_config).values())
-        self.say(
-            f"model: {self.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-            f"({parameter_counts(model)})"
-        )
-        if config.init_from is not None:
-            self.say(f"starting from {config.init_from}")
-        base_lr = config.optim.peak_lr * 256 / config.optim.batch_size
-        self.say(
-            f"run: {steps} steps of {config.optim.batch_size} records; lr {config.optim.peak_lr:g} "
-            f"(base_lr {base_lr:g}), warm-up {warmup_steps(config.optim, steps)} steps; {self.folder.path}"
-        )
-        warmup = warmup_steps(config.optim, steps)
-        if config.optim.peak_lr == 0:
-            self.say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
-        elif warmup > steps / 2:
-            self.say(
-                f"warning: the warm-up takes {warmup} of the run's {steps} steps; "
-                "lower optim.warmup (0.05 is usual) or train longer"
-            )
 
 
 def _say_nothing(line: str) -> None:

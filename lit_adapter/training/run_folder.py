@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lit_adapter import files
 from lit_adapter.config import Config
@@ -44,7 +45,17 @@ class RunFolder:
         """Take the folder for this process, and see that it can be written.
 
         Raises:
-            UserError: it holds another run, is not a folder, cannot be written, or is in use.
+            UserError: as `check`, or it is in use.
+        """
+        self.check(resume=resume)
+        files.write_text(self.path / LOCK, self._claim())
+        files.sweep(self.path)
+
+    def check(self, *, resume: bool) -> None:
+        """See whether a run could be written there; nothing is left behind.
+
+        Raises:
+            UserError: it holds another run, is not a folder, or cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run folder with --out")
@@ -52,8 +63,7 @@ class RunFolder:
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
-        files.write_text(self.path / LOCK, self._claim())
-        files.sweep(self.path)
+        files.probe(self.path)
 
     def _claim(self) -> str:
         """Return this process's number, unless a living process holds the lock."""
@@ -150,7 +160,7 @@ def identity(config: Config, **facts: Any) -> dict[str, Any]:
 def changeable(config: Config) -> dict[str, Any]:
     """Return the settings that a resumed run may change; changes are listed."""
     plain = asdict(config)
-    found = {key: plain[key] for key in ("base", "out")}
+    found = {key: files.without_home(plain[key]) for key in ("base", "out")}
     for section, keys in (
         (
             "optim",
@@ -164,3 +174,13 @@ def changeable(config: Config) -> dict[str, Any]:
     ):
         found |= {f"{section}.{key}": plain[section][key] for key in keys}
     return found
+
+
+def saved_config(config: Config) -> str:
+    """Return a configuration as YAML that `parse_finetune` reads again, without the name of a home folder."""
+    values = plain(asdict(config))
+    places = [(values, key) for key in ("base", "out", "init_from")]
+    places += [(values["data"], key) for key in ("train", "val", "template")]
+    for section, key in places:
+        section[key] = section[key] and files.without_home(section[key])
+    return yaml.safe_dump(values, sort_keys=False)

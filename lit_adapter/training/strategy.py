@@ -68,9 +68,10 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if is_sharded(options):
-        n_processes = options.num_nodes * _per_node(options, device)
         return ShardedStrategy(
-            data_parallel_size=n_processes, tensor_parallel_size=1, process_group_backend=backend
+            data_parallel_size=n_processes(options, device),
+            tensor_parallel_size=1,
+            process_group_backend=backend,
         )
     several = options.num_nodes > 1 or options.devices not in (1, "1")
     if options.strategy == "ddp" or (options.strategy == "auto" and several):
@@ -112,16 +113,21 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
         return
     launcher, processes = started
     per_node = _per_node(options, device)
-    if processes != options.num_nodes * per_node:
+    if processes != n_processes(options, device):
         raise UserError(
             f"{launcher} started {processes} processes, but trainer.num_nodes {options.num_nodes} times "
-            f"trainer.devices {per_node} is {options.num_nodes * per_node}; make them equal"
+            f"trainer.devices {per_node} is {n_processes(options, device)}; make them equal"
         )
 
 
 def launcher_plugins() -> list[Any]:
     """Return what Lightning must know of the launcher: on SLURM, that a run resumes by itself."""
     return [SLURMEnvironment(auto_requeue=False)] if _launched_by_slurm() else []
+
+
+def n_processes(options: TrainerConfig, device: torch.device) -> int:
+    """Return the processes of a run, on all its nodes."""
+    return options.num_nodes * _per_node(options, device)
 
 
 def _per_node(options: TrainerConfig, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from safetensors.torch import save
 from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import check_adapter_state, expected_shapes
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_fingerprint
 
@@ -101,8 +101,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
                 raise UserError(
                     f"{path}: not an adapter written by lit_adapter (no '{METADATA_KEY}' metadata)"
                 )
-            info = _parse(metadata, path)
-            shapes = expected_shapes(info.adapter, info.model)
+            info, shapes = _parse(metadata, path)
             _check_header(file, shapes, path)
             state = {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
@@ -118,19 +117,23 @@ def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> 
         odd = sorted(names ^ shapes.keys())
         raise UserError(f"{path}: tensors and metadata disagree, first at {odd[0]}")
     for name, shape in shapes.items():
-        found = tuple(file.get_slice(name).get_shape())
-        if found != shape:
-            raise UserError(f"{path}: {name} has shape {list(found)}; its metadata says {list(shape)}")
+        entry = file.get_slice(name)
+        if tuple(entry.get_shape()) != shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(entry.get_shape())}; its metadata says {list(shape)}"
+            )
+        if entry.get_dtype() != "F32":
+            raise UserError(f"{path}: {name} is {entry.get_dtype()}; an adapter is kept in F32")
 
 
-def _parse(metadata: str, path: Path) -> AdapterInfo:
+def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int, ...]]]:
+    """Return what an adapter file says of itself, and the shapes that follow from it."""
     try:
         raw = json.loads(metadata)
         if raw["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: adapter format {raw['format_version']}; this version reads {FORMAT_VERSION}"
-            )
-        return AdapterInfo(
+            raise UserError(f"adapter format {raw['format_version']}; this version reads {FORMAT_VERSION}")
+        _check_types(raw)
+        info = AdapterInfo(
             adapter=AdapterConfig(**raw["adapter"]),
             base=BaseIdentity(**raw["base"]),
             base_config=raw["base_config"],
@@ -138,8 +141,48 @@ def _parse(metadata: str, path: Path) -> AdapterInfo:
             mask_prompt=raw["mask_prompt"],
             training=raw["training"],
         )
+        return info, expected_shapes(info.adapter, info.model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the adapter's metadata is damaged ({error})") from None
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "adapter.prompt_length": int,
+    "adapter.layers": (int, type(None)),
+    "adapter.gate": str,
+    "adapter.prompt_init_std": (int, float),
+    "adapter.dropout": (int, float),
+    "adapter.version": str,
+    "adapter.head": bool,
+    "base.name": str,
+    "base.weights": str,
+    "base.tokenizer": str,
+    "base_config": dict,
+    "mask_prompt": bool,
+    "training": dict,
+}
+
+
+def _check_types(raw: Any) -> None:
+    """Refuse metadata whose values are of other types than `save_adapter` writes.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for place, kind in _TYPES.items():
+        part, _, key = place.partition(".")
+        if part == "adapter" and key not in raw[part]:
+            continue  # a field that an older version did not have yet has its default
+        value = raw[part][key] if key else raw[part]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{place} is {value!r:.60}")
+    if raw["adapter"]["gate"] not in get_args(GateForm):
+        raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
+    name = raw["base"]["name"]
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
 
 
 def check_base(info: AdapterInfo, base: BaseIdentity, path: Path) -> None:

@@ -100,6 +100,7 @@ def _fill(
 
 
 def _check(tensors: Any, name: str, wanted: dict[str, tuple[int, ...]], file: Path) -> None:
+    """Compare a tensor's header with the configuration, before anything is allocated for it."""
     if name not in wanted:
         raise UserError(f"{file}: unexpected tensor {name}; convert the base again")
     shape = tensors.get_slice(name).get_shape()

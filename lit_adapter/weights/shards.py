@@ -154,6 +154,8 @@ class TorchShard:
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
                 raise UserError(f"{self.path}: '{name}' is no dense tensor; expected named tensors only")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{self.path}: '{name}' says to be larger than what the file holds; {AGAIN}")
         return content
 
     def tensor(self, name: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files import write_bytes
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
 from lit_adapter.weights.shards import member, refuse_stand_in
@@ -138,4 +138,4 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
         if (folder / name).exists() or (folder / name).is_symlink():
             path = member(folder, name)
             refuse_stand_in(path)
-            shutil.copyfile(path, out / name)
+            write_bytes(out / name, path.read_bytes())

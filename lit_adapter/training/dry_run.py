@@ -1,0 +1,93 @@
+"""``--dry-run``: a few real optimizer steps, timed, and what the whole run would take by them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.training.module import LitAdapter
+
+N_TRIED = 3
+
+
+class Stopwatch(Callback):
+    """Notes seconds and tokens of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+        self.since = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop it; the step has read its loss, so the device is done."""
+        self.steps.append((time.perf_counter() - self.since, int(pl_module.last["tokens"])))
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of the steps after the first, which also warms up."""
+        timed = self.steps[1:] or self.steps
+        return sum(seconds for seconds, _ in timed) / sum(tokens for _, tokens in timed)
+
+
+def rehearse(
+    trainer: Trainer,
+    module: LitAdapter,
+    data: AlpacaDataModule,
+    steps: int,
+    val_every: int,
+    say: Callable[[str], None],
+) -> int:
+    """Take the first steps of a fresh run, say what the rest would take, and return the exit status.
+
+    Args:
+        trainer: one that stops after `N_TRIED` steps and has a `Stopwatch`.
+        module: of the run.
+        data: of the run.
+        steps: optimizer steps that the run has still to do.
+        val_every: steps between validations.
+        say: gets the lines.
+    """
+    trainer.fit(module, data)
+    watch = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch))  # type: ignore[attr-defined]
+    validations = steps // val_every + 1 if data.val_encoded is not None else 0
+    say(forecast(watch, data, steps, validations, _forward_share(module)))
+    say("dry run: nothing was written; start without --dry-run")
+    return 0
+
+
+def _forward_share(module: LitAdapter) -> float:
+    """Return the cost of a forward pass as a share of forward and backward (no weight gradients)."""
+    layers = module.model.layers
+    adapted = sum(layer.self_attn.prefix is not None for layer in layers)
+    return len(layers) / (len(layers) + adapted)
+
+
+def forecast(
+    watch: Stopwatch, data: AlpacaDataModule, steps: int, validations: int, forward_share: float
+) -> str:
+    """Return a line about the time that ``steps`` and ``validations`` take."""
+    step_tokens = data.batch_size * float(data.train_encoded.length.mean())
+    held_out = int(data.val_encoded.length.sum()) if data.val_encoded is not None else 0
+    tokens = steps * step_tokens + validations * held_out * forward_share
+    shown = ", ".join(f"{seconds:.2g}" for seconds, _ in watch.steps)
+    return (
+        f"time: about {duration(tokens * watch.seconds_per_token)} for {steps} steps and {validations} "
+        f"validations ({len(watch.steps)} steps took {shown} s: {1 / watch.seconds_per_token:,.0f} tokens/s; "
+        "sample answers are not counted)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,257 @@
+"""What can be known before the first step: whether memory, disk and data suffice. A few seconds at most.
+
+What cannot work is refused here, with the two settings that would make it work. Memory and disk are asked
+by arithmetic before the base is loaded (see `memory`); the data by running its first and its longest record
+through the loaded model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lit_adapter.config import Config
+from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.device import free_bytes, own_device
+from lit_adapter.errors import UserError
+from lit_adapter.files import existing_parent
+from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import row_loss
+from lit_adapter.training.memory import Memory, RowShape, estimate, path_of
+from lit_adapter.training.strategy import is_sharded, n_processes
+
+STEPS_LOOKED_AT = 3
+HEADERS = 65_536
+"""Bytes of a checkpoint or adapter beside its tensors, at most."""
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a step depends on; a setting is tried by replacing one of them."""
+
+    model: LlamaConfig
+    adapter: AdapterConfig
+    row: RowShape
+    longest: int
+    """Tokens of the longest record: no row can be shorter."""
+    precision: str
+    device: str = "cpu"
+    recompute: bool = False
+    shards: int = 1
+
+    @property
+    def memory(self) -> Memory:
+        """What a step needs."""
+        path = path_of(self.model, self.adapter, self.precision, self.device)
+        return estimate(
+            self.model,
+            self.adapter,
+            self.row,
+            precision=self.precision,
+            path=path,
+            recompute=self.recompute,
+            shards=self.shards,
+        )
+
+    def with_tokens(self, tokens: int) -> Sizes:
+        """Return the same with a row of ``tokens``."""
+        return replace(self, row=self.row.scaled(tokens))
+
+    def with_layers(self, layers: int) -> Sizes:
+        """Return the same with ``layers`` adapted layers."""
+        return replace(self, adapter=replace(self.adapter, layers=layers))
+
+
+def sizes(
+    model: LlamaConfig,
+    config: Config,
+    data: AlpacaDataModule,
+    precision: str,
+    device: str,
+    shards: int = 1,
+) -> Sizes:
+    """Return the sizes of the hungriest row of the first steps, or of the longest record alone."""
+    steps, packer = data.training_steps(), data.train_packer
+    longest = int(packer.encoded.length.argmax())
+    rows = [[longest]]
+    for step in range(min(STEPS_LOOKED_AT, steps.steps_per_epoch)):
+        rows.append(max(packer.assign(steps.records(step)), key=packer.row_length))
+    shapes = [RowShape.of(packer.row(row)) for row in rows]
+    n_tokens = int(packer.encoded.length[longest])
+    found = [
+        Sizes(model, config.adapter, shape, n_tokens, precision, device, config.trainer.recompute, shards)
+        for shape in shapes
+    ]
+    return max(found, key=lambda one: one.memory.total)
+
+
+def check_space(
+    config: Config,
+    model: LlamaConfig,
+    data: AlpacaDataModule,
+    steps: int,
+    precision: str,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Sizes:
+    """Compare memory and disk with what a run of ``steps`` needs, and say both.
+
+    Raises:
+        UserError: as `check_memory` and `check_disk`.
+    """
+    options = config.trainer
+    processes = n_processes(options, device)
+    needed = sizes(model, config, data, precision, device.type, processes if is_sharded(options) else 1)
+    free = free_bytes(own_device(device))
+    if free is not None and device.type == "cpu":  # the processes of a machine share its memory
+        free = free * options.num_nodes // processes
+    say(check_memory(needed, free))
+    say(check_disk(Path(config.out), model, config, steps))
+    return needed
+
+
+def check_memory(needed: Sizes, free: int | None) -> str:
+    """Return a line about the memory of a step.
+
+    Args:
+        needed: of one process.
+        free: bytes that it can still have; None if the system does not say.
+
+    Raises:
+        UserError: more than is free; names two settings that would fit.
+    """
+    memory = needed.memory
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in vars(memory).items())
+    line = f"memory: about {gigabytes(memory.total)} on the {needed.device} ({parts})"
+    if free is None:
+        return line
+    if memory.total > free:
+        advice = " or ".join(remedies(needed, free)) or "a smaller base, or a device with more memory,"
+        raise UserError(f"{line}, but {gigabytes(free)} are free; {advice} would fit")
+    return f"{line}; {gigabytes(free)} are free"
+
+
+def remedies(needed: Sizes, free: int) -> list[str]:
+    """Return the first two settings that bring a step below ``free`` bytes, alone or in pairs."""
+    others = {"": needed}
+    if not needed.recompute:
+        others["trainer.recompute true"] = replace(needed, recompute=True)
+    if needed.precision != "bf16-true":
+        others["trainer.precision bf16-true"] = replace(needed, precision="bf16-true")
+    most_layers = len(needed.adapter.adapted_layers(needed.model.n_layer)) - 1
+    found: list[str] = []
+    for other, start in others.items():
+        together = f" with {other}" if other else ""
+        if other and start.memory.total <= free:
+            found.append(other)
+        tokens = _largest(needed.longest, needed.row.tokens - 1, free, start.with_tokens)
+        if tokens is not None:
+            found.append(f"optim.row_tokens {tokens}{together}")
+        layers = _largest(1, most_layers, free, start.with_layers)
+        if layers is not None:
+            found.append(f"adapter.layers {layers}{together}")
+    return found[:2]
+
+
+def _largest(least: int, most: int, free: int, with_value: Callable[[int], Sizes]) -> int | None:
+    """Return the largest value from ``least`` to ``most`` that fits; memory grows with it."""
+    if most < least or with_value(least).memory.total > free:
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        if with_value(middle).memory.total <= free:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def run_bytes(model: LlamaConfig, config: Config, steps: int) -> int:
+    """Return about what a run writes into its folder: checkpoints, two adapters and curves."""
+    trained = sum(math.prod(shape) for shape in expected_shapes(config.adapter, model).values())
+    layers = len(config.adapter.adapted_layers(model.n_layer))
+    adapter = 4 * trained + HEADERS
+    checkpoint = 12 * trained + HEADERS  # with AdamW's two averages
+    point = 100 * (12 + 2 * layers) + 4 * layers * model.n_head  # numbers, and a picture of the gates
+    # A new checkpoint or adapter lies beside the old one until it is whole.
+    return (
+        (config.trainer.keep_checkpoints + 1) * checkpoint
+        + 3 * adapter
+        + point * (steps // config.trainer.log_every + 1)
+    )
+
+
+def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> str:
+    """Return a line about the disk space of a run.
+
+    Raises:
+        UserError: more than is free; names two settings that would fit.
+    """
+    needed = run_bytes(model, config, steps)
+    free = shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+    line = f"disk: the run writes about {needed:,} bytes into {folder}"
+    if needed <= free:
+        return f"{line}; {free:,} are free"
+    fewer = replace(config, trainer=replace(config.trainer, keep_checkpoints=1))
+    rarer = replace(config, trainer=replace(config.trainer, log_every=max(10, steps // 10)))
+    tries = {"trainer.keep_checkpoints 1": fewer, f"trainer.log_every {rarer.trainer.log_every}": rarer}
+    found = [name for name, other in tries.items() if run_bytes(model, other, steps) <= free]
+    raise UserError(f"{line}, but {free:,} are free; {' or '.join([*found[:1], '--out on another disk'])}")
+
+
+def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
+    """Run the data's first and longest record through the model.
+
+    Raises:
+        UserError: a loss that is not finite, or memory that does not suffice after all.
+    """
+    encoded, precision = data.train_encoded, needed.precision
+    device = model.embed_tokens.weight.device.type
+    records = dict.fromkeys([0, int(encoded.length.argmax())])
+    lower = torch.autocast(device, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+    with torch.no_grad(), lower, enough_memory(needed):
+        for record in records:
+            loss = float(row_loss(model, data.train_packer.row([record])))
+            if not math.isfinite(loss):
+                origin = data.train_records[int(encoded.source_row[record])].origin
+                raise UserError(
+                    f"{origin}: the base's loss on this record is {loss} under trainer.precision "
+                    f"{precision}; use trainer.precision 32-true, or convert the base again"
+                )
+
+
+@contextmanager
+def enough_memory(needed: Sizes) -> Iterator[None]:
+    """Turn an allocation that fails, here or in a loader process, into one line with settings that need less.
+
+    Raises:
+        UserError: instead of torch's own error.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            raise UserError(
+                f"a loader process was killed, perhaps for want of memory ({text[:120]}); "
+                "lower data.workers or free memory; --resume last goes on from the last checkpoint"
+            ) from None
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
+            raise
+        fewer = needed.memory.total - needed.memory.activations // 2
+        advice = " or ".join(remedies(needed, fewer)) or "a smaller base, or a device with more memory"
+        raise UserError(f"out of memory ({text[:160]}); try {advice}; checkpoints are unaffected") from None
+
+
+def gigabytes(size: int) -> str:
+    """Return a size as people read it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,185 @@
+"""The bench on which faults are tried: a script's ``main`` run as the script runs it, and what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_runs import TINY
+
+from lit_adapter import command
+from lit_adapter.cli import finetune_main, generate_main
+from lit_adapter.errors import UserError
+from lit_adapter.weights.cli import convert_main
+from lit_adapter.weights.foreign.cli import convert_adapter_main
+
+ROOT = Path(__file__).parents[2]
+OK = {"instruction": "a", "output": "b"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass
+class Bench:
+    """A folder of its own, and what every run needs."""
+
+    folder: Path
+    base: Path
+    records: Path
+    adapter: Path
+    """An adapter of ``base`` with open gates."""
+    finished: Path
+    """The folder of a finished run of six steps; copy it before use."""
+    monkeypatch: pytest.MonkeyPatch
+    before: dict[Path, bytes] = field(default_factory=dict)
+    """Every file as it was when the fault was tried."""
+
+    @property
+    def marker(self) -> Path:
+        """What a pickle bomb would make."""
+        return self.folder / "MARKER"
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.folder / "run"
+
+    def file(self, name: str, content: str | bytes | Any) -> Path:
+        """Write a file: text, bytes, or anything else as JSON."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def finetune(self, *options: object, data: Path | None = None, base: Path | None = None) -> Outcome:
+        """``scripts/finetune.py`` on the tiny base."""
+        fixed = ["--config", TINY, "--base", base or self.base, "--data.train", data or self.records]
+        self.before = self.snapshot()
+        return as_script(finetune_main, [*fixed, "--out", self.out, *options])
+
+    def generate(self, *options: object) -> Outcome:
+        """``scripts/generate.py`` on the tiny base with its adapter, unless the options say otherwise."""
+        given = {str(option).split("=")[0] for option in options}
+        fixed: list[object] = ["--device", "cpu", "--dtype", "float32"]
+        fixed += [] if "--base" in given else ["--base", self.base]
+        fixed += [] if given & {"--adapter", "--no-adapter"} else ["--adapter", self.adapter]
+        fixed += [] if given & {"--prompt", "--prompts"} else ["--prompt", "Say it back."]
+        self.before = self.snapshot()
+        return as_script(generate_main, [*fixed, *options])
+
+    def convert(self, source: Path, *options: object) -> Outcome:
+        """``scripts/convert.py``."""
+        self.before = self.snapshot()
+        return as_script(convert_main, [source, "--out", self.folder / "converted", *options])
+
+    def convert_adapter(self, source: Path) -> Outcome:
+        """``scripts/convert_adapter.py`` from another code base's file."""
+        self.before = self.snapshot()
+        return as_script(
+            convert_adapter_main, [source, "--base", self.base, "--out", self.folder / "ours.safetensors"]
+        )
+
+    def call(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Outcome:
+        """A public Python call; a `UserError` counts as a script shows it."""
+        self.before = self.snapshot()
+        try:
+            return Outcome(0, str(function(*args, **kwargs)), "")
+        except UserError as error:
+            return Outcome(error.exit_status, "", f"error: {error}\n")
+
+    def process(self, script: str, *argv: object, **environment: str) -> Outcome:
+        """A script as a process of its own."""
+        self.before = self.snapshot()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / script), *map(str, argv)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=self.folder,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def bomb(self, name: str) -> Path:
+        """A pickle that makes the marker when it is loaded."""
+        import torch
+
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model.norm.weight": _Bomb(str(self.marker))}, path)
+        assert not self.marker.exists()
+        return path
+
+    def copy_finished_run(self) -> Path:
+        """Copy the finished run to where `finetune` goes on."""
+        shutil.copytree(self.finished, self.out)
+        return self.out
+
+    def copy_base(self, name: str) -> Path:
+        """Copy the tiny base."""
+        return Path(shutil.copytree(self.base, self.folder / name))
+
+    def copy_source(self) -> Path:
+        """Copy the Hugging Face folder that the tiny base was converted from."""
+        return Path(shutil.copytree(self.base.parent / "source", self.folder / "source"))
+
+    def snapshot(self) -> dict[Path, bytes]:
+        """Every file and its content."""
+        return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+
+class _Bomb:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (self.target, "w")
+
+
+def as_script(main: Callable[[Sequence[str]], int], argv: Sequence[object]) -> Outcome:
+    """Run a script's ``main`` as `command.run` does it, in this process."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["script", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            command.run(main)
+    except SystemExit as leaving:
+        return Outcome(int(leaving.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        sys.argv = before
+    raise AssertionError("a script that does not leave with a status")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault and what must come of it."""
+
+    fault: int
+    """Its number in the list of ninety-three."""
+    what: str
+    tried: Callable[[Bench], Outcome]
+    message: str
+    """A pattern: of the one line on standard error, or of standard output where the status is 0."""
+    status: int = 2
+    writes: bool = False
+    """Whether the trial may leave new files: it succeeds, or fails after it has written some."""

@@ -1,0 +1,124 @@
+"""Faults 80 to 89: settings of a generation, prompts, and numbers that go wrong there."""
+
+from __future__ import annotations
+
+import torch
+from bench import Bench, Outcome, Row
+from safetensors.torch import load_file, save_file
+
+import lit_adapter
+from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.text.tokenizer import StreamDecoder
+
+
+def same_as_greedy(bench: Bench) -> str:
+    model = lit_adapter.load(bench.adapter, bench.base, device="cpu", dtype="float32")
+    greedy = model.generate("Say it back.", max_new_tokens=8)
+    return str(model.generate("Say it back.", max_new_tokens=8, temperature=0.0, seed=5) == greedy)
+
+
+def most(bench: Bench, **settings: float) -> str:
+    """A setting at its end is no error: an answer comes."""
+    model = lit_adapter.load(bench.adapter, bench.base, device="cpu", dtype="float32")
+    text = model.generate("Say it back.", max_new_tokens=4, temperature=1.0, **settings)
+    return f"answered: {isinstance(text, str)}"
+
+
+def with_base_numbers(bench: Bench, value: float) -> str:
+    """A base whose head holds a number that is none."""
+    folder = bench.copy_base("broken")
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"][3, 3] = value
+    save_file(state, folder / "model.safetensors")
+    model: AdaptedLlama = lit_adapter.load(base=folder, device="cpu", dtype="float32")
+    return model.generate("Say it back.", max_new_tokens=4)
+
+
+def first_token_ends(bench: Bench) -> str:
+    model = lit_adapter.load(bench.adapter, bench.base, device="cpu", dtype="float32")
+    ids = model.template.encode_prompt(model.tokenizer, "Say it back.")
+    stop = int(model.logits(torch.tensor([ids]))[0, -1].argmax())
+    return repr(model.generate("Say it back.", max_new_tokens=9, stop_ids=(stop,)))
+
+
+def half_a_character(bench: Bench) -> str:
+    """Pieces of a character that come one by one show nothing until it is whole."""
+    model = lit_adapter.load(base=bench.base, device="cpu", dtype="float32")
+    decoder = StreamDecoder(model.tokenizer)
+    pieces = [decoder.push(token) for token in model.tokenizer.encode("\U0001f468")]
+    return f"{pieces[:-1] == [''] * (len(pieces) - 1)} {pieces[-1] == chr(0x1F468)} {decoder.flush()!r}"
+
+
+def cache_and_whole(bench: Bench) -> str:
+    """Greedy tokens of the cached decoding, and of the full forward pass token by token."""
+    model = lit_adapter.load(bench.adapter, bench.base, device="cpu", dtype="float32")
+    ids = model.template.encode_prompt(model.tokenizer, "Say it back.")
+    whole = list(ids)
+    for _ in range(6):
+        whole.append(int(model.logits(torch.tensor([whole]))[0, -1].argmax()))
+    text = model.generate("Say it back.", max_new_tokens=6)
+    return str(text == model.tokenizer.decode(whole[len(ids) :]) or model.tokenizer.eos_id in whole)
+
+
+def call(function: object, **settings: float) -> object:
+    return lambda bench: bench.call(function, bench, **settings)
+
+
+def option(*given: object) -> object:
+    return lambda bench: bench.generate(*given)
+
+
+def empty_prompt(bench: Bench) -> Outcome:
+    return bench.generate("--prompt", "")
+
+
+ROWS = [
+    Row(80, "temperature 0", call(same_as_greedy), r"^True$", 0),
+    Row(80, "negative temperature", option("--temperature=-1"), r"temperature is -1.0; expected a finite"),
+    Row(
+        80,
+        "temperature nan",
+        option("--temperature", ".nan"),
+        r"temperature is nan; expected a finite number",
+    ),
+    Row(
+        80,
+        "temperature inf",
+        option("--temperature", ".inf"),
+        r"temperature is inf; expected a finite number",
+    ),
+    Row(81, "negative top_k", option("--top_k=-3"), r"top_k is -3; expected 0 \(off\) or more"),
+    Row(81, "top_k beyond the vocabulary", call(most, top_k=10**6), r"answered: True", 0),
+    Row(82, "top_p 0", option("--top_p", 0), r"top_p is 0.0; expected a number above 0, up to 1"),
+    Row(82, "top_p 2", option("--top_p", 2), r"top_p is 2.0; expected a number above 0, up to 1"),
+    Row(83, "no new token", option("--max_new_tokens", 0), r"max_new_tokens is 0; expected 1 or more"),
+    Row(
+        83, "past the context", option("--max_new_tokens", 5000), r"exceed the base's context of 1024; lower"
+    ),
+    Row(84, "empty prompt", empty_prompt, r"prompt"),
+    Row(
+        85,
+        "long prompt",
+        option("--prompt", "word " * 2000),
+        r"tokens, but the base's context is 1024; shorten",
+    ),
+    Row(
+        86,
+        "logits nan",
+        call(with_base_numbers, value=torch.nan),
+        r"logits are not numbers; the base",
+        2,
+        True,
+    ),
+    Row(
+        86,
+        "logits inf",
+        call(with_base_numbers, value=torch.inf),
+        r"logits are not numbers; the base",
+        2,
+        True,
+    ),
+    Row(87, "end at the first token", call(first_token_ends), r"^''$", 0),
+    Row(88, "half a character", call(half_a_character), r"^True True ''$", 0),
+    Row(89, "cache against whole", call(cache_and_whole), r"^True$", 0),
+]

@@ -1,0 +1,280 @@
+"""Faults 59 to 79: disks, folders, checkpoints and numbers while a run is going on.
+
+Kills, signals and several processes have tests of their own; see ELSEWHERE in test_faults.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench import ROOT, Bench, Outcome, Row
+from finetune_runs import TINY
+
+from lit_adapter.model.loss import row_loss
+from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+
+
+def resumed(change: Callable[[Path], object], *options: object) -> Callable[[Bench], Outcome]:
+    """Change a finished run of six steps, then resume it for three more."""
+
+    def tried(bench: Bench) -> Outcome:
+        change(bench.copy_finished_run())
+        common = ["--trainer.save_every", 2, "--trainer.samples", 0]
+        more = [] if "--optim.max_steps" in options else ["--optim.max_steps", 9]
+        resume = [] if "--resume" in options else ["--resume", "last"]
+        outcome = bench.finetune(*common, *more, *resume, *options)
+        if outcome.status == 0:
+            bench.before = {}  # a run that goes on replaces its files
+        return outcome
+
+    return tried
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*.ckpt"))[-1]
+
+
+def with_newest(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda run: change(newest(run))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def damage_all(run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        truncate(path)
+
+
+def dangling(run: Path) -> None:
+    (run / "checkpoints" / "step-0000099.ckpt").symlink_to("nowhere.ckpt")
+
+
+def older_by_time(run: Path) -> None:
+    """The clock went backwards: the older checkpoint looks newer."""
+    for number, path in enumerate(sorted((run / "checkpoints").iterdir(), reverse=True)):
+        os.utime(path, (10**9 + number, 10**9 + number))
+
+
+def foreign(run: Path) -> None:
+    """An adapter file in a checkpoint's place."""
+    shutil.copy(run / "adapter.safetensors", newest(run))
+
+
+def without(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def file_size_limit(bench: Bench) -> Outcome:
+    """No file may grow beyond 3 kB, as on a disk that is full: the first save fails."""
+    run = bench.copy_finished_run()
+    fixed = ["--config", TINY, "--base", bench.base, "--data.train", bench.records, "--out", run]
+    options = ["--optim.max_steps", 9, "--trainer.save_every", 1, "--trainer.samples", 0, "--resume", "last"]
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script = ROOT / "scripts" / "finetune.py"
+    bench.before = {
+        path: content for path, content in bench.snapshot().items() if "tfevents" not in path.name
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, [script, *fixed, *options])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    usable = [read_checkpoint(path)["global_step"] for path in sorted((run / "checkpoints").iterdir())]
+    assert usable == [4, 6]
+    bench.before.pop(run / "config.yaml")
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def temporary_folder_gone(bench: Bench) -> Outcome:
+    """Nothing of a run needs the system's temporary folder."""
+    bench.monkeypatch.setenv("TMPDIR", str(bench.folder / "nowhere"))
+    return resumed(lambda run: None, "--optim.max_steps", 7)(bench)
+
+
+def folder_deleted(bench: Bench) -> Outcome:
+    """The run folder goes while the run is going on: it is made again at the next save."""
+    bench.finetune("--optim.max_steps", 1)
+    shutil.rmtree(bench.out)
+    bench.file("other", "mine")
+    bench.monkeypatch.setattr(
+        "lit_adapter.training.callbacks.Checkpoints.on_train_batch_end", _deleting(bench.out)
+    )
+    return bench.finetune("--optim.max_steps", 2, "--trainer.samples", 0)
+
+
+def _deleting(folder: Path) -> Callable[..., None]:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        shutil.rmtree(folder, ignore_errors=True)
+        self.save(trainer, trainer.global_step)
+
+    return on_train_batch_end
+
+
+def killed_worker(bench: Bench) -> Outcome:
+    """A loader worker dies, as the kernel's out-of-memory killer does it."""
+    bench.monkeypatch.setattr("lit_adapter.data.module._leave_signals_to_the_trainer", _die)
+    return bench.finetune("--data.workers", 1, "--optim.max_steps", 2)
+
+
+def _die(worker: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def not_finite(bench: Bench) -> Outcome:
+    """A checkpoint with a number that is none is not written."""
+    state = {"state_dict": {"layers.0.self_attn.prefix.gate": torch.tensor([torch.nan])}}
+    return bench.call(DurableCheckpointIO().save_checkpoint, state, bench.folder / "step-0000001.ckpt")
+
+
+def rate_too_high(bench: Bench) -> Outcome:
+    options = [
+        "--optim.lr",
+        "1e20",
+        "--optim.warmup",
+        0,
+        "--optim.clip",
+        "null",
+        "--adapter.gate",
+        "identity",
+    ]
+    return bench.finetune(*options, "--trainer.samples", 0, "--data.val_size", 0)
+
+
+def spike(bench: Bench) -> Outcome:
+    """The loss jumps in the third step: a line says so and the run goes on."""
+    calls = iter(range(1000))
+
+    def jumping(*args: object, **kwargs: object) -> torch.Tensor:
+        return row_loss(*args, **kwargs) * (1000 if next(calls) > 20 else 1)
+
+    bench.monkeypatch.setattr("lit_adapter.training.module.row_loss", jumping)
+    return bench.finetune("--trainer.samples", 0, "--data.val_size", 0)
+
+
+def devices_that_do_not_divide(bench: Bench) -> Outcome:
+    """More devices are allowed on a resume, and said: a step's records are dealt out anew."""
+    return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
+
+
+READ_ONLY = "/proc/run"
+AGAIN = r"trying the one before[\s\S]*resuming from .*step-0000004\.ckpt: step 4, the newest complete"
+
+ROWS = [
+    Row(
+        59,
+        "full disk",
+        file_size_limit,
+        r"step-0000007\.ckpt: cannot write: File too large \(needs [\d,]+ bytes, [\d,]+ bytes free\)",
+        2,
+        True,
+    ),
+    Row(60, "no temporary folder", temporary_folder_gone, r"wrote .*adapter\.safetensors", 0, True),
+    Row(
+        61,
+        "read-only folder",
+        lambda b: b.finetune("--out", READ_ONLY),
+        r"/proc/run.*: cannot write: .*; choose a",
+    ),
+    Row(62, "folder deleted", folder_deleted, r"", 0, True),
+    Row(69, "worker killed", killed_worker, r"a loader process was killed.*data.workers", 2, True),
+    Row(70, "truncated checkpoint", resumed(with_newest(truncate)), AGAIN, 0, True),
+    Row(70, "empty checkpoint", resumed(with_newest(lambda p: p.write_bytes(b""))), AGAIN, 0, True),
+    Row(70, "text for a checkpoint", resumed(with_newest(lambda p: p.write_text("x" * 900))), AGAIN, 0, True),
+    Row(70, "foreign checkpoint", resumed(foreign), AGAIN, 0, True),
+    Row(
+        70,
+        "no usable checkpoint",
+        resumed(damage_all),
+        r"none of its 2 checkpoints is usable; start again",
+        2,
+    ),
+    Row(70, "named and damaged", lambda b: _named(b), r"step-0000006\.ckpt: not a usable checkpoint"),
+    Row(
+        70, "by URL", lambda b: b.finetune("--resume", "https://x/y.ckpt"), r"no such run folder|a URL; give"
+    ),
+    Row(
+        71, "no run folder", lambda b: b.finetune("--resume", "last"), r"run: no such run folder, nothing to"
+    ),
+    Row(
+        71, "no checkpoint", resumed(without), r"run: cannot resume: it holds no checkpoint; start again with"
+    ),
+    Row(
+        72,
+        "dangling link",
+        resumed(dangling),
+        r"no such checkpoint[\s\S]*step-0000006\.ckpt: step 6",
+        0,
+        True,
+    ),
+    Row(
+        73,
+        "other rate",
+        resumed(lambda run: None, "--optim.lr", 0.01),
+        r"optim.lr changed from 0.02 to 0.01",
+        0,
+        True,
+    ),
+    Row(
+        73,
+        "other batch",
+        resumed(lambda run: None, "--optim.batch_size", 4),
+        r"optim.batch_size was 8, now 4",
+    ),
+    Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
+    Row(
+        73,
+        "other prompts",
+        resumed(lambda run: None, "--adapter.prompt_length", 5),
+        r"prompt_length was 4, now 5",
+    ),
+    Row(
+        73, "other precision", resumed(lambda run: None, "--trainer.precision", "bf16-true"), r"precision was"
+    ),
+    Row(74, "other loaders", devices_that_do_not_divide, r"data.workers changed from 0 to 1", 0, True),
+    Row(
+        75,
+        "finished run",
+        resumed(lambda run: None, "--optim.max_steps", 6),
+        r"already complete, 6 steps",
+        0,
+        True,
+    ),
+    Row(77, "nan in a checkpoint", not_finite, r"step-0000001\.ckpt: not written: .* is not finite"),
+    Row(
+        77,
+        "nan while training",
+        rate_too_high,
+        r"step \d+: loss .* in a row were skipped.*tiny\.json:\d+",
+        2,
+        True,
+    ),
+    Row(78, "loss spike", spike, r"the loss jumped to .*; a lower optim.lr may help", 0, True),
+    Row(
+        79,
+        "clock gone backwards",
+        resumed(older_by_time),
+        r"resuming from .*step-0000006\.ckpt: step 6",
+        0,
+        True,
+    ),
+]
+
+
+def _named(bench: Bench) -> Outcome:
+    run = bench.copy_finished_run()
+    truncate(newest(run))
+    return bench.finetune("--resume", newest(run), "--optim.max_steps", 9)

@@ -1,0 +1,235 @@
+"""Files under kills and on full disks: the old one or the new one, whole, every time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from generation_fixtures import save_random_adapter
+
+from lit_adapter import files
+from lit_adapter.errors import UserError
+from lit_adapter.generation.prompt_file import Answers, read_prompts
+from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lit_adapter.weights.adapter_file import read_adapter, save_adapter
+from lit_adapter.weights.tensor_writer import Entry, TensorWriter
+
+KILLS = 50
+
+
+def save_for_ever(folder: Path, adapter: Path, started: int) -> None:
+    """Write checkpoint and adapter over and over, every number in them the number of the round."""
+    info, state = read_adapter(adapter)
+    rounds = 1.0
+    while True:
+        tensors = {"a": torch.full((300_000,), rounds), "b": torch.full((7, 11), rounds)}
+        DurableCheckpointIO().save_checkpoint({"state_dict": tensors, "round": rounds}, folder / "last.ckpt")
+        same = {name: torch.full_like(tensor, rounds) for name, tensor in state.items()}
+        save_adapter(folder / "adapter.safetensors", same, info)
+        os.write(started, b".")
+        rounds += 1
+
+
+@pytest.mark.slow
+def test_fifty_kills_during_saves_leave_whole_files(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL at random moments of saving, the system's temporary folder on another file system."""
+    other = Path("/dev/shm")
+    if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev:
+        monkeypatch.setenv("TMPDIR", str(other))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+    adapter = save_random_adapter(tiny_base, tmp_path / "start.safetensors")
+    draw = random.Random(1337)
+    folder, leftovers, rounds = tmp_path / "saved", 0, 0.0
+    folder.mkdir()
+    for _ in range(KILLS):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                save_for_ever(folder, adapter, writing)
+            os._exit(1)
+        os.close(writing)
+        assert os.read(reading, 1) == b"."  # both files are there
+        time.sleep(draw.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.close(reading)
+        found = read_checkpoint(folder / "last.ckpt")
+        rounds = found["round"]
+        assert all(bool((tensor == rounds).all()) for tensor in found["state_dict"].values())
+        state = read_adapter(folder / "adapter.safetensors")[1]
+        assert {float(value) for tensor in state.values() for value in tensor.flatten()} <= {
+            rounds,
+            rounds - 1,
+        }
+        leftovers += len(list(folder.glob(".*.tmp")))
+        files.sweep(folder)
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "last.ckpt"]
+    assert leftovers > KILLS // 5  # the kills did fall into saves
+    if other.is_dir():
+        assert not list(other.glob(".last.ckpt*"))
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A file system of one megabyte where mounting is allowed, else a limit of 600 kB on files."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def of_bytes(path: Path, size: int) -> None:
+    files.write_bytes(path, bytes(size))
+
+
+def of_checkpoint(path: Path, size: int) -> None:
+    DurableCheckpointIO().save_checkpoint({"state_dict": {"a": torch.zeros(size // 4)}}, path)
+
+
+def of_base(path: Path, size: int) -> None:
+    """The weights of a converted base, streamed tensor by tensor."""
+    tensor = torch.zeros(size // 4)
+    writer = TensorWriter(path.parent, lambda _: tensor, str, max_file_bytes=10**9)
+    writer.write([Entry("a", (size // 4,), torch.float32)])
+
+
+def of_answers(path: Path, size: int) -> None:
+    """The output of a file of prompts."""
+    source = path.with_name("prompts.jsonl")
+    source.write_text('{"instruction": "a"}\n')
+    answers = Answers(path, read_prompts(source), {}, group=1, overwrite=True)
+    answers.run(lambda part: ["x" * size for _ in part])
+
+
+WRITERS = {
+    "bytes": (of_bytes, "file"),
+    "checkpoint": (of_checkpoint, "file"),
+    "base": (of_base, "model.safetensors"),
+    "answers": (of_answers, "file"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_missing(kind: str, tmp_path: Path) -> None:
+    write, name = WRITERS[kind]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    path = folder / name
+    with full_disk(folder):
+        write(path, 100_000)
+        old = path.read_bytes()
+        with pytest.raises(UserError) as caught:
+            write(path, 2_000_000)
+        message = str(caught.value)
+        partial = ".file.partial" if kind == "answers" else name
+        assert message.startswith(f"{folder / partial}: cannot write: ")
+        assert "bytes free" in message
+        assert "needs" in message
+        assert "free some space or choose another place" in message
+        assert path.read_bytes() == old
+        assert not list(folder.glob("*.tmp"))
+        write(path, 100_000)  # and it is still a place to write to
+
+
+def test_the_temporary_file_lies_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    with files.durable_path(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"x")
+        assert temporary.parent == tmp_path
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def leftover(folder: Path, name: str, seconds: float) -> Path:
+    path = folder / name
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - seconds, time.time() - seconds))
+    return path
+
+
+def test_leftovers_go_at_the_next_write_of_the_same_file(tmp_path: Path) -> None:
+    old = leftover(tmp_path, ".a[1].xyz.tmp", 100)
+    young = leftover(tmp_path, ".a[1].abc.tmp", 1)
+    other = leftover(tmp_path, ".b.xyz.tmp", 100)
+    files.write_bytes(tmp_path / "a[1]", b"x")
+    assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
+    assert files.sweep(tmp_path) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
+    """Its lock says so, however old the file is."""
+    with files.durable_path(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"new")
+        os.utime(temporary, (0, 0))
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, str(files.sweep(tmp_path)).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reading, 10) == b"0"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def write_half(path: Path, error: BaseException) -> None:
+    with files.durable_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write_text(path, "old")
+    for error in (KeyboardInterrupt(), ValueError("x"), OSError(errno.EIO, "broken")):
+        with pytest.raises((KeyboardInterrupt, ValueError, UserError)):
+            write_half(path, error)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_probe_leaves_nothing_and_names_what_cannot_be_written(tmp_path: Path) -> None:
+    files.probe(tmp_path / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"/proc/run: cannot write: .*; choose a writable place"):
+        files.probe(Path("/proc/run"))
+
+
+def test_a_path_below_home_is_saved_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    shortened: Callable[[str], str] = files.without_home
+    assert shortened("/home/me/base") == "~/base"
+    assert shortened("/home/me") == "~"
+    assert shortened("/home/meat/base") == "/home/meat/base"
+    assert shortened("checkpoints/base") == "checkpoints/base"
+
+
+def test_json_beyond_all_reason_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGEST_JSON", 100)
+    path = tmp_path / "config.json"
+    path.write_text('"' + "x" * 200 + '"')
+    with pytest.raises(UserError, match=r"config.json: 202 bytes of JSON; expected 100 or less"):
+        files.read_json(path)

@@ -1,0 +1,181 @@
+"""The memory estimate beside what autograd really keeps, and beside the tensors of real models."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from random_records import encoded
+from tiny_models import open_adapter, random_llama
+from torch import Tensor
+
+from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.device import free_bytes
+from lit_adapter.model.adapter import adapter_parameters
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import row_loss
+from lit_adapter.training.memory import RowShape, estimate, path_of
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
+
+
+def packed(n_records: int = 20, longest: int = 40) -> PackedRow:
+    records = encoded(0, n_records, longest=longest)
+    packer = Packer(records, shared_heads(records), mask_prompt=True, row_tokens=100_000)
+    return packer.row(list(range(n_records)))
+
+
+def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) -> int:
+    """Bytes of every storage that autograd holds on to, parameters apart."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = row_loss(model, row, recompute=recompute)
+    total = sum(found.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("layers", "longest"), [(1, 40), (2, 12), (2, 40), (3, 40)])
+def test_activations_are_what_autograd_keeps(precision: str, layers: int, longest: int) -> None:
+    """Grouped queries, two shared heads, records of uneven length, also with a layer that is not adapted."""
+    sizes = {"n_embd": 96, "head_dim": 24, "n_hidden": 160}
+    model = random_llama(dtype=DTYPES[precision], **sizes)
+    config = AdapterConfig(prompt_length=5, layers=layers)
+    open_adapter(model, config)
+    row = packed(longest=longest)
+    with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
+        kept = kept_for_backward(model, row)
+    shape = RowShape.of(row)
+    item = 4 if precision == "32-true" else 2
+    kept += shape.targets * model.config.n_embd * item  # the loss keeps its gradient itself
+    found = estimate(model.config, config, shape, precision=precision).activations
+    assert found == pytest.approx(kept, rel=0.06)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("prompts", [(5, 2), (0, None)])
+def test_v2_keeps_more_and_in_every_layer(precision: str, prompts: tuple[int, int | None]) -> None:
+    model = random_llama(dtype=DTYPES[precision], n_embd=96, head_dim=24, n_hidden=160)
+    config = AdapterConfig(prompt_length=prompts[0], layers=prompts[1], version="v2")
+    open_adapter(model, config)
+    row = packed()
+    with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
+        kept = kept_for_backward(model, row)
+    found = estimate(model.config, config, RowShape.of(row), precision=precision).activations
+    assert found == pytest.approx(kept, rel=0.1)
+
+
+def test_recomputed_layers_keep_their_input_and_one_layer_at_a_time() -> None:
+    model = random_llama(dtype=torch.float32, n_layer=6, n_embd=96, head_dim=24, n_hidden=160)
+    config, row = AdapterConfig(prompt_length=5), packed()
+    open_adapter(model, config)
+    inputs = kept_for_backward(model, row, recompute=True)
+    found = estimate(model.config, config, RowShape.of(row), precision="32-true", recompute=True).activations
+    whole = estimate(model.config, config, RowShape.of(row), precision="32-true").activations
+    assert inputs < found < whole / 2
+    assert found == pytest.approx(inputs + whole / 6, rel=0.25)
+
+
+def test_weights_and_adapter_are_counted_to_the_byte() -> None:
+    for tied in (False, True):
+        model = random_llama(dtype=torch.float32, tie_embeddings=tied, attention_bias=True, mlp_bias=True)
+        base = sum(parameter.numel() for parameter in model.parameters())
+        config = AdapterConfig(prompt_length=7, layers=2, gate="channel")
+        open_adapter(model, config)
+        trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
+        shape = RowShape.of(packed())
+        for precision, size in (("32-true", 4), ("bf16-true", 2), ("bf16-mixed", 4), ("16-mixed", 4)):
+            found = estimate(model.config, config, shape, precision=precision)
+            assert (found.weights, found.adapter) == (base * size, trained * 16)
+
+
+def test_sharded_weights_are_a_share_and_two_layers() -> None:
+    model = random_llama(dtype=torch.float32)
+    layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    config, shape = AdapterConfig(), RowShape.of(packed())
+    whole = estimate(model.config, config, shape, precision="32-true")
+    shared = estimate(model.config, config, shape, precision="32-true", shards=4)
+    assert shared.weights == -(-whole.weights // 4) + 2 * 4 * layer
+    assert replace(shared, weights=0) == replace(whole, weights=0)
+
+
+def test_activations_grow_with_row_and_layers() -> None:
+    model, shape = random_llama().config, RowShape.of(packed())
+    one, two = (
+        estimate(model, AdapterConfig(), shape.scaled(n * shape.tokens), precision="32-true") for n in (1, 2)
+    )
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
+    fewer = estimate(model, AdapterConfig(layers=1), shape, precision="32-true")
+    assert fewer.activations < one.activations / 3
+    assert two.weights == one.weights
+
+
+def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+    """The tighter of the two counts; file cache that the container may drop is free."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  900 kB\nMemAvailable:     500 kB\n")
+    assert free_bytes(torch.device("cpu"), meminfo, tmp_path / "none") == 500 * 1024
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "memory.max").write_text("400000\n")
+    (group / "memory.current").write_text("300000\n")
+    (group / "memory.stat").write_text("anon 1000\ninactive_file 50000\n")
+    assert free_bytes(torch.device("cpu"), meminfo, group) == 150_000
+    (group / "memory.max").write_text("max\n")
+    old = group / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("9000\n")
+    (old / "memory.usage_in_bytes").write_text("8000\n")
+    assert free_bytes(torch.device("cpu"), meminfo, group) == 1000
+    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert free_bytes(torch.device("cpu"), meminfo, group) == 500 * 1024
+    assert free_bytes(torch.device("cpu"), tmp_path / "none", group) is None
+
+
+def test_free_memory_of_this_machine_is_a_plausible_number() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert free is not None
+    assert 2**24 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
+    """6 C + 2 M numbers a token with as many key as query heads; C when the rest is computed again."""
+    model = replace(random_llama().config, n_kv_head=4)
+    shape, config = RowShape.of(packed()), AdapterConfig()
+    plain = shape.tokens * model.n_embd
+    one, two = (
+        estimate(replace(model, n_layer=n), config, shape, precision="bf16-true", path="fused").activations
+        for n in (2, 3)
+    )
+    C, M, H = model.n_embd, model.n_hidden, model.n_head
+    assert two - one == shape.tokens * (2 * (6 * C + 2 * M) + 8 * H)
+    one, two = (
+        estimate(
+            replace(model, n_layer=n), config, shape, precision="bf16-true", path="fused", recompute=True
+        ).activations
+        for n in (2, 3)
+    )
+    assert two - one == 2 * plain
+
+
+def test_fused_blocks_are_expected_where_they_apply() -> None:
+    model, config = replace(random_llama().config, head_dim=16), AdapterConfig()
+    assert path_of(model, config, "bf16-true", "cuda") == "fused"
+    for other in (("32-true", "cuda"), ("bf16-mixed", "cuda"), ("bf16-true", "cpu")):
+        assert path_of(model, config, *other) == "plain"
+    assert path_of(model, replace(config, dropout=0.1), "bf16-true", "cuda") == "plain"
+    assert path_of(replace(model, mlp_bias=True), config, "bf16-true", "cuda") == "plain"

@@ -1,0 +1,174 @@
+"""What is refused before a run starts, with settings that work; and --dry-run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from finetune_runs import Stopper
+from test_memory import packed
+
+from lit_adapter.config import Config, OptimConfig, TrainerConfig
+from lit_adapter.errors import UserError
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.training import finetune as finetune_module
+from lit_adapter.training import preflight
+from lit_adapter.training.dry_run import Stopwatch, duration, forecast
+from lit_adapter.training.finetune import finetune
+from lit_adapter.training.memory import RowShape
+from lit_adapter.training.preflight import Sizes, check_disk, check_memory, enough_memory, remedies, run_bytes
+
+MODEL = LlamaConfig(vocab_size=1000, n_layer=6, n_head=8, n_kv_head=2, n_embd=256, head_dim=32, n_hidden=700)
+
+
+def needs(precision: str = "32-true") -> Sizes:
+    return Sizes(MODEL, AdapterConfig(), RowShape.of(packed(60)), 80, precision)
+
+
+def with_setting(needed: Sizes, setting: str) -> Sizes:
+    """The sizes of a run that follows an advice."""
+    for part in setting.split(" with "):
+        name, value = part.split()
+        if name == "optim.row_tokens":
+            needed = needed.with_tokens(int(value))
+        elif name == "adapter.layers":
+            needed = needed.with_layers(int(value))
+        elif name == "trainer.recompute":
+            needed = replace(needed, recompute=value == "true")
+        else:
+            needed = replace(needed, precision=value)
+    return needed
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.6, 0.5, 0.4])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_the_advice_fits_and_is_no_smaller_than_it_must_be(precision: str, share: float) -> None:
+    needed = needs(precision)
+    free = int(needed.memory.total * share)
+    advice = remedies(needed, free)
+    assert advice
+    for setting in advice:
+        assert with_setting(needed, setting).memory.total <= free
+        more = re.sub(r"\d+", lambda found: str(int(found[0]) + 1), setting.replace("bf16", "bf"))
+        if setting.startswith(("optim", "adapter")) and "with" not in setting:
+            assert with_setting(needed, more).memory.total > free
+
+
+def test_memory_is_said_or_refused() -> None:
+    needed = needs()
+    total = needed.memory.total
+    assert "are free" in check_memory(needed, total)
+    assert "free" not in check_memory(needed, None)
+    with pytest.raises(
+        UserError, match=r"memory: about .* optim.row_tokens \d+ or adapter.layers \d+ would fit"
+    ):
+        check_memory(needed, int(total * 0.8))
+    with pytest.raises(UserError, match=r"a smaller base, or a device with more memory, would fit"):
+        check_memory(needed, 1000)
+
+
+def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(trainer=TrainerConfig(keep_checkpoints=9))
+    assert "are free" in check_disk(tmp_path, MODEL, config, 100)
+    needed = run_bytes(MODEL, config, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=r"but .* free; trainer.keep_checkpoints 1 or --out on another disk"):
+        check_disk(tmp_path, MODEL, config, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"10 are free; --out on another disk"):
+        check_disk(tmp_path, MODEL, config, 100)
+
+
+def test_a_run_writes_about_what_was_said(tiny: Callable[..., Config]) -> None:
+    lines = Stopper()
+    config = tiny("--optim.max_steps", "10", "--trainer.log_every", "1")
+    assert finetune(config, say=lines) == 0
+    said = next(line for line in lines.lines if line.startswith("disk:"))
+    expected = int(re.findall(r"about ([\d,]+) bytes", said)[0].replace(",", ""))
+    written = sum(path.stat().st_size for path in Path(config.out).rglob("*") if path.is_file())
+    headers = 6 * preflight.HEADERS  # their bound hides the rest in so small a run
+    assert written <= expected
+    assert expected - headers < 2 * written
+    assert any(line.startswith("memory: about") for line in lines.lines)
+
+
+def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(finetune_module, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(UserError, match=r"memory: about .* MB on the cpu .* but 1.0 MB are free; "):
+        finetune(tiny(), say=Stopper())
+    assert list(Path(tiny().out).iterdir()) == []
+
+
+def test_a_record_that_gives_no_number_is_named(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "row_loss", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match=r"tiny.json:\d+: the base's loss on this record is nan under .* 32"):
+        finetune(tiny(), say=Stopper())
+
+
+def test_an_allocation_that_fails_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"out of memory .*; try .* or .*"), enough_memory(needs()):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="size"), enough_memory(needs()):
+        torch.ones(2) @ torch.ones(3)
+
+
+def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -> None:
+    lines = Stopper()
+    assert finetune(tiny(), say=lines, dry_run=True) == 0
+    said = "\n".join(lines.lines)
+    for part in (
+        r"^data: .* 40 training records, [\d,]+ tokens",
+        r"^memory: about .* free",
+        r"^disk: .* free",
+        r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
+        r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 steps",
+        r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
+        r"^dry run: nothing was written",
+    ):
+        assert re.search(part, said, re.MULTILINE), part
+    assert not Path(tiny().out).exists()
+
+
+def test_dry_run_of_a_resume_looks_at_the_checkpoint_and_leaves_it(tiny: Callable[..., Config]) -> None:
+    assert finetune(tiny(), say=Stopper("step 4/")) == 143
+    folder = Path(tiny().out)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    lines = Stopper()
+    assert finetune(tiny(), resume="last", say=lines, dry_run=True) == 0
+    assert any("for 11 steps" in line for line in lines.lines)
+    with pytest.raises(UserError, match="seed was"):
+        finetune(tiny("--seed", "3"), resume="last", say=lines, dry_run=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_forecast_is_tokens_times_measured_seconds() -> None:
+    watch = Stopwatch()
+    watch.steps = [(9.0, 100), (2.0, 100), (4.0, 200)]
+    length = torch.tensor([10.0, 30.0]).numpy()
+    data = SimpleNamespace(
+        batch_size=5,
+        train_encoded=SimpleNamespace(length=length),
+        val_encoded=SimpleNamespace(length=length),
+    )
+    line = forecast(watch, data, steps=40, validations=10, forward_share=0.5)
+    assert line.startswith("time: about 84 s for 40 steps and 10 validations")  # (40 * 100 + 200) * 0.02
+    assert [duration(s) for s in (7.4, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
+
+
+def test_dry_run_is_an_option_of_the_script() -> None:
+    from lit_adapter.cli import parse_finetune
+
+    assert parse_finetune(["--dry-run"]).dry_run
+    assert not parse_finetune([]).dry_run
+    assert OptimConfig() == parse_finetune([]).config.optim
