@@ -103,13 +103,13 @@ def test_weights_and_adapter_are_counted_to_the_byte() -> None:
             assert (found.weights, found.adapter) == (base * size, trained * 16)
 
 
-def test_sharded_weights_are_a_share_and_two_layers() -> None:
+def test_weights_that_are_cut_are_a_share_a_head_and_three_layers() -> None:
     model = random_llama(dtype=torch.float32)
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
     config, shape = AdapterConfig(), RowShape.of(packed())
     whole = estimate(model.config, config, shape, precision="32-true")
     shared = estimate(model.config, config, shape, precision="32-true", shards=4)
-    assert shared.weights == -(-whole.weights // 4) + 2 * 4 * layer
+    assert shared.weights == -(-whole.weights // 4) + 4 * (3 * layer + model.lm_head.weight.numel())
     assert replace(shared, weights=0) == replace(whole, weights=0)
 
 

@@ -73,6 +73,32 @@ def test_memory_is_said_or_refused() -> None:
         check_memory(needed, 1000)
 
 
+LLAMA_70B = LlamaConfig(
+    vocab_size=128_256, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, head_dim=128, n_hidden=28_672
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "free", "advice"),
+    [
+        (LLAMA_70B, 80, ["trainer.strategy fsdp2 with trainer.devices 4"]),
+        (LLAMA_70B, 141, ["trainer.strategy fsdp2 with trainer.devices 2"]),
+        (LLAMA_70B, 50, ["trainer.strategy fsdp2 with trainer.devices 8 with trainer.num_nodes 2"]),
+        (LLAMA_70B, 4, []),
+    ],
+)
+def test_a_base_too_large_for_a_gpu_is_to_be_cut(model: LlamaConfig, free: int, advice: list[str]) -> None:
+    """141 GB of weights in bf16, on GPUs of 80, 141 and 50 GB, and on one too small for three layers."""
+    needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
+    assert remedies(needed, free * 10**9) == advice
+    for setting in advice:
+        shards = 1
+        for part in setting.split(" with ")[1:]:
+            shards *= int(part.split()[1])
+        assert replace(needed, shards=shards).memory.total <= free * 10**9
+        assert replace(needed, shards=shards // 2).memory.total > free * 10**9
+
+
 def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(trainer=TrainerConfig(keep_checkpoints=9))
     assert "are free" in check_disk(tmp_path, MODEL, config, 100)

@@ -28,9 +28,10 @@ The fused blocks of the CUDA path keep, instead, in every adapted layer
 
 With recomputation every adapted layer keeps its input, s C, and one layer at a time all of the above.
 
-To extend it: weights sharded over N devices are ``shards=N``. A device then holds its share and two gathered
-layers, the one at work and the one fetched ahead; adapter and activations are counted per device as they
-are, since each computes its own rows. Another way to compute a block is another `Path` in `_layer_bytes`.
+Of weights cut over N devices (``shards=N``) each holds its share, the whole head, and three layers: the one
+at work, the one fetched ahead, and what it arrives in; the fused blocks lay matrices side by side, a fourth.
+Adapter and activations are those of one device, which computes its own rows. Another way to compute a block
+is another `Path` in `_layer_bytes`.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def estimate(
     layer = sum(size for name, size in base.items() if name.startswith("model.layers.0."))
     weights = sum(base.values()) * stored
     if shards > 1:
-        weights = math.ceil(weights / shards) + 2 * layer * stored
+        gathered = (3 if path == "plain" else 4) * layer + model.vocab_size * model.n_embd
+        weights = math.ceil(weights / shards) + gathered * stored
     trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, model).values())
     layers = _layers(model, adapter, row, computed, path)
     kept = sum(layers)

@@ -141,7 +141,10 @@ def check_memory(needed: Sizes, free: int | None) -> str:
 
 
 def remedies(needed: Sizes, free: int) -> list[str]:
-    """Return the first two settings that bring a step below ``free`` bytes, alone or in pairs."""
+    """Return two settings that bring a step below ``free`` bytes, alone or in pairs.
+
+    On GPUs the second is to cut the base over more of them; processes without a GPU share one memory.
+    """
     others = {"": needed}
     if not needed.recompute:
         others["trainer.recompute true"] = replace(needed, recompute=True)
@@ -159,7 +162,17 @@ def remedies(needed: Sizes, free: int) -> list[str]:
         layers = _largest(1, most_layers, free, start.with_layers)
         if layers is not None:
             found.append(f"adapter.layers {layers}{together}")
-    return found[:2]
+    cut = _cut(needed, free) if needed.device == "cuda" else None
+    return [*found[:1], cut] if cut else found[:2]
+
+
+def _cut(needed: Sizes, free: int) -> str | None:
+    """Return the fewest devices that a base can be cut over so that a step fits, as settings."""
+    for shards in (2, 4, 8, 16, 32, 64):
+        if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
+            nodes = f" with trainer.num_nodes {shards // 8}" if shards > 8 else ""
+            return f"trainer.strategy fsdp2 with trainer.devices {min(shards, 8)}{nodes}"
+    return None
 
 
 def _largest(least: int, most: int, free: int, with_value: Callable[[int], Sizes]) -> int | None:
