@@ -110,7 +110,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         (name, value)
         for reports in terminalreporter.stats.values()
         for report in reports
-        if getattr(report, "when", None) == "call"
+        if getattr(report, "when", None) == "teardown"  # its report has what fixtures have added too
         for name, value in report.user_properties
     ]
     faults = [value for name, value in found if name == "fault"]

@@ -21,7 +21,7 @@ from generation_fixtures import save_random_adapter
 from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.generation.prompt_file import Answers, read_prompts
-from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lit_adapter.training.checkpoint import PARTS, DurableCheckpointIO, read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter, save_adapter
 from lit_adapter.weights.tensor_writer import Entry, TensorWriter
 
@@ -34,7 +34,8 @@ def save_for_ever(folder: Path, adapter: Path, started: int) -> None:
     rounds = 1.0
     while True:
         tensors = {"a": torch.full((300_000,), rounds), "b": torch.full((7, 11), rounds)}
-        DurableCheckpointIO().save_checkpoint({"state_dict": tensors, "round": rounds}, folder / "last.ckpt")
+        checkpoint = dict.fromkeys(PARTS) | {"state_dict": tensors, "round": rounds}
+        DurableCheckpointIO().save_checkpoint(checkpoint, folder / "last.ckpt")
         same = {name: torch.full_like(tensor, rounds) for name, tensor in state.items()}
         save_adapter(folder / "adapter.safetensors", same, info)
         os.write(started, b".")

@@ -328,7 +328,7 @@ def test_a_run_starts_from_an_imported_adapter(
         *("--adapter.layers", 1, "--adapter.prompt_length", 3, "--optim.max_steps", 1, "--optim.lr", 0),
         *("--data.template", "{instruction} {input}:", "--data.max_length", 128, "--trainer.samples", 0),
     ]
-    config, _ = parse_finetune(["--config", str(TINY), *map(str, own)])
+    config = parse_finetune(["--config", str(TINY), *map(str, own)]).config
     lines: list[str] = []
     finetune(config, say=lines.append)
     assert f"starting from {start}" in lines
