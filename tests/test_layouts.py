@@ -24,7 +24,8 @@ from lit_adapter.weights.adapter_file import read_adapter
 
 TESTS = Path(__file__).parent
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
-Run = Callable[..., Path]
+SECONDS = 600
+"""What a run may take: seconds on a free machine, minutes on one that others use."""
 
 
 @pytest.fixture
@@ -39,8 +40,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Wait for a process that must succeed and return what it printed."""
-    output, errors = process.communicate(timeout=200)
+    """Wait for a process that must succeed and return what it printed; leave none behind."""
+    try:
+        output, errors = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     assert process.returncode == 0, errors
     return output
 
@@ -58,6 +62,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [("ddp", ()), ("fsdp2", ("--adapter.version", "v2", "--trainer.recompute", "true"))],
@@ -117,6 +122,7 @@ def on_two_nodes(arguments: list[str], environment: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
 def test_a_run_goes_on_on_another_layout(
     tiny: Callable[..., Config], arguments: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -25,7 +25,11 @@ def two_processes(base: Path, dtype: str, store: Path) -> list[dict[str, Any]]:
         started.append(
             subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
-    outputs = [process.communicate(timeout=120) for process in started]
+    try:
+        outputs = [process.communicate(timeout=250) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], outputs
     return [json.loads(output) for output, _ in outputs]
 
