@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,9 @@ def test_a_mistake_is_one_line_and_status_two(
     bad = tmp_path / "bad.yaml"
     bad.write_text("base: nowhere\noptim:\n  batchsize: 3\n")
     script = [sys.executable, str(ROOT / "scripts" / "finetune.py"), "--config", str(bad)]
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = run(script, environment)
-    assert time.perf_counter() - start < 2
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert used < 2  # of the processor: importing torch alone takes longer
     assert done.returncode == 2
     assert done.stderr == f"error: {bad}:3: unknown key 'optim.batchsize'; did you mean 'batch_size'?\n"
