@@ -105,7 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many faults and fuzz examples were tried, over all processes of the run."""
+    """Say how many kills, faults and fuzz examples were tried, over all processes of the run."""
     found = [
         (name, value)
         for reports in terminalreporter.stats.values()
@@ -113,6 +113,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if getattr(report, "when", None) == "teardown"  # its report has what fixtures have added too
         for name, value in report.user_properties
     ]
+    for name, value in found:
+        if name == "kills":
+            terminalreporter.write_line(value)
     faults = [value for name, value in found if name == "fault"]
     examples = sum(value for name, value in found if name == "examples")
     if faults or examples:
