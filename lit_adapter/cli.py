@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -55,9 +56,11 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneRequest:
     parser.add_argument(
         "--config", action=jsonargparse.ActionConfigFile, help="YAML file of the fields below"
     )
-    parser.add_argument("--resume", type=str | None, default=None, help="'last', or a checkpoint of the run")
+    # Suppressed, so that what --print_config prints is a configuration and nothing else.
+    absent = {"default": argparse.SUPPRESS}
+    parser.add_argument("--resume", type=str | None, help="'last', or a checkpoint of the run", **absent)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, try three steps, write nothing"
+        "--dry-run", action="store_true", help="print the plan, try three steps, leave no run", **absent
     )
     parser.add_class_arguments(Config, nested_key=None)
     for path in _config_files(argv):
@@ -65,7 +68,7 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneRequest:
     parsed = parse(parser, [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in argv])
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
-    return FinetuneRequest(Config(**values), parsed.resume, parsed.dry_run)
+    return FinetuneRequest(Config(**values), parsed.get("resume"), parsed.get("dry_run", False))
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:

@@ -41,6 +41,8 @@ def command_parser(program: str, description: str) -> Any:
     """Return a jsonargparse parser for `parse`: whole option names only, no exit on error."""
     import jsonargparse
 
+    # The texts below a configuration's fields are its help.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return jsonargparse.ArgumentParser(
         prog=program, description=description, exit_on_error=False, allow_abbrev=False
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -61,12 +62,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/scaling"))
     parser.add_argument("rest", nargs="*", help="options of the runs, after --")
     asked = parser.parse_args()
+    for path, kind in ((asked.tokenizer / "config.json", "--tokenizer"), (asked.data, "--data")):
+        if not path.is_file():
+            parser.error(f"{kind}: {path} is not there")
+    wrong = [layout for layout in asked.layouts if not re.fullmatch(r"(ddp|fsdp2):[1-9]\d*", layout)]
+    if wrong:
+        parser.error(f"--layouts {wrong[0]}: expected ddp:DEVICES or fsdp2:DEVICES")
     base = random_base(asked.shape, asked.tokenizer, asked.out / asked.shape)
     reference: float | None = None
     print(f"{'layout':10} {'tokens/s':>10} {'a device':>10} {'efficiency':>10}  peak GB of each device")
     for layout in asked.layouts:
         strategy, _, devices = layout.partition(":")
-        ranks = run(asked, base, strategy, int(devices or 1))
+        ranks = run(asked, base, strategy, int(devices))
         speed = statistics.median(rank["tokens_per_s"] for rank in ranks)
         reference = reference or speed / len(ranks)
         peaks = " ".join(f"{rank['peak_bytes'] / 1e9:.1f}" for rank in ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from finetune_runs import Stopper
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_adapter import device
 from lit_adapter.cli import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
@@ -111,6 +113,51 @@ def test_a_finished_run_has_nothing_to_resume(tiny: Callable[..., Config]) -> No
     lines = Stopper()
     assert finetune(tiny(), resume="last", say=lines) == 0
     assert any("already complete" in line for line in lines.lines)
+
+
+def test_a_longer_run_that_is_stopped_at_its_end_does_not_pass_for_finished(
+    tiny: Callable[..., Config],
+) -> None:
+    """The adapter of the shorter run is there, and the longer run's last checkpoint."""
+    constant = ["--optim.schedule", "constant", "--optim.warmup", "0"]
+    finetune(tiny(*constant, "--optim.epochs", "2"), say=Stopper())
+    longer = tiny(*constant, "--optim.epochs", "3")
+    assert finetune(longer, resume="last", say=Stopper("step 15/")) == 143
+    assert not (Path(longer.out) / "adapter.safetensors").exists()
+    assert (Path(longer.out) / "adapter.aside").exists()
+    assert finetune(longer, resume="last", say=Stopper()) == 0
+    assert read_adapter(Path(longer.out) / "adapter.safetensors")[0].training["steps"] == STEPS
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_had_found(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_bf16_pays", lambda _: True)
+    finetune(tiny("--trainer.precision", "auto"), say=Stopper("step 4/"))
+    monkeypatch.setattr(device, "_bf16_pays", lambda _: False)
+    lines = Stopper()
+    assert finetune(tiny("--trainer.precision", "auto"), resume="last", say=lines) == 0
+    assert "precision: bf16-true, as the run that is resumed has it" in lines.lines
+
+
+def test_held_out_records_too_long_to_answer_are_not_sampled(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    held_out = [
+        {"instruction": "word " * 1500, "output": "long"},
+        {"instruction": "Say it back.", "input": "red", "output": "red"},
+    ]
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(held_out))
+    options = ["--data.val", str(path), "--trainer.samples", "2", "--optim.max_steps", "2"]
+    config = tiny(*options)
+    assert finetune(config, say=Stopper()) == 0
+    curves = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
+    assert [tag for tag in curves.Tags()["tensors"] if tag.startswith("samples/")] == [
+        "samples/0/text_summary"
+    ]
+    with pytest.raises(UserError, match=r"trainer.sample_tokens is 1024, but the base's context is 1024"):
+        finetune(tiny(*options, "--trainer.sample_tokens", "1024", out="other"), say=Stopper())
 
 
 @pytest.mark.parametrize(

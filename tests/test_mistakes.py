@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finetune_runs import TINY
 
-from lit_adapter.cli import finetune_main, generate_main
+from lit_adapter.cli import finetune_main, generate_main, parse_finetune
 from lit_adapter.errors import UserError
 from lit_adapter.files import write_text
 
@@ -124,3 +124,30 @@ def test_a_pipe_or_device_is_never_replaced_by_a_file(
         write_text(pipe, "x")
     assert pipe.is_fifo()
     assert list(tmp_path.glob(".pipe*")) == []
+
+
+def test_what_print_config_prints_is_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_finetune(["--config", str(TINY), "--print_config"])
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert parse_finetune(["--config", str(path)]) == parse_finetune(["--config", str(TINY)])
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_finetune(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("Longest packed row", "Passes over the training records", "Learned prompt rows"):
+        assert text in said
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tiny_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "wrong.jsonl"
+    data.write_text('{"question": "?", "answer": "!"}\n')
+    fixed = ["--config", TINY, "--base", tiny_base, "--data.train", data, "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match="'instruction' is missing"):
+        finetune_main([*map(str, fixed)])
+    assert not (tmp_path / "run").exists()

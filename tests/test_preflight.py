@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
         r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 steps",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
-        r"^dry run: nothing was written",
+        r"^dry run: no run was begun",
     ):
         assert re.search(part, said, re.MULTILINE), part
     assert not Path(tiny().out).exists()
@@ -176,6 +177,19 @@ def test_dry_run_of_a_resume_looks_at_the_checkpoint_and_leaves_it(tiny: Callabl
     with pytest.raises(UserError, match="seed was"):
         finetune(tiny("--seed", "3"), resume="last", say=lines, dry_run=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_signal_ends_a_dry_run_with_its_status(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Stopwatch, "on_train_batch_start", lambda *_: signal.raise_signal(signal.SIGTERM), raising=True
+    )
+    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: None)
+    lines = Stopper()
+    assert finetune(tiny(), say=lines, dry_run=True) == 143
+    assert lines.lines[-1] == "dry run: stopped by a signal; no run was begun"
+    assert not Path(tiny().out).exists()
 
 
 def test_the_forecast_is_tokens_times_measured_seconds() -> None:

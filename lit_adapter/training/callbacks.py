@@ -6,16 +6,19 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.data.records import Records
+from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import GatedPrefix, adapter_state
 from lit_adapter.training.notices import Notices
@@ -152,7 +155,7 @@ class Report(Callback):
     def __init__(self, options: TrainerConfig, say: Say, *, lr: float, redraw: bool) -> None:
         self.every, self.say, self.redraw = options.log_every, say, redraw
         self.lines = options.progress == "lines" or (options.progress == "auto" and not shows_bar(options))
-        self.tokens, self.since = 0.0, 0.0
+        self.tokens, self.seconds, self.since = 0.0, 0.0, 0.0
         self.tokens_per_s = 0.0
         self.notices = Notices(say, lr)
 
@@ -166,10 +169,13 @@ class Report(Callback):
         self.notices.load(state_dict["notices"])
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock, and draw again what had to be taken off the curves."""
-        self.tokens, self.since = 0.0, time.perf_counter()
+        """Draw again what had to be taken off the curves."""
         if self.redraw and self._is_point(trainer):
             self._curves(trainer, pl_module, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock: it counts steps, and no validation, sample or checkpoint between them."""
+        self.since = time.perf_counter()
 
     def _is_point(self, trainer: Any) -> bool:
         step, total = trainer.global_step, trainer.datamodule.total_steps
@@ -181,14 +187,14 @@ class Report(Callback):
         """Collect the step, and report every few."""
         last, step = pl_module.last, trainer.global_step
         self.tokens += last["tokens"]
+        self.seconds += time.perf_counter() - self.since
+        self.tokens_per_s = self.tokens / self.seconds
         self.notices.step(last["loss"], last["grad_norm"], step)
         shown = {"loss": last["loss"], "tokens/s": self.tokens_per_s}
         pl_module.log_dict(shown, prog_bar=True, logger=False)
         if not self._is_point(trainer):
             return
-        now = time.perf_counter()
-        self.tokens_per_s = self.tokens / (now - self.since)
-        self.tokens, self.since = 0.0, now
+        self.tokens, self.seconds = 0.0, 0.0
         self._curves(trainer, pl_module, step)
         if self.lines:
             total = trainer.datamodule.total_steps
@@ -244,8 +250,6 @@ class Report(Callback):
         _log(trainer, {"val/perplexity": _perplexity(loss), "val/loss": loss}, step)
         self.notices.held_out(loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
-        # Validation is not training time.
-        self.tokens, self.since = 0.0, time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Look back."""
@@ -262,7 +266,19 @@ class Samples(Callback):
         self, assistant: AdaptedLlama, records: Records | None, options: TrainerConfig, signals: Signals
     ) -> None:
         self.assistant, self.signals, self.max_new_tokens = assistant, signals, options.sample_tokens
-        chosen = [] if records is None else records[: options.samples]
+        room = assistant.model.config.context_length - options.sample_tokens
+        if options.samples and room < 1:
+            raise UserError(
+                f"trainer.sample_tokens is {options.sample_tokens}, but the base's context is "
+                f"{assistant.model.config.context_length}; lower it"
+            )
+        encode, tokenizer = assistant.template.encode_prompt, assistant.tokenizer
+        fitting = (
+            record  # one that was cut to length for the loss may be longer than the context
+            for record in records or ()
+            if len(encode(tokenizer, record.instruction, record.input)) <= room
+        )
+        chosen = islice(fitting, options.samples)
         self.tasks = [(record.instruction, record.input, record.output) for record in chosen]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -319,6 +335,10 @@ def shows_bar(options: TrainerConfig) -> bool:
 
 class Bar(RichProgressBar):
     """Lightning's bar without what means nothing here: a version, and an epoch that is the whole run."""
+
+    def configure_columns(self, trainer: Any) -> list[Any]:
+        """Leave out steps per second: 0.00 where a step takes a minute."""
+        return [c for c in super().configure_columns(trainer) if not isinstance(c, ProcessingSpeedColumn)]
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """Return loss and tokens/s, to the digits a person reads."""

@@ -38,7 +38,7 @@ class Stopwatch(Callback):
         return sum(seconds for seconds, _ in timed) / sum(tokens for _, tokens in timed)
 
 
-def rehearse(
+def foretell(
     trainer: Trainer,
     module: LitAdapter,
     data: AlpacaDataModule,
@@ -46,21 +46,22 @@ def rehearse(
     val_every: int,
     say: Callable[[str], None],
 ) -> int:
-    """Take the first steps of a fresh run, say what the rest would take, and return the exit status.
+    """Say what a run would take, from the first steps that were tried, and return the exit status.
 
     Args:
-        trainer: one that stops after `N_TRIED` steps and has a `Stopwatch`.
+        trainer: one that has taken `N_TRIED` steps beside a `Stopwatch`.
         module: of the run.
         data: of the run.
         steps: optimizer steps that the run has still to do.
         val_every: steps between validations.
         say: gets the lines.
     """
-    trainer.fit(module, data)
     watch = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch))  # type: ignore[attr-defined]
     validations = steps // val_every + 1 if data.val_encoded is not None else 0
     say(forecast(watch, data, steps, validations, _forward_share(module)))
-    say("dry run: nothing was written; start without --dry-run")
+    if module.skipped_steps:
+        say(f"warning: the loss or gradient of {module.skipped_steps} of them was not finite; lower optim.lr")
+    say("dry run: no run was begun; start without --dry-run")
     return 0
 
 

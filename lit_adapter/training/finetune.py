@@ -44,7 +44,7 @@ from lit_adapter.training.callbacks import (
 )
 from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.curves import Curves
-from lit_adapter.training.dry_run import N_TRIED, Stopwatch, rehearse
+from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
 from lit_adapter.training.preflight import check_records, check_space, enough_memory
@@ -57,7 +57,7 @@ from lit_adapter.training.processes import (
     rank,
     take_over,
 )
-from lit_adapter.training.resume import Beginning, find_beginning
+from lit_adapter.training.resume import Beginning, find_beginning, saved_precision
 from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter
@@ -124,13 +124,15 @@ def finetune(
 def _run(
     config: Config, folder: RunFolder, signals: Signals, say: Say, resume: str | None, dry_run: bool
 ) -> int:
-    return _Run(config, folder, signals, say).train(resume, dry_run=dry_run)
+    return _Run(config, folder, signals, say, resume).train(resume, dry_run=dry_run)
 
 
 class _Run:
     """The parts of a run, put together once."""
 
-    def __init__(self, config: Config, folder: RunFolder, signals: Signals, say: Say) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, signals: Signals, say: Say, resume: str | None
+    ) -> None:
         self.config = config = with_learning_rate(config)
         self.folder, self.signals, self.say = folder, signals, say
         self.base = Path(config.base)
@@ -143,7 +145,7 @@ class _Run:
             )
         self.device = choose_device(config.trainer.accelerator)
         check_layout(config.trainer, self.device)
-        self.precision = self._precision()
+        self.precision = self._precision(resume)
         self.tokenizer = load_tokenizer(self.base)
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)
         self.template = resolve_template(config.data.template, self.tokenizer)
@@ -165,8 +167,8 @@ class _Run:
             )
         return state
 
-    def _precision(self) -> str:
-        """Resolve auto by measuring."""
+    def _precision(self, resume: str | None) -> str:
+        """Resolve auto: as the resumed run did, else by measuring."""
         wanted = self.config.trainer.precision
         if wanted == "16-mixed" and self.device.type == "cpu":
             raise UserError(
@@ -181,6 +183,10 @@ class _Run:
             )
         if wanted != "auto":
             return wanted
+        saved = saved_precision(resume, self.folder) if resume is not None else None
+        if saved is not None:
+            self.say(f"precision: {saved}, as the run that is resumed has it")
+            return saved
         found = "bf16-true" if choose_dtype(None, self.device) == torch.bfloat16 else "32-true"
         self.say(
             f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32"
@@ -212,8 +218,15 @@ class _Run:
         val_every = config.trainer.val_every or max(1, steps // 10)
         if dry_run:
             announce(config, self.base_config, self.identity.name, model, steps, self.say)
-            trainer = self._trainer(data, [Stopwatch()], None, n_steps=min(N_TRIED, steps))
-            return rehearse(trainer, module, data, steps - begin.step, val_every, self.say)
+            callbacks: list[pl.Callback] = [Stopwatch(), StopOnSignal(self.signals)]
+            trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, steps))
+            self.signals.only_note()
+            with last_words(several=trainer.world_size > 1), enough_memory(needed):
+                trainer.fit(module, data)
+            if self.signals.agreed:
+                self.say("dry run: stopped by a signal; no run was begun")
+                return self.signals.exit_status
+            return foretell(trainer, module, data, steps - begin.step, val_every, self.say)
         validation = Validation(val_every)
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated

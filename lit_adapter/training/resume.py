@@ -57,6 +57,19 @@ def find_beginning(
     return Beginning(path, step, checkpoint["measured"]["validated_step"] == step)
 
 
+def saved_precision(resume: str, folder: RunFolder) -> str | None:
+    """Return the precision of the run that is resumed; None where no checkpoint of it can be read."""
+    paths = (
+        sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True) if resume == "last" else [Path(resume)]
+    )
+    for path in paths:
+        try:
+            return read_checkpoint(path)["lit_adapter"]["identity"].get("precision")
+        except UserError:
+            continue  # `find_beginning` will say what is wrong with it
+    return None
+
+
 def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     differences = [
         f"{key} was {saved.get(key)!r}, now {value!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ class RunFolder:
         return str(os.getpid())
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Give the folder back; one that nothing has come into goes."""
         (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the name of the checkpoint after ``step`` optimizer steps."""
@@ -109,11 +112,14 @@ class RunFolder:
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
     def set_aside(self, step: int, say: Callable[[str], None]) -> None:
-        """Rename the checkpoints after ``step``: a run that goes on from there is not mixed with them."""
+        """Rename what a run that goes on from ``step`` must not be mixed with: later checkpoints, its end."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         for path in sorted(later):
             path.replace(path.with_suffix(".aside"))
             say(f"{path}: not part of the run that goes on from step {step}; kept as {path.stem}.aside")
+        if self.adapter.exists():  # else a run stopped before its end would pass for a finished one
+            self.adapter.replace(self.adapter.with_suffix(".aside"))
+            say(f"{self.adapter}: of the run before; kept as {self.adapter.stem}.aside")
 
 
 class AnotherRunError(UserError):
