@@ -119,6 +119,25 @@ def probe(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
+def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
+    """Refuse an output that would replace what is read.
+
+    Args:
+        out: a file to write.
+        inputs: files, and folders all of whose files are read.
+        option: which names the output.
+
+    Raises:
+        UserError: ``out`` is there, and is one of ``inputs`` or lies in one.
+    """
+    if not out.exists():
+        return
+    real = out.resolve()
+    for path in inputs:
+        if path.resolve() in (real, *real.parents):
+            raise UserError(f"{out}: {option} is read from too ({path}); choose another")
+
+
 def write_error(path: Path, error: OSError, needed: int | None = None) -> UserError:
     """Say in one line why ``path`` could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

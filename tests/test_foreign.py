@@ -13,6 +13,7 @@ import torch
 from finetune_runs import TINY
 from foreign_adapters import HERE, IDS, SIZES, base_tensors, converted, logits_of, sizes, write_base
 from prefix_formula import reference_logits
+from safetensors.torch import load_file, save_file
 from tiny_models import transformers_llama
 from torch import Tensor
 
@@ -394,7 +395,52 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]
     out.write_text("precious")
     with pytest.raises(UserError, match=r"out: already there; use --overwrite"):
         converted(source, out, bases[2])
-    with pytest.raises(UserError, match=r"source\.pth: --out is the source"):
-        converted(source, source, bases[2], overwrite=True)
+    for taken, to in ((source, "ours"), (bases[2] / "model.safetensors", "ours"), (bases[2], "peft")):
+        if to == "peft":
+            (taken / "adapter_config.json").write_text("{}")
+        with pytest.raises(UserError, match=r": --out is read from too"):
+            converted(source, taken, bases[2], to=to, overwrite=True, allow_lossy=True)
+    (bases[2] / "adapter_config.json").unlink()
     converted(source, out, bases[2], overwrite=True)
     assert read_adapter(out)[0].adapter.prompt_length == 3
+
+
+@pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
+def test_v2_without_prompts_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str) -> None:
+    config = AdapterConfig(version="v2", prompt_length=0)
+    ours, there, back = (tmp_path / name for name in ("ours.safetensors", "there.pth", "back.safetensors"))
+    own_adapter(ours, bases[4], config, 4)
+    assert any(
+        line.startswith("found     V2, 0 of 2 layers; norms")
+        for line in converted(ours, there, None, to=target)
+    )
+    converted(there, back, bases[4])
+    before, after = read_adapter(ours)[1], read_adapter(back)[1]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_named_file_of_a_peft_folder_is_read_and_none_of_its_files_replaced(
+    tmp_path: Path, bases: dict[int, Path]
+) -> None:
+    config = AdapterConfig(prompt_length=3, layers=2, gate="layer")
+    ours, folder = own_adapter(tmp_path / "ours.safetensors", bases[2], config), tmp_path / "peft"
+    converted(ours, folder, bases[2], to="peft")
+    whole, other = folder / "adapter_model.safetensors", folder / "other.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(whole).items()}, other)
+    back = tmp_path / "back.safetensors"
+    converted(other, back, bases[2])
+    assert all(torch.equal(read_adapter(back)[1][name], 2 * t) for name, t in read_adapter(ours)[1].items())
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for source, out, to in (
+        (folder, whole, "ours"),
+        (whole, folder, "peft"),
+        (folder, folder, "peft"),
+        (other, folder, "peft"),
+    ):
+        with pytest.raises(UserError, match=r"adapter_\S+: --out is read from too"):
+            converted(source, out, bases[2], to=to, overwrite=True)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json: file not found"):
+        converted(other, back, bases[2], overwrite=True)

@@ -53,10 +53,12 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
         UserError: a source that is not understood or does not fit its base, a conversion that loses
             something without ``allow_lossy``, or an output that is in the way.
     """
-    _check_output(source, out, overwrite=wishes.overwrite)
+    _check_output(source, out, wishes)
     opened = open_adapter(source, wishes.given)
     _check_wishes(opened, wishes)
     info, adapter, base = _read(opened, wishes)
+    if base is not None:
+        _refuse_inputs(out, wishes.to, [base])
     model = info.model
     adapter.check(model, str(source))
     if wishes.to == peft.NAME:
@@ -88,11 +90,16 @@ _FORMS: dict[str, GateForm] = {
 }
 
 
-def _check_output(source: Path, out: Path, *, overwrite: bool) -> None:
-    if out.exists() and source.exists() and out.resolve() == source.resolve():
-        raise UserError(f"{out}: --out is the source; choose another")
-    if out.exists() and not overwrite:
+def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
+    _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
+    if out.exists() and not wishes.overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
+
+
+def _refuse_inputs(out: Path, to: str, inputs: list[Path]) -> None:
+    written = (out / peft.WEIGHTS, out / peft.CONFIG) if to == peft.NAME else (out,)
+    for path in written:
+        files.refuse_input(path, inputs, "--out")
 
 
 def _check_wishes(opened: Opened, wishes: Wishes) -> None:
@@ -198,9 +205,8 @@ def _report(
     config = adapter.config
     layers = config.adapted_layers(model.n_layer)
     found = f"{config.version.upper()}, {len(layers)} of {model.n_layer} layers"
-    found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {_named(config.gate)}" * bool(
-        layers
-    )
+    if layers:
+        found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {_named(config.gate)}"
     if config.version == "v2":
         found += f"; norms, biases and scales of all layers, {'with' if config.head else 'without'} the head"
     lines = [f"source    {opened.path}: {opened.format}, recognised by {opened.why}", f"found     {found}"]

@@ -56,7 +56,8 @@ def open_adapter(path: Path, wanted: str = "auto") -> Opened:
     tensors, args, wrapped = _unwrapped(content, path)
     found, why = _format(tensors, wrapped, path)
     if found == peft.NAME:
-        return _open_peft(path.parent)
+        _check_peft(path.parent)
+        return Opened(path, found, tensors, why=why)
     if wanted not in ("auto", found):
         found, why = wanted, "--from"
     if found == official.NAME and wrapped:
@@ -122,11 +123,15 @@ def _format(tensors: State, wrapped: bool, path: Path) -> tuple[str, str]:
     )
 
 
-def _open_peft(folder: Path) -> Opened:
+def _check_peft(folder: Path) -> None:
     config = read_json(member(folder, peft.CONFIG))
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != peft.PEFT_TYPE:
         raise UserError(f"{folder / peft.CONFIG}: peft_type is {kind!r}; expected {peft.PEFT_TYPE}")
+
+
+def _open_peft(folder: Path) -> Opened:
+    _check_peft(folder)
     name = peft.WEIGHTS if (folder / peft.WEIGHTS).is_file() else peft.WEIGHTS_BIN
     content, _ = _content(member(folder, name))
     tensors, _, _ = _unwrapped(content, folder / name)
