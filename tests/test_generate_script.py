@@ -234,3 +234,15 @@ assert not {"lightning", "pytorch_lightning", "transformers", "peft"} & set(sys.
     assert "Sample among the k most likely tokens; 0: all. (type: int, default: 0)" in " ".join(
         done.stdout.split()
     )
+
+
+def test_what_is_read_is_not_replaced(
+    tiny_base: Path, adapter: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "x"}\n')
+    for taken in (adapter, tiny_base / "model.safetensors"):
+        before = taken.read_bytes()
+        with pytest.raises(UserError, match=f"{taken.name}: --output is read from too"):
+            script(*common, "--prompts", prompts, "--output", taken, "--overwrite")
+        assert taken.read_bytes() == before

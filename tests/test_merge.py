@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lit_adapter.model.adapter import expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
 from lit_adapter.weights.cli import merge_main
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.merge import merge
@@ -111,3 +112,27 @@ def test_what_cannot_be_merged_says_why_and_what_to_do(
     with pytest.raises(UserError, match=message):
         merge(adapter, tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path)
+    own = convert(tmp_path / "source", tmp_path / "own")
+    inside = own / "adapter.safetensors"
+    adapter.rename(inside)
+    for out in (own, base, base / "merged"):
+        with pytest.raises(UserError, match=r": lies inside the source .* or holds it; choose another --out"):
+            merge(inside, out, base=base, overwrite=True)
+    with pytest.raises(UserError, match=r"^/: has no name; choose another --out"):
+        merge(inside, Path("/"), base=base)
+    assert inside.is_file()
+
+
+def test_a_base_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path)
+    odd = base.rename(tmp_path / "odd\udcff")
+    with pytest.raises(UserError, match=r"odd.*: the folder's name is not UTF-8; rename it"):
+        base_identity(odd)
+    info, state = read_adapter(adapter)
+    save_adapter(adapter, state, replace(info, base=replace(info.base, name="base\ud800")))
+    with pytest.raises(UserError, match=r"base\.name is 'base\\ud800', no plain folder name"):
+        merge(adapter, tmp_path / "merged")

@@ -188,6 +188,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     """Answer a file of prompts into another."""
     import torch
 
+    from lit_adapter.files import refuse_input
     from lit_adapter.generation.prompt_file import BATCHES_PER_GROUP, Answers, check_target, read_prompts
 
     path, target = Path(args.prompts), Path(args.output)
@@ -195,6 +196,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     if target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=args.overwrite)
+    refuse_input(target, [_base_folder(args), *([Path(args.adapter)] if args.adapter else [])], "--output")
     model = _load(args)
     _check_prompts(model, prompts, sampling)
     batch_size = args.batch_size or BATCH_SIZE
@@ -235,11 +237,9 @@ def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sam
 def _identity(args: Any, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
     """Return all that answers depend on beside the prompts; paths and the batch size are left out."""
     from lit_adapter.files import file_sha256
-    from lit_adapter.weights.adapter_file import base_identity, read_adapter
-    from lit_adapter.weights.base_folder import find_base
+    from lit_adapter.weights.adapter_file import base_identity
 
-    folder = Path(args.base) if args.base else find_base(read_adapter(Path(args.adapter))[0].base.name)
-    base = base_identity(folder)
+    base = base_identity(_base_folder(args))
     weight = model.model.embed_tokens.weight
     return {
         "sampling": asdict(sampling),
@@ -249,6 +249,14 @@ def _identity(args: Any, model: AdaptedLlama, sampling: Sampling) -> dict[str, A
         "dtype": str(weight.dtype),
         "device": weight.device.type,
     }
+
+
+def _base_folder(args: Any) -> Path:
+    """Return the folder of --base, or of the base that the adapter names."""
+    from lit_adapter.weights.adapter_file import read_adapter
+    from lit_adapter.weights.base_folder import find_base
+
+    return Path(args.base) if args.base else find_base(read_adapter(Path(args.adapter))[0].base.name)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ def merge(
     check_base(info, base_identity(folder), adapter)
     out = out.absolute()
     sweep_leftovers(out)
-    check_output(out, folder, overwrite=overwrite)
+    for source in (adapter, folder):
+        check_output(out, source, overwrite=overwrite)
     origin = {"format": "merged", "base": info.base.name, "adapter": adapter.name}
     write_base(MergedSource(folder, state), adapter, out, dtype, origin, progress=progress)
     ids = fixed_prompt(folder)

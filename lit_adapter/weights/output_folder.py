@@ -99,7 +99,11 @@ def move_into_place(scratch: Path, out: Path) -> None:
 
 
 def sweep_leftovers(out: Path) -> None:
-    """Remove what killed runs for ``out`` left beside it, and undo a half-done replacement."""
+    """Remove what killed runs for ``out`` left beside it, and undo a half-done replacement.
+
+    Raises:
+        UserError: the root of the file system, which cannot be replaced.
+    """
     if not out.parent.is_dir():
         return
     previous = _previous(out)
@@ -115,6 +119,8 @@ def sweep_leftovers(out: Path) -> None:
 
 
 def _previous(out: Path) -> Path:
+    if not out.name:
+        raise UserError(f"{out}: has no name; choose another --out")
     return out.with_name(f".{out.name}.previous")
 
 
