@@ -123,8 +123,7 @@ def test_a_longer_run_that_is_stopped_at_its_end_does_not_pass_for_finished(
     finetune(tiny(*constant, "--optim.epochs", "2"), say=Stopper())
     longer = tiny(*constant, "--optim.epochs", "3")
     assert finetune(longer, resume="last", say=Stopper("step 15/")) == 143
-    assert not (Path(longer.out) / "adapter.safetensors").exists()
-    assert (Path(longer.out) / "adapter.aside").exists()
+    assert read_adapter(Path(longer.out) / "adapter.safetensors")[0].training["steps"] == STEPS - 5
     assert finetune(longer, resume="last", say=Stopper()) == 0
     assert read_adapter(Path(longer.out) / "adapter.safetensors")[0].training["steps"] == STEPS
 

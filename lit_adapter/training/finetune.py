@@ -57,7 +57,7 @@ from lit_adapter.training.processes import (
     rank,
     take_over,
 )
-from lit_adapter.training.resume import Beginning, find_beginning, saved_precision
+from lit_adapter.training.resume import Beginning, find_beginning, is_written, saved_precision
 from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter
@@ -207,7 +207,7 @@ class _Run:
         if resume is not None:
             shapes = adapter_shapes(config.adapter, self.base_config)
             begin = find_beginning(resume, self.folder, record, shapes, self.say)
-        if begin.step >= steps and self.folder.adapter.is_file():
+        if begin.step >= steps and is_written(self.folder.adapter, begin.path):
             self.say(f"{self.folder.path}: already complete, {begin.step} steps; nothing to do")
             return 0
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
+from lit_adapter.weights.adapter_file import read_adapter
 
 Say = Callable[[str], None]
 
@@ -68,6 +71,18 @@ def saved_precision(resume: str, folder: RunFolder) -> str | None:
         except UserError:
             continue  # `find_beginning` will say what is wrong with it
     return None
+
+
+def is_written(adapter: Path, checkpoint: Path | None) -> bool:
+    """Tell whether an adapter file holds what a checkpoint holds, and not what an earlier run ended with."""
+    if checkpoint is None or not adapter.is_file():
+        return False
+    try:
+        state = read_adapter(adapter)[1]
+    except UserError:
+        return False  # it is written again
+    saved = read_checkpoint(checkpoint)["state_dict"]
+    return state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
 
 
 def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

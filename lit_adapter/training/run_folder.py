@@ -112,14 +112,11 @@ class RunFolder:
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
     def set_aside(self, step: int, say: Callable[[str], None]) -> None:
-        """Rename what a run that goes on from ``step`` must not be mixed with: later checkpoints, its end."""
+        """Rename the checkpoints after ``step``: a run that goes on from there is not mixed with them."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         for path in sorted(later):
             path.replace(path.with_suffix(".aside"))
             say(f"{path}: not part of the run that goes on from step {step}; kept as {path.stem}.aside")
-        if self.adapter.exists():  # else a run stopped before its end would pass for a finished one
-            self.adapter.replace(self.adapter.with_suffix(".aside"))
-            say(f"{self.adapter}: of the run before; kept as {self.adapter.stem}.aside")
 
 
 class AnotherRunError(UserError):
