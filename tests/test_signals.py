@@ -277,3 +277,22 @@ def test_under_torchrun(
     found = re.search(r"stopped by SIGTERM after step (\d+): (\S+);", log.read_text())
     assert found, log.read_text()
     assert read_checkpoint(Path(found[2]))["global_step"] == int(found[1]) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_run_leaves_no_loader_worker_behind(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Steps of so many rows that a pipe does not hold them: the workers wait for a reader that is gone."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    many_rows = ["--optim.batch_size", "40", "--optim.row_tokens", "200", "--data.workers", "3"]
+    options = [*LONG, *many_rows, "--trainer.samples", "0"]
+    command = [sys.executable, str(SCRIPT), *arguments(tiny_base, tiny_records, out, *options)]
+    with launch(command, environment, log) as process:
+        wait_for(log, "step 2/")
+        process.kill()
+    end = time.monotonic() + 30
+    while processes_of(out):
+        assert time.monotonic() < end, processes_of(out)
+        time.sleep(0.2)

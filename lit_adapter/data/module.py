@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ class AlpacaDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.config.workers,
             persistent_workers=False,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_follow_the_trainer,
             # Its own generator: else every iteration would draw a seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
             pin_memory=torch.cuda.is_available(),
@@ -188,7 +190,19 @@ class _Remaining(Sampler[int]):
         return self.module.total_steps
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the process group would kill loader workers before the trainer has saved."""
+def _follow_the_trainer(worker: int) -> None:
+    """Let a loader worker live until the trainer ends, and no longer.
+
+    A signal to the process group would kill it before the trainer has saved. Where the trainer is killed, a
+    worker with a step half way through its pipe would wait for ever for somebody to read the rest.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    trainer = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == trainer:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
