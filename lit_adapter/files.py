@@ -119,6 +119,15 @@ def probe(folder: Path) -> None:
         raise write_error(folder, error) from error
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in one line that ``path`` cannot be looked at or read, where the system says so."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
     """Refuse an output that would replace what is read.
 

@@ -12,10 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_adapters import sizes
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.base_folder import base_at_hand, find_base
+from lit_adapter.weights.foreign import lit, peft
+from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.foreign.recognise import open_adapter
+from lit_adapter.weights.shards import TorchShard
 
 
 def saved(path: Path, content: Any, *, legacy: bool = False) -> Path:
@@ -161,3 +168,57 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_adapter(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_adapter(saved(tmp_path / "x.pth", content))
+
+
+PROMPT, GATE = "transformer.h.1.attn.adapter_wte.weight", "transformer.h.1.attn.gating_factor"
+QUERY = "base_model.model.model.layers.{}.self_attn.adaption_prompt"
+WHOLE = torch.ones(3, 16)
+STRANGE = {
+    "0-d": (PROMPT, torch.tensor(1.0), r"has shape \[\]; expected K x 16"),
+    "leading zero": (PROMPT.replace("1", "01"), WHOLE, r"tensor \S+01\S+ is not one of an adapter"),
+    "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ is not one of an adapter"),
+    "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "says to be larger than what the file holds"),
+    "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is no dense tensor"),
+    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is no dense tensor"),
+    "float4": (PROMPT, WHOLE.byte().view(torch.float4_e2m1fn_x2), r"is torch\.float4_\S+; expected floating"),
+    "peft": (QUERY.format("01"), WHOLE, "adaption_prompt is missing in every layer"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), STRANGE.values(), ids=STRANGE.keys())
+def test_strange_tensors_are_refused(tmp_path: Path, name: str, tensor: torch.Tensor, message: str) -> None:
+    model = LlamaConfig.from_hf(sizes(2))
+    path = saved(tmp_path / "x.pth", {name: tensor, GATE: torch.ones(1, 4, 1, 1)})
+
+    def read() -> None:
+        tensors = open_adapter(path).tensors
+        if "adaption" in name:
+            peft.read(tensors, model, "x.pth")
+        lit.read(tensors, model, lit.LIT_LLAMA, "x.pth")
+
+    with pytest.raises(UserError, match=message):
+        read()
+
+
+def test_a_shard_with_changed_bytes_is_refused_or_read(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "x.bin", {"a": torch.ones(2)}).read_bytes()
+    for place in range(0, len(whole), 3):
+        (tmp_path / "y.bin").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            TorchShard(tmp_path / "y.bin")
+        except UserError:
+            continue
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    long = tmp_path / ("a" * 300)
+    for attempt in (
+        lambda: open_adapter(long),
+        lambda: read_adapter(long),
+        lambda: find_base(long.name),
+        lambda: base_at_hand(long.name),
+        lambda: convert_adapter(long, tmp_path / "out", Wishes()),
+        lambda: convert_adapter(tmp_path / "x", long, Wishes()),
+    ):
+        with pytest.raises(UserError, match=r"a{300}: cannot be read: File name too long"):
+            attempt()

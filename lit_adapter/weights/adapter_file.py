@@ -98,7 +98,9 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         UserError: missing, damaged, from another program, or not consistent with itself.
     """
     path = Path(path)
-    if not path.is_file():
+    with files.reading(path):
+        found = path.is_file()
+    if not found:
         raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
+from lit_adapter.files import read_json, reading
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 1
@@ -71,7 +71,9 @@ def find_base(name: str) -> Path:
         UserError: not below ``checkpoints/`` of the working folder.
     """
     folder = Path("checkpoints") / name
-    if not folder.is_dir():
+    with reading(folder):
+        found = folder.is_dir()
+    if not found:
         raise UserError(
             f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
         )
@@ -81,7 +83,8 @@ def find_base(name: str) -> Path:
 def base_at_hand(name: str) -> Path | None:
     """Return the folder of the base that an adapter names, or None where it is not there."""
     folder = Path("checkpoints") / name
-    return folder if (folder / FINGERPRINT).is_file() else None
+    with reading(folder):
+        return folder if (folder / FINGERPRINT).is_file() else None
 
 
 def read_config(folder: Path) -> LlamaConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +84,30 @@ def read_bytes(path: Path, offset: int, count: int) -> bytearray:
     return content
 
 
+OF_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
+    *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
+)
+"""What PyTorch and zipfile raise on changed bytes."""
+
+
+def refuse_odd_tensor(tensor: Tensor, where: str) -> None:
+    """Refuse a tensor of a ``torch.save`` file that is not all there.
+
+    Args:
+        tensor: as read, on the CPU.
+        where: file and name, for the message.
+
+    Raises:
+        UserError: sparse, nested, quantised or without data, or larger than its storage.
+    """
+    odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    if odd or tensor.layout != torch.strided:
+        raise UserError(f"{where} is no dense tensor; convert it to one")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"{where} says to be larger than what the file holds; {AGAIN}")
+
+
 class SafetensorsShard:
     """A ``.safetensors`` file."""
 
@@ -127,8 +152,6 @@ class TorchShard:
         refuse_stand_in(path)
         with path.open("rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
-        if zipped and not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: truncated or damaged; {AGAIN}")
         self._mapped = zipped  # files of before PyTorch 1.6 cannot be mapped and are held whole
         self._n_touched = 0
         self._tensors = self._load()
@@ -140,22 +163,23 @@ class TorchShard:
 
     def _load(self) -> dict[str, Tensor]:
         try:
+            if self._mapped and not zipfile.is_zipfile(self.path):
+                raise UserError(f"{self.path}: truncated or damaged; {AGAIN}")
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError:
             raise UserError(
                 f"{self.path}: damaged, or holds other objects than tensors, which could run code; "
                 "use the safetensors version of this checkpoint"
             ) from None
-        except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as error:
+        except OF_DAMAGE as error:
             reason = str(error).split("\n")[0][:200]
             raise UserError(f"{self.path}: truncated or damaged ({reason}); {AGAIN}") from None
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds a {type(content).__name__}; expected named tensors")
         for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            if not isinstance(name, str) or not isinstance(value, Tensor):
                 raise UserError(f"{self.path}: '{name}' is no dense tensor; expected named tensors only")
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{self.path}: '{name}' says to be larger than what the file holds; {AGAIN}")
+            refuse_odd_tensor(value, f"{self.path}: '{name}'")
         return content
 
     def tensor(self, name: str) -> Tensor:

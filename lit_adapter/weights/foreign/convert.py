@@ -91,8 +91,12 @@ _FORMS: dict[str, GateForm] = {
 
 
 def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
-    _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
-    if out.exists() and not wishes.overwrite:
+    with files.reading(source):
+        source.exists()
+    with files.reading(out):
+        taken = out.exists()
+        _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
+    if taken and not wishes.overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
 
 

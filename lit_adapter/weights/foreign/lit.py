@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.model.affine import layer_widths
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.foreign.plain import PlainAdapter, State, prefix, take, top_layers
+from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 from lit_adapter.weights.source import half_split_rows, neighbour_rows
 
 Shape = tuple[int, ...]
@@ -98,9 +98,13 @@ def read(tensors: State, model: LlamaConfig, dialect: Dialect, source: str) -> P
     state: State = {}
     for layer in layers:
         stem = f"transformer.h.{layer}.attn"
-        length = length or len(left[f"{stem}.adapter_wte.weight"])
-        shape = (length, model.n_embd)
-        state[f"{prefix(layer)}.prompt"] = take(left, f"{stem}.adapter_wte.weight", shape, source)
+        name = f"{stem}.adapter_wte.weight"
+        if left[name].ndim != 2:
+            raise UserError(
+                f"{source}: {name} has shape {list(left[name].shape)}; expected K x {model.n_embd}"
+            )
+        length = length or len(left[name])
+        state[f"{prefix(layer)}.prompt"] = take(left, name, (length, model.n_embd), source)
         name = f"{stem}.gating_factor"
         single = name in left and left[name].numel() == 1 and model.n_head > 1
         gate = "layer" if single else gate
@@ -126,7 +130,7 @@ def read(tensors: State, model: LlamaConfig, dialect: Dialect, source: str) -> P
     return PlainAdapter(config, state, notes)
 
 
-_PROMPT = re.compile(r"transformer\.h\.(\d{1,5})\.attn\.adapter_wte\.weight")
+_PROMPT = re.compile(rf"transformer\.h\.{LAYER}\.attn\.adapter_wte\.weight")
 
 
 def _form(gate: str) -> GateForm:

@@ -13,11 +13,11 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.foreign.plain import PlainAdapter, State, prefix, take
+from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take
 
 NAME = "official"
 QUERY = "adapter_query.weight"
-_GATE = re.compile(r"layers\.(\d{1,5})\.attention\.gate")
+_GATE = re.compile(rf"layers\.{LAYER}\.attention\.gate")
 
 
 def adapter_tensors(tensors: State) -> State:

@@ -11,13 +11,13 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.weights.foreign.plain import PlainAdapter, State, prefix, take, top_layers
+from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 
 NAME = "peft"
 WEIGHTS, WEIGHTS_BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 PEFT_TYPE = "ADAPTION_PROMPT"
 _STEM = "base_model.model.model.layers"
-_PROMPT = re.compile(rf"{re.escape(_STEM)}\.(\d{{1,5}})\.self_attn\.adaption_prompt")
+_PROMPT = re.compile(rf"{re.escape(_STEM)}\.{LAYER}\.self_attn\.adaption_prompt")
 
 
 def read(tensors: State, model: LlamaConfig, source: str) -> PlainAdapter:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,14 +18,9 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.weights.shards import AGAIN, refuse_stand_in
+from lit_adapter.weights.shards import AGAIN, OF_DAMAGE, refuse_odd_tensor, refuse_stand_in
 
 PLAIN = (str, int, float, bool, type(None))
-_OF_DAMAGE = (
-    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
-    *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
-)
-"""What PyTorch and zipfile raise on changed bytes."""
 DEEPEST = 20
 """Levels of containers in a file; an optimizer's state has about five."""
 
@@ -51,7 +45,7 @@ def read_torch_file(path: Path) -> Any:
             f"{path}: damaged, or holds other objects than tensors and plain values, which could run code "
             f"({_reason(error)}); ask for the adapter's tensors alone"
         ) from None
-    except _OF_DAMAGE as error:
+    except OF_DAMAGE as error:
         raise UserError(f"{path}: truncated or damaged ({_reason(error)}); {AGAIN}") from None
     _check(content, str(path), "", 0)
     return content
@@ -73,8 +67,7 @@ def _check(value: Any, source: str, place: str, depth: int) -> None:
         raise UserError(f"{where} is nested more than {DEEPEST} deep; no adapter is")
     kind = type(value)
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized:
-            raise UserError(f"{where} is no dense tensor; convert it to one")
+        refuse_odd_tensor(value, where)
     elif kind in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) not in PLAIN:

@@ -11,6 +11,8 @@ from lit_adapter.model.adapter import check_adapter_state, expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 
 State = dict[str, Tensor]
+LAYER = "(0|[1-9][0-9]{0,4})"
+"""A layer's number in a pattern; of other spellings, like 02, none is a name that code bases write."""
 
 
 @dataclass

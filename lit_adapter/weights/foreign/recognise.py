@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
+from lit_adapter.files import read_json, reading
 from lit_adapter.weights.adapter_file import METADATA_KEY
 from lit_adapter.weights.foreign import lit, official, peft
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.foreign.plain import State
-from lit_adapter.weights.shards import member, refuse_stand_in
+from lit_adapter.weights.shards import FLOATS, member, refuse_stand_in
 
 OURS = "ours"
 
@@ -46,11 +47,12 @@ def open_adapter(path: Path, wanted: str = "auto") -> Opened:
     Raises:
         UserError: nothing there, damaged, or of no known format.
     """
-    if path.is_dir():
-        return _open_peft(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such adapter file or folder")
-    content, metadata = _content(path)
+    with reading(path):
+        if path.is_dir():
+            return _open_peft(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such adapter file or folder")
+        content, metadata = _content(path)
     if METADATA_KEY in metadata:
         return Opened(path, OURS, why="its metadata")
     tensors, args, wrapped = _unwrapped(content, path)
@@ -97,8 +99,10 @@ def _unwrapped(content: Any, path: Path) -> tuple[State, argparse.Namespace | No
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: '{name}' is no tensor; expected an adapter's named tensors")
-        if not value.is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {value.dtype}; expected floating point numbers")
+        if value.dtype not in (*FLOATS.values(), torch.float64):
+            raise UserError(
+                f"{path}: tensor {name} is {value.dtype}; expected floating point numbers of 16 bits or more"
+            )
     return dict(content), args if isinstance(args, argparse.Namespace) else None, wrapped
 
 
