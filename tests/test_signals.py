@@ -221,7 +221,10 @@ def test_two_processes_that_lightning_starts(
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(SECONDS) == 143, log.read_text()
     assert saved_and_said(out, log.read_text()) >= 3
-    assert processes_of(out) == []
+    end = time.monotonic() + 30
+    while processes_of(out):  # the second process may end a moment after the first
+        assert time.monotonic() < end, processes_of(out)
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
