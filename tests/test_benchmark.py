@@ -34,7 +34,7 @@ def rows_of(work: str, base: Path, folder: Path, *options: str) -> dict[str, dic
     rows = json.loads(out.read_text())
     table = (folder / "rows.md").read_text()
     assert all("error" not in row for row in rows), [row.get("error") for row in rows]
-    # Decoding's rate after the first token is a difference of two times, which noise may turn on a tiny model.
+    # A rate after the first token is a difference of two times, which noise may turn on a tiny model.
     rates = [row.get("call_tokens_per_s") or row["useful_tokens_per_s"] for row in rows]
     assert all(f"| {row['name']} |" in table for row in rows)
     assert min(rates) > 0
