@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_runs import TINY, Stopper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.errors import UserError
@@ -93,6 +95,26 @@ def test_two_processes_take_the_steps_of_one(
         assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
         assert ("gloo:all_gather" in exchanged) == (strategy == "fsdp2")
         assert not any("reduce_scatter" in name for name in exchanged)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_record_that_gives_no_number_is_named_before_a_cut_run_begins(
+    tiny_base: Path, arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny_base, base)
+    weights = base / "model.safetensors"
+    state = load_file(weights)
+    state["model.layers.0.mlp.down_proj.weight"][3, 3] = torch.nan
+    save_file(state, weights)
+    script = str(TESTS.parent / "scripts" / "finetune.py")
+    options = ["--base", str(base), "--out", str(out), *TWO, "fsdp2"]
+    process = start([script, *arguments[1:], *options], environment)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: .*tiny\.json:\d+: the loss on this record is nan under .*\n", errors)
+    assert not out.exists()
 
 
 def free_port() -> str:

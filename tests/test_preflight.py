@@ -139,7 +139,7 @@ def test_a_record_that_gives_no_number_is_named(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "row_loss", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(UserError, match=r"tiny.json:\d+: the base's loss on this record is nan under .* 32"):
+    with pytest.raises(UserError, match=r"tiny.json:\d+: the loss on this record is nan under .* 32"):
         finetune(tiny(), say=Stopper())
 
 

@@ -68,10 +68,19 @@ class Validation(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves before the first step, every ``every`` steps and at a stop; keeps the newest ``keep``."""
+    """Saves before the first step, every ``every`` steps and at a stop; keeps the newest ``keep``.
 
-    def __init__(self, folder: RunFolder, record: dict[str, Any], options: TrainerConfig) -> None:
-        self.folder, self.record = folder, record
+    Args:
+        folder: of the run.
+        record: what identifies the run.
+        options: how often, and how many are kept.
+        begin: called on the first process before anything else is written.
+    """
+
+    def __init__(
+        self, folder: RunFolder, record: dict[str, Any], options: TrainerConfig, begin: Callable[[], None]
+    ) -> None:
+        self.folder, self.record, self.begin = folder, record, begin
         self.every, self.keep = options.save_every, options.keep_checkpoints
         self.saved_step = -1
 
@@ -84,6 +93,11 @@ class Checkpoints(Callback):
         # Lightning would take the last batch of the shorter run for the end of this one.
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         self.saved_step = checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to write."""
+        if trainer.is_global_zero:
+            self.begin()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Save the start, so that a run can be resumed from its first moment on."""

@@ -47,7 +47,7 @@ from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
-from lit_adapter.training.preflight import check_records, check_space, enough_memory
+from lit_adapter.training.preflight import FirstRecords, check_records, check_space, enough_memory
 from lit_adapter.training.processes import (
     StopOnSignal,
     end_run,
@@ -170,17 +170,6 @@ class _Run:
     def _precision(self, resume: str | None) -> str:
         """Resolve auto: as the resumed run did, else by measuring."""
         wanted = self.config.trainer.precision
-        if wanted == "16-mixed" and self.device.type == "cpu":
-            raise UserError(
-                "trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU"
-            )
-        if self.config.trainer.base_precision == "fp8" and (
-            self.device.type == "cpu" or wanted not in ("auto", "bf16-true")
-        ):
-            raise UserError(
-                f"trainer.base_precision is fp8 with precision {wanted} on a {self.device.type}; "
-                "it needs bf16-true and a GPU: use base_precision full"
-            )
         if wanted != "auto":
             return wanted
         saved = saved_precision(resume, self.folder) if resume is not None else None
@@ -212,13 +201,16 @@ class _Run:
             return 0
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
         model = self._model()
-        if not is_sharded(config.trainer):  # a base that is cut is read later
+        first: list[pl.Callback] = []
+        if is_sharded(config.trainer):
+            first.append(FirstRecords(data, needed))
+        else:
             check_records(model, data, needed)
         module = self._module(model, steps)
         val_every = config.trainer.val_every or max(1, steps // 10)
         if dry_run:
             announce(config, self.base_config, self.identity.name, model, steps, self.say)
-            callbacks: list[pl.Callback] = [Stopwatch(), StopOnSignal(self.signals)]
+            callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
             trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, steps))
             self.signals.only_note()
             with last_words(several=trainer.world_size > 1), enough_memory(needed):
@@ -230,18 +222,21 @@ class _Run:
         validation = Validation(val_every)
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated
-        callbacks = self._callbacks(data, model, record, validation, repeats)
+        begin_writing = partial(self._begin_writing, begin.step)
+        callbacks = first + self._callbacks(data, model, record, validation, repeats, begin_writing)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
         announce(config, self.base_config, self.identity.name, model, steps, self.say)
         self.signals.only_note()
-        if rank() == 0:
-            self.folder.set_aside(begin.step, self.say)
-            files.write_text(self.folder.config, saved_config(config))
         # At step 0 there is nothing to restore: the start follows from the seed.
         path = str(begin.path) if begin.step else None
         with last_words(several=trainer.world_size > 1), enough_memory(needed):
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         return self._finish(trainer, module, data, start)
+
+    def _begin_writing(self, step: int) -> None:
+        """Make the folder that of a run which goes on from ``step``."""
+        self.folder.set_aside(step, self.say)
+        files.write_text(self.folder.config, saved_config(self.config))
 
     def _finish(self, trainer: pl.Trainer, module: LitAdapter, data: AlpacaDataModule, start: float) -> int:
         step = trainer.global_step
@@ -368,6 +363,7 @@ class _Run:
         record: dict[str, Any],
         validation: Validation,
         repeats: bool,
+        begin_writing: Callable[[], None],
     ) -> list[pl.Callback]:
         options = self.config.trainer
         assistant = AdaptedLlama(model, self.tokenizer, self.template)
@@ -376,7 +372,7 @@ class _Run:
             BestAdapter(partial(self._write_adapter, self.folder.best)),
             Samples(assistant, data.val_records, options, self.signals),
             StopOnSignal(self.signals),  # before the checkpoints: a stop is saved at once
-            Checkpoints(self.folder, record, options),
+            Checkpoints(self.folder, record, options, begin_writing),
         ]
         if data.val_packer is not None:
             found.append(validation)  # after the checkpoint of its step

@@ -2,7 +2,8 @@
 
 What cannot work is refused here, with the two settings that would make it work. Memory and disk are asked
 by arithmetic before the base is loaded (see `memory`); the data by running its first and its longest record
-through the loaded model.
+through the loaded model. A base that is cut over processes is loaded when they are connected: its records
+wait until then, and still run before anything is written.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
 from lit_adapter.config import Config
 from lit_adapter.data.module import AlpacaDataModule
@@ -235,11 +238,22 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
         for record in records:
             loss = float(row_loss(model, data.train_packer.row([record])))
             if not math.isfinite(loss):
-                origin = data.train_records[int(encoded.source_row[record])].origin
+                wider = "" if precision == "32-true" else "use trainer.precision 32-true, or "
                 raise UserError(
-                    f"{origin}: the base's loss on this record is {loss} under trainer.precision "
-                    f"{precision}; use trainer.precision 32-true, or convert the base again"
+                    f"{data.origin(record)}: the loss on this record is {loss} under trainer.precision "
+                    f"{precision}; {wider}convert the base again"
                 )
+
+
+class FirstRecords(Callback):
+    """`check_records` for a base that is loaded when the processes are connected; all of them run it."""
+
+    def __init__(self, data: AlpacaDataModule, needed: Sizes) -> None:
+        self.data, self.needed = data, needed
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Run the records."""
+        check_records(pl_module.model, self.data, self.needed)
 
 
 @contextmanager

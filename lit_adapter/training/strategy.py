@@ -86,9 +86,11 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
     """Compare the wanted processes with the machine and with what a launcher has started.
 
     Raises:
-        UserError: settings that do not go with a cut base, more devices than there are, a launcher that
-            started another number of processes, or several nodes and nothing that would start the others.
+        UserError: settings that do not go with the device or with a cut base, more devices than there are,
+            a launcher that started another number of processes, or several nodes and nothing that would
+            start the others.
     """
+    _check_precision(options, device)
     if is_sharded(options) and (options.precision == "16-mixed" or options.base_precision == "fp8"):
         found = "precision 16-mixed" if options.precision == "16-mixed" else "base_precision fp8"
         raise UserError(
@@ -117,6 +119,18 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
         raise UserError(
             f"{launcher} started {processes} processes, but trainer.num_nodes {options.num_nodes} times "
             f"trainer.devices {per_node} is {n_processes(options, device)}; make them equal"
+        )
+
+
+def _check_precision(options: TrainerConfig, device: torch.device) -> None:
+    wanted = options.precision
+    if wanted == "16-mixed" and device.type == "cpu":
+        raise UserError("trainer.precision is 16-mixed, which needs a GPU; use bf16-true or 32-true on a CPU")
+    exact = device.type == "cpu" or wanted not in ("auto", "bf16-true")
+    if options.base_precision == "fp8" and exact:
+        raise UserError(
+            f"trainer.base_precision is fp8 with precision {wanted} on a {device.type}; "
+            "it needs bf16-true and a GPU: use base_precision full"
         )
 
 

@@ -345,7 +345,7 @@ ROWS = [
         44,
         "nan in a base",
         base(lambda f: edit_tensors(f / WEIGHTS, model__norm__weight=NAN)),
-        r"tiny\.json:\d+: the base's loss on this record is nan",
+        r"tiny\.json:\d+: the loss on this record is nan",
     ),
     Row(45, "bomb of weights", bombed_source("pytorch_model.bin"), r"pytorch_model\.bin: .*could run code"),
     Row(45, "bomb of Meta", bombed_source("consolidated.00.pth"), r"consolidated\.00\.pth: .*could run code"),
