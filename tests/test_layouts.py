@@ -67,7 +67,11 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 @pytest.mark.timeout(3 * SECONDS)
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("ddp", ()), ("fsdp2", ("--adapter.version", "v2", "--trainer.recompute", "true"))],
+    [
+        ("ddp", ()),
+        ("fsdp2", ("--adapter.version", "v2", "--trainer.recompute", "true")),
+        ("fsdp2", ("--adapter.layers", "2", "--trainer.trunk_cache", "trunks")),
+    ],
 )
 def test_two_processes_take_the_steps_of_one(
     tiny: Callable[..., Config],
@@ -78,8 +82,10 @@ def test_two_processes_take_the_steps_of_one(
     options: tuple[str, ...],
 ) -> None:
     """The same losses and adapter; only gradients are exchanged, and of a cut base its parts."""
+    options = tuple(str(tmp_path / option) if option == "trunks" else option for option in options)
     options = (*options, "--optim.max_steps", "5")
     finetune(tiny(*options, out="one"), say=Stopper())
+    shutil.rmtree(tmp_path / "trunks", ignore_errors=True)  # two processes fill it together
     out = tmp_path / "two"
     ended(start([*arguments, "--out", str(out), *options, *TWO, strategy], environment))
     assert_same_adapter(tmp_path / "one", out)
@@ -91,7 +97,7 @@ def test_two_processes_take_the_steps_of_one(
     n_trained = sum(tensor.numel() for tensor in load_file(out / "adapter.safetensors").values())
     for rank in ranks:
         exchanged = rank["exchanged"]
-        assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 100
+        assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 200
         assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
         assert ("gloo:all_gather" in exchanged) == (strategy == "fsdp2")
         assert not any("reduce_scatter" in name for name in exchanged)

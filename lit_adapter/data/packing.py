@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_adapter.data.encode import Encoded
+from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
 
@@ -79,6 +80,8 @@ class Packer:
         pad_to: int = 1,
     ) -> None:
         self.encoded, self.heads = encoded, heads
+        self.trunk: TrunkFile | None = None
+        """Where the rows' trunk is read from; None to leave it to the model."""
         self.mask_prompt, self.row_tokens, self.pad_to = mask_prompt, row_tokens, pad_to
         self.n_head = np.array([self._head_length(index) for index in range(len(encoded))], dtype=np.int64)
         self.n_own = encoded.length - 1 - self.n_head
@@ -136,16 +139,39 @@ class Packer:
     def row(self, records: list[int]) -> PackedRow:
         """Lay ``records`` into one row: each shared head, then the records that continue it."""
         layout = _Layout()
+        for variant, mine in self._by_head(records):
+            head = layout.add(self.heads[variant]) if variant >= 0 else None
+            for record in mine:
+                first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1
+                layout.add_record(self.encoded.record(record), int(self.n_head[record]), head, first)
+        row = layout.finish(self.pad_to)
+        if self.trunk is not None:
+            row.trunk = self.trunk.read(self.parts(records), len(row.ids))
+        return row
+
+    def _by_head(self, records: list[int]) -> list[tuple[int, list[int]]]:
+        """Return a row's records as they lie: by variant of their shared head, -1 for those without."""
         variants = {
             record: int(self.encoded.variant[record]) if self.n_head[record] else -1 for record in records
         }
-        for variant in sorted(set(variants.values())):
-            mine = [record for record in records if variants[record] == variant]
-            head = layout.add(self.heads[variant]) if variant >= 0 else None
-            for record in sorted(mine):
-                first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1
-                layout.add_record(self.encoded.record(record), int(self.n_head[record]), head, first)
-        return layout.finish(self.pad_to)
+        return [
+            (variant, sorted(record for record in records if variants[record] == variant))
+            for variant in sorted(set(variants.values()))
+        ]
+
+    def parts(self, records: list[int]) -> list[int]:
+        """Return what a row of ``records`` is laid out of, in order: numbers into `part_lengths`."""
+        found: list[int] = []
+        for variant, mine in self._by_head(records):
+            found += [len(self.encoded) + variant] if variant >= 0 else []
+            found += mine
+        return found
+
+    @property
+    def part_lengths(self) -> NDArray[np.int64]:
+        """Tokens that each record's own part takes in a row, then those of each variant's shared head."""
+        heads = [len(self.heads.get(variant, ())) for variant in range(max(self.heads, default=-1) + 1)]
+        return np.concatenate([self.n_own, np.array(heads, np.int64)])
 
 
 class _Layout:

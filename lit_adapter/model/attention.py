@@ -31,6 +31,7 @@ class PackedRow:
     ``ids``, ``position``, ``segment`` and ``head`` are ``[T]``; ``target_index`` (into the row) and
     ``target_id`` are ``[M]``. A token whose record has no shared head has its own segment as ``head``.
     Segments are contiguous and numbered in the order they lie; a shared head comes before its records.
+    ``trunk`` holds the hidden states ``[T, C]`` that enter the first adapted layer, where they are kept.
     """
 
     ids: Tensor
@@ -39,15 +40,23 @@ class PackedRow:
     head: Tensor
     target_index: Tensor
     target_id: Tensor
+    trunk: Tensor | None = None
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``ids``, ``position``, ``target_index`` and ``target_id`` on a device, in one transfer."""
         parts = (self.ids, self.position, self.target_index, self.target_id)
-        joined = torch.cat(parts)
-        if device.type == "cuda":  # from pinned memory the host does not wait for the device's other work
-            joined = joined.pin_memory().to(device, non_blocking=True)
+        joined = _moved(torch.cat(parts), device)
         ids, position, target_index, target_id = joined.split([len(part) for part in parts])
         return ids, position, target_index, target_id
+
+    def trunk_on(self, device: torch.device) -> Tensor | None:
+        """Return ``trunk`` on a device."""
+        return None if self.trunk is None else _moved(self.trunk, device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """Bring ``x`` from the CPU to a device; from pinned memory the host does not wait for its other work."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 class View(Protocol):

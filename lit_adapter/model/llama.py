@@ -167,7 +167,26 @@ class Llama(nn.Module):
         """Return every layer's prefix keys and values."""
         return [block.prefix_kv(dtype) for block in self.layers]
 
-    def forward(self, ids: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
+    @property
+    def n_trunk(self) -> int:
+        """Layers below the first with a prefix: what they compute never changes."""
+        prefixed = (index for index, block in enumerate(self.layers) if block.self_attn.prefix is not None)
+        return next(prefixed, 0)
+
+    def trunk(self, ids: Tensor, view: View | BlockView) -> Tensor:
+        """Return what enters the first layer with a prefix, ``[B, T, C]``, for ``ids [B, T]``."""
+        x = self.embed_tokens(ids)
+        for block in self.layers[: self.n_trunk]:
+            x = block(x, view)
+        return x
+
+    def forward(
+        self,
+        ids: Tensor,
+        view: View | BlockView,
+        rows: Tensor | None = None,
+        trunk: Tensor | None = None,
+    ) -> Tensor:
         """Run the model.
 
         Args:
@@ -175,12 +194,13 @@ class Llama(nn.Module):
             view: positions and who may see whom.
             rows: positions whose hidden states are wanted ``[M]``; the last layer then computes queries,
                 output projection and MLP for these alone. All positions if None.
+            trunk: what `trunk` returns for ``ids``, where it is known: only the layers above are computed.
 
         Returns:
             Hidden states after the final norm, ``[B, T, C]`` or ``[B, M, C]``.
         """
-        x = self.embed_tokens(ids)
-        for block in self.layers:
+        x = self.embed_tokens(ids) if trunk is None else trunk
+        for block in self.layers if trunk is None else self.layers[self.n_trunk :]:
             wanted = rows if block is self.layers[-1] else None
             if view.recompute and not isinstance(view, BlockView):
                 x = checkpoint(block, x, view, wanted, use_reentrant=False)

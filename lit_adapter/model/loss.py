@@ -100,12 +100,21 @@ def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor
         row: on the CPU, where what a view needs to know of it is planned.
         recompute: keep each block's input alone for the backward pass; the result is the same.
     """
-    ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
+    device = model.embed_tokens.weight.device
+    ids, position, target_index, target_id = row.inputs(device)
     view = _view(model, row, model.rotation(position[None]), recompute)
-    hidden = model(ids[None], view, target_index)[0]
+    trunk = row.trunk_on(device)
+    hidden = model(ids[None], view, target_index, None if trunk is None else trunk[None])[0]
     head = model.lm_head
     affine = (head.adapter_bias, head.adapter_scale) if isinstance(head, AdaptedLinear) else (None, None)
     return target_loss(hidden, head.weight, target_id, *affine)
+
+
+def row_trunk(model: Llama, row: PackedRow) -> Tensor:
+    """Return a packed row's hidden states ``[T, C]`` that enter the first adapted layer."""
+    ids, position, _, _ = row.inputs(model.embed_tokens.weight.device)
+    view = _view(model, row, model.rotation(position[None]), recompute=False)
+    return model.trunk(ids[None], view)[0]
 
 
 def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:

@@ -18,7 +18,9 @@ from lit_adapter import files
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.packing import Packer
 from lit_adapter.data.summary import describe
+from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
@@ -63,6 +65,7 @@ from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import Signals
 from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
+from lit_adapter.training.trunk_cache import TrunkCache, check_room, trunk_files
 from lit_adapter.weights.adapter_file import (
     AdapterInfo,
     base_identity,
@@ -200,6 +203,8 @@ class _Run:
             self.say(f"{self.folder.path}: already complete, {begin.step} steps; nothing to do")
             return 0
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
+        trunk = self._trunk_files(data)
+        check_room(trunk, self.say)
         model = self._model()
         first: list[pl.Callback] = []
         if is_sharded(config.trainer):
@@ -218,7 +223,11 @@ class _Run:
             if self.signals.agreed:
                 self.say("dry run: stopped by a signal; no run was begun")
                 return self.signals.exit_status
+            if trunk:
+                self.say("the trunk cache was not made for this: after its one pass, steps take less")
             return foretell(trainer, module, data, steps - begin.step, val_every, self.say)
+        if trunk:
+            first.append(TrunkCache(trunk, self.signals, self.say))
         validation = Validation(val_every)
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated
@@ -279,6 +288,15 @@ class _Run:
         if self.config.optim.row_tokens is not None:
             return self.config.optim.row_tokens
         return max(self.config.data.max_length, 8192 if self.device.type == "cuda" else 2048)
+
+    def _trunk_files(self, data: AlpacaDataModule) -> list[tuple[Packer, TrunkFile]]:
+        options = self.config.trainer
+        facts = {
+            "base": self.identity.weights,
+            "base_precision": options.base_precision,
+            "device": self.device.type,
+        }
+        return trunk_files(self.config, self.base_config, data, self.precision, facts)
 
     def _model(self) -> Llama:
         """Load the base in its storage precision; the adapter is fp32 whatever that is.

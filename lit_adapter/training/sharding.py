@@ -33,6 +33,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model, "prefix_kv")
+    register_fsdp_forward_method(model, "trunk")
 
 
 def read_part(tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
