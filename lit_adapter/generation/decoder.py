@@ -12,6 +12,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import DecodeView, KeyValueCache, PrefillView
+from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.llama import Llama
 
 
@@ -57,6 +58,7 @@ class Decoder:
         """Free slots that make reading waiting prompts worth while."""
         self.cache = KeyValueCache(model, n_slots, length)
         self.device = model.embed_tokens.weight.device
+        self._lean: CpuDecode | None = None
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             shape = (n_slots, model.config.vocab_size)
@@ -82,7 +84,7 @@ class Decoder:
                 self.seen[slot] = False
                 self.seen[slot, torch.tensor(prompt, device=self.device)] = True
         new = [Slot(number, len(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
-        self._choose(hidden, new, where)
+        self._choose(self.model.head(hidden), new, where)
         return new
 
     def _read(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
@@ -105,24 +107,32 @@ class Decoder:
         Returns:
             The slots that have a new token.
         """
-        ids = torch.tensor([[slot.token if slot else 0] for slot in slots], device=self.device)
-        position = torch.tensor([[slot.length if slot else 0] for slot in slots], device=self.device)
-        used = max(slot.length for slot in slots if slot) + 1
-        view = DecodeView(self.cache, self.model.rotation(position), position, used)
-        hidden = self.model(ids, view)[:, 0]
+        logits = self._after(
+            [slot.token if slot else 0 for slot in slots], [slot.length if slot else 0 for slot in slots]
+        )
         live = [(index, slot) for index, slot in enumerate(slots) if slot]
         for _, slot in live:
             slot.length += 1
         changed = [index for index, _ in live]
         where = torch.tensor(changed, device=self.device)
-        self._choose(hidden[where], [slot for _, slot in live], where)
+        self._choose(logits[where], [slot for _, slot in live], where)
         return changed
 
-    def _choose(self, hidden: Tensor, slots: list[Slot], where: Tensor) -> None:
-        """Choose a token for each of ``slots``, whose hidden states are ``hidden [B, C]``."""
+    def _after(self, token: list[int], position: list[int]) -> Tensor:
+        """Return logits ``[B, V]`` after the slots' newest tokens, which go into the cache."""
+        weights = self.model.decode_weights
+        if weights is not None and weights.ready():
+            self._lean = self._lean or CpuDecode(self.model, self.cache)
+            return self._lean.step(token, position)
+        ids, place = (torch.tensor(x, device=self.device)[:, None] for x in (token, position))
+        view = DecodeView(self.cache, self.model.rotation(place), place, max(position) + 1)
+        return self.model.head(self.model(ids, view)[:, 0])
+
+    def _choose(self, logits: Tensor, slots: list[Slot], where: Tensor) -> None:
+        """Choose a token for each of ``slots`` by its ``logits [B, V]``."""
         uniform = self.numbers[[slot.n_new for slot in slots]]
         seen = self.seen[where] if self.seen is not None else None
-        token = choose(self.model.head(hidden), self.settings, uniform, seen)
+        token = choose(logits, self.settings, uniform, seen)
         if self.seen is not None:
             self.seen[where, token.clamp(min=0)] = True
         for slot, chosen in zip(slots, token.tolist(), strict=True):

@@ -22,6 +22,7 @@ from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import attach, load_adapter_state, plain_base
 from lit_adapter.model.attention import CausalView
+from lit_adapter.model.cpu_decode import DecodeWeights
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
@@ -182,5 +183,7 @@ def load(
         attach(model, replace(info.adapter, dropout=0.0))
         load_adapter_state(model, state, source=str(adapter))
         model.requires_grad_(False)
+    if target.type == "cpu":
+        model.decode_weights = DecodeWeights(model)
     chosen = info.template if info and template is None else resolve_template(template or "alpaca", tokenizer)
     return AdaptedLlama(model, tokenizer, chosen)

@@ -145,6 +145,8 @@ class Llama(nn.Module):
     """The transformer. `forward` returns normed hidden states; `head` turns them into logits."""
 
     inverse_frequency: Tensor
+    decode_weights: Any = None
+    """Its matrices in another form, for a decoder that takes them so."""
     is_cut = False
     """Whether its matrices are cut over processes: they are whole within its own forward passes only."""
 

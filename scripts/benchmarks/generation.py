@@ -17,6 +17,7 @@ from benchmarks.report import Report, Row, failure, progress_bar
 from benchmarks.rivals import adapted
 from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.cpu_decode import DecodeWeights
 
 Generate = Callable[[Tensor, int], None]
 """Answers prompts ``[B, T]`` with that many new tokens each, greedily."""
@@ -26,6 +27,8 @@ def ours(base: Base, seed: int) -> Generate:
     """Return our decoding, with our default adapter."""
     attach_ours(base, seed)
     base.model.eval().requires_grad_(False)
+    if base.device.type == "cpu":
+        base.model.decode_weights = DecodeWeights(base.model)
 
     def generate(ids: Tensor, n_new: int) -> None:
         settings, prompts = Sampling(max_new_tokens=n_new), ids.tolist()

@@ -1,0 +1,201 @@
+"""Decode steps on a CPU: the same arithmetic as `Llama.forward` in few calls, on matrices laid out for it.
+
+One token's products read every weight once and are bound by memory; what is beside them is the cost of
+calling small operations. Matrices that read the same input therefore lie side by side, each in the
+orientation in which a product with few rows reads it faster, and a layer takes some twenty operations
+instead of fifty.
+
+Letters: B slots, C width, H query heads, G key/value heads, D head size, S cached tokens, K prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.device import free_bytes
+from lit_adapter.model.adapter import GatedPrefix
+from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.cache import KeyValueCache
+from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.precision import widen
+
+
+@dataclass
+class _Layer:
+    """A layer's matrices, each ``[inputs, outputs]``, and the weights of its norms as `_norm` takes them."""
+
+    before: Tensor
+    qkv: Tensor
+    o: Tensor
+    between: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class DecodeWeights:
+    """A model's matrices for `CpuDecode`, laid out when they are first asked for.
+
+    Args:
+        model: a frozen model on a CPU; its weights must not change any more.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.layers: list[_Layer] = []
+        self.norm, self.head = torch.empty(0), torch.empty(0)
+
+    def ready(self) -> bool:
+        """Lay the matrices out; False for a model that is not plain, or where memory is too small for it."""
+        if self.layers:
+            return True
+        if not all(_is_plain(block) for block in self.model.layers) or not _is_plain_head(self.model):
+            return False
+        free = free_bytes(torch.device("cpu"))
+        if free is not None and 2 * _n_bytes(self.model) > free:
+            return False
+        self.norm, self.head = _doubled(self.model.norm), _laid_out(self.model.lm_head)
+        self.layers = [_layer(block) for block in self.model.layers]
+        return True
+
+
+def _layer(block: Block) -> _Layer:
+    attn, mlp = block.self_attn, block.mlp
+    return _Layer(
+        before=_doubled(block.input_layernorm),
+        qkv=_laid_out(attn.q_proj, attn.k_proj, attn.v_proj),
+        o=_laid_out(attn.o_proj),
+        between=_doubled(block.post_attention_layernorm),
+        gate_up=_laid_out(mlp.gate_proj, mlp.up_proj),
+        down=_laid_out(mlp.down_proj),
+    )
+
+
+def _laid_out(*linears: Any) -> Tensor:
+    """Return the layers' weights side by side, ``[inputs, outputs]``.
+
+    In fp32 a matrix with more outputs than inputs is read up to twice as fast along its outputs; others, and
+    those in bf16, as they are stored. By shape and not by trial: another order would round otherwise.
+    """
+    weights = [linear.weight.detach() for linear in linears]
+    whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+    n_out, n_in = whole.shape
+    return whole.T.contiguous() if whole.dtype == torch.float32 and n_out > n_in else whole.T
+
+
+def _doubled(norm: RMSNorm) -> Tensor:
+    return torch.cat((norm.weight, torch.zeros_like(norm.weight)))
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the root mean square norm of ``x [B, C]``: the layer norm of x beside -x, whose mean is 0."""
+    C = x.shape[-1]
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * C,), weight, None, eps)[:, :C]
+
+
+def _n_bytes(model: Llama) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether a block has seven plain matrices, two norms and perhaps a prefix, and nothing else."""
+    attn, mlp = block.self_attn, block.mlp
+    linears = (
+        *(attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    plain = all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    prefix = attn.prefix is None or type(attn.prefix) is GatedPrefix
+    return plain and prefix and all(type(norm) is RMSNorm for norm in norms)
+
+
+def _is_plain_head(model: Llama) -> bool:
+    return type(model.lm_head) is nn.Linear and model.lm_head.bias is None and type(model.norm) is RMSNorm
+
+
+class CpuDecode:
+    """Takes decode steps of a model whose `DecodeWeights` are ready.
+
+    Args:
+        model: base with or without prefixes.
+        cache: keys and values.
+    """
+
+    def __init__(self, model: Llama, cache: KeyValueCache) -> None:
+        weights: DecodeWeights = model.decode_weights
+        config = model.config
+        self.model, self.cache, self.weights = model, cache, weights
+        self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.prefix = [
+            self._baked(block.self_attn.prefix, kv)
+            for block, kv in zip(model.layers, cache.prefix, strict=True)
+        ]
+        self.slot = torch.arange(cache.n_slots)
+
+    def _baked(self, prefix: GatedPrefix | None, kv: KeyValue | None) -> KeyValue | None:
+        """Return a prompt's keys ``[H, D, K]``, scaled, and values ``[H, K, D]`` times the gate."""
+        if prefix is None or kv is None:
+            return None
+        pk, pv = (x.repeat_interleave(self.H // self.G, dim=0) for x in kv)
+        return (pk * self.scale).mT.contiguous(), (widen(pv) * prefix.strength()).to(pv.dtype)
+
+    def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
+        """Put every slot's newest token into the cache.
+
+        Args:
+            token: of each slot ``[B]``.
+            position: of these tokens ``[B]``.
+
+        Returns:
+            Logits of the next token ``[B, V]``.
+        """
+        model, place = self.model, torch.tensor(position)
+        cos, sin = model.rotation(place)  # [B, D/2]
+        rotation = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
+        used = max(position) + 1
+        hidden = None  # which of the cache's tokens a slot does not see: [B G, 1, S], added to its scores
+        if min(position) < used - 1:
+            unseen = torch.arange(used) > place[:, None]
+            hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
+            hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
+        x = F.embedding(torch.tensor(token), model.embed_tokens.weight)
+        eps = model.config.norm_eps
+        for index, layer in enumerate(self.weights.layers):
+            qkv = _norm(x, layer.before, eps) @ layer.qkv
+            x = torch.addmm(x, self._attend(index, qkv, rotation, position, hidden), layer.o)
+            gate, up = (_norm(x, layer.between, eps) @ layer.gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
+        return _norm(x, self.weights.norm, eps) @ self.weights.head
+
+    def _attend(
+        self, index: int, qkv: Tensor, rotation: KeyValue, position: Sequence[int], hidden: Tensor | None
+    ) -> Tensor:
+        """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
+        B, H, G, D = len(qkv), self.H, self.G, self.D
+        heads = qkv.view(B, H + 2 * G, D)
+        turned, (cos, sin) = widen(heads[:, : H + G]), rotation
+        turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin).to(qkv.dtype)
+        q, keys, values = turned[:, :H], self.cache.k[index], self.cache.v[index]
+        used = max(position) + 1
+        if B == 1:
+            keys[0, :, position[0]], values[0, :, position[0]] = turned[0, H:], heads[0, H + G :]
+        else:
+            place = torch.tensor(position)
+            keys[self.slot, :, place], values[self.slot, :, place] = turned[:, H:], heads[:, H + G :]
+        keys, values = (x[:, :, :used].reshape(B * G, used, D) for x in (keys, values))
+        grouped = q.reshape(B * G, H // G, D)
+        start = grouped.new_zeros(1) if hidden is None else hidden
+        score = torch.baddbmm(start, grouped, keys.mT, beta=0 if hidden is None else 1, alpha=self.scale)
+        y = torch.bmm(widen(score).softmax(-1).to(q.dtype), values).view(B, H, D)
+        prefix = self.prefix[index]
+        if prefix is not None:
+            weight = widen(torch.bmm(q.transpose(0, 1), prefix[0])).softmax(-1).to(q.dtype)
+            y = torch.baddbmm(y.transpose(0, 1), weight, prefix[1]).transpose(0, 1)
+        return y.reshape(B, H * D)
