@@ -140,6 +140,9 @@ class TrainerConfig:
     strategy: str = "auto"
     """ddp: the base whole on every device. fsdp2: cut over the devices, for bases that do not fit one.
     auto: ddp where there are several devices."""
+    tensor_parallel: int = 1
+    """fsdp2: devices of a node that share the work of every row, each with some of the heads. They divide
+    devices, and the base's key/value heads and MLP width."""
     precision: Precision = "auto"
     """auto: bf16-true where the processor multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
     base_precision: Literal["full", "fp8"] = "full"
@@ -170,6 +173,7 @@ class TrainerConfig:
         if self.trunk_cache == "" or "://" in (self.trunk_cache or ""):
             raise UserError(f"trainer.trunk_cache is {self.trunk_cache!r}; expected a folder of this machine")
         _at_least("trainer.num_nodes", self.num_nodes, 1)
+        _at_least("trainer.tensor_parallel", self.tensor_parallel, 1)
         _at_least("trainer.log_every", self.log_every, 1)
         _at_least("trainer.val_every", self.val_every, 1)
         _at_least("trainer.save_every", self.save_every, 1)

@@ -1,9 +1,10 @@
-"""One of two processes that share a base by FSDP2: compares with the whole base, and measures memory.
+"""One of several processes that share a base: compares with the whole base, and measures memory.
 
-    RANK=0 WORLD_SIZE=2 python tests/sharded_process.py BASE DTYPE STORE
+    RANK=0 WORLD_SIZE=4 python tests/sharded_process.py BASE DTYPE STORE TENSOR_PARALLEL ADAPTER
 
-Prints one JSON object: the largest differences from the whole base (loss, gradients, next tokens), the bytes
-of memory of its own that reading took and left, and how many layers were whole at once while computing.
+ADAPTER is JSON. Prints one JSON object: the largest differences from the whole base (loss, gradients, next
+tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
+computing, the numbers of the base that it holds, and what autograd kept beside what the estimate says.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from random_records import encoded
+from test_memory import kept_for_backward
 from tiny_models import open_adapter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -31,11 +34,11 @@ from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.sharding import read_part, shard_base
+from lit_adapter.training.memory import RowShape, estimate
+from lit_adapter.training.sharding import cut_heads, read_part, shard_base
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, fill_base, load_base
 
-ADAPTER = AdapterConfig(prompt_length=3, layers=2, prompt_init_std=1.0)
 PROMPTS = [[5, 9, 2], [7, 7, 7, 7, 30, 4]]
 
 
@@ -77,55 +80,77 @@ def count_whole_layers(model: Llama) -> list[int]:
     return counts
 
 
-def losses(model: Llama, rank: int, n_processes: int) -> float:
-    """A step of one record: of two processes, one has an empty row."""
+def losses(model: Llama, share: int, n_shares: int) -> float:
+    """A step of one record: of two shares, one is an empty row."""
     packer = Packer(encoded(3, 1), {}, mask_prompt=True, row_tokens=200)
-    batch = share_of_step(packer, np.arange(1), 0, rank, n_processes)
+    batch = share_of_step(packer, np.arange(1), 0, share, n_shares)
     total = 0.0
     for row in batch.rows:
         loss = row_loss(model, row)
-        (loss * n_processes / batch.n_targets).backward()
+        (loss * n_shares / batch.n_targets).backward()
         total += float(loss.detach())
     return total
+
+
+def activations(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> list[int]:
+    """Return the bytes that autograd keeps for a row, and the estimate."""
+    row = Packer(encoded(0, 20, longest=40), {}, mask_prompt=True, row_tokens=10_000).row(list(range(20)))
+    shape = RowShape.of(row)
+    kept = kept_for_backward(model, row) + shape.targets * model.config.n_embd * 4  # of the loss itself
+    sizes = {"precision": "32-true", "tensor_parallel": tensor_parallel}
+    return [kept, estimate(model.config, adapter, shape, **sizes).activations]
 
 
 def answers(model: Llama) -> list[tuple[int, int | None]]:
     return list(decode(model, PROMPTS, Sampling.of(max_new_tokens=6), frozenset(), batch_size=2))
 
 
-def main(base: Path, dtype: torch.dtype, store: str) -> dict[str, Any]:
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = open_adapter(empty_base(base, dtype=dtype), ADAPTER)
-    shard_base(model, init_device_mesh("cpu", (2,)))
+def main(
+    base: Path, dtype: torch.dtype, store: str, tensor_parallel: int, adapter: AdapterConfig
+) -> dict[str, Any]:
+    rank, n_shares = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) // tensor_parallel
+    method = f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=n_shares * tensor_parallel)
+    model = open_adapter(empty_base(base, dtype=dtype), adapter)
+    mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
+    share, part = mesh.get_coordinate() or ()
+    cut_heads(model, mesh["tensor"])
+    shard_base(model, mesh["data"])
     found: dict[str, Any] = {}
     with Peak() as peak:
-        fill_base(model, base, device="cpu", dtype=dtype, read=read_part)
+        read = partial(read_part, rank=part)
+        fill_base(model, base, device="cpu", dtype=dtype, read=read)
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)
-    losses(model, rank, 2)
+    losses(model, share, n_shares)
     tokens = answers(model)
     model.zero_grad()
-    loss = losses(model, rank, 2)  # training goes on after answers
+    loss = losses(model, share, n_shares)  # training goes on after answers
     found["whole_layers"] = max(whole_layers)
     parameters = dict(adapter_parameters(model))
     average_gradients(list(parameters.values()))
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and name not in parameters]
     found["whole_matrices"] = [name for name, p in matrices if not isinstance(p, DTensor)]
-    together = torch.tensor(loss, dtype=torch.float64)
+    locals_ = [p.to_local() if isinstance(p, DTensor) else p for _, p in matrices]
+    found["numbers"] = sum(part.numel() for part in locals_)
+    together = torch.tensor(loss / tensor_parallel, dtype=torch.float64)
     dist.all_reduce(together)
-    whole = open_adapter(load_base(base, device="cpu", dtype=dtype), ADAPTER)
+    whole = open_adapter(load_base(base, device="cpu", dtype=dtype), adapter)
     found["same_tokens"] = tokens == answers(whole)
     found["loss"] = abs(float(together) - losses(whole, 0, 1))
     found["gradient"] = max(
         float((parameter.grad - parameters[name].grad).abs().max())
         for name, parameter in adapter_parameters(whole)
     )
+    if n_shares == 1:
+        found["activations"] = activations(model, adapter, tensor_parallel)
     dist.destroy_process_group()
     return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3])))
+    base_, dtype_, store_, tensor_parallel_, adapter_ = sys.argv[1:]
+    config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, **json.loads(adapter_))
+    print(json.dumps(main(Path(base_), getattr(torch, dtype_), store_, int(tensor_parallel_), config)))

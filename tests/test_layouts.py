@@ -1,4 +1,4 @@
-"""One run on different layouts: one process, two with the base on each (DDP) or a part of it (FSDP2)."""
+"""One run on different layouts: one process, two with the base on each (DDP), a part of it (FSDP2) or its heads."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lit_adapter.weights.adapter_file import read_adapter
 
 TESTS = Path(__file__).parent
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
+HEADS = ("--trainer.tensor_parallel", "2")
 SECONDS = 600
 """What a run may take: seconds on a free machine, minutes on one that others use."""
 
@@ -66,28 +67,30 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS)
 @pytest.mark.parametrize(
-    ("strategy", "options"),
+    ("layout", "options"),
     [
-        ("ddp", ()),
-        ("fsdp2", ("--adapter.version", "v2", "--trainer.recompute", "true")),
-        ("fsdp2", ("--adapter.layers", "2", "--trainer.trunk_cache", "trunks")),
+        (("ddp",), ()),
+        (("fsdp2",), ("--adapter.version", "v2", "--trainer.recompute", "true")),
+        (("fsdp2",), ("--adapter.layers", "2", "--trainer.trunk_cache", "trunks")),
+        (("fsdp2", *HEADS), ("--adapter.gate", "layer", "--trainer.recompute", "true")),
     ],
+    ids=["ddp", "fsdp2", "trunk", "heads"],
 )
 def test_two_processes_take_the_steps_of_one(
     tiny: Callable[..., Config],
     arguments: list[str],
     environment: dict[str, str],
     tmp_path: Path,
-    strategy: str,
+    layout: tuple[str, ...],
     options: tuple[str, ...],
 ) -> None:
-    """The same losses and adapter; only gradients are exchanged, and of a cut base its parts."""
+    """The same losses and adapter; only gradients are exchanged, of a cut base its parts, of heads sums."""
     options = tuple(str(tmp_path / option) if option == "trunks" else option for option in options)
     options = (*options, "--optim.max_steps", "5")
     finetune(tiny(*options, out="one"), say=Stopper())
     shutil.rmtree(tmp_path / "trunks", ignore_errors=True)  # two processes fill it together
     out = tmp_path / "two"
-    ended(start([*arguments, "--out", str(out), *options, *TWO, strategy], environment))
+    ended(start([*arguments, "--out", str(out), *options, *TWO, *layout], environment))
     assert_same_adapter(tmp_path / "one", out)
     one, two = (read_adapter(path / "adapter.safetensors")[0] for path in (tmp_path / "one", out))
     for key in ("train_loss", "val_loss"):
@@ -97,9 +100,10 @@ def test_two_processes_take_the_steps_of_one(
     n_trained = sum(tensor.numel() for tensor in load_file(out / "adapter.safetensors").values())
     for rank in ranks:
         exchanged = rank["exchanged"]
-        assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 200
-        assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
-        assert ("gloo:all_gather" in exchanged) == (strategy == "fsdp2")
+        if "--trainer.tensor_parallel" not in layout:
+            assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 200
+            assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
+        assert ("gloo:all_gather" in exchanged) == (layout == ("fsdp2",))
         assert not any("reduce_scatter" in name for name in exchanged)
 
 
@@ -154,16 +158,17 @@ def on_two_nodes(arguments: list[str], environment: dict[str, str]) -> None:
 def test_a_run_goes_on_on_another_layout(
     tiny: Callable[..., Config], arguments: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """One process, two with FSDP2, two nodes with DDP, one process again: two steps each."""
+    """One process, two with FSDP2, two that share heads, two nodes with DDP, one process: two steps each."""
     constant = ["--optim.schedule", "constant", "--optim.warmup", "0", "--trainer.save_every", "100"]
     constant += ["--trainer.samples", "0"]
     out, steps = tmp_path / "moved", "--optim.max_steps"
     moved = [*arguments, "--out", str(out), *constant, "--resume", "last"]
-    finetune(tiny(*constant, steps, "8", out="whole"), say=Stopper())
+    finetune(tiny(*constant, steps, "10", out="whole"), say=Stopper())
     finetune(tiny(*constant, steps, "2", out="moved"), say=Stopper())
     ended(start([*moved, steps, "4", *TWO, "fsdp2"], environment))
-    on_two_nodes([*moved, steps, "6", "--trainer.strategy", "ddp"], environment)
-    finetune(tiny(*constant, steps, "8", out="moved"), resume="last", say=Stopper())
+    ended(start([*moved, steps, "6", *TWO, "fsdp2", *HEADS], environment))
+    on_two_nodes([*moved, steps, "8", "--trainer.strategy", "ddp"], environment)
+    finetune(tiny(*constant, steps, "10", out="moved"), resume="last", say=Stopper())
     assert_same_adapter(tmp_path / "whole", out)
 
 
@@ -212,8 +217,30 @@ def test_a_layout_that_would_wait_for_ever_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"precision": "16-mixed"}, "16-mixed"), ({"base_precision": "fp8"}, "fp8")]
+    ("options", "message"),
+    [
+        ({"precision": "16-mixed"}, "16-mixed"),
+        ({"base_precision": "fp8"}, "fp8"),
+        (
+            {"tensor_parallel": 2, "strategy": "ddp", "devices": 2},
+            "tensor_parallel is 2, which needs trainer.strategy fsdp2, not ddp",
+        ),
+        (
+            {"tensor_parallel": 2, "devices": 3, "num_nodes": 2},
+            "tensor_parallel is 2, which does not divide the 3 of trainer.devices",
+        ),
+    ],
 )
 def test_what_does_not_go_with_a_cut_base_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_layout(TrainerConfig(strategy="fsdp2", **options), torch.device("cpu"))
+        check_layout(TrainerConfig(**{"strategy": "fsdp2", **options}), torch.device("cpu"))
+
+
+def test_heads_that_devices_cannot_share_are_refused_before_anything_is_read(
+    tiny: Callable[..., Config],
+) -> None:
+    options = ("--trainer.strategy", "fsdp2", "--trainer.tensor_parallel", "4", "--trainer.devices", "4")
+    message = r"tensor_parallel is 4, .* 2 key/value heads and MLP width 64; expected one of 1, 2$"
+    with pytest.raises(UserError, match=message):
+        finetune(tiny(*options), say=Stopper())
+    assert not Path(tiny().out).exists()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Sampler
 
 from lit_adapter.config import DataConfig
@@ -33,6 +34,15 @@ def cache_folder() -> Path:
 def load_records(source: str, columns: Columns) -> Records:
     """Read a file or, for a name like org/name that is no file, a Hub data set."""
     return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
+
+
+def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
+    """Return which share of a step's rows this process computes, and of how many."""
+    strategy = trainer.strategy if trainer is not None else None
+    if not isinstance(strategy, ParallelStrategy):
+        return 0, 1
+    share = strategy.distributed_sampler_kwargs  # processes that share heads have the same rows
+    return share["rank"], share["num_replicas"]
 
 
 class AlpacaDataModule(LightningDataModule):
@@ -127,22 +137,18 @@ class AlpacaDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the loader of the steps that are still to do."""
-        steps = self.training_steps(*self._place())
+        steps = self.training_steps(*share_of_rows(self.trainer))
         return self._loader(steps, _Remaining(self))
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
         """Return the loader of the held-out records."""
         if self.val_packer is None:
             return []
-        rank, n_processes = self._place()
+        rank, n_processes = share_of_rows(self.trainer)
         steps = ValidationSteps(
             self.val_packer, batch_size=max(self.batch_size, 32), rank=rank, n_processes=n_processes
         )
         return self._loader(steps, range(len(steps)))
-
-    def _place(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
     def _loader(self, steps: torch.utils.data.Dataset, sampler: Any) -> DataLoader[StepBatch]:
         return DataLoader(

@@ -42,6 +42,9 @@ class GatedPrefix(nn.Module):
     In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
     """
 
+    heads = slice(None)
+    """The query heads that this process computes, all of them unless they are cut over several."""
+
     def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
         super().__init__()
         self.form = config.gate
@@ -60,6 +63,10 @@ class GatedPrefix(nn.Module):
             return self.gate.view(self.n_head, 1, -1)
         return self.gate.view(-1, 1, 1)
 
+    def own_strength(self) -> Tensor:
+        """Return c(g) of the heads that this process computes."""
+        return self.strength() if self.form == "layer" else self.strength()[self.heads]
+
     def forward(self, q: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
         """Attend to the prompt.
 
@@ -75,7 +82,7 @@ class GatedPrefix(nn.Module):
         pv = pv.repeat_interleave(self.n_group, dim=0)
         score = widen(q @ pk.mT) * self.scale  # [B, H, T, K]
         weight = F.dropout(score.softmax(dim=-1), self.dropout, self.training)
-        return ((weight.to(q.dtype) @ pv) * self.strength()).to(q.dtype)
+        return ((weight.to(q.dtype) @ pv) * self.own_strength()).to(q.dtype)
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:

@@ -23,6 +23,10 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained bias and scale on each of its outputs."""
 
     bias: nn.Parameter | None
+    outputs = slice(None)
+    """The outputs that this process computes, all of them unless they are cut over several."""
+    bias_share = 1.0
+    """0 where another process, whose result is added to this one's, adds the bias."""
 
     def __init__(self, frozen: nn.Linear) -> None:
         super().__init__()
@@ -40,8 +44,9 @@ class AdaptedLinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if not self.active:
             return y
+        scale, bias = self.adapter_scale[self.outputs], self.adapter_bias[self.outputs]
         # Written so that autograd keeps the narrow y, not a wide y + b.
-        return (y * self.adapter_scale + self.adapter_scale * self.adapter_bias).to(y.dtype)
+        return (y * scale + scale * bias * self.bias_share).to(y.dtype)
 
 
 class AdaptedNorm(RMSNorm):

@@ -29,7 +29,7 @@ class KeyValueCache:
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
         self.n_slots, self.length = n_slots, length
-        shape = (config.n_layer, n_slots, config.n_kv_head, length, config.head_dim)
+        shape = (config.n_layer, n_slots, config.n_kv_head // model.n_parts, length, config.head_dim)
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
         self.v = torch.zeros_like(self.k)
         self.model = model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError
@@ -75,6 +75,11 @@ class LlamaConfig:
             raise UserError(
                 f"model config: rope theta {self.rope.theta} and factor {self.rope.factor} must be above 0"
             )
+
+    def part(self, n_parts: int) -> LlamaConfig:
+        """Return the sizes of what each of ``n_parts`` processes computes that share heads and MLP width."""
+        shared = {name: getattr(self, name) // n_parts for name in ("n_head", "n_kv_head", "n_hidden")}
+        return replace(self, **shared)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> LlamaConfig:

@@ -120,6 +120,8 @@ class Block(nn.Module):
 
     fused_weights: Any = None
     """Its matrices in another form, for a view that computes blocks."""
+    total: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)
+    """Adds up what the processes that share the block's heads have computed; one alone has all of it."""
 
     def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
         super().__init__()
@@ -137,8 +139,8 @@ class Block(nn.Module):
         if isinstance(view, BlockView):
             return view.block(self, x, rows)
         residual = x if rows is None else x[:, rows]
-        x = residual + self.self_attn(self.input_layernorm(x), view, rows)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = residual + self.total(self.self_attn(self.input_layernorm(x), view, rows))
+        return x + self.total(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(nn.Module):
@@ -149,6 +151,8 @@ class Llama(nn.Module):
     """Its matrices in another form, for a decoder that takes them so."""
     is_cut = False
     """Whether its matrices are cut over processes: they are whole within its own forward passes only."""
+    n_parts = 1
+    """Processes that share each layer's heads and MLP: this one computes its part of them."""
 
     def __init__(self, config: LlamaConfig, linear: Linear = nn.Linear) -> None:
         super().__init__()

@@ -24,12 +24,7 @@ from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import (
-    adapter_state,
-    attach,
-    check_same_form,
-    load_adapter_state,
-)
+from lit_adapter.model.adapter import adapter_state, attach, check_same_form, load_adapter_state
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -62,7 +57,7 @@ from lit_adapter.training.processes import (
 from lit_adapter.training.resume import Beginning, find_beginning, is_written, saved_precision
 from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
 from lit_adapter.training.schedule import total_steps, warmup_steps
-from lit_adapter.training.sharding import ShardedLitAdapter
+from lit_adapter.training.sharding import ShardedLitAdapter, check_heads
 from lit_adapter.training.signals import Signals
 from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
 from lit_adapter.training.trunk_cache import TrunkCache, check_room, trunk_files
@@ -148,6 +143,7 @@ class _Run:
             )
         self.device = choose_device(config.trainer.accelerator)
         check_layout(config.trainer, self.device)
+        check_heads(config.trainer, self.base_config)
         self.precision = self._precision(resume)
         self.tokenizer = load_tokenizer(self.base)
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)

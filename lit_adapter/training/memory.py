@@ -30,8 +30,12 @@ With recomputation every adapted layer keeps its input, s C, and one layer at a 
 
 Of weights cut over N devices (``shards=N``) each holds its share, the whole head, and three layers: the one
 at work, the one fetched ahead, and what it arrives in; the fused blocks lay matrices side by side, a fourth.
-Adapter and activations are those of one device, which computes its own rows. Another way to compute a block
-is another `Path` in `_layer_bytes`.
+Adapter and activations are those of one device, which computes its own rows.
+
+Where P devices share the heads (``tensor_parallel=P``), H, G and M above are those of one device, and so are
+its layers: 1/P of each. The rest, embeddings and head, is cut over the N/P groups; with one group nothing is
+gathered. A copy of the states, s C, is added up over the group. Another way to compute a block is another
+`Path` in `_layer_bytes`.
 """
 
 from __future__ import annotations
@@ -130,6 +134,7 @@ def estimate(
     path: Path = "plain",
     recompute: bool = False,
     shards: int = 1,
+    tensor_parallel: int = 1,
 ) -> Memory:
     """Return what one device needs at the peak of a step.
 
@@ -141,16 +146,21 @@ def estimate(
         path: how blocks are computed.
         recompute: whether the backward pass computes them again.
         shards: devices that the frozen weights are divided over.
+        tensor_parallel: those among them that share the heads of one row.
     """
     stored = 2 if precision == "bf16-true" else 4
     computed = 4 if precision == "32-true" else 2
     base = {name: math.prod(shape) for name, shape in base_shapes(model).items()}
     layer = sum(size for name, size in base.items() if name.startswith("model.layers.0."))
-    weights = sum(base.values()) * stored
-    if shards > 1:
+    weights = sum(base.values()) - model.n_layer * layer
+    layer //= tensor_parallel
+    weights = (weights + model.n_layer * layer) * stored
+    if shards > tensor_parallel:
         gathered = (3 if path == "plain" else 4) * layer + model.vocab_size * model.n_embd
-        weights = math.ceil(weights / shards) + gathered * stored
+        weights = math.ceil(weights / (shards // tensor_parallel)) + gathered * stored
     trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, model).values())
+    copied = computed * row.tokens * model.n_embd if tensor_parallel > 1 else 0
+    model = model.part(tensor_parallel)
     layers = _layers(model, adapter, row, computed, path)
     kept = sum(layers)
     if recompute:
@@ -163,7 +173,7 @@ def estimate(
         weights=weights,
         adapter=16 * trained,
         activations=math.ceil(kept),
-        workspace=_workspace(model, row, computed, path),
+        workspace=_workspace(model, row, computed, path) + copied,
     )
 
 
@@ -233,8 +243,12 @@ def _workspace(model: LlamaConfig, row: RowShape, s: int, path: Path) -> int:
     return math.ceil(max(logits * (8 if s == 4 else 10), scores * 12, layer * s))
 
 
-def path_of(model: LlamaConfig, adapter: AdapterConfig, precision: str, device: str) -> Path:
+def path_of(
+    model: LlamaConfig, adapter: AdapterConfig, precision: str, device: str, tensor_parallel: int = 1
+) -> Path:
     """Return how the blocks of such a run will be computed."""
+    if tensor_parallel > 1:
+        return "plain"
     narrow = device == "cuda" and precision == "bf16-true" and model.head_dim in (16, 32, 64, 128)
     plain_prefix = adapter.prompt_length <= 64 and not adapter.dropout
     plain_prefix = plain_prefix and adapter.version == "v1"

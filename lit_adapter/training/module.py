@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_adapter.config import OptimConfig
+from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_prefix, load_adapter_state
@@ -75,24 +76,30 @@ class LitAdapter(LightningModule):
             torch.manual_seed(hash((self.seed, batch.step, self.global_rank)))
         self._set_learning_rate(batch.step)
         total = torch.zeros((), device=self.device)
+        _, n_shares = share_of_rows(self.trainer)
         for number, row in enumerate(batch.rows):
             with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
                 loss = row_loss(self.model, row, recompute=self.recompute)
-                # DDP averages gradients over processes; the step's loss is a sum over them.
-                self.manual_backward(loss * (self.trainer.world_size / batch.n_targets))
+                # Gradients are averaged over processes; the step's loss is a sum over shares of its rows.
+                self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
         self.last = {"loss": self._over_processes(total) / batch.n_targets, "tokens": batch.n_tokens}
         self._update(batch)
 
     def _over_processes(self, loss: Tensor) -> float:
-        """Return the sum of all processes' losses; the signals they have received travel along."""
+        """Return the losses of all rows; the signals that processes have received travel along."""
         if self.trainer.world_size == 1:
             return float(loss)
         values = torch.tensor([0.0, *self.signals.flags()], device=loss.device)
         values[0] = loss
         total, *flags = self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
         self.signals.agree(flags)
-        return total
+        return total / self._n_copies
+
+    @property
+    def _n_copies(self) -> int:
+        """Processes that compute the same rows."""
+        return self.trainer.world_size // share_of_rows(self.trainer)[1]
 
     def _optimizer(self) -> Any:
         return self.optimizers()
@@ -176,8 +183,8 @@ class LitAdapter(LightningModule):
         """Publish the held-out loss per target, unless a signal has cut the validation short."""
         if self.trainer.should_stop:
             return
-        total = self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")
-        self.validated_step, self.val_loss = self.trainer.global_step, float(total) / self.val_targets
+        total = float(self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")) / self._n_copies
+        self.validated_step, self.val_loss = self.trainer.global_step, total / self.val_targets
         self.log("val/loss", self.val_loss, logger=False)  # `Report` draws it, at its own step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -50,11 +50,12 @@ class Sizes:
     device: str = "cpu"
     recompute: bool = False
     shards: int = 1
+    tensor_parallel: int = 1
 
     @property
     def memory(self) -> Memory:
         """What a step needs."""
-        path = path_of(self.model, self.adapter, self.precision, self.device)
+        path = path_of(self.model, self.adapter, self.precision, self.device, self.tensor_parallel)
         return estimate(
             self.model,
             self.adapter,
@@ -63,6 +64,7 @@ class Sizes:
             path=path,
             recompute=self.recompute,
             shards=self.shards,
+            tensor_parallel=self.tensor_parallel,
         )
 
     def with_tokens(self, tokens: int) -> Sizes:
@@ -89,11 +91,9 @@ def sizes(
     for step in range(min(STEPS_LOOKED_AT, steps.steps_per_epoch)):
         rows.append(max(packer.assign(steps.records(step)), key=packer.row_length))
     shapes = [RowShape.of(packer.row(row)) for row in rows]
-    n_tokens = int(packer.encoded.length[longest])
-    found = [
-        Sizes(model, config.adapter, shape, n_tokens, precision, device, config.trainer.recompute, shards)
-        for shape in shapes
-    ]
+    n_tokens, options = int(packer.encoded.length[longest]), config.trainer
+    layout = (options.recompute, shards, options.tensor_parallel)
+    found = [Sizes(model, config.adapter, shape, n_tokens, precision, device, *layout) for shape in shapes]
     return max(found, key=lambda one: one.memory.total)
 
 
@@ -172,6 +172,8 @@ def remedies(needed: Sizes, free: int) -> list[str]:
 def _cut(needed: Sizes, free: int) -> str | None:
     """Return the fewest devices that a base can be cut over so that a step fits, as settings."""
     for shards in (2, 4, 8, 16, 32, 64):
+        if min(shards, 8) % needed.tensor_parallel:
+            continue
         if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
             nodes = f" with trainer.num_nodes {shards // 8}" if shards > 8 else ""
             return f"trainer.strategy fsdp2 with trainer.devices {min(shards, 8)}{nodes}"

@@ -2,7 +2,8 @@
 
 ddp: the base is whole on every device, read there by each process itself; the adapter's gradients are
 averaged while the backward pass goes on. fsdp2: the base is cut over the devices and gathered a layer at
-a time; the adapter, some MB, is whole everywhere, and its gradients are averaged once a step.
+a time; the adapter, some MB, is whole everywhere, and its gradients are averaged once a step. With
+tensor_parallel groups of devices share the heads and the rows; data parallelism is over the groups.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
     backend = "nccl" if device.type == "cuda" else "gloo"
     if is_sharded(options):
         return ShardedStrategy(
-            data_parallel_size=n_processes(options, device),
-            tensor_parallel_size=1,
+            data_parallel_size=n_processes(options, device) // options.tensor_parallel,
+            tensor_parallel_size=options.tensor_parallel,
             process_group_backend=backend,
         )
     several = options.num_nodes > 1 or options.devices not in (1, "1")
@@ -96,6 +97,7 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
         raise UserError(
             f"trainer.strategy is fsdp2, which does not go with trainer.{found}; use bf16-true, or ddp"
         )
+    _check_tensor_parallel(options, _per_node(options, device))
     gpu = device.type == "cuda"
     # Two processes can share a core, as a trial of several devices; many would only starve it.
     available = torch.cuda.device_count() if gpu else max(2, os.cpu_count() or 1)
@@ -119,6 +121,17 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
         raise UserError(
             f"{launcher} started {processes} processes, but trainer.num_nodes {options.num_nodes} times "
             f"trainer.devices {per_node} is {n_processes(options, device)}; make them equal"
+        )
+
+
+def _check_tensor_parallel(options: TrainerConfig, per_node: int) -> None:
+    wanted = f"trainer.tensor_parallel is {options.tensor_parallel}"
+    if options.tensor_parallel > 1 and not is_sharded(options):
+        raise UserError(f"{wanted}, which needs trainer.strategy fsdp2, not {options.strategy}")
+    if per_node % options.tensor_parallel:
+        raise UserError(
+            f"{wanted}, which does not divide the {per_node} of trainer.devices; "
+            "devices that share heads are of one node"
         )
 
 
