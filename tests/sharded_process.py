@@ -92,13 +92,16 @@ def losses(model: Llama, share: int, n_shares: int) -> float:
     return total
 
 
-def activations(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> list[int]:
-    """Return the bytes that autograd keeps for a row, and the estimate."""
+def memory(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> dict[str, list[int]]:
+    """Return the bytes that a process has of weights and keeps for a row, each beside the estimate."""
     row = Packer(encoded(0, 20, longest=40), {}, mask_prompt=True, row_tokens=10_000).row(list(range(20)))
     shape = RowShape.of(row)
     kept = kept_for_backward(model, row) + shape.targets * model.config.n_embd * 4  # of the loss itself
-    sizes = {"precision": "32-true", "tensor_parallel": tensor_parallel}
-    return [kept, estimate(model.config, adapter, shape, **sizes).activations]
+    layout = {"shards": tensor_parallel, "tensor_parallel": tensor_parallel}
+    estimated = estimate(model.config, adapter, shape, precision="32-true", **layout)
+    trained = {name for name, _ in adapter_parameters(model)}
+    weights = sum(4 * p.numel() for name, p in model.named_parameters() if name not in trained)
+    return {"activations": [kept, estimated.activations], "weights": [weights, estimated.weights]}
 
 
 def answers(model: Llama) -> list[tuple[int, int | None]]:
@@ -144,7 +147,7 @@ def main(
         for name, parameter in adapter_parameters(whole)
     )
     if n_shares == 1:
-        found["activations"] = activations(model, adapter, tensor_parallel)
+        found |= memory(model, adapter, tensor_parallel)
     dist.destroy_process_group()
     return found
 

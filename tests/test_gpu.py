@@ -47,8 +47,10 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[..., Config], tiny_base: P
     assert on_gpu.generate_batch(tasks, max_new_tokens=20) == on_cpu.generate_batch(tasks, max_new_tokens=20)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "devices", "tensor_parallel"),
+    [("ddp", 1, 1), ("ddp", 2, 1), ("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)],
+)
 def test_gpus_together_take_the_steps_of_one(
     tiny: Callable[..., Config],
     tiny_base: Path,
@@ -56,6 +58,7 @@ def test_gpus_together_take_the_steps_of_one(
     tmp_path: Path,
     strategy: str,
     devices: int,
+    tensor_parallel: int,
 ) -> None:
     if devices > torch.cuda.device_count():
         pytest.skip(f"needs {devices} CUDA devices")
@@ -71,6 +74,7 @@ def test_gpus_together_take_the_steps_of_one(
         *options,
     ]
     layout = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
+    layout += ["--trainer.tensor_parallel", str(tensor_parallel)]
     arguments = [*script, "--data.train", str(tiny_records), "--out", str(tmp_path / "together"), *layout]
     root = Path(__file__).parents[1]
     done = subprocess.run(arguments, cwd=root, env=os.environ, capture_output=True, text=True, timeout=250)

@@ -1,4 +1,4 @@
-"""One run on different layouts: one process, two with the base on each (DDP), a part of it (FSDP2) or its heads."""
+"""One run on different layouts: one process, two with the base on each (DDP), a part (FSDP2), some heads."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lit_adapter.weights.adapter_file import read_adapter
 TESTS = Path(__file__).parent
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
 HEADS = ("--trainer.tensor_parallel", "2")
+TRUNK = ("--adapter.layers", "2", "--trainer.trunk_cache", "trunks")
 SECONDS = 600
 """What a run may take: seconds on a free machine, minutes on one that others use."""
 
@@ -71,8 +72,8 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     [
         (("ddp",), ()),
         (("fsdp2",), ("--adapter.version", "v2", "--trainer.recompute", "true")),
-        (("fsdp2",), ("--adapter.layers", "2", "--trainer.trunk_cache", "trunks")),
-        (("fsdp2", *HEADS), ("--adapter.gate", "layer", "--trainer.recompute", "true")),
+        (("fsdp2",), TRUNK),
+        (("fsdp2", *HEADS), ("--adapter.gate", "layer", "--trainer.recompute", "true", *TRUNK)),
     ],
     ids=["ddp", "fsdp2", "trunk", "heads"],
 )
@@ -237,8 +238,9 @@ def test_what_does_not_go_with_a_cut_base_is_refused(options: dict[str, Any], me
 
 
 def test_heads_that_devices_cannot_share_are_refused_before_anything_is_read(
-    tiny: Callable[..., Config],
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     options = ("--trainer.strategy", "fsdp2", "--trainer.tensor_parallel", "4", "--trainer.devices", "4")
     message = r"tensor_parallel is 4, .* 2 key/value heads and MLP width 64; expected one of 1, 2$"
     with pytest.raises(UserError, match=message):

@@ -111,6 +111,9 @@ def test_weights_that_are_cut_are_a_share_a_head_and_three_layers() -> None:
     shared = estimate(model.config, config, shape, precision="32-true", shards=4)
     assert shared.weights == -(-whole.weights // 4) + 4 * (3 * layer + model.lm_head.weight.numel())
     assert replace(shared, weights=0) == replace(whole, weights=0)
+    grouped = estimate(model.config, config, shape, precision="32-true", shards=4, tensor_parallel=2)
+    held = whole.weights - 4 * 3 * layer // 2  # of a group; of three layers each has half
+    assert grouped.weights == -(-held // 2) + 4 * (3 * layer // 2 + model.lm_head.weight.numel())
 
 
 def test_activations_grow_with_row_and_layers() -> None:

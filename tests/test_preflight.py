@@ -100,6 +100,15 @@ def test_a_base_too_large_for_a_gpu_is_to_be_cut(model: LlamaConfig, free: int, 
         assert replace(needed, shards=shards // 2).memory.total > free * 10**9
 
 
+def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None:
+    model = replace(LLAMA_70B, n_head=60, n_kv_head=6, n_hidden=28_674)
+    needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
+    for shares, devices in ((1, 2), (2, 4), (3, None)):
+        layout = replace(needed, shards=shares, tensor_parallel=shares)
+        advice = [line for line in remedies(layout, layout.memory.total * 4 // 5) if "fsdp2" in line]
+        assert advice == ([f"trainer.strategy fsdp2 with trainer.devices {devices}"] if devices else [])
+
+
 def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(trainer=TrainerConfig(keep_checkpoints=9))
     assert "are free" in check_disk(tmp_path, MODEL, config, 100)
