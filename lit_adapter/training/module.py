@@ -94,10 +94,10 @@ class LitAdapter(LightningModule):
         values[0] = loss
         total, *flags = self.trainer.strategy.reduce(values, reduce_op="sum").tolist()
         self.signals.agree(flags)
-        return total / self._n_copies
+        return total / self.n_copies
 
     @property
-    def _n_copies(self) -> int:
+    def n_copies(self) -> int:
         """Processes that compute the same rows."""
         return self.trainer.world_size // share_of_rows(self.trainer)[1]
 
@@ -183,7 +183,7 @@ class LitAdapter(LightningModule):
         """Publish the held-out loss per target, unless a signal has cut the validation short."""
         if self.trainer.should_stop:
             return
-        total = float(self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")) / self._n_copies
+        total = float(self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")) / self.n_copies
         self.validated_step, self.val_loss = self.trainer.global_step, total / self.val_targets
         self.log("val/loss", self.val_loss, logger=False)  # `Report` draws it, at its own step
 

@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_adapter.config import Config
-from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.module import AlpacaDataModule, share_of_rows
 from lit_adapter.data.packing import Packer, StepBatch, ValidationSteps
 from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.errors import UserError
@@ -139,12 +139,14 @@ class TrunkCache(Callback):
 
     def _fill(self, trainer: Any, module: Any, packer: Packer, file: TrunkFile, descriptor: int) -> None:
         """Write this process's share of the parts; every process runs as many rows."""
+        writes = trainer.global_rank % module.n_copies == 0  # once, of those that compute the same rows
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for row, parts, wanted in _rows(packer, trainer.global_rank, trainer.world_size):
+            for row, parts, wanted in _rows(packer, *share_of_rows(trainer)):
                 agree(trainer, module.device, self.signals)
                 if self.signals.agreed:
                     raise _Stopped
-                file.write(descriptor, parts, wanted, row_trunk(module.model, row))
+                hidden = row_trunk(module.model, row)
+                file.write(descriptor, parts, wanted if writes else (), hidden)
 
 
 class _Stopped(Exception):  # noqa: N818 (no error: a signal)
