@@ -168,6 +168,15 @@ def existing_parent(path: Path) -> Path:
     return folder
 
 
+def free_path(path: Path) -> Path:
+    """Return a path, or its name with the first number that is not taken."""
+    free, number = path, 2
+    while free.exists():
+        free = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return free
+
+
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
 

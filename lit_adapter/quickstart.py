@@ -13,6 +13,7 @@ from lit_adapter.command import command_parser, parse
 from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
+from lit_adapter.files import free_path
 
 if TYPE_CHECKING:
     from lit_adapter.generation.engine import AdaptedLlama
@@ -51,7 +52,7 @@ def quickstart_main(argv: Sequence[str]) -> int:
     base = Path("checkpoints") / MODEL
     download(MODEL, base)
     demo.write(DATA, args.seed)
-    out = _free_folder(Path(args.out))
+    out = free_path(Path(args.out))
     config = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)]).config
     from lit_adapter.training.finetune import finetune
 
@@ -59,16 +60,6 @@ def quickstart_main(argv: Sequence[str]) -> int:
     if status == 0:
         report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
     return status
-
-
-def _free_folder(path: Path) -> Path:
-    """Return the folder, or its name with the first number that no earlier run has taken."""
-    number = 2
-    free = path
-    while free.exists():
-        free = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return free
 
 
 def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:

@@ -115,8 +115,9 @@ class RunFolder:
         """Rename the checkpoints after ``step``: a run that goes on from there is not mixed with them."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         for path in sorted(later):
-            path.replace(path.with_suffix(".aside"))
-            say(f"{path}: not part of the run that goes on from step {step}; kept as {path.stem}.aside")
+            aside = files.free_path(path.with_suffix(".aside"))
+            path.rename(aside)
+            say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
 
 
 class AnotherRunError(UserError):
