@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from lit_adapter.errors import UserError
 from lit_adapter.training.run_folder import RunFolder
 
 
@@ -28,3 +38,73 @@ def test_nothing_that_was_set_aside_is_replaced(tmp_path: Path) -> None:
         "step-0000008-2.aside",
         "step-0000008-3.aside",
     ]
+
+
+FORK = multiprocessing.get_context("fork")
+ROUNDS = 30
+
+
+def test_one_of_two_that_start_at_once_gets_the_folder(tmp_path: Path) -> None:
+    together, results = FORK.Barrier(2), FORK.Queue()
+    both = [FORK.Process(target=_open_often, args=(tmp_path, together, results)) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = [results.get(timeout=60) for _ in both]
+    for process in both:
+        process.join()
+    assert all({one, other} == {True, False} for one, other in zip(*found, strict=True)), found
+
+
+def _open_often(path: Path, together: Barrier, results: Any) -> None:
+    won: list[bool | str] = []
+    for number in range(ROUNDS):
+        folder = RunFolder(path / f"{number}")
+        together.wait(60)
+        try:
+            folder.open(resume=False)
+            won.append(True)
+        except UserError as error:
+            won.append("in use by" not in str(error) and str(error))
+        together.wait(60)
+        folder.close()
+    results.put(won)
+
+
+def test_the_lock_goes_with_its_process_also_where_its_number_lives_on(tmp_path: Path) -> None:
+    killed = FORK.Process(target=_open_and_die, args=(tmp_path / "run",))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    lock = tmp_path / "run" / ".lock"
+    assert lock.read_text() == str(killed.pid)
+    lock.write_text(str(os.getppid()))
+    folder = RunFolder(tmp_path / "run")
+    folder.open(resume=False)
+    assert lock.read_text() == str(os.getpid())
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _open_and_die(path: Path) -> None:
+    RunFolder(path).open(resume=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_without_locks_the_process_in_the_lock_file_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    other = FORK.Process(target=signal.pause)
+    other.start()
+    lock = tmp_path / ".lock"
+    lock.write_text(str(other.pid))
+    with pytest.raises(UserError, match=rf"in use by process {other.pid}; wait for it"):
+        RunFolder(tmp_path).open(resume=False)
+    assert lock.read_text() == str(other.pid)
+    other.terminate()
+    other.join()
+    RunFolder(tmp_path).open(resume=False)
+    assert lock.read_text() == str(os.getpid())

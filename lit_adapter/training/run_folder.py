@@ -9,6 +9,7 @@ RUN/tensorboard/             curves, gates and sample texts
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,7 @@ class RunFolder:
         self.adapter = path / "adapter.safetensors"
         self.best = path / "best.safetensors"
         self.tensorboard = path / "tensorboard"
+        self._lock: int | None = None
 
     def open(self, *, resume: bool) -> None:
         """Take the folder for this process, and see that it can be written.
@@ -49,7 +51,12 @@ class RunFolder:
             UserError: as `check`, or it is in use.
         """
         self.check(resume=resume)
-        files.write_text(self.path / LOCK, self._claim())
+        self._claim()
+        try:
+            self.check(resume=resume)  # a run may have begun and ended since the first look
+        except UserError:
+            self.close()
+            raise
         files.sweep(self.path)
 
     def check(self, *, resume: bool) -> None:
@@ -66,17 +73,25 @@ class RunFolder:
             raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
         files.probe(self.path)
 
-    def _claim(self) -> str:
-        """Return this process's number, unless a living process holds the lock."""
-        lock = self.path / LOCK
-        holder = lock.read_text() if lock.is_file() else ""
-        if holder.isdigit() and int(holder) != os.getpid() and _is_training(int(holder)):
-            raise UserError(f"{self.path}: in use by process {holder}; wait for it, or choose another --out")
-        return str(os.getpid())
+    def _claim(self) -> None:
+        """Take the lock, which the system gives back when this process ends, however it ends."""
+        path = self.path / LOCK
+        try:
+            while self._lock is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # a run that ended just now has removed it
+                    self._lock = _locked(path)
+        except OSError as error:
+            raise files.write_error(path, error) from error
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
     def close(self) -> None:
         """Give the folder back; one that nothing has come into goes."""
-        (self.path / LOCK).unlink(missing_ok=True)
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
         with suppress(OSError):
             self.path.rmdir()
 
@@ -122,6 +137,33 @@ class RunFolder:
 
 class AnotherRunError(UserError):
     """A checkpoint that is sound, but of a run with another identity."""
+
+
+def _locked(path: Path) -> int | None:
+    """Open and lock a lock file; None if it has been removed meanwhile.
+
+    The lock is a process's own: loader workers do not inherit it, so none outlives the trainer.
+
+    Raises:
+        UserError: another process has it, or, where the file system has no locks, is named in it and alive.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    holder = os.pread(descriptor, 20, 0).decode(errors="replace")
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        in_use = False
+    except (BlockingIOError, PermissionError):
+        in_use = True
+    except OSError:
+        in_use = holder.isdigit() and int(holder) != os.getpid() and _is_training(int(holder))
+    if in_use:
+        os.close(descriptor)
+        by = f"process {holder}" if holder.isdigit() else "another process"
+        raise UserError(f"{path.parent}: in use by {by}; wait for it, or choose another --out")
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _is_training(process: int) -> bool:

@@ -34,11 +34,18 @@ def output_in_the_source(bench: Bench) -> Outcome:
 
 
 def living_lock(bench: Bench) -> Outcome:
-    """The folder's lock names a living Python process."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        bench.file("run/.lock", str(other.pid))
-        outcome = bench.finetune()
+    """A living process has the folder's lock."""
+    lock = bench.file("run/.lock", "")
+    code = (
+        "import fcntl, os, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print(os.getpid(), file=file, end='', flush=True); print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], **pipes) as other:
         assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        outcome = bench.finetune()
         other.stdin.close()
     return outcome
 
