@@ -44,6 +44,30 @@ def test_a_run_starts_from_the_file_and_resumes_to_the_byte(
     assert parse_finetune(["--config", str(whole.parent / "config.yaml")])[0].init_from == str(start)
 
 
+@pytest.mark.parametrize("stop", ["step 0:", "step 2/"])
+def test_a_start_that_is_gone_is_not_needed_to_resume(
+    tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path, stop: str
+) -> None:
+    start = save_random_adapter(tiny_base, tmp_path / "start.safetensors", seed=3)
+    options = [*FORM, "--init-from", str(start)]
+    finetune(tiny(*options, out="whole"), say=Stopper())
+    assert finetune(tiny(*options, out="cut"), say=Stopper(stop)) == 143
+    start.unlink()
+    with pytest.raises(UserError, match=r"start\.safetensors: no such adapter file"):
+        finetune(tiny(*options, out="fresh"), say=Stopper())
+    lines = Stopper()
+    finetune(tiny(*options, out="cut"), resume="last", say=lines)
+    assert f"{start}: is gone, and not needed: the checkpoint has what came of it" in lines.lines
+    whole, cut = (Path(tiny(out=out).out) / "adapter.safetensors" for out in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_a_run_without_a_start_gets_none_when_it_is_resumed(tiny: Callable[..., Config]) -> None:
+    finetune(tiny(), say=Stopper("step 1/"))
+    with pytest.raises(UserError, match=r"^nowhere\.safetensors: no such adapter file"):
+        finetune(tiny("--init-from", "nowhere.safetensors"), resume="last", say=Stopper())
+
+
 def test_another_start_is_another_run(tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path) -> None:
     one, two = (save_random_adapter(tiny_base, tmp_path / f"{n}.safetensors", seed=n) for n in (1, 2))
     finetune(tiny(*FORM, "--init-from", str(one)), say=Stopper())

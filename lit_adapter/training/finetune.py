@@ -24,7 +24,7 @@ from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import adapter_state, attach, check_same_form, load_adapter_state
+from lit_adapter.model.adapter import adapter_state, attach, load_adapter_state
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -39,7 +39,7 @@ from lit_adapter.training.callbacks import (
     Validation,
     shows_bar,
 )
-from lit_adapter.training.checkpoint import DurableCheckpointIO
+from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
@@ -54,18 +54,17 @@ from lit_adapter.training.processes import (
     rank,
     take_over,
 )
-from lit_adapter.training.resume import Beginning, find_beginning, is_written, saved_precision
+from lit_adapter.training.resume import Beginning, find_beginning, is_written, saved_identity
 from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter, check_heads
 from lit_adapter.training.signals import Signals
+from lit_adapter.training.start import Start, read_start
 from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
 from lit_adapter.training.trunk_cache import TrunkCache, check_room, trunk_files
 from lit_adapter.weights.adapter_file import (
     AdapterInfo,
     base_identity,
-    check_base,
-    read_adapter,
     save_adapter,
 )
 from lit_adapter.weights.base_folder import read_config
@@ -144,37 +143,30 @@ class _Run:
         self.device = choose_device(config.trainer.accelerator)
         check_layout(config.trainer, self.device)
         check_heads(config.trainer, self.base_config)
-        self.precision = self._precision(resume)
+        self.saved = saved_identity(resume, folder) if resume is not None else {}
+        self.precision = self._precision()
         self.tokenizer = load_tokenizer(self.base)
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)
         self.template = resolve_template(config.data.template, self.tokenizer)
         self.identity = base_identity(self.base)
         self.start = self._start()
-        self.start_sha256 = config.init_from and files.file_sha256(Path(config.init_from))[:16]
 
-    def _start(self) -> dict[str, Tensor] | None:
+    def _start(self) -> Start:
         """Return the adapter that `init_from` names, having seen that it fits this run."""
         if self.config.init_from is None:
-            return None
-        path = Path(self.config.init_from)
-        info, state = read_adapter(path)
-        check_base(info, self.identity, path)
-        check_same_form(info.adapter, self.config.adapter, self.base_config.n_layer, path)
-        if info.template != self.template:
-            self.say(
-                f"{path}: its template is {info.template.kind}; this run goes on with {self.template.kind}"
-            )
-        return state
+            return Start()
+        path, saved = Path(self.config.init_from), self.saved.get("init_from")
+        form, layers = self.config.adapter, self.base_config.n_layer
+        return read_start(path, self.identity, form, layers, self.template, saved, self.say)
 
-    def _precision(self, resume: str | None) -> str:
+    def _precision(self) -> str:
         """Resolve auto: as the resumed run did, else by measuring."""
         wanted = self.config.trainer.precision
         if wanted != "auto":
             return wanted
-        saved = saved_precision(resume, self.folder) if resume is not None else None
-        if saved is not None:
-            self.say(f"precision: {saved}, as the run that is resumed has it")
-            return saved
+        if "precision" in self.saved:
+            self.say(f"precision: {self.saved['precision']}, as the run that is resumed has it")
+            return str(self.saved["precision"])
         found = "bf16-true" if choose_dtype(None, self.device) == torch.bfloat16 else "32-true"
         self.say(
             f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32"
@@ -201,7 +193,10 @@ class _Run:
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
         trunk = self._trunk_files(data)
         check_room(trunk, self.say)
-        model = self._model()
+        start_state = self.start.state
+        if start_state is None and self.start.sha256 is not None and begin.path is not None:
+            start_state = read_checkpoint(begin.path)["state_dict"]
+        model = self._model(start_state)
         first: list[pl.Callback] = []
         if is_sharded(config.trainer):
             first.append(FirstRecords(data, needed))
@@ -294,7 +289,7 @@ class _Run:
         }
         return trunk_files(self.config, self.base_config, data, self.precision, facts)
 
-    def _model(self) -> Llama:
+    def _model(self, start: dict[str, Tensor] | None) -> Llama:
         """Load the base in its storage precision; the adapter is fp32 whatever that is.
 
         A base that is cut over the processes is read later, when they are connected.
@@ -305,8 +300,8 @@ class _Run:
         else:
             model = load_base(self.base, device=own_device(self.device), dtype=self._dtype())
         attach(model, self.config.adapter, self.config.seed)
-        if self.start is not None:
-            load_adapter_state(model, self.start, source=str(self.config.init_from))
+        if start is not None:
+            load_adapter_state(model, start, source=str(self.config.init_from))
         if self.device.type == "cuda" and not sharded:
             from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
@@ -331,7 +326,7 @@ class _Run:
             "template": self.template.to_dict(),
             "precision": self.precision,
             "base_precision": self.config.trainer.base_precision,
-            "init_from": self.start_sha256,
+            "init_from": self.start.sha256,
             **{f"data.{key}": value for key, value in data.identity().items()},
         }
         own = identity(self.config, **facts)

@@ -33,8 +33,6 @@ def announce(
         f"model: {name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
         f"({parameter_counts(model)})"
     )
-    if config.init_from is not None:
-        say(f"starting from {config.init_from}")
     base_lr = optim.peak_lr * 256 / optim.batch_size
     say(
         f"run: {steps} steps of {optim.batch_size} records; lr {optim.peak_lr:g} (base_lr {base_lr:g}), "

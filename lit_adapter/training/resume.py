@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,15 @@ def find_beginning(
     return Beginning(path, step, checkpoint["measured"]["validated_step"] == step)
 
 
-def saved_precision(resume: str, folder: RunFolder) -> str | None:
-    """Return the precision of the run that is resumed; None where no checkpoint of it can be read."""
+def saved_identity(resume: str, folder: RunFolder) -> dict[str, Any]:
+    """Return what identifies the run that is resumed; empty where no checkpoint of it can be read."""
     paths = (
         sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True) if resume == "last" else [Path(resume)]
     )
     for path in paths:
-        try:
-            return read_checkpoint(path)["lit_adapter"]["identity"].get("precision")
-        except UserError:
-            continue  # `find_beginning` will say what is wrong with it
-    return None
+        with suppress(UserError):  # `find_beginning` will say what is wrong with it
+            return dict(read_checkpoint(path)["lit_adapter"]["identity"])
+    return {}
 
 
 def is_written(adapter: Path, checkpoint: Path | None) -> bool:
