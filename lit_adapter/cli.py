@@ -17,6 +17,7 @@ import yaml
 from lit_adapter.command import command_parser, parse
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.streams import output_is_no_result
 
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
@@ -25,6 +26,7 @@ _PYTHON_TAG = "tag:yaml.org,2002:python/"
 def finetune_main(argv: Sequence[str]) -> int:
     """Parse a run's configuration and train."""
     request = parse_finetune(argv)
+    output_is_no_result()
     from lit_adapter.training.signals import Signals
 
     signals = Signals()

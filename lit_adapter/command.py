@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.streams import prepare_streams
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
+PIPE_CLOSED = 141
+"""128 + SIGPIPE: what it ends reports the same."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a script's ``main`` on the command line and leave with its status.
 
-    A user's mistake becomes one ``error: ...`` line and status 2, Ctrl-C status 130; a closed pipe
-    downstream (``| head``) ends quietly. Anything else is our bug and keeps its traceback.
+    A user's mistake becomes one ``error: ...`` line and status 2, Ctrl-C status 130; a reader that closes
+    the pipe (``| head``) ends it quietly with 141. Anything else is our bug and keeps its traceback.
     """
+    prepare_streams()
     try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
+        status = _status(main)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
@@ -31,10 +33,17 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         status = getattr(interrupt, "exit_status", INTERRUPTED)
     except BrokenPipeError:
-        # Python flushes standard output once more at exit, which would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = PIPE_CLOSED
     sys.exit(status)
+
+
+def _status(main: Callable[[Sequence[str]], int]) -> Any:
+    try:
+        status: Any = main(sys.argv[1:])
+    except SystemExit as leaving:  # after --help
+        status = leaving.code
+    sys.stdout.flush()
+    return status
 
 
 def command_parser(program: str, description: str) -> Any:

@@ -22,6 +22,11 @@ def _at_least(name: str, value: float | None, least: float) -> None:
         raise UserError(f"{name} is {value}; expected {least} or more")
 
 
+def _is_text(name: str) -> bool:
+    """Tell a name from bytes that Python could not decode, which TensorBoard cannot take."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _expand_home(config: object, *names: str) -> None:
     """Let ``~`` stand for the user's home folder, as saved configurations have it."""
     for name in names:
@@ -214,6 +219,10 @@ class Config:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder of this machine")
+        if not _is_text(self.out):
+            raise UserError(
+                f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
+            )
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")

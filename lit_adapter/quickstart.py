@@ -14,6 +14,7 @@ from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.files import free_path
+from lit_adapter.streams import output_is_no_result
 
 if TYPE_CHECKING:
     from lit_adapter.generation.engine import AdaptedLlama
@@ -46,6 +47,7 @@ def quickstart_main(argv: Sequence[str]) -> int:
     args = parse(parser, argv)
     if not CONFIG.is_file():
         raise UserError(f"{CONFIG}: not found; run this from the repository's top folder")
+    output_is_no_result()
     start = time.perf_counter()
     from lit_adapter.weights.download import download
 

@@ -204,7 +204,7 @@ def test_as_a_process_a_closed_pipe_ends_quietly(common: tuple[object, ...]) -> 
     assert running.stdout.read(1)
     running.stdout.close()
     assert running.stderr.read() == b""
-    assert running.wait(60) == 0
+    assert running.wait(60) == 141
 
 
 def test_as_a_process_a_mistake_is_one_line_and_status_2() -> None:

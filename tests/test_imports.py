@@ -21,6 +21,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
+    ("streams",),
     ("files", "device", "command"),
     ("model",),
     ("text",),

@@ -50,6 +50,7 @@ from lit_adapter.files import write_text
         ("--data.val=", "data.val is empty; name a file"),
         ("--out=", "out is ''; expected a folder of this machine"),
         ("--out https://x/y", "out is 'https://x/y'; expected a folder of this machine"),
+        ("--out run\udcff", r"out is 'run\\udcff', which is not UTF-8; choose another name"),
         ("--data.workers 9999", "data.workers is 9999; expected 64 or less"),
         (
             "--adapter.prompt_length 99999999999",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -76,8 +75,6 @@ def answer(args: Any, out: TextIO) -> int:
     """
     _check(args)
     sampling = Sampling(**{field.name: _frozen(args[field.name]) for field in fields(Sampling)})
-    if isinstance(out, io.TextIOWrapper):
-        out.reconfigure(errors="replace")  # an old terminal's encoding must not end an answer
     if args.prompts is not None:
         return _answer_file(args, sampling, out)
     task = (_instruction(args), args.input or "")

@@ -1,0 +1,73 @@
+"""Standard output and error as scripts need them: closed, full or old ones end no run.
+
+A stream that is closed is as good as /dev/null. A character that a terminal cannot show becomes a question
+mark. Output that fails is an error in one line where it is the result; where files are the result, a warning,
+and the work goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import Any
+
+from lit_adapter.errors import UserError
+
+OUTPUT, ERROR = 1, 2
+"""Their descriptors."""
+
+
+class _Stream(FileIO):
+    """Fails once at most: what comes after goes nowhere, also what Python flushes when it ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.is_result = descriptor == OUTPUT
+        self.failed = False
+
+    def write(self, data: Any) -> int:
+        if self.failed:
+            return len(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = True
+            text = f"standard output: cannot write: {error.strerror}"
+            if self.is_result:
+                raise error if isinstance(error, BrokenPipeError) else UserError(text) from None
+            if self.fileno() == OUTPUT:
+                print(f"warning: {text}; the work goes on without it", file=sys.stderr)
+            return len(data)
+
+
+def prepare_streams() -> None:
+    """Open the standard streams that are closed, and make the two that are written bear failures."""
+    for descriptor in (0, OUTPUT, ERROR):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the lowest free number is what a new file gets
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _safe(sys.stdout, OUTPUT)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _safe(sys.stderr, ERROR)
+
+
+def output_is_no_result() -> None:
+    """Let standard output fail from here on: what the script makes is files."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, _Stream):
+        raw.is_result = False
+
+
+def _safe(stream: Any, descriptor: int) -> TextIOWrapper:
+    if stream is not None:
+        stream.flush()
+    return TextIOWrapper(
+        BufferedWriter(_Stream(descriptor)),
+        encoding=getattr(stream, "encoding", "utf-8"),
+        errors="replace" if descriptor == OUTPUT else "backslashreplace",
+        line_buffering=descriptor == ERROR or getattr(stream, "line_buffering", False),
+        write_through=getattr(stream, "write_through", False),
+    )
