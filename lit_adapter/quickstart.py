@@ -15,6 +15,7 @@ from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.files import free_path
 from lit_adapter.streams import output_is_no_result
+from lit_adapter.training.signals import check_launcher
 
 if TYPE_CHECKING:
     from lit_adapter.generation.engine import AdaptedLlama
@@ -47,6 +48,7 @@ def quickstart_main(argv: Sequence[str]) -> int:
     args = parse(parser, argv)
     if not CONFIG.is_file():
         raise UserError(f"{CONFIG}: not found; run this from the repository's top folder")
+    check_launcher()
     output_is_no_result()
     start = time.perf_counter()
     from lit_adapter.weights.download import download

@@ -40,3 +40,14 @@ def test_a_mistake_is_one_line_and_status_two(
     assert used < 2  # of the processor: importing torch alone takes longer
     assert done.returncode == 2
     assert done.stderr == f"error: {bad}:3: unknown key 'optim.batchsize'; did you mean 'batch_size'?\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("LOCAL_RANK", "1")])
+def test_a_stray_variable_of_a_launcher_is_one_line(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], name: str, value: str
+) -> None:
+    done = run(command(tiny_base, tiny_records, tmp_path / "run"), {**environment, name: value})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name} is ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

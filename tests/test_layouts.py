@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune
+from lit_adapter.training.signals import Signals, check_launcher
 from lit_adapter.training.strategy import check_layout
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -178,7 +179,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     """An environment that no launcher has touched."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
-    for name in ("MASTER_ADDR", "NODE_RANK", "WORLD_SIZE"):
+    for name in ("MASTER_ADDR", "NODE_RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -202,6 +203,12 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
             "SLURM started 1 processes, but trainer.num_nodes 1 times trainer.devices 2 is 2",
         ),
         ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, {"devices": 2}, None),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, {"devices": 2}, None),
+        (
+            {"LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+            {},
+            "a launcher started 2 processes, but trainer.num_nodes 1 times trainer.devices 1 is 1",
+        ),
         ({}, {"devices": 9999}, "trainer.devices is 9999, but this machine has"),
     ],
 )
@@ -215,6 +222,37 @@ def test_a_layout_that_would_wait_for_ever_is_refused(
     else:
         with pytest.raises(UserError, match=message):
             check_layout(TrainerConfig(**options), torch.device("cpu"))
+
+
+WORLD = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "x"}, "RANK is 'x' in the environment; expected a whole number, or unset it"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '' in the environment; expected a whole number"),
+        ({"SLURM_NTASKS": "-1"}, "SLURM_NTASKS is '-1' in the environment"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is 1 in the environment, but no launcher started this process"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0 in the environment, but no launcher started this process"),
+        ({"RANK": "1", **WORLD}, "RANK is 1 in the environment, but no launcher started this process"),
+        ({"LOCAL_RANK": "1", **WORLD}, None),
+        ({"LOCAL_RANK": "1", "RANK": "3", "TORCHELASTIC_RUN_ID": "x"}, None),
+        ({"LOCAL_RANK": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, None),
+        ({"RANK": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_a_launcher_that_did_not_start_this_process(
+    no_launcher: pytest.MonkeyPatch, environment: dict[str, str], message: str | None
+) -> None:
+    for name, value in environment.items():
+        no_launcher.setenv(name, value)
+    if message is None:
+        check_launcher()
+    else:
+        with pytest.raises(UserError, match=message):
+            Signals()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from lit_adapter.errors import UserError
+
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 """What the script leaves with, by signal."""
 
@@ -28,13 +30,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The handlers of one run and what they have noted."""
+    """The handlers of one run and what they have noted.
+
+    Raises:
+        UserError: as `check_launcher`.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         """The signal that this process has got, 0 for none."""
         self.agreed = 0
         """The signal that all processes know of."""
+        check_launcher()
         # Where a launcher started this process, others wait for it: it may not leave before they know.
         self.only_notes = is_launched()
         self.earlier: dict[signal.Signals, Any] = {}
@@ -83,7 +90,37 @@ class Signals:
             raise Interrupted(number)
 
 
+NUMBERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
+)
+"""Environment variables in which launchers say a number, and which Lightning reads when it is imported."""
+
+
+def check_launcher() -> None:
+    """Refuse variables of a launcher that did not start this process: it would train as another's follower.
+
+    Raises:
+        UserError: a number that is none, or a rank without what a launcher sets with it.
+    """
+    for name in NUMBERS:
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise UserError(f"{name} is {value!r} in the environment; expected a whole number, or unset it")
+    name = "LOCAL_RANK" if "LOCAL_RANK" in os.environ else "RANK"
+    is_rank = name == "LOCAL_RANK" or int(os.environ.get(name, 0)) > 0
+    by_hand = {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if is_rank and not (by_hand or "TORCHELASTIC_RUN_ID" in os.environ or _is_one_of_slurms()):
+        raise UserError(
+            f"{name} is {os.environ[name]} in the environment, but no launcher started this process "
+            "(LOCAL_RANK, WORLD_SIZE and MASTER_ADDR belong together); unset it"
+        )
+
+
 def is_launched() -> bool:
     """Tell a process of several, started by torchrun, SLURM or Lightning, from one started by hand."""
-    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    return "LOCAL_RANK" in os.environ or (several and "SLURM_PROCID" in os.environ)
+    return "LOCAL_RANK" in os.environ or _is_one_of_slurms()
+
+
+def _is_one_of_slurms() -> bool:
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ

@@ -168,7 +168,10 @@ def _launched() -> tuple[str, int] | None:
     """Return a launcher's name and how many processes it started, or None without one."""
     if TorchElasticEnvironment.detect():
         return "torchrun", int(os.environ["WORLD_SIZE"])
-    return ("SLURM", int(os.environ["SLURM_NTASKS"])) if _launched_by_slurm() else None
+    if _launched_by_slurm():
+        return "SLURM", int(os.environ["SLURM_NTASKS"])
+    by_hand = {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return ("a launcher", int(os.environ["WORLD_SIZE"])) if by_hand else None
 
 
 def _launched_by_slurm() -> bool:
