@@ -8,7 +8,7 @@ from typing import Literal
 
 from lit_adapter.data.records import Columns
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, check_fp32
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
@@ -105,23 +105,22 @@ class OptimConfig:
         _at_least("optim.row_tokens", self.row_tokens, 8)
         _at_least("optim.max_steps", self.max_steps, 1)
         _at_least("optim.warmup", self.warmup, 0)
-        _at_least("optim.weight_decay", self.weight_decay, 0)
         _at_least("optim.max_bad_steps", self.max_bad_steps, 1)
         if not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
-        if not 0 < self.eps < float("inf"):
-            raise UserError(f"optim.eps is {self.eps}; expected a finite number above 0")
-        for name, rate in (("lr", self.lr), ("base_lr", self.base_lr), ("lr_scale_v2", self.lr_scale_v2)):
-            if rate is not None and not 0 <= rate < float("inf"):
-                raise UserError(f"optim.{name} is {rate}; expected a finite number, 0 or more")
+        check_fp32("optim.eps", self.eps)
+        if self.clip is not None:
+            check_fp32("optim.clip", self.clip)
+        for name in ("lr", "base_lr", "lr_scale_v2", "weight_decay"):
+            if getattr(self, name) is not None:
+                check_fp32(f"optim.{name}", getattr(self, name), zero=True)
         if self.lr is not None and self.base_lr is not None:
             raise UserError(
                 "optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)"
             )
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}; expected a number from 0 to 1")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"optim.clip is {self.clip}; expected a number above 0, or null")
+        check_fp32("the learning rate, base_lr * batch_size / 256,", self.peak_lr, zero=True)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas is {list(self.betas)}; expected two numbers from 0 to below 1")
 
@@ -226,6 +225,11 @@ class Config:
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
+        if self.adapter.version == "v1" and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
+            raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
+        if self.adapter.version == "v2":
+            rate = self.optim.peak_lr * self.optim.lr_scale_v2
+            check_fp32("the rate of V2, lr * lr_scale_v2,", rate, zero=True)
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")
 

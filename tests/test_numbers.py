@@ -131,15 +131,15 @@ def test_the_count_of_skipped_steps_survives_a_resume(
 
 
 def test_what_does_not_learn_is_said_once(tiny: Callable[..., Config]) -> None:
-    """A rate that no fp32 number feels: the gates stay 0 and the loss stays; also across a resume."""
-    options = ["--optim.lr", "1e-60", "--optim.max_steps", "26"]
+    """Updates that no fp32 number feels: the gates stay 0 and the loss stays; also across a resume."""
+    options = ["--optim.lr", "1e-30", "--optim.eps", "1e30", "--optim.max_steps", "26"]
     first, second = Stopper("step 21/"), Stopper()
     assert finetune(tiny(*options), say=first) == 143
     assert finetune(tiny(*options), resume="last", say=second) == 0
     warnings = [line for line in first.lines + second.lines if line.startswith("warning")]
     assert len(warnings) == 2
     assert warnings[0].startswith("warning: every gate is still 0 after 10 steps")
-    assert "raise optim.lr (now 1e-60)" in warnings[0]
+    assert "raise optim.lr (now 1e-30)" in warnings[0]
     assert re.match(r"warning: the held-out loss is \S+, where it started, after 20 steps", warnings[1])
 
 

@@ -14,6 +14,24 @@ RopeKind = Literal["default", "linear", "llama3"]
 MOST_PROMPTS = 65536
 """Prompts of a layer; a number above it is a slip, and would end in an allocation that fails."""
 
+FP32 = (1.2e-38, 3.4e38)
+"""What a number trained in fp32 can be: below, it is 0 there or imprecise; above, infinite."""
+
+
+def check_fp32(name: str, value: float, *, zero: bool = False) -> None:
+    """Refuse a setting that is 0 or infinite in fp32, or negative; ``zero`` says that 0 itself is meant.
+
+    Raises:
+        UserError: names the setting and its range.
+    """
+    if FP32[0] <= value <= FP32[1] or (zero and value == 0):
+        return
+    if 0 < value < float("inf"):
+        raise UserError(
+            f"{name} is {value:g}; expected a number from {FP32[0]:g} to {FP32[1]:g}, as fp32 has"
+        )
+    raise UserError(f"{name} is {value}; expected a finite number{', 0 or more' if zero else ' above 0'}")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -284,8 +302,7 @@ class AdapterConfig:
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected {MOST_PROMPTS} or less")
         if self.layers is not None and self.layers < 1:
             raise UserError(f"adapter.layers is {self.layers}; expected 1 or more, or null for all layers")
-        if not 0 < self.prompt_init_std < float("inf"):
-            raise UserError(f"adapter.prompt_init_std is {self.prompt_init_std}; expected a number above 0")
+        check_fp32("adapter.prompt_init_std", self.prompt_init_std)
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout is {self.dropout}; expected 0 or more and below 1")
 

@@ -72,6 +72,10 @@ def empty_prompt(bench: Bench) -> Outcome:
     return bench.generate("--prompt", "")
 
 
+def empty_template(bench: Bench) -> Outcome:
+    return bench.call(lit_adapter.load, base=bench.base, template="", device="cpu", dtype="float32")
+
+
 ROWS = [
     Row(80, "temperature 0", call(same_as_greedy), r"^True$", 0),
     Row(80, "negative temperature", option("--temperature=-1"), r"temperature is -1.0; expected a finite"),
@@ -95,6 +99,7 @@ ROWS = [
     Row(
         83, "past the context", option("--max_new_tokens", 5000), r"exceed the base's context of 1024; lower"
     ),
+    Row(84, "empty template", empty_template, r"template '' is not known; expected alpaca"),
     Row(84, "empty prompt", empty_prompt, r"prompt"),
     Row(
         85,
