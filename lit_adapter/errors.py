@@ -16,6 +16,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class WriteError(UserError):
+    """A file could not be written."""
+
+
 def nearest(name: str, candidates: list[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the candidate most like ``name``, or an empty string."""
     import difflib

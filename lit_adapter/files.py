@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, WriteError
 
 TEMPORARY_SUFFIX = ".tmp"
 LEFTOVER_SECONDS = 60
@@ -147,14 +147,14 @@ def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
             raise UserError(f"{out}: {option} is read from too ({path}); choose another")
 
 
-def write_error(path: Path, error: OSError, needed: int | None = None) -> UserError:
+def write_error(path: Path, error: OSError, needed: int | None = None) -> WriteError:
     """Say in one line why ``path`` could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if not full:
-        return UserError(f"{path}: cannot write: {error.strerror or error}; choose a writable place")
+        return WriteError(f"{path}: cannot write: {error.strerror or error}; choose a writable place")
     free = shutil.disk_usage(existing_parent(path)).free
     size = f"needs {needed:,} bytes, " if needed is not None else ""
-    return UserError(
+    return WriteError(
         f"{path}: cannot write: {error.strerror} ({size}{free:,} bytes free); "
         "free some space or choose another place; the earlier file is unchanged"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from lit_adapter.model.adapter import expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
+from lit_adapter.weights import merge as merging
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
 from lit_adapter.weights.cli import merge_main
 from lit_adapter.weights.convert import convert
@@ -112,6 +115,69 @@ def test_what_cannot_be_merged_says_why_and_what_to_do(
     with pytest.raises(UserError, match=message):
         merge(adapter, tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "message"),
+    [
+        (
+            "float16",
+            1e6,
+            r"adapter\.safetensors: merged tensor \S+ holds values beyond the range of float16; use",
+        ),
+        ("float32", 3e38, r"adapter\.safetensors: its logits are not numbers; train"),
+        ("bfloat16", 3e38, r"adapter\.safetensors: its logits are not numbers; train"),
+    ],
+)
+def test_what_overflows_is_an_error_and_leaves_nothing(
+    tmp_path: Path, dtype: str, scale: float, message: str
+) -> None:
+    base, adapter = made(tmp_path)
+    info, state = read_adapter(adapter)
+    for name, tensor in state.items():
+        if name.endswith("mlp.up_proj.adapter_scale"):
+            tensor.fill_(scale)
+    save_adapter(adapter, state, info)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        merge(adapter, tmp_path / "merged", base=base, dtype=dtype)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_merged_model_that_computes_no_numbers_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding has made a number infinite: the older merged model stays."""
+    base, adapter = made(tmp_path)
+    out = tmp_path / "merged"
+    merge(adapter, out, base=base)
+    older = {path: path.read_bytes() for path in out.iterdir()}
+
+    def broken(folder: Path, ids: torch.Tensor, plain: object) -> torch.Tensor:
+        return logits(folder, ids, plain) * (torch.nan if plain is None else 1.0)
+
+    logits = merging.logits
+    monkeypatch.setattr(merging, "logits", broken)
+    with pytest.raises(UserError, match=r"merged: its logits are not numbers in float16; use --dtype"):
+        merge(adapter, out, base=base, dtype="float16", overwrite=True)
+    assert {path: path.read_bytes() for path in out.iterdir()} == older
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 60_000])
+def test_a_full_disk_names_what_could_not_be_written(tmp_path: Path, size: int) -> None:
+    """No file may grow beyond ``size``: the tokenizer, or the weights, do not fit."""
+    base, adapter = made(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            merge(adapter, tmp_path / "merged", base=base)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(rf"{tmp_path}/merged/[\w.]+: cannot write: File too large", str(caught.value))
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lit_adapter.device import DTYPES
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files import write_json
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.tokenizer import check_vocabulary
@@ -87,8 +87,11 @@ def write_base(
     origin: dict[str, Any],
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an opened checkpoint as a base folder; ``source`` is its name in messages.
+
+    ``check`` is called with the folder that is complete, but not yet in its place.
 
     Raises:
         UserError: a tensor or tokenizer that cannot be used, or a disk that is full.
@@ -108,6 +111,8 @@ def write_base(
         weights = writer.write(entries)
         _write_configs(scratch, checkpoint, entries)
         _write_fingerprint(scratch, weights, origin)
+        if check is not None:
+            check(scratch)
         move_into_place(scratch, out)
 
 
@@ -137,6 +142,8 @@ def _naming(source: Path, copy: Path | None = None) -> Iterator[None]:
     """Make sure that a message names the source, and never the unfinished copy, which is gone by then."""
     try:
         yield
+    except WriteError:
+        raise
     except UserError as error:
         message = str(error) if copy is None else str(error).replace(str(copy), str(source))
         raise UserError(message if str(source) in message else f"{source}: {message}") from None

@@ -56,14 +56,27 @@ def merge(
     for source in (adapter, folder):
         check_output(out, source, overwrite=overwrite)
     origin = {"format": "merged", "base": info.base.name, "adapter": adapter.name}
-    write_base(MergedSource(folder, state), adapter, out, dtype, origin, progress=progress)
     ids = fixed_prompt(folder)
-    before, after = logits(folder, ids, PlainAdapter(info.adapter, state)), logits(out, ids, None)
-    worst, largest = float((before - after).abs().max()), float(before.abs().max())
+    before = logits(folder, ids, PlainAdapter(info.adapter, state))
+    _check_numbers(before, f"{adapter}: its logits are not numbers; train it again")
+    differences: list[float] = []
+
+    def compare(written: Path) -> None:
+        after = logits(written, ids, None)
+        _check_numbers(after, f"{out}: its logits are not numbers in {dtype}; use --dtype float32")
+        differences.append(float((before - after).abs().max()))
+
+    merged = MergedSource(folder, adapter, state)
+    write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
     return (
-        f"largest logit difference {worst:.3g} between adapter and merged model "
-        f"({ids.shape[1]} prompt tokens; logits up to {largest:.3g})"
+        f"largest logit difference {differences[0]:.3g} between adapter and merged model "
+        f"({ids.shape[1]} prompt tokens; logits up to {float(before.abs().max()):.3g})"
     )
+
+
+def _check_numbers(found: Tensor, message: str) -> None:
+    if not bool(torch.isfinite(found).all()):
+        raise UserError(message)
 
 
 def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
@@ -90,15 +103,25 @@ class MergedSource(Source):
 
     format = "merged"
 
-    def __init__(self, base: Path, state: dict[str, Tensor]) -> None:
-        self.base, self.state = HuggingFaceSource(base), state
+    def __init__(self, base: Path, adapter: Path, state: dict[str, Tensor]) -> None:
+        self.base, self.adapter, self.state = HuggingFaceSource(base), adapter, state
         self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
         self.dtypes = dict.fromkeys(expected_shapes(self.config), torch.float32)
         self.token_ids: dict[str, Any] = self.base.token_ids
         self.generation = self.base.generation
 
     def tensor(self, name: str) -> Tensor:
-        """Return a merged tensor."""
+        """Return a merged tensor.
+
+        Raises:
+            UserError: the adapter makes it infinite.
+        """
+        merged = self._merged(name)
+        if not bool(torch.isfinite(merged).all()):
+            raise UserError(f"{self.label(name)} is beyond the range of float32; train the adapter again")
+        return merged
+
+    def _merged(self, name: str) -> Tensor:
         module, _, kind = name.removeprefix("model.").rpartition(".")
         norm = self.state.get(f"{module}.adapter_weight")
         if norm is not None:
@@ -113,7 +136,7 @@ class MergedSource(Source):
 
     def label(self, name: str) -> str:
         """Return file and name."""
-        return self.base.label(name)
+        return f"{self.adapter}: merged tensor {name}"
 
     def write_tokenizer(self, out: Path) -> None:
         """Copy the base's tokenizer."""

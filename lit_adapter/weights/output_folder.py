@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files import TEMPORARY_SUFFIX, existing_parent, sync_folder, write_error
 from lit_adapter.weights.base_folder import FINGERPRINT
 
@@ -63,7 +63,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``out``, removed at the end unless `move_into_place` took it.
 
     Raises:
-        UserError: the folder above ``out`` cannot be written.
+        UserError: the folder above ``out`` cannot be written; or a file inside, which is named as in ``out``.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,8 @@ def scratch_folder(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield scratch
+        except WriteError as error:
+            raise WriteError(str(error).replace(str(scratch), str(out))) from error.__cause__
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
