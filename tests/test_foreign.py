@@ -368,6 +368,33 @@ MISTAKES = {
         {"given": "lit-llama"},
         r"tensor transformer\.h\.0\.rms_1\.scale is mis",
     ),
+    "not from peft": (
+        "peft",
+        {"given": "litgpt"},
+        r"peft: --from says litgpt, but it is peft, recognised by adapter_config\.json; leave --from out",
+    ),
+    "not from peft's file": (
+        "peft/adapter_model.safetensors",
+        {"given": "ours"},
+        "says ours, but it is peft",
+    ),
+    "not from ours": (
+        "ours.safetensors",
+        {"given": "official", "to": "litgpt"},
+        "--from says official, but it is ours, recognised by its metadata",
+    ),
+    "not ours": ("litgpt-0.5.13-v2.pth", {"given": "ours"}, "--from says ours, but it is litgpt, recognised"),
+    "peft onto a file": (
+        "ours.safetensors",
+        {"to": "peft", "out": "v2.safetensors"},
+        r"v2\.safetensors: is a file; with --to peft --out names a folder",
+    ),
+    "a file onto a folder": (
+        "ours.safetensors",
+        {"to": "litgpt", "out": "peft"},
+        "peft: is a folder; with --to litgpt --out names a file",
+    ),
+    "empty": ("empty.pth", {}, r"empty\.pth: the file is empty; fetch it again"),
 }
 
 
@@ -377,6 +404,9 @@ def test_mistakes(
 ) -> None:
     own_adapter(tmp_path / "ours.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="layer"))
     own_adapter(tmp_path / "v2.safetensors", bases[2], AdapterConfig(version="v2", prompt_length=3))
+    plain = own_adapter(tmp_path / "plain.safetensors", bases[2], AdapterConfig(prompt_length=3), equal=True)
+    converted(plain, tmp_path / "peft", bases[2], to="peft")
+    (tmp_path / "empty.pth").touch()
     tensors, _ = official(tmp_path / "official.pth")
     torch.save({key: value * 0 for key, value in tensors.items()}, tmp_path / "closed.pth")
     torch.save({key: torch.ones(2) for key in "abc"}, tmp_path / "unknown.pth")
@@ -384,9 +414,12 @@ def test_mistakes(
         shutil.copy(path, tmp_path)
     wishes = {"base": 2, **wishes}
     base = bases[wishes["base"]] if wishes["base"] else None
+    out = tmp_path / wishes.pop("out", "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    asked = {key: value for key, value in wishes.items() if key != "base"}
     with pytest.raises(UserError, match=message):
-        converted(tmp_path / name, tmp_path / "out", base, **{k: v for k, v in wishes.items() if k != "base"})
-    assert not (tmp_path / "out").exists()
+        converted(tmp_path / name, out, base, overwrite=out.exists(), **asked)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]) -> None:

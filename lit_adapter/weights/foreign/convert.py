@@ -94,10 +94,13 @@ def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
     with files.reading(source):
         source.exists()
     with files.reading(out):
-        taken = out.exists()
+        taken, is_folder = out.exists(), out.is_dir()
         _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
     if taken and not wishes.overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
+    if taken and is_folder != (wishes.to == peft.NAME):
+        kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
+        raise UserError(f"{out}: is {kinds[0]}; with --to {wishes.to} --out names {kinds[1]}")
 
 
 def _refuse_inputs(out: Path, to: str, inputs: list[Path]) -> None:

@@ -42,11 +42,21 @@ def open_adapter(path: Path, wanted: str = "auto") -> Opened:
 
     Args:
         path: a file, or PEFT's folder.
-        wanted: a format, which goes before what the keys say; or auto.
+        wanted: a format, which goes before what the keys say where they leave a choice; or auto.
 
     Raises:
-        UserError: nothing there, damaged, or of no known format.
+        UserError: nothing there, damaged, of no known format, or surely not of the wanted one.
     """
+    opened = _open(path, wanted)
+    if wanted != opened.format and wanted != "auto":
+        raise UserError(
+            f"{path}: --from says {wanted}, but it is {opened.format}, recognised by {opened.why}; "
+            "leave --from out"
+        )
+    return opened
+
+
+def _open(path: Path, wanted: str) -> Opened:
     with reading(path):
         if path.is_dir():
             return _open_peft(path)
@@ -60,7 +70,7 @@ def open_adapter(path: Path, wanted: str = "auto") -> Opened:
     if found == peft.NAME:
         _check_peft(path.parent)
         return Opened(path, found, tensors, why=why)
-    if wanted not in ("auto", found):
+    if wanted in (official.NAME, lit.LIT_LLAMA.name, lit.LITGPT.name) and wanted != found:
         found, why = wanted, "--from"
     if found == official.NAME and wrapped:
         tensors = official.adapter_tensors(tensors)
