@@ -220,9 +220,10 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
 
 
 def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Refuse a prompt that does not fit before hours went into the others."""
-    from lit_adapter.generation.decode import check_prompt
+    """Refuse a prompt or stop id that does not fit before hours went into the others."""
+    from lit_adapter.generation.decode import check_prompt, check_stop_ids
 
+    check_stop_ids(model.model, sampling)
     for prompt in prompts:
         try:
             ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)

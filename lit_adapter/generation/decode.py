@@ -34,6 +34,19 @@ def check_prompt(model: Llama, prompt: Sequence[int], settings: Sampling) -> Non
         )
 
 
+def check_stop_ids(model: Llama, settings: Sampling) -> None:
+    """See that the ids that end an answer can come.
+
+    Raises:
+        UserError: one beyond the vocabulary.
+    """
+    most = max(settings.stop_ids, default=0)
+    if most >= model.config.vocab_size:
+        raise UserError(
+            f"stop_ids holds {most}, but the base's vocabulary ends at {model.config.vocab_size - 1}"
+        )
+
+
 @torch.inference_mode()
 def decode(
     model: Llama,
@@ -57,8 +70,9 @@ def decode(
         ``send(True)`` in answer to a token to end that text there.
 
     Raises:
-        UserError: a prompt that does not fit, or logits that are not numbers.
+        UserError: a prompt or stop id that does not fit, or logits that are not numbers.
     """
+    check_stop_ids(model, settings)
     for prompt in prompts:
         check_prompt(model, prompt, settings)
     if not prompts:

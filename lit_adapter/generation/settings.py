@@ -55,6 +55,9 @@ class Sampling:
             raise UserError(f"stop is the text {self.stop!r}; expected a tuple of texts, as ({self.stop!r},)")
         if "" in self.stop:
             raise UserError("stop holds an empty text, which every answer contains; remove it")
+        below = next((token for token in self.stop_ids if token < 0), None)
+        if below is not None:
+            raise UserError(f"stop_ids holds {below}; expected token ids, 0 or more")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
 

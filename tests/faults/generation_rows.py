@@ -99,6 +99,26 @@ ROWS = [
     Row(
         83, "past the context", option("--max_new_tokens", 5000), r"exceed the base's context of 1024; lower"
     ),
+    Row(
+        83,
+        "negative stop id",
+        option("--stop_ids", "3", "-1"),
+        r"stop_ids holds -1; expected token ids, 0 or",
+    ),
+    Row(
+        83,
+        "stop id beyond the vocabulary",
+        option("--stop_ids", "3", "99999"),
+        r"stop_ids holds 99999, but the base's vocabulary ends at \d+",
+    ),
+    Row(
+        83,
+        "stop id of a file beyond the vocabulary",
+        lambda b: b.generate(
+            *("--prompts", b.records, "--output", b.folder / "answers.jsonl", "--stop_ids", "99999")
+        ),
+        r"^error: stop_ids holds 99999, but",
+    ),
     Row(84, "empty template", empty_template, r"template '' is not known; expected alpaca"),
     Row(84, "empty prompt", empty_prompt, r"prompt"),
     Row(
