@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 from lit_adapter.errors import UserError, nearest
@@ -66,8 +67,21 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
     try:
         return parser.parse_args(list(argv))
     except argparse.ArgumentError as error:
-        options = [option for action in parser._actions for option in action.option_strings]
+        options = {action.dest: action.option_strings for action in parser._actions}
         raise UserError(_one_line(str(error), options)) from None
+
+
+def check_least(options: Any, least: int, *names: str) -> None:
+    """Refuse numbers of the command line below ``least``; an option without a value is left alone.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in names:
+        given = options[name]
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
 
 
 _KINDS = {
@@ -95,13 +109,17 @@ def _wrong_value(message: str) -> str | None:
     return f"{key[1]} is {given[1]!r}; expected {' or '.join(wanted)}"
 
 
-def _one_line(message: str, options: list[str]) -> str:
+def _one_line(message: str, options: dict[str, list[str]]) -> str:
     in_words = _wrong_value(message)
     if in_words is not None:
         return in_words
     section = re.search(r'Parser key "([^"]+)": Unable to load config', message)
     if section is not None:
         return f"{section[1]} is a group of fields; give them one by one, as --{section[1]}.FIELD VALUE"
+    missing = re.match(r"the following arguments are required: (.*)", message)
+    if missing is not None:
+        names = [(options.get(name) or [name])[0] for name in missing[1].split(", ")]
+        return f"{' and '.join(names)} must be given; see --help"
     unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
     if unknown is None:
         return f"{message}; see --help"
@@ -109,4 +127,4 @@ def _one_line(message: str, options: list[str]) -> str:
     if not given.startswith("-"):
         return f"unexpected argument '{given}'; see --help"
     name = given.split("=")[0]
-    return f"unknown option '{name}'{nearest(name, options) or '; see --help'}"
+    return f"unknown option '{name}'{nearest(name, [*chain(*options.values())]) or '; see --help'}"

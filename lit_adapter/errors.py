@@ -20,9 +20,42 @@ class WriteError(UserError):
     """A file could not be written."""
 
 
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "batch": "batch_size",
+    "global_batch_size": "batch_size",
+    "per_device_train_batch_size": "row_tokens",
+    "max_seq_length": "max_length",
+    "grad_clip": "clip",
+    "max_grad_norm": "clip",
+    "model": "base",
+    "checkpoint_dir": "base",
+    "dataset": "train",
+    "output": "out",
+    "output_dir": "out",
+    "out_dir": "out",
+    "adapter_len": "prompt_length",
+    "adapter_layer": "layers",
+    "max_tokens": "max_new_tokens",
+}
+"""What other programs call our settings."""
+
+
 def nearest(name: str, candidates: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the candidate most like ``name``, or an empty string."""
+    """Return ``"; did you mean 'x'?"`` for the candidate most like ``name``, or an empty string.
+
+    A candidate of the same name in another section, or of the name that others give it, goes first.
+    """
     import difflib
 
-    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    plain = {_plain(candidate): candidate for candidate in candidates}
+    last = _plain(name).rpartition(".")[2]
+    same = [other for other in plain if other.rpartition(".")[2] in (last, OTHER_NAMES.get(last))]
+    found = same or difflib.get_close_matches(_plain(name), list(plain), n=1, cutoff=0.5)
+    return f"; did you mean '{plain[found[0]]}'?" if found else ""
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.command import command_parser, parse, run
+from lit_adapter.command import check_least, command_parser, parse, run
 from lit_adapter.errors import UserError
 
 WORK = ("train", "generate")
@@ -49,6 +49,9 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument("--base-precision", default="auto", help="of the frozen base: auto or a dtype's name")
     parser.add_argument("--seed", type=int, default=1337, help="of weights, records and adapters")
     options = parse(parser, argv)
+    check_least(options, 1, "repeats", "steps", "batch", "row_tokens", "peft_batch", "batches", "new_tokens")
+    check_least(options, 1, "prompt_tokens", "first_token_prompt")
+    check_least(options, 0, "seed")
     if options.data and not options.tokenizer and not (Path(options.model) / "config.json").is_file():
         raise UserError(f"--data needs a tokenizer, and --model {options.model} has none: give --tokenizer")
     return options

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lit_adapter.command import command_parser, parse, run
+from lit_adapter.command import check_least, command_parser, parse, run
 
 
 def read_options(argv: Sequence[str]) -> Any:
@@ -34,7 +34,10 @@ def read_options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--seed", type=int, default=1337, help="of split, order and initial adapters")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, after every run")
-    return parse(parser, argv)
+    options = parse(parser, argv)
+    check_least(options, 1, "held_out", "batch", "max_steps")
+    check_least(options, 0, "seed")
+    return options
 
 
 def main(argv: Sequence[str]) -> int:

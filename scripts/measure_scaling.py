@@ -10,7 +10,6 @@ Every layout is a real run of scripts/finetune.py on a base of random weights, w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,8 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lit_adapter.cli import finetune_main, parse_finetune
+from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.errors import UserError
 
 RESULT = "LIT_ADAPTER_MEASURED"
 """Environment variable of the runs: the folder where each process writes what it measured."""
@@ -48,37 +52,68 @@ SHAPES: dict[str, dict[str, int | float]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Write the base, run every layout, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a converted base, for its tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="a file of records")
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument(
-        "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES, the reference first"
-    )
-    parser.add_argument("--records", type=int, default=64, help="records of a step for each device")
-    parser.add_argument("--steps", type=int, default=12, help="steps; the first third is not measured")
-    parser.add_argument("--out", type=Path, default=Path("out/scaling"))
-    parser.add_argument("rest", nargs="*", help="options of the runs, after --")
-    asked = parser.parse_args()
-    for path, kind in ((asked.tokenizer / "config.json", "--tokenizer"), (asked.data, "--data")):
-        if not path.is_file():
-            parser.error(f"{kind}: {path} is not there")
-    wrong = [layout for layout in asked.layouts if not re.fullmatch(r"(ddp|fsdp2):[1-9]\d*", layout)]
-    if wrong:
-        parser.error(f"--layouts {wrong[0]}: expected ddp:DEVICES or fsdp2:DEVICES")
+    asked = read_options(argv)
     base = random_base(asked.shape, asked.tokenizer, asked.out / asked.shape)
     reference: float | None = None
     print(f"{'layout':10} {'tokens/s':>10} {'a device':>10} {'efficiency':>10}  peak GB of each device")
     for layout in asked.layouts:
         strategy, _, devices = layout.partition(":")
-        ranks = run(asked, base, strategy, int(devices))
+        ranks = train(asked, base, strategy, int(devices))
         speed = statistics.median(rank["tokens_per_s"] for rank in ranks)
         reference = reference or speed / len(ranks)
         peaks = " ".join(f"{rank['peak_bytes'] / 1e9:.1f}" for rank in ranks)
         each = speed / len(ranks)
         print(f"{layout:10} {speed:10,.0f} {each:10,.0f} {each / reference:10.1%}  {peaks}", flush=True)
+    return 0
+
+
+def read_options(argv: Sequence[str]) -> Any:
+    """Return the command line's options; ``rest`` is what follows ``--``.
+
+    Raises:
+        UserError: a mistake in it, or a layout that this machine cannot run.
+    """
+    parser = command_parser("scripts/measure_scaling.py", "Measure runs on several devices of this machine.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a converted base, for its tokenizer")
+    parser.add_argument("--data", type=Path, required=True, help="a file of records")
+    parser.add_argument("--shape", choices=list(SHAPES), default="7b", help="sizes of the random base")
+    parser.add_argument(
+        "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES, the reference first"
+    )
+    parser.add_argument("--records", type=int, default=64, help="records of a step for each device")
+    parser.add_argument("--steps", type=int, default=12, help="steps; the first third is not measured")
+    parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="bases and runs go there")
+    words = list(argv)
+    own = words.index("--") if "--" in words else len(words)
+    asked = parse(parser, words[:own])
+    asked.rest = words[own + 1 :]
+    check_least(asked, 1, "records")
+    check_least(asked, 3, "steps")
+    for path, kind in ((asked.tokenizer / "config.json", "--tokenizer"), (asked.data, "--data")):
+        if not path.is_file():
+            raise UserError(f"{kind}: {path} is not there")
+    for layout in asked.layouts:
+        check_this_layout(layout, asked.rest)
+    return asked
+
+
+def check_this_layout(layout: str, rest: list[str]) -> None:
+    """See that this machine can run a layout, before anything is written.
+
+    Raises:
+        UserError: it cannot, or the layout or an option of the runs is not understood.
+    """
+    from lit_adapter.device import choose_device
+    from lit_adapter.training.strategy import check_layout
+
+    if not re.fullmatch(r"(ddp|fsdp2):[1-9]\d{0,3}", layout):
+        raise UserError(f"--layouts {layout}: expected ddp:DEVICES or fsdp2:DEVICES")
+    strategy, _, devices = layout.partition(":")
+    chosen = ["--trainer.strategy", strategy, "--trainer.devices", devices]
+    options = parse_finetune([*chosen, *rest]).config.trainer
+    check_layout(options, choose_device(options.accelerator))
 
 
 def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
@@ -112,7 +147,7 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
     return out
 
 
-def run(asked: argparse.Namespace, base: Path, strategy: str, devices: int) -> list[dict[str, float]]:
+def train(asked: Any, base: Path, strategy: str, devices: int) -> list[dict[str, float]]:
     """Train a few steps on a layout; return what each process measured."""
     folder = asked.out / f"{asked.shape}-{strategy}-{devices}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +169,7 @@ def run(asked: argparse.Namespace, base: Path, strategy: str, devices: int) -> l
     environment = os.environ | {RESULT: str(folder / "measured")}
     done = subprocess.run([sys.executable, __file__, *arguments, *asked.rest], env=environment)
     if done.returncode:
-        sys.exit(f"{strategy}:{devices} ended with status {done.returncode}")
+        raise UserError(f"{strategy}:{devices} ended with status {done.returncode}; see above")
     return [json.loads(path.read_text()) for path in sorted((folder / "measured").iterdir())]
 
 
@@ -142,9 +177,6 @@ def measured_run(folder: Path) -> None:
     """Be one process of a run: scripts/finetune.py with a clock."""
     import lightning.pytorch as pl
     import torch
-
-    from lit_adapter.cli import finetune_main
-    from lit_adapter.command import run as run_script
 
     on_gpu = torch.cuda.is_available()
 
@@ -175,11 +207,11 @@ def measured_run(folder: Path) -> None:
         fit(trainer, *args, **kwargs)
 
     pl.Trainer.fit = timed  # type: ignore[method-assign]
-    run_script(finetune_main)
+    run(finetune_main)
 
 
 if __name__ == "__main__":
     if RESULT in os.environ:
         measured_run(Path(os.environ[RESULT]))
     else:
-        main()
+        run(main)

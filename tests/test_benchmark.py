@@ -12,12 +12,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
+import measure_learning
+import measure_scaling
 import torch
 from benchmarks.arithmetic import Work, step_operations
 from benchmarks.workload import alpaca_like
 from tiny_models import open_adapter, random_ids, random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.loss import target_loss
@@ -107,3 +110,37 @@ def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
     )
     work = Work(tokens=40, pairs=0, last_tokens=len(rows), last_pairs=0, head_tokens=len(rows))
     assert step_operations(model.config, work, layers, prompt_length=5) == pytest.approx(done, rel=0.02)
+
+
+LEARNING = ("--data", "x.json")
+TIMES = ("train", "--model", "7b", "--json", "x.json")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (benchmark, ("train",), "^--model and --json must be given; see --help"),
+        (benchmark, (), "^work and --model and --json must be given"),
+        (benchmark, (*TIMES, "--repeats", "0"), "--repeats is 0; expected 1 or more"),
+        (benchmark, (*TIMES, "--row-tokens", "9", "0"), "--row-tokens is 0; expected 1 or more"),
+        (measure_learning, (), "^--data must be given"),
+        (measure_learning, (*LEARNING, "--batch", "0"), "--batch is 0; expected 1 or more"),
+        (measure_learning, (*LEARNING, "--seed=-1"), "--seed is -1; expected 0 or more"),
+        (measure_scaling, (), "^--tokenizer and --data must be given"),
+        (measure_scaling, ("--layouts", "ddp:1", "ddp:0"), "--layouts ddp:0: expected ddp:DEVICES or fsdp2"),
+        (measure_scaling, ("--layouts", "fsdp2:x"), "--layouts fsdp2:x: expected ddp:DEVICES or fsdp2"),
+        (measure_scaling, ("--layouts", "ddp:9999"), r"trainer\.devices is 9999, but this machine has \d+ "),
+        (measure_scaling, ("--steps", "1"), "--steps is 1; expected 3 or more"),
+        (measure_scaling, ("--records", "0"), "--records is 0; expected 1 or more"),
+        (measure_scaling, ("--", "--optim.lrr", "1"), "unknown option '--optim.lrr'; did you mean"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, script: Any, options: tuple[str, ...], message: str
+) -> None:
+    if script is measure_scaling and options:
+        out = tmp_path / "scaling"
+        options = ("--tokenizer", str(tiny_base), "--data", str(tiny_records), "--out", str(out), *options)
+    with pytest.raises(UserError, match=message):
+        script.main(options)
+    assert list(tmp_path.iterdir()) == []
