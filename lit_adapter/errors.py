@@ -20,6 +20,12 @@ class WriteError(UserError):
     """A file could not be written."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 step``, ``2 steps``: a noun after its number."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
 OTHER_NAMES = {
     "learning_rate": "lr",
     "num_epochs": "epochs",

@@ -181,7 +181,7 @@ def test_the_command_lines_rate_counts_after_a_resume(tiny: Callable[..., Config
     before = load_file(Path(tiny().out) / "adapter.safetensors")
     lines = Stopper()
     finetune(tiny("--optim.max_steps", "8", "--optim.lr", "0"), resume="last", say=lines)
-    assert any("optim.lr changed from 0.02 to 0.0" in line for line in lines.lines)
+    assert "resuming with optim.lr changed from 0.02 to 0" in lines.lines
     after = load_file(Path(tiny().out) / "adapter.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -234,6 +234,23 @@ def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Conf
     assert group["weight_decay"] == 0.5
     assert finetune(tiny(*options), resume="last", say=last) == 0
     assert any("step 9, the newest complete" in line for line in last.lines)
+
+
+def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Config]) -> None:
+    """0.02 is the default too, and base_lr 0.32 with 8 records a step is 0.01."""
+    options = ["--optim.lr", "null", "--trainer.val_every", "5"]
+    said, first = [], Stopper()
+    finetune(tiny(*options, "--optim.max_steps", "1"), say=first)
+    assert not any("1 steps" in line for line in first.lines)
+    assert any(line.startswith("run: 1 step of 8 records; lr 0.02") for line in first.lines)
+    for steps, name, rate in (("2", "lr", "0.02"), ("3", "base_lr", "0.32")):
+        lines = Stopper()
+        more = ["--optim.max_steps", steps, f"--optim.{name}", rate]
+        finetune(tiny(*options, *more), resume="last", say=lines)
+        said.append([line for line in lines.lines if "changed" in line])
+    steps = "resuming with optim.max_steps changed from"
+    lr = "resuming with optim.lr changed from 0.02 to 0.01"
+    assert said == [[f"{steps} 1 to 2"], [lr, f"{steps} 2 to 3"]]
 
 
 def test_a_longer_run_says_what_happens_to_its_schedule(tiny: Callable[..., Config]) -> None:

@@ -200,7 +200,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
         (
             {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"},
             {"devices": 2},
-            "SLURM started 1 processes, but trainer.num_nodes 1 times trainer.devices 2 is 2",
+            "SLURM started 1 process, but trainer.num_nodes 1 times trainer.devices 2 is 2",
         ),
         ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, {"devices": 2}, None),
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, {"devices": 2}, None),

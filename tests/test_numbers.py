@@ -100,7 +100,7 @@ def test_two_processes_stop_with_one_message(tiny_base: Path, tiny_records: Path
     first, second = two_ranks(command, tmp_path / "log", cache, poison=EVERYWHERE)
     assert first.wait() == 2, first.output
     assert [line for line in first.output.splitlines() if "error" in line] == [first.output.splitlines()[-1]]
-    assert "5 steps in a row were skipped" in first.output
+    assert "skipped 5 steps in a row" in first.output
     second.process.join(30)  # under a launcher it would be ended with the first
     assert finite(tmp_path / "run")
 
@@ -114,7 +114,7 @@ def test_the_run_stops_and_names_the_records(
     config = tiny(*options, "--optim.max_steps", "9")
     with pytest.raises(UserError) as caught:
         finetune(config, say=Stopper())
-    assert str(caught.value).startswith("step 5: loss nan, gradient norm nan; 5 steps in a row were skipped")
+    assert str(caught.value).startswith("step 5: loss nan, gradient norm nan; skipped 5 steps in a row")
     assert f"the loss is not finite in {one_bad}:{BAD + 1} (loss nan); check those records" in str(
         caught.value
     )

@@ -66,6 +66,9 @@ def test_memory_is_said_or_refused() -> None:
     total = needed.memory.total
     assert "are free" in check_memory(needed, total)
     assert "free" not in check_memory(needed, None)
+    assert check_memory(needed, total, 3).endswith(" are free for each of 3 processes")
+    with pytest.raises(UserError, match=r"but .* are free for each of 2 processes; optim.row_tokens"):
+        check_memory(needed, total - 1, 2)
     with pytest.raises(
         UserError, match=r"memory: about .* optim.row_tokens \d+ or adapter.layers \d+ would fit"
     ):
@@ -168,7 +171,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^memory: about .* free",
         r"^disk: .* free",
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
-        r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 steps",
+        r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 step;",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
         r"^dry run: no run was begun",
     ):

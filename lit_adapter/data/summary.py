@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_adapter.errors import counted
+
 if TYPE_CHECKING:
     from lit_adapter.data.module import AlpacaDataModule
 
@@ -23,13 +25,12 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     length = encoded.length
     n_targets = data.train_packer.n_targets(np.arange(len(encoded)))
     lines = [
-        f"data: {records.source}: {len(encoded):,} training records, {int(length.sum()):,} tokens "
+        f"data: {records.source}: {counted(len(encoded), 'training record')}, {int(length.sum()):,} tokens "
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned",
     ]
     if data.val_encoded is not None:
-        lines.append(
-            f"      {len(data.val_encoded):,} held-out records, {int(data.val_encoded.length.sum()):,} tokens"
-        )
+        n_tokens = int(data.val_encoded.length.sum())
+        lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
     notes = [
         (records.n_empty_output, "left out: empty output"),
         (int(encoded.n_dropped[0]), f"left out: answer longer than data.max_length {data.config.max_length}"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 
 from lit_adapter.command import command_parser
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
                 ) from None
 
         answers.run(answer_group)
-    out.write(f"wrote {target} ({len(prompts)} answers)\n")
+    out.write(f"wrote {target} ({counted(len(prompts), 'answer')})\n")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 
 MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
 MOST_WIDE = 2**24
@@ -316,7 +316,7 @@ class AdapterConfig:
         if self.prompt_length == 0:
             count = 0
         if count > n_layer:
-            raise UserError(f"adapter.layers is {count}; the base has {n_layer} layers")
+            raise UserError(f"adapter.layers is {count}; the base has {counted(n_layer, 'layer')}")
         return range(n_layer - count, n_layer)
 
     def gate_shape(self, n_head: int, head_dim: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.errors import counted
 from lit_adapter.training.module import LitAdapter
 
 N_TRIED = 3
@@ -81,8 +82,9 @@ def forecast(
     tokens = steps * step_tokens + validations * held_out * forward_share
     shown = ", ".join(f"{seconds:.2g}" for seconds, _ in watch.steps)
     return (
-        f"time: about {duration(tokens * watch.seconds_per_token)} for {steps} steps and {validations} "
-        f"validations ({len(watch.steps)} steps took {shown} s: {1 / watch.seconds_per_token:,.0f} tokens/s; "
+        f"time: about {duration(tokens * watch.seconds_per_token)} for {counted(steps, 'step')} and "
+        f"{counted(validations, 'validation')} ({counted(len(watch.steps), 'step')} took {shown} s: "
+        f"{1 / watch.seconds_per_token:,.0f} tokens/s; "
         "sample answers are not counted)"
     )
 

@@ -22,7 +22,7 @@ from lit_adapter.data.packing import Packer
 from lit_adapter.data.summary import describe
 from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.device import choose_device, choose_dtype, own_device
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import adapter_state, attach, load_adapter_state
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
@@ -39,7 +39,7 @@ from lit_adapter.training.callbacks import (
     Validation,
     shows_bar,
 )
-from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
@@ -188,15 +188,12 @@ class _Run:
             shapes = adapter_shapes(config.adapter, self.base_config)
             begin = find_beginning(resume, self.folder, record, shapes, self.say)
         if begin.step >= steps and is_written(self.folder.adapter, begin.path):
-            self.say(f"{self.folder.path}: already complete, {begin.step} steps; nothing to do")
+            self.say(f"{self.folder.path}: already complete, {counted(begin.step, 'step')}; nothing to do")
             return 0
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
         trunk = self._trunk_files(data)
         check_room(trunk, self.say)
-        start_state = self.start.state
-        if start_state is None and self.start.sha256 is not None and begin.path is not None:
-            start_state = read_checkpoint(begin.path)["state_dict"]
-        model = self._model(start_state)
+        model = self._model(self.start.tensors(begin.path))
         first: list[pl.Callback] = []
         if is_sharded(config.trainer):
             first.append(FirstRecords(data, needed))
@@ -251,7 +248,8 @@ class _Run:
             self._write_adapter(self.folder.adapter, adapter_state(module.model), summary)
             size = self.folder.adapter.stat().st_size
             took = time.perf_counter() - start
-            self.say(f"wrote {self.folder.adapter} ({size:,} bytes) after {step} steps, {took:.0f} s in all")
+            done = f"after {counted(step, 'step')}, {took:.0f} s in all"
+            self.say(f"wrote {self.folder.adapter} ({size:,} bytes) {done}")
         return self.signals.exit_status
 
     def _on_death(self, sentence: str) -> None:

@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_prefix, load_adapter_state
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
@@ -151,7 +151,7 @@ class LitAdapter(LightningModule):
         if self.bad_steps_in_a_row >= self.config.max_bad_steps:
             raise UserError(
                 f"step {batch.step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
-                f"{self.bad_steps_in_a_row} steps in a row were skipped, so training stops; "
+                f"skipped {counted(self.bad_steps_in_a_row, 'step')} in a row, so training stops; "
                 f"{self._culprits(batch.step)}; the last checkpoint is unaffected"
             )
 

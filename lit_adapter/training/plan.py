@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from lit_adapter.config import Config
+from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_parameters, parameter_counts
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
@@ -35,13 +36,14 @@ def announce(
     )
     base_lr = optim.peak_lr * 256 / optim.batch_size
     say(
-        f"run: {steps} steps of {optim.batch_size} records; lr {optim.peak_lr:g} (base_lr {base_lr:g}), "
-        f"{optim.schedule}, warm-up {warmup} steps; {config.out}"
+        f"run: {counted(steps, 'step')} of {counted(optim.batch_size, 'record')}; "
+        f"lr {optim.peak_lr:g} (base_lr {base_lr:g}), {optim.schedule}, "
+        f"warm-up {counted(warmup, 'step')}; {config.out}"
     )
     if optim.peak_lr == 0:
         say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
     elif warmup > steps / 2:
         say(
-            f"warning: the warm-up takes {warmup} of the run's {steps} steps; "
+            f"warning: the warm-up takes {warmup} of the run's {counted(steps, 'step')}; "
             "lower optim.warmup (0.05 is usual) or train longer"
         )

@@ -114,24 +114,27 @@ def check_space(
     options = config.trainer
     processes = n_processes(options, device)
     needed = sizes(model, config, data, precision, device.type, processes if is_sharded(options) else 1)
-    free = free_bytes(own_device(device))
+    free, sharing = free_bytes(own_device(device)), 1
     if free is not None and device.type == "cpu":  # the processes of a machine share its memory
-        free = free * options.num_nodes // processes
-    say(check_memory(needed, free))
+        sharing = processes // options.num_nodes
+        free //= sharing
+    say(check_memory(needed, free, sharing))
     say(check_disk(Path(config.out), model, config, steps))
     return needed
 
 
-def check_memory(needed: Sizes, free: int | None) -> str:
+def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
     """Return a line about the memory of a step.
 
     Args:
         needed: of one process.
         free: bytes that it can still have; None if the system does not say.
+        sharing: processes that share a memory, each with so many bytes of it.
 
     Raises:
         UserError: more than is free; names two settings that would fit.
     """
+    each = f" for each of {sharing} processes" if sharing > 1 else ""
     memory = needed.memory
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in vars(memory).items())
     line = f"memory: about {gigabytes(memory.total)} on the {needed.device} ({parts})"
@@ -139,8 +142,8 @@ def check_memory(needed: Sizes, free: int | None) -> str:
         return line
     if memory.total > free:
         advice = " or ".join(remedies(needed, free)) or "a smaller base, or a device with more memory,"
-        raise UserError(f"{line}, but {gigabytes(free)} are free; {advice} would fit")
-    return f"{line}; {gigabytes(free)} are free"
+        raise UserError(f"{line}, but {gigabytes(free)} are free{each}; {advice} would fit")
+    return f"{line}; {gigabytes(free)} are free{each}"
 
 
 def remedies(needed: Sizes, free: int) -> list[str]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from lit_adapter.errors import UserError
+from lit_adapter.config import DEFAULT_LR, OptimConfig
+from lit_adapter.errors import UserError, counted
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
 from lit_adapter.weights.adapter_file import read_adapter
 
+RATES = ("optim.lr", "optim.base_lr")
 Say = Callable[[str], None]
 
 
@@ -95,12 +97,29 @@ def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _changes(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+    before, now = _peak_lr(saved), _peak_lr(own)
+    if before != now:
+        yield f"optim.lr changed from {before:g} to {now:g}"
     for key, value in own["changeable"].items():
-        if saved["changeable"].get(key) != value:
-            yield f"{key} changed from {saved['changeable'].get(key)!r} to {value!r}"
+        if key not in RATES and saved["changeable"].get(key) != value:
+            yield f"{key} changed from {_shown(saved['changeable'].get(key))} to {_shown(value)}"
     schedule, warmup = own["identity"]["optim.schedule"], own["identity"]["optim.warmup"]
     if saved["steps"] != own["steps"] and (schedule != "constant" or 0 < warmup < 1):
         yield (
-            f"the {schedule} schedule laid over {own['steps']} steps instead of {saved['steps']}: "
-            f"not the run that {own['steps']} steps from the start would be"
+            f"the {schedule} schedule laid over {counted(own['steps'], 'step')} instead of {saved['steps']}: "
+            f"not the run that {counted(own['steps'], 'step')} from the start would be"
         )
+
+
+def _peak_lr(record: dict[str, Any]) -> float:
+    """Return the rate that a run has, whichever of its settings says it."""
+    settings, same = record["changeable"], record["identity"]
+    optim = OptimConfig(
+        lr=settings["optim.lr"], base_lr=settings["optim.base_lr"], batch_size=same["optim.batch_size"]
+    )
+    given = optim.lr is not None or optim.base_lr is not None
+    return optim.peak_lr if given else DEFAULT_LR[same["adapter.version"]]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lit_adapter.config import OptimConfig
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 
 MOST_STEPS = 9_999_999
 """Checkpoints have seven digits: the newest is the last by name."""
@@ -23,7 +23,7 @@ def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
         raise UserError(f"optim.{key} makes {steps:,} steps, more than {MOST_STEPS:,}; lower it")
     if steps < 1:
         raise UserError(
-            f"optim.epochs is {config.epochs}: less than one of {steps_per_epoch} steps; raise it"
+            f"optim.epochs is {config.epochs}: less than one of {counted(steps_per_epoch, 'step')}; raise it"
         )
     return int(steps)
 
@@ -37,7 +37,8 @@ def warmup_steps(config: OptimConfig, total: int) -> int:
     steps = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if steps > total:
         raise UserError(
-            f"optim.warmup is {steps} steps, longer than the run of {total}; lower it or train longer"
+            f"optim.warmup is {counted(steps, 'step')}, longer than the run of {total}; "
+            "lower it or train longer"
         )
     return steps
 

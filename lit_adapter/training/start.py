@@ -12,6 +12,7 @@ from lit_adapter.files import file_sha256
 from lit_adapter.model.adapter import check_same_form
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.text.template import Template
+from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.weights.adapter_file import BaseIdentity, check_base, read_adapter
 
 
@@ -23,6 +24,12 @@ class Start:
     """Its tensors; None where the checkpoint that is resumed brings them."""
     sha256: str | None = None
     """Of its file, the first 16 digits."""
+
+    def tensors(self, checkpoint: Path | None) -> dict[str, Tensor] | None:
+        """Return the tensors to start from, if any; those of the checkpoint where the file is gone."""
+        if self.state is None and self.sha256 is not None and checkpoint is not None:
+            return dict(read_checkpoint(checkpoint)["state_dict"])
+        return self.state
 
 
 def read_start(

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_adapter.config import TrainerConfig
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -119,8 +119,9 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
     per_node = _per_node(options, device)
     if processes != n_processes(options, device):
         raise UserError(
-            f"{launcher} started {processes} processes, but trainer.num_nodes {options.num_nodes} times "
-            f"trainer.devices {per_node} is {n_processes(options, device)}; make them equal"
+            f"{launcher} started {counted(processes, 'process')}, but "
+            f"trainer.num_nodes {options.num_nodes} times trainer.devices {per_node} is "
+            f"{n_processes(options, device)}; make them equal"
         )
 
 

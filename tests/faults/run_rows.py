@@ -258,7 +258,7 @@ ROWS = [
         77,
         "nan while training",
         rate_too_high,
-        r"step \d+: loss .* in a row were skipped.*tiny\.json:\d+",
+        r"step \d+: loss .* skipped .* in a row.*tiny\.json:\d+",
         2,
         True,
     ),
