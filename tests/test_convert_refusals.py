@@ -500,7 +500,7 @@ def test_the_script_converts_and_refuses_in_one_line(tmp_path: Path) -> None:
         (["a", "--out", "b", "--overwrit"], "unknown option '--overwrit'; did you mean '--overwrite'?"),
         (["a", "--out", "b", "--dtyp=float32"], "unknown option '--dtyp'; did you mean '--dtype'?"),
         (["a", "--out", "b", "--dtype", "int8"], "int8"),
-        (["a"], "required: out"),
+        (["a"], "--out must be given"),
         (["a", "b", "--out", "c"], "unexpected argument 'b'"),
     ],
 )
