@@ -26,7 +26,7 @@ STOPS = [
     ("validation 1", signal.SIGKILL),  # during the same, which the resumed run begins with
     ("line step 6/", signal.SIGINT),  # on the last step of an epoch
     ("line step 7/", signal.SIGUSR1),  # on the first of the next
-    ("write 3", signal.SIGKILL),  # after the checkpoint of step 8, before its validation
+    ("write 2", signal.SIGKILL),  # after the checkpoint of step 8, before its validation
     ("line step 10/", signal.SIGKILL),  # two steps after a checkpoint
     ("validation 2", signal.SIGKILL),  # during the last validation: no step is left to do
 ]
