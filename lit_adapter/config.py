@@ -8,6 +8,7 @@ from typing import Literal
 
 from lit_adapter.data.records import Columns
 from lit_adapter.errors import UserError
+from lit_adapter.files import is_text
 from lit_adapter.model.config import AdapterConfig, check_fp32
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
@@ -20,11 +21,6 @@ DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < float("inf"):
         raise UserError(f"{name} is {value}; expected {least} or more")
-
-
-def _is_text(name: str) -> bool:
-    """Tell a name from bytes that Python could not decode, which TensorBoard cannot take."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _expand_home(config: object, *names: str) -> None:
@@ -218,7 +214,7 @@ class Config:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder of this machine")
-        if not _is_text(self.out):
+        if not is_text(self.out):
             raise UserError(
                 f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
             )

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,35 @@ def _remove(leftovers: Iterable[Path], seconds: float) -> int:
                     path.unlink()
                     removed += 1
     return removed
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk that holds ``folder``, or would hold it."""
+    return shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+
+
+def is_text(name: str) -> bool:
+    """Whether a name has no half of a surrogate pair, as names of files that are not UTF-8 have."""
+    return name.encode(errors="ignore").decode() == name
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
+) -> bytes:
+    """Return the start of a safetensors file; its tensors' bytes follow in the same order.
+
+    Args:
+        tensors: name, type (``F32``), shape and bytes of each.
+        metadata: texts by name.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, kind, shape, n_bytes in tensors:
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8
+    return len(text).to_bytes(8, "little") + text
 
 
 def file_sha256(path: Path) -> str:

@@ -51,7 +51,7 @@ def test_steps_give_the_whole_texts_logits(
     texts = [list(prompt) for prompt in PROMPTS[:n_texts]]
     decoder = Decoder(model, n_texts, 16, Sampling.of(max_new_tokens=5))
     slots: list[Slot | None] = list(decoder.prefill(texts, range(n_texts), range(n_texts)))
-    assert model.decode_weights.ready()
+    assert model.decode_weights.ready
     for _ in range(4):
         token, position = [slot.token for slot in slots], [slot.length for slot in slots]
         found = CpuDecode(model, decoder.cache).step(token, position)
@@ -82,7 +82,7 @@ def test_other_models_keep_their_own_forward_pass(sizes: dict[str, Any], adapter
     settings = Sampling.of(max_new_tokens=6)
     plain = list(decode(model, PROMPTS, settings, frozenset()))
     model.decode_weights = DecodeWeights(model)
-    assert not model.decode_weights.ready()
+    assert not model.decode_weights.ready
     assert list(decode(model, PROMPTS, settings, frozenset())) == plain
 
 
@@ -90,6 +90,6 @@ def test_no_copy_is_made_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) 
     model = model_of("plain-base", torch.float32)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: 2 * size - 1)
-    assert not DecodeWeights(model).ready()
+    assert not DecodeWeights(model).ready
     monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: 2 * size)
-    assert DecodeWeights(model).ready()
+    assert DecodeWeights(model).ready

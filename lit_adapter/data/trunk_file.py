@@ -12,7 +12,6 @@ so that a part is read, and known to be whole, without reading the rest.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Collection, Sequence
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files import safetensors_header
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -69,23 +69,11 @@ class TrunkFile:
 
     @cached_property
     def _header(self) -> bytes:
-        size = self._hidden_bytes
-        header = {
-            "__metadata__": {"key": self.key},
-            "hidden": {
-                "dtype": DTYPE_NAMES[self.dtype],
-                "shape": [self.n_tokens, self.width],
-                "data_offsets": [0, size],
-            },
-            "crc32": {
-                "dtype": "I64",
-                "shape": [self.n_parts],
-                "data_offsets": [size, size + 8 * self.n_parts],
-            },
-        }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        tensors = [
+            ("hidden", DTYPE_NAMES[self.dtype], (self.n_tokens, self.width), self._hidden_bytes),
+            ("crc32", "I64", (self.n_parts,), 8 * self.n_parts),
+        ]
+        return safetensors_header(tensors, {"key": self.key})
 
     @property
     def _data(self) -> int:

@@ -121,7 +121,7 @@ class Decoder:
     def _after(self, token: list[int], position: list[int]) -> Tensor:
         """Return logits ``[B, V]`` after the slots' newest tokens, which go into the cache."""
         weights = self.model.decode_weights
-        if weights is not None and weights.ready():
+        if weights is not None and weights.ready:
             self._lean = self._lean or CpuDecode(self.model, self.cache)
             return self._lean.step(token, position)
         ids, place = (torch.tensor(x, device=self.device)[:, None] for x in (token, position))

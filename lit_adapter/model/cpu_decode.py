@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ class DecodeWeights:
         self.layers: list[_Layer] = []
         self.norm, self.head = torch.empty(0), torch.empty(0)
 
+    @cached_property
     def ready(self) -> bool:
-        """Lay the matrices out; False for a model that is not plain, or where memory is too small for it."""
-        if self.layers:
-            return True
+        """Lay the matrices out; False for a model that is not plain, or where memory is too small for it.
+
+        Decided once: whoever asks again, in the middle of an answer too, goes the same way.
+        """
         if not all(_is_plain(block) for block in self.model.layers) or not _is_plain_head(self.model):
             return False
         free = free_bytes(torch.device("cpu"))
@@ -119,6 +122,21 @@ def _is_plain_head(model: Llama) -> bool:
     return type(model.lm_head) is nn.Linear and model.lm_head.bias is None and type(model.norm) is RMSNorm
 
 
+@dataclass
+class _Step:
+    """What all layers of a step share."""
+
+    rotation: KeyValue
+    """Cosines twice, and sines negated and plain, each ``[B, 1, D]``."""
+    position: Sequence[int]
+    place: Tensor
+    """The positions as a tensor ``[B]``."""
+    used: int
+    """Tokens of the longest text, with its new one (S)."""
+    hidden: Tensor | None
+    """Minus infinity where a slot does not see a token, else 0 ``[B G, 1, S]``; None where all see all."""
+
+
 class CpuDecode:
     """Takes decode steps of a model whose `DecodeWeights` are ready.
 
@@ -156,41 +174,43 @@ class CpuDecode:
         Returns:
             Logits of the next token ``[B, V]``.
         """
-        model, place = self.model, torch.tensor(position)
-        cos, sin = model.rotation(place)  # [B, D/2]
-        rotation = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
-        used = max(position) + 1
-        hidden = None  # which of the cache's tokens a slot does not see: [B G, 1, S], added to its scores
-        if min(position) < used - 1:
-            unseen = torch.arange(used) > place[:, None]
-            hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
-            hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
+        model, step = self.model, self._prepared(position)
         x = F.embedding(torch.tensor(token), model.embed_tokens.weight)
         eps = model.config.norm_eps
         for index, layer in enumerate(self.weights.layers):
             qkv = _norm(x, layer.before, eps) @ layer.qkv
-            x = torch.addmm(x, self._attend(index, qkv, rotation, position, hidden), layer.o)
+            x = torch.addmm(x, self._attend(index, qkv, step), layer.o)
             gate, up = (_norm(x, layer.between, eps) @ layer.gate_up).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate).mul_(up), layer.down)
         return _norm(x, self.weights.norm, eps) @ self.weights.head
 
-    def _attend(
-        self, index: int, qkv: Tensor, rotation: KeyValue, position: Sequence[int], hidden: Tensor | None
-    ) -> Tensor:
+    def _prepared(self, position: Sequence[int]) -> _Step:
+        place, used = torch.tensor(position), max(position) + 1
+        cos, sin = self.model.rotation(place)  # [B, D/2]
+        rotation = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
+        hidden = None
+        if min(position) < used - 1:
+            unseen = torch.arange(used) > place[:, None]
+            hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
+            hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
+        return _Step(rotation, position, place, used, hidden)
+
+    def _attend(self, index: int, qkv: Tensor, step: _Step) -> Tensor:
         """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
         B, H, G, D = len(qkv), self.H, self.G, self.D
         heads = qkv.view(B, H + 2 * G, D)
-        turned, (cos, sin) = widen(heads[:, : H + G]), rotation
+        turned, (cos, sin) = widen(heads[:, : H + G]), step.rotation
         turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin).to(qkv.dtype)
         q, keys, values = turned[:, :H], self.cache.k[index], self.cache.v[index]
-        used = max(position) + 1
         if B == 1:
-            keys[0, :, position[0]], values[0, :, position[0]] = turned[0, H:], heads[0, H + G :]
+            place = step.position[0]
+            keys[0, :, place], values[0, :, place] = turned[0, H:], heads[0, H + G :]
         else:
-            place = torch.tensor(position)
-            keys[self.slot, :, place], values[self.slot, :, place] = turned[:, H:], heads[:, H + G :]
-        keys, values = (x[:, :, :used].reshape(B * G, used, D) for x in (keys, values))
+            at = (self.slot, slice(None), step.place)
+            keys[at], values[at] = turned[:, H:], heads[:, H + G :]
+        keys, values = (x[:, :, : step.used].reshape(B * G, step.used, D) for x in (keys, values))
         grouped = q.reshape(B * G, H // G, D)
+        hidden = step.hidden
         start = grouped.new_zeros(1) if hidden is None else hidden
         score = torch.baddbmm(start, grouped, keys.mT, beta=0 if hidden is None else 1, alpha=self.scale)
         y = torch.bmm(widen(score).softmax(-1).to(q.dtype), values).view(B, H, D)

@@ -9,7 +9,6 @@ wait until then, and still run before anything is written.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from lit_adapter.config import Config
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
-from lit_adapter.files import existing_parent
+from lit_adapter.files import free_disk
 from lit_adapter.model.adapter import expected_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
@@ -218,7 +217,7 @@ def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> 
         UserError: more than is free; names two settings that would fit.
     """
     needed = run_bytes(model, config, steps)
-    free = shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+    free = free_disk(folder)
     line = f"disk: the run writes about {needed:,} bytes into {folder}"
     if needed <= free:
         return f"{line}; {free:,} are free"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from lit_adapter.data.module import AlpacaDataModule, share_of_rows
 from lit_adapter.data.packing import Packer, StepBatch, ValidationSteps
 from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.errors import UserError
-from lit_adapter.files import durable_path, existing_parent
+from lit_adapter.files import durable_path, free_disk
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.loss import row_trunk
@@ -89,7 +88,7 @@ def check_room(found: list[tuple[Packer, TrunkFile]], say: Callable[[str], None]
     if not wanted:
         return
     folder, size = wanted[0].path.parent, sum(file.n_bytes for file in wanted)
-    free = shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+    free = free_disk(folder)
     line = f"trunk cache: {size:,} bytes into {folder}"
     if size > free:
         raise UserError(

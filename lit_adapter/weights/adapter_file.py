@@ -46,7 +46,7 @@ def base_identity(folder: Path) -> BaseIdentity:
         UserError: no converted base, or a folder whose name an adapter cannot hold.
     """
     fingerprint, name = read_fingerprint(folder), folder.resolve().name
-    if not _is_text(name):
+    if not files.is_text(name):
         raise UserError(f"{name!r}: the folder's name is not UTF-8; rename it")
     return BaseIdentity(name, fingerprint["weights"], fingerprint["tokenizer"])
 
@@ -189,13 +189,8 @@ def _check_types(raw: Any) -> None:
     if raw["adapter"]["gate"] not in get_args(GateForm):
         raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
     name = raw["base"]["name"]
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not _is_text(name):
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not files.is_text(name):
         raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name has no half of a surrogate pair, as names of files that are not UTF-8 have."""
-    return name.encode(errors="ignore").decode() == name
 
 
 def check_base(info: AdapterInfo, base: BaseIdentity, path: Path) -> None:

@@ -7,7 +7,6 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import durable_path, write_json
+from lit_adapter.files import durable_path, safetensors_header, write_json
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -137,15 +136,5 @@ def _grouped(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.n_bytes],
-        }
-        offset += entry.n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8
-    return len(text).to_bytes(8, "little") + text
+    tensors = [(entry.name, DTYPE_NAMES[entry.dtype], entry.shape, entry.n_bytes) for entry in entries]
+    return safetensors_header(tensors, {"format": "pt"})
