@@ -56,7 +56,8 @@ def prepare_streams() -> None:
 
 def output_is_no_result() -> None:
     """Let standard output fail from here on: what the script makes is files."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    buffer = getattr(sys.stdout, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
     if isinstance(raw, _Stream):
         raw.is_result = False
 
@@ -64,10 +65,11 @@ def output_is_no_result() -> None:
 def _safe(stream: Any, descriptor: int) -> TextIOWrapper:
     if stream is not None:
         stream.flush()
+    raw, unbuffered = _Stream(descriptor), getattr(stream, "write_through", False)  # by PYTHONUNBUFFERED
     return TextIOWrapper(
-        BufferedWriter(_Stream(descriptor)),
+        raw if unbuffered else BufferedWriter(raw),  # type: ignore[arg-type]
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="replace" if descriptor == OUTPUT else "backslashreplace",
         line_buffering=descriptor == ERROR or getattr(stream, "line_buffering", False),
-        write_through=getattr(stream, "write_through", False),
+        write_through=unbuffered,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,16 @@ def test_a_run_without_output(tiny_base: Path, tiny_records: Path, tmp_path: Pat
     again = shell("", SCRIPT, *command, "--resume", "last", PYTHONIOENCODING="ascii")
     assert again.returncode == 0
     assert "?l: already complete, 2 steps; nothing to do" in again.stdout
+
+
+def test_an_unbuffered_script_is_heard_as_it_speaks() -> None:
+    """As under PYTHONUNBUFFERED, which logs of long runs ask for."""
+    code = (
+        "import sys; from lit_adapter.command import run; "
+        "run(lambda argv: print('first') or sys.stdin.read() and 0 or 0)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-u", "-c", code], **pipes) as process:
+        heard, _, _ = select.select([process.stdout], [], [], 30)  # it waits for its input meanwhile
+        process.communicate("x")
+    assert heard
