@@ -67,7 +67,7 @@ def _safe(stream: Any, descriptor: int) -> TextIOWrapper:
         stream.flush()
     raw, unbuffered = _Stream(descriptor), getattr(stream, "write_through", False)  # by PYTHONUNBUFFERED
     return TextIOWrapper(
-        raw if unbuffered else BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if unbuffered else BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="replace" if descriptor == OUTPUT else "backslashreplace",
         line_buffering=descriptor == ERROR or getattr(stream, "line_buffering", False),
