@@ -29,7 +29,9 @@ VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("lr 3e-2", 2000, ("--optim.lr", "3e-2")),
     ("prompts N(0, 1)", 2000, ("--adapter.prompt_init_std", "1.0")),
     ("K 20", 2000, ("--adapter.prompt_length", "20")),
+    ("fp8 base", 2000, ("--trainer.base_precision", "fp8")),
 )
+NEEDS_GPU = "fp8 base"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,10 +39,17 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("measure_demo.py", "Ablation of the demo.")
     parser.add_argument("--base", type=str, default="checkpoints/smollm2-135m")
     parser.add_argument("--json", type=str, required=True, help="where the rows go")
+    names = [name for name, *_ in VARIANTS]
+    parser.add_argument(
+        "--variants", nargs="+", choices=names, help="all that this machine can run if left out"
+    )
     args = parse(parser, argv)
+    import torch
+
+    wanted = args.variants or [name for name in names if name != NEEDS_GPU or torch.cuda.is_available()]
     rows = []
     print("| variant | exact match | held-out loss | seconds |\n|---|---:|---:|---:|")
-    for name, n_train, options in VARIANTS:
+    for name, n_train, options in (variant for variant in VARIANTS if variant[0] in wanted):
         with tempfile.TemporaryDirectory() as scratch:
             row = {"variant": name, **measure(Path(scratch), Path(args.base), n_train, options)}
         rows.append(row)

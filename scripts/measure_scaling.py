@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def read_options(argv: Sequence[str]) -> Any:
         "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES, the reference first"
     )
     parser.add_argument("--records", type=int, default=64, help="records of a step for each device")
-    parser.add_argument("--steps", type=int, default=12, help="steps; the first third is not measured")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="steps; the median of the last two thirds counts"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="bases and runs go there")
     words = list(argv)
     own = words.index("--") if "--" in words else len(words)
@@ -117,7 +120,7 @@ def check_this_layout(layout: str, rest: list[str]) -> None:
 
 
 def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
-    """Write a converted base of random bf16 weights, a layer a file."""
+    """Write a converted base of random bf16 weights, a layer a file; drawn on the GPU if there is one."""
     import torch
     from safetensors.torch import save_file
 
@@ -135,10 +138,12 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
     described |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     (out / "config.json").write_text(json.dumps(described))
     files: dict[str, dict[str, torch.Tensor]] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, size in expected_shapes(LlamaConfig.from_hf(described)).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
-        values = torch.empty(size, dtype=torch.bfloat16)
-        files.setdefault(part, {})[name] = values.fill_(1.0) if len(size) == 1 else values.normal_(0.0, 0.02)
+        values = torch.empty(size, dtype=torch.bfloat16, device=device)
+        values = values.fill_(1.0) if len(size) == 1 else values.normal_(0.0, 0.02)
+        files.setdefault(part, {})[name] = values.cpu()
         if part != "rest" and name.endswith("down_proj.weight"):
             save_file(files.pop(part), out / f"model-{int(part):05d}.safetensors")
     save_file(files["rest"], out / "model-rest.safetensors")
@@ -185,6 +190,7 @@ def measured_run(folder: Path) -> None:
 
         def __init__(self) -> None:
             self.ends: list[tuple[float, float]] = []
+            """When each step ended, and its tokens."""
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             """Note when a step has ended, and its tokens."""
@@ -193,9 +199,9 @@ def measured_run(folder: Path) -> None:
             self.ends.append((time.perf_counter(), pl_module.last["tokens"]))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            """Write down the last two thirds."""
-            ends = self.ends[len(self.ends) // 3 :]
-            speed = sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0])
+            """Write down the median of the last two thirds."""
+            measured = pairwise(self.ends[len(self.ends) // 3 :])
+            speed = statistics.median(tokens / (end - start) for (start, _), (end, tokens) in measured)
             peak = torch.cuda.max_memory_allocated() if on_gpu else 0
             found = {"tokens_per_s": speed, "peak_bytes": peak}
             (folder / f"rank-{trainer.global_rank:03d}.json").write_text(json.dumps(found))

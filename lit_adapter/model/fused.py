@@ -25,9 +25,9 @@ from lit_adapter.model.matrices import (
     Float8Linear,
     Float8Matrix,
     Matrix,
-    PlainMatrix,
     join,
     joined,
+    side_by_side,
 )
 from lit_adapter.model.tiles import TilePlan, plan_tiles
 
@@ -123,7 +123,7 @@ def block_weights(block: Block) -> BlockWeights:
 
 def _plain_weights(block: Block) -> BlockWeights:
     groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
-    return BlockWeights(*(PlainMatrix(joined(*linears)) for linears in groups))
+    return BlockWeights(*(side_by_side(*linears) for linears in groups))
 
 
 def _groups(block: Block) -> list[tuple[Any, tuple[str, ...]]]:

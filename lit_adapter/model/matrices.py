@@ -7,7 +7,9 @@ kept; both together are as large as the matrix in bf16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +61,45 @@ class PlainMatrix:
     def outputs(self, start: int, end: int | None = None) -> PlainMatrix:
         """Return the matrix of some of the outputs."""
         return PlainMatrix(self.weight[start:end])
+
+
+class SplitMatrix:
+    """A matrix in bf16 or fp16 whose outputs lie in several tensors, as a cut base is gathered."""
+
+    quantised = False
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+        self.sizes = [len(weight) for weight in weights]
+
+    def __call__(self, x: Operand) -> Tensor:
+        """Return ``x W^T``."""
+        x = _plain(x)
+        y = x.new_empty(len(x), sum(self.sizes))
+        for weight, part in zip(self.weights, y.split(self.sizes, dim=1), strict=True):
+            torch.mm(x, weight.T, out=part)
+        return y
+
+    def add_to(self, total: Tensor, x: Operand) -> None:
+        """Add ``x W^T`` to ``total``, in place."""
+        for weight, part in zip(self.weights, total.split(self.sizes, dim=1), strict=True):
+            part.addmm_(_plain(x), weight.T)
+
+    def backward(self, dy: Operand) -> Tensor:
+        """Return ``dy W``."""
+        first, *rest = zip(self.weights, _plain(dy).split(self.sizes, dim=1), strict=True)
+        total = first[1] @ first[0]
+        for weight, part in rest:
+            total.addmm_(part, weight)
+        return total
+
+    def outputs(self, start: int, end: int | None = None) -> SplitMatrix:
+        """Return the matrix of some of the outputs."""
+        *firsts, all_ = accumulate(self.sizes, initial=0)
+        end = all_ if end is None else end
+        numbered = zip(self.weights, firsts, strict=True)
+        parts = [weight[max(start - first, 0) : max(end - first, 0)] for weight, first in numbered]
+        return SplitMatrix([part for part in parts if len(part)])
 
 
 def _plain(x: Operand) -> Tensor:
@@ -138,6 +179,12 @@ def join(*linears: Any) -> None:
     whole = torch.cat(weights)
     for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
+    """Return the matrix of layers that read the same input; no weight is copied."""
+    weights = [linear.weight.detach() for linear in linears]
+    return PlainMatrix(joined(*linears)) if _side_by_side(weights) else SplitMatrix(weights)
 
 
 def joined(*linears: Any) -> Tensor:

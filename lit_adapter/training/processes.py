@@ -119,6 +119,8 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*mid-epoch.*")
+    # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
 
 
 def take_over(trainer: Trainer, on_death: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     for block in model.layers:
         fully_shard(block, mesh=mesh, ignored_params=whole)
         register_fsdp_forward_method(block, "prefix_kv")
+    for block, following in pairwise(model.layers):  # asked for before its turn, not at it
+        block.set_modules_to_forward_prefetch([following])
     if not model.config.tie_embeddings:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
@@ -182,4 +185,6 @@ class ShardedLitAdapter(LitAdapter):
         for parameter in self.model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(self.device)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.device)
         self.is_ready = True
