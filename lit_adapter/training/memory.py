@@ -29,8 +29,8 @@ The fused blocks of the CUDA path keep, instead, in every adapted layer
 With recomputation every adapted layer keeps its input, s C, and one layer at a time all of the above.
 
 Of weights cut over N devices (``shards=N``) each holds its share, the whole head, and three layers: the one
-at work, the one fetched ahead, and what it arrives in; the fused blocks lay matrices side by side, a fourth.
-Adapter and activations are those of one device, which computes its own rows.
+at work, the one fetched ahead, and what it arrives in. Adapter and activations are those of one device, which
+computes its own rows.
 
 Where P devices share the heads (``tensor_parallel=P``), H, G and M above are those of one device, and so are
 its layers: 1/P of each. The rest, embeddings and head, is cut over the N/P groups; with one group nothing is
@@ -156,7 +156,7 @@ def estimate(
     layer //= tensor_parallel
     weights = (weights + model.n_layer * layer) * stored
     if shards > tensor_parallel:
-        gathered = (3 if path == "plain" else 4) * layer + model.vocab_size * model.n_embd
+        gathered = 3 * layer + model.vocab_size * model.n_embd
         weights = math.ceil(weights / (shards // tensor_parallel)) + gathered * stored
     trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, model).values())
     copied = computed * row.tokens * model.n_embd if tensor_parallel > 1 else 0
