@@ -41,8 +41,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         """Let a GPU finish a row before the next one begins.
 
-        Else the output head that is gathered for the next row comes out wrong in some of them: seen with
-        torch 2.11 and NCCL on two H100, where it never happens with the wait.
+        Else some rows' losses and gradients come out wrong when the base is gathered for the next one: seen
+        with torch 2.11 and NCCL on two H100 (docs/many_gpus.md), and never with the wait.
         """
         super().post_backward(closure_loss)
         if self.root_device.type == "cuda":
