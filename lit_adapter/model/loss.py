@@ -60,13 +60,12 @@ def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> t
         from lit_adapter.model.kernels.loss import cross_entropy_
 
         return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits
-    wide, target = widen(logits), target_id[:, None]
-    log_total = wide.logsumexp(-1, keepdim=True)
-    total = (log_total - wide.gather(-1, target)).sum()
+    target = target_id[:, None]
+    share = widen(logits).log_softmax(-1)  # one pass a row; logsumexp would write all of it out twice
+    total = -share.gather(-1, target).sum()
     if not wants_gradient:
         return total, logits
-    share = wide.sub_(log_total).exp_()
-    share.scatter_add_(-1, target, share.new_full(target.shape, -1.0))
+    share.exp_().scatter_add_(-1, target, share.new_full(target.shape, -1.0))
     return total, share.to(logits.dtype)
 
 
