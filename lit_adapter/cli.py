@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -67,7 +66,7 @@ def parse_finetune(argv: Sequence[str]) -> FinetuneRequest:
     parser.add_class_arguments(Config, nested_key=None)
     for path in _config_files(argv):
         check_config_file(path)
-    parsed = parse(parser, [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in argv])
+    parsed = parse(parser, argv)
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
     return FinetuneRequest(Config(**values), parsed.get("resume"), parsed.get("dry_run", False))

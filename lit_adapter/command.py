@@ -59,16 +59,23 @@ def command_parser(program: str, description: str) -> Any:
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Any:
-    """Parse ``argv`` with a parser made by `command_parser`.
+    """Parse ``argv`` with a parser made by `command_parser`; ``--a-b`` and ``--a_b`` are one option.
 
     Raises:
         UserError: the first mistake, with the nearest right option name where one was misspelt.
     """
+    options = {action.dest: action.option_strings for action in parser._actions}
+    known = {option.replace("_", "-"): option for option in chain(*options.values())}
     try:
-        return parser.parse_args(list(argv))
+        return parser.parse_args([_as_known(word, known) for word in argv])
     except argparse.ArgumentError as error:
-        options = {action.dest: action.option_strings for action in parser._actions}
         raise UserError(_one_line(str(error), options)) from None
+
+
+def _as_known(word: str, known: dict[str, str]) -> str:
+    """Return an option as its parser spells it; other words unchanged."""
+    name, equals, value = word.partition("=")
+    return known.get(name.replace("_", "-"), name) + equals + value if name.startswith("--") else word
 
 
 def check_least(options: Any, least: int, *names: str) -> None:

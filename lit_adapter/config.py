@@ -89,8 +89,11 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     """The schedule's last rate, as a share of the peak."""
     weight_decay: float = 0.02
+    """AdamW's, of prompts and gates."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's: how much of its two averages stays at each step."""
     eps: float = 1e-8
+    """AdamW's: what is added to the root of the second average."""
     clip: float | None = 1.0
     """Largest gradient norm; null switches clipping off."""
     max_bad_steps: int = 5
@@ -132,12 +135,13 @@ class OptimConfig:
 class TrainerConfig:
     """Where and how Lightning's Trainer runs, and how often it reports."""
 
-    accelerator: str = "auto"
-    """auto, cpu, or cuda (gpu)."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
+    """cuda and gpu are one; CUDA_VISIBLE_DEVICES chooses among several GPUs."""
     devices: int | str = 1
     """Devices per node: a number, or auto for all."""
     num_nodes: int = 1
-    strategy: str = "auto"
+    """Nodes, each started by torchrun or SLURM."""
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     """ddp: the base whole on every device. fsdp2: cut over the devices, for bases that do not fit one.
     auto: ddp where there are several devices."""
     tensor_parallel: int = 1

@@ -14,22 +14,23 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(name: str | None = None) -> torch.device:
-    """Return the named device, or the first CUDA device, or the CPU.
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the named device, or CUDA's current device, or the CPU.
+
+    Kernels and graphs go to CUDA's current device, so that no other can be named.
 
     Raises:
         UserError: a device that is not there.
     """
     if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device("cuda" if name == "gpu" else str(name))
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise UserError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    name = str(name)
+    if name not in ("cpu", "cuda", "gpu", "cuda:0"):
+        hint = "; to use another GPU set CUDA_VISIBLE_DEVICES" if name.startswith("cuda:") else ""
+        raise UserError(f"device is {name!r}; expected auto, cpu or cuda{hint}")
+    device = torch.device("cpu" if name == "cpu" else "cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name!r}, but this machine has no CUDA device; use cpu")
     return device
 
 

@@ -45,7 +45,7 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--first-token-prompt", type=int, help="prompt timed to its first token (512; CPU 200)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--base-precision", default="auto", help="of the frozen base: auto or a dtype's name")
     parser.add_argument("--seed", type=int, default=1337, help="of weights, records and adapters")
     options = parse(parser, argv)

@@ -28,7 +28,7 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument("--max-steps", type=int, help="length of each run, whatever --epochs says")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these rows of the table")
     parser.add_argument("--subset", choices=["all", "quick"], default="all", help="quick: one rate a method")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base"
     )

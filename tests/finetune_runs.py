@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 TINY = Path(__file__).parent / "configs" / "tiny.yaml"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
@@ -26,3 +29,12 @@ def arguments(base: Path, data: Path, out: Path, *options: str) -> list[str]:
     """The command line of a tiny run."""
     fixed = ["--base", str(base), "--data.train", str(data), "--out", str(out)]
     return ["--config", str(TINY), *fixed, *options]
+
+
+def config_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a configuration, with its type."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from config_fields(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
-from finetune_runs import Stopper
+from finetune_runs import Stopper, config_fields
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -318,14 +318,35 @@ def test_batches_too_large_for_the_data_are_refused(tiny: Callable[..., Config])
         finetune(tiny("--optim.batch_size", "64"), say=Stopper())
 
 
-def test_every_config_field_reaches_the_command_line(tiny: Callable[..., Config]) -> None:
-    config = tiny(
-        "--optim.betas", "[0.8, 0.9]", "--adapter.layers", "null", "--data.columns.input", "context"
-    )
-    assert config.optim.betas == (0.8, 0.9)
-    assert config.adapter.layers is None
-    assert config.data.columns.input == "context"
-    assert dataclasses.is_dataclass(config.trainer)
+def another(hint: Any, default: Any) -> Any:
+    """A value of a field's type that is not its default."""
+    kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return next(kind for kind in kinds if kind != default)
+    if hint == tuple[float, float]:
+        return (0.5, 0.6)
+    if bool in kinds:
+        return not default
+    if int in kinds:
+        return 12 if default is None else int(default) + 3
+    return 0.25 if float in kinds else f"another {default}"
+
+
+@pytest.mark.parametrize("apart", ["optim.lr", "optim.base_lr"])  # one of the two at a time
+def test_every_config_field_reaches_the_command_line(apart: str) -> None:
+    def value_in(config: Any, name: str) -> Any:
+        for key in name.split("."):
+            config = getattr(config, key)
+        return config
+
+    values = {name: another(hint, value_in(Config(), name)) for name, hint in config_fields(Config)}
+    del values[apart]
+    argv = []
+    for name, value in values.items():
+        spelling = name if apart == "optim.lr" else name.replace("_", "-")
+        argv += [f"--{spelling}", value if isinstance(value, str) else json.dumps(value)]
+    config = parse_finetune(argv).config
+    assert {name: value_in(config, name) for name in values} == values
 
 
 def test_signals_are_given_back_after_a_run(tiny: Callable[..., Config]) -> None:

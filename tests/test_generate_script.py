@@ -160,7 +160,8 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--base b --prompt x --top_k x", "top_k"),
         ("--adapter nowhere.safetensors --prompt x", "nowhere.safetensors: no such adapter file"),
         ("--base nowhere --prompt x", "nowhere"),
-        ("--base b --prompt x --device abacus", "device is 'abacus'"),
+        ("--base b --prompt x --device abacus", "device is 'abacus'; expected auto, cpu or cuda"),
+        ("--base b --prompt x --device cuda:1", "to use another GPU set CUDA_VISIBLE_DEVICES"),
         ("--base b --prompts nowhere.jsonl --output z", "nowhere.jsonl: file not found"),
     ],
 )

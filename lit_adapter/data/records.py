@@ -22,9 +22,11 @@ class Columns:
     """What the data calls the three fields of a record."""
 
     instruction: str = "instruction"
+    """Must be there; an empty one is an error."""
     input: str = "input"
     """May be absent from the data under its usual name: every input is then empty."""
     output: str = "output"
+    """Must be there; records without text in it are left out."""
 
     def __post_init__(self) -> None:
         names = [getattr(self, item.name) for item in fields(self)]

@@ -42,7 +42,7 @@ def parser() -> Any:
     options.add_argument(
         "--template", type=str, help="of a plain base: alpaca (default), chat, a text or file"
     )
-    options.add_argument("--device", type=str, help="cpu, cuda or cuda:N; by default CUDA where there is one")
+    options.add_argument("--device", type=str, help="cpu or cuda; by default CUDA where there is one")
     options.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; by default the faster one")
     _add_sampling(options)
     return options

@@ -162,7 +162,7 @@ def load(
     Args:
         adapter: an ``adapter.safetensors``; None for the plain base.
         base: a converted base folder; by default the one the adapter names, under ``checkpoints/``.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; by default CUDA where there is one.
+        device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default bf16 where the device is faster with it.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
 

@@ -46,7 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         super().post_backward(closure_loss)
         if self.root_device.type == "cuda":
-            torch.cuda.current_stream(self.root_device).synchronize()
+            torch.cuda.synchronize(self.root_device)
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Average the gradients over the processes, then step as usual."""
@@ -72,11 +72,7 @@ def is_sharded(options: TrainerConfig) -> bool:
 
 
 def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | str:
-    """Return Lightning's strategy for a run.
-
-    Raises:
-        UserError: an unknown name.
-    """
+    """Return Lightning's strategy for a run."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if is_sharded(options):
         return ShardedStrategy(
@@ -88,8 +84,6 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
     if options.strategy == "ddp" or (options.strategy == "auto" and several):
         # Every process reads the frozen base itself: without init_sync the first would send it to all.
         return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, init_sync=False)
-    if options.strategy != "auto":
-        raise UserError(f"trainer.strategy is {options.strategy!r}; expected auto, ddp or fsdp2")
     return "auto"
 
 

@@ -106,7 +106,10 @@ ROWS = [
         55, "too many devices", options("--trainer.devices", 999), r"devices is 999, but this machine has \d+"
     ),
     Row(
-        55, "no gpu", options("--trainer.accelerator", "cuda:9"), r"device cuda:9: this machine has \d+ CUDA"
+        55,
+        "no such device",
+        options("--trainer.accelerator", "cuda:9"),
+        r"'cuda:9'; expected one of auto, cpu",
     ),
     Row(56, "16-true", options("--trainer.precision", "16-true"), r"16-true; fp16 gradients underflow"),
     Row(56, "16-mixed", options("--trainer.precision", "16-mixed"), r"16-mixed, which needs a GPU; use"),
