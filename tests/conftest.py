@@ -50,7 +50,17 @@ def tiny_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted base: four layers, grouped queries, and a byte-level tokenizer trained here."""
-    source = tmp_path_factory.mktemp("base") / "source"
+    return make_base(tmp_path_factory.mktemp("base"), hidden_size=48)
+
+
+@pytest.fixture(scope="session")
+def fused_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 16, which the CUDA kernels compute."""
+    return make_base(tmp_path_factory.mktemp("fused"), hidden_size=64)
+
+
+def make_base(folder: Path, *, hidden_size: int) -> Path:
+    source = folder / "source"
     source.mkdir()
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,7 +78,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "tokenizer_config.json").write_text(json.dumps(described))
     model = transformers_llama(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=48,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,

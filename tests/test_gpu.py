@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import TINY, Stopper
+from finetune_runs import Stopper, arguments
 from safetensors.torch import load_file
 
 import lit_adapter
 from lit_adapter.config import Config
+from lit_adapter.model.llama import Block
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -48,37 +49,64 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[..., Config], tiny_base: P
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices", "tensor_parallel"),
-    [("ddp", 1, 1), ("ddp", 2, 1), ("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)],
+    ("options", "tolerance"),
+    [((), 0.02), (("--trainer.recompute", "true"), 0.02), (("--trainer.base_precision", "fp8"), 0.1)],
+    ids=["bf16", "recompute", "fp8"],
 )
+def test_fused_blocks_learn_what_the_modules_learn(
+    tiny: Callable[..., Config],
+    fused_base: Path,
+    options: tuple[str, ...],
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lit_adapter.model.fused import FusedView
+
+    computed: list[int] = []
+    block = FusedView.block
+
+    def seen(view: FusedView, module: Block, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        computed.append(module.self_attn.index)
+        return block(view, module, x, rows)
+
+    base = ("--base", str(fused_base))
+    finetune(tiny(*base, out="cpu"), say=Stopper())
+    monkeypatch.setattr(FusedView, "block", seen)
+    cuda = ("--trainer.accelerator", "cuda", "--trainer.precision", "bf16-true")
+    finetune(tiny(*base, *cuda, *options, out="gpu"), say=Stopper())
+    assert set(computed) == {0, 1, 2, 3}
+    cpu, gpu = (read_adapter(Path(tiny(out=out).out) / "adapter.safetensors")[0] for out in ("cpu", "gpu"))
+    assert gpu.training["val_loss"] == pytest.approx(cpu.training["val_loss"], abs=tolerance)
+
+
+LAYOUTS = [("ddp", 1, 1), ("ddp", 2, 1), ("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)]
+
+
+@pytest.mark.parametrize(("strategy", "devices", "tensor_parallel"), LAYOUTS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])  # the modules; the fused blocks
 def test_gpus_together_take_the_steps_of_one(
     tiny: Callable[..., Config],
-    tiny_base: Path,
+    fused_base: Path,
     tiny_records: Path,
     tmp_path: Path,
     strategy: str,
     devices: int,
     tensor_parallel: int,
+    precision: str,
 ) -> None:
     if devices > torch.cuda.device_count():
         pytest.skip(f"needs {devices} CUDA devices")
-    options = ["--trainer.accelerator", "cuda", "--optim.max_steps", "5"]
+    options = ["--base", str(fused_base), "--trainer.accelerator", "cuda", "--trainer.precision", precision]
+    options += ["--optim.max_steps", "5"]
     finetune(tiny(*options, out="one"), say=Stopper())
-    script = [
-        sys.executable,
-        "scripts/finetune.py",
-        "--config",
-        str(TINY),
-        "--base",
-        str(tiny_base),
-        *options,
-    ]
     layout = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
     layout += ["--trainer.tensor_parallel", str(tensor_parallel)]
-    arguments = [*script, "--data.train", str(tiny_records), "--out", str(tmp_path / "together"), *layout]
+    given = arguments(fused_base, tiny_records, tmp_path / "together", *options, *layout)
+    script = [sys.executable, "scripts/finetune.py", *given]
     root = Path(__file__).parents[1]
-    done = subprocess.run(arguments, cwd=root, env=os.environ, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(script, cwd=root, env=os.environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     one, together = (load_file(tmp_path / out / "adapter.safetensors") for out in ("one", "together"))
+    tolerance = 1e-5 if precision == "32-true" else 5e-3
     for name, tensor in one.items():
-        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-5, msg=f"{name}: {{}}".format)
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
