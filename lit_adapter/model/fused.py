@@ -29,16 +29,13 @@ from lit_adapter.model.matrices import (
     joined,
     side_by_side,
 )
-from lit_adapter.model.tiles import TilePlan, plan_tiles
-
-LONGEST_PROMPT = 64
-"""Prompt rows that fit the attention kernel's registers beside its queries."""
+from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_tiles
 
 
 def applies(model: Llama) -> bool:
     """Whether these kernels compute ``model``: frozen plain layers in bf16 or fp16, all heads, on CUDA."""
     weight, D = model.embed_tokens.weight, model.config.head_dim
-    fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and D in (16, 32, 64, 128)
+    fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and D in HEAD_SIZES
     fits = fits and model.n_parts == 1
     return fits and not torch.is_autocast_enabled() and all(_block_applies(block) for block in model.layers)
 

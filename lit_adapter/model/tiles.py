@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lit_adapter.model.attention import PackedRow
 
+HEAD_SIZES = (16, 32, 64, 128)
+"""Head sizes that the kernels compute."""
+LONGEST_PROMPT = 64
+"""Prompt rows that fit the attention kernel's registers beside its queries."""
 QUERY_TILE = 64
 KEY_TILE = 64
 VISITING_TILE = 32

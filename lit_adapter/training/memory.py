@@ -51,6 +51,7 @@ from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentGroup, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.loss import CHUNK_LOGITS
+from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 from lit_adapter.weights.base_folder import expected_shapes as base_shapes
 
 Path = Literal["plain", "fused"]
@@ -249,7 +250,7 @@ def path_of(
     """Return how the blocks of such a run will be computed."""
     if tensor_parallel > 1:
         return "plain"
-    narrow = device == "cuda" and precision == "bf16-true" and model.head_dim in (16, 32, 64, 128)
-    plain_prefix = adapter.prompt_length <= 64 and not adapter.dropout
+    narrow = device == "cuda" and precision == "bf16-true" and model.head_dim in HEAD_SIZES
+    plain_prefix = adapter.prompt_length <= LONGEST_PROMPT and not adapter.dropout
     plain_prefix = plain_prefix and adapter.version == "v1"
     return "fused" if narrow and plain_prefix and not (model.attention_bias or model.mlp_bias) else "plain"
