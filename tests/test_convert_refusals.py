@@ -273,6 +273,10 @@ META: dict[str, tuple[Callable[[Path], Any], str]] = {
         "consolidated.00.pth: file not found, but consolidated.01.pth is there",
     ),
     "truncated": (lambda p: cut(p / "consolidated.01.pth"), "consolidated.01.pth: truncated or damaged"),
+    "one byte": (
+        lambda p: (p / "consolidated.01.pth").write_bytes(b"P"),
+        "consolidated.01.pth: truncated or damaged: it does not begin as a torch.save file; fetch it again",
+    ),
     "layers": (
         lambda p: edit_json(p / "params.json", n_layers=3),
         "consolidated.00.pth: tensors layers.2.attention_norm.weight, .* missing, .*sizes in params.json",

@@ -148,6 +148,28 @@ def test_a_file_cut_or_changed_anywhere_is_refused_or_read_whole(tmp_path: Path)
             continue
 
 
+@pytest.mark.parametrize("content", [b"P", b"PK", b"weights, once", b"\x1f\x8b\x08\x00" + bytes(90)])
+@pytest.mark.parametrize("read", [read_torch_file, TorchShard])
+def test_what_begins_otherwise_is_called_damaged(tmp_path: Path, content: bytes, read: Any) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    reason = "truncated or damaged: it does not begin as a torch.save file; fetch it again"
+    assert str(caught.value) == f"{path}: {reason}"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content", [b"\x80" * 8, b"\x80\x04\x95\x0c"])
+@pytest.mark.parametrize("read", [read_torch_file, TorchShard])
+def test_torchs_own_words_are_left_out(tmp_path: Path, content: bytes, read: Any) -> None:
+    """Its warning of another pickle protocol, and its advice of several lines."""
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"\((EOFError|Unsupported operand 149)\)|objects than tensors, "):
+        read(path)
+
+
 def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     content: Any = 1
     for _ in range(30):

@@ -9,7 +9,9 @@ import json
 import math
 import pickle
 import struct
+import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +74,41 @@ def refuse_stand_in(path: Path) -> None:
         raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' there")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path}: is a web page, not the file itself; {AGAIN}")
+
+
+def is_zipped(path: Path) -> bool:
+    """Tell whether a ``torch.save`` file is an archive, as since PyTorch 1.6, that can be mapped.
+
+    Raises:
+        UserError: it begins like neither kind.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start == b"PK\x03\x04":
+        return True
+    if len(start) < 4 or start[0] != 0x80:  # a pickle of protocol 2 or later
+        raise UserError(f"{path}: truncated or damaged: it does not begin as a torch.save file; {AGAIN}")
+    return False
+
+
+def load_tensors(path: Path, *, mapped: bool, also: Sequence[type] = ()) -> Any:
+    """Return what PyTorch's restricted unpickler makes of a file, without its warnings.
+
+    Args:
+        path: a ``torch.save`` file.
+        mapped: keep tensors on disk until they are read.
+        also: types that it may build beside its own.
+    """
+    with warnings.catch_warnings(), torch.serialization.safe_globals(list(also)):
+        warnings.simplefilter("ignore")  # of pickle protocols, which damage can change
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def reason(error: BaseException) -> str:
+    """Return the line of PyTorch's text that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if any(word in line for word in ("GLOBAL", "instruction", "operand"))]
+    return (telling or [line for line in lines if line] or [type(error).__name__])[0][:160]
 
 
 def read_bytes(path: Path, offset: int, count: int) -> bytearray:
@@ -150,9 +187,7 @@ class TorchShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_stand_in(path)
-        with path.open("rb") as stream:
-            zipped = stream.read(4) == b"PK\x03\x04"
-        self._mapped = zipped  # files of before PyTorch 1.6 cannot be mapped and are held whole
+        self._mapped = is_zipped(path)  # files of before PyTorch 1.6 cannot be mapped and are held whole
         self._n_touched = 0
         self._tensors = self._load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -165,15 +200,14 @@ class TorchShard:
         try:
             if self._mapped and not zipfile.is_zipfile(self.path):
                 raise UserError(f"{self.path}: truncated or damaged; {AGAIN}")
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            content = load_tensors(self.path, mapped=self._mapped)
         except pickle.UnpicklingError:
             raise UserError(
                 f"{self.path}: damaged, or holds other objects than tensors, which could run code; "
                 "use the safetensors version of this checkpoint"
             ) from None
         except OF_DAMAGE as error:
-            reason = str(error).split("\n")[0][:200]
-            raise UserError(f"{self.path}: truncated or damaged ({reason}); {AGAIN}") from None
+            raise UserError(f"{self.path}: truncated or damaged ({reason(error)}); {AGAIN}") from None
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds a {type(content).__name__}; expected named tensors")
         for name, value in content.items():

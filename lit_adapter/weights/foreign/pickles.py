@@ -14,11 +14,18 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.weights.shards import AGAIN, OF_DAMAGE, refuse_odd_tensor, refuse_stand_in
+from lit_adapter.weights.shards import (
+    AGAIN,
+    OF_DAMAGE,
+    is_zipped,
+    load_tensors,
+    reason,
+    refuse_odd_tensor,
+    refuse_stand_in,
+)
 
 PLAIN = (str, int, float, bool, type(None))
 DEEPEST = 20
@@ -33,27 +40,20 @@ def read_torch_file(path: Path) -> Any:
             values; nothing of it has run.
     """
     refuse_stand_in(path)
-    with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
+    zipped = is_zipped(path)
     try:
         if zipped and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: truncated or damaged; {AGAIN}")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = load_tensors(path, mapped=zipped, also=[argparse.Namespace])
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: damaged, or holds other objects than tensors and plain values, which could run code "
-            f"({_reason(error)}); ask for the adapter's tensors alone"
+            f"({reason(error)}); ask for the adapter's tensors alone"
         ) from None
     except OF_DAMAGE as error:
-        raise UserError(f"{path}: truncated or damaged ({_reason(error)}); {AGAIN}") from None
+        raise UserError(f"{path}: truncated or damaged ({reason(error)}); {AGAIN}") from None
     _check(content, str(path), "", 0)
     return content
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "instruction" in line]
-    return (lines or str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _check(value: Any, source: str, place: str, depth: int) -> None:
