@@ -113,11 +113,12 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
                 f"{path}:{line}: '{prefix}{key}' has the tag {value_node.tag}; give a plain value"
             )
         if key not in known:
-            raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{nearest(key, list(known))}")
+            hint = nearest(key, [*known, *_all_keys(Config)])  # those of its own section first
+            raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{hint}")
         if key in seen:
             raise UserError(f"{path}:{line}: key '{prefix}{key}' is given twice; keep one")
         seen.add(key)
-        inner = next((k for k in (known[key], *get_args(known[key])) if is_dataclass(k)), None)
+        inner = _section(known[key])
         if inner is None:
             _check_plain(value_node, f"{path}:{line}: '{prefix}{key}'")
             continue
@@ -126,6 +127,20 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
                 f"{path}:{line}: '{prefix}{key}' must hold keys such as {', '.join(get_type_hints(inner))}"
             )
         _check_keys(value_node, inner, path, f"{prefix}{key}.")
+
+
+def _section(kind: Any) -> Any:
+    """Return the dataclass of a key's type, or None for a plain value."""
+    return next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
+
+
+def _all_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Return the full names of all keys below a section."""
+    found = []
+    for name, inner in get_type_hints(kind).items():
+        section = _section(inner)
+        found += _all_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return found
 
 
 def _check_plain(node: yaml.Node, place: str) -> None:
