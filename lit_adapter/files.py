@@ -169,10 +169,11 @@ def existing_parent(path: Path) -> Path:
 
 
 def free_path(path: Path) -> Path:
-    """Return a path, or its name with the first number that is not taken."""
+    """Return a path, or its name with the first number that is not taken: before a file's suffix."""
     free, number = path, 2
+    suffix = "" if path.is_dir() else path.suffix
     while free.exists():
-        free = path.with_stem(f"{path.stem}-{number}")
+        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
         number += 1
     return free
 

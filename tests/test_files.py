@@ -219,6 +219,17 @@ def test_a_probe_leaves_nothing_and_names_what_cannot_be_written(tmp_path: Path)
         files.probe(Path("/proc/run"))
 
 
+def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    """Before a file's suffix, and at the end of a folder's name, whose dots mean nothing."""
+    assert files.free_path(tmp_path / "run.v2") == tmp_path / "run.v2"
+    for name in ("run.v2", "run.v2-2", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-8.aside").touch()
+    assert files.free_path(tmp_path / "run.v2") == tmp_path / "run.v2-3"
+    assert files.free_path(tmp_path / "run") == tmp_path / "run-2"
+    assert files.free_path(tmp_path / "step-8.aside") == tmp_path / "step-8-2.aside"
+
+
 def test_a_path_below_home_is_saved_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     shortened: Callable[[str], str] = files.without_home
