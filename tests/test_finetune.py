@@ -218,6 +218,27 @@ def test_a_checkpoint_of_sound_bytes_but_wrong_contents_is_named(tiny: Callable[
     assert any("step 4, the newest complete" in line for line in lines.lines)
 
 
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tiny: Callable[..., Config]) -> None:
+    """Written before the settings existed; the one that differs from its default is said, or refused."""
+    finetune(tiny("--optim.max_steps", "4"), say=Stopper())
+    path = Path(tiny().out) / "checkpoints" / "step-0000004.ckpt"
+    checkpoint = read_checkpoint(path)
+    for key in ("trainer.tensor_parallel", "trainer.samples", "optim.betas"):
+        del checkpoint["lit_adapter"]["changeable"][key]
+    for key in ("base_precision", "init_from", "adapter.gate"):
+        del checkpoint["lit_adapter"]["identity"][key]
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+    with pytest.raises(UserError, match="another run: adapter.gate was 'tanh', now 'identity'$"):
+        finetune(tiny("--adapter.gate", "identity"), resume="last", say=Stopper())
+    lines = Stopper()
+    assert finetune(tiny("--optim.max_steps", "5"), resume="last", say=lines) == 0
+    changes = [line for line in lines.lines if "changed from" in line]
+    assert changes == [
+        "resuming with optim.max_steps changed from 4 to 5",
+        "resuming with trainer.samples changed from 3 to 1",  # tiny.yaml has 1
+    ]
+
+
 def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Config]) -> None:
     """The later ones are set aside, so that the branch's own checkpoints are the newest."""
     finetune(tiny("--optim.max_steps", "12"), say=Stopper())

@@ -323,7 +323,6 @@ class _Run:
             "tokenizer": self.identity.tokenizer[:16],
             "template": self.template.to_dict(),
             "precision": self.precision,
-            "base_precision": self.config.trainer.base_precision,
             "init_from": self.start.sha256,
             **{f"data.{key}": value for key, value in data.identity().items()},
         }

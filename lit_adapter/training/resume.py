@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lit_adapter.config import DEFAULT_LR, OptimConfig
+from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
-from lit_adapter.training.run_folder import AnotherRunError, RunFolder
+from lit_adapter.training.run_folder import AnotherRunError, RunFolder, changeable, identity, plain
 from lit_adapter.weights.adapter_file import read_adapter
 
 RATES = ("optim.lr", "optim.base_lr")
@@ -87,6 +87,7 @@ def is_written(adapter: Path, checkpoint: Path | None) -> bool:
 
 
 def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    saved = plain(identity(Config())) | saved  # what an earlier version did not know had its default
     differences = [
         f"{key} was {saved.get(key)!r}, now {value!r}"
         for key, value in own.items()
@@ -100,9 +101,10 @@ def _changes(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
     before, now = _peak_lr(saved), _peak_lr(own)
     if before != now:
         yield f"optim.lr changed from {before:g} to {now:g}"
+    settings = plain(changeable(Config())) | saved["changeable"]  # as in `_compare`
     for key, value in own["changeable"].items():
-        if key not in RATES and saved["changeable"].get(key) != value:
-            yield f"{key} changed from {_shown(saved['changeable'].get(key))} to {_shown(value)}"
+        if key not in RATES and settings[key] != value:
+            yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"
     schedule, warmup = own["identity"]["optim.schedule"], own["identity"]["optim.warmup"]
     if saved["steps"] != own["steps"] and (schedule != "constant" or 0 < warmup < 1):
         yield (

@@ -200,7 +200,8 @@ def identity(config: Config, **facts: Any) -> dict[str, Any]:
         f"optim.{key}": plain["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
     }
     adapter = {f"adapter.{key}": value for key, value in plain["adapter"].items()}
-    return {"seed": config.seed, **adapter, **data, **optim, **facts}
+    base_precision = {"base_precision": config.trainer.base_precision}
+    return {"seed": config.seed, **adapter, **data, **optim, **base_precision, **facts}
 
 
 def changeable(config: Config) -> dict[str, Any]:
