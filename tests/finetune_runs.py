@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
+PR_SET_PDEATHSIG = 1
+_SYSTEM = ctypes.CDLL(None)  # loaded before any fork
 TINY = Path(__file__).parent / "configs" / "tiny.yaml"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
 
@@ -38,3 +43,22 @@ def config_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from config_fields(hint, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, so that a killed test leaves no run."""
+    if hasattr(_SYSTEM, "prctl"):  # on Linux
+        _SYSTEM.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def launch(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that ends with this one; ``log`` gets what it prints."""
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )

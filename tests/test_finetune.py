@@ -228,7 +228,7 @@ def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tiny: Callabl
     for key in ("base_precision", "init_from", "adapter.gate"):
         del checkpoint["lit_adapter"]["identity"][key]
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
-    with pytest.raises(UserError, match="another run: adapter.gate was 'tanh', now 'identity'$"):
+    with pytest.raises(UserError, match=r"another run: adapter\.gate was 'tanh', now 'identity'$"):
         finetune(tiny("--adapter.gate", "identity"), resume="last", say=Stopper())
     lines = Stopper()
     assert finetune(tiny("--optim.max_steps", "5"), resume="last", say=lines) == 0

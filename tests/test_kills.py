@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from finetune_runs import SCRIPT, arguments
+from finetune_runs import SCRIPT, arguments, launch
 from warm_runs import Run
 
 from lit_adapter.errors import UserError
@@ -54,12 +54,7 @@ def last_step(output: str) -> int:
 
 def killed_cold(command: list[str], seconds: float, cache: dict[str, str], log: Path) -> str:
     """A process with its imports, killed after ``seconds``; returns what it has printed."""
-    with (
-        log.open("w") as stream,
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *command], env=os.environ | cache, stdout=stream, stderr=stream
-        ) as process,
-    ):
+    with launch([sys.executable, str(SCRIPT), *command], cache, log) as process:
         time.sleep(seconds)
         process.kill()
     return log.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from finetune_runs import SCRIPT, arguments
+from finetune_runs import SCRIPT, arguments, launch
 from warm_runs import Run, two_ranks
 
 from lit_adapter.training.checkpoint import read_checkpoint
@@ -164,13 +164,6 @@ def test_two_processes_agree(
     assert saved_and_said(tmp_path / "run", first.output) == {"l": 4, "": 4, "v": 0}[events[0][:1]]
 
 
-def launch(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            command, env=os.environ | environment, stdout=stream, stderr=stream, start_new_session=True
-        )
-
-
 def wait_for(log: Path, text: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while text not in log.read_text():
@@ -262,6 +255,22 @@ def test_a_process_that_dies_is_named(
     while processes_of(out):
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_what_a_test_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Also in a session of its own, and where the test is killed."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from finetune_runs import launch\n"
+        "print(launch(['sleep', '300'], {}, Path(sys.argv[1])).pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, end = Path(f"/proc/{int(done.stdout)}/status"), time.monotonic() + 10
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < end, status.read_text()
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

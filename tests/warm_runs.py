@@ -19,7 +19,7 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from finetune_runs import SCRIPT
+from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_adapter import files
@@ -117,6 +117,7 @@ def _script(
     poison: int | None,
 ) -> None:
     os.setpgid(0, 0)
+    end_with_parent()
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
