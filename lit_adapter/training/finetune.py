@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lit_adapter import files
 from lit_adapter.config import Config, with_learning_rate
-from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.packing import Packer
 from lit_adapter.data.summary import describe
@@ -30,6 +29,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
+from lit_adapter.training.adapter_writer import AdapterWriter
 from lit_adapter.training.callbacks import (
     Bar,
     BestAdapter,
@@ -39,7 +39,6 @@ from lit_adapter.training.callbacks import (
     Validation,
     shows_bar,
 )
-from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
@@ -60,13 +59,10 @@ from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter, check_heads
 from lit_adapter.training.signals import Signals
 from lit_adapter.training.start import Start, read_start
-from lit_adapter.training.strategy import check_layout, choose_strategy, is_sharded, launcher_plugins
+from lit_adapter.training.strategy import check_layout, is_sharded
+from lit_adapter.training.trainer import make_trainer
 from lit_adapter.training.trunk_cache import TrunkCache, check_room, trunk_files
-from lit_adapter.weights.adapter_file import (
-    AdapterInfo,
-    base_identity,
-    save_adapter,
-)
+from lit_adapter.weights.adapter_file import base_identity
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -150,6 +146,7 @@ class _Run:
         self.template = resolve_template(config.data.template, self.tokenizer)
         self.identity = base_identity(self.base)
         self.start = self._start()
+        self._writer = AdapterWriter(config, self.identity, self.base_config, self.template)
 
     def _start(self) -> Start:
         """Return the adapter that `init_from` names, having seen that it fits this run."""
@@ -245,7 +242,7 @@ class _Run:
         if data.val_packer is not None:
             summary["val_loss"] = module.val_loss
         if trainer.is_global_zero:
-            self._write_adapter(self.folder.adapter, adapter_state(module.model), summary)
+            self._writer.write(self.folder.adapter, adapter_state(module.model), summary)
             size = self.folder.adapter.stat().st_size
             took = time.perf_counter() - start
             done = f"after {counted(step, 'step')}, {took:.0f} s in all"
@@ -337,27 +334,10 @@ class _Run:
         n_steps: int | None = None,
     ) -> pl.Trainer:
         """Return a trainer; with ``n_steps`` it stops after so many and draws nothing."""
-        options = self.config.trainer
-        trainer = pl.Trainer(
-            accelerator=self.device.type,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            strategy=choose_strategy(options, self.device),
-            precision=self.precision if "mixed" in self.precision else "32-true",  # type: ignore[arg-type]
-            max_epochs=1,  # our sampler's one pass is the whole run, all epochs in it
-            check_val_every_n_epoch=2,  # never: our own callback validates
-            limit_val_batches=None if data.val_packer is not None else 0,
-            limit_train_batches=n_steps,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=n_steps is None and Curves(self.folder.path, purge_step, self.say),
-            callbacks=callbacks,
-            plugins=[DurableCheckpointIO(), *launcher_plugins()],
-            inference_mode=not is_sharded(options),  # what it gathers then could not be trained with later
-            enable_checkpointing=False,
-            enable_progress_bar=shows_bar(options) and n_steps is None,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
+        curves = Curves(self.folder.path, purge_step, self.say) if n_steps is None else None
+        validates = data.val_packer is not None
+        trainer = make_trainer(
+            self.config.trainer, self.device, self.precision, callbacks, curves, validates, n_steps
         )
         take_over(trainer, self._on_death)
         return trainer
@@ -375,7 +355,7 @@ class _Run:
         assistant = AdaptedLlama(model, self.tokenizer, self.template)
         found: list[pl.Callback] = [
             Report(options, self.say, lr=self.config.optim.peak_lr, redraw=repeats),
-            BestAdapter(partial(self._write_adapter, self.folder.best)),
+            BestAdapter(partial(self._writer.write, self.folder.best)),
             Samples(assistant, data.val_records, options, self.signals),
             StopOnSignal(self.signals),  # before the checkpoints: a stop is saved at once
             Checkpoints(self.folder, record, options, begin_writing),
@@ -383,27 +363,6 @@ class _Run:
         if data.val_packer is not None:
             found.append(validation)  # after the checkpoint of its step
         return [Bar(leave=True), *found] if shows_bar(options) else found
-
-    def _about_training(self) -> dict[str, Any]:
-        """Return what the adapter file tells people of its training; of a data file its name alone."""
-        config, source = self.config, self.config.data.train
-        return {
-            "data": source if is_hub_name(source) else Path(source).name,
-            "epochs": config.optim.epochs,
-            "batch_size": config.optim.batch_size,
-            "lr": config.optim.peak_lr,
-        }
-
-    def _write_adapter(self, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
-        info = AdapterInfo(
-            adapter=self.config.adapter,
-            base=self.identity,
-            base_config=self.base_config.to_hf(),
-            template=self.template,
-            mask_prompt=self.config.data.mask_prompt,
-            training={**self._about_training(), **summary},
-        )
-        save_adapter(path, state, info)
 
 
 def _say_nothing(line: str) -> None:
