@@ -21,6 +21,7 @@ WORKERS = ["--data.workers", "2"]
 DROPOUT = ["--adapter.dropout", "0.1"]
 
 STOPS = [
+    ("backward 2", signal.SIGTERM),  # inside a step: after the second row of the first, or in the second step
     ("line step 3/", signal.SIGTERM),  # inside an epoch
     ("validation 1", signal.SIGTERM),  # during the validation of step 4
     ("validation 1", signal.SIGKILL),  # during the same, which the resumed run begins with
@@ -28,16 +29,19 @@ STOPS = [
     ("line step 7/", signal.SIGUSR1),  # on the first of the next
     ("write 2", signal.SIGKILL),  # after the checkpoint of step 8, before its validation
     ("line step 10/", signal.SIGKILL),  # two steps after a checkpoint
+    ("backward 2", signal.SIGKILL),  # inside a step, between two of its rows if it has several
     ("validation 2", signal.SIGKILL),  # during the last validation: no step is left to do
 ]
 # Two processes agree on a line's signal with the loss of the next step.
 STOPS_OF_TWO = [
+    ("backward 2", signal.SIGTERM),
     ("line step 3/", signal.SIGTERM),
     ("validation 1", signal.SIGTERM),
     ("validation 1", signal.SIGKILL),
     ("line step 5/", signal.SIGINT),
     ("line step 7/", signal.SIGUSR1),
     ("line step 10/", signal.SIGKILL),
+    ("backward 2", signal.SIGKILL),
     ("validation 2", signal.SIGKILL),
 ]
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGKILL: -9}

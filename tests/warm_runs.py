@@ -40,7 +40,8 @@ class Run:
         environment: variables to add.
         event: when the process sends ``number`` to itself: ``line TEXT``: a printed line starts with it;
             ``write N``: after its N-th durable write; ``validation N``: in the first batch of its N-th
-            validation; ``token``: when a sample's first token is there. A number may be given twice.
+            validation; ``backward N``: after its N-th row's backward pass; ``token``: when a sample's first
+            token is there. A number may be given twice.
         number: the signal.
         poison: a token id whose rows have a loss that is not a number.
     """
@@ -142,6 +143,8 @@ def _arrange(event: str, number: int) -> None:
         LitAdapter.on_validation_batch_start = _nth(  # type: ignore[attr-defined]
             lambda *arguments: None, int(which), number, only=lambda arguments: arguments[2] == 0
         )
+    elif kind == "backward":
+        LitAdapter.manual_backward = _nth(LitAdapter.manual_backward, int(which), number)  # type: ignore[method-assign]
     elif kind == "token":
         AdaptedLlama._answers = _after_first(AdaptedLlama._answers, number)  # type: ignore[method-assign]
 

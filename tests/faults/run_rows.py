@@ -5,6 +5,7 @@ Kills, signals and several processes have tests of their own; see ELSEWHERE in t
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -153,6 +154,15 @@ def spike(bench: Bench) -> Outcome:
     return bench.finetune("--trainer.samples", 0, "--data.val_size", 0)
 
 
+def other_base(bench: Bench) -> Outcome:
+    """A base with other weights and another tokenizer than the run had."""
+    base = bench.copy_base("other")
+    fingerprint = json.loads((base / "fingerprint.json").read_text())
+    changed = {"weights": "0" * 64, "tokenizer": "1" * 64}
+    (base / "fingerprint.json").write_text(json.dumps(fingerprint | changed))
+    return resumed(lambda run: None, "--base", base)(bench)
+
+
 def devices_that_do_not_divide(bench: Bench) -> Outcome:
     """More devices are allowed on a resume, and said: a step's records are dealt out anew."""
     return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
@@ -221,6 +231,12 @@ ROWS = [
         "other batch",
         resumed(lambda run: None, "--optim.batch_size", 4),
         r"optim.batch_size was 8, now 4",
+    ),
+    Row(
+        73,
+        "other base",
+        other_base,
+        r"another run: base was '\w+', now '0{16}'; tokenizer was '\w+', now '1{16}'$",
     ),
     Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
     Row(
