@@ -146,22 +146,33 @@ def test_a_second_ctrl_c_ends_at_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("events", [("line step 3/", ""), ("", "validation 2"), ("validation 1", "")])
+@pytest.mark.parametrize(
+    ("events", "step", "options"),
+    [
+        (("line step 3/", ""), 4, []),
+        (("", "validation 2"), 4, []),
+        (("validation 1", ""), 0, []),
+        (("token", ""), 1, []),  # the other one waits in step 1
+        (("", "token"), 1, ["--trainer.strategy", "fsdp2"]),  # both of them generate
+    ],
+)
 def test_two_processes_agree(
     tiny_base: Path,
     tiny_records: Path,
     tmp_path: Path,
     environment: dict[str, str],
     events: tuple[str, str],
+    step: int,
+    options: list[str],
 ) -> None:
-    """One of them gets the signal, between steps or inside a validation; both stop after the same step."""
-    many = ["--data.val", str(tiny_records), "--trainer.val_every", "4", "--optim.epochs", "3000"]
+    """One of them gets the signal: between steps, in a validation, in a sample; both stop after a step."""
+    many = [*options, "--data.val", str(tiny_records), "--trainer.val_every", "4", "--optim.epochs", "3000"]
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *many)
     first, second = two_ranks(command, tmp_path / "log", environment, events)
     assert first.wait() == 143, first.output
     assert second.wait(SECONDS) == 0, second.output
     assert second.output == ""
-    assert saved_and_said(tmp_path / "run", first.output) == {"l": 4, "": 4, "v": 0}[events[0][:1]]
+    assert saved_and_said(tmp_path / "run", first.output) == step
 
 
 def wait_for(log: Path, text: str, seconds: float = 240) -> None:
