@@ -117,7 +117,9 @@ def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "are free" in check_disk(tmp_path, MODEL, config, 100)
     needed = run_bytes(MODEL, config, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(UserError, match=r"but .* free; trainer.keep_checkpoints 1 or --out on another disk would do"):
+    with pytest.raises(
+        UserError, match=r"but .* free; trainer.keep_checkpoints 1 or --out on another disk would do"
+    ):
         check_disk(tmp_path, MODEL, config, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"10 are free; --out on another disk would do"):

@@ -225,7 +225,9 @@ def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> 
     rarer = replace(config, trainer=replace(config.trainer, log_every=max(10, steps // 10)))
     tries = {"trainer.keep_checkpoints 1": fewer, f"trainer.log_every {rarer.trainer.log_every}": rarer}
     found = [name for name, other in tries.items() if run_bytes(model, other, steps) <= free]
-    raise UserError(f"{line}, but {free:,} are free; {' or '.join([*found[:1], '--out on another disk'])} would do")
+    raise UserError(
+        f"{line}, but {free:,} are free; {' or '.join([*found[:1], '--out on another disk'])} would do"
+    )
 
 
 def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
