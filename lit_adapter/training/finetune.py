@@ -138,6 +138,8 @@ class _Run:
             )
         self.device = choose_device(config.trainer.accelerator)
         check_layout(config.trainer, self.device)
+        if self.device.type == "cuda":  # kernels go to the current device, also before Lightning sets it
+            torch.cuda.set_device(own_device(self.device))
         check_heads(config.trainer, self.base_config)
         self.saved = saved_identity(resume, folder) if resume is not None else {}
         self.precision = self._precision()
