@@ -164,7 +164,7 @@ def test_another_architecture_is_refused_before_its_weights_arrive(tmp_path: Pat
             {},
             "error: org/absent: not found on the Hub; check the spelling, or run 'hf auth login'",
         ),
-        (["org/gated"], {}, "error: org/gated: access is restricted; ask for it on the model's page"),
+        (["org/gated"], {}, "error: org/gated: access is restricted; ask for it on its page"),
         (["org/bare", "--revision", "v9"], {}, "error: org/bare: has no revision 'v9'"),
         (["org/bare"], {}, "error: org/bare: has no config.json"),
         (["org/a b"], {}, "error: 'org/a b' is no name on the Hub; expected org/name"),

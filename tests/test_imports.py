@@ -22,7 +22,7 @@ BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
     ("streams",),
-    ("files", "device", "command"),
+    ("files", "device", "command", "hub"),
     ("model",),
     ("text",),
     ("weights", "data", "config"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lit_adapter.data.formats import READERS
 from lit_adapter.data.records import DEFAULT_COLUMNS, Columns, Records, merge, read_records
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.hub import asking_hub
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<part>.+))?", re.ASCII)
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
@@ -99,10 +99,7 @@ def _listing(repo: str, revision: str | None) -> tuple[list[str], str | None]:
     """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
-    def ask() -> Any:
-        return HfApi().dataset_info(repo, revision=revision)
-
-    info = _asking(ask, repo, None, revision)
+    info = asking_hub(repo, revision, lambda: HfApi().dataset_info(repo, revision=revision))
     return [file.rfilename for file in info.siblings or []], info.sha
 
 
@@ -112,30 +109,4 @@ def _download(repo: str, file: str, revision: str | None) -> Path:
     def ask() -> str:
         return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
 
-    return Path(_asking(ask, repo, file, revision))
-
-
-def _asking(ask: Any, repo: str, file: str | None, revision: str | None) -> Any:
-    """Call ``ask`` and turn the Hub client's errors into one line."""
-    from huggingface_hub import errors
-
-    # The HTTP client below huggingface_hub changed twice; its own error class is always a base of this one.
-    transport: Any = errors.HfHubHTTPError.__bases__
-    what = f"{repo}:{file}" if file else repo
-    try:
-        return ask()
-    except errors.GatedRepoError:
-        message = "access must be granted first; accept its terms on the Hub and log in with 'hf auth login'"
-    except errors.RepositoryNotFoundError:
-        message = "no such data set on the Hub (or it is private); check the name, or 'hf auth login'"
-    except errors.RevisionNotFoundError:
-        message = f"no revision '{revision}'; name a branch, tag or commit of the data set"
-    except errors.LocalEntryNotFoundError:
-        message = "not downloaded yet, and the Hub cannot be reached; check the network"
-    except errors.EntryNotFoundError:
-        message = "no such file in the data set; check its path"
-    except errors.HFValidationError as error:
-        message = f"not a valid name: {error}"
-    except (OSError, *transport) as error:
-        message = f"cannot be fetched from the Hub: {error}; check the network, or download the file yourself"
-    raise UserError(f"{what}: {message}")
+    return Path(asking_hub(f"{repo}:{file}", revision, ask))

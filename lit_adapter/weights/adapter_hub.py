@@ -8,8 +8,9 @@ from typing import Any
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.hub import asking_hub
 from lit_adapter.weights.base_folder import base_at_hand
-from lit_adapter.weights.download import asking_hub, fetch_files, list_files
+from lit_adapter.weights.download import fetch_files, list_files
 
 ADAPTER = "adapter.safetensors"
 CARD = "README.md"

@@ -12,10 +12,10 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.files import file_sha256
+from lit_adapter.hub import asking_hub
 from lit_adapter.weights.base_folder import (
     BIN,
     BIN_INDEX,
@@ -208,40 +208,3 @@ def fetch_files(name: str, commit: str, files: list[str], folder: Path) -> None:
         commit,
         lambda: snapshot_download(name, revision=commit, allow_patterns=files, local_dir=folder),
     )
-
-
-def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
-    """Run a request, and say in one line why the Hub did not answer it."""
-    from huggingface_hub import errors
-
-    try:
-        return ask()
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{name}: access is restricted; ask for it on the model's page, then run 'hf auth login'"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: not found on the Hub; check the spelling, or run 'hf auth login' if it is private"
-        ) from None
-    except errors.BadRequestError as error:
-        raise UserError(f"{name}: the Hub refuses it: {str(error).strip().splitlines()[-1]}") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name}: has no revision '{revision}'; check the branch, tag or commit") from None
-    except errors.HFValidationError:
-        raise UserError(f"'{name}' is no name on the Hub; expected org/name") from None
-    except Exception as error:
-        # The transport's own errors have another base class in every generation of the library.
-        transport = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
-        if not transport and not isinstance(error, OSError):
-            raise
-        reason = (str(error).strip().splitlines() or ["no answer"])[0][:200]
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise UserError(
-                f"{name}: this login may not do that ({reason}); check the name, or run 'hf auth login' "
-                "with a token that may write"
-            ) from None
-        raise UserError(
-            f"{name}: the Hub cannot be reached ({type(error).__name__}: {reason}); "
-            "check the network and run the same command again"
-        ) from None

@@ -18,10 +18,10 @@ from lit_adapter.errors import UserError
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base, read_adapter
 from lit_adapter.weights.base_folder import expected_shapes, find_base
 from lit_adapter.weights.convert import write_base
-from lit_adapter.weights.foreign.measure import fixed_prompt, logits
-from lit_adapter.weights.foreign.plain import PlainAdapter
 from lit_adapter.weights.huggingface import HuggingFaceSource
+from lit_adapter.weights.measure import fixed_prompt, logits
 from lit_adapter.weights.output_folder import check_output, sweep_leftovers
+from lit_adapter.weights.plain import PlainAdapter
 from lit_adapter.weights.source import Source
 
 

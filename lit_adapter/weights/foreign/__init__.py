@@ -3,5 +3,5 @@
 `official`, `lit` (lit-llama and litgpt) and `peft` map one format each between its own tensors and our
 names, as pure dict to dict; `gates` turns one form of gate into another; `pickles` reads torch.save files
 without running code; `recognise` tells the formats apart; `convert` puts them together, with a report;
-`measure` compares logits; `cli` is the command line of ``scripts/convert_adapter.py``.
+`cli` is the command line of ``scripts/convert_adapter.py``.
 """

@@ -24,9 +24,9 @@ from lit_adapter.weights.adapter_file import (
 from lit_adapter.weights.base_folder import base_at_hand, read_config
 from lit_adapter.weights.foreign import lit, official, peft
 from lit_adapter.weights.foreign.gates import with_gates
-from lit_adapter.weights.foreign.measure import difference
-from lit_adapter.weights.foreign.plain import PlainAdapter, State
 from lit_adapter.weights.foreign.recognise import OURS, Opened, open_adapter
+from lit_adapter.weights.measure import difference
+from lit_adapter.weights.plain import PlainAdapter, State
 
 TEMPLATES = {official.NAME: "alpaca", lit.LIT_LLAMA.name: "alpaca", lit.LITGPT.name: "alpaca-newline"}
 """What each code base's own Alpaca script trains with."""

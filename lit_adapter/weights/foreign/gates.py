@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import GateForm, LlamaConfig
-from lit_adapter.weights.foreign.plain import PlainAdapter
+from lit_adapter.weights.plain import PlainAdapter
 
 
 def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> tuple[PlainAdapter, float]:

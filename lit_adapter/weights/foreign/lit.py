@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.model.affine import layer_widths
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
+from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 from lit_adapter.weights.source import half_split_rows, neighbour_rows
 
 Shape = tuple[int, ...]

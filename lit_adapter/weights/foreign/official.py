@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take
+from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take
 
 NAME = "official"
 QUERY = "adapter_query.weight"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.weights.foreign.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
+from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 
 NAME = "peft"
 WEIGHTS, WEIGHTS_BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"

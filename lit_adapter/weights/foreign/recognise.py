@@ -16,7 +16,7 @@ from lit_adapter.files import read_json, reading
 from lit_adapter.weights.adapter_file import METADATA_KEY
 from lit_adapter.weights.foreign import lit, official, peft
 from lit_adapter.weights.foreign.pickles import read_torch_file
-from lit_adapter.weights.foreign.plain import State
+from lit_adapter.weights.plain import State
 from lit_adapter.weights.shards import FLOATS, member, refuse_stand_in
 
 OURS = "ours"

@@ -12,8 +12,8 @@ from lit_adapter.model.adapter import attach, load_adapter_state
 from lit_adapter.model.attention import CausalView
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.foreign.plain import PlainAdapter
 from lit_adapter.weights.load import load_base
+from lit_adapter.weights.plain import PlainAdapter
 
 INSTRUCTION = "Give three tips for staying healthy."
 

@@ -1,0 +1,57 @@
+"""What the Hugging Face Hub answers, or why it did not, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lit_adapter.errors import UserError
+
+
+def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
+    """Run a request.
+
+    Args:
+        name: repository, or repository and file, as the user knows it.
+        revision: of it, or None.
+        ask: what to call.
+
+    Raises:
+        UserError: the Hub did not answer it, and why.
+    """
+    from huggingface_hub import errors
+
+    try:
+        return ask()
+    except errors.GatedRepoError:
+        why = "access is restricted; ask for it on its page, then run 'hf auth login'"
+    except errors.RepositoryNotFoundError:
+        why = "not found on the Hub; check the spelling, or run 'hf auth login' if it is private"
+    except errors.RevisionNotFoundError:
+        why = f"has no revision '{revision}'; check the branch, tag or commit"
+    except errors.LocalEntryNotFoundError:
+        why = "not downloaded yet, and the Hub cannot be reached; check the network"
+    except errors.EntryNotFoundError:
+        why = "no such file on the Hub; check its path"
+    except errors.BadRequestError as error:
+        why = f"the Hub refuses it: {str(error).strip().splitlines()[-1]}"
+    except errors.HFValidationError:
+        raise UserError(f"'{name}' is no name on the Hub; expected org/name") from None
+    except Exception as error:
+        # The transport's own errors have another base class in every generation of the library.
+        transport = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
+        if not transport and not isinstance(error, (OSError, errors.HfHubHTTPError)):
+            raise
+        why = _unanswered(error)
+    raise UserError(f"{name}: {why}")
+
+
+def _unanswered(error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or ["no answer"])[0][:200]
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return (
+            f"this login may not do that ({reason}); check the name, or run 'hf auth login' "
+            "with a token that may"
+        )
+    kind = type(error).__name__
+    return f"the Hub cannot be reached ({kind}: {reason}); check the network and run the same command again"
