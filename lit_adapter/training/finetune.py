@@ -43,7 +43,7 @@ from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
-from lit_adapter.training.preflight import FirstRecords, check_records, check_space, enough_memory
+from lit_adapter.training.preflight import FirstRecords, Sizes, check_records, check_space, enough_memory
 from lit_adapter.training.processes import (
     StopOnSignal,
     end_run,
@@ -200,19 +200,10 @@ class _Run:
             check_records(model, data, needed)
         module = self._module(model, steps)
         val_every = config.trainer.val_every or max(1, steps // 10)
+        announce(config, self.base_config, self.identity.name, model, steps, self.say)
         if dry_run:
-            announce(config, self.base_config, self.identity.name, model, steps, self.say)
-            callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
-            trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, steps))
-            self.signals.only_note()
-            with last_words(several=trainer.world_size > 1), enough_memory(needed):
-                trainer.fit(module, data)
-            if self.signals.agreed:
-                self.say("dry run: stopped by a signal; no run was begun")
-                return self.signals.exit_status
-            if trunk:
-                self.say("the trunk cache was not made for this: after its one pass, steps take less")
-            return foretell(trainer, module, data, steps - begin.step, val_every, self.say)
+            left = steps - begin.step
+            return self._try_steps(module, data, first, needed, left, val_every, to_come=bool(trunk))
         if trunk:
             first.append(TrunkCache(trunk, self.signals, self.say))
         validation = Validation(val_every)
@@ -221,13 +212,36 @@ class _Run:
         begin_writing = partial(self._begin_writing, begin.step)
         callbacks = first + self._callbacks(data, model, record, validation, repeats, begin_writing)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
-        announce(config, self.base_config, self.identity.name, model, steps, self.say)
         self.signals.only_note()
         # At step 0 there is nothing to restore: the start follows from the seed.
         path = str(begin.path) if begin.step else None
         with last_words(several=trainer.world_size > 1), enough_memory(needed):
             trainer.fit(module, data, ckpt_path=path, weights_only=True)
         return self._finish(trainer, module, data, start)
+
+    def _try_steps(
+        self,
+        module: LitAdapter,
+        data: AlpacaDataModule,
+        first: list[pl.Callback],
+        needed: Sizes,
+        left: int,
+        val_every: int,
+        *,
+        to_come: bool,
+    ) -> int:
+        """Take a few steps and say how long the ``left`` ones of the run would take."""
+        callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
+        trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, data.total_steps))
+        self.signals.only_note()
+        with last_words(several=trainer.world_size > 1), enough_memory(needed):
+            trainer.fit(module, data)
+        if self.signals.agreed:
+            self.say("dry run: stopped by a signal; no run was begun")
+            return self.signals.exit_status
+        if to_come:
+            self.say("the trunk cache was not made for this: after its one pass, steps take less")
+        return foretell(trainer, module, data, left, val_every, self.say)
 
     def _begin_writing(self, step: int) -> None:
         """Make the folder that of a run which goes on from ``step``."""
