@@ -189,6 +189,8 @@ def merge(parts: Sequence[Records], source: str) -> Records:
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
     """Split into (train, validation), chosen by ``seed``; both keep the order of the file.
 
+    The records left out before the split are on the training side's count.
+
     Args:
         records: what to split.
         val_size: how many validation records, or, below 1, which fraction of the records.
@@ -214,7 +216,8 @@ def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Record
     sides = [
         tuple(row for i, row in enumerate(records.rows) if (i in chosen) is side) for side in (False, True)
     ]
-    return Records(sides[0], f"{records.source} (train)"), Records(sides[1], f"{records.source} (validation)")
+    train = Records(sides[0], f"{records.source} (train)", records.n_empty_output)
+    return train, Records(sides[1], f"{records.source} (validation)")
 
 
 def overlap(train: Records, val: Records) -> int:

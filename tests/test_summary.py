@@ -1,0 +1,48 @@
+"""What a run says of its data before it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lit_adapter.config import DataConfig
+from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.summary import describe
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+
+LONG = "no end " * 300
+"""Longer than data.max_length, as a prompt and as an answer."""
+
+
+def write(path: Path, *records: tuple[str, str]) -> str:
+    lines = [json.dumps({"instruction": task, "output": answer}) + "\n" for task, answer in records]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def plain(name: str, count: int) -> list[tuple[str, str]]:
+    return [(f"{name} {number}", "red") for number in range(count)]
+
+
+def notes(base: Path, config: DataConfig) -> list[str]:
+    """Return the lines between the counts and the example."""
+    tokenizer = load_tokenizer(base)
+    template = resolve_template("alpaca", tokenizer)
+    data = AlpacaDataModule(
+        config, tokenizer=tokenizer, template=template, tokenizer_key="", batch_size=2, row_tokens=1000
+    )
+    lines = [line.strip() for line in describe(data, color=False)]
+    return [line for line in lines[: lines.index("example (in [[ ]]: not learned)")] if "%)" in line]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path / "cache"))
+
+
+def test_empty_outputs_are_counted_where_records_are_split_off(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", *plain("task", 18), ("a", ""), ("b", " \n"))
+    assert notes(tiny_base, DataConfig(train=path)) == ["2 (12.5%) left out: empty output"]
