@@ -45,4 +45,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_empty_outputs_are_counted_where_records_are_split_off(tiny_base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", *plain("task", 18), ("a", ""), ("b", " \n"))
-    assert notes(tiny_base, DataConfig(train=path)) == ["2 (12.5%) left out: empty output"]
+    assert notes(tiny_base, DataConfig(train=path)) == ["2 (10.0%) of all records left out: empty output"]
+
+
+def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> None:
+    train = [*plain("task", 4), *plain("task", 2), ("a", ""), ("too long", LONG), (LONG, "cut")]
+    val = [*plain("task", 1), *plain("held", 5), ("b", ""), ("too long", LONG), ("also", LONG)]
+    config = DataConfig(
+        train=write(tmp_path / "train.jsonl", *train), val=write(tmp_path / "val.jsonl", *val)
+    )
+    assert notes(tiny_base, config) == [
+        "2 (11.1%) of all records left out: empty output",
+        "1 (12.5%) of the training records left out: answer longer than data.max_length 512",
+        "1 (12.5%) of the training records lost the start of their prompt to data.max_length",
+        "2 (25.0%) of the training records repeat an earlier one",
+        "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
+        "2 (25.0%) of the held-out records are in the training set too",
+    ]

@@ -31,15 +31,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
-    notes = [
-        (records.n_empty_output, "left out: empty output"),
-        (int(encoded.n_dropped[0]), f"left out: answer longer than data.max_length {data.config.max_length}"),
-        (encoded.n_cut, "lost the start of their prompt to data.max_length"),
-        (records.n_duplicate, "repeat an earlier record"),
-        (data.n_overlap, "held-out records are in the training set too"),
-    ]
-    total = len(records)
-    lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, what in notes if count]
+    lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
     saved = int(data.train_packer.n_head.sum())
     if saved:
         lines.append(
@@ -50,6 +42,23 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         *lines,
         f"example ({how}: not learned)",
         _example(data, *((DIM, PLAIN) if color else ("[[", "]]"))),
+    ]
+
+
+def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
+    """Return what is worth noting: how many records, of how many, and what is the matter with them."""
+    train, val = data.train_records, data.val_records or ()
+    n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
+    n_val_dropped = int(data.val_encoded.n_dropped[0]) if data.val_encoded else 0
+    too_long = f"left out: answer longer than data.max_length {data.config.max_length}"
+    cut = "lost the start of their prompt to data.max_length"
+    return [
+        (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
+        (int(data.train_encoded.n_dropped[0]), len(train), f"of the training records {too_long}"),
+        (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
+        (train.n_duplicate, len(train), "of the training records repeat an earlier one"),
+        (n_val_dropped, len(val), f"of the held-out records {too_long}"),
+        (data.n_overlap, len(val), "of the held-out records are in the training set too"),
     ]
 
 
