@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -240,9 +241,13 @@ def test_ten_megabyte_record(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
-def test_missing_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_named_with_the_version_that_the_project_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    (wanted,) = project["optional-dependencies"]["parquet"]
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pip install 'lit_adapter\[parquet\]'"):
+    with pytest.raises(UserError, match=f"run: pip install '{wanted}'$"):
         read_records(write(tmp_path, "a.parquet", "PAR1"))
 
 

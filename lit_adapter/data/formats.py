@@ -262,7 +262,7 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{name}: Parquet needs pyarrow; run: pip install 'lit_adapter[parquet]'") from None
+        raise UserError(f"{name}: Parquet needs pyarrow; run: pip install 'pyarrow>=18'") from None
     row = 0
     try:
         with parquet.ParquetFile(path) as source:
