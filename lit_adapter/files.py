@@ -31,6 +31,16 @@ LARGEST_JSON = 2**28
 """Bytes; configurations, indexes and vocabularies are far smaller."""
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(mask)
+    return mask
+
+
+UMASK = _umask()
+"""What the user takes from the rights of new files; temporary ones are made without regard to it."""
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -66,7 +76,7 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     try:
         _lock(descriptor)
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~UMASK)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -162,6 +163,28 @@ def test_the_temporary_file_lies_beside_the_file(tmp_path: Path, monkeypatch: py
         temporary.write_bytes(b"x")
         assert temporary.parent == tmp_path
     assert (tmp_path / "a").read_bytes() == b"x"
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from lit_adapter.files import write_text
+from lit_adapter.weights.output_folder import move_into_place, scratch_folder
+
+folder = Path(sys.argv[1])
+write_text(folder / "file", "private")
+with scratch_folder(folder / "out") as scratch:
+    write_text(scratch / "inner", "private")
+    move_into_place(scratch, folder / "out")
+"""
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002, 0o022])
+def test_rights_are_those_of_the_users_umask(mask: int, tmp_path: Path) -> None:
+    """What Python's own open and mkdir would give."""
+    subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], umask=mask, check=True)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert rights == {"file": 0o666 & ~mask, "out": 0o777 & ~mask, "inner": 0o666 & ~mask}
 
 
 def leftover(folder: Path, name: str, seconds: float) -> Path:

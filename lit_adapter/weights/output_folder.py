@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_adapter.errors import UserError, WriteError
-from lit_adapter.files import TEMPORARY_SUFFIX, existing_parent, sync_folder, write_error
+from lit_adapter.files import TEMPORARY_SUFFIX, UMASK, existing_parent, sync_folder, write_error
 from lit_adapter.weights.base_folder import FINGERPRINT
 
 LOCK = ".lock"
@@ -69,7 +69,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         name = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX, dir=out.parent)
         scratch = Path(name)
-        scratch.chmod(0o755)
+        scratch.chmod(0o777 & ~UMASK)
         lock = (scratch / LOCK).open("w")
     except OSError as error:
         raise write_error(out, error) from error
