@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -7,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,6 +25,7 @@ import lit_adapter.weights
 from lit_adapter.model.config import LlamaConfig, RopeConfig
 from lit_adapter.weights.base_folder import expected_shapes, missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
+from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
 from lit_adapter.weights.source import half_split_rows
 
 KINDS = gguf.GGMLQuantizationType
@@ -288,6 +292,40 @@ def test_a_kill_leaves_no_output_and_the_next_run_sweeps(tmp_path: Path, kind: s
     assert run_python(KILLED, write_hf(random_llama(seed=1), tmp_path / "new"), out, int(kind)).returncode < 0
     assert read_fingerprint(out) == before
     assert_same_model(out, model)
+
+
+@pytest.mark.parametrize("moment", ["made", "locked"])
+def test_a_run_for_the_same_place_leaves_a_folder_that_is_only_just_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It comes between making the folder and having its lock; what is old goes all the same."""
+    out = tmp_path / "out"
+    for name, content in ((".out.nolock.tmp", None), (".out.empty.tmp", b"")):
+        old = tmp_path / name
+        old.mkdir()
+        if content is not None:
+            (old / LOCK).write_bytes(content)
+        os.utime(old, (0, 0))
+
+    def make(**options: Any) -> str:
+        name = mkdtemp(**options)
+        sweep_leftovers(out)
+        return name
+
+    def lock(*arguments: Any) -> None:
+        monkeypatch.undo()
+        sweep_leftovers(out)
+        flock(*arguments)
+
+    mkdtemp, flock = tempfile.mkdtemp, fcntl.flock
+    if moment == "made":
+        monkeypatch.setattr(tempfile, "mkdtemp", make)
+    else:
+        monkeypatch.setattr(fcntl, "flock", lock)
+    with scratch_folder(out) as scratch:
+        assert list(tmp_path.iterdir()) == [scratch]
+        sweep_leftovers(out)
+        assert scratch.is_dir()
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:

@@ -10,14 +10,23 @@ import contextlib
 import fcntl
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from lit_adapter.errors import UserError, WriteError
-from lit_adapter.files import TEMPORARY_SUFFIX, UMASK, existing_parent, sync_folder, write_error
+from lit_adapter.files import (
+    LEFTOVER_SECONDS,
+    TEMPORARY_SUFFIX,
+    UMASK,
+    existing_parent,
+    sync_folder,
+    write_error,
+)
 from lit_adapter.weights.base_folder import FINGERPRINT
 
 LOCK = ".lock"
+"""Empty until its lock has been taken."""
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -70,13 +79,14 @@ def scratch_folder(out: Path) -> Iterator[Path]:
         name = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX, dir=out.parent)
         scratch = Path(name)
         scratch.chmod(0o777 & ~UMASK)
-        lock = (scratch / LOCK).open("w")
-    except OSError as error:
-        raise write_error(out, error) from error
-    with lock:
+        lock = (scratch / LOCK).open("wb", buffering=0)
         # Without locks on this file system two simultaneous runs for one place would meet; one alone is safe.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(b"locked")
+    except OSError as error:
+        raise write_error(out, error) from error
+    with lock:
         try:
             yield scratch
         except WriteError as error:
@@ -127,11 +137,16 @@ def _previous(out: Path) -> Path:
 
 
 def _in_use(folder: Path) -> bool:
+    """Whether another process builds the folder: it has the lock, or may not have come so far yet."""
+    is_young = False
     try:
+        is_young = time.time() - folder.stat().st_mtime < LEFTOVER_SECONDS
         with (folder / LOCK).open("r+") as lock:
+            if is_young and not lock.read():
+                return True
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return False
+        return is_young
     except OSError:
         return True
     return False
