@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,42 @@ def processes_of(folder: Path) -> list[str]:
         if str(folder) in text:
             found.append(text)
     return found
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU encodes without worker processes")
+@pytest.mark.parametrize(
+    ("number", "status", "seconds"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1.5)]
+)
+def test_while_worker_processes_encode(
+    tiny_base: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    number: signal.Signals,
+    status: int,
+    seconds: float,
+) -> None:
+    """To the whole group, when the first of them starts and at work: one line, and none stays."""
+    many, log = tmp_path / "many.jsonl", tmp_path / "log"
+    line = json.dumps({"instruction": "Say it back. " * 40, "output": "red apple river " * 20})
+    many.write_text(f"{line}\n" * 60_000)
+    command = [sys.executable, str(SCRIPT), *arguments(tiny_base, many, tmp_path / "run")]
+    with launch(command, environment, log) as process:
+        while process.poll() is None and not any(map(is_spawned, children(process.pid))):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(process.pid, number)
+        assert process.wait(SECONDS) == status
+        expected = f"stopped by {number.name} before training; there was nothing to save\n"
+        assert log.read_text() == expected
+    end = time.monotonic() + SECONDS
+    with suppress(ProcessLookupError):
+        while os.killpg(process.pid, 0) is None:  # there is still one
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def is_spawned(process: int) -> bool:
+    return b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes()
 
 
 @pytest.mark.slow

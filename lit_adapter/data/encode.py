@@ -23,12 +23,15 @@ from safetensors.numpy import save
 
 from lit_adapter import files
 from lit_adapter.data.records import Record, Records
+from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 PARALLEL_FROM = 4000
 """Records from which starting worker processes pays."""
+CHUNK = 50
+"""Records sent to a worker together; after Ctrl-C each finishes two of these."""
 FORMAT_VERSION = 1
 
 
@@ -122,8 +125,13 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
     if len(rows) < PARALLEL_FROM or workers == 1:
         return map(one, rows)
     # Forking a process that has started threads can hang; a fresh interpreter cannot.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(one, rows, chunksize=500))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_parent)
+    try:
+        with holding_signals():  # workers start here; one that died would take the pool down with it
+            results = pool.map(one, rows, chunksize=CHUNK)
+        return list(results)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _encode_one(tokenizer: Tokenizer, template: Template, record: Record) -> _Example:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.hub import is_hub_name, read_hub
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_heads
 from lit_adapter.data.records import Columns, Records, overlap, read_records, split
+from lit_adapter.data.worker import follow_parent
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
@@ -157,7 +155,7 @@ class AlpacaDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.config.workers,
             persistent_workers=False,
-            worker_init_fn=_follow_the_trainer,
+            worker_init_fn=follow_parent,
             # Its own generator: else every iteration would draw a seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
             pin_memory=torch.cuda.is_available(),
@@ -194,21 +192,3 @@ class _Remaining(Sampler[int]):
 
     def __len__(self) -> int:
         return self.module.total_steps
-
-
-def _follow_the_trainer(worker: int) -> None:
-    """Let a loader worker live until the trainer ends, and no longer.
-
-    A signal to the process group would kill it before the trainer has saved. Where the trainer is killed, a
-    worker with a step half way through its pipe would wait for ever for somebody to read the rest.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    trainer = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == trainer:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

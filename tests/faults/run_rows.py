@@ -115,7 +115,7 @@ def _deleting(folder: Path) -> Callable[..., None]:
 
 def killed_worker(bench: Bench) -> Outcome:
     """A loader worker dies, as the kernel's out-of-memory killer does it."""
-    bench.monkeypatch.setattr("lit_adapter.data.module._follow_the_trainer", _die)
+    bench.monkeypatch.setattr("lit_adapter.data.module.follow_parent", _die)
     return bench.finetune("--data.workers", 1, "--optim.max_steps", 2)
 
 

@@ -1,0 +1,43 @@
+"""What worker processes share: a signal to the group is their parent's to answer, and they end with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold signals back: processes started meanwhile do so for good, also before `follow_parent` runs."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def follow_parent(worker: int = 0) -> None:
+    """Let this worker live until its parent ends, and no longer.
+
+    A signal to the process group would kill it before the parent has saved. Where the parent is killed, a
+    worker with half a result in its pipe would wait for ever for somebody to read the rest.
+
+    Args:
+        worker: its number, which loaders tell.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
