@@ -99,6 +99,26 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside for ``path``; one that failed or was killed is out.
+
+    Where the lock beside ``path`` cannot be had, in a folder or file system without, nobody waits.
+    """
+    lock, descriptor = path.with_name(f".{path.name}.lock"), None
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                lock.unlink()
+            os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
     with durable_path(path, needed=len(content)) as temporary:

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,9 +236,64 @@ def test_worker_processes_give_the_same_arrays(
 
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode, "ProcessPoolExecutor", Counted)
-    monkeypatch.setattr(encode.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {3, 5})
     assert_equal(here, encode_records(records, tokenizer, template, max_length=90))
     assert started == [2]
+
+
+def test_processes_that_want_the_same_encode_it_once(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads stand for them: such a lock belongs to an open file. The first one fails half way."""
+    calls: list[float] = []
+
+    def slowly(*arguments: Any) -> Any:
+        calls.append(time.monotonic())
+        time.sleep(0.3)
+        if len(calls) == 1:
+            raise MemoryError
+        return encode_all(*arguments)
+
+    encode_all = encode._encode_all
+    monkeypatch.setattr(encode, "_encode_all", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        tries = [
+            pool.submit(encode_records, records, tokenizer, template, max_length=90, cache=tmp_path)
+            for _ in range(4)
+        ]
+    assert Counter(type(one.exception()) for one in tries) == {NoneType: 3, MemoryError: 1}
+    assert len(calls) == 2
+    assert calls[1] - calls[0] > 0.29
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_nobody_waits_for_a_process_that_was_killed(
+    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
+) -> None:
+    encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    code = f"""
+from pathlib import Path
+from lit_adapter.files import one_at_a_time
+with one_at_a_time(Path({str(path)!r})):
+    print(flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"\n"
+        assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
+        threading.Timer(0.5, first.kill).start()
+        start = time.monotonic()
+        encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+        assert time.monotonic() - start > 0.4
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_control_token_typed_by_a_user_stays_text(tokenizer: Tokenizer, template: Template) -> None:

@@ -105,13 +105,18 @@ def encode_records(
     """
     key = _key(records, template, max_length, tokenizer_key)
     path = cache / f"tokens-{key[:32]}.safetensors" if cache else None
-    if path and path.is_file():
+    found = _read_cache(path, key) if path else None
+    if found is not None:
+        return found
+    if path is None:
+        return _pack(_encode_all(records.rows, tokenizer, template), max_length)
+    with files.one_at_a_time(path):  # the other processes of a run want the same
         found = _read_cache(path, key)
         if found is not None:
             return found
-        say(f"{path}: damaged cache of tokens; encoding again")
-    encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
-    if path:
+        if path.is_file():
+            say(f"{path}: damaged cache of tokens; encoding again")
+        encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
         try:
             _write_cache(path, key, encoded)
         except UserError as error:  # the next run encodes again; this one goes on
@@ -121,7 +126,7 @@ def encode_records(
 
 def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template) -> Iterable[_Example]:
     one = partial(_encode_one, tokenizer, template)
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, _n_cpus())
     if len(rows) < PARALLEL_FROM or workers == 1:
         return map(one, rows)
     # Forking a process that has started threads can hang; a fresh interpreter cannot.
@@ -132,6 +137,11 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
         return list(results)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _n_cpus() -> int:
+    """Return the CPUs that this process may use: a queue or container may have given it a few of many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode_one(tokenizer: Tokenizer, template: Template, record: Record) -> _Example:
@@ -175,7 +185,7 @@ def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
-    """Return what a cache file holds, or None if it is damaged or answers another question."""
+    """Return what a cache file holds, or None if there is none, or it is damaged or of another question."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
