@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from generation_fixtures import CHOICES, json_lines, process, save_random_adapter, script
 
 import lit_adapter
+from lit_adapter import device
 from lit_adapter.errors import UserError
+from lit_adapter.generation.engine import AdaptedLlama
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
 
@@ -110,6 +114,33 @@ def test_another_batch_size_may_go_on(
     (tmp_path / ".out.jsonl.partial").write_bytes(killed)
     script(*common, "--batch_size", 1, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_a_precision_chosen_by_a_timing_is_kept(
+    tiny_base: Path, adapter: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor multiplies bf16 faster by a hair: in the first run, and no longer in the second."""
+
+    def answers(self: AdaptedLlama, tasks: Sequence[object], **options: object) -> list[str]:
+        dtypes.append(self.model.embed_tokens.weight.dtype)
+        if len(dtypes) == 2:
+            raise KeyboardInterrupt
+        return ["x"] * len(tasks)
+
+    dtypes: list[torch.dtype] = []
+    monkeypatch.setattr(AdaptedLlama, "generate_batch", answers)
+    out = tmp_path / "out.jsonl"
+    run = ("--adapter", adapter, "--base", tiny_base, "--device", "cpu", *SHORT, "--prompts", prompts)
+    monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
+    with pytest.raises(KeyboardInterrupt):
+        script(*run, "--output", out)
+    monkeypatch.setattr(device, "_bf16_pays", lambda device: False)
+    with pytest.raises(UserError, match="an unfinished run with other settings"):
+        script(*run, "--output", out, "--dtype", "float32")
+    script(*run, "--output", out, "--dtype", "auto")
+    assert dtypes == [torch.bfloat16] * 4
+    script(*run, "--output", tmp_path / "new.jsonl")
+    assert dtypes[4] == torch.float32
 
 
 @pytest.mark.parametrize(

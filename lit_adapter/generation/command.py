@@ -132,10 +132,13 @@ def _instruction(args: Any) -> str:
     return text
 
 
-def _load(args: Any) -> AdaptedLlama:
+def _load(args: Any, dtype: str | None = None) -> AdaptedLlama:
+    """Load what the command line names, in ``dtype`` where it leaves that open."""
     from lit_adapter.generation.engine import load
 
-    return load(args.adapter, args.base, device=args.device, dtype=args.dtype, template=args.template)
+    if args.dtype not in (None, "auto"):
+        dtype = args.dtype
+    return load(args.adapter, args.base, device=args.device, dtype=dtype, template=args.template)
 
 
 def _stream(model: AdaptedLlama, task: tuple[str, str], sampling: Sampling, out: TextIO) -> None:
@@ -185,8 +188,15 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     """Answer a file of prompts into another."""
     import torch
 
+    from lit_adapter.device import choose_device
     from lit_adapter.files import refuse_input
-    from lit_adapter.generation.prompt_file import BATCHES_PER_GROUP, Answers, check_target, read_prompts
+    from lit_adapter.generation.prompt_file import (
+        BATCHES_PER_GROUP,
+        Answers,
+        check_target,
+        earlier_dtype,
+        read_prompts,
+    )
 
     path, target = Path(args.prompts), Path(args.output)
     prompts = read_prompts(path)
@@ -194,7 +204,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=args.overwrite)
     refuse_input(target, [_base_folder(args), *([Path(args.adapter)] if args.adapter else [])], "--output")
-    model = _load(args)
+    model = _load(args, earlier_dtype(target, prompts, choose_device(args.device).type))
     _check_prompts(model, prompts, sampling)
     batch_size = args.batch_size or BATCH_SIZE
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size

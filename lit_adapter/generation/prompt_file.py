@@ -82,6 +82,30 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _digest_of(prompts: Iterable[Prompt]) -> str:
+    return digest([[prompt.instruction, prompt.input] for prompt in prompts])
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | None:
+    """Return the precision of an unfinished run of these prompts on this kind of device, or None.
+
+    Where it was chosen by a timing, another timing may choose another.
+    """
+    try:
+        with _partial(out).open("rb") as stream:
+            found = json.loads(stream.readline())
+    except (OSError, ValueError):  # none, or `Answers` will say what is wrong with it
+        return None
+    if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
+        return None
+    dtype = found.get("dtype")
+    return dtype.removeprefix("torch.") if found.get("device") == device and isinstance(dtype, str) else None
+
+
 def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
@@ -102,7 +126,7 @@ class Answers:
     Args:
         out: the file to make.
         prompts: of the whole run.
-        settings: everything else that the answers depend on, as a JSON value.
+        settings: everything else that the answers depend on, as JSON values by name.
         group: prompts answered, written and synced together. A group always starts at a multiple of this,
             so a resumed run repeats the batches, and with them the roundings, of one never stopped.
         overwrite: replace ``out``, and leave aside an unfinished run of other prompts or settings.
@@ -112,14 +136,21 @@ class Answers:
     """
 
     def __init__(
-        self, out: Path, prompts: Sequence[Prompt], settings: Any, *, group: int, overwrite: bool
+        self,
+        out: Path,
+        prompts: Sequence[Prompt],
+        settings: Mapping[str, Any],
+        *,
+        group: int,
+        overwrite: bool,
     ) -> None:
         self.out, self.prompts, self.group = Path(out), prompts, group
-        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self.path = _partial(self.out)
         check_target(self.out, overwrite=overwrite)
         self.header = {
-            "prompts": digest([[prompt.instruction, prompt.input] for prompt in prompts]),
+            "prompts": _digest_of(prompts),
             "settings": digest(settings),
+            **{key: settings[key] for key in ("dtype", "device") if key in settings},
         }
         self.lines = self._read(keep_other=not overwrite)
         if self.n_done < len(prompts):
