@@ -96,11 +96,10 @@ def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_pro
     heads = shared_heads(data) if share else {}
     assert len(heads) == (2 if share else 0)
     wanted = plain(model, data, range(len(data)), mask_prompt)
-    for row_tokens, pad_to in ((1000, 1), (60, 1), (60, 16)):
-        packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens, pad_to=pad_to)
+    for row_tokens in (1000, 60):
+        packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens)
         rows = [packer.row(row) for row in packer.assign(np.arange(len(data)))]
         assert (len(rows) == 1) == (row_tokens == 1000)
-        assert all(len(row.ids) % pad_to == 0 for row in rows)
         assert packer.n_targets(np.arange(len(data))) == wanted.n_targets
         assert_same(packed(model, rows), wanted)
 
@@ -116,7 +115,7 @@ def test_fp32_is_near_fp64(name: str) -> None:
 
 def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = model_of("gqa-top-layers"), encoded(5, cut=True)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000, pad_to=32)
+    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000)
     row = packer.row(list(range(len(data))))
     monkeypatch.setattr(attention, "MOST_SCORED", 0)
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
@@ -128,7 +127,6 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
     n_records=st.integers(1, 14),
     longest=st.integers(2, 30),
     row_tokens=st.integers(70, 300),
-    pad_to=st.sampled_from([1, 8, 128]),
     n_processes=st.integers(1, 3),
     share=st.booleans(),
     mask_prompt=st.booleans(),
@@ -139,7 +137,6 @@ def test_any_batch_cut_any_way(
     n_records: int,
     longest: int,
     row_tokens: int,
-    pad_to: int,
     n_processes: int,
     share: bool,
     mask_prompt: bool,
@@ -151,7 +148,7 @@ def test_any_batch_cut_any_way(
     """
     model, data = model_of(name), encoded(seed, n_records, cut=True, longest=longest)
     heads = shared_heads(data) if share else {}
-    packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens, pad_to=pad_to)
+    packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens)
     records = np.random.default_rng(seed).permutation(n_records)
     shares = [share_of_step(packer, records, 0, rank, n_processes) for rank in range(n_processes)]
     assert len({len(part.rows) for part in shares}) == 1  # as many backward passes on every process

@@ -23,7 +23,7 @@ def visible(row: PackedRow) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_every_target_is_predicted_from_exactly_its_own_past(mask_prompt: bool) -> None:
     data = encoded(6, 10, cut=True)
-    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=500, pad_to=64)
+    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=500)
     row = packer.row(list(range(10)))
     seen = visible(row)
     found = sorted(

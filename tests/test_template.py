@@ -193,7 +193,7 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     path.write_bytes("\ufeffQ: {instruction}\r\nA:\r\n".encode())
     template = resolve_template(str(path), ours)
     assert (template.kind, template.text) == ("custom", "Q: {instruction}\nA:")
-    second = resolve_template("Q {instruction} {input}", ours, text_without_input="Q {instruction}")
+    second = Template("custom", "Q {instruction} {input}", "Q {instruction}")
     assert [second.variant(has_input) for has_input in (True, False)] == [0, 1]
     assert ours.decode(second.encode_prompt(ours, "x")) == "Q x"
     path.write_text("no place for words")

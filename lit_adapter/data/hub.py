@@ -27,12 +27,11 @@ def is_hub_name(source: str | Path) -> bool:
     return PurePosixPath(found["repo"]).suffix.lower() not in READERS
 
 
-def read_hub(name: str, *, revision: str | None = None, columns: Columns = DEFAULT_COLUMNS) -> Records:
+def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
     """Download a Hub data set's training file (or the one named) and read its records.
 
     Args:
         name: ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
-        revision: branch, tag or commit; the main branch if left out.
         columns: what the data calls the fields.
 
     Raises:
@@ -45,12 +44,12 @@ def read_hub(name: str, *, revision: str | None = None, columns: Columns = DEFAU
     repo, part = found["repo"], found["part"]
     if part and PurePosixPath(part).suffix.lower() in READERS:
         # A file named in full needs no listing, so a downloaded one can be read without a network.
-        files = [part]
+        files, commit = [part], None
     else:
-        listing, revision = _listing(repo, revision)
+        listing, commit = _listing(repo)
         files = choose_files(listing, part, repo)
     parts = [
-        read_records(_download(repo, file, revision), columns=columns, name=f"{repo}:{file}")
+        read_records(_download(repo, file, commit), columns=columns, name=f"{repo}:{file}")
         for file in files
     ]
     return parts[0] if len(parts) == 1 else merge(parts, name)
@@ -95,18 +94,18 @@ def _choice(repo: str, files: list[str]) -> str:
     return f"name one as {repo}:FILE: {', '.join(files[:12])}{more}"
 
 
-def _listing(repo: str, revision: str | None) -> tuple[list[str], str | None]:
+def _listing(repo: str) -> tuple[list[str], str | None]:
     """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
-    info = asking_hub(repo, revision, lambda: HfApi().dataset_info(repo, revision=revision))
+    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo))
     return [file.rfilename for file in info.siblings or []], info.sha
 
 
-def _download(repo: str, file: str, revision: str | None) -> Path:
+def _download(repo: str, file: str, commit: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     def ask() -> str:
-        return hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+        return hf_hub_download(repo, file, repo_type="dataset", revision=commit)
 
-    return Path(asking_hub(f"{repo}:{file}", revision, ask))
+    return Path(asking_hub(f"{repo}:{file}", commit, ask))

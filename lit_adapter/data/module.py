@@ -158,7 +158,6 @@ class AlpacaDataModule(LightningDataModule):
             worker_init_fn=follow_parent,
             # Its own generator: else every iteration would draw a seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
-            pin_memory=torch.cuda.is_available(),
         )
 
     def state_dict(self) -> dict[str, Any]:

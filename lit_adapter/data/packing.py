@@ -67,7 +67,6 @@ class Packer:
         heads: shared starts by variant, from `shared_heads`; empty to lay every record whole.
         mask_prompt: learn answers only.
         row_tokens: longest row.
-        pad_to: rows are filled up to a multiple of this with a segment that nothing reads.
     """
 
     def __init__(
@@ -77,12 +76,11 @@ class Packer:
         *,
         mask_prompt: bool,
         row_tokens: int,
-        pad_to: int = 1,
     ) -> None:
         self.encoded, self.heads = encoded, heads
         self.trunk: TrunkFile | None = None
         """Where the rows' trunk is read from; None to leave it to the model."""
-        self.mask_prompt, self.row_tokens, self.pad_to = mask_prompt, row_tokens, pad_to
+        self.mask_prompt, self.row_tokens = mask_prompt, row_tokens
         self.n_head = np.array([self._head_length(index) for index in range(len(encoded))], dtype=np.int64)
         self.n_own = encoded.length - 1 - self.n_head
         """Tokens that each record adds to a row: neither its shared head nor its last token ``[records]``."""
@@ -144,7 +142,7 @@ class Packer:
             for record in mine:
                 first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1
                 layout.add_record(self.encoded.record(record), int(self.n_head[record]), head, first)
-        row = layout.finish(self.pad_to)
+        row = layout.finish()
         if self.trunk is not None:
             row.trunk = self.trunk.read(self.parts(records), len(row.ids))
         return row
@@ -209,10 +207,10 @@ class _Layout:
         self.target_index.append(place)
         self.target_id.append(ids[predicting + 1])
 
-    def finish(self, pad_to: int) -> PackedRow:
-        """Return the row, its targets in ascending order of place."""
-        if not self.ids or self.length % pad_to:
-            self.add(np.zeros(pad_to - self.length % pad_to, dtype=np.int32))
+    def finish(self) -> PackedRow:
+        """Return the row, its targets in ascending order of place; one without records has a token too."""
+        if not self.ids:
+            self.add(np.zeros(1, dtype=np.int32))
         index, target = _joined(self.target_index), _joined(self.target_id)
         order = torch.argsort(index, stable=True)
         return PackedRow(

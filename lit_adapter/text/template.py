@@ -205,9 +205,7 @@ def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str |
     return [*segments, run] if run else segments
 
 
-def resolve_template(
-    name_or_text: str, tokenizer: Tokenizer, *, text_without_input: str | None = None
-) -> Template:
+def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
     """Return the template that a configuration names.
 
     Args:
@@ -215,7 +213,6 @@ def resolve_template(
             ``{instruction}``, or the path of a file with such a text (one line break at its end is not
             part of it).
         tokenizer: of the base.
-        text_without_input: a second text, for records without input.
 
     Raises:
         UserError: an unknown name, an unreadable file, or a base without a chat template.
@@ -226,13 +223,13 @@ def resolve_template(
         newline = "\n" if name_or_text == "alpaca-newline" else ""
         return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
     if INSTRUCTION in name_or_text:
-        return Template("custom", name_or_text, text_without_input)
+        return Template("custom", name_or_text)
     path = Path(name_or_text)
     if "\n" not in name_or_text and path.is_file():
         text = _read(path)
         if INSTRUCTION not in text:
             raise UserError(f"{path}: a template needs {INSTRUCTION} in its text")
-        return Template("custom", text, text_without_input)
+        return Template("custom", text)
     hint = nearest(name_or_text, list(KINDS[:-1]))
     expected = f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or its file"
     raise UserError(f"template {_shown(name_or_text)} is not known{hint or expected}")

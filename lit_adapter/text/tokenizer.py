@@ -111,20 +111,18 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def check_vocabulary(tokenizer: Tokenizer, rows: int, source: object | None = None) -> None:
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
     """Refuse a tokenizer with ids that the embedding has no row for.
 
     Args:
         tokenizer: of the base.
         rows: rows of the base's embedding.
-        source: where the tokenizer comes from, for the message.
 
     Raises:
         UserError: names both numbers.
     """
     if tokenizer.vocab_size > rows:
-        place = f"{source}: " if source is not None else ""
         raise UserError(
-            f"{place}the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
             "the tokenizer belongs to another model"
         )
