@@ -59,6 +59,16 @@ def top_level(tree: ast.Module) -> ast.Module:
 TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
+@pytest.mark.parametrize(
+    "package", [path for path in (*SOURCES, *BENCHMARKS) if path.name == "__init__.py"][1:], ids=module_name
+)
+def test_a_package_says_what_its_modules_are(package: Path) -> None:
+    """All of them, and none that is not there; the outermost one tells users how to begin instead."""
+    said = set(re.findall(r"`(\w+)`", ast.get_docstring(ast.parse(package.read_text())) or ""))
+    files = {path.stem for path in package.parent.glob("*.py")} - {"__init__"}
+    assert said == files | {path.parent.name for path in package.parent.glob("*/__init__.py")}
+
+
 def test_every_part_has_its_layer() -> None:
     parts = {name.split(".")[1] for name in TREES if "." in name}
     assert parts == set(LEVEL)
@@ -97,7 +107,7 @@ LIGHT = {
     "lit_adapter.generation.engine": ("lightning", "transformers", "peft"),
     "lit_adapter.data.packing": ("lightning", "transformers"),
     "lit_adapter.text.load": ("torch", "lightning", "transformers"),
-    "lit_adapter.data.encode": ("torch", "lightning"),
+    "lit_adapter.data.encode": ("torch", "lightning", "sentencepiece", "tokenizers"),
 }
 
 

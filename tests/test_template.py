@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizer_kinds import CHATML, HARD, MAKERS, Kind
 
 from lit_adapter.errors import UserError
-from lit_adapter.text import Template, Tokenizer, load_tokenizer, resolve_template
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import Template, resolve_template
+from lit_adapter.text.tokenizer import Tokenizer
 
 NAMES = pytest.mark.parametrize("name", list(MAKERS))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.lists(

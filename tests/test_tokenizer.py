@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizer_kinds import HARD, MAKERS, Kind
 
 from lit_adapter.errors import UserError
-from lit_adapter.text import StreamDecoder, Tokenizer, check_vocabulary, load_tokenizer
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.lists(
     st.sampled_from([*HARD, " a", "1", "\n", "é", "東"]), max_size=5

@@ -14,7 +14,9 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from lit_adapter.errors import UserError
-from lit_adapter.text import load_tokenizer, resolve_template, write_gguf_tokenizer
+from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
 
 
 def byte_level_keys() -> dict[str, Any]:

@@ -18,8 +18,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_adapter.text import Tokenizer, load_tokenizer, write_gguf_tokenizer
 from lit_adapter.text.byte_pairs import LLAMA3_PATTERN, llama3_control_tokens
+from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.tokenizer import Tokenizer
 
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that completes the request.",

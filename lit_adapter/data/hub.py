@@ -49,8 +49,7 @@ def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
         listing, commit = _listing(repo)
         files = choose_files(listing, part, repo)
     parts = [
-        read_records(_download(repo, file, commit), columns=columns, name=f"{repo}:{file}")
-        for file in files
+        read_records(_download(repo, file, commit), columns=columns, name=f"{repo}:{file}") for file in files
     ]
     return parts[0] if len(parts) == 1 else merge(parts, name)
 

@@ -1,16 +1,6 @@
-"""Text to token ids and back: tokenizers of every LLaMA generation, and prompt templates."""
+"""Text to token ids and back: tokenizers of every LLaMA generation, and prompt templates.
 
-from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
-from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
-
-__all__ = [
-    "StreamDecoder",
-    "Template",
-    "Tokenizer",
-    "check_vocabulary",
-    "load_tokenizer",
-    "resolve_template",
-    "write_gguf_tokenizer",
-]
+`tokenizer` is the interface, `load` chooses an implementation: `sentencepiece_model` or `huggingface`, whose
+files `byte_pairs` and `gguf_vocabulary` also make of other vocabularies. `description` reads what stands
+beside them. `template` turns a record into ids, `chat` renders the base's own template for it.
+"""

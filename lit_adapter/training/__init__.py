@@ -1,6 +1,9 @@
 """Training with Lightning: the module, what a run leaves behind, and the run itself.
 
-`module` holds the step, `schedule` the learning rate, `checkpoint` durable checkpoint files, `run_folder`
-a run's files and its identity, `resume` where a run goes on, `signals` and `processes` how it stops,
-`callbacks` what happens around a step, `notices` words of warning, `finetune` puts them together.
+`finetune` puts a run together, around Lightning's `trainer`. Before it: `plan` says what it will be,
+`preflight` whether it fits, by the arithmetic of `memory`, `dry_run` tries three steps. Where it begins:
+`start` reads an adapter, `resume` finds a checkpoint. The step: `module`, `schedule` (the learning rate),
+`callbacks` around it, `notices` of what goes wrong, `trunk_cache` for what never changes. Several devices:
+`strategy`, `sharding`, `processes`, which stop together on `signals`. What it leaves: `run_folder`,
+`checkpoint`, `curves`, and the adapter files of `adapter_writer`.
 """

@@ -1,6 +1,7 @@
-"""What scripts/benchmark.py measures: our path and the libraries a user would pick instead.
+"""What scripts/benchmark.py and its neighbours measure: our path and what a user would pick instead.
 
-`workload` makes the records, `models` the one base that all methods share, `ours` and `rivals` the
-methods, `arithmetic` the floating-point operations they need, `machine` what the machine can do,
-`training` and `generation` the two comparisons, `report` their files.
+`run` is the two comparisons from options to table, `training` and `generation`, with their `report`.
+`workload` makes the records, `models` the one base that all methods share; `methods` are ours, `rivals` the
+others'. `arithmetic` counts the floating-point operations they need, `machine` says what the machine can do.
+`savings` takes our step's savings one by one; `learning` compares what the `families` of adapters learn.
 """

@@ -25,7 +25,7 @@ from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer
 from lit_adapter.data.records import Record, Records, read_records
 from lit_adapter.errors import UserError
-from lit_adapter.text import Template, resolve_template
+from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter
 from lit_adapter.weights.base_folder import read_config
 

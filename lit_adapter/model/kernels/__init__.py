@@ -1,1 +1,5 @@
-"""Triton kernels of the CUDA path: `attention` with the gated prefix, `rows` between products, `loss`."""
+"""Triton kernels of the CUDA path.
+
+`attention` with the gated prefix, `rows` between the products and `loss` serve training and prompts;
+`decode_attention` and `decode_products` a decode step.
+"""
