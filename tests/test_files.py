@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import random
 import resource
@@ -18,11 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 from generation_fixtures import save_random_adapter
+from safetensors import safe_open
+from safetensors.torch import save
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.generation.prompt_file import Answers, read_prompts
-from lit_adapter.training.checkpoint import PARTS, DurableCheckpointIO, read_checkpoint
+from lit_adapter.training.checkpoint import METADATA_KEY, PARTS, DurableCheckpointIO, read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter, save_adapter
 from lit_adapter.weights.tensor_writer import Entry, TensorWriter
 
@@ -83,6 +87,25 @@ def test_fifty_kills_during_saves_leave_whole_files(
     assert leftovers > KILLS // 5  # the kills did fall into saves
     if other.is_dir():
         assert not list(other.glob(".last.ckpt*"))
+
+
+def test_a_checkpoint_is_json_whatever_its_numbers_are_and_older_ones_are_read(tmp_path: Path) -> None:
+    """Before the first validation its loss is not a number; older files have a bare NaN there."""
+    path, numbers = tmp_path / "a.ckpt", [float("nan"), float("inf"), -float("inf"), 0.1]
+    DurableCheckpointIO().save_checkpoint(
+        dict.fromkeys(PARTS) | {"state_dict": {}, "measured": numbers}, path
+    )
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    with safe_open(path, framework="pt") as file:
+        json.loads(file.metadata()[METADATA_KEY], parse_constant=refuse)
+    assert repr(read_checkpoint(path)["measured"]) == repr(numbers)
+    older = json.dumps(["dict", [[key, ["list", numbers]] for key in sorted(PARTS)]])
+    digest = hashlib.sha256(older.encode()).hexdigest()
+    path.write_bytes(save({}, metadata={METADATA_KEY: older, "sha256": digest}))
+    assert repr(read_checkpoint(path)["measured"]) == repr(numbers)
 
 
 @contextmanager

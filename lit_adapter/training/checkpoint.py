@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class DurableCheckpointIO(CheckpointIO):
             UserError: the file cannot be written, or the adapter holds a number that is not finite.
         """
         tensors: dict[str, Tensor] = {}
-        structure = json.dumps(_encode(checkpoint, tensors, ""), sort_keys=True)
+        structure = json.dumps(_encode(checkpoint, tensors, ""), sort_keys=True, allow_nan=False)
         for name, tensor in checkpoint["state_dict"].items():
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
@@ -120,7 +121,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     """Return ``value`` as JSON, its tensors moved to ``tensors`` under the name of their place.
 
     JSON has lists, objects with text keys, and plain values. What else a checkpoint holds becomes a list
-    that starts with a tag: ["tensor", name], ["tuple", items], ["dict", [key, value] pairs], ["list", items].
+    that starts with a tag: ["tensor", name], ["tuple", items], ["dict", [key, value] pairs], ["list", items],
+    ["float", "nan"].
     """
     if isinstance(value, Tensor):
         tensors[place] = value.detach().cpu().contiguous()
@@ -133,6 +135,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(value, list | tuple):
         items = [_encode(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]
         return ["tuple" if isinstance(value, tuple) else "list", items]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ["float", repr(float(value))]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {place})")
@@ -144,6 +148,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     tag, content = value
     if tag == "tensor":
         return tensors[content]
+    if tag == "float":
+        return float(content)
     if tag == "dict":
         return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
