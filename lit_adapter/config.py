@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from lit_adapter.data.records import Columns
 from lit_adapter.errors import UserError
 from lit_adapter.files import is_text
 from lit_adapter.model.config import AdapterConfig, check_fp32
@@ -29,6 +28,25 @@ def _expand_home(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None:
             object.__setattr__(config, name, os.path.expanduser(value))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the data calls the three fields of a record."""
+
+    instruction: str = "instruction"
+    """Must be there; an empty one is an error."""
+    input: str = "input"
+    """May be absent from the data under its usual name: every input is then empty."""
+    output: str = "output"
+    """Must be there; records without text in it are left out."""
+
+    def __post_init__(self) -> None:
+        names = [getattr(self, item.name) for item in fields(self)]
+        if "" in names or len(set(names)) < len(names):
+            raise UserError(
+                f"columns: {', '.join(f'{name!r:.60}' for name in names)}; expected three different names"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ LAYERS = [
     ("streams",),
     ("files", "device", "command", "hub"),
     ("model",),
-    ("text",),
-    ("weights", "data", "config"),
+    ("text", "config"),
+    ("weights", "data"),
     ("generation",),
     ("training",),
     ("cli", "quickstart"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-SAME_LEVEL = {("config", "data"), ("data", "config"), ("quickstart", "cli")}
+SAME_LEVEL = {("quickstart", "cli")}
 MAY_IMPORT_LIGHTNING = ("lit_adapter.data.module", "lit_adapter.training.")
 
 

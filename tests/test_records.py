@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_adapter.data.records import Columns, Record, Records, merge, overlap, read_records, split
+from lit_adapter.config import Columns
+from lit_adapter.data.records import Record, Records, merge, overlap, read_records, split
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'

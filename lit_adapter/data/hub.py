@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from lit_adapter.config import Columns
 from lit_adapter.data.formats import READERS
-from lit_adapter.data.records import DEFAULT_COLUMNS, Columns, Records, merge, read_records
+from lit_adapter.data.records import DEFAULT_COLUMNS, Records, merge, read_records
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.hub import asking_hub
 

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Sampler
 
-from lit_adapter.config import DataConfig
+from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.hub import is_hub_name, read_hub
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_heads
-from lit_adapter.data.records import Columns, Records, overlap, read_records, split
+from lit_adapter.data.records import Records, overlap, read_records, split
 from lit_adapter.data.worker import follow_parent
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template

@@ -9,30 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_adapter.config import Columns
 from lit_adapter.data.formats import READERS, check_regular, json_type, shorten
 from lit_adapter.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the data calls the three fields of a record."""
-
-    instruction: str = "instruction"
-    """Must be there; an empty one is an error."""
-    input: str = "input"
-    """May be absent from the data under its usual name: every input is then empty."""
-    output: str = "output"
-    """Must be there; records without text in it are left out."""
-
-    def __post_init__(self) -> None:
-        names = [getattr(self, item.name) for item in fields(self)]
-        if "" in names or len(set(names)) < len(names):
-            raise UserError(f"columns: {', '.join(map(shorten, names))}; expected three different names")
-
 
 DEFAULT_COLUMNS = Columns()
 
