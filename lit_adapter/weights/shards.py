@@ -91,20 +91,34 @@ def is_zipped(path: Path) -> bool:
     return False
 
 
-def load_tensors(path: Path, *, mapped: bool, also: Sequence[type] = ()) -> Any:
-    """Return what PyTorch's restricted unpickler makes of a file, without its warnings.
+def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) -> Any:
+    """Return what PyTorch's restricted unpickler makes of a ``torch.save`` file, mapped where it can be.
 
     Args:
-        path: a ``torch.save`` file.
-        mapped: keep tensors on disk until they are read.
-        also: types that it may build beside its own.
+        path: the file.
+        instead: what to do where it holds types that could run code.
+        safe_globals: types that it may build beside PyTorch's own.
+
+    Raises:
+        UserError: damaged, or holding another type; nothing of it has run.
     """
-    with warnings.catch_warnings(), torch.serialization.safe_globals(list(also)):
-        warnings.simplefilter("ignore")  # of pickle protocols, which damage can change
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    mapped = is_zipped(path)
+    try:
+        if mapped and not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: truncated or damaged; {AGAIN}")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(safe_globals)):
+            warnings.simplefilter("ignore")  # of pickle protocols, which damage can change
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: damaged, or holds other objects than tensors and plain values, which could run code "
+            f"({_reason(error)}); {instead}"
+        ) from None
+    except OF_DAMAGE as error:
+        raise UserError(f"{path}: truncated or damaged ({_reason(error)}); {AGAIN}") from None
 
 
-def reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return the line of PyTorch's text that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
     telling = [line for line in lines if any(word in line for word in ("GLOBAL", "instruction", "operand"))]
@@ -197,17 +211,7 @@ class TorchShard:
         }
 
     def _load(self) -> dict[str, Tensor]:
-        try:
-            if self._mapped and not zipfile.is_zipfile(self.path):
-                raise UserError(f"{self.path}: truncated or damaged; {AGAIN}")
-            content = load_tensors(self.path, mapped=self._mapped)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{self.path}: damaged, or holds other objects than tensors, which could run code; "
-                "use the safetensors version of this checkpoint"
-            ) from None
-        except OF_DAMAGE as error:
-            raise UserError(f"{self.path}: truncated or damaged ({reason(error)}); {AGAIN}") from None
+        content = load_tensors(self.path, "use the safetensors version of this checkpoint")
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: holds a {type(content).__name__}; expected named tensors")
         for name, value in content.items():

@@ -8,8 +8,6 @@ since PyTorch allows some types (parameters, sparse and quantised tensors) that 
 from __future__ import annotations
 
 import argparse
-import pickle
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.weights.shards import (
-    AGAIN,
-    OF_DAMAGE,
-    is_zipped,
-    load_tensors,
-    reason,
-    refuse_odd_tensor,
-    refuse_stand_in,
-)
+from lit_adapter.weights.shards import load_tensors, refuse_odd_tensor, refuse_stand_in
 
 PLAIN = (str, int, float, bool, type(None))
 DEEPEST = 20
@@ -40,18 +30,7 @@ def read_torch_file(path: Path) -> Any:
             values; nothing of it has run.
     """
     refuse_stand_in(path)
-    zipped = is_zipped(path)
-    try:
-        if zipped and not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: truncated or damaged; {AGAIN}")
-        content = load_tensors(path, mapped=zipped, also=[argparse.Namespace])
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: damaged, or holds other objects than tensors and plain values, which could run code "
-            f"({reason(error)}); ask for the adapter's tensors alone"
-        ) from None
-    except OF_DAMAGE as error:
-        raise UserError(f"{path}: truncated or damaged ({reason(error)}); {AGAIN}") from None
+    content = load_tensors(path, "ask for the adapter's tensors alone", [argparse.Namespace])
     _check(content, str(path), "", 0)
     return content
 
