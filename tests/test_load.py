@@ -35,6 +35,17 @@ print(anonymous() - before)
 """
 
 
+def test_a_base_is_loaded_without_the_compiler(tiny_base: Path) -> None:
+    """Its import takes longer than the base of 135M."""
+    code = (
+        "import sys, torch; from pathlib import Path; from lit_adapter.weights.load import load_base\n"
+        f"load_base(Path({str(tiny_base)!r}), device='cpu', dtype=torch.bfloat16)\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 0.05), ("bfloat16", 0.6)])
 def test_a_base_is_mapped_not_copied(tmp_path: Path, dtype: str, share: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.llama import Llama
@@ -61,8 +62,17 @@ def fill_base(
     _fill(model, folder, device=device, dtype=dtype, read=read)
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leaves new parameters unfilled: to fill those on the meta device, torch imports its compiler first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _skeleton(folder: Path) -> Llama:
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         return Llama(read_config(folder)).requires_grad_(False)
 
 
