@@ -184,14 +184,16 @@ def join(*linears: Any) -> None:
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
     """Return the matrix of layers that read the same input; no weight is copied."""
     weights = [linear.weight.detach() for linear in linears]
-    return PlainMatrix(joined(*linears)) if _side_by_side(weights) else SplitMatrix(weights)
+    return PlainMatrix(_as_one(weights)) if _side_by_side(weights) else SplitMatrix(weights)
 
 
 def joined(*linears: Any) -> Tensor:
     """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
     weights = [linear.weight.detach() for linear in linears]
-    if not _side_by_side(weights):
-        return torch.cat(weights)
+    return _as_one(weights) if _side_by_side(weights) else torch.cat(weights)
+
+
+def _as_one(weights: list[Tensor]) -> Tensor:
     return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
 
 
