@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, shorten
 from lit_adapter.files import is_text
 from lit_adapter.model.config import AdapterConfig, check_fp32
 
@@ -44,9 +44,7 @@ class Columns:
     def __post_init__(self) -> None:
         names = [getattr(self, item.name) for item in fields(self)]
         if "" in names or len(set(names)) < len(names):
-            raise UserError(
-                f"columns: {', '.join(f'{name!r:.60}' for name in names)}; expected three different names"
-            )
+            raise UserError(f"columns: {', '.join(map(shorten, names))}; expected three different names")
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,9 @@ def nearest(name: str, candidates: list[str]) -> str:
 
 def _plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_")
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return ``repr(value)``, printable in any encoding that repr is, cut to ``limit`` characters."""
+    shown = repr(value[:limit] if isinstance(value, str) else value)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

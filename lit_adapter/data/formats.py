@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, shorten
 
 Row = tuple[int, Mapping[str, Any]]
 """A line number (for Parquet a row number), counted from 1, and the named values found there."""
@@ -57,12 +57,6 @@ def parse_json(text: str) -> Any:
         return _DECODER.decode(text)
     except RecursionError:
         raise _RefusedError("nested too deeply") from None
-
-
-def shorten(value: object, limit: int = 60) -> str:
-    """Return ``repr(value)``, printable in any encoding that repr is, cut to ``limit`` characters."""
-    shown = repr(value[:limit] if isinstance(value, str) else value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def json_type(value: object) -> str:

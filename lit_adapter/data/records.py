@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import READERS, check_regular, json_type, shorten
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.data.formats import READERS, check_regular, json_type
+from lit_adapter.errors import UserError, nearest, shorten
 
 DEFAULT_COLUMNS = Columns()
 

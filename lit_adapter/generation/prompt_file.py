@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter import files
-from lit_adapter.data.formats import READERS, check_regular, json_type, shorten
+from lit_adapter.data.formats import READERS, check_regular, json_type
 from lit_adapter.data.records import check_unicode
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.errors import UserError, nearest, shorten
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at a group's end, and loses more."""
