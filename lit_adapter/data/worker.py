@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -26,7 +28,8 @@ def follow_parent(worker: int = 0) -> None:
     """Let this worker live until its parent ends, and no longer.
 
     A signal to the process group would kill it before the parent has saved. Where the parent is killed, a
-    worker with half a result in its pipe would wait for ever for somebody to read the rest.
+    worker with half a result in its pipe would wait for ever for somebody to read the rest, and one whose
+    tensors the parent was fetching would print that its connection is gone.
 
     Args:
         worker: its number, which loaders tell.
@@ -41,3 +44,11 @@ def follow_parent(worker: int = 0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # the parent was killed while it fetched a tensor from this worker's thread, which the run reports
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            shown(kind, error, trace)
+
+    sys.excepthook = show
