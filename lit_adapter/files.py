@@ -143,7 +143,7 @@ def probe(folder: Path) -> None:
     """
     place = folder if folder.is_dir() else existing_parent(folder)
     try:
-        with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=TEMPORARY_SUFFIX, dir=place) as file:
+        with tempfile.TemporaryFile(prefix=".probe.", suffix=TEMPORARY_SUFFIX, dir=place) as file:
             file.write(b"\0")
     except OSError as error:
         raise write_error(folder, error) from error
@@ -210,6 +210,11 @@ def free_path(path: Path) -> Path:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell by its name what is being written, or was left by a killed write."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def sweep(folder: Path) -> int:

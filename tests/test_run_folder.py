@@ -7,7 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,30 @@ def test_one_of_two_that_start_at_once_gets_the_folder(tmp_path: Path) -> None:
     for process in both:
         process.join()
     assert all({one, other} == {True, False} for one, other in zip(*found, strict=True)), found
+
+
+def test_what_a_run_is_just_writing_or_was_when_killed_is_no_run(tmp_path: Path) -> None:
+    run, half_written = tmp_path / "run", tmp_path / "run" / ".config.yaml.abc.tmp"
+    run.mkdir()
+    half_written.touch()
+    holder = FORK.Process(target=_open_and_wait, args=(run, has_it := FORK.Event()))
+    holder.start()
+    assert has_it.wait(60)
+    half_written.touch()
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+        RunFolder(run).open(resume=False)
+    holder.kill()
+    holder.join()
+    folder = RunFolder(run)
+    folder.open(resume=False)
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _open_and_wait(path: Path, has_it: Event) -> None:
+    RunFolder(path).open(resume=False)
+    has_it.set()
+    signal.pause()
 
 
 def _open_often(path: Path, together: Barrier, results: Any) -> None:

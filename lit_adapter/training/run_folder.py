@@ -67,11 +67,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run folder with --out")
-        if not resume and self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
+        if not resume and self._holds_files():
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
         files.probe(self.path)
+
+    def _holds_files(self) -> bool:
+        """Whether there is more than a lock and what another run is writing, or was when it was killed."""
+        with files.reading(self.path), suppress(FileNotFoundError):
+            return any(p.name != LOCK and not files.is_temporary(p) for p in self.path.iterdir())
+        return False
 
     def _claim(self) -> None:
         """Take the lock, which the system gives back when this process ends, however it ends."""
