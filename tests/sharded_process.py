@@ -4,7 +4,8 @@
 
 ADAPTER is JSON. Prints one JSON object: the largest differences from the whole base (loss, gradients, next
 tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
-computing, the numbers of the base that it holds, and what autograd kept beside what the estimate says.
+computing, how often weights were gathered for a row, the numbers of the base that it holds, and what autograd
+kept beside what the estimate says.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from test_memory import kept_for_backward
 from tiny_models import open_adapter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from lit_adapter.data.packing import Packer, share_of_step
 from lit_adapter.generation.decode import decode
@@ -126,7 +128,9 @@ def main(
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)
-    losses(model, share, n_shares)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        losses(model, share, n_shares)
+    found["gatherings"] = sum(event.name == "fsdp::all_gather_copy_in" for event in seen.events())
     tokens = answers(model)
     model.zero_grad()
     loss = losses(model, share, n_shares)  # training goes on after answers

@@ -41,10 +41,11 @@ def processes(
 
 def test_a_cut_base_computes_as_the_whole_one(tmp_path: Path) -> None:
     """With tied embeddings, of a vocabulary that two processes cannot share evenly."""
-    model = random_llama(tie_word_embeddings=True, intermediate_size=95)
+    model = random_llama(tie_word_embeddings=True, intermediate_size=95, num_hidden_layers=4)
     base = convert(write_hf(model, tmp_path / "source"), tmp_path / "base")
     for found in processes(base, "float32", tmp_path / "store"):
         assert found["whole_matrices"] == []
+        assert found["gatherings"] == 1 + 4 + 2  # embeddings and head in one, layers, the adapted again
         assert found["same_tokens"]
         assert found["loss"] < 1e-5
         assert found["gradient"] < 1e-6

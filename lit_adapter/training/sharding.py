@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,19 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(block, "prefix_kv")
     for block, following in pairwise(model.layers):  # asked for before its turn, not at it
         block.set_modules_to_forward_prefetch([following])
+    learning = [*dropwhile(_is_frozen, model.layers)]
+    # The lowest names itself: else FSDP gathers the layer below it, whose backward pass never comes.
+    for below, block in pairwise(learning[:1] + learning):
+        block.set_modules_to_backward_prefetch([below])
     if not model.config.tie_embeddings:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model, "prefix_kv")
     register_fsdp_forward_method(model, "trunk")
+
+
+def _is_frozen(block: Block) -> bool:
+    return not any(parameter.requires_grad for parameter in block.parameters())
 
 
 def read_part(
