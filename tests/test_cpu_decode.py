@@ -15,7 +15,7 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
-from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights
+from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights, _Matrix
 from lit_adapter.model.llama import Llama
 
 CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
@@ -41,11 +41,19 @@ def wanted(model: Llama, text: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("n_texts", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_steps_give_the_whole_texts_logits(
-    name: str, n_texts: int, dtype: torch.dtype, tolerance: float
+    name: str,
+    n_texts: int,
+    n_threads: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With 61 possible tokens, a prime number, the head is cut unevenly."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     model = model_of(name, dtype)
     model.decode_weights = DecodeWeights(model)
     texts = [list(prompt) for prompt in PROMPTS[:n_texts]]
@@ -86,10 +94,28 @@ def test_other_models_keep_their_own_forward_pass(sizes: dict[str, Any], adapter
     assert list(decode(model, PROMPTS, settings, frozenset())) == plain
 
 
-def test_no_copy_is_made_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_matrices_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is asked for in the middle of an answer: the model may be trained afterwards."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    model = random_llama(3, torch.float32, vocab_size=60, head_dim=4, n_hidden=20)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    weights = DecodeWeights(model)
+    with torch.inference_mode():
+        assert weights.ready
+    layers = [*weights.layers, weights]
+    matrices = [part for layer in layers for part in vars(layer).values() if isinstance(part, _Matrix)]
+    assert len(matrices) == 4 * len(model.layers) + 1
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {matrix.parts.untyped_storage().data_ptr() for matrix in matrices} <= own
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert not parameter.is_inference()
+
+
+def test_matrices_stay_where_they_are_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("plain-base", torch.float32)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: 2 * size - 1)
+    monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: size - 1)
     assert not DecodeWeights(model).ready
-    monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: 2 * size)
+    monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: size)
     assert DecodeWeights(model).ready

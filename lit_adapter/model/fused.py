@@ -19,16 +19,10 @@ from torch import Tensor, nn
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.llama import Block, Llama, RMSNorm
-from lit_adapter.model.matrices import (
-    Float8Linear,
-    Float8Matrix,
-    Matrix,
-    join,
-    joined,
-    side_by_side,
-)
+from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, side_by_side
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_tiles
 
 

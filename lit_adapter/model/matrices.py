@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_adapter.model.joining import as_one, lie_side_by_side, weights_of
 from lit_adapter.model.kernels.rows import LARGEST, Operand, Quantised, quantise
 
 
@@ -171,36 +172,7 @@ class Float8Linear(nn.Module):
         return self.matrix(quantise(x.reshape(-1, self.in_features))).view(*x.shape[:-1], -1)
 
 
-def join(*linears: Any) -> None:
-    """Lay the weights of layers that read the same input side by side in memory, for one product."""
-    weights = [linear.weight.detach() for linear in linears]
-    if _side_by_side(weights):
-        return
-    whole = torch.cat(weights)
-    for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
-
-
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
     """Return the matrix of layers that read the same input; no weight is copied."""
-    weights = [linear.weight.detach() for linear in linears]
-    return PlainMatrix(_as_one(weights)) if _side_by_side(weights) else SplitMatrix(weights)
-
-
-def joined(*linears: Any) -> Tensor:
-    """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
-    weights = [linear.weight.detach() for linear in linears]
-    return _as_one(weights) if _side_by_side(weights) else torch.cat(weights)
-
-
-def _as_one(weights: list[Tensor]) -> Tensor:
-    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
-
-
-def _side_by_side(weights: list[Tensor]) -> bool:
-    storage, place = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
-    for weight in weights:
-        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:
-            return False
-        place += weight.numel()
-    return True
+    weights = weights_of(*linears)
+    return PlainMatrix(as_one(weights)) if lie_side_by_side(weights) else SplitMatrix(weights)

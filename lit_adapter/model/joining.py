@@ -1,0 +1,44 @@
+"""Weights of layers that read the same input, side by side in memory, so that one product serves them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def join(*linears: Any) -> None:
+    """Lay the layers' weights side by side in memory, where they are not yet; the layers go on using them."""
+    weights = weights_of(*linears)
+    if lie_side_by_side(weights):
+        return
+    whole = torch.cat(weights)
+    for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def joined(*linears: Any) -> Tensor:
+    """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
+    weights = weights_of(*linears)
+    return as_one(weights) if lie_side_by_side(weights) else torch.cat(weights)
+
+
+def weights_of(*linears: Any) -> list[Tensor]:
+    """Return the layers' weights, each ``[outputs, inputs]``."""
+    return [linear.weight.detach() for linear in linears]
+
+
+def as_one(weights: list[Tensor]) -> Tensor:
+    """Return weights that lie side by side as one matrix, without a copy."""
+    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+
+
+def lie_side_by_side(weights: list[Tensor]) -> bool:
+    """Whether each weight begins in memory where the one before it ends."""
+    storage, place = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:
+            return False
+        place += weight.numel()
+    return True
