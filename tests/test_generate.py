@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 from tiny_models import open_adapter, random_ids, random_llama
 
 import lit_adapter
+from lit_adapter import device
 from lit_adapter.errors import UserError
+from lit_adapter.generation import engine
 from lit_adapter.generation.decode import decode
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
+from lit_adapter.weights.base_folder import expected_shapes, read_config
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 STOPS = frozenset({3, 9, 20, 41, 55})
@@ -143,6 +147,22 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
     return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+
+
+def test_a_text_at_a_time_is_answered_in_fp32_on_a_cpu_with_memory_for_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(**options: str) -> torch.dtype:
+        return lit_adapter.load(base=tiny_base, device="cpu", **options).model.embed_tokens.weight.dtype
+
+    monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
+    assert found() == found(dtype="auto") == torch.float32
+    assert found(dtype="bfloat16") == torch.bfloat16
+    n_bytes = 4 * sum(math.prod(shape) for shape in expected_shapes(read_config(tiny_base)).values())
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 2 * n_bytes - 1)
+    assert found() == torch.bfloat16
+    monkeypatch.setattr(engine, "free_bytes", lambda device: None)
+    assert found() == torch.float32
 
 
 def test_logits_of_the_plain_base_equal_transformers(tiny_base: Path) -> None:

@@ -14,6 +14,8 @@ from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
 
 if TYPE_CHECKING:
+    import torch
+
     from lit_adapter.generation.engine import AdaptedLlama
     from lit_adapter.generation.prompt_file import Prompt
 
@@ -132,8 +134,8 @@ def _instruction(args: Any) -> str:
     return text
 
 
-def _load(args: Any, dtype: str | None = None) -> AdaptedLlama:
-    """Load what the command line names, in ``dtype`` where it leaves that open."""
+def _load(args: Any, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
+    """Load what the command line names, in ``dtype`` where it leaves that open; None lets `load` choose."""
     from lit_adapter.generation.engine import load
 
     if args.dtype not in (None, "auto"):
@@ -188,7 +190,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     """Answer a file of prompts into another."""
     import torch
 
-    from lit_adapter.device import choose_device
+    from lit_adapter.device import choose_device, choose_dtype
     from lit_adapter.files import refuse_input
     from lit_adapter.generation.prompt_file import (
         BATCHES_PER_GROUP,
@@ -204,7 +206,8 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=args.overwrite)
     refuse_input(target, [_base_folder(args), *([Path(args.adapter)] if args.adapter else [])], "--output")
-    model = _load(args, earlier_dtype(target, prompts, choose_device(args.device).type))
+    device = choose_device(args.device)
+    model = _load(args, earlier_dtype(target, prompts, device.type) or choose_dtype(None, device))
     _check_prompts(model, prompts, sampling)
     batch_size = args.batch_size or BATCH_SIZE
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size

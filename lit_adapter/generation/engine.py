@@ -7,6 +7,7 @@ print(model.generate("Name three colours."))
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapter.device import choose_device, choose_dtype
+from lit_adapter.device import choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError
 from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
@@ -28,7 +29,7 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import base_identity, check_base, read_adapter
-from lit_adapter.weights.base_folder import find_base
+from lit_adapter.weights.base_folder import expected_shapes, find_base, read_config
 from lit_adapter.weights.load import load_base
 
 Task = tuple[str, str]
@@ -163,7 +164,8 @@ def load(
         adapter: an ``adapter.safetensors``; None for the plain base.
         base: a converted base folder; by default the one the adapter names, under ``checkpoints/``.
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default bf16 where the device is faster with it.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
+            the faster one for a text at a time, and else bf16 where the device multiplies it faster.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
 
     Raises:
@@ -177,6 +179,8 @@ def load(
         check_base(info, base_identity(folder), Path(str(adapter)))
     target = choose_device(device)
     tokenizer = load_tokenizer(folder)
+    if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):
+        dtype = torch.float32
     model = load_base(folder, device=target, dtype=choose_dtype(dtype, target)).eval()
     check_vocabulary(tokenizer, model.config.vocab_size)
     if info is not None:
@@ -188,3 +192,10 @@ def load(
     wanted = "alpaca" if template is None else template
     chosen = info.template if info and template is None else resolve_template(wanted, tokenizer)
     return AdaptedLlama(model, tokenizer, chosen)
+
+
+def _fits_in_fp32(folder: Path) -> bool:
+    """Whether a CPU's free memory takes a base in fp32, and as much again for its cache and all else."""
+    free = free_bytes(torch.device("cpu"))
+    n_bytes = 4 * sum(math.prod(shape) for shape in expected_shapes(read_config(folder)).values())
+    return free is None or 2 * n_bytes <= free
