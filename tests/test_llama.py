@@ -11,7 +11,8 @@ from tiny_models import from_transformers, random_ids, random_llama, transformer
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import LlamaConfig, RopeConfig, differences
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.llama import Llama, RMSNorm
+from lit_adapter.model.rope import rotate
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,6 +50,20 @@ CASES: dict[str, dict[str, Any]] = {
 def logits(model: Llama, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     position = torch.arange(ids.shape[1]).expand_as(ids)
     return model.head(model(ids, CausalView(model.rotation(position)), rows))
+
+
+def test_gradients_of_norm_and_rotation_are_those_of_finite_differences() -> None:
+    """With gradients of the norm's weight, which V2 learns, and heads that lie apart in memory."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 3, 5), (5,))
+    )
+    norm = RMSNorm(5, eps=0.1)
+    assert torch.autograd.gradcheck(norm.scaled, (x, weight))
+    heads = torch.randn(2, 3, 4, 6, generator=draw, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    angle = torch.randn(2, 3, 3, generator=draw, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda y: rotate(y, angle.cos(), angle.sin()), (heads,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])

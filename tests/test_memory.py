@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_records import encoded
 from tiny_models import open_adapter, random_llama
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lit_adapter.data.packing import Packer, shared_heads
 from lit_adapter.device import free_bytes
+from lit_adapter.model import loss
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
+from lit_adapter.training import memory
 from lit_adapter.training.memory import RowShape, estimate, path_of
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -42,9 +47,9 @@ def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = row_loss(model, row, recompute=recompute)
+        summed = row_loss(model, row, recompute=recompute)
     total = sum(found.values())
-    loss.backward()
+    summed.backward()
     return total
 
 
@@ -77,6 +82,29 @@ def test_v2_keeps_more_and_in_every_layer(precision: str, prompts: tuple[int, in
         kept = kept_for_backward(model, row)
     found = estimate(model.config, config, RowShape.of(row), precision=precision).activations
     assert found == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("adapter", "vocab"), [({}, 3000), ({"version": "v2", "head": True}, 3000), ({}, 61)]
+)
+def test_the_peak_of_a_step_is_a_little_below(
+    dtype: torch.dtype, adapter: dict[str, Any], vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the logits are the largest of what is held for a moment, and where a layer's own tensors are."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2**18)
+    monkeypatch.setattr(memory, "CHUNK_LOGITS", 2**18)
+    model = random_llama(dtype=dtype, vocab_size=vocab, n_embd=96, head_dim=24, n_hidden=160)
+    config, row = AdapterConfig(prompt_length=5, **adapter), packed()
+    open_adapter(model, config)
+    row_loss(model, row).backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        row_loss(model, row).backward()
+    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    precision = "32-true" if dtype == torch.float32 else "bf16-true"
+    found = estimate(model.config, config, RowShape.of(row), precision=precision)
+    assert 0.95 * most < found.activations + found.workspace < 1.3 * most
 
 
 def test_recomputed_layers_keep_their_input_and_one_layer_at_a_time() -> None:

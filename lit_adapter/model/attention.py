@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_adapter.model.precision import widen
-
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -128,7 +126,7 @@ class SegmentGroup:
 
     query: Tensor  # [S, L] which of the given queries
     key: Tensor  # [S, E] row positions of the keys: shared head, then the segment itself
-    hidden: Tensor  # [S, 1, 1, L, E] which key a query does not see
+    sight: Tensor  # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16
     real: Tensor  # [n] which entries of the flattened `query` are not padding
 
 
@@ -151,6 +149,7 @@ class SegmentView(BaseView):
         groups = self.all_rows if rows is None else self.target_rows
         if not groups:  # a row without targets: q, empty like its result, keeps the graph whole for DDP
             return q + 0 * (k.sum() + v.sum())
+        q = q * q.shape[-1] ** -0.5
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
         parts = [_attend_rectangle(q, k, v, group) for group in groups]
         places = torch.cat([group.query.flatten()[group.real] for group in groups])
@@ -159,9 +158,10 @@ class SegmentView(BaseView):
 
 
 def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
-    """Return the group's real queries' results ``[n, H, D]``, from ``q, k, v [T, heads, D]``.
+    """Return the group's real queries' results ``[n, H, D]``, from scaled ``q`` and ``k, v [T, heads, D]``.
 
     Written out: on CPUs the fused kernel's backward pass is several times slower on such short segments.
+    In bf16 the scores stay narrow: softmax is computed in fp32 from them either way, pair by pair.
     """
     (S, L), E = group.query.shape, group.key.shape[1]
     H, G, D = q.shape[1], k.shape[1], q.shape[2]
@@ -172,8 +172,8 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> T
     if L * E > MOST_SCORED:
         return _attend_fused(queries.flatten(1, 2), keys.mT, values, group)
     score = queries.reshape(S, G, -1, D) @ keys  # [S, G, H/G * L, E]
-    score = widen(score).view(S, G, H // G, L, E).mul(D**-0.5).masked_fill(group.hidden, -torch.inf)
-    weight = score.softmax(-1).to(v.dtype).view(S, G, -1, E)
+    score = score.view(S, G, H // G, L, E).add_(group.sight)
+    weight = score.softmax(-1, dtype=score.dtype).view(S, G, -1, E)
     y = (weight @ values).view(S, H, L, D).transpose(1, 2).reshape(S * L, H, D)
     return y.index_select(0, group.real)
 
@@ -183,7 +183,8 @@ MOST_SCORED = 512 * 512  # pairs of a segment from which keeping their scores co
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
     """Do the same for long segments ``[S, heads, L, D]`` without keeping a score for every pair."""
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=~group.hidden[:, 0], enable_gqa=True)
+    sight = group.sight[:, 0].to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight, enable_gqa=True, scale=1.0)
     return y.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 
@@ -243,7 +244,8 @@ def _rectangle(group: list[_Segment], device: torch.device) -> SegmentGroup:
     key, real_key = _padded([[*range(s.head_start, s.head_end), *range(s.start, s.end)] for s in group])
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
     seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
-    plan = (query, key, ~seen[:, None, None], valid.flatten().nonzero().flatten())
+    sight = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
+    plan = (query, key, sight[:, None, None], valid.flatten().nonzero().flatten())
     return SegmentGroup(*(part.to(device) for part in plan))
 
 

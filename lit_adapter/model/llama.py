@@ -29,6 +29,24 @@ Linear = Callable[[int, int, bool], nn.Module]
 """Builds a linear layer from input width, output width and whether it has a bias."""
 
 
+class _Normalised(torch.autograd.Function):
+    """``x / rms(x)`` in x's dtype. It keeps x as it is; autograd would keep it widened, and be slower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = widen(x)
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, rstd)
+        return (wide * rstd).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, rstd = ctx.saved_tensors
+        wide, dwide = widen(x), widen(dy)
+        along = (dwide * wide).mean(-1, keepdim=True) * rstd.square()
+        return torch.addcmul(dwide, wide, along, value=-1).mul_(rstd).to(x.dtype), None
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), computed in fp32."""
 
@@ -43,9 +61,7 @@ class RMSNorm(nn.Module):
 
     def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
         """Normalise ``x`` and multiply it by ``weight``, in x's dtype."""
-        wide = widen(x)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide.to(x.dtype) * weight).to(x.dtype)
+        return (_Normalised.apply(x, self.eps) * weight).to(x.dtype)
 
 
 class Attention(nn.Module):

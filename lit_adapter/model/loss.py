@@ -21,6 +21,8 @@ from lit_adapter.model.precision import widen
 
 CHUNK_LOGITS = 2**25
 """Numbers in one chunk of logits: 128 MiB in fp32."""
+ROWS_AT_ONCE = 16
+"""Targets whose softmax is taken together on a CPU: few enough for its caches."""
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -45,6 +47,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 share = share * scale
                 affine[0] += share.sum(0)
             gradient[chunk] = share.to(narrow.dtype) @ weight.to(narrow.dtype)
+            del narrow, logits, share  # before the next chunk's are made
         ctx.gradients = (gradient, *(affine or (None, None)))
         return total
 
@@ -55,18 +58,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy, and in the logits' precision its gradient if that is wanted."""
+    """Return the summed cross-entropy, and its gradient if that is wanted, which replaces the logits."""
     if logits.is_cuda and logits.dtype != torch.float64:
         from lit_adapter.model.kernels.loss import cross_entropy_
 
         return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits
-    target = target_id[:, None]
-    share = widen(logits).log_softmax(-1)  # one pass a row; logsumexp would write all of it out twice
-    total = -share.gather(-1, target).sum()
-    if not wants_gradient:
-        return total, logits
-    share.exp_().scatter_add_(-1, target, share.new_full(target.shape, -1.0))
-    return total, share.to(logits.dtype)
+    total = widen(logits[:0]).sum()
+    for start in range(0, len(logits), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        target = target_id[rows, None]
+        share = widen(logits[rows]).log_softmax(-1)  # logsumexp would write out twice as much
+        total -= share.gather(-1, target).sum()
+        if wants_gradient:
+            logits[rows] = share.exp_().scatter_add_(-1, target, share.new_full(target.shape, -1.0))
+    return total, logits
 
 
 def target_loss(

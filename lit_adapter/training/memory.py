@@ -1,7 +1,8 @@
 """How much memory a training step takes, by arithmetic, before anything is loaded.
 
 Letters: T tokens of a row, C width, H query heads, G key/value heads, D head size, K prompt length, M width
-of the MLP, V vocabulary, s bytes of a number in the precision that is computed in. At its peak a step holds
+of the MLP, V vocabulary, s bytes of a number in the precision that is computed in, r of one in the precision
+of the weights, which the states between layers have. At its peak a step holds
 
     weights       the frozen base (bf16-true keeps it in 2 bytes a number, all else in 4)
     adapter       16 bytes a trained number: itself, its gradient, and AdamW's two averages, all fp32
@@ -10,16 +11,17 @@ of the MLP, V vocabulary, s bytes of a number in the precision that is computed 
 
 A frozen linear layer keeps none of its inputs, so an adapted layer keeps, for each token,
 
-    8 C                            the inputs of the two norms, fp32
-    s (2 H D + 2 G D e) + z H E    queries, keys, values as attention gathered them, its result, the scores
+    r 2 C                          the inputs of the two norms
+    s (2 H D + 2 G D e + H E)      queries, keys, values as attention gathered them, its result, the scores
     s (2 H D) + z H K              the prefix branch: queries and result, and the weights
     s 3 M                          the MLP: both projections and the activated one
 
 with e keys gathered for a token (above 1 where records share a head), E keys scored for a query, and z = 4
-in fp32, else 4 + s (the scores are kept in both precisions). The first adapted layer keeps nothing of its
+in fp32, else 4 + s (the prefix's are kept in both precisions). The first adapted layer keeps nothing of its
 own attention, and the last layer has the target positions only. V2 adapts every layer, and adds
 
-    s (H D + 2 G D + 4 C + 2 M)    each linear layer's output before its scale, each norm's before its weight
+    s (H D + 2 G D + 2 C + 2 M)    each linear layer's output before its scale
+    r 2 C                          each norm's before its weight
 
 Mixed precision adds a copy in 2 bytes of the adapted layers' weights, which autocast makes for each product.
 The fused blocks of the CUDA path keep, instead, in every adapted layer
@@ -50,7 +52,7 @@ import torch
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentGroup, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.model.loss import CHUNK_LOGITS
+from lit_adapter.model.loss import CHUNK_LOGITS, ROWS_AT_ONCE
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 from lit_adapter.weights.base_folder import expected_shapes as base_shapes
 
@@ -162,23 +164,25 @@ def estimate(
     trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, model).values())
     copied = computed * row.tokens * model.n_embd if tensor_parallel > 1 else 0
     model = model.part(tensor_parallel)
-    layers = _layers(model, adapter, row, computed, path)
+    layers = _layers(model, adapter, row, computed, stored, path)
     kept = sum(layers)
     if recompute:
         kept = max(layers) + len(layers) * row.tokens * model.n_embd * computed
     if "mixed" in precision:
         kept += 2 * layer * (1 if recompute else len(layers))
     # The final norm's input, and the gradient of the hidden states that the loss keeps.
-    kept += row.targets * model.n_embd * (4 + computed)
+    kept += row.targets * model.n_embd * (stored + computed)
     return Memory(
         weights=weights,
         adapter=16 * trained,
         activations=math.ceil(kept),
-        workspace=_workspace(model, row, computed, path) + copied,
+        workspace=_workspace(model, adapter, row, computed, path) + copied,
     )
 
 
-def _layers(model: LlamaConfig, adapter: AdapterConfig, row: RowShape, s: int, path: Path) -> list[float]:
+def _layers(
+    model: LlamaConfig, adapter: AdapterConfig, row: RowShape, s: int, r: int, path: Path
+) -> list[float]:
     """Return what each layer keeps, from the first that has a gradient on."""
     prefixes, v2 = adapter.adapted_layers(model.n_layer), adapter.version == "v2"
     first = 0 if v2 else prefixes.start
@@ -190,42 +194,38 @@ def _layers(model: LlamaConfig, adapter: AdapterConfig, row: RowShape, s: int, p
             found.append(tokens * _fused_bytes(model, s))
             continue
         # The first adapted layer's own attention has no gradient to pass on, unless its projections learn.
-        kept = _layer_bytes(model, tokens, attention if v2 or number > first else None, s)
+        kept = _layer_bytes(model, tokens, attention if v2 or number > first else None, s, r)
         if number in prefixes:
             kept += tokens * _prefix_bytes(model, adapter, s)
         if v2:
-            kept += tokens * _v2_bytes(model, s)
+            kept += tokens * _v2_bytes(model, s, r)
         if last and (v2 or number > first):
-            kept += (row.tokens - tokens) * 4 * model.n_embd  # its first norm sees every token
+            kept += (row.tokens - tokens) * r * model.n_embd  # its first norm sees every token
         found.append(kept)
     return found
 
 
-def _layer_bytes(model: LlamaConfig, tokens: int, attention: Queries | None, s: int) -> float:
+def _layer_bytes(model: LlamaConfig, tokens: int, attention: Queries | None, s: int, r: int) -> float:
     """Return what a layer keeps without its prefix; its own attention only where that has a gradient."""
     query, key = model.n_head * model.head_dim, model.n_kv_head * model.head_dim
-    kept: float = tokens * (3 * s * model.n_hidden + 4 * model.n_embd)
+    kept: float = tokens * (3 * s * model.n_hidden + r * model.n_embd)
     if attention is None:
         return kept
     kept += s * ((attention.rows + tokens) * query + 2 * attention.keys * key)
-    kept += _score_bytes(s) * model.n_head * attention.scores
-    return kept + tokens * 4 * model.n_embd
+    kept += s * model.n_head * attention.scores
+    return kept + tokens * r * model.n_embd
 
 
 def _prefix_bytes(model: LlamaConfig, adapter: AdapterConfig, s: int) -> int:
     """Return what a prefix keeps for each token."""
-    return model.n_head * (2 * s * model.head_dim + _score_bytes(s) * adapter.prompt_length)
+    score = 4 if s == 4 else 4 + s  # softmax keeps it in fp32, the product with values narrow
+    return model.n_head * (2 * s * model.head_dim + score * adapter.prompt_length)
 
 
-def _v2_bytes(model: LlamaConfig, s: int) -> int:
+def _v2_bytes(model: LlamaConfig, s: int, r: int) -> int:
     """Return what V2's scales and norms keep for each token of a layer."""
     heads = (model.n_head + 2 * model.n_kv_head) * model.head_dim
-    return s * (heads + 4 * model.n_embd + 2 * model.n_hidden)
-
-
-def _score_bytes(s: int) -> int:
-    """Return the bytes of a score: the softmax keeps it in fp32, the product with values narrow."""
-    return 4 if s == 4 else 4 + s
+    return s * (heads + 2 * model.n_embd + 2 * model.n_hidden) + r * 2 * model.n_embd
 
 
 def _fused_bytes(model: LlamaConfig, s: int) -> int:
@@ -234,14 +234,17 @@ def _fused_bytes(model: LlamaConfig, s: int) -> int:
     return s * (2 * model.n_embd + heads + 2 * model.n_hidden) + 8 * model.n_head
 
 
-def _workspace(model: LlamaConfig, row: RowShape, s: int, path: Path) -> int:
-    """Return the largest of what is held for a moment: logits, scores in fp32, a layer's own tensors."""
+def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: RowShape, s: int, path: Path) -> int:
+    """Return the largest of what is held for a moment: logits, scores, a layer's own tensors."""
     logits = min(row.targets, max(1, CHUNK_LOGITS // model.vocab_size)) * model.vocab_size
     scores = max(row.attention.at_once, row.last_attention.at_once) * model.n_head
-    layer = row.tokens * (3 * model.n_hidden + 5 * model.n_embd)
-    if path != "plain":
-        return s * max(logits, layer)
-    return math.ceil(max(logits * (8 if s == 4 else 10), scores * 12, layer * s))
+    if path == "fused":
+        return s * max(logits, row.tokens * (3 * model.n_hidden + 5 * model.n_embd))
+    layer = row.tokens * (3 * model.n_hidden * s + 5 * model.n_embd * 4)
+    # A head with V2's bias and scale has several forms of its logits in fp32; else they are used up in place.
+    logit = 20 if adapter.version == "v2" and adapter.head else s
+    softmax = 8 * min(row.targets, ROWS_AT_ONCE) * model.vocab_size
+    return math.ceil(max(logits * logit + softmax, scores * 3 * s, layer))
 
 
 def path_of(
