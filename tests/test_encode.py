@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 from lit_adapter.data import encode
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.errors import UserError
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import Tokenizer
@@ -239,6 +242,20 @@ def test_worker_processes_give_the_same_arrays(
     monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {3, 5})
     assert_equal(here, encode_records(records, tokenizer, template, max_length=90))
     assert started == [2]
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_an_error_in_one_line(
+    records: Records, tokenizer: Tokenizer, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(encode, "_n_cpus", lambda: 2)
+    monkeypatch.setattr(encode, "_encode_one", die)
+    with pytest.raises(UserError, match=r"a process that encodes records has died; .* want of memory"):
+        encode_records(records, tokenizer, template, max_length=90)
 
 
 def test_processes_that_want_the_same_encode_it_once(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -370,7 +372,13 @@ def test_every_config_field_reaches_the_command_line(apart: str) -> None:
     assert {name: value_in(config, name) for name in values} == values
 
 
-def test_signals_are_given_back_after_a_run(tiny: Callable[..., Config]) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+def test_what_a_run_changes_of_its_process_is_given_back(tiny: Callable[..., Config]) -> None:
+    """Its handlers of signals, and what it does not let Lightning say."""
+
+    def settings() -> list[Any]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+        return [*handlers, list(warnings.filters), logging.getLogger("lightning.pytorch").level]
+
+    before = settings()
     finetune(tiny("--optim.max_steps", "1"), say=Stopper())
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert settings() == before

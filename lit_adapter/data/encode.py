@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from functools import partial
 from multiprocessing import get_context
@@ -135,6 +136,11 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
         with holding_signals():  # workers start here; one that died would take the pool down with it
             results = pool.map(one, rows, chunksize=CHUNK)
         return list(results)
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that encodes records has died; it may have been killed for want of memory "
+            '(a Python script that calls this needs `if __name__ == "__main__":`)'
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

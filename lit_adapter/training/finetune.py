@@ -97,19 +97,19 @@ def finetune(
     if signals is None:
         signals = Signals()
         signals.install()
-    quiet_lightning()
     try:
-        if rank() > 0:
-            other = partial(_run, config, folder, signals, _say_nothing, resume, dry_run)
-            return follow(other, signals)
-        if dry_run:
-            folder.check(resume=resume is not None)
-            return _run(config, folder, signals, say, resume, dry_run)
-        folder.open(resume=resume is not None)
-        try:
-            return _run(config, folder, signals, say, resume, dry_run)
-        finally:
-            folder.close()
+        with quiet_lightning():
+            if rank() > 0:
+                other = partial(_run, config, folder, signals, _say_nothing, resume, dry_run)
+                return follow(other, signals)
+            if dry_run:
+                folder.check(resume=resume is not None)
+                return _run(config, folder, signals, say, resume, dry_run)
+            folder.open(resume=resume is not None)
+            try:
+                return _run(config, folder, signals, say, resume, dry_run)
+            finally:
+                folder.close()
     finally:
         signals.restore()
 

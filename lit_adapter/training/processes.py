@@ -112,15 +112,25 @@ def rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
-def quiet_lightning() -> None:
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's hints out of the output; our own lines say what a user can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*mid-epoch.*")
-    # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
-    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*mid-epoch.*")
+        # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def take_over(trainer: Trainer, on_death: Callable[[str], None]) -> None:
