@@ -78,11 +78,11 @@ class GatedPrefix(nn.Module):
         Returns:
             ``c(g) * softmax(q pk^T / sqrt(D)) pv``, ``[B, H, T, D]`` in q's dtype.
         """
-        pk = pk.repeat_interleave(self.n_group, dim=0)
+        pk = (pk * self.scale).repeat_interleave(self.n_group, dim=0)
         pv = pv.repeat_interleave(self.n_group, dim=0)
-        score = widen(q @ pk.mT) * self.scale  # [B, H, T, K]
-        weight = F.dropout(score.softmax(dim=-1), self.dropout, self.training)
-        return ((weight.to(q.dtype) @ pv) * self.own_strength()).to(q.dtype)
+        weight = F.dropout(widen(q @ pk.mT).softmax(dim=-1), self.dropout, self.training)  # [B, H, T, K]
+        # The few values are multiplied by c(g), not the many results.
+        return weight.to(q.dtype) @ (widen(pv) * self.own_strength()).to(q.dtype)
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:

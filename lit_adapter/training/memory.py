@@ -13,7 +13,7 @@ A frozen linear layer keeps none of its inputs, so an adapted layer keeps, for e
 
     r 2 C                          the inputs of the two norms
     s (2 H D + 2 G D e + H E)      queries, keys, values as attention gathered them, its result, the scores
-    s (2 H D) + z H K              the prefix branch: queries and result, and the weights
+    s H D + z H K                  the prefix branch: queries and weights
     s 3 M                          the MLP: both projections and the activated one
 
 with e keys gathered for a token (above 1 where records share a head), E keys scored for a query, and z = 4
@@ -172,6 +172,8 @@ def estimate(
         kept += 2 * layer * (1 if recompute else len(layers))
     # The final norm's input, and the gradient of the hidden states that the loss keeps.
     kept += row.targets * model.n_embd * (stored + computed)
+    if len(layers) > 1:  # cosines and sines: the first layer's attention has no gradient
+        kept += 4 * model.head_dim * (row.tokens + row.targets)
     return Memory(
         weights=weights,
         adapter=16 * trained,
@@ -219,7 +221,7 @@ def _layer_bytes(model: LlamaConfig, tokens: int, attention: Queries | None, s: 
 def _prefix_bytes(model: LlamaConfig, adapter: AdapterConfig, s: int) -> int:
     """Return what a prefix keeps for each token."""
     score = 4 if s == 4 else 4 + s  # softmax keeps it in fp32, the product with values narrow
-    return model.n_head * (2 * s * model.head_dim + score * adapter.prompt_length)
+    return model.n_head * (s * model.head_dim + score * adapter.prompt_length)
 
 
 def _v2_bytes(model: LlamaConfig, s: int, r: int) -> int:
