@@ -16,6 +16,10 @@ from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.llama import Llama
 
 
+class NotNumbersError(UserError):
+    """Logits that are not numbers: of a damaged file, or of an adapter whose training has gone wrong."""
+
+
 @dataclass(eq=False)
 class Slot:
     """A text being decoded."""
@@ -35,10 +39,10 @@ class Slot:
         """Take the chosen token.
 
         Raises:
-            UserError: logits that are not numbers, told by a negative token.
+            NotNumbersError: logits that are not numbers, told by a negative token.
         """
         if token < 0:
-            raise UserError("the model's logits are not numbers; the base or the adapter is damaged")
+            raise NotNumbersError("the model's logits are not numbers; the base or the adapter is damaged")
         self.token = token
 
 
