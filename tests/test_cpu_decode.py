@@ -94,9 +94,10 @@ def test_other_models_keep_their_own_forward_pass(sizes: dict[str, Any], adapter
     assert list(decode(model, PROMPTS, settings, frozenset())) == plain
 
 
-def test_the_matrices_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n_threads", [1, 4, 7, 48])
+def test_the_matrices_are_the_models_own(n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is asked for in the middle of an answer: the model may be trained afterwards."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     model = random_llama(3, torch.float32, vocab_size=60, head_dim=4, n_hidden=20)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     weights = DecodeWeights(model)

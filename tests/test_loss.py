@@ -24,7 +24,7 @@ def test_value_and_gradient_equal_cross_entropy(
     n_targets: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "CHUNK_LOGITS", rows * V + V // 2)
-    monkeypatch.setattr(loss, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(loss, "FEWEST_ROWS", 4)
     hidden, weight, target = case(n_targets)
     found = target_loss(hidden, weight, target)
     wanted = F.cross_entropy(hidden @ weight.T, target, reduction="sum")

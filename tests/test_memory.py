@@ -65,8 +65,7 @@ def test_activations_are_what_autograd_keeps(precision: str, layers: int, longes
     with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
         kept = kept_for_backward(model, row)
     shape = RowShape.of(row)
-    item = 4 if precision == "32-true" else 2
-    kept += shape.targets * model.config.n_embd * item  # the loss keeps its gradient itself
+    kept += shape.targets * model.config.n_embd * DTYPES[precision].itemsize  # the loss keeps its gradient
     found = estimate(model.config, config, shape, precision=precision).activations
     assert found == pytest.approx(kept, rel=0.06)
 
@@ -88,7 +87,7 @@ def test_v2_keeps_more_and_in_every_layer(precision: str, prompts: tuple[int, in
 @pytest.mark.parametrize(
     ("adapter", "vocab"), [({}, 3000), ({"version": "v2", "head": True}, 3000), ({}, 61)]
 )
-def test_the_peak_of_a_step_is_a_little_below(
+def test_the_peak_of_a_step_stays_within(
     dtype: torch.dtype, adapter: dict[str, Any], vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the logits are the largest of what is held for a moment, and where a layer's own tensors are."""
@@ -104,16 +103,18 @@ def test_the_peak_of_a_step_is_a_little_below(
     most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
     precision = "32-true" if dtype == torch.float32 else "bf16-true"
     found = estimate(model.config, config, RowShape.of(row), precision=precision)
-    assert 0.95 * most < found.activations + found.workspace < 1.3 * most
+    assert most <= found.activations + found.workspace < 1.5 * most
 
 
-def test_recomputed_layers_keep_their_input_and_one_layer_at_a_time() -> None:
-    model = random_llama(dtype=torch.float32, n_layer=6, n_embd=96, head_dim=24, n_hidden=160)
+@pytest.mark.parametrize("precision", DTYPES)
+def test_recomputed_layers_keep_their_input_and_one_layer_at_a_time(precision: str) -> None:
+    model = random_llama(dtype=DTYPES[precision], n_layer=6, n_embd=96, head_dim=24, n_hidden=160)
     config, row = AdapterConfig(prompt_length=5), packed()
     open_adapter(model, config)
-    inputs = kept_for_backward(model, row, recompute=True)
-    found = estimate(model.config, config, RowShape.of(row), precision="32-true", recompute=True).activations
-    whole = estimate(model.config, config, RowShape.of(row), precision="32-true").activations
+    with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
+        inputs = kept_for_backward(model, row, recompute=True)
+    found = estimate(model.config, config, RowShape.of(row), precision=precision, recompute=True).activations
+    whole = estimate(model.config, config, RowShape.of(row), precision=precision).activations
     assert inputs < found < whole / 2
     assert found == pytest.approx(inputs + whole / 6, rel=0.25)
 

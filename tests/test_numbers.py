@@ -11,10 +11,12 @@ import pytest
 import torch
 from finetune_runs import Stopper, arguments
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm_runs import Run, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.generation import decoder
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.training import module
@@ -92,6 +94,18 @@ def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path
     alone, together = (load_file(tmp_path / out / "adapter.safetensors") for out in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_samples_that_are_not_numbers_end_no_run(
+    tiny: Callable[..., Config], tiny_records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps whose loss is none have a rule of their own; in TensorBoard the answer is missing."""
+    monkeypatch.setattr(decoder, "choose", lambda logits, *_: torch.full((len(logits),), -1))
+    config = tiny("--data.val", str(tiny_records), "--trainer.samples", "1", "--optim.max_steps", "2")
+    assert finetune(config, say=Stopper()) == 0
+    events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    (tag,) = (tag for tag in events.Tags()["tensors"] if tag.startswith("samples/0"))
+    assert b"logits are not numbers" in events.Tensors(tag)[-1].tensor_proto.string_val[0]
 
 
 def test_two_processes_stop_with_one_message(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_what_a_run_is_just_writing_or_was_when_killed_is_no_run(tmp_path: Path)
     run, half_written = tmp_path / "run", tmp_path / "run" / ".config.yaml.abc.tmp"
     run.mkdir()
     half_written.touch()
-    holder = FORK.Process(target=_open_and_wait, args=(run, has_it := FORK.Event()))
+    holder = FORK.Process(target=_open_and_wait, args=(run, has_it := FORK.Event()), daemon=True)
     holder.start()
     assert has_it.wait(60)
     half_written.touch()

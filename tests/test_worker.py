@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 WORKER = """
 import sys
 from multiprocessing import resource_sharer
@@ -35,6 +37,7 @@ def test_a_parent_that_dies_while_it_takes_a_tensor_causes_no_traceback() -> Non
         assert worker.communicate("\n", timeout=60) == ("", "")
 
 
-def test_any_other_error_of_a_worker_is_shown() -> None:
-    with start(last="raise ValueError('seen')") as worker:
-        assert "ValueError: seen" in worker.communicate("\n", timeout=60)[1]
+@pytest.mark.parametrize("error", ["ValueError", "ConnectionError"])
+def test_any_other_error_of_a_worker_is_shown(error: str) -> None:
+    with start(last=f"raise {error}('seen')") as worker:
+        assert f"{error}: seen" in worker.communicate("\n", timeout=60)[1]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_sharer
 from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -47,8 +48,9 @@ def follow_parent(worker: int = 0) -> None:
     shown = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # the parent was killed while it fetched a tensor from this worker's thread, which the run reports
-        if not issubclass(kind, (ConnectionError, EOFError)):
+        # The parent was killed while this worker's thread gave it a tensor, which the run reports.
+        giving = trace is not None and trace.tb_frame.f_code.co_filename == resource_sharer.__file__
+        if not (giving and issubclass(kind, (ConnectionError, EOFError))):
             shown(kind, error, trace)
 
     sys.excepthook = show

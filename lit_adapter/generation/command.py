@@ -206,10 +206,12 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=args.overwrite)
     refuse_input(target, [_base_folder(args), *([Path(args.adapter)] if args.adapter else [])], "--output")
-    device = choose_device(args.device)
-    model = _load(args, earlier_dtype(target, prompts, device.type) or choose_dtype(None, device))
+    device, batch_size = choose_device(args.device), args.batch_size or BATCH_SIZE
+    dtype: Any = earlier_dtype(target, prompts, device.type)
+    if dtype is None and args.dtype in (None, "auto") and min(batch_size, len(prompts)) > 1:
+        dtype = choose_dtype(None, device)  # several texts at a time are a matter of products, not of memory
+    model = _load(args, dtype)
     _check_prompts(model, prompts, sampling)
-    batch_size = args.batch_size or BATCH_SIZE
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=args.overwrite)
     side = model.without_adapter() if args.no_adapter else contextlib.nullcontext()

@@ -81,6 +81,8 @@ class GatedPrefix(nn.Module):
         pk = (pk * self.scale).repeat_interleave(self.n_group, dim=0)
         pv = pv.repeat_interleave(self.n_group, dim=0)
         weight = F.dropout(widen(q @ pk.mT).softmax(dim=-1), self.dropout, self.training)  # [B, H, T, K]
+        if q.dtype == torch.float16:  # c(g) pv can be less than any of its numbers
+            return ((weight.to(q.dtype) @ pv) * self.own_strength()).to(q.dtype)
         # The few values are multiplied by c(g), not the many results.
         return weight.to(q.dtype) @ (widen(pv) * self.own_strength()).to(q.dtype)
 

@@ -31,16 +31,16 @@ class _Matrix:
     """The weights of layers that read the same input, which go on using them where `join` puts them.
 
     torch's product of a matrix with one column, or few, runs in one thread and reads fp32 at half its speed;
-    a batch of such products does neither. So the outputs are cut into as many parts as there are threads, at
-    least two. In 16 bits one product is faster.
+    a batch of such products does neither. So the outputs are cut into about as many parts as there are
+    threads, at least two. In 16 bits one product is faster.
     """
 
     def __init__(self, *linears: Any) -> None:
         join(*linears)
         whole = joined(*linears)
-        n_parts = 1 if whole.itemsize == 2 else max(2, torch.get_num_threads())
         self.n_outputs, n_inputs = whole.shape
-        if missing := -self.n_outputs % n_parts:
+        n_parts = 1 if whole.itemsize == 2 else _n_parts(self.n_outputs)
+        if missing := -self.n_outputs % n_parts:  # a prime number of them: this one is copied
             whole = F.pad(whole, (0, 0, 0, missing))
         self.parts = whole.view(n_parts, -1, n_inputs)
 
@@ -50,6 +50,13 @@ class _Matrix:
             return F.linear(x, self.parts[0])
         y = torch.bmm(self.parts, x.T.expand(len(self.parts), -1, -1))
         return y.flatten(0, 1)[: self.n_outputs].T
+
+
+def _n_parts(n_outputs: int) -> int:
+    """Return how many parts of equal size there can be, about one for each thread."""
+    wanted = max(2, torch.get_num_threads())
+    candidates = (*range(wanted, 2 * wanted), *range(wanted - 1, 1, -1))
+    return next((n for n in candidates if n_outputs % n == 0), wanted)
 
 
 @dataclass

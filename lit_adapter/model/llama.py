@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lit_adapter.model.attention import BlockView
@@ -40,6 +41,7 @@ class _Normalised(torch.autograd.Function):
         return (wide * rstd).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         x, rstd = ctx.saved_tensors
         wide, dwide = widen(x), widen(dy)

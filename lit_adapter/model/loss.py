@@ -21,8 +21,8 @@ from lit_adapter.model.precision import widen
 
 CHUNK_LOGITS = 2**25
 """Numbers in one chunk of logits: 128 MiB in fp32."""
-ROWS_AT_ONCE = 16
-"""Targets whose softmax is taken together on a CPU: few enough for its caches."""
+FEWEST_ROWS = 16
+"""Targets whose softmax is taken together on a CPU, unless it has more threads: few enough for its caches."""
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -63,15 +63,20 @@ def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> t
         from lit_adapter.model.kernels.loss import cross_entropy_
 
         return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits
-    total = widen(logits[:0]).sum()
-    for start in range(0, len(logits), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    total, n_rows = widen(logits[:0]).sum(), rows_at_once()
+    for start in range(0, len(logits), n_rows):
+        rows = slice(start, start + n_rows)
         target = target_id[rows, None]
         share = widen(logits[rows]).log_softmax(-1)  # logsumexp would write out twice as much
         total -= share.gather(-1, target).sum()
         if wants_gradient:
             logits[rows] = share.exp_().scatter_add_(-1, target, share.new_full(target.shape, -1.0))
     return total, logits
+
+
+def rows_at_once() -> int:
+    """Return how many targets' softmax is taken together on a CPU: one for each thread, or more."""
+    return max(FEWEST_ROWS, torch.get_num_threads())
 
 
 def target_loss(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lit_adapter.model.config import LlamaConfig, RopeConfig
 from lit_adapter.model.precision import widen
@@ -52,6 +53,7 @@ class _Rotated(torch.autograd.Function):
         return _turned(x, cos[:, None], sin[:, None])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(dy, cos[:, None], -sin[:, None]), None, None

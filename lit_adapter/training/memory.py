@@ -28,7 +28,7 @@ The fused blocks of the CUDA path keep, instead, in every adapted layer
 
     s (2 C + 2 H D + 2 G D + 2 M) + 8 H
 
-With recomputation every adapted layer keeps its input, s C, and one layer at a time all of the above.
+With recomputation every adapted layer keeps its input, r C, and one layer at a time all of the above.
 
 Of weights cut over N devices (``shards=N``) each holds its share, the whole head, and three layers: the one
 at work, the one fetched ahead, and what it arrives in. Adapter and activations are those of one device, which
@@ -52,7 +52,7 @@ import torch
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentGroup, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.model.loss import CHUNK_LOGITS, ROWS_AT_ONCE
+from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 from lit_adapter.weights.base_folder import expected_shapes as base_shapes
 
@@ -167,11 +167,11 @@ def estimate(
     layers = _layers(model, adapter, row, computed, stored, path)
     kept = sum(layers)
     if recompute:
-        kept = max(layers) + len(layers) * row.tokens * model.n_embd * computed
+        kept = max(layers) + len(layers) * row.tokens * model.n_embd * stored
     if "mixed" in precision:
         kept += 2 * layer * (1 if recompute else len(layers))
     # The final norm's input, and the gradient of the hidden states that the loss keeps.
-    kept += row.targets * model.n_embd * (stored + computed)
+    kept += row.targets * model.n_embd * 2 * stored
     if len(layers) > 1:  # cosines and sines: the first layer's attention has no gradient
         kept += 4 * model.head_dim * (row.tokens + row.targets)
     return Memory(
@@ -242,11 +242,12 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: RowShape, s: int
     scores = max(row.attention.at_once, row.last_attention.at_once) * model.n_head
     if path == "fused":
         return s * max(logits, row.tokens * (3 * model.n_hidden + 5 * model.n_embd))
-    layer = row.tokens * (3 * model.n_hidden * s + 5 * model.n_embd * 4)
+    states = row.tokens * model.n_embd * 4
+    layer = row.tokens * 3 * model.n_hidden * s + 5 * states
     # A head with V2's bias and scale has several forms of its logits in fp32; else they are used up in place.
     logit = 20 if adapter.version == "v2" and adapter.head else s
-    softmax = 8 * min(row.targets, ROWS_AT_ONCE) * model.vocab_size
-    return math.ceil(max(logits * logit + softmax, scores * 3 * s, layer))
+    softmax = 8 * min(row.targets, rows_at_once()) * model.vocab_size
+    return math.ceil(max(logits * logit + softmax, scores * 3 * s, layer)) + 3 * states
 
 
 def path_of(
