@@ -40,7 +40,7 @@ class _Matrix:
         whole = joined(*linears)
         self.n_outputs, n_inputs = whole.shape
         n_parts = 1 if whole.itemsize == 2 else _n_parts(self.n_outputs)
-        if missing := -self.n_outputs % n_parts:  # a prime number of them: this one is copied
+        if missing := -self.n_outputs % n_parts:  # no such number divides them: this one is copied
             whole = F.pad(whole, (0, 0, 0, missing))
         self.parts = whole.view(n_parts, -1, n_inputs)
 
