@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Sampler
@@ -21,6 +23,22 @@ from lit_adapter.data.worker import follow_parent
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
+
+REST = 0.05
+"""Seconds for which a process with others starts no loader workers after a collective."""
+
+
+class _Loader(DataLoader[StepBatch]):
+    """Starts its workers once the thread that has done a collective is at rest.
+
+    CPython before 3.12 hangs in a fork where another thread is just entering or leaving Python, as gloo does
+    when a collective ends; Lightning has a barrier right before it asks for the workers.
+    """
+
+    def __iter__(self) -> Any:
+        if self.num_workers and dist.is_available() and dist.is_initialized():
+            time.sleep(REST)
+        return super().__iter__()
 
 
 def cache_folder() -> Path:
@@ -149,7 +167,7 @@ class AlpacaDataModule(LightningDataModule):
         return self._loader(steps, range(len(steps)))
 
     def _loader(self, steps: torch.utils.data.Dataset, sampler: Any) -> DataLoader[StepBatch]:
-        return DataLoader(
+        return _Loader(
             steps,
             sampler=sampler,
             batch_size=None,
