@@ -31,7 +31,7 @@ REST = 0.05
 class _Loader(DataLoader[StepBatch]):
     """Starts its workers once the thread that has done a collective is at rest.
 
-    CPython before 3.12 hangs in a fork where another thread is just entering or leaving Python, as gloo does
+    CPython 3.11 hangs in a fork where another thread is just entering or leaving Python, as gloo does
     when a collective ends; Lightning has a barrier right before it asks for the workers.
     """
 
