@@ -212,9 +212,9 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
 
 
-def is_temporary(path: Path) -> bool:
-    """Tell by its name what is being written, or was left by a killed write."""
-    return path.name.startswith(".") and path.name.endswith(TEMPORARY_SUFFIX)
+def is_temporary(path: Path, name: str) -> bool:
+    """Tell what is being written to become ``name``, or was left by a killed write of it."""
+    return path.name.startswith(f".{name}.") and path.name.endswith(TEMPORARY_SUFFIX)
 
 
 def sweep(folder: Path) -> int:

@@ -208,8 +208,8 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     refuse_input(target, [_base_folder(args), *([Path(args.adapter)] if args.adapter else [])], "--output")
     device, batch_size = choose_device(args.device), args.batch_size or BATCH_SIZE
     dtype: Any = earlier_dtype(target, prompts, device.type)
-    if dtype is None and args.dtype in (None, "auto") and min(batch_size, len(prompts)) > 1:
-        dtype = choose_dtype(None, device)  # several texts at a time are a matter of products, not of memory
+    if dtype is None and min(batch_size, len(prompts)) > 1:  # a matter of products then, not of memory
+        dtype = choose_dtype(args.dtype, device)
     model = _load(args, dtype)
     _check_prompts(model, prompts, sampling)
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size

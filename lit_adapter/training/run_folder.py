@@ -76,8 +76,12 @@ class RunFolder:
     def _holds_files(self) -> bool:
         """Whether there is more than a lock and what another run is writing, or was when it was killed."""
         with files.reading(self.path), suppress(FileNotFoundError):
-            return any(p.name != LOCK and not _is_being_begun(p) for p in self.path.iterdir())
+            return any(p.name != LOCK and not self._begins_with(p) for p in self.path.iterdir())
         return False
+
+    def _begins_with(self, path: Path) -> bool:
+        """Whether it is what a run writes first, not yet at its place."""
+        return files.is_temporary(path, self.config.name) or files.is_temporary(path, "probe")
 
     def _claim(self) -> None:
         """Take the lock, which the system gives back when this process ends, however it ends."""
@@ -139,11 +143,6 @@ class RunFolder:
             aside = files.free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
-
-
-def _is_being_begun(path: Path) -> bool:
-    """Whether it is what a run writes first, not yet at its place."""
-    return files.is_temporary(path) and path.name.startswith((".config.yaml.", ".probe."))
 
 
 class AnotherRunError(UserError):

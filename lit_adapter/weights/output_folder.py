@@ -20,6 +20,7 @@ from lit_adapter.files import (
     TEMPORARY_SUFFIX,
     UMASK,
     existing_parent,
+    is_temporary,
     sync_folder,
     write_error,
 )
@@ -125,8 +126,7 @@ def sweep_leftovers(out: Path) -> None:
         else:
             previous.rename(out)
     for path in out.parent.iterdir():
-        ours = path.name.startswith(f".{out.name}.") and path.name.endswith(TEMPORARY_SUFFIX)
-        if ours and path.is_dir() and not path.is_symlink() and not _in_use(path):
+        if is_temporary(path, out.name) and path.is_dir() and not path.is_symlink() and not _in_use(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
