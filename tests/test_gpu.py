@@ -110,3 +110,14 @@ def test_gpus_together_take_the_steps_of_one(
     tolerance = 1e-5 if precision == "32-true" else 5e-3
     for name, tensor in one.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
+
+
+def test_rows_without_a_wait_between_them_find_the_whole_base(tiny_base: Path) -> None:
+    """A layer gathered though its turn never comes would leave another's weights wrong in the next row."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA devices")
+    script = Path(__file__).with_name("sharded_rows.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, tiny_base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0 wrong losses and 0 wrong gradients") == 2

@@ -38,16 +38,6 @@ class ShardedStrategy(ModelParallelStrategy):
     def model_to_device(self) -> None:
         """Leave everything where `configure_model` has put it: torch cannot move a cut parameter in use."""
 
-    def post_backward(self, closure_loss: torch.Tensor) -> None:
-        """Let a GPU finish a row before the next one begins.
-
-        Else some rows' losses and gradients come out wrong when the base is gathered for the next one: seen
-        with torch 2.11 and NCCL on two H100 (docs/many_gpus.md), and never with the wait.
-        """
-        super().post_backward(closure_loss)
-        if self.root_device.type == "cuda":
-            torch.cuda.synchronize(self.root_device)
-
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Average the gradients over the processes, then step as usual."""
         average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])

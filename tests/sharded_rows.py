@@ -1,0 +1,85 @@
+"""One of two processes that compute rows of a cut base, forward and backward, one right after the other.
+
+    torchrun --nproc-per-node 2 tests/sharded_rows.py BASE
+
+On GPUs the host waits for none of them, as in a run. Prints how many losses, and how many gradients of three
+rows, are not the whole base's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from random_records import encoded
+from tiny_models import open_adapter
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lit_adapter.data.packing import Packer
+from lit_adapter.model.adapter import adapter_parameters
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.loss import row_loss
+from lit_adapter.training.sharding import read_part, shard_base
+from lit_adapter.weights.load import empty_base, fill_base, load_base
+
+ADAPTER = AdapterConfig(layers=3, prompt_length=5, prompt_init_std=1.0)
+N_ROWS, N_STEPS, ROWS_OF_A_STEP = 12, 60, 3
+
+
+def computed(model: Llama, rows: list[PackedRow]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the rows' losses and the gradients of their sum; on a GPU they may be under way."""
+    model.zero_grad()
+    losses = []
+    for row in rows:
+        loss = row_loss(model, row)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, [parameter.grad.clone() for _, parameter in adapter_parameters(model)]
+
+
+def cut(base: Path, device: torch.device) -> Llama:
+    model = open_adapter(empty_base(base, dtype=torch.float32), ADAPTER)
+    shard_base(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+    fill_base(model, base, device=device, dtype=torch.float32, read=read_part)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model
+
+
+def main(base: Path, device: torch.device) -> None:
+    whole = open_adapter(load_base(base, device="cpu", dtype=torch.float32), ADAPTER).to(device)
+    packers = [Packer(encoded(s, longest=40), {}, mask_prompt=True, row_tokens=4000) for s in range(N_ROWS)]
+    rows = [packer.row(list(range(9))) for packer in packers]
+    steps = [[(ROWS_OF_A_STEP * s + n) % N_ROWS for n in range(ROWS_OF_A_STEP)] for s in range(N_STEPS)]
+    wanted = [computed(whole, [rows[n] for n in step]) for step in steps]
+    model = cut(base, device)
+    found = [computed(model, [rows[n] for n in step]) for step in steps]
+    wrong = [0, 0]
+    for (losses, gradients), (wanted_losses, wanted_gradients) in zip(found, wanted, strict=True):
+        pairs = zip(losses, wanted_losses, strict=True)
+        wrong[0] += sum(not torch.allclose(a, b, rtol=1e-4) for a, b in pairs)
+        pairs = zip(gradients, wanted_gradients, strict=True)
+        wrong[1] += not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())) for a, b in pairs)
+    print(f"{wrong[0]} wrong losses and {wrong[1]} wrong gradients", flush=True)
+
+
+if __name__ == "__main__":
+    on_gpu = torch.cuda.is_available()
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(own)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    main(Path(sys.argv[1]), own)
+    dist.destroy_process_group()
