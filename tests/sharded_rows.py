@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,13 +65,19 @@ def main(base: Path, device: torch.device) -> None:
     wanted = [computed(whole, [rows[n] for n in step]) for step in steps]
     model = cut(base, device)
     found = [computed(model, [rows[n] for n in step]) for step in steps]
-    wrong = [0, 0]
-    for (losses, gradients), (wanted_losses, wanted_gradients) in zip(found, wanted, strict=True):
-        pairs = zip(losses, wanted_losses, strict=True)
-        wrong[0] += sum(not torch.allclose(a, b, rtol=1e-4) for a, b in pairs)
-        pairs = zip(gradients, wanted_gradients, strict=True)
-        wrong[1] += not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())) for a, b in pairs)
-    print(f"{wrong[0]} wrong losses and {wrong[1]} wrong gradients", flush=True)
+    both = list(zip(found, wanted, strict=True))
+    losses = sum(not _close(*pair) for step in both for pair in _pairs(step, 0))
+    gradients = sum(not all(_close(*pair) for pair in _pairs(step, 1)) for step in both)
+    print(f"wrong losses: {losses}, wrong gradients: {gradients}.", flush=True)
+
+
+def _pairs(step: Any, part: int) -> Any:
+    """Return what was found and what was wanted of a step, tensor by tensor."""
+    return zip(step[0][part], step[1][part], strict=True)
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 if __name__ == "__main__":
