@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
         if laid_out:
             prepare(model)
         assert applies(model)
-        view = FusedView(row, model.rotation(place), recompute=recompute)
+        view = FusedView(model, row, model.rotation(place), recompute=recompute)
         assert len(view.all_rows.sum_tile)
         fused = loss_and_gradients(model, row, view)
         assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
@@ -122,7 +122,7 @@ def test_fp8_is_near_bf16() -> None:
         prepare(model, float8=float8)
         assert applies(model)
         results.append(
-            loss_and_gradients(model, row, FusedView(row, model.rotation(row.position[None].cuda())))
+            loss_and_gradients(model, row, FusedView(model, row, model.rotation(row.position[None].cuda())))
         )
     assert abs(results[1][0] - results[0][0]) / results[0][0] < 0.02
     assert error(results[1][1], results[0][1]) < 0.6
@@ -134,7 +134,7 @@ def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:
     row = row_of(CASES[0], 0)
     row.target_index, row.target_id = row.target_index[:0], row.target_id[:0]
     model = on_gpu(model_of(CASES[0], 0), torch.bfloat16, torch.float32)
-    view = FusedView(row, model.rotation(row.position[None].cuda()))
+    view = FusedView(model, row, model.rotation(row.position[None].cuda()))
     loss, gradients = loss_and_gradients(model, row, view)
     assert float(loss) == 0
     assert not any(bool(gradient.any()) for gradient in gradients.values())

@@ -55,13 +55,24 @@ class GatedPrefix(nn.Module):
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(gate_shape, dtype=torch.float32))
 
-    def strength(self) -> Tensor:
-        """Return c(g), broadcastable to the branch's output: ``[H or 1, 1, D or 1]``, fp32."""
-        if self.form == "tanh":
-            return self.gate.tanh().view(-1, 1, 1)
+    def strength(self, gates: Tensor | None = None) -> Tensor:
+        """Return c(g), broadcastable to the branch's output: ``[H or 1, 1, D or 1]``, fp32.
+
+        Args:
+            gates: of many such layers ``[L, n]``, to return theirs ``[L, H or 1, 1, D or 1]``.
+        """
+        gates = self.gate if gates is None else gates
+        shape = (self.n_head, 1, -1) if self.form == "channel" else (-1, 1, 1)
+        return (gates.tanh() if self.form == "tanh" else gates).view(*gates.shape[:-1], *shape)
+
+    def gate_gradient(self, strength: Tensor, dstrength: Tensor) -> Tensor:
+        """Return the gate's gradient from that of c(g) for every channel, both ``[H, D]``."""
         if self.form == "channel":
-            return self.gate.view(self.n_head, 1, -1)
-        return self.gate.view(-1, 1, 1)
+            return dstrength.flatten()
+        if self.form == "layer":
+            return dstrength.sum().view(1)
+        dgate = dstrength.sum(1)
+        return torch.ops.aten.tanh_backward(dgate, strength[:, 0]) if self.form == "tanh" else dgate
 
     def own_strength(self) -> Tensor:
         """Return c(g) of the heads that this process computes."""

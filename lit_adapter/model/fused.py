@@ -28,16 +28,26 @@ from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_t
 
 def applies(model: Llama) -> bool:
     """Whether these kernels compute ``model``: frozen plain layers in bf16 or fp16, all heads, on CUDA."""
+    if torch.is_autocast_enabled() or not all(_prefix_applies(block) for block in model.layers):
+        return False
+    is_prepared = model.layers[0].fused_weights is not None  # then its layers have been looked at
+    return is_prepared or _layers_apply(model)
+
+
+def _layers_apply(model: Llama) -> bool:
     weight, D = model.embed_tokens.weight, model.config.head_dim
     fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and D in HEAD_SIZES
-    fits = fits and model.n_parts == 1
-    return fits and not torch.is_autocast_enabled() and all(_block_applies(block) for block in model.layers)
+    return fits and model.n_parts == 1 and all(_is_plain(block) for block in model.layers)
 
 
-def _block_applies(block: Block) -> bool:
+def _prefix_applies(block: Block) -> bool:
     prefix = block.self_attn.prefix
-    if prefix is not None and (len(prefix.prompt) > LONGEST_PROMPT or (prefix.dropout and prefix.training)):
-        return False
+    return prefix is None or (
+        prefix.prompt.shape[0] <= LONGEST_PROMPT and not (prefix.dropout and prefix.training)
+    )
+
+
+def _is_plain(block: Block) -> bool:
     own = [parameter for name, parameter in block.named_parameters() if ".prefix." not in name]
     products = [module for module in block.modules() if type(module) in (nn.Linear, Float8Linear)]
     n_plain = sum(isinstance(module, nn.Linear) for module in products)
@@ -50,7 +60,7 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
     """Lay a loaded model's weights out for these kernels, where they apply.
 
     Args:
-        model: on its device, adapter attached.
+        model: on its device, where its matrices stay; adapter attached.
         float8: keep the blocks' matrices in fp8.
 
     Raises:
@@ -65,6 +75,8 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
         return
     if not float8:
         lay_out(model)
+        for block in model.layers:
+            block.fused_weights = _plain_weights(block)
         return
     if torch.cuda.get_device_capability(model.embed_tokens.weight.device) < (9, 0):
         name = torch.cuda.get_device_name(model.embed_tokens.weight.device)
@@ -144,25 +156,38 @@ class FusedView(BlockView):
     """A packed row for blocks that are computed whole.
 
     Args:
+        model: the blocks' model.
         row: on the CPU.
         rotation: cosines and sines of its positions.
         recompute: keep little for the backward pass and compute the rest again there.
     """
 
-    def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
+    def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         super().__init__(rotation)
         device = rotation[0].device
         self.all_rows = plan_tiles(row, None, device)
         self.target_rows = plan_tiles(row, row.target_index, device)
+        self.strength = _strengths(model)
         self.recompute = recompute
 
     def block(self, block: Block, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``rows``, the row's targets."""
         prefix = block.self_attn.prefix
-        if not isinstance(prefix, GatedPrefix):
-            return _FusedBlock.apply(x[0], None, None, block, self, rows)[None]
-        strength = prefix.strength()[:, 0].expand(prefix.n_head, block.self_attn.head_dim)
-        return _FusedBlock.apply(x[0], prefix.prompt, strength, block, self, rows)[None]
+        learned = (prefix.prompt, prefix.gate) if isinstance(prefix, GatedPrefix) else (None, None)
+        return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, rows)).unsqueeze(0)
+
+
+@torch.no_grad()
+def _strengths(model: Llama) -> dict[int, Tensor]:
+    """Return c(g) of every layer that has a prefix, fp32 ``[H, D]``, by the layer's number."""
+    found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
+    prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
+    if not prefixes:
+        return {}
+    some = next(iter(prefixes.values()))
+    strength = some.strength(torch.stack([prefix.gate for prefix in prefixes.values()]))[:, :, 0]
+    strength = strength.expand(-1, some.n_head, model.config.head_dim).contiguous()
+    return dict(zip(prefixes, strength.unbind(), strict=True))
 
 
 class _Site:
@@ -172,27 +197,18 @@ class _Site:
         block: the block.
         view: the row.
         places: positions whose output is wanted ``[M]``; all of them if None.
-        prompt: the layer's, fp32 ``[K, C]``, or None.
-        strength: c(g) of the prompt's, fp32 ``[H, D]``.
-        weights: the block's matrices in another form than its own, or None.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        view: FusedView,
-        places: Tensor | None,
-        prompt: Tensor | None,
-        strength: Tensor | None,
-        weights: BlockWeights | None,
-    ) -> None:
-        self.weights = weights or _plain_weights(block)
-        self.view, self.places = view, places
-        self.prompt = prompt
-        self.strength = strength.contiguous() if strength is not None else None
+    def __init__(self, block: Block, view: FusedView, places: Tensor | None) -> None:
+        attn: Any = block.self_attn
+        self.block, self.view, self.places = block, view, places
+        self.weights = block_weights(block)
+        self.is_gathered = block.fused_weights is None
+        self.adapter: GatedPrefix | None = attn.prefix
+        self.prompt = None if self.adapter is None else self.adapter.prompt
+        self.strength = view.strength.get(attn.index)
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
-        attn: Any = block.self_attn
         self.D: int = attn.head_dim
         self.q_width: int = attn.q_proj.out_features
         self.k_width: int = attn.k_proj.out_features
@@ -212,7 +228,7 @@ class _Site:
 
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
-        return attention.Prefix(kv, self.strength) if self.strength is not None else None
+        return None if self.strength is None else attention.Prefix(kv, self.strength)
 
 
 @dataclass
@@ -247,46 +263,36 @@ class _Between:
 
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        prompt: Tensor | None,
-        strength: Tensor | None,
-        block: Block,
-        view: FusedView,
-        places: Tensor | None,
-    ) -> Tensor:
-        site = _Site(block, view, places, prompt, strength, block.fused_weights)
-        weights = site.weights
+    def forward(ctx: Any, x: Tensor, prompt: Tensor | None, gate: Tensor | None, site: _Site) -> Tensor:
         attended = _attend(site, x)
-        learns = any(ctx.needs_input_grad)
-        between, y = _go_between(site, x, attended, twice=learns and not view.recompute)
+        learns, recompute = any(ctx.needs_input_grad), site.view.recompute
+        between, y = _go_between(site, x, attended, twice=learns and not recompute)
         if learns:
-            ctx.block, ctx.view, ctx.weights = block, view, block.fused_weights
-            kept = () if view.recompute else (*vars(attended).values(), *vars(between).values())
-            ctx.save_for_backward(x, prompt, strength, places, *kept)
-        weights.down.add_to(y, rows.swiglu(between.gate_up, quantised=weights.quantised))
+            ctx.site = site
+            kept = () if recompute else (*vars(attended).values(), *vars(between).values())
+            ctx.save_for_backward(x, *kept)
+        site.weights.down.add_to(y, rows.swiglu(between.gate_up, quantised=site.weights.quantised))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, prompt, strength, places, *kept = ctx.saved_tensors
-        site = _Site(ctx.block, ctx.view, places, prompt, strength, ctx.weights)
+        (x, *kept), site = ctx.saved_tensors, ctx.site
+        if site.is_gathered:  # anew, for this pass
+            site.weights = block_weights(site.block)
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
         dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
         del between
         do = site.weights.o.backward(operand)
         if ctx.needs_input_grad[0]:
-            dx, dprompt, dstrength = _attention_backward(site, x, attended, do, dmiddle)
-        else:  # the first adapted block: nothing but its prompt learns from here
-            dx, (dprompt, dstrength) = None, _prompt_gradients(site, attended, do)
-        return dx, dprompt, dstrength, None, None, None
+            return *_attention_backward(site, x, attended, do, dmiddle), None
+        # The first adapted block: nothing but its prefix learns from here.
+        return None, *_prefix_gradients(site, attended, do), None
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
     """Compute a block up to its attention's output; the prompt goes through the tokens' own product."""
-    D, T, weights, (cos, sin) = site.D, len(x), site.weights, site.rotation
+    D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
     normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.places is None:
@@ -337,41 +343,57 @@ def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, r
 
 
 def _scores_backward(
-    site: _Site, attended: _Attended, do: Tensor, into: attention.Gradients | None
-) -> attention.Prefix | None:
-    """Return the prefix's gradients, and write those of q, k and v to ``into``."""
+    site: _Site,
+    attended: _Attended,
+    do: Tensor,
+    into: attention.Gradients | None,
+    below: tuple[Tensor, Tensor | None],
+) -> Tensor | None:
+    """Write the gradients of q, k and v to ``into``.
+
+    Args:
+        site: the block on its row.
+        attended: what its forward pass computed.
+        do: gradient of the attention's output.
+        into: where those of q, k and v go; None if nobody needs them.
+        below: where those of the prompt's keys beside values go, and its rows beside the queries'.
+
+    Returns:
+        The gradient of the gate, or None where there is no prefix.
+    """
     k, v = attended.kv.chunk(2, dim=1)
-    prefix = site.prefix(attended.prompt)
-    return attention.attend_backward(
-        do, attended.q, k, v, attended.y, attended.lse, site.plan, site.D, prefix, into
-    )
+    given = (do, attended.q, k, v, attended.y, attended.lse, site.plan, site.D)
+    if site.adapter is None or site.strength is None:
+        attention.attend_backward(*given, None, into, None)
+        return None
+    dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
+    attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
+    return site.adapter.gate_gradient(site.strength, dprefix.strength)
 
 
-def _prompt_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a block's prompt and of its strength, and nothing else."""
-    dprefix = _scores_backward(site, attended, do, None)
-    if dprefix is None:
+def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a block's prompt and of its gate, and nothing else."""
+    dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
+    dgate = _scores_backward(site, attended, do, None, (dkv, None))
+    if dgate is None:
         return None, None
-    dprompt = site.kv.backward(site.weights.operand(dprefix.kv.to(do.dtype)))
-    return dprompt.float(), dprefix.strength
+    return site.kv.backward(site.weights.operand(dkv)).float(), dgate
 
 
 def _attention_backward(
     site: _Site, x: Tensor, attended: _Attended, do: Tensor, dmiddle: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the block's input, of its prompt and of that's strength."""
-    weights, T, q_width = site.weights, len(x), site.q_width
-    n_rows = T + len(attended.prompt)
+    """Return the gradients of the block's input, of its prompt and of its gate."""
+    weights, T, q_width = site.weights, x.shape[0], site.q_width
+    n_rows = T + attended.prompt.shape[0]
     if site.places is None:
         dqkv = x.new_empty(n_rows, q_width + 2 * site.k_width)
-        dqkv[T:, :q_width] = 0.0
-        dq, dkv = dqkv[:T, :q_width], dqkv[:, q_width:]
+        dq, dkv, below = dqkv[:T, :q_width], dqkv[:, q_width:], dqkv[T:, :q_width]
     else:
-        dq, dkv = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width)
+        dq, dkv, below = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width), None
     dk, dv = dkv[:T].chunk(2, dim=1)
-    dprefix = _scores_backward(site, attended, do, attention.Gradients(dq, dk, dv, site.rotation))
-    if dprefix is not None:
-        dkv[T:] = dprefix.kv
+    into = attention.Gradients(dq, dk, dv, site.rotation)
+    dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.places is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
     else:  # in fp32: many targets may stand at one place, a shared head's
@@ -379,6 +401,4 @@ def _attention_backward(
         dnormed.index_add_(0, site.places, site.q.backward(weights.operand(dq)).float())
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.places, dmiddle.float())
     dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
-    if dprefix is None:
-        return dx, None, None
-    return dx, dnormed[T:].float(), dprefix.strength
+    return dx, None if dgate is None else dnormed[T:].float(), dgate

@@ -113,7 +113,7 @@ def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor
     ids, position, target_index, target_id = row.inputs(device)
     view = _view(model, row, model.rotation(position[None]), recompute)
     trunk = row.trunk_on(device)
-    hidden = model(ids[None], view, target_index, None if trunk is None else trunk[None])[0]
+    hidden = model(ids[None], view, target_index, None if trunk is None else trunk[None]).squeeze(0)
     head = model.lm_head
     affine = (head.adapter_bias, head.adapter_scale) if isinstance(head, AdaptedLinear) else (None, None)
     return target_loss(hidden, head.weight, target_id, *affine)
@@ -132,5 +132,5 @@ def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> 
         from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
 
         if fused.applies(model):
-            return fused.FusedView(row, rotation, recompute=recompute)
+            return fused.FusedView(model, row, rotation, recompute=recompute)
     return SegmentView(row, rotation, recompute=recompute)

@@ -23,7 +23,7 @@ from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, VISITING_TILE, TilePla
 
 LOG2_E = 1.4426950408889634
 
-LENGTHS = ("n_queries", "n_keys", "n_prompt")
+LENGTHS = ("n_queries", "n_keys", "n_prompt", "n_tiles")
 PLAN = tuple(field.name for field in fields(TilePlan))
 
 
@@ -269,6 +269,41 @@ def _sum_key_gradient_kernel(
     _store_key_gradient(dk, dv, dk_at, dv_at, cos_at, sin_at, j, j < n_keys, g, dkv_stride, D, N)
 
 
+@_kernel
+def _sum_prefix_gradient_kernel(
+    dprompt_at, dstrength_at, kv_at, strength_at, q_at, n_tiles, n_prompt, kv_stride, q_stride,
+    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """Add up the query tiles' parts: a program owns BLOCK channels of one group's pk or pv, or a strength."""
+    H: tl.constexpr = G * GROUP
+    block, which = tl.program_id(0), tl.program_id(1)
+    if which < 2 * G:
+        inner = block * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, n_tiles, TILES):
+            m = first + tl.arange(0, TILES)
+            for member in range(GROUP):
+                head = which // G * H + which % G * GROUP + member  # of the pk of all heads, or of the pv
+                at = (m * 2 * H + head)[:, None] * ROWS * D + inner[None, :]
+                total += tl.sum(tl.load(dprompt_at + at, mask=(m < n_tiles)[:, None], other=0.0), 0)
+        r, d = inner // D, inner % D
+        at = kv_at + r * kv_stride + which * D + d
+        tl.store(at, total.to(kv_at.dtype.element_ty), mask=r < n_prompt)
+        if ZEROS and which < G:
+            for member in range(GROUP):
+                at = q_at + r * q_stride + (which * GROUP + member) * D + d
+                tl.store(at, tl.zeros([BLOCK], q_at.dtype.element_ty), mask=r < n_prompt)
+    elif block == 0:
+        d, head = tl.arange(0, D), which - 2 * G
+        strength = tl.zeros([D], tl.float32)
+        for first in range(0, n_tiles, TILES):
+            m = first + tl.arange(0, TILES)
+            at = (m * H + head)[:, None] * D + d[None, :]
+            strength += tl.sum(tl.load(dstrength_at + at, mask=(m < n_tiles)[:, None], other=0.0), 0)
+        tl.store(strength_at + head * D + d, strength)
+
+
 def _sizes(k: Tensor, D: int, H: int, tile: int = QUERY_TILE) -> dict[str, Any]:
     return {"GROUP": H * D // k.shape[1], "D": D, "M": tile, "N": KEY_TILE, "num_warps": 4}
 
@@ -322,6 +357,18 @@ class Gradients:
     """Cosines and sines of the row's positions, fp32 ``[T, D/2]``."""
 
 
+@dataclass
+class PrefixGradients:
+    """Where it writes those of the prefix; rows may be strided."""
+
+    kv: Tensor
+    """Of the projected prompt ``[K, 2 G D]``."""
+    q: Tensor | None
+    """Rows ``[K, H D]`` beside them that are to be zeros: prompts ask nothing. None if there are none."""
+    strength: Tensor
+    """Of c(g), fp32 ``[H, D]``."""
+
+
 def attend_backward(
     do: Tensor,
     q: Tensor,
@@ -333,7 +380,8 @@ def attend_backward(
     D: int,
     prefix: Prefix | None,
     into: Gradients | None,
-) -> Prefix | None:
+    into_prefix: PrefixGradients | None,
+) -> None:
     """Compute the gradients of `attend`, and of the rotation before it.
 
     Args:
@@ -347,11 +395,9 @@ def attend_backward(
         D: head size.
         prefix: the layer's prompt, or None.
         into: where the gradients of q, k and v go; None if nobody needs them.
-
-    Returns:
-        The gradients of the prefix, fp32.
+        into_prefix: where the prefix's go; None where there is none.
     """
-    H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, triton.cdiv(len(q), QUERY_TILE)
+    H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, triton.cdiv(q.shape[0], QUERY_TILE)
     n_prompt, prompt_rows = _prompt_rows(prefix)
     delta = torch.empty_like(lse)
     dprompt = lse.new_empty(n_tiles, 2, H, prompt_rows, D)
@@ -368,18 +414,23 @@ def attend_backward(
         ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:
-        sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if len(plan.sum_tile) else lse
+        n_sums = plan.sum_tile.shape[0]
+        sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if n_sums else lse
         _key_gradient_kernel[(plan.n_parts, G)](
             q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
             plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
             plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), into.k.stride(0),
             *scales, **_sizes(k, D, H, VISITING_TILE), num_stages=1,
         )  # fmt: skip
-        _sum_key_gradient_kernel[(len(plan.sum_tile), G)](
+        _sum_key_gradient_kernel[(n_sums, G)](
             sums, into.k, into.v, *into.rotation, plan.sum_tile, plan.sum_from,
             plan.n_keys, into.k.stride(0), D=D, N=KEY_TILE, num_warps=4,
         )  # fmt: skip
-    if prefix is None:
-        return None
-    by_group = dprompt.view(n_tiles, 2, G, H // G, prompt_rows, D).sum((0, 3))[:, :, :n_prompt]
-    return Prefix(by_group.permute(2, 0, 1, 3).reshape(n_prompt, 2 * G * D), dstrength.sum(0))
+    if into_prefix is not None:
+        kv, zeros = into_prefix.kv, into_prefix.q
+        block = min(256, prompt_rows * D)
+        _sum_prefix_gradient_kernel[(prompt_rows * D // block, 2 * G + H)](
+            dprompt, dstrength, kv, into_prefix.strength, kv if zeros is None else zeros,
+            n_tiles, n_prompt, kv.stride(0), 0 if zeros is None else zeros.stride(0),
+            GROUP=H // G, G=G, D=D, ROWS=prompt_rows, BLOCK=block, TILES=16, ZEROS=zeros is not None,
+        )  # fmt: skip

@@ -57,25 +57,29 @@ def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
     _store(out_at, scale_at, x, t, t * C + c, c < C, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _norm_kernel(
-    x_at, plus_at, sum_at, twin_at, weight_at, y_at, scale_at, rstd_at, C, eps,
+    x_at, plus_at, sum_at, twin_at, weight_at, below_at, y_at, scale_at, rstd_at, T, C, eps,
     ADD: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    x = tl.load(x_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(plus_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
-        x = x.to(sum_at.dtype.element_ty)
-        tl.store(sum_at + t * C + c, x, mask=c < C)
-        tl.store(twin_at + t * C + c, x, mask=c < C)
-        x = x.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
-    weight = tl.load(weight_at + c, mask=c < C, other=0.0)
-    y = (x * rstd).to(weight.dtype) * weight
-    _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
-    tl.store(rstd_at + t, rstd)
+    if t < T:
+        x = tl.load(x_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
+        if ADD:
+            x += tl.load(plus_at + t * C + c, mask=c < C, other=0.0).to(tl.float32)
+            x = x.to(sum_at.dtype.element_ty)
+            tl.store(sum_at + t * C + c, x, mask=c < C)
+            tl.store(twin_at + t * C + c, x, mask=c < C)
+            x = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
+        weight = tl.load(weight_at + c, mask=c < C, other=0.0)
+        y = (x * rstd).to(weight.dtype) * weight
+        _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
+        tl.store(rstd_at + t, rstd)
+    else:
+        y = tl.load(below_at + (t - T) * C + c, mask=c < C, other=0.0).to(tl.float32)
+        _store(y_at, scale_at, y, t, t * C + c, c < C, QUANTISE)
 
 
 @triton.jit
@@ -156,12 +160,8 @@ def quantise(x: Tensor) -> Quantised:
     """Return ``x [T, C]`` in fp8; its rows may be strided."""
     T, C = x.shape
     _, data, scale = _room(T, C, x, True)
-    _quantise_into(x, data, scale)
+    _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **_whole(C))
     return Quantised(data, scale)
-
-
-def _quantise_into(x: Tensor, data: Tensor, scale: Tensor) -> None:
-    _quantise_kernel[(len(x),)](x, data, scale, x.stride(0), x.shape[1], **_whole(x.shape[1]))
 
 
 def _whole(width: int) -> dict[str, int]:
@@ -179,20 +179,16 @@ def norm(
         x: ``[T, C]``.
         weight: of the norm ``[C]``.
         eps: of the norm.
-        below: rows ``[K, C]`` that go into the next product with the normed ones, as they are.
+        below: rows ``[K, C]``, in any precision, that go into the next product with the normed ones.
         quantised: whether that product takes fp8.
 
     Returns:
         The RMS norm of ``x`` above ``below``, ``[T + K, C]``, and the reciprocal of its root mean square,
         fp32 ``[T]``.
     """
-    T, C = x.shape
-    room, data, scale = _room(T + (0 if below is None else len(below)), C, x, quantised)
-    if below is not None and quantised:
-        _quantise_into(below, data[T:], scale[T:])
-    elif below is not None:
-        data[T:] = below
-    return room, _norm(x, x, x, x, weight, eps, data, scale, quantised)
+    n_below = 0 if below is None else below.shape[0]
+    room, data, scale = _room(x.shape[0] + n_below, x.shape[1], x, quantised)
+    return room, _norm(x, x, x, x, weight, x if below is None else below, eps, data, scale, quantised)
 
 
 def add_and_norm(
@@ -203,7 +199,7 @@ def add_and_norm(
     total = torch.empty_like(x)
     twin = torch.empty_like(x) if twice else total
     room, data, scale = _room(T, C, x, quantised)
-    return total, twin, room, _norm(x, plus, total, twin, weight, eps, data, scale, quantised)
+    return total, twin, room, _norm(x, plus, total, twin, weight, x, eps, data, scale, quantised)
 
 
 def _norm(
@@ -212,6 +208,7 @@ def _norm(
     total: Tensor,
     twin: Tensor,
     weight: Tensor,
+    below: Tensor,
     eps: float,
     data: Tensor,
     scale: Tensor,
@@ -219,8 +216,8 @@ def _norm(
 ) -> Tensor:
     T, C = x.shape
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
-    _norm_kernel[(T,)](
-        x, plus, total, twin, weight, data, scale, rstd, C, eps,
+    _norm_kernel[(data.shape[0],)](
+        x, plus, total, twin, weight, below, data, scale, rstd, T, C, eps,
         ADD=plus is not x, QUANTISE=quantised, **_whole(C),
     )  # fmt: skip
     return rstd
