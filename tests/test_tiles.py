@@ -52,23 +52,21 @@ def test_exactly_the_tiles_that_hold_something_are_visited(seed: int, targets: b
         for m, (start, end) in enumerate(itertools.pairwise(plan.key_from.tolist()))
         for key in plan.key_tile[start:end]
     }
-    assert by_query == met(row, plan, tiles.QUERY_TILE)
+    assert by_query == met(row, plan, tiles.QUERY_TILE, tiles.KEY_TILE)
     parts = list(itertools.pairwise(plan.part_from.tolist()))
     by_key = [
         (int(query), int(key))
         for key, (start, end) in zip(plan.part_tile, parts, strict=True)
         for query in plan.query_tile[start:end]
     ]
-    assert set(by_key) == met(row, plan, tiles.VISITING_TILE)
+    assert set(by_key) == met(row, plan, tiles.VISITING_TILE, tiles.OWNED_KEYS)
     assert len(by_key) == len(set(by_key))
 
 
-def met(row: PackedRow, plan: TilePlan, size: int) -> set[tuple[int, int]]:
-    """Which tiles of ``size`` queries see something in which tiles of keys."""
+def met(row: PackedRow, plan: TilePlan, size: int, key_size: int) -> set[tuple[int, int]]:
+    """Which tiles of ``size`` queries see something in which tiles of ``key_size`` keys."""
     return {
-        (n // size, k // tiles.KEY_TILE)
-        for n, place in enumerate(plan.place.tolist())
-        for k in visible(row, place)
+        (n // size, k // key_size) for n, place in enumerate(plan.place.tolist()) for k in visible(row, place)
     }
 
 

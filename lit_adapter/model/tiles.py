@@ -19,10 +19,10 @@ HEAD_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels compute."""
 LONGEST_PROMPT = 64
 """Prompt rows that fit the attention kernel's registers beside its queries."""
-QUERY_TILE = 64
-KEY_TILE = 64
-VISITING_TILE = 32
-"""The tile of queries where a program owns a tile of keys and visits the queries that see it."""
+QUERY_TILE, KEY_TILE = 64, 32
+"""A program owns a tile of queries and visits the tiles of keys that one of them sees."""
+OWNED_KEYS, VISITING_TILE = 64, 32
+"""Or it owns a tile of keys and visits the tiles of queries that see one of them."""
 VISITS = 32
 """Query tiles that one program adds up into the gradient of a key tile; a shared head has hundreds, and
 would keep the device waiting for the one program that adds them all."""
@@ -46,27 +46,27 @@ class TilePlan:
     """Query tile m visits the key tiles ``key_tile[key_from[m] : key_from[m + 1]]``."""
     key_tile: Tensor
     query_tile: Tensor
-    """The visiting tiles of each key tile, one key tile after another."""
+    """The visiting tiles of each owned tile of keys, one owned tile after another."""
     part_tile: Tensor
-    """The key tile of part p of that work,"""
+    """The owned tile of part p of that work,"""
     part_from: Tensor
     """the first of its entries in ``query_tile``, which end where the next part begins,"""
     part_slot: Tensor
-    """and where among unfinished sums its own goes; -1 where a key tile has one part only."""
+    """and where among unfinished sums its own goes; -1 where a tile has one part only."""
     sum_tile: Tensor
-    """The key tiles that have several parts,"""
+    """The owned tiles that have several parts,"""
     sum_from: Tensor
     """and which slots are theirs: ``sum_from[n]`` to ``sum_from[n + 1]``."""
 
     @property
     def n_queries(self) -> int:
         """How many queries there are."""
-        return len(self.place)
+        return self.place.shape[0]
 
     @property
     def n_parts(self) -> int:
         """Into how many parts the gradients of keys and values are cut."""
-        return len(self.part_tile)
+        return self.part_tile.shape[0]
 
 
 def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> TilePlan:
@@ -87,8 +87,9 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
     head_start = np.where(shared == own, 0, start[shared])
     head_end = np.where(shared == own, 0, end[shared])
     sight = (place, first, head_start, head_end)
-    query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE).T)
-    arrays = [*sight, *_lists(_visits(*sight, n_keys, QUERY_TILE)), query_tile, *_parts(query_from)]
+    query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE, OWNED_KEYS).T)
+    key_lists = _lists(_visits(*sight, n_keys, QUERY_TILE, KEY_TILE))
+    arrays = [*sight, *key_lists, query_tile, *_parts(query_from)]
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
     if device.type == "cuda":
         joined = joined.pin_memory()
@@ -97,20 +98,26 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
 
 
 def _visits(
-    place: NDArray, first: NDArray, head_start: NDArray, head_end: NDArray, n_keys: int, size: int
+    place: NDArray,
+    first: NDArray,
+    head_start: NDArray,
+    head_end: NDArray,
+    n_keys: int,
+    size: int,
+    key_size: int,
 ) -> NDArray[np.bool_]:
-    """Return which tile of ``size`` queries and which tile of keys meet ``[query tiles, key tiles]``."""
-    shape = (-(-len(place) // size), -(-n_keys // KEY_TILE))
+    """Return which tiles of ``size`` queries and of ``key_size`` keys meet ``[query tiles, key tiles]``."""
+    shape = (-(-len(place) // size), -(-n_keys // key_size))
     seen = np.zeros(shape, dtype=np.bool_)
     # One entry for each segment in each tile: from its first token to the last query there, and its head.
     tile = np.arange(len(place)) // size
     change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
     last = place[np.append(change[1:], len(place)) - 1] if len(place) else place
     for m, low, high in zip(tile[change], first[change], last, strict=True):
-        seen[m, low // KEY_TILE : high // KEY_TILE + 1] = True
+        seen[m, low // key_size : high // key_size + 1] = True
     for m, low, high in zip(tile[change], head_start[change], head_end[change], strict=True):
         if low < high:
-            seen[m, low // KEY_TILE : (high - 1) // KEY_TILE + 1] = True
+            seen[m, low // key_size : (high - 1) // key_size + 1] = True
     return seen
 
 

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.tiles import KEY_TILE, QUERY_TILE, VISITING_TILE, TilePlan
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+from lit_adapter.model.tiles import KEY_TILE, OWNED_KEYS, QUERY_TILE, VISITING_TILE, TilePlan
 
 LOG2_E = 1.4426950408889634
 
@@ -304,15 +305,16 @@ def _sum_prefix_gradient_kernel(
         tl.store(strength_at + head * D + d, strength)
 
 
-def _sizes(k: Tensor, D: int, H: int, tile: int = QUERY_TILE) -> dict[str, Any]:
-    return {"GROUP": H * D // k.shape[1], "D": D, "M": tile, "N": KEY_TILE, "num_warps": 4}
+def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY_TILE) -> dict[str, Any]:
+    return {"GROUP": H * D // k.shape[1], "D": D, "M": queries, "N": keys, "num_warps": 4}
 
 
 def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
     """Return the prompt's length and the tile that holds it, none for no prompt."""
     if prefix is None:
         return 0, 0
-    return len(prefix.kv), max(16, triton.next_power_of_2(len(prefix.kv)))
+    K = prefix.kv.shape[0]
+    return K, max(16, power_of_two(K))
 
 
 def attend(
@@ -333,10 +335,10 @@ def attend(
     """
     H = q.shape[1] // D
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(H, len(q), dtype=torch.float32, device=q.device)
+    lse = torch.empty(H, q.shape[0], dtype=torch.float32, device=q.device)
     n_prompt, prompt_rows = _prompt_rows(prefix)
     some = prefix or Prefix(q, lse)
-    _forward_kernel[(triton.cdiv(len(q), QUERY_TILE), H)](
+    _forward_kernel[(ceil_div(q.shape[0], QUERY_TILE), H)](
         q, k, v, o, lse, some.kv, some.strength,
         plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
@@ -397,7 +399,7 @@ def attend_backward(
         into: where the gradients of q, k and v go; None if nobody needs them.
         into_prefix: where the prefix's go; None where there is none.
     """
-    H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, triton.cdiv(q.shape[0], QUERY_TILE)
+    H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, ceil_div(q.shape[0], QUERY_TILE)
     n_prompt, prompt_rows = _prompt_rows(prefix)
     delta = torch.empty_like(lse)
     dprompt = lse.new_empty(n_tiles, 2, H, prompt_rows, D)
@@ -411,20 +413,20 @@ def attend_backward(
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
         some.kv.stride(0), n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows,
-        ROW=into is not None, num_stages=2,
+        ROW=into is not None, num_stages=3,
     )  # fmt: skip
     if into is not None:
         n_sums = plan.sum_tile.shape[0]
-        sums = lse.new_empty(plan.n_parts, G, 2, KEY_TILE, D) if n_sums else lse
+        sums = lse.new_empty(plan.n_parts, G, 2, OWNED_KEYS, D) if n_sums else lse
         _key_gradient_kernel[(plan.n_parts, G)](
             q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
             plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
             plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), into.k.stride(0),
-            *scales, **_sizes(k, D, H, VISITING_TILE), num_stages=1,
+            *scales, **_sizes(k, D, H, VISITING_TILE, OWNED_KEYS), num_stages=1,
         )  # fmt: skip
         _sum_key_gradient_kernel[(n_sums, G)](
             sums, into.k, into.v, *into.rotation, plan.sum_tile, plan.sum_from,
-            plan.n_keys, into.k.stride(0), D=D, N=KEY_TILE, num_warps=4,
+            plan.n_keys, into.k.stride(0), D=D, N=OWNED_KEYS, num_warps=4,
         )  # fmt: skip
     if into_prefix is not None:
         kv, zeros = into_prefix.kv, into_prefix.q

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.kernels.decode_products import starts_early
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 
 KEYS = 64
 """Keys that a program looks at in one go."""
@@ -39,8 +40,8 @@ class Parts:
     ) -> None:
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         wanted = max(1, programs // (n_slots * heads[1]))
-        most = triton.next_power_of_2(triton.cdiv(length, KEYS))
-        self.splits = min(triton.next_power_of_2(wanted + 1) // 2, most, MOST_SPLITS)
+        most = power_of_two(ceil_div(length, KEYS))
+        self.splits = min(power_of_two(wanted + 1) // 2, most, MOST_SPLITS)
         shape = (n_slots, heads[1], self.splits + 1, heads[0] // heads[1])  # one more for the prefix
         self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [B, G, splits + 1, H/G, D]
         self.weight = torch.empty(*shape, device=device)  # log of each part's softmax denominator
@@ -73,9 +74,9 @@ def attend(
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
     _attention_kernel[B * G, n_programs](
         q, *cache, position, *some, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
-        GROUP=H // G, G=G, D=D, HEADS=max(16, triton.next_power_of_2(H // G)), KEYS=KEYS,
-        K=K, K_PADDED=max(16, triton.next_power_of_2(K)), SPLITS=parts.splits,
-        WIDTH=triton.next_power_of_2(H // G * D), EARLY=parts.early,
+        GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
+        K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
+        WIDTH=power_of_two(H // G * D), EARLY=parts.early,
         num_warps=4, num_stages=3, launch_pdl=parts.early,
     )  # fmt: skip
 
@@ -98,7 +99,7 @@ def rotate_and_keep(
     """
     _, G, S, D = cache[0].shape
     T, n_heads = len(qkv), qkv.shape[1] // D
-    _keep_kernel[T, triton.cdiv(n_heads, HEADS)](
+    _keep_kernel[T, ceil_div(n_heads, HEADS)](
         qkv, *rotation, slot, position, *cache, S, H=n_heads - 2 * G, G=G, HALF=D // 2, HEADS=HEADS
     )
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.sizes import ceil_div
+
 ROWS, DEPTH, WARPS = 4, 512, 4
 """Rows of either weight and columns that a program reads at a time, and its warps: the best of 16 tried."""
 
@@ -75,7 +77,7 @@ def gate_up(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, hidde
         hidden: is given the result ``[1, M]``.
     """
     M = len(gate)
-    _gate_up_kernel[(triton.cdiv(M, ROWS),)](
+    _gate_up_kernel[(ceil_div(M, ROWS),)](
         x, norm, gate, up, hidden, M, eps, C=x.shape[1], **_launch(x)
     )  # fmt: skip
 
@@ -92,8 +94,8 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor
 
 def _linear(x: Tensor, weight: Tensor, out: Tensor, norm: Tensor | None, eps: float) -> None:
     N = len(weight)
-    half = triton.cdiv(N, 2)
-    _linear_kernel[(triton.cdiv(half, ROWS),)](
+    half = ceil_div(N, 2)
+    _linear_kernel[(ceil_div(half, ROWS),)](
         x, x if norm is None else norm, weight, out, N, half, eps,
         C=x.shape[1], NORM=norm is not None, **_launch(x),
     )  # fmt: skip

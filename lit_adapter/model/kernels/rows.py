@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+
 ELEMENTS = 1024
 """Of the SwiGLU's width that one program handles, where the result needs no scale for the whole row."""
 LARGEST = 448.0
@@ -78,8 +80,8 @@ def _norm_kernel(
         _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
         tl.store(rstd_at + t, rstd)
     else:
-        y = tl.load(below_at + (t - T) * C + c, mask=c < C, other=0.0).to(tl.float32)
-        _store(y_at, scale_at, y, t, t * C + c, c < C, QUANTISE)
+        below = tl.load(below_at + (t - T) * C + c, mask=c < C, other=0.0).to(tl.float32)
+        _store(y_at, scale_at, below, t, t * C + c, c < C, QUANTISE)
 
 
 @triton.jit
@@ -166,7 +168,7 @@ def quantise(x: Tensor) -> Quantised:
 
 def _whole(width: int) -> dict[str, int]:
     """One program for a whole row."""
-    block = triton.next_power_of_2(width)
+    block = power_of_two(width)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
@@ -258,8 +260,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
         n_heads: how many heads.
     """
     half = cos.shape[1]
-    _rotate_kernel[(len(x),)](
-        x, cos, sin, x.stride(0), n_heads, HALF=half, HEADS=triton.next_power_of_2(n_heads), num_warps=4
+    _rotate_kernel[(x.shape[0],)](
+        x, cos, sin, x.stride(0), n_heads, HALF=half, HEADS=power_of_two(n_heads), num_warps=4
     )
 
 
@@ -288,4 +290,4 @@ def _width(M: int, quantised: bool) -> dict[str, int]:
 
 
 def _grid(T: int, M: int, quantised: bool) -> tuple[int, int]:
-    return T, 1 if quantised else triton.cdiv(M, ELEMENTS)
+    return T, 1 if quantised else ceil_div(M, ELEMENTS)
