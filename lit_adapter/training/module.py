@@ -83,7 +83,8 @@ class LitAdapter(LightningModule):
                 # Gradients are averaged over processes; the step's loss is a sum over shares of its rows.
                 self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
-        self.last = {"loss": self._over_processes(total) / batch.n_targets, "tokens": batch.n_tokens}
+        self.last = {"tokens": batch.n_tokens}
+        self._sum_and_targets = total, batch.n_targets
         self._update(batch)
 
     def _over_processes(self, loss: Tensor) -> float:
@@ -133,7 +134,8 @@ class LitAdapter(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bound = self.config.clip if self.config.clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
-        self.last["grad_norm"] = float(norm)
+        total, n_targets = self._sum_and_targets  # read only now, so that the host waits for a GPU once
+        self.last |= {"loss": self._over_processes(total) / n_targets, "grad_norm": float(norm)}
         if not math.isfinite(self.last["grad_norm"] + self.last["loss"]):
             for parameter in parameters:
                 parameter.grad = None

@@ -84,7 +84,7 @@ class Packed:
         recompute: bool = False,
     ) -> None:
         self.base, self.parameters, self.recompute = base, parameters, recompute
-        self.weights: list[Any] = [None] * base.model.config.n_layer
+        self.weights: list[Any] | None = None
         if float8:
             from lit_adapter.model import fused
 
@@ -111,13 +111,14 @@ class Packed:
     def loss(self, part: Part) -> Tensor:
         """Return a packed row's loss."""
         blocks = self.base.model.layers
-        for block, weights in zip(blocks, self.weights, strict=True):
-            block.fused_weights = weights
+        own = [block.fused_weights for block in blocks]
         try:
+            for block, weights in zip(blocks, self.weights or own, strict=True):
+                block.fused_weights = weights
             return row_loss(self.base.model, part.data, recompute=self.recompute)
         finally:
-            for block in blocks:
-                block.fused_weights = None
+            for block, weights in zip(blocks, own, strict=True):
+                block.fused_weights = weights
 
 
 @dataclass
