@@ -50,7 +50,8 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[..., Config], tiny_base: P
 
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [((), 0.02), (("--trainer.recompute", "true"), 0.02), (("--trainer.base_precision", "fp8"), 0.1)],
+    # Rounding to e4m3, done on a CPU, moves the loss of a random base by up to 0.2 of 6.5.
+    [((), 0.02), (("--trainer.recompute", "true"), 0.02), (("--trainer.base_precision", "fp8"), 0.3)],
     ids=["bf16", "recompute", "fp8"],
 )
 def test_fused_blocks_learn_what_the_modules_learn(
