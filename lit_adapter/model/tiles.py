@@ -107,18 +107,18 @@ def _visits(
     key_size: int,
 ) -> NDArray[np.bool_]:
     """Return which tiles of ``size`` queries and of ``key_size`` keys meet ``[query tiles, key tiles]``."""
-    shape = (-(-len(place) // size), -(-n_keys // key_size))
-    seen = np.zeros(shape, dtype=np.bool_)
     # One entry for each segment in each tile: from its first token to the last query there, and its head.
     tile = np.arange(len(place)) // size
     change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
     last = place[np.append(change[1:], len(place)) - 1] if len(place) else place
-    for m, low, high in zip(tile[change], first[change], last, strict=True):
-        seen[m, low // key_size : high // key_size + 1] = True
-    for m, low, high in zip(tile[change], head_start[change], head_end[change], strict=True):
-        if low < high:
-            seen[m, low // key_size : (high - 1) // key_size + 1] = True
-    return seen
+    own = (tile[change], first[change], last)
+    has_head = change[head_start[change] < head_end[change]]
+    shared = (tile[has_head], head_start[has_head], head_end[has_head] - 1)
+    query_tile, low, high = (np.concatenate(pair) for pair in zip(own, shared, strict=True))
+    edges = np.zeros((-(-len(place) // size), -(-n_keys // key_size) + 1), dtype=np.int32)
+    np.add.at(edges, (query_tile, low // key_size), 1)  # one more range begins with this tile of keys
+    np.add.at(edges, (query_tile, high // key_size + 1), -1)
+    return edges.cumsum(1)[:, :-1] > 0
 
 
 def _lists(visits: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
