@@ -90,7 +90,9 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
         assert len(view.all_rows.sum_tile)
         fused = loss_and_gradients(model, row, view)
         assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
-        assert error(fused[1], exact[1]) < 1.25 * error(modules[1], exact[1]) < 0.1
+        # Two ways to round the same bf16 products: 0.8 to 1.25 times each other's error.
+        assert error(modules[1], exact[1]) < 0.08
+        assert error(fused[1], exact[1]) < 1.5 * error(modules[1], exact[1])
 
 
 @pytest.mark.parametrize("part", [(0, None), (64, None), (0, 64)])
