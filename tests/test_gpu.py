@@ -111,8 +111,8 @@ def test_gpus_together_take_the_steps_of_one(
     apart = {name: (together[name] - tensor).abs() for name, tensor in one.items()}
     if precision == "32-true":
         assert max(float(values.max()) for values in apart.values()) < 1e-5
-    else:  # a number whose gradient is all rounding is moved by AdamW a whole step, up or down
-        assert float(torch.cat([values.flatten() for values in apart.values()]).mean()) < 1e-3
+    else:  # AdamW moves a number whose gradient is all rounding a whole step; a record less makes 0.015
+        assert float(torch.cat([values.flatten() for values in apart.values()]).mean()) < 3e-3
 
 
 def test_rows_without_a_wait_between_them_find_the_whole_base(tiny_base: Path) -> None:
