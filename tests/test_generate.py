@@ -245,6 +245,20 @@ def test_without_adapter_is_the_plain_base_and_ends(model: AdaptedLlama, tiny_ba
     assert (adapted - plain.logits(ids)).abs().max() > 0.1
 
 
+def test_an_adapter_put_aside_for_the_first_answer_is_back_for_the_next(
+    tiny_base: Path, adapter: Path
+) -> None:
+    """What is projected once for all answers is not what the first one happened to need."""
+    fresh = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+    plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
+    ids = fresh.template.encode_prompt(fresh.tokenizer, "Say it back.")
+    how = Sampling.of(max_new_tokens=12)
+    with fresh.without_adapter():
+        assert answers(fresh.model, [ids], how, stops=frozenset()) == [uncached(plain.model, ids, 12)]
+    assert answers(fresh.model, [ids], how, stops=frozenset()) == [uncached(fresh.model, ids, 12)]
+    assert uncached(fresh.model, ids, 12) != uncached(plain.model, ids, 12)
+
+
 def test_what_does_not_fit_the_context_names_the_numbers(model: AdaptedLlama) -> None:
     long = "red " * 3000
     n = len(model.template.encode_prompt(model.tokenizer, long))

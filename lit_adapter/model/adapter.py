@@ -91,11 +91,12 @@ class GatedPrefix(nn.Module):
         """
         pk = (pk * self.scale).repeat_interleave(self.n_group, dim=0)
         pv = pv.repeat_interleave(self.n_group, dim=0)
-        weight = F.dropout(widen(q @ pk.mT).softmax(dim=-1), self.dropout, self.training)  # [B, H, T, K]
+        # [B, H, K, T]: across so few numbers a CPU takes the softmax of many positions at once.
+        weight = F.dropout(widen(pk @ q.mT).softmax(dim=-2), self.dropout, self.training).to(q.dtype).mT
         if q.dtype == torch.float16:  # c(g) pv can be less than any of its numbers
-            return ((weight.to(q.dtype) @ pv) * self.own_strength()).to(q.dtype)
+            return ((weight @ pv) * self.own_strength()).to(q.dtype)
         # The few values are multiplied by c(g), not the many results.
-        return weight.to(q.dtype) @ (widen(pv) * self.own_strength()).to(q.dtype)
+        return weight @ (widen(pv) * self.own_strength()).to(q.dtype)
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:

@@ -21,7 +21,7 @@ class KeyValueCache:
 
     Args:
         model: whose keys and values are kept; its prefixes are projected once, so a changed adapter
-            needs a new cache.
+            needs a new cache (a model with decode weights never changes).
         n_slots: texts decoded together (B).
         length: longest text with its answer, in tokens (S).
     """
@@ -37,6 +37,8 @@ class KeyValueCache:
     @cached_property
     def prefix(self) -> list[KeyValue | None]:
         """Keys and values ``[G, K, D]`` of each layer's prompt, or None."""
+        if self.model.decode_weights is not None:
+            return self.model.decode_weights.prefix
         with torch.no_grad():
             return self.model.prefix_kv(self.k.dtype)
 

@@ -80,9 +80,20 @@ class DecodeWeights:
 
     def __init__(self, model: Llama) -> None:
         self.model = model
+        self.prefixes = [block.self_attn.prefix for block in model.layers]
         self.layers: list[_Layer] = []
         self.norm: Tensor
         self.head: _Matrix
+
+    @cached_property
+    def prefix(self) -> list[KeyValue | None]:
+        """Keys and values ``[G, K, D]`` of each layer's prompt, or None: projected once for all answers."""
+        dtype = self.model.embed_tokens.weight.dtype
+        with torch.inference_mode(False), torch.no_grad():  # whether or not the adapter is in use just now
+            return [
+                None if prefix is None else block.self_attn.project_kv(prefix.prompt.to(dtype))
+                for block, prefix in zip(self.model.layers, self.prefixes, strict=True)
+            ]
 
     @cached_property
     def ready(self) -> bool:
