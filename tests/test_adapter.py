@@ -233,3 +233,18 @@ def test_a_7b_adapter_has_the_papers_count() -> None:
     )
     shapes = expected_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_229_760
+
+
+@pytest.mark.parametrize("gate", FORMS)
+def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
+    """As the CUDA path asks for them: all layers' at once, and the gate's own gradient from that of c(g)."""
+    model = open_adapter(random_llama(0), AdapterConfig(layers=3, prompt_length=2, gate=gate))
+    prefixes = [block.self_attn.prefix for block in model.layers]
+    together = prefixes[0].strength(torch.stack([prefix.gate for prefix in prefixes]))
+    torch.testing.assert_close(together, torch.stack([prefix.strength() for prefix in prefixes]))
+    for prefix in prefixes:
+        strength = prefix.strength()[:, 0].expand(model.config.n_head, model.config.head_dim)
+        dstrength = torch.randn(strength.shape, dtype=strength.dtype)
+        (wanted,) = torch.autograd.grad(strength, prefix.gate, dstrength)
+        with torch.no_grad():
+            torch.testing.assert_close(prefix.gate_gradient(strength, dstrength), wanted)
