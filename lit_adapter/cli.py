@@ -112,6 +112,9 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
             raise UserError(
                 f"{path}:{line}: '{prefix}{key}' has the tag {value_node.tag}; give a plain value"
             )
+        if "." in key and key in _all_keys(Config):
+            section, _, name = key.partition(".")
+            raise UserError(f"{path}:{line}: key '{key}' with a dot; write it as {section}: {{{name}: ...}}")
         if key not in known:
             hint = nearest(key, [*known, *_all_keys(Config)])  # those of its own section first
             raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{hint}")
@@ -120,7 +123,7 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
         seen.add(key)
         inner = _section(known[key])
         if inner is None:
-            _check_plain(value_node, f"{path}:{line}: '{prefix}{key}'")
+            _check_plain(value_node, f"{path}:{line}: '{prefix}{key}'", known[key])
             continue
         if not isinstance(value_node, yaml.MappingNode):
             raise UserError(
@@ -143,11 +146,18 @@ def _all_keys(kind: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _check_plain(node: yaml.Node, place: str) -> None:
-    """Refuse keys, deep lists and references to itself where a plain value or a list of them belongs."""
+def _check_plain(node: yaml.Node, place: str, kind: Any) -> None:
+    """Refuse keys, deep lists and references to itself where a plain value or a list of them belongs.
+
+    And no value where there must be one: jsonargparse takes null for any field that has a default.
+    """
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise UserError(f"{place} holds keys or lists within; give a plain value")
+    if any("\0" in item.value for item in items):
+        raise UserError(f"{place} holds a null character; give plain text")
+    if type(None) not in get_args(kind) and any(item.tag == f"{_PLAIN_TAG}null" for item in items):
+        raise UserError(f"{place} has no value; give one, or leave the key out for its default")
 
 
 def generate_main(argv: Sequence[str]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.streams import prepare_streams
 
 INTERRUPTED = 130
@@ -17,12 +18,16 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 """128 + SIGPIPE: what it ends reports the same."""
 
+_ABOUT_A_NAME = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""What the system says of a file's name, whatever was to be done with it."""
+
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a script's ``main`` on the command line and leave with its status.
 
     A user's mistake becomes one ``error: ...`` line and status 2, Ctrl-C status 130; a reader that closes
-    the pipe (``| head``) ends it quietly with 141. Anything else is our bug and keeps its traceback.
+    the pipe (``| head``) ends it quietly with 141. So does a name that the system refuses to look at, with
+    one line. Anything else is our bug and keeps its traceback.
     """
     prepare_streams()
     try:
@@ -35,6 +40,11 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = getattr(interrupt, "exit_status", INTERRUPTED)
     except BrokenPipeError:
         status = PIPE_CLOSED
+    except OSError as error:
+        if error.filename is None or error.errno not in _ABOUT_A_NAME:
+            raise
+        print(f"error: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        status = UserError.exit_status
     sys.exit(status)
 
 

@@ -77,6 +77,10 @@ class DataConfig:
         if self.workers > MOST_WORKERS:
             raise UserError(f"data.workers is {self.workers}; expected {MOST_WORKERS} or less")
         _at_least("data.val_size", self.val_size, 0)
+        if isinstance(self.val_size, float) and self.val_size >= 1:
+            raise UserError(
+                f"data.val_size is {self.val_size}; expected a whole number of records, or a fraction below 1"
+            )
 
 
 @dataclass(frozen=True)

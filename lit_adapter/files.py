@@ -27,6 +27,8 @@ from lit_adapter.errors import UserError, WriteError
 TEMPORARY_SUFFIX = ".tmp"
 LEFTOVER_SECONDS = 60
 """Age of an unlocked temporary file from which it is a leftover; a younger one may not be locked yet."""
+MOST_LINKS = 40
+"""That the system follows, too."""
 LARGEST_JSON = 2**28
 """Bytes; configurations, indexes and vocabularies are far smaller."""
 
@@ -50,6 +52,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def followed(path: Path) -> Path:
+    """Return the file that a link leads to, so that writing replaces that and not the link.
+
+    Raises:
+        UserError: it leads to an open file, as /dev/stdout does.
+    """
+    if not path.is_symlink():
+        return path
+    if path.resolve().is_relative_to("/dev") or _leads_through_proc(path):
+        raise UserError(f"{path}: a link to an open file or a device; name a regular file to write")
+    return path.resolve()
+
+
+def _leads_through_proc(path: Path) -> bool:
+    for _ in range(MOST_LINKS):
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+        if path.is_relative_to("/proc"):
+            return True
+    return False
+
+
 @contextmanager
 def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it to ``path``.
@@ -62,7 +87,7 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
         UserError: the folder cannot be written, the disk is full (needed and free bytes are named), or a
             pipe or device has this name.
     """
-    path = Path(path)
+    path = followed(Path(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
         # The rename would put a file in the place of the device itself, for every program: /dev/null.
         raise UserError(f"{path}: a pipe, socket or device; name a regular file to write")
@@ -110,6 +135,29 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                lock.unlink()
+            os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Be the only process inside for ``path``; where the lock beside it cannot be had, nobody is refused.
+
+    Raises:
+        UserError: another process is inside.
+    """
+    lock, descriptor = path.with_name(f".{path.name}.lock"), None
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    if descriptor is not None and not _lock(descriptor):
+        os.close(descriptor)
+        raise UserError(f"{path}: another run is writing it; wait for that, or name another file")
     try:
         yield
     finally:
@@ -296,5 +344,8 @@ def read_json(path: Path) -> Any:
 
 def without_home(path: str) -> str:
     """Return ``path`` with ``~`` for the user's home folder: what is saved names no user."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # a user without one
+        return path
     return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path

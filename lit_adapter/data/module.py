@@ -43,8 +43,15 @@ class _Loader(DataLoader[StepBatch]):
 
 def cache_folder() -> Path:
     """Return where encoded data is kept: ``$LIT_ADAPTER_CACHE``, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
-    return Path(os.environ.get("LIT_ADAPTER_CACHE") or default)
+    own = os.environ.get("LIT_ADAPTER_CACHE")
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
+    except RuntimeError:
+        raise UserError(
+            "no home folder to keep encoded data in; name a folder in LIT_ADAPTER_CACHE"
+        ) from None
 
 
 def load_records(source: str, columns: Columns) -> Records:

@@ -114,6 +114,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
+    files.followed(out)
     if out.exists() and not out.is_file():
         raise UserError(f"{out}: a pipe, socket or device; name a regular file to write")
     if out.exists() and not overwrite:
@@ -167,6 +168,10 @@ class Answers:
         Raises:
             UserError: a file that cannot be written, or that another run writes too.
         """
+        with files.alone(self.out):
+            self._run(answer)
+
+    def _run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
         # Written anew, so that a line cut short by the kill is gone before anything follows it.
         files.write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
         while self.n_done < len(self.prompts):

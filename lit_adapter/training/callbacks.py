@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,11 +134,21 @@ class Checkpoints(Callback):
 
 
 class BestAdapter(Callback):
-    """Writes the adapter whenever the held-out loss is lower than ever; its record survives a resume."""
+    """Writes the adapter whenever the held-out loss is lower than ever; its record survives a resume.
 
-    def __init__(self, write: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-        self.write = write
+    Args:
+        path: of the file; where it is gone, the best is sought anew.
+        write: gets the path, the adapter, and how far the run has come.
+    """
+
+    def __init__(self, path: Path, write: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]) -> None:
+        self.path, self.write = path, write
         self.loss = math.inf
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget a record whose adapter is not there."""
+        if not self.path.is_file():
+            self.loss = math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lowest loss so far, as text: JSON has no infinity."""
@@ -154,7 +165,9 @@ class BestAdapter(Callback):
             return
         self.loss = loss
         if trainer.is_global_zero:
-            self.write(adapter_state(pl_module.model), {"steps": trainer.global_step, "val_loss": loss})
+            self.write(
+                self.path, adapter_state(pl_module.model), {"steps": trainer.global_step, "val_loss": loss}
+            )
 
 
 class Report(Callback):

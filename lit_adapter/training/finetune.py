@@ -371,7 +371,7 @@ class _Run:
         assistant = AdaptedLlama(model, self.tokenizer, self.template)
         found: list[pl.Callback] = [
             Report(options, self.say, lr=self.config.optim.peak_lr, redraw=repeats),
-            BestAdapter(partial(self._writer.write, self.folder.best)),
+            BestAdapter(self.folder.best, self._writer.write),
             Samples(assistant, data.val_records, options, self.signals),
             StopOnSignal(self.signals),  # before the checkpoints: a stop is saved at once
             Checkpoints(self.folder, record, options, begin_writing),

@@ -24,6 +24,7 @@ from lit_adapter import files
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import read_checkpoint
+from lit_adapter.weights.adapter_file import read_adapter
 
 LOCK = ".lock"
 
@@ -137,12 +138,25 @@ class RunFolder:
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
     def set_aside(self, step: int, say: Callable[[str], None]) -> None:
-        """Rename the checkpoints after ``step``: a run that goes on from there is not mixed with them."""
+        """Rename what comes after ``step``: a run that goes on from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         for path in sorted(later):
             aside = files.free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
+        if later and self._best_step() > step:
+            aside = files.free_path(self.best.with_suffix(".aside"))
+            self.best.rename(aside)
+            say(f"{self.best}: of a later step; kept as {aside.name}, the best from here on is sought")
+
+    def _best_step(self) -> int:
+        """Return the step of the best adapter; -1 if there is none that can be read."""
+        if not self.best.is_file():
+            return -1
+        try:
+            return int(read_adapter(self.best)[0].training.get("steps", -1))
+        except UserError:
+            return -1
 
 
 class AnotherRunError(UserError):

@@ -90,7 +90,7 @@ def _fill(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: set[str] = set()
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):  # an adapter may lie beside them
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)

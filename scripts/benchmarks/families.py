@@ -80,7 +80,9 @@ class Ours:
         parts = []
         for members in packer.assign(records):
             row = packer.row(members)
-            row = replace(row, **{item.name: getattr(row, item.name).to(self.device) for item in fields(row)})
+            tensors = {item.name: getattr(row, item.name) for item in fields(row)}
+            moved = {name: x.to(self.device) for name, x in tensors.items() if x is not None}
+            row = replace(row, **moved)
             parts.append((row, SegmentView(row, self.model.rotation(row.position[None]))))
         return Batch(parts, sum(len(row.target_id) for row, _ in parts))
 
