@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import RowShape, estimate
-from lit_adapter.training.sharding import cut_heads, read_part, shard_base
+from lit_adapter.training.sharding import cut_heads, read_cut_base, shard_base
 from lit_adapter.training.strategy import average_gradients
-from lit_adapter.weights.load import empty_base, fill_base, load_base
+from lit_adapter.weights.load import empty_base, load_base
 
 PROMPTS = [[5, 9, 2], [7, 7, 7, 7, 30, 4]]
 
@@ -123,8 +122,7 @@ def main(
     shard_base(model, mesh["data"])
     found: dict[str, Any] = {}
     with Peak() as peak:
-        read = partial(read_part, rank=part)
-        fill_base(model, base, device="cpu", dtype=dtype, read=read)
+        read_cut_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)

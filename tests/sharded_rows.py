@@ -19,7 +19,6 @@ from random_records import encoded
 from tiny_models import open_adapter
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from lit_adapter.data.packing import Packer
 from lit_adapter.model.adapter import adapter_parameters
@@ -27,8 +26,8 @@ from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.sharding import read_part, shard_base
-from lit_adapter.weights.load import empty_base, fill_base, load_base
+from lit_adapter.training.sharding import read_cut_base, shard_base
+from lit_adapter.weights.load import empty_base, load_base
 
 ADAPTER = AdapterConfig(layers=3, prompt_length=5, prompt_init_std=1.0)
 N_ROWS, N_STEPS, ROWS_OF_A_STEP = 12, 60, 3
@@ -48,12 +47,7 @@ def computed(model: Llama, rows: list[PackedRow]) -> tuple[list[Tensor], list[Te
 def cut(base: Path, device: torch.device) -> Llama:
     model = open_adapter(empty_base(base, dtype=torch.float32), ADAPTER)
     shard_base(model, init_device_mesh(device.type, (dist.get_world_size(),)))
-    fill_base(model, base, device=device, dtype=torch.float32, read=read_part)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(device)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
+    read_cut_base(model, base, device=device, dtype=torch.float32)
     return model
 
 

@@ -159,6 +159,29 @@ def read_part(
     )
 
 
+def read_cut_base(
+    model: Llama, base: Path, *, device: torch.device, dtype: torch.dtype, rank: int = 0
+) -> None:
+    """Read what this process holds of a base that is cut, and bring the rest of the model to its device.
+
+    Args:
+        model: cut by `cut_heads` and `shard_base`.
+        base: the folder it is read from.
+        device: this process's.
+        dtype: precision of the base.
+        rank: among the processes that share a layer's heads.
+
+    Raises:
+        UserError: as `load_base`.
+    """
+    fill_base(model, base, device=device, dtype=dtype, read=partial(read_part, rank=rank))
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 class ShardedLitAdapter(LitAdapter):
     """The same training on a base that is cut, and only then read, once the processes are connected.
 
@@ -188,11 +211,6 @@ class ShardedLitAdapter(LitAdapter):
         tensor_mesh = strategy.device_mesh["tensor_parallel"]
         cut_heads(self.model, tensor_mesh)
         shard_base(self.model, strategy.device_mesh["data_parallel"])
-        read = partial(read_part, rank=tensor_mesh.get_local_rank())
-        fill_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, read=read)
-        for parameter in self.model.parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(self.device)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to(self.device)
+        rank = tensor_mesh.get_local_rank()
+        read_cut_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
         self.is_ready = True
