@@ -140,14 +140,12 @@ class RunFolder:
     def set_aside(self, step: int, say: Callable[[str], None]) -> None:
         """Rename what comes after ``step``: a run that goes on from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
+        if later and self._best_step() > step:
+            later.append(self.best)
         for path in sorted(later):
             aside = files.free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
-        if later and self._best_step() > step:
-            aside = files.free_path(self.best.with_suffix(".aside"))
-            self.best.rename(aside)
-            say(f"{self.best}: of a later step; kept as {aside.name}, the best from here on is sought")
 
     def _best_step(self) -> int:
         """Return the step of the best adapter; -1 if there is none that can be read."""
