@@ -113,8 +113,9 @@ def _check_keys(node: yaml.MappingNode, kind: Any, path: Path, prefix: str) -> N
                 f"{path}:{line}: '{prefix}{key}' has the tag {value_node.tag}; give a plain value"
             )
         if "." in key and key in _all_keys(Config):
-            section, _, name = key.partition(".")
-            raise UserError(f"{path}:{line}: key '{key}' with a dot; write it as {section}: {{{name}: ...}}")
+            section, *names = key.split(".")
+            nested = "".join(f"{{{name}: " for name in names) + "..." + "}" * len(names)
+            raise UserError(f"{path}:{line}: key '{key}' with a dot; write it as {section}: {nested}")
         if key not in known:
             hint = nearest(key, [*known, *_all_keys(Config)])  # those of its own section first
             raise UserError(f"{path}:{line}: unknown key '{prefix}{key}'{hint}")

@@ -60,19 +60,13 @@ def followed(path: Path) -> Path:
     """
     if not path.is_symlink():
         return path
-    if path.resolve().is_relative_to("/dev") or _leads_through_proc(path):
+    steps = [path]
+    while steps[-1].is_symlink() and len(steps) <= MOST_LINKS:
+        steps.append(steps[-1].parent / steps[-1].readlink())
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to("/dev") or any(step.is_relative_to("/proc") for step in steps[1:]):
         raise UserError(f"{path}: a link to an open file or a device; name a regular file to write")
-    return path.resolve()
-
-
-def _leads_through_proc(path: Path) -> bool:
-    for _ in range(MOST_LINKS):
-        if not path.is_symlink():
-            return False
-        path = path.parent / path.readlink()
-        if path.is_relative_to("/proc"):
-            return True
-    return False
+    return target
 
 
 @contextmanager
@@ -113,10 +107,10 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
     """Take the file's lock, which lasts until it is closed; False if another process has it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
@@ -125,37 +119,23 @@ def _lock(descriptor: int) -> bool:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside for ``path``; one that failed or was killed is out.
+def one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Be the only process inside for ``path``; one that failed or was killed is out.
 
-    Where the lock beside ``path`` cannot be had, in a folder or file system without, nobody waits.
-    """
-    lock, descriptor = path.with_name(f".{path.name}.lock"), None
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with suppress(OSError):
-                lock.unlink()
-            os.close(descriptor)
+    Where the lock beside ``path`` cannot be had, in a folder or file system without, all are let in.
 
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Be the only process inside for ``path``; where the lock beside it cannot be had, nobody is refused.
+    Args:
+        path: a file.
+        wait: for the process that is inside, if there is one.
 
     Raises:
-        UserError: another process is inside.
+        UserError: there is one, and it is not waited for.
     """
     lock, descriptor = path.with_name(f".{path.name}.lock"), None
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    if descriptor is not None and not _lock(descriptor):
+    if descriptor is not None and not _lock(descriptor, wait=wait):
         os.close(descriptor)
         raise UserError(f"{path}: another run is writing it; wait for that, or name another file")
     try:

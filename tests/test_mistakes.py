@@ -126,6 +126,10 @@ def test_a_wrong_option_is_named(
         ("optim: {betas: [0.9, null]}\n", r":1: 'optim.betas' has no value"),
         ("base: ~\n", r":1: 'base' has no value"),
         ("optim.lr: 0.1\n", r":1: key 'optim.lr' with a dot; write it as optim: \{lr: "),
+        (
+            "data.columns.input: q\n",
+            r":1: key 'data.columns.input' with a dot; write it as data: \{columns: \{input: \.\.\.\}\}",
+        ),
         ('out: "a\\0b"\n', r":1: 'out' holds a null character"),
         ("adapter: 5\n", r":1: 'adapter' must hold keys such as prompt_length"),
         ("optim: {lr: 1\n", r":\d: not valid YAML"),
@@ -173,6 +177,9 @@ def test_a_link_is_followed_but_not_to_an_open_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stdout: a link to an open file or a device"):
         write_text(tmp_path / "stdout", "new")
     write_text(tmp_path / "link", "new")
+    (tmp_path / "circle").symlink_to("circle")
+    write_text(tmp_path / "circle", "new")
+    assert (tmp_path / "circle").read_text() == "new"
     assert (tmp_path / "result").read_text() == "new"
     assert all((tmp_path / name).is_symlink() for name in ("stdout", "link"))
 

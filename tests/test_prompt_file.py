@@ -187,7 +187,7 @@ def test_two_runs_do_not_write_one_output(
 ) -> None:
     out, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
     partial.write_bytes(killed)
-    with files.alone(out), pytest.raises(UserError, match=r"out\.jsonl: another run is writing it"):
+    with files.one_at_a_time(out), pytest.raises(UserError, match=r"out\.jsonl: another run is writing it"):
         script(*common, "--prompts", prompts, "--output", out)
     assert partial.read_bytes() == killed
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]

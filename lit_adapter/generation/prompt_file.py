@@ -168,7 +168,7 @@ class Answers:
         Raises:
             UserError: a file that cannot be written, or that another run writes too.
         """
-        with files.alone(self.out):
+        with files.one_at_a_time(self.out, wait=False):
             self._run(answer)
 
     def _run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
