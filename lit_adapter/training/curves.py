@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,8 +37,19 @@ class Curves(TensorBoardLogger):
     def experiment(self) -> Any:
         """The writer, made when it is first needed."""
         if self._guarded is None:
-            self._guarded = _Guarded(lambda: super(Curves, self).experiment, self.log_dir, self.say)
+            self._guarded = _Guarded(self._open, self.log_dir, self.say)
         return self._guarded
+
+    def _open(self) -> Any:
+        _wait_for_a_later_name(Path(self.log_dir))
+        return super().experiment
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Event files are read in the order of their names, which begin with the second they were opened in."""
+    names = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.*"))
+    newest = max((int(name[1]) for name in names if name), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
 def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
