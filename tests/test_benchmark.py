@@ -57,7 +57,8 @@ def test_all_methods_train_the_same_model_on_the_same_records(tiny_base: Path, t
     for row in rows.values():
         assert row["loss_after"] != row["loss_before"]
         assert row["compilations_while_timed"] == 0
-    assert packed["operations_per_record"] < padded["operations_per_record"] / 2
+    # Half of them with micro-batches of two records, less with three: whichever was faster.
+    assert packed["operations_per_record"] < 0.6 * padded["operations_per_record"]
 
 
 def test_real_records_are_read(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
