@@ -16,6 +16,7 @@ from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.files import free_path
+from lit_adapter.progress import count_progress
 from lit_adapter.streams import output_is_no_result
 from lit_adapter.training.signals import check_launcher
 
@@ -95,10 +96,9 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
 
     console = Console()
     model = lit_adapter.load(adapter=adapter, base=base)
-    with console.status("scoring the adapted model"):
-        after = score(model, held_out)
-    with console.status("scoring the base"), model.without_adapter():
-        before = score(model, held_out)
+    after = score(model, held_out, "scoring the adapted model")
+    with model.without_adapter():
+        before = score(model, held_out, "scoring the base")
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
     table = Table(
         title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before"
@@ -127,10 +127,11 @@ def _show_example(console: Any, record: Any, before: str, after: str) -> None:
         console.print(Text(f"{title:<9} {first}", style=style), soft_wrap=True)
 
 
-def score(model: AdaptedLlama, records: Records) -> Score:
+def score(model: AdaptedLlama, records: Records, title: str) -> Score:
     """Answer the records greedily, compare with their outputs, and measure the loss of those outputs."""
     tasks = [(record.instruction, record.input) for record in records]
-    answers = model.generate_batch(tasks, batch_size=50, max_new_tokens=ANSWER_TOKENS)
+    with count_progress(title, len(records)) as finished:
+        answers = model.generate_batch(tasks, batch_size=50, finished=finished, max_new_tokens=ANSWER_TOKENS)
     right = sum(
         demo.exact_match(answer, record.output) for answer, record in zip(answers, records, strict=True)
     )

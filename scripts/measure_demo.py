@@ -80,7 +80,7 @@ def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> d
     finetune(config, say=lambda line: print(line, file=sys.stderr))
     seconds = time.perf_counter() - start
     model = lit_adapter.load(adapter=folder / "run" / "adapter.safetensors", base=base)
-    result = score(model, read_records(val))
+    result = score(model, read_records(val), "scoring")
     return {"exact_match": result.exact_match, "loss": result.loss, "seconds": seconds}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 from lit_adapter.command import command_parser
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.progress import count_progress
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +216,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=args.overwrite)
     side = model.without_adapter() if args.no_adapter else contextlib.nullcontext()
-    with side, _progress(answers.n_done, len(prompts)) as finished:
+    with side, count_progress("answering", len(prompts), answers.n_done) as finished:
 
         def answer_group(group: Sequence[Prompt]) -> list[str]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
@@ -270,18 +271,3 @@ def _base_folder(args: Any) -> Path:
     from lit_adapter.weights.base_folder import find_base
 
     return Path(args.base) if args.base else find_base(read_adapter(Path(args.adapter))[0].base.name)
-
-
-@contextlib.contextmanager
-def _progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield what is called for every answer; it draws a bar where standard error is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda number: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("answering", completed=done, total=total)
-        yield lambda number: bar.advance(task)

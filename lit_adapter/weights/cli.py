@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lit_adapter.command import command_parser, parse
+from lit_adapter.progress import byte_progress
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -124,21 +123,6 @@ def merge_main(argv: Sequence[str]) -> int:
         )
     print(f"wrote {_shown(out)}: {report}")
     return 0
-
-
-@contextlib.contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback that draws a progress bar, or None where standard error is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def _shown(path: Path) -> Path:

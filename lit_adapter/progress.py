@@ -1,0 +1,45 @@
+"""Progress bars on standard error, where that is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+
+@contextlib.contextmanager
+def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback (bytes done, bytes in all) that draws the bar; None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import DownloadColumn
+
+    with _bar(DownloadColumn()) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+@contextlib.contextmanager
+def count_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield what is to be called with the number of each thing that is finished, of ``total``."""
+    if not sys.stderr.isatty():
+        yield lambda number: None
+        return
+    from rich.progress import MofNCompleteColumn
+
+    with _bar(MofNCompleteColumn()) as bar:
+        task = bar.add_task(title, completed=done, total=total)
+        yield lambda number: bar.advance(task)
+
+
+def _bar(amount: ProgressColumn) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
