@@ -198,6 +198,11 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     second = Template("custom", "Q {instruction} {input}", "Q {instruction}")
     assert [second.variant(has_input) for has_input in (True, False)] == [0, 1]
     assert ours.decode(second.encode_prompt(ours, "x")) == "Q x"
+    path.write_text('{"do": "{instruction}"} {place} {}')
+    assert resolve_template(str(path), ours).text == '{"do": "{instruction}"} {place} {}'
+    path.write_text("{instruction}{ input }")
+    with pytest.raises(UserError, match=r"mine.txt: \{ input \} is no field; write \{input\}"):
+        resolve_template(str(path), ours)
     path.write_text("no place for words")
     with pytest.raises(UserError, match=r"mine.txt: a template needs \{instruction\}"):
         resolve_template(str(path), ours)
@@ -214,6 +219,9 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
         ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or its file"),
         ("Q: {question}\nA:", "is not known; expected"),
         ("{instruction} {output}", "leave out {output}"),
+        ("{instruction} {inptu}", "{inptu} is no field; write {input}"),
+        ("{instruction} {Input}", "{Input} is no field; write {input}"),
+        ("{{instruction}} {input}", "{{instruction}} is no field; write {instruction}"),
     ],
 )
 def test_unknown_templates(made: dict[str, Kind], choice: str, message: str) -> None:

@@ -6,6 +6,7 @@ control tokens; the record's text never does.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ ALPACA_WITHOUT_INPUT = (
 )
 KINDS = ("alpaca", "alpaca-newline", "chat", "custom")
 _FIELD = re.compile(r"(\{instruction\}|\{input\})")
+_IN_BRACES = re.compile(r"\{+\s*(\w+)\s*\}+")
 
 
 @dataclass(frozen=True)
@@ -223,16 +225,25 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
         newline = "\n" if name_or_text == "alpaca-newline" else ""
         return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
     if INSTRUCTION in name_or_text:
-        return Template("custom", name_or_text)
+        return _custom(name_or_text, f"template {_shown(name_or_text)}")
     path = Path(name_or_text)
     if "\n" not in name_or_text and path.is_file():
         text = _read(path)
         if INSTRUCTION not in text:
             raise UserError(f"{path}: a template needs {INSTRUCTION} in its text")
-        return Template("custom", text)
+        return _custom(text, str(path))
     hint = nearest(name_or_text, list(KINDS[:-1]))
     expected = f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or its file"
     raise UserError(f"template {_shown(name_or_text)} is not known{hint or expected}")
+
+
+def _custom(text: str, where: str) -> Template:
+    """Return a user's own template; words in braces are its text, but not those that nearly name a field."""
+    for found in _IN_BRACES.finditer(text):
+        close = difflib.get_close_matches(found[1].lower(), ("instruction", "input"), n=1, cutoff=0.8)
+        if close and found[0] != f"{{{close[0]}}}":
+            raise UserError(f"{where}: {found[0]} is no field; write {{{close[0]}}}")
+    return Template("custom", text)
 
 
 def _chat(tokenizer: Tokenizer) -> Template:
