@@ -252,6 +252,15 @@ def test_missing_pyarrow_is_named_with_the_version_that_the_project_asks_for(
         read_records(write(tmp_path, "a.parquet", "PAR1"))
 
 
+def test_a_parquet_column_that_appears_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = [pyarrow.array([text]) for text in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["instruction", "output", "output"])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column 'output' appears twice"):
+        read_records(str(tmp_path / "a.parquet"))
+
+
 def test_parquet_faults_name_the_row(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

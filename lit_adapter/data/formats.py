@@ -15,7 +15,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +220,7 @@ def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     finally:
         csv.field_size_limit(limit)
     header_line, header = rows[0]
-    twice = next((column for column in header if header.count(column) > 1), None)
-    if twice is not None:
-        raise UserError(f"{name}:{header_line}: column {shorten(twice)} appears twice; rename one of them")
+    _check_columns(header, f"{name}:{header_line}")
     for line, values in rows[1:]:
         if len(values) != len(header):
             raise UserError(
@@ -230,6 +228,12 @@ def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
                 'put text with commas or line breaks in "double quotes"'
             )
         yield line, dict(zip(header, values, strict=True))
+
+
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    twice = next((column for column, number in Counter(columns).items() if number > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: column {shorten(twice)} appears twice; rename one of them")
 
 
 def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -261,6 +265,7 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as source:
             columns = source.schema_arrow.names
+            _check_columns(columns, name)
             chosen = [column for column in wanted if column in columns]
             ignored = dict.fromkeys(column for column in columns if column not in chosen)
             for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
