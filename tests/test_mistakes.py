@@ -169,6 +169,15 @@ def test_a_pipe_or_device_is_never_replaced_by_a_file(
     assert list(tmp_path.glob(".pipe*")) == []
 
 
+def test_an_unfinished_answer_file_that_is_a_pipe_is_not_waited_for(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / ".out.jsonl.partial")
+    options = ["--base", tiny_base, "--prompts", tiny_records, "--output", tmp_path / "out.jsonl"]
+    with pytest.raises(UserError, match=r"\.partial: not a regular file"):
+        generate_main([*map(str, options)])
+
+
 def test_a_link_is_followed_but_not_to_an_open_file(tmp_path: Path) -> None:
     """As /dev/stdout is one, which a rename would replace for the whole machine."""
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")

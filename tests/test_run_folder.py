@@ -109,6 +109,12 @@ def test_the_lock_goes_with_its_process_also_where_its_number_lives_on(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "missing" / "file")
+    with pytest.raises(UserError, match=r"\.lock: cannot write"):
+        RunFolder(tmp_path).open(resume=False)
+
+
 def _open_and_die(path: Path) -> None:
     RunFolder(path).open(resume=False)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -95,10 +95,12 @@ def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | No
 
     Where it was chosen by a timing, another timing may choose another.
     """
+    if not _partial(out).is_file():
+        return None
     try:
         with _partial(out).open("rb") as stream:
             found = json.loads(stream.readline())
-    except (OSError, ValueError):  # none, or `Answers` will say what is wrong with it
+    except (OSError, ValueError):  # `Answers` will say what is wrong with it
         return None
     if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
         return None
@@ -199,12 +201,12 @@ class Answers:
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the whole lines of an unfinished run of these prompts and settings."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+        if not self.path.exists():
             return []
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot read: {error.strerror}") from None
+        if not self.path.is_file():  # to read a pipe would be to wait for ever
+            raise UserError(f"{self.path}: not a regular file; remove it, or choose another --output")
+        with files.reading(self.path):
+            content = self.path.read_bytes()
         if b"\n" not in content:
             return []  # not even the first line is whole: there is nothing to lose
         header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short

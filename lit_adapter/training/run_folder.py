@@ -69,6 +69,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another run folder with --out")
         if not resume and self._holds_files():
+            if not (self.config.exists() or self.checkpoints.exists()):
+                raise UserError(f"{self.path}: holds files, but no run; choose another --out")
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
@@ -169,7 +171,7 @@ def _locked(path: Path) -> int | None:
     Raises:
         UserError: another process has it, or, where the file system has no locks, is named in it and alive.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     holder = os.pread(descriptor, 20, 0).decode(errors="replace")
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

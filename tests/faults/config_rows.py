@@ -113,7 +113,7 @@ ROWS = [
     ),
     Row(56, "16-true", options("--trainer.precision", "16-true"), r"16-true; fp16 gradients underflow"),
     Row(56, "16-mixed", options("--trainer.precision", "16-mixed"), r"16-mixed, which needs a GPU; use"),
-    Row(57, "folder in use", used_folder, r"run: holds a run already; add --resume last, or choose another"),
+    Row(57, "folder in use", used_folder, r"run: holds files, but no run; choose another --out"),
     Row(57, "folder is a file", folder_is_a_file, r"run: is a file; choose another run folder with --out"),
     Row(57, "output in the source", output_in_the_source, r"lies inside the source .*; choose another --out"),
     Row(58, "folder of a living run", living_lock, r"run: in use by process \d+; wait for it, or choose"),
