@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,25 @@ def test_an_allocation_that_fails_is_one_line() -> None:
         torch.empty(2**60)
     with pytest.raises(RuntimeError, match="size"), enough_memory(needs()):
         torch.ones(2) @ torch.ones(3)
+
+
+def test_the_second_worker_that_dies_does_not_break_the_first_one_s_line() -> None:
+    def as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 2) is killed by signal: Killed.")
+
+    def die_one_after_the_other() -> None:
+        try:
+            with enough_memory(needs()):
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        finally:
+            signal.raise_signal(signal.SIGCHLD)
+
+    earlier = signal.signal(signal.SIGCHLD, as_torch_does)
+    try:
+        with pytest.raises(UserError, match=r"a loader process was killed.*\(pid 1\)"):
+            die_one_after_the_other()
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)
 
 
 def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -> None:

@@ -9,6 +9,7 @@ wait until then, and still run before anything is written.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -272,6 +273,8 @@ def enough_memory(needed: Sizes) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch's handler raises for every loader process that dies, wherever this one is just then.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = str(error)
         if "DataLoader worker" in text:
             raise UserError(
