@@ -21,7 +21,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
-    ("streams",),
+    ("streams", "progress"),
     ("files", "device", "command", "hub"),
     ("model",),
     ("text", "config"),
