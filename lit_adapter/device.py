@@ -35,8 +35,13 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return where this process of a run computes: each process of a node has its own GPU."""
-    return device if device.type != "cuda" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    """Return where this process of a run computes: each process of a node has its own GPU.
+
+    Lightning and torchrun number them in LOCAL_RANK, SLURM in SLURM_LOCALID.
+    """
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

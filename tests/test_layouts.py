@@ -19,6 +19,7 @@ from finetune_runs import TINY, Stopper
 from safetensors.torch import load_file, save_file
 
 from lit_adapter.config import Config, TrainerConfig
+from lit_adapter.device import own_device
 from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.signals import Signals, check_launcher
@@ -253,6 +254,24 @@ def test_a_launcher_that_did_not_start_this_process(
     else:
         with pytest.raises(UserError, match=message):
             Signals()
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1", **WORLD}, 1),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 1),
+        ({"LOCAL_RANK": "2", "SLURM_LOCALID": "0"}, 2),  # started by one that SLURM started
+    ],
+)
+def test_each_process_of_a_node_has_its_own_gpu(
+    no_launcher: pytest.MonkeyPatch, environment: dict[str, str], number: int
+) -> None:
+    for name, value in environment.items():
+        no_launcher.setenv(name, value)
+    assert own_device(torch.device("cuda")) == torch.device("cuda", number)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

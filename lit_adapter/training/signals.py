@@ -92,7 +92,7 @@ class Signals:
 
 NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"),
-    *("SLURM_PROCID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
 )
 """Environment variables in which launchers say a number, and which Lightning reads when it is imported."""
 
