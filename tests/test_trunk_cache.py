@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,11 @@ def test_other_numbers_are_kept_apart(tiny: Callable[..., Config], tmp_path: Pat
     ):
         assert finetune(tiny(*cached(tmp_path), *options, out=f"run-{number}"), say=Stopper()) == 0
     assert len(list(tmp_path.glob("trunk-*"))) == 6
+    other = Path(shutil.copytree(tiny().base, tmp_path / "base"))  # the same weights under other norms
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert finetune(tiny(*cached(tmp_path), "--base", str(other), out="run-3"), say=Stopper()) == 0
+    assert len(list(tmp_path.glob("trunk-*"))) == 8
 
 
 def test_a_damaged_part_is_named_and_not_learned_from(tiny: Callable[..., Config], tmp_path: Path) -> None:

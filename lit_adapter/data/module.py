@@ -198,10 +198,11 @@ class AlpacaDataModule(LightningDataModule):
         return self.train_records[int(self.train_encoded.source_row[record])].origin
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides which records a step holds."""
+        """Return what decides which records a step, and a validation, holds."""
         return {
             "records": self.train_records.sha256[:16],
             "n_records": len(self.train_encoded),
+            "val_records": self.val_records.sha256[:16] if self.val_records else None,
         }
 
 

@@ -28,7 +28,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
-from lit_adapter.weights.adapter_file import base_identity, check_base, read_adapter
+from lit_adapter.weights.adapter_file import check_base, read_adapter
 from lit_adapter.weights.base_folder import expected_shapes, find_base, read_config
 from lit_adapter.weights.load import load_base
 
@@ -176,7 +176,7 @@ def load(
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
     folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
     if info is not None:
-        check_base(info, base_identity(folder), Path(str(adapter)))
+        check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)
     tokenizer = load_tokenizer(folder)
     if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):

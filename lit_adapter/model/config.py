@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError, counted
@@ -98,6 +98,12 @@ class LlamaConfig:
         """Return the sizes of what each of ``n_parts`` processes computes that share heads and MLP width."""
         shared = {name: getattr(self, name) // n_parts for name in ("n_head", "n_kv_head", "n_hidden")}
         return replace(self, **shared)
+
+    def computed(self) -> dict[str, Any]:
+        """Return by name, in plain values, all that a model's numbers depend on beside its weights."""
+        values = asdict(self)
+        rope = {f"rope.{name}": value for name, value in values.pop("rope").items()}
+        return {name: value for name, value in values.items() if name != "context_length"} | rope
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], source: str = "config.json") -> LlamaConfig:
@@ -249,11 +255,10 @@ def _rope_from_hf(raw: dict[str, Any], source: str) -> RopeConfig:
 
 
 def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
-    """Name the fields in which two configurations differ, with both values."""
+    """Name what two configurations compute differently, with both values."""
+    others = b.computed()
     return [
-        f"{field.name} {getattr(a, field.name)} and {getattr(b, field.name)}"
-        for field in fields(LlamaConfig)
-        if getattr(a, field.name) != getattr(b, field.name)
+        f"{name} {value} and {others[name]}" for name, value in a.computed().items() if value != others[name]
     ]
 
 

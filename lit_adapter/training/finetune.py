@@ -156,7 +156,7 @@ class _Run:
             return Start()
         path, saved = Path(self.config.init_from), self.saved.get("init_from")
         form, layers = self.config.adapter, self.base_config.n_layer
-        return read_start(path, self.identity, form, layers, self.template, saved, self.say)
+        return read_start(path, self.base, form, layers, self.template, saved, self.say)
 
     def _precision(self) -> str:
         """Resolve auto: as the resumed run did, else by measuring."""
@@ -295,6 +295,7 @@ class _Run:
         options = self.config.trainer
         facts = {
             "base": self.identity.weights,
+            "base_config": self.base_config.computed(),
             "base_precision": options.base_precision,
             "device": self.device.type,
         }
@@ -337,6 +338,7 @@ class _Run:
             "template": self.template.to_dict(),
             "precision": self.precision,
             "init_from": self.start.sha256,
+            **{f"base.{key}": value for key, value in self.base_config.computed().items()},
             **{f"data.{key}": value for key, value in data.identity().items()},
         }
         own = identity(self.config, **facts)

@@ -17,6 +17,8 @@ from lit_adapter.training.run_folder import AnotherRunError, RunFolder, changeab
 from lit_adapter.weights.adapter_file import read_adapter
 
 RATES = ("optim.lr", "optim.base_lr")
+ADDED = ("base.", "data.val_records")
+"""Facts that the first checkpoints do not hold."""
 Say = Callable[[str], None]
 
 
@@ -91,7 +93,7 @@ def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     differences = [
         f"{key} was {saved.get(key)!r}, now {value!r}"
         for key, value in own.items()
-        if saved.get(key) != value
+        if saved.get(key) != value and (key in saved or not key.startswith(ADDED))
     ]
     if differences:
         raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(differences)}")

@@ -13,7 +13,7 @@ from lit_adapter.model.adapter import check_same_form
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.text.template import Template
 from lit_adapter.training.checkpoint import read_checkpoint
-from lit_adapter.weights.adapter_file import BaseIdentity, check_base, read_adapter
+from lit_adapter.weights.adapter_file import check_base, read_adapter
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Start:
 
 def read_start(
     path: Path,
-    base: BaseIdentity,
+    base: Path,
     adapter: AdapterConfig,
     n_layer: int,
     template: Template,
@@ -45,7 +45,7 @@ def read_start(
 
     Args:
         path: an ``adapter.safetensors``.
-        base: of the run.
+        base: folder of the run's base.
         adapter: of the run.
         n_layer: layers of the base.
         template: of the run.

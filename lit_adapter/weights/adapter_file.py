@@ -19,9 +19,9 @@ from safetensors.torch import save
 from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import check_adapter_state, expected_shapes
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig, differences
 from lit_adapter.text.template import Template
-from lit_adapter.weights.base_folder import read_fingerprint
+from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
 METADATA_KEY = "lit_adapter"
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ class AdapterInfo:
     template: Template
     mask_prompt: bool = True
     training: dict[str, Any] = field(default_factory=dict)
-    """Steps, records, losses and the like; for people, nothing reads it back."""
+    """Steps, records, losses and the like, for people; of the best adapter the run reads ``steps`` back."""
 
     @property
     def model(self) -> LlamaConfig:
@@ -193,12 +193,18 @@ def _check_types(raw: Any) -> None:
         raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
 
 
-def check_base(info: AdapterInfo, base: BaseIdentity, path: Path) -> None:
+def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
     """Refuse an adapter on a base that it was not trained on.
 
+    Args:
+        info: of the adapter.
+        folder: of the base.
+        path: the adapter's, for messages.
+
     Raises:
-        UserError: names both bases.
+        UserError: no base, or another one; names both.
     """
+    base = base_identity(folder)
     if info.base.weights != base.weights:
         raise UserError(
             f"{path}: trained on base '{info.base.name}' ({info.base.weights[:12]}), "
@@ -208,4 +214,10 @@ def check_base(info: AdapterInfo, base: BaseIdentity, path: Path) -> None:
         raise UserError(
             f"{path}: base '{base.name}' has the right weights but another tokenizer "
             f"({base.tokenizer[:12]} instead of {info.base.tokenizer[:12]}); convert the base again"
+        )
+    others = differences(info.model, read_config(folder))
+    if others:
+        raise UserError(
+            f"{path}: base '{base.name}' has the right weights but another config.json "
+            f"({', '.join(others)}); convert the base again"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base, read_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_folder import expected_shapes, find_base
 from lit_adapter.weights.convert import write_base
 from lit_adapter.weights.huggingface import HuggingFaceSource
@@ -50,7 +50,7 @@ def merge(
     info, state = read_adapter(adapter)
     refuse_unmergeable(info, adapter)
     folder = find_base(info.base.name) if base is None else base
-    check_base(info, base_identity(folder), adapter)
+    check_base(info, folder, adapter)
     out = out.absolute()
     sweep_leftovers(out)
     for source in (adapter, folder):

@@ -133,6 +133,13 @@ def other_base(bench: Bench) -> Outcome:
     return bench.generate("--base", other)
 
 
+def other_numbers(bench: Bench) -> Outcome:
+    """An adapter of a base whose weights are right, under another configuration."""
+    other = bench.copy_base("other")
+    edit(other / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    return bench.generate("--base", other)
+
+
 def other_sizes(bench: Bench) -> Outcome:
     """An adapter whose metadata is this base's, but whose tensors are narrower."""
     path = save_random_adapter(bench.base, bench.folder / "adapter.safetensors")
@@ -320,6 +327,12 @@ ROWS = [
         "sizes beyond all bounds",
         adapter(kept, base_config={"num_hidden_layers": 10**12}),
         r"adapter\.safetensors: ",
+    ),
+    Row(
+        42,
+        "right weights, other numbers",
+        other_numbers,
+        r"another config.json \(rope.theta 1\S+ and 500.0\)",
     ),
     Row(42, "right sizes, other base", other_base, r"trained on base 'tiny' .*not on 'other' .*with --base"),
     Row(43, "format of another version", v2_adapter, r"adapter format 99; this version reads"),

@@ -163,6 +163,21 @@ def other_base(bench: Bench) -> Outcome:
     return resumed(lambda run: None, "--base", base)(bench)
 
 
+def other_numbers(bench: Bench) -> Outcome:
+    """The same weights under another configuration, and another context, which no number depends on."""
+    base = bench.copy_base("other")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
+    (base / "config.json").write_text(json.dumps(config))
+    return resumed(lambda run: None, "--base", base)(bench)
+
+
+def other_held_out_records(bench: Bench) -> Outcome:
+    """Held-out records in a file, where they were a part of the training records."""
+    path = bench.file("val.json", [{"instruction": "Say it", "output": "It"}])
+    return resumed(lambda run: None, "--data.val", path)(bench)
+
+
 def devices_that_do_not_divide(bench: Bench) -> Outcome:
     """More devices are allowed on a resume, and said: a step's records are dealt out anew."""
     return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
@@ -238,6 +253,8 @@ ROWS = [
         other_base,
         r"another run: base was '\w+', now '0{16}'; tokenizer was '\w+', now '1{16}'$",
     ),
+    Row(73, "other numbers", other_numbers, r"another run: base.norm_eps was 1e-06, now 0.5$"),
+    Row(73, "other held-out records", other_held_out_records, r"data.val_records was '\w+', now '\w+'"),
     Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
     Row(
         73,

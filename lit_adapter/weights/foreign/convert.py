@@ -135,7 +135,7 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
         info, state = read_adapter(opened.path)
         base = wishes.base or base_at_hand(info.base.name)
         if base is not None:
-            check_base(info, base_identity(base), opened.path)
+            check_base(info, base, opened.path)
         return info, PlainAdapter(info.adapter, state), base
     if wishes.base is None:
         raise UserError(f"{source}: does not say which base it belongs to; name its folder with --base")
