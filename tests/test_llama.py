@@ -168,6 +168,23 @@ def test_from_meta_knows_the_published_models() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"n_heads": 0}, "meta: there are 0 attention heads; expected 1 or more"),
+        ({"n_heads": "4"}, "meta: a value of another kind than expected"),
+        ({"dim": 30}, "meta: dim 30 is not a multiple of the 4 attention heads"),
+        ({"norm_eps": "x"}, "meta: a value of another kind than expected"),
+        ({"n_kv_heads": 0}, "meta: model config: n_kv_head is 0"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": -8}, "meta: model config: rope factor is -8"),
+    ],
+)
+def test_meta_s_sizes_that_no_llama_has_are_refused(change: dict[str, Any], message: str) -> None:
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "max_seq_len": None} | change
+    with pytest.raises(UserError, match=message):
+        LlamaConfig.from_meta(params, vocab_size=101, n_hidden=50, source="meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"model_type": "mistral"}, "cfg: model_type is 'mistral'; only 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; a LLaMA uses 'silu'"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
@@ -176,7 +193,21 @@ def test_from_meta_knows_the_published_models() -> None:
         ({"head_dim": None, "hidden_size": 34}, "hidden_size 34 is not a multiple"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not known"),
         ({"rope_parameters": {"rope_type": "linear"}}, "key 'factor' is missing"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "must be above 0"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},
+            "rope factor is 0.0; expected a number above 0",
+        ),
+        ({"head_dim": None, "num_attention_heads": 0}, "cfg: there are 0 attention heads"),
+        ({"head_dim": None, "num_attention_heads": "4"}, "cfg: a value of another kind than expected"),
+        ({"num_key_value_heads": 0}, "n_kv_head is 0"),
+        ({"rms_norm_eps": -1e-5}, "norm_eps is -1e-05; expected a number between 0 and 1"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_theta": float("inf"), "rope_parameters": None}, "rope theta is inf"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "expected less than high_freq_factor 4.0"),
+        (
+            {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},
+            "original_context_length is 0",
+        ),
         ({"num_hidden_layers": 0}, "n_layer is 0; expected a whole number above 0"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
     ],

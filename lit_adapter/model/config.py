@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +51,17 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"model config: rope {name} is {value}; expected a number above 0")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"model config: rope low_freq_factor is {self.low_freq_factor}; "
+                f"expected less than high_freq_factor {self.high_freq_factor}"
+            )
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -89,10 +103,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model config: head_dim is {self.head_dim}; rotary positions need an even one")
-        if not self.rope.theta > 0 or not self.rope.factor > 0:
-            raise UserError(
-                f"model config: rope theta {self.rope.theta} and factor {self.rope.factor} must be above 0"
-            )
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"model config: norm_eps is {self.norm_eps}; expected a number between 0 and 1")
 
     def part(self, n_parts: int) -> LlamaConfig:
         """Return the sizes of what each of ``n_parts`` processes computes that share heads and MLP width."""
@@ -116,12 +128,8 @@ class LlamaConfig:
         Raises:
             UserError: another architecture, a missing key, an unknown kind of RoPE, or a value that none has.
         """
-        try:
+        with reading_sizes(source):
             return cls._from_hf(raw, source)
-        except UserError as error:
-            raise (error if source in str(error) else UserError(f"{source}: {error}")) from None
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"{source}: a value of another kind than expected ({error})") from None
 
     @classmethod
     def _from_hf(cls, raw: dict[str, Any], source: str) -> LlamaConfig:
@@ -129,23 +137,16 @@ class LlamaConfig:
         n_embd = _required(raw, "hidden_size", source)
         n_head = _required(raw, "num_attention_heads", source)
         head_dim = raw.get("head_dim")
-        if head_dim is None:
-            if n_embd % n_head:
-                raise UserError(
-                    f"{source}: hidden_size {n_embd} is not a multiple of num_attention_heads {n_head}, "
-                    "and there is no head_dim to say the head size"
-                )
-            head_dim = n_embd // n_head
         return cls(
             vocab_size=_required(raw, "vocab_size", source),
             n_layer=_required(raw, "num_hidden_layers", source),
             n_head=n_head,
-            n_kv_head=raw.get("num_key_value_heads") or n_head,
+            n_kv_head=_given(raw, "num_key_value_heads", n_head),
             n_embd=n_embd,
-            head_dim=head_dim,
+            head_dim=_head_dim(n_embd, n_head, "hidden_size") if head_dim is None else head_dim,
             n_hidden=_required(raw, "intermediate_size", source),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            context_length=int(raw.get("max_position_embeddings", 2048)),
+            norm_eps=float(_given(raw, "rms_norm_eps", 1e-6)),
+            context_length=int(_given(raw, "max_position_embeddings", 2048)),
             rope=_rope_from_hf(raw, source),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
@@ -159,11 +160,14 @@ class LlamaConfig:
         """Read Meta's ``params.json``; the two sizes it leaves out come from the tensors.
 
         Raises:
-            UserError: a missing key.
+            UserError: a missing key, or a value that none has.
         """
+        with reading_sizes(source):
+            return cls._from_meta(params, vocab_size, n_hidden, source)
+
+    @classmethod
+    def _from_meta(cls, params: dict[str, Any], vocab_size: int, n_hidden: int, source: str) -> LlamaConfig:
         n_embd, n_head = _required(params, "dim", source), _required(params, "n_heads", source)
-        if n_embd % n_head:
-            raise UserError(f"{source}: dim {n_embd} is not a multiple of n_heads {n_head}")
         rope = RopeConfig(theta=float(params.get("rope_theta", 10_000.0)))
         if params.get("use_scaled_rope"):
             # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
@@ -176,12 +180,12 @@ class LlamaConfig:
             vocab_size=vocab_size,
             n_layer=_required(params, "n_layers", source),
             n_head=n_head,
-            n_kv_head=params.get("n_kv_heads") or n_head,
+            n_kv_head=_given(params, "n_kv_heads", n_head),
             n_embd=n_embd,
-            head_dim=n_embd // n_head,
+            head_dim=_head_dim(n_embd, n_head, "dim"),
             n_hidden=n_hidden,
-            norm_eps=float(params.get("norm_eps", 1e-5)),
-            context_length=int(params.get("max_seq_len", context)),
+            norm_eps=float(_given(params, "norm_eps", 1e-5)),
+            context_length=int(_given(params, "max_seq_len", context)),
             rope=rope,
         )
 
@@ -214,10 +218,42 @@ class LlamaConfig:
         }
 
 
+@contextmanager
+def reading_sizes(source: str) -> Iterator[None]:
+    """Say in one line, with its file, what is wrong with the sizes that are read inside.
+
+    Raises:
+        UserError: a value that no LLaMA has.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise (error if source in str(error) else UserError(f"{source}: {error}")) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{source}: a value of another kind than expected ({error})") from None
+
+
+def _head_dim(n_embd: int, n_head: int, key: str) -> int:
+    """Return the size of the heads that share a width, whose key is given for the message."""
+    if n_head < 1:
+        raise UserError(f"there are {n_head} attention heads; expected 1 or more")
+    if n_embd % n_head:
+        raise UserError(
+            f"{key} {n_embd} is not a multiple of the {n_head} attention heads, "
+            "and nothing else says the head size"
+        )
+    return n_embd // n_head
+
+
 def _required(raw: dict[str, Any], key: str, source: str) -> Any:
     if raw.get(key) is None:
         raise UserError(f"{source}: key '{key}' is missing")
     return raw[key]
+
+
+def _given(raw: dict[str, Any], key: str, default: Any) -> Any:
+    """Return a value, or the default where it is absent or null."""
+    return default if raw.get(key) is None else raw[key]
 
 
 def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:

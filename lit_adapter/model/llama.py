@@ -181,7 +181,9 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("inverse_frequency", inverse_frequencies(config), persistent=False)
+        self.register_buffer(
+            "inverse_frequency", inverse_frequencies(config.rope, config.head_dim), persistent=False
+        )
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""

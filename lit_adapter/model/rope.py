@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_adapter.model.config import LlamaConfig, RopeConfig
+from lit_adapter.model.config import RopeConfig
 from lit_adapter.model.precision import widen
 
 
-def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """Return the D/2 angular frequencies of the model's RoPE, fp32 ``[head_dim / 2]``."""
-    rope = config.rope
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Return the angular frequencies that pairs of a head's channels turn with, fp32 ``[head_dim / 2]``."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequency = 1.0 / rope.theta**exponent
     if rope.kind == "linear":
         return frequency / rope.factor

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import LlamaConfig, RopeConfig
+from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
+from lit_adapter.model.rope import inverse_frequencies
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.weights.base_folder import expected_shapes
 from lit_adapter.weights.shards import AGAIN, read_bytes, refuse_stand_in
@@ -62,7 +63,8 @@ class GGUFSource(Source):
             raise UserError(f"{path}: a tensor appears twice; {AGAIN}")
         self._check_keys()
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-        self.config = self._config(shapes)
+        with reading_sizes(str(self.path)):
+            self.config = self._config(shapes)
         expected = expected_shapes(self.config)
         self._names = {name: renamed(name, MODULES, "blk") for name in expected}
         shapes.pop(ROPE_TABLE, None)
@@ -143,7 +145,8 @@ class GGUFSource(Source):
             return RopeConfig(theta)
         original = int(get("llama.rope.scaling.original_context_length") or 8192)
         rope = RopeConfig(theta, "llama3", float(given.max()), 1.0, 4.0, original)
-        if not np.allclose(given, llama3_factors(rope, head_dim), rtol=1e-4):
+        plain, scaled = (inverse_frequencies(one, head_dim).numpy() for one in (RopeConfig(theta), rope))
+        if not np.allclose(given, plain / scaled, rtol=1e-4):
             raise UserError(
                 f"{self.path}: tensor {ROPE_TABLE} follows no LLaMA 3 scaling of factor {rope.factor:g}; "
                 "convert the original checkpoint"
@@ -211,15 +214,6 @@ class GGUFSource(Source):
         if end_of_turn is not None and end_of_turn != ids.get("eos_token_id"):
             stops = [value for value in (ids.get("eos_token_id"), end_of_turn) if value is not None]
             self.generation = {**ids, "eos_token_id": stops}
-
-
-def llama3_factors(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Return by how much LLaMA 3.1's scaling divides each of the ``head_dim / 2`` rotary frequencies."""
-    wavelength = 2 * np.pi * rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = rope.original_context_length / wavelength
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clip(0, 1)
-    return 1 / ((1 - blend) / rope.factor + blend)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
