@@ -8,6 +8,16 @@ from typing import Any
 from lit_adapter.errors import UserError
 
 
+def check_name(name: str) -> None:
+    """Refuse what is no full name of a repository.
+
+    Raises:
+        UserError: says what one looks like.
+    """
+    if name.count("/") != 1:
+        raise UserError(f"'{name}' is no name on the Hub; expected org/name")
+
+
 def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
     """Run a request.
 

@@ -104,6 +104,7 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
         (["adapter.safetensors", "me/x"], {"HF_TOKEN": "bad"}, "me/x: this login may not do that ("),
         (["adapter.safetensors", "others/x"], {}, "others/x: this login may not do that ("),
         (["adapter.safetensors", "a b/c"], {}, "'a b/c' is no name on the Hub; expected org/name"),
+        (["adapter.safetensors", "x"], {}, "'x' is no name on the Hub; expected org/name"),
         (["nowhere.safetensors", "me/x"], {}, "nowhere.safetensors: no such adapter file"),
         (
             ["checkpoints/tiny/model.safetensors", "me/x"],

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.hub import asking_hub
+from lit_adapter.hub import asking_hub, check_name
 from lit_adapter.weights.base_folder import base_at_hand
 from lit_adapter.weights.download import fetch_files, list_files
 
@@ -31,8 +31,7 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
     Raises:
         UserError: no such repository, no adapter of ours in it, a damaged one, or another file at ``out``.
     """
-    if name.count("/") != 1:
-        raise UserError(f"'{name}' is no name on the Hub; expected org/name")
+    check_name(name)
     names, commit = list_files(name, revision)
     if ADAPTER not in names:
         theirs = next((file for file in PEFT_WEIGHTS if file in names), None)
@@ -85,6 +84,7 @@ def push_adapter(
     from lit_adapter.weights.adapter_file import read_adapter
     from lit_adapter.weights.model_card import model_card
 
+    check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
     text = _read_card(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
     if get_token() is None:
