@@ -135,7 +135,7 @@ def test_read_hub_from_a_stand_in(tmp_path: Path, endpoint: str) -> None:
     assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
     assert dev.startswith("error: org/name: no data file of split 'dev'")
     assert missing.startswith("error: org/name:x.json: no such file on the Hub")
-    assert other.startswith("error: org/other: not found on the Hub")
+    assert other.startswith("error: org/other, which is no file here: not found on the Hub")
 
 
 def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: str) -> None:

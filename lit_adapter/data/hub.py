@@ -98,7 +98,8 @@ def _listing(repo: str) -> tuple[list[str], str | None]:
     """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
-    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo))
+    name = f"{repo}, which is no file here"  # perhaps a local path was meant
+    info = asking_hub(name, None, lambda: HfApi().dataset_info(repo))
     return [file.rfilename for file in info.siblings or []], info.sha
 
 
