@@ -180,7 +180,7 @@ class TrainerConfig:
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None
-    """Optimizer steps between validations; null: ten in a run."""
+    """Optimizer steps between validations; null: a tenth of the run's. The first is before any step."""
     save_every: int = 50
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2

@@ -199,6 +199,9 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
     ):
         assert re.search(part, said, re.MULTILINE), part
     assert not Path(tiny().out).exists()
+    # After 0, 4, 8 and 12 steps, and after the last.
+    assert finetune(tiny("--trainer.val_every", "4"), say=lines, dry_run=True) == 0
+    assert any("for 15 steps and 5 validations" in line for line in lines.lines)
 
 
 def test_dry_run_of_a_resume_looks_at_the_checkpoint_and_leaves_it(tiny: Callable[..., Config]) -> None:
@@ -207,7 +210,7 @@ def test_dry_run_of_a_resume_looks_at_the_checkpoint_and_leaves_it(tiny: Callabl
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     lines = Stopper()
     assert finetune(tiny(), resume="last", say=lines, dry_run=True) == 0
-    assert any("for 11 steps" in line for line in lines.lines)
+    assert any("for 11 steps and 3 validations" in line for line in lines.lines)
     with pytest.raises(UserError, match="seed was"):
         finetune(tiny("--seed", "3"), resume="last", say=lines, dry_run=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

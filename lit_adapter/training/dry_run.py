@@ -43,8 +43,7 @@ def foretell(
     trainer: Trainer,
     module: LitAdapter,
     data: AlpacaDataModule,
-    steps: int,
-    val_every: int,
+    to_do: tuple[int, int],
     say: Callable[[str], None],
 ) -> int:
     """Say what a run would take, from the first steps that were tried, and return the exit status.
@@ -53,13 +52,11 @@ def foretell(
         trainer: one that has taken `N_TRIED` steps beside a `Stopwatch`.
         module: of the run.
         data: of the run.
-        steps: optimizer steps that the run has still to do.
-        val_every: steps between validations.
+        to_do: optimizer steps and validations that the run has still before it.
         say: gets the lines.
     """
     watch = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch))  # type: ignore[attr-defined]
-    validations = steps // val_every + 1 if data.val_encoded is not None else 0
-    say(forecast(watch, data, steps, validations, _forward_share(module)))
+    say(forecast(watch, data, *to_do, _forward_share(module)))
     if module.skipped_steps:
         say(f"warning: the loss or gradient of {module.skipped_steps} of them was not finite; lower optim.lr")
     say("dry run: no run was begun; start without --dry-run")

@@ -199,16 +199,17 @@ class _Run:
         else:
             check_records(model, data, needed)
         module = self._module(model, steps)
-        val_every = config.trainer.val_every or max(1, steps // 10)
-        announce(config, self.base_config, self.identity.name, model, steps, self.say)
-        if dry_run:
-            left = steps - begin.step
-            return self._try_steps(module, data, first, needed, left, val_every, to_come=bool(trunk))
-        if trunk:
-            first.append(TrunkCache(trunk, self.signals, self.say))
-        validation = Validation(val_every)
+        validation = Validation(config.trainer.val_every or max(1, steps // 10))
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated
+        announce(config, self.base_config, self.identity.name, model, steps, self.say)
+        if dry_run:
+            left = range(begin.step + (not repeats), steps + 1)
+            validations = sum(validation.due(step, steps) for step in left)
+            to_do = (steps - begin.step, validations if data.val_encoded is not None else 0)
+            return self._try_steps(module, data, first, needed, to_do, to_come=bool(trunk))
+        if trunk:
+            first.append(TrunkCache(trunk, self.signals, self.say))
         begin_writing = partial(self._begin_writing, begin.step)
         callbacks = first + self._callbacks(data, model, record, validation, repeats, begin_writing)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
@@ -225,12 +226,11 @@ class _Run:
         data: AlpacaDataModule,
         first: list[pl.Callback],
         needed: Sizes,
-        left: int,
-        val_every: int,
+        to_do: tuple[int, int],
         *,
         to_come: bool,
     ) -> int:
-        """Take a few steps and say how long the ``left`` ones of the run would take."""
+        """Take a few steps and say how long the run's steps and validations ``to_do`` would take."""
         callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
         trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, data.total_steps))
         self.signals.only_note()
@@ -241,7 +241,7 @@ class _Run:
             return self.signals.exit_status
         if to_come:
             self.say("the trunk cache was not made for this: after its one pass, steps take less")
-        return foretell(trainer, module, data, left, val_every, self.say)
+        return foretell(trainer, module, data, to_do, self.say)
 
     def _begin_writing(self, step: int) -> None:
         """Make the folder that of a run which goes on from ``step``."""
