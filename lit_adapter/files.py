@@ -131,13 +131,11 @@ def one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         UserError: there is one, and it is not waited for.
     """
-    lock, descriptor = path.with_name(f".{path.name}.lock"), None
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    if descriptor is not None and not _lock(descriptor, wait=wait):
-        os.close(descriptor)
-        raise UserError(f"{path}: another run is writing it; wait for that, or name another file")
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = _locked(lock, wait=wait)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is writing it; wait for that, or name another file") from None
     try:
         yield
     finally:
@@ -145,6 +143,33 @@ def one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
             with suppress(OSError):
                 lock.unlink()
             os.close(descriptor)
+
+
+def _locked(lock: Path, *, wait: bool) -> int | None:
+    """Open and lock a file; None where that cannot be done.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        if not _lock(descriptor, wait=wait):
+            os.close(descriptor)
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if is_at(lock, descriptor):
+            return descriptor
+        os.close(descriptor)  # who had it has removed it, and the next one will make another
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one of that name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -291,3 +292,24 @@ def test_json_beyond_all_reason_is_not_read(tmp_path: Path, monkeypatch: pytest.
     path.write_text('"' + "x" * 200 + '"')
     with pytest.raises(UserError, match=r"config.json: 202 bytes of JSON; expected 100 or less"):
         files.read_json(path)
+
+
+def test_whoever_waited_is_inside_alone(tmp_path: Path) -> None:
+    """A lock file goes with its holder: the next one must not hold the lock of a file without a name."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait_for_the_first() -> None:
+        with files.one_at_a_time(tmp_path / "x"):
+            inside.set()
+            leave.wait(60)
+
+    second = threading.Thread(target=wait_for_the_first)
+    with files.one_at_a_time(tmp_path / "x"):
+        second.start()
+        assert not inside.wait(0.5)
+    assert inside.wait(60)
+    with pytest.raises(UserError, match="x: another run is writing it"):
+        files.one_at_a_time(tmp_path / "x", wait=False).__enter__()
+    leave.set()
+    second.join()
+    assert list(tmp_path.iterdir()) == []

@@ -184,7 +184,7 @@ def _locked(path: Path) -> int | None:
         os.close(descriptor)
         by = f"process {holder}" if holder.isdigit() else "another process"
         raise UserError(f"{path.parent}: in use by {by}; wait for it, or choose another --out")
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+    if not files.is_at(path, descriptor):
         os.close(descriptor)
         return None
     return descriptor
