@@ -84,17 +84,20 @@ LLAMA_70B = LlamaConfig(
 
 
 @pytest.mark.parametrize(
-    ("model", "free", "advice"),
+    ("free", "gpus", "advice"),
     [
-        (LLAMA_70B, 80, ["trainer.strategy fsdp2 with trainer.devices 4"]),
-        (LLAMA_70B, 141, ["trainer.strategy fsdp2 with trainer.devices 2"]),
-        (LLAMA_70B, 50, ["trainer.strategy fsdp2 with trainer.devices 8 with trainer.num_nodes 2"]),
-        (LLAMA_70B, 4, []),
+        (80, 8, ["trainer.strategy fsdp2 with trainer.devices 4"]),
+        (141, 8, ["trainer.strategy fsdp2 with trainer.devices 2"]),
+        (50, 8, ["trainer.strategy fsdp2 with trainer.devices 8 with trainer.num_nodes 2"]),
+        (50, 4, ["trainer.strategy fsdp2 with trainer.devices 4 with trainer.num_nodes 4"]),
+        (80, 1, []),
+        (4, 8, []),
     ],
 )
-def test_a_base_too_large_for_a_gpu_is_to_be_cut(model: LlamaConfig, free: int, advice: list[str]) -> None:
+def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: list[str]) -> None:
     """141 GB of weights in bf16, on GPUs of 80, 141 and 50 GB, and on one too small for three layers."""
-    needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
+    row = RowShape.of(packed(60))
+    needed = Sizes(LLAMA_70B, AdapterConfig(), row, 80, "bf16-true", device="cuda", may_be_cut_over=gpus)
     assert remedies(needed, free * 10**9) == advice
     for setting in advice:
         shards = 1
@@ -108,7 +111,7 @@ def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None
     model = replace(LLAMA_70B, n_head=60, n_kv_head=6, n_hidden=28_674)
     needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
     for shares, devices in ((1, 2), (2, 4), (3, None)):
-        layout = replace(needed, shards=shares, tensor_parallel=shares)
+        layout = replace(needed, shards=shares, tensor_parallel=shares, may_be_cut_over=8)
         advice = [line for line in remedies(layout, layout.memory.total * 4 // 5) if "fsdp2" in line]
         assert advice == ([f"trainer.strategy fsdp2 with trainer.devices {devices}"] if devices else [])
 

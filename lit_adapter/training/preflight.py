@@ -29,7 +29,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import Memory, RowShape, estimate, path_of
-from lit_adapter.training.strategy import is_sharded, n_processes
+from lit_adapter.training.strategy import is_sharded, is_whole, n_processes
 
 STEPS_LOOKED_AT = 3
 HEADERS = 65_536
@@ -51,6 +51,8 @@ class Sizes:
     recompute: bool = False
     shards: int = 1
     tensor_parallel: int = 1
+    may_be_cut_over: int = 1
+    """Devices of each node that could share the base; 1 where it has to be whole."""
 
     @property
     def memory(self) -> Memory:
@@ -92,7 +94,8 @@ def sizes(
         rows.append(max(packer.assign(steps.records(step)), key=packer.row_length))
     shapes = [RowShape.of(packer.row(row)) for row in rows]
     n_tokens, options = int(packer.encoded.length[longest]), config.trainer
-    layout = (options.recompute, shards, options.tensor_parallel)
+    whole = device != "cuda" or is_whole(options)
+    layout = (options.recompute, shards, options.tensor_parallel, 1 if whole else torch.cuda.device_count())
     found = [Sizes(model, config.adapter, shape, n_tokens, precision, device, *layout) for shape in shapes]
     return max(found, key=lambda one: one.memory.total)
 
@@ -149,7 +152,7 @@ def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
 def remedies(needed: Sizes, free: int) -> list[str]:
     """Return two settings that bring a step below ``free`` bytes, alone or in pairs.
 
-    On GPUs the second is to cut the base over more of them; processes without a GPU share one memory.
+    Where there are several GPUs, the second is to cut the base over more of them.
     """
     others = {"": needed}
     if not needed.recompute:
@@ -168,18 +171,21 @@ def remedies(needed: Sizes, free: int) -> list[str]:
         layers = _largest(1, most_layers, free, start.with_layers)
         if layers is not None:
             found.append(f"adapter.layers {layers}{together}")
-    cut = _cut(needed, free) if needed.device == "cuda" else None
+    cut = _cut(needed, free)
     return [*found[:1], cut] if cut else found[:2]
 
 
 def _cut(needed: Sizes, free: int) -> str | None:
     """Return the fewest devices that a base can be cut over so that a step fits, as settings."""
+    if needed.may_be_cut_over < 2:
+        return None
     for shards in (2, 4, 8, 16, 32, 64):
-        if min(shards, 8) % needed.tensor_parallel:
+        devices = min(shards, needed.may_be_cut_over)
+        if shards % devices or devices % needed.tensor_parallel:
             continue
         if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
-            nodes = f" with trainer.num_nodes {shards // 8}" if shards > 8 else ""
-            return f"trainer.strategy fsdp2 with trainer.devices {min(shards, 8)}{nodes}"
+            nodes = f" with trainer.num_nodes {shards // devices}" if shards > devices else ""
+            return f"trainer.strategy fsdp2 with trainer.devices {devices}{nodes}"
     return None
 
 

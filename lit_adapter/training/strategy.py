@@ -61,6 +61,11 @@ def is_sharded(options: TrainerConfig) -> bool:
     return options.strategy == "fsdp2"
 
 
+def is_whole(options: TrainerConfig) -> bool:
+    """Tell whether the base has to be whole on every device: there is no other way with these precisions."""
+    return options.precision == "16-mixed" or options.base_precision == "fp8"
+
+
 def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | str:
     """Return Lightning's strategy for a run."""
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -70,7 +75,7 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
             tensor_parallel_size=options.tensor_parallel,
             process_group_backend=backend,
         )
-    several = options.num_nodes > 1 or options.devices not in (1, "1")
+    several = options.num_nodes > 1 or options.devices != 1
     if options.strategy == "ddp" or (options.strategy == "auto" and several):
         # Every process reads the frozen base itself: without init_sync the first would send it to all.
         return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, init_sync=False)
@@ -86,7 +91,7 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
             start the others.
     """
     _check_precision(options, device)
-    if is_sharded(options) and (options.precision == "16-mixed" or options.base_precision == "fp8"):
+    if is_sharded(options) and is_whole(options):
         found = "precision 16-mixed" if options.precision == "16-mixed" else "base_precision fp8"
         raise UserError(
             f"trainer.strategy is fsdp2, which does not go with trainer.{found}; use bf16-true, or ddp"
