@@ -387,3 +387,20 @@ def test_what_a_run_changes_of_its_process_is_given_back(tiny: Callable[..., Con
     before = settings()
     finetune(tiny("--optim.max_steps", "1"), say=Stopper())
     assert settings() == before
+
+
+def test_a_run_gives_every_signal_back(tiny: Callable[..., Config]) -> None:
+    """Also the one that torch's loaders take to hear of their processes' deaths."""
+
+    def own(number: int, frame: Any) -> None:
+        heard.append(number)
+
+    heard: list[int] = []
+    numbers = (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, own) for number in numbers]
+    try:
+        assert finetune(tiny("--optim.max_steps", "2", "--data.workers", "1"), say=Stopper()) == 0
+        assert [signal.getsignal(number) for number in numbers] == [own] * 3
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -279,10 +279,10 @@ def enough_memory(needed: Sizes) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch's handler raises for every loader process that dies, wherever this one is just then.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = str(error)
         if "DataLoader worker" in text:
+            # torch's handler raises for every one that dies, wherever the run is; `Signals` puts it back.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise UserError(
                 f"a loader process was killed, perhaps for want of memory ({text[:120]}); "
                 "lower data.workers or free memory; --resume last goes on from the last checkpoint"

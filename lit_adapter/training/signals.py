@@ -55,6 +55,8 @@ class Signals:
     def install(self) -> None:
         """Take the signals over, and let through those that were held back at this process's start."""
         self.earlier = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
+        # torch's loaders take this one during the run.
+        self.earlier[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
 
     def restore(self) -> None:
