@@ -15,7 +15,11 @@ from typing import Any
 from lit_adapter.command import check_least, command_parser, parse, run
 from lit_adapter.errors import UserError
 
-WORK = ("train", "generate")
+ONLY_FOR = {
+    "train": ("steps", "batch", "row_tokens", "peft_batch"),
+    "generate": ("batches", "new_tokens", "prompt_tokens", "first_token_prompt"),
+}
+"""What can be measured, and the options that mean nothing to the other."""
 
 
 def read_options(argv: Sequence[str]) -> Any:
@@ -25,7 +29,7 @@ def read_options(argv: Sequence[str]) -> Any:
         UserError: a mistake in it.
     """
     parser = command_parser("scripts/benchmark.py", "Measure training or decoding beside other libraries.")
-    parser.add_argument("work", choices=WORK, help="what to measure")
+    parser.add_argument("work", choices=list(ONLY_FOR), help="what to measure")
     parser.add_argument("--model", required=True, help="folder of a converted base, or 7b: random weights")
     parser.add_argument("--data", help="a file of records (default: random tokens of Alpaca's lengths)")
     parser.add_argument("--tokenizer", help="folder of a tokenizer for --data (default: the model's)")
@@ -40,8 +44,8 @@ def read_options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batches to choose the best from")
     parser.add_argument("--batches", nargs="+", type=int, help="texts decoded together (default: 1 32)")
-    parser.add_argument("--new-tokens", type=int, default=256, help="tokens to decode")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="prompt of a decoded text")
+    parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256)")
+    parser.add_argument("--prompt-tokens", type=int, help="prompt of a decoded text (default: 64)")
     parser.add_argument(
         "--first-token-prompt", type=int, help="prompt timed to its first token (512; CPU 200)"
     )
@@ -52,6 +56,12 @@ def read_options(argv: Sequence[str]) -> Any:
     check_least(options, 1, "repeats", "steps", "batch", "row_tokens", "peft_batch", "batches", "new_tokens")
     check_least(options, 1, "prompt_tokens", "first_token_prompt")
     check_least(options, 0, "seed")
+    for other, names in ONLY_FOR.items():
+        given = next((name for name in names if options[name] is not None), None)
+        if given is not None and other != options.work:
+            raise UserError(f"--{given.replace('_', '-')} is for {other}; leave it out of {options.work}")
+    if options.seed >= 2**63:
+        raise UserError(f"--seed is {options.seed}; expected less than 2**63")
     if options.data and not options.tokenizer and not (Path(options.model) / "config.json").is_file():
         raise UserError(f"--data needs a tokenizer, and --model {options.model} has none: give --tokenizer")
     return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ import measure_learning
 import measure_scaling
 import torch
 from benchmarks.arithmetic import Work, step_operations
+from benchmarks.run import prompt_ids
 from benchmarks.workload import alpaca_like
 from tiny_models import open_adapter, random_ids, random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
+import lit_adapter
+from lit_adapter.data.records import read_records
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
@@ -71,6 +75,20 @@ def test_decoding_is_compared(tiny_base: Path, tmp_path: Path) -> None:
     rows = rows_of("generate", tiny_base, tmp_path, *DECODE)
     assert len(rows) == 2 * 4 + 2
     assert {row["batch"] for row in rows.values() if "batch" in row} == {1, 3}
+
+
+def test_prompts_are_the_texts_of_a_file(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
+    rows = rows_of("generate", tiny_base, tmp_path, *DECODE, "--data", str(tiny_records), "--methods", "ours")
+    assert all(row["useful_tokens_per_s"] for row in rows.values())
+    options = argparse.Namespace(data=str(tiny_records), tokenizer=None, model=str(tiny_base))
+    model = lit_adapter.load(base=tiny_base)
+    ids = prompt_ids(options, model.model.config.vocab_size, 3, 200)
+    assert ids.shape == (3, 200)
+    record = read_records(tiny_records)[0]
+    wanted, _ = model.template.encode_example(
+        model.tokenizer, record.instruction, record.input, record.output
+    )
+    assert ids.flatten()[: len(wanted)].tolist() == wanted
 
 
 def test_a_method_that_fails_has_a_row_that_says_so(
@@ -138,6 +156,9 @@ TIMES = ("train", "--model", "7b", "--json", "x.json")
         (benchmark, (), "^work and --model and --json must be given"),
         (benchmark, (*TIMES, "--repeats", "0"), "--repeats is 0; expected 1 or more"),
         (benchmark, (*TIMES, "--row-tokens", "9", "0"), "--row-tokens is 0; expected 1 or more"),
+        (benchmark, (*TIMES, "--new-tokens", "9"), "--new-tokens is for generate; leave it out of train"),
+        (benchmark, ("generate", *TIMES[1:], "--steps", "9"), "--steps is for train; leave it out of"),
+        (benchmark, (*TIMES, "--seed", str(2**64)), "--seed is 18446744073709551616; expected less than"),
         (measure_learning, (), "^--data must be given"),
         (measure_learning, (*LEARNING, "--batch", "0"), "--batch is 0; expected 1 or more"),
         (measure_learning, (*LEARNING, "--seed=-1"), "--seed is -1; expected 0 or more"),

@@ -101,17 +101,15 @@ class Decoding:
         base: what all methods share.
         cases: the methods at their batch sizes.
         report: gets the rows.
-        options: repeats, n_new, prompt_tokens and seed.
+        options: repeats, n_new, prompt_tokens and first_token_prompt.
+        ids: of prompts, as many and as long as the largest case takes, on the base's device.
     """
 
-    def __init__(self, base: Base, cases: list[Case], report: Report, options: Any) -> None:
+    def __init__(
+        self, base: Base, cases: list[Case], report: Report, options: Any, ids: torch.Tensor
+    ) -> None:
         self.base, self.cases, self.report, self.options = base, cases, report, options
-        self.device = base.device
-        draw = torch.Generator().manual_seed(options.seed)
-        n_longest = max(options.first_token_prompt, options.prompt_tokens)
-        batch = max((case.batch for case in cases), default=1)
-        shape, vocab = (batch, n_longest), base.model.config.vocab_size
-        self.ids = torch.randint(min(10, vocab - 1), vocab, shape, generator=draw).to(self.device)
+        self.device, self.ids = base.device, ids
 
     def run(self) -> None:
         """Warm up, time in turn, and report every case."""

@@ -12,6 +12,7 @@ from benchmarks import generation, machine, training, workload
 from benchmarks.models import Base, read_base
 from benchmarks.report import Column, Report, number, spread
 from lit_adapter import files
+from lit_adapter.data.encode import Encoded
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError, nearest
 
@@ -56,18 +57,25 @@ def train(options: Any) -> tuple[str, bool]:
 def generate(options: Any) -> tuple[str, bool]:
     """Compare decoding; return the table and whether our own method ran."""
     device, base = _base(options)
-    options.n_new = options.new_tokens
+    options.n_new, options.prompt_tokens = options.new_tokens or 256, options.prompt_tokens or 64
     options.first_token_prompt = options.first_token_prompt or (512 if device.type == "cuda" else 200)
+    batches, vocab = options.batches or [1, 32], base.model.config.vocab_size
+    longest = max(options.prompt_tokens + options.n_new, options.first_token_prompt + 1)
+    if longest > base.model.config.context_length:
+        raise UserError(
+            f"a text of {longest} tokens, but the base's context is {base.model.config.context_length}; "
+            "lower --new-tokens, --prompt-tokens or --first-token-prompt"
+        )
+    n_longest = max(options.prompt_tokens, options.first_token_prompt)
+    ids = prompt_ids(options, vocab, max(batches), n_longest).to(device)
     found = generation.makers(base, options)
     usual = found if device.type == "cuda" else [name for name in found if name != "transformers-static"]
     report = _report(options, base, {"n_new": options.n_new, "prompt_tokens": options.prompt_tokens})
     chosen = [found[name] for name in _chosen(options.methods, found, usual)]
-    cases = [
-        generation.Case(name, batch, make) for batch in options.batches or [1, 32] for name, make in chosen
-    ]
-    for batch in options.batches or [1, 32]:
+    cases = [generation.Case(name, batch, make) for batch in batches for name, make in chosen]
+    for batch in batches:
         report.put(generation.limit(base, batch, report.machine["copy_bytes_per_s"]))
-    generation.Decoding(base, cases, report, options).run()
+    generation.Decoding(base, cases, report, options, ids).run()
     return _finish(options, report, DECODING)
 
 
@@ -82,7 +90,7 @@ def _workload(options: Any, base: Base, cuda: bool) -> workload.Workload:
     batch, steps = options.batch or (64 if cuda else 32), options.steps or (4 if cuda else 1)
     vocab = base.model.config.vocab_size
     if options.data:
-        encoded = workload.from_file(options.data, Path(options.tokenizer or options.model), vocab)
+        encoded = _from_file(options, vocab)
         source = Path(options.data).name
     else:
         encoded = workload.alpaca_like(batch * steps * (options.repeats + 1), vocab, options.seed)
@@ -90,6 +98,22 @@ def _workload(options: Any, base: Base, cuda: bool) -> workload.Workload:
     if len(encoded) < batch * steps:
         raise UserError(f"{source}: {len(encoded)} records, but a pass has {batch * steps}; lower --batch")
     return workload.Workload(encoded, source, batch, steps, options.seed)
+
+
+def prompt_ids(options: Any, vocab: int, n_texts: int, length: int) -> torch.Tensor:
+    """Return ids of prompts ``[n_texts, length]``: random ones, or those of the data's records end to end."""
+    if not options.data:
+        draw = torch.Generator().manual_seed(options.seed)
+        return torch.randint(min(10, vocab - 1), vocab, (n_texts, length), generator=draw)
+    ids = _from_file(options, vocab).ids
+    if len(ids) < length:
+        raise UserError(f"{options.data}: {len(ids)} tokens, but a prompt has {length}")
+    place = torch.arange(n_texts)[:, None] * length + torch.arange(length)
+    return torch.from_numpy(ids.astype("int64"))[place % len(ids)]
+
+
+def _from_file(options: Any, vocab: int) -> Encoded:
+    return workload.from_file(options.data, Path(options.tokenizer or options.model), vocab)
 
 
 def _report(options: Any, base: Base, facts: dict[str, Any]) -> Report:
