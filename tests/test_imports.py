@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,14 @@ def test_the_check_above_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest
         path.write_text(line + "\n")
         with pytest.raises(AssertionError):
             test_nothing_unsafe_is_called(path)
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    """One that comes with another today may not come with it tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["parquet"]]
+    declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
+    known = {"lit_adapter", "triton", *sys.stdlib_module_names}  # Triton is a part of torch's CUDA builds
+    names = {name.split(".")[0] for tree in TREES.values() for name in imported(tree)} - known
+    makers = packages_distributions()
+    assert [n for n in sorted(names) if not {m.lower().replace("_", "-") for m in makers[n]} & declared] == []
