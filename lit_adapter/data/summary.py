@@ -52,10 +52,15 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     n_val_dropped = int(data.val_encoded.n_dropped[0]) if data.val_encoded else 0
     too_long = f"left out: answer longer than data.max_length {data.config.max_length}"
     cut = "lost the start of their prompt to data.max_length"
+    n_waiting = len(data.train_encoded) % data.batch_size
+    waiting = (
+        f"sit out each epoch, others every time: optim.batch_size {data.batch_size} does not divide them"
+    )
     return [
         (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
         (int(data.train_encoded.n_dropped[0]), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
+        (n_waiting, len(data.train_encoded), f"of the training records {waiting}"),
         (train.n_duplicate, len(train), "of the training records repeat an earlier one"),
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),
