@@ -24,7 +24,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training import memory
-from lit_adapter.training.memory import RowShape, estimate, path_of
+from lit_adapter.training.memory import RowShape, estimate, path_of, unfused_because
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 
@@ -211,3 +211,6 @@ def test_fused_blocks_are_expected_where_they_apply() -> None:
         assert path_of(model, config, *other) == "plain"
     assert path_of(model, replace(config, dropout=0.1), "bf16-true", "cuda") == "plain"
     assert path_of(replace(model, mlp_bias=True), config, "bf16-true", "cuda") == "plain"
+    assert unfused_because(model, config, "bf16-true") is None
+    odd = replace(model, head_dim=80)
+    assert unfused_because(odd, config, "bf16-true") == "the base's heads have 80 channels"

@@ -41,6 +41,7 @@ from lit_adapter.training.callbacks import (
 )
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
+from lit_adapter.training.memory import unfused_because
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
 from lit_adapter.training.preflight import FirstRecords, Sizes, check_records, check_space, enough_memory
@@ -143,6 +144,7 @@ class _Run:
         check_heads(config.trainer, self.base_config)
         self.saved = saved_identity(resume, folder) if resume is not None else {}
         self.precision = self._precision()
+        self.unfused = self._why_unfused()
         self.tokenizer = load_tokenizer(self.base)
         check_vocabulary(self.tokenizer, self.base_config.vocab_size)
         self.template = resolve_template(config.data.template, self.tokenizer)
@@ -171,6 +173,18 @@ class _Run:
             f"precision: {found}, the faster one on this {self.device.type}; adapter and optimizer in fp32"
         )
         return found
+
+    def _why_unfused(self) -> str | None:
+        """Return why a GPU will not compute the layers with the kernels made for it, if so."""
+        if self.device.type != "cuda":
+            return None
+        options = self.config.trainer
+        why = unfused_because(self.base_config, self.config.adapter, self.precision, options.tensor_parallel)
+        if why is not None and options.base_precision == "fp8":
+            raise UserError(
+                f"trainer.base_precision is fp8, but {why}; change that, or use base_precision full"
+            )
+        return why
 
     def train(self, resume: str | None, *, dry_run: bool = False) -> int:
         """Train from the start or from a checkpoint."""
@@ -202,7 +216,7 @@ class _Run:
         validation = Validation(config.trainer.val_every or max(1, steps // 10))
         # A validation that a kill cut off is repeated: what was drawn at its step goes, and is drawn again.
         repeats = validation.due(begin.step, steps) and not begin.is_validated
-        announce(config, self.base_config, self.identity.name, model, steps, self.say)
+        announce(config, self.base_config, self.identity.name, model, steps, self.unfused, self.say)
         if dry_run:
             left = range(begin.step + (not repeats), steps + 1)
             validations = sum(validation.due(step, steps) for step in left)

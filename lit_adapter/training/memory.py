@@ -37,7 +37,7 @@ computes its own rows.
 Where P devices share the heads (``tensor_parallel=P``), H, G and M above are those of one device, and so are
 its layers: 1/P of each. The rest, embeddings and head, is cut over the N/P groups; with one group nothing is
 gathered. A copy of the states, s C, is added up over the group. Another way to compute a block is another
-`Path` in `_layer_bytes`.
+`Path` in `_layers`.
 """
 
 from __future__ import annotations
@@ -254,9 +254,24 @@ def path_of(
     model: LlamaConfig, adapter: AdapterConfig, precision: str, device: str, tensor_parallel: int = 1
 ) -> Path:
     """Return how the blocks of such a run will be computed."""
-    if tensor_parallel > 1:
-        return "plain"
-    narrow = device == "cuda" and precision == "bf16-true" and model.head_dim in HEAD_SIZES
-    plain_prefix = adapter.prompt_length <= LONGEST_PROMPT and not adapter.dropout
-    plain_prefix = plain_prefix and adapter.version == "v1"
-    return "fused" if narrow and plain_prefix and not (model.attention_bias or model.mlp_bias) else "plain"
+    unfit = device != "cuda" or unfused_because(model, adapter, precision, tensor_parallel)
+    return "plain" if unfit else "fused"
+
+
+def unfused_because(
+    model: LlamaConfig, adapter: AdapterConfig, precision: str, tensor_parallel: int = 1
+) -> str | None:
+    """Return the first reason why the CUDA kernels cannot compute such blocks; None where they can."""
+    reasons = (
+        (precision != "bf16-true", f"trainer.precision is {precision}, not bf16-true"),
+        (tensor_parallel > 1, f"trainer.tensor_parallel is {tensor_parallel}"),
+        (model.head_dim not in HEAD_SIZES, f"the base's heads have {model.head_dim} channels"),
+        (model.attention_bias or model.mlp_bias, "the base has biases"),
+        (adapter.version != "v1", f"adapter.version is {adapter.version}"),
+        (adapter.dropout > 0, f"adapter.dropout is {adapter.dropout:g}, not 0"),
+        (
+            adapter.prompt_length > LONGEST_PROMPT,
+            f"adapter.prompt_length is {adapter.prompt_length}, above {LONGEST_PROMPT}",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), None)

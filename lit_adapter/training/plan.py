@@ -15,9 +15,15 @@ from lit_adapter.weights.base_folder import expected_shapes
 
 
 def announce(
-    config: Config, base: LlamaConfig, name: str, model: Llama, steps: int, say: Callable[[str], None]
+    config: Config,
+    base: LlamaConfig,
+    name: str,
+    model: Llama,
+    steps: int,
+    unfused: str | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Say parameters, steps and schedule, and warn of a rate of 0 or a long warm-up.
+    """Say parameters, steps and schedule, and warn of a rate of 0, a long warm-up, or slow blocks.
 
     Args:
         config: the run.
@@ -25,6 +31,7 @@ def announce(
         name: the base's name.
         model: the base with its adapter.
         steps: optimizer steps of the run.
+        unfused: why the CUDA kernels are not used on a GPU, if so.
         say: gets the lines.
     """
     optim, warmup = config.optim, warmup_steps(config.optim, steps)
@@ -47,3 +54,5 @@ def announce(
             f"warning: the warm-up takes {warmup} of the run's {counted(steps, 'step')}; "
             "lower optim.warmup (0.05 is usual) or train longer"
         )
+    if unfused is not None:
+        say(f"note: {unfused}: the layers are computed without the kernels made for them, and slower")
