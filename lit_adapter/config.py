@@ -91,7 +91,7 @@ class OptimConfig:
     """Records in one optimizer step, over all devices together."""
     row_tokens: int | None = None
     """Longest packed row: the size of a micro-batch in tokens. null chooses by device. It changes memory
-    and speed, not results."""
+    and speed, not results (but what adapter.dropout draws)."""
     epochs: float = 3.0
     """Passes over the training records."""
     max_steps: int | None = None
@@ -248,7 +248,7 @@ class Config:
         if self.adapter.version == "v1" and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
             raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
         if self.adapter.version == "v2":
-            rate = self.optim.peak_lr * self.optim.lr_scale_v2
+            rate = with_learning_rate(self).optim.peak_lr * self.optim.lr_scale_v2
             check_fp32("the rate of V2, lr * lr_scale_v2,", rate, zero=True)
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")

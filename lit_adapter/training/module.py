@@ -12,6 +12,7 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
@@ -73,7 +74,8 @@ class LitAdapter(LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
         if self.has_dropout:  # from the step, so that a resumed run draws what an unstopped one would
-            torch.manual_seed(hash((self.seed, batch.step, self.global_rank)))
+            place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
+            torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
         self._set_learning_rate(batch.step)
         total = torch.zeros((), device=self.device)
         _, n_shares = share_of_rows(self.trainer)
@@ -187,7 +189,6 @@ class LitAdapter(LightningModule):
             return
         total = float(self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")) / self.n_copies
         self.validated_step, self.val_loss = self.trainer.global_step, total / self.val_targets
-        self.log("val/loss", self.val_loss, logger=False)  # `Report` draws it, at its own step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was measured and counted, so that a resumed run goes on with it."""
