@@ -99,7 +99,7 @@ class AdaptedLlama:
         """Yield ``(task number, piece of text)``, and ``(task number, None)`` at each end."""
         prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
         answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
-        stop_ids = self.tokenizer.stop_ids | self.template.stop_ids(self.tokenizer)
+        stop_ids = self.template.stop_ids(self.tokenizer)
         events = decode(self.model, prompts, settings, stop_ids, batch_size=batch_size)
         stop: bool | None = None
         while True:
@@ -173,6 +173,8 @@ def load(
     """
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
+    if adapter is not None and template is not None:
+        raise UserError("an adapter brings its template; leave template out")
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
     folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
     if info is not None:
@@ -189,8 +191,7 @@ def load(
         model.requires_grad_(False)
     if target.type == "cpu":
         model.decode_weights = DecodeWeights(model)
-    wanted = "alpaca" if template is None else template
-    chosen = info.template if info and template is None else resolve_template(wanted, tokenizer)
+    chosen = info.template if info is not None else resolve_template(template or "alpaca", tokenizer)
     return AdaptedLlama(model, tokenizer, chosen)
 
 

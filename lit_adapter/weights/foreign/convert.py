@@ -141,8 +141,7 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
         raise UserError(f"{source}: does not say which base it belongs to; name its folder with --base")
     model = read_config(wishes.base)
     adapter = _understood(opened.tensors, model, opened.format, opened, wishes.gate)
-    usual = TEMPLATES.get(opened.format, "alpaca")
-    template = usual if wishes.template is None else wishes.template
+    template = wishes.template or TEMPLATES.get(opened.format, "alpaca")
     info = AdapterInfo(
         adapter=adapter.config,
         base=base_identity(wishes.base),
@@ -150,13 +149,16 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
         template=resolve_template(template, load_tokenizer(wishes.base)),
         training={"converted_from": opened.format},
     )
-    said = (
-        "as --template says"
-        if wishes.template
-        else f"which {opened.format} trains with; the file does not say"
-    )
-    adapter.notes.append(f"template: {template}, {said}")
+    adapter.notes.append(f"template: {template}, {_origin_of_template(opened.format, wishes)}")
     return info, adapter, wishes.base
+
+
+def _origin_of_template(format: str, wishes: Wishes) -> str:
+    if wishes.template:
+        return "as --template says"
+    if format in TEMPLATES:
+        return f"which {format} trains with; the file does not say"
+    return f"as a guess: {format} has none of its own, and the file does not say; --template names another"
 
 
 def _understood(
