@@ -187,5 +187,4 @@ def test_what_the_hub_refuses(
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(expected)
-    assert "check" in line or "expected" in line or "run" in line or "fetch" in line
     assert not (tmp_path / "checkpoints").exists()

@@ -36,19 +36,15 @@ class Tokenizer(ABC):
     space_after_control: bool = False
     """Whether text after a control token gets that space too, as the base's own library does it."""
 
-    def encode(
-        self, text: str, *, bos: bool = False, eos: bool = False, continuation: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Return the ids of ``text``; nothing in it becomes a control token.
 
         Args:
             text: any text, NUL included.
-            bos: put BOS before it.
-            eos: put EOS after it.
             continuation: the text continues an earlier one, so it gets no space at its start.
 
         Raises:
-            UserError: the text has half of a surrogate pair, or BOS is asked of a tokenizer without one.
+            UserError: the text has half of a surrogate pair.
         """
         broken = _SURROGATE.search(text)
         if broken:
@@ -56,10 +52,7 @@ class Tokenizer(ABC):
                 f"the text has half of a surrogate pair (U+{ord(broken[0]):04X}) at character "
                 f"{broken.start()}; remove it or write the whole character"
             )
-        if bos and self.bos_id is None:
-            raise UserError("this tokenizer has no BOS token")
-        before = [self.bos_id] if bos and self.bos_id is not None else []
-        return before + self._encode_text(text, continuation) + ([self.eos_id] if eos else [])
+        return self._encode_text(text, continuation)
 
     @abstractmethod
     def _encode_text(self, text: str, continuation: bool) -> list[int]:

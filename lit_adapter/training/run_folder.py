@@ -215,23 +215,22 @@ def plain(value: Any) -> Any:
 def identity(config: Config, **facts: Any) -> dict[str, Any]:
     """Return what a resumed run must share with the run it continues, by configuration key.
 
-    Learning rate, weight decay, epochs, devices, precision of logging and the like may change; they are
-    in `changeable`.
+    Learning rate, weight decay, epochs, devices, logging and the like may change; they are in `changeable`.
     """
-    plain = asdict(config)
-    data = {f"data.{key}": plain["data"][key] for key in ("mask_prompt", "max_length")}
+    values = asdict(config)
+    data = {f"data.{key}": values["data"][key] for key in ("mask_prompt", "max_length")}
     optim = {
-        f"optim.{key}": plain["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
+        f"optim.{key}": values["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
     }
-    adapter = {f"adapter.{key}": value for key, value in plain["adapter"].items()}
+    adapter = {f"adapter.{key}": value for key, value in values["adapter"].items()}
     base_precision = {"base_precision": config.trainer.base_precision}
     return {"seed": config.seed, **adapter, **data, **optim, **base_precision, **facts}
 
 
 def changeable(config: Config) -> dict[str, Any]:
     """Return the settings that a resumed run may change; changes are listed."""
-    plain = asdict(config)
-    found = {key: files.without_home(plain[key]) for key in ("base", "out")}
+    values = asdict(config)
+    found = {key: files.without_home(values[key]) for key in ("base", "out")}
     for section, keys in (
         (
             "optim",
@@ -241,9 +240,9 @@ def changeable(config: Config) -> dict[str, Any]:
             ),
         ),
         ("data", ("workers",)),
-        ("trainer", tuple(plain["trainer"])),
+        ("trainer", tuple(values["trainer"])),
     ):
-        found |= {f"{section}.{key}": plain[section][key] for key in keys}
+        found |= {f"{section}.{key}": values[section][key] for key in keys}
     cache = found["trainer.trunk_cache"]
     return found | {"trainer.trunk_cache": cache and files.without_home(cache)}
 
