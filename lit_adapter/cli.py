@@ -16,6 +16,7 @@ import yaml
 from lit_adapter.command import command_parser, parse
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files import read_text
 from lit_adapter.streams import output_is_no_result
 
 _PLAIN_TAG = "tag:yaml.org,2002:"
@@ -87,9 +88,7 @@ def check_config_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        node = yaml.compose(read_text(path), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None

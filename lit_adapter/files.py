@@ -208,7 +208,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
 
 
 def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
@@ -299,6 +299,22 @@ def is_text(name: str) -> bool:
     return name.encode(errors="ignore").decode() == name
 
 
+def refuse_stand_in(path: Path) -> None:
+    """Refuse what servers and git leave in place of a large file.
+
+    Raises:
+        UserError: an empty file, a Git LFS pointer, or a web page.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if not start.strip():
+        raise UserError(f"{path}: the file is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' there")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: is a web page, not the file itself; fetch it again")
+
+
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
 ) -> bytes:
@@ -324,6 +340,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """Read a text file; a byte order mark at its start is dropped.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with reading(path):
+            return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -334,11 +363,9 @@ def read_json(path: Path) -> Any:
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise UserError(f"{path}: {size:,} bytes of JSON; expected {LARGEST_JSON:,} or less")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:

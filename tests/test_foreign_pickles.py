@@ -242,5 +242,5 @@ def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
         lambda: convert_adapter(long, tmp_path / "out", Wishes()),
         lambda: convert_adapter(tmp_path / "x", long, Wishes()),
     ):
-        with pytest.raises(UserError, match=r"a{300}: cannot be read: File name too long"):
+        with pytest.raises(UserError, match=r"a{300}: cannot read: File name too long"):
             attempt()

@@ -212,7 +212,7 @@ def test_half_a_surrogate_pair_is_refused(made: dict[str, Kind], name: str) -> N
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("tokenizer.model", b"", "is empty"),
         ("tokenizer.model", b"\x00\xff junk", "neither a sentencepiece model nor"),
-        ("tokenizer.model", b"<html>Not found</html>", "neither a sentencepiece model nor"),
+        ("tokenizer.model", b"<html>Not found</html>", "is a web page, not the file itself"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("tokenizer.model", b"IQ== 0\nIg== x\n", ":2: expected a token in base64"),
         ("tokenizer.model", b"IQ== 0\nIQ== 1\n", ":2: this token stands there twice"),

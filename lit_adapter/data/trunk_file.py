@@ -27,8 +27,7 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.files import safetensors_header
-
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+from lit_adapter.model.precision import FLOAT_NAMES
 
 
 class TrunkFile:
@@ -70,7 +69,7 @@ class TrunkFile:
     @cached_property
     def _header(self) -> bytes:
         tensors = [
-            ("hidden", DTYPE_NAMES[self.dtype], (self.n_tokens, self.width), self._hidden_bytes),
+            ("hidden", FLOAT_NAMES[self.dtype], (self.n_tokens, self.width), self._hidden_bytes),
             ("crc32", "I64", (self.n_parts,), 8 * self.n_parts),
         ]
         return safetensors_header(tensors, {"key": self.key})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
+from lit_adapter.files import read_json, read_text
 from lit_adapter.text.tokenizer import Tokenizer
 
 
@@ -91,10 +91,7 @@ def _chat_template(folder: Path, main: dict[str, Any]) -> str | None:
     """Read the chat template from its own file or from ``tokenizer_config.json``, in this order."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        return read_text(path)
     found = _optional(folder / "chat_template.json").get("chat_template", main.get("chat_template"))
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
+from lit_adapter.files import read_json, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
 from lit_adapter.text.description import Description, read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer
@@ -51,12 +51,6 @@ def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    if not content.strip():
-        raise UserError(f"{path}: is empty; download it again")
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a Git LFS pointer, not the tokenizer itself; download it again")
-    return content
+    with reading(path):
+        refuse_stand_in(path)
+        return path.read_bytes()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files import read_text
 from lit_adapter.text.chat import control_pattern, render_chat
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -228,7 +229,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
         return _custom(name_or_text, f"template {_shown(name_or_text)}")
     path = Path(name_or_text)
     if "\n" not in name_or_text and path.is_file():
-        text = _read(path)
+        text = read_text(path).removesuffix("\n")
         if INSTRUCTION not in text:
             raise UserError(f"{path}: a template needs {INSTRUCTION} in its text")
         return _custom(text, str(path))
@@ -252,15 +253,6 @@ def _chat(tokenizer: Tokenizer) -> Template:
         raise UserError(f"template 'chat': the base's template has {INSTRUCTION} or {INPUT} in its own text")
     text = chat.before + INSTRUCTION + chat.after
     return Template("chat", text, end=chat.end, lead=chat.lead, trim=chat.trim)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
 
 def _shown(text: str) -> str:

@@ -86,7 +86,7 @@ def push_adapter(
 
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
-    text = _read_card(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    text = files.read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
     if get_token() is None:
         raise UserError("not logged in to the Hub; run 'hf auth login', or set HF_TOKEN")
     api: Any = HfApi()
@@ -99,12 +99,3 @@ def push_adapter(
         name, None, lambda: api.create_commit(name, operations, commit_message="Upload adapter")
     )
     return str(commit.commit_url), None if keeps else text
-
-
-def _read_card(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None

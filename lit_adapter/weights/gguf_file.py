@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files import refuse_stand_in
 from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
+from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.weights.base_folder import expected_shapes
-from lit_adapter.weights.shards import AGAIN, read_bytes, refuse_stand_in
+from lit_adapter.weights.shards import AGAIN, read_bytes
 from lit_adapter.weights.source import Source, check_tensors, half_split_rows, is_rotated, renamed
 
 MODULES = {
@@ -36,7 +38,6 @@ MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROPE_TABLE = "rope_freqs.weight"
 ROWS = 1024
 """Quantised rows expanded at a time."""
@@ -72,7 +73,7 @@ class GGUFSource(Source):
         self._check_types()
         check_tensors(shapes, wanted, lambda _: path, "its keys")
         self.dtypes = {
-            name: PLAIN.get(self._tensors[theirs].tensor_type.name, torch.float32)
+            name: FLOATS.get(self._tensors[theirs].tensor_type.name, torch.float32)
             for name, theirs in self._names.items()
         }
         self._read_token_ids()
@@ -180,8 +181,8 @@ class GGUFSource(Source):
 
         shape = tuple(int(n) for n in reversed(tensor.shape))
         content = read_bytes(self.path, int(tensor.data_offset), int(tensor.n_bytes))
-        if tensor.tensor_type.name in PLAIN:
-            return torch.frombuffer(content, dtype=PLAIN[tensor.tensor_type.name]).view(shape)
+        if tensor.tensor_type.name in FLOATS:
+            return torch.frombuffer(content, dtype=FLOATS[tensor.tensor_type.name]).view(shape)
         n_rows = math.prod(shape[:-1])
         packed = np.frombuffer(content, np.uint8).reshape(n_rows, -1)
         expanded = np.empty((n_rows, shape[-1]), np.float32)

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files import refuse_stand_in
+from lit_adapter.model.precision import FLOATS
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AGAIN = "fetch it again"
 REMAP_BYTES = 33_554_432
 """How much of a mapped file may be touched before its pages are given back."""
@@ -58,22 +59,6 @@ def member(folder: Path, name: str) -> Path:
     if real.parent != home and real.parent != blobs:
         raise UserError(f"{path}: is a link that leads out of the folder; copy the file itself there")
     return path
-
-
-def refuse_stand_in(path: Path) -> None:
-    """Refuse what servers and git leave in place of a large file.
-
-    Raises:
-        UserError: an empty file, a Git LFS pointer, or a web page.
-    """
-    with path.open("rb") as stream:
-        start = stream.read(512)
-    if not start:
-        raise UserError(f"{path}: the file is empty; {AGAIN}")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' there")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: is a web page, not the file itself; {AGAIN}")
 
 
 def is_zipped(path: Path) -> bool:

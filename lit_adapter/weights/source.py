@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_bytes
+from lit_adapter.files import refuse_stand_in, write_bytes
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
-from lit_adapter.weights.shards import member, refuse_stand_in
+from lit_adapter.weights.shards import member
 
 N_NAMED = 3
 """How many of the tensors at fault a message names."""

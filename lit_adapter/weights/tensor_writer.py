@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.files import durable_path, safetensors_header, write_json
+from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 CHUNK = 4_194_304
 """Elements that are checked, cast, hashed and written at a time."""
 
@@ -97,7 +97,7 @@ class TensorWriter:
         return digest.hexdigest()
 
     def _write_tensor(self, stream: BinaryIO, entry: Entry, digest: hashlib._Hash) -> None:
-        digest.update(f"{entry.name} {DTYPE_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
+        digest.update(f"{entry.name} {FLOAT_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
         for chunk in self._chunks(entry):
             content = chunk.view(torch.uint8).numpy().data
             digest.update(content)
@@ -136,5 +136,5 @@ def _grouped(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    tensors = [(entry.name, DTYPE_NAMES[entry.dtype], entry.shape, entry.n_bytes) for entry in entries]
+    tensors = [(entry.name, FLOAT_NAMES[entry.dtype], entry.shape, entry.n_bytes) for entry in entries]
     return safetensors_header(tensors, {"format": "pt"})

@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading
+from lit_adapter.files import read_json, reading, refuse_stand_in
+from lit_adapter.model.precision import FLOATS
 from lit_adapter.weights.adapter_file import METADATA_KEY
 from lit_adapter.weights.foreign import lit, official, peft
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.plain import State
-from lit_adapter.weights.shards import FLOATS, member, refuse_stand_in
+from lit_adapter.weights.shards import member
 
 OURS = "ours"
 
