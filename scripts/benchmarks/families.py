@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.methods import padded_batch
 from benchmarks.rivals import adapted
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.packing import Packer
@@ -122,16 +123,11 @@ class Peft:
 
     def _padded(self, packer: Packer, records: list[int]) -> tuple[Tensor, ...]:
         """Return ids padded on the right ``[B, T]``, flat places that predict a target, and the targets."""
-        shape = len(records), int(packer.encoded.length[records].max())
-        ids, labels = np.zeros(shape, np.int64), np.full(shape, -100)
-        for line, record in enumerate(records):
-            tokens, first = packer.encoded.record(record), int(packer.encoded.n_prompt[record])
-            ids[line, : len(tokens)] = tokens
-            labels[line, first : len(tokens)] = tokens[first:]
+        padded = padded_batch(packer.encoded, np.array(records), torch.device("cpu"))
         # Found here, so that a step need not ask the device how many targets there are.
-        next_label = np.roll(labels, -1, axis=1).reshape(-1)  # no record's first token is a target
-        place = np.flatnonzero(next_label != -100)
-        return tuple(torch.from_numpy(part).to(self.device) for part in (ids, place, next_label[place]))
+        next_label = padded.labels.roll(-1, 1).flatten()  # no record's first token is a target
+        place = (next_label != -100).nonzero()[:, 0]
+        return tuple(part.to(self.device) for part in (padded.ids, place, next_label[place]))
 
     def start(self, method: Method, seed: int) -> list[nn.Parameter]:
         """Put the adapter back to where it started; return what is trained."""
