@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import READERS, check_regular, json_type
+from lit_adapter.data.formats import READERS, Row, check_regular, json_type
 from lit_adapter.errors import UserError, nearest, shorten
 
 DEFAULT_COLUMNS = Columns()
@@ -102,14 +102,9 @@ def read_records(
             valid Unicode, an empty instruction, or no record at all; names file and line.
     """
     path, name = Path(source), name or str(source)
-    check_regular(path, name)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        kind = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
-        raise UserError(f"{name}: {kind} names no format read here; expected {', '.join(READERS)}")
     rows: list[Record] = []
     n_empty, saw_input = 0, False
-    for line, values in reader(path, name, (columns.instruction, columns.input, columns.output)):
+    for line, values in rows_of(path, name, (columns.instruction, columns.input, columns.output)):
         record = _record(values, columns, name, line)
         saw_input = saw_input or columns.input in values
         if record.output.strip():
@@ -121,38 +116,73 @@ def read_records(
     return Records(tuple(rows), name, n_empty)
 
 
+def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+    """Yield the rows of a file; its suffix tells the format.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+        wanted: columns that will be looked at.
+
+    Raises:
+        UserError: not a readable file, or malformed; names file and line.
+    """
+    check_regular(path, name)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        kind = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
+        raise UserError(f"{name}: {kind} names no format read here; expected {', '.join(READERS)}")
+    return reader(path, name, wanted)
+
+
 def _record(values: Mapping[str, Any], columns: Columns, name: str, line: int) -> Record:
-    instruction = _text(values, columns.instruction, name, line)
-    output = _text(values, columns.output, name, line)
+    advice = "add it, or name the column that holds it"
+    instruction, input = task_of(values, columns, name, line, advice)
+    return Record(instruction, input, _text(values, columns.output, name, line, advice), name, line)
+
+
+def task_of(
+    values: Mapping[str, Any], columns: Columns, name: str, line: int, advice: str
+) -> tuple[str, str]:
+    """Return a row's instruction and input.
+
+    Args:
+        values: the row.
+        columns: what it calls them.
+        name: of the file, for messages.
+        line: of the row.
+        advice: what to do where there is no instruction.
+
+    Raises:
+        UserError: one is missing, not text or not valid Unicode, or the instruction is empty.
+    """
+    instruction = _text(values, columns.instruction, name, line, advice)
     # Data sets write "no input" as an absent key, as null, or as an empty text.
     given = values.get(columns.input) is not None
-    record = Record(
-        instruction, _text(values, columns.input, name, line) if given else "", output, name, line
-    )
+    input = _text(values, columns.input, name, line, advice) if given else ""
     if not instruction.strip():
         raise UserError(
             f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove it"
         )
-    return record
+    return instruction, input
 
 
-def _text(values: Mapping[str, Any], key: str, name: str, line: int) -> str:
+def _text(values: Mapping[str, Any], key: str, name: str, line: int, advice: str) -> str:
     if key not in values:
         present = list(values)
         found = ", ".join(map(shorten, present[:6])) or "none"
         raise UserError(
-            f"{name}:{line}: key {shorten(key)} is missing (found: {found}); "
-            f"add it, or name the column that holds it{nearest(key, present)}"
+            f"{name}:{line}: key {shorten(key)} is missing (found: {found}); {advice}{nearest(key, present)}"
         )
     value = values[key]
     if not isinstance(value, str):
         raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
     if not value.isascii():
-        check_unicode(value, key, name, line)
+        _check_unicode(value, key, name, line)
     return value
 
 
-def check_unicode(value: str, key: str, name: str, line: int) -> None:
+def _check_unicode(value: str, key: str, name: str, line: int) -> None:
     """Refuse half of a surrogate pair here: tokenizers would fail on it later, without a line."""
     try:
         value.encode()

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter import files
-from lit_adapter.data.formats import READERS, check_regular, json_type
-from lit_adapter.data.records import check_unicode
-from lit_adapter.errors import UserError, nearest, shorten
+from lit_adapter.data.records import DEFAULT_COLUMNS, rows_of, task_of
+from lit_adapter.errors import UserError
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at a group's end, and loses more."""
@@ -46,35 +45,13 @@ def read_prompts(path: Path) -> list[Prompt]:
         UserError: not a readable file, malformed, or a record that is no task; names file and line.
     """
     name = str(path)
-    check_regular(path, name)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{name}: its suffix names no format read here; expected {', '.join(READERS)}")
     prompts = [
-        _prompt(values, f"{name}:{line}") for line, values in reader(path, name, ("instruction", "input"))
+        Prompt(*task_of(values, DEFAULT_COLUMNS, name, line, "add it"), f"{name}:{line}")
+        for line, values in rows_of(path, name, ("instruction", "input"))
     ]
     if not prompts:
         raise UserError(f'{name}: no record; expected objects such as {{"instruction": ..., "input": ...}}')
     return prompts
-
-
-def _prompt(values: Mapping[str, Any], origin: str) -> Prompt:
-    if "instruction" not in values:
-        present = list(values)
-        found = ", ".join(map(shorten, present[:6])) or "none"
-        hint = nearest("instruction", present)
-        raise UserError(f"{origin}: key 'instruction' is missing (found: {found}){hint or '; add it'}")
-    texts = {"instruction": values["instruction"], "input": values.get("input")}
-    if texts["input"] is None:  # absent, null and empty all mean "no input", as in training data
-        texts["input"] = ""
-    name, _, line = origin.rpartition(":")
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{origin}: {key!r} is {json_type(value)}; expected a string")
-        check_unicode(value, key, name, int(line))
-    if not texts["instruction"].strip():
-        raise UserError(f"{origin}: 'instruction' is empty; write the task, or remove the record")
-    return Prompt(texts["instruction"], texts["input"], origin)
 
 
 def digest(value: Any) -> str:
