@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -156,8 +157,18 @@ def _check_plain(node: yaml.Node, place: str, kind: Any) -> None:
         raise UserError(f"{place} holds keys or lists within; give a plain value")
     if any("\0" in item.value for item in items):
         raise UserError(f"{place} holds a null character; give plain text")
+    odd = next((item.value for item in items if _is_odd_number(item)), None)
+    if odd is not None:
+        value = yaml.safe_load(odd)
+        raise UserError(f"{place} is {odd}, which YAML reads as {value}; write {value}, or put it in quotes")
     if type(None) not in get_args(kind) and any(item.tag == f"{_PLAIN_TAG}null" for item in items):
         raise UserError(f"{place} has no value; give one, or leave the key out for its default")
+
+
+def _is_odd_number(node: yaml.Node) -> bool:
+    """Whether a plain value is a number in YAML alone: octal for its leading 0, or with parts of 60."""
+    is_number = node.tag in (f"{_PLAIN_TAG}int", f"{_PLAIN_TAG}float")
+    return is_number and re.match(r"[-+]?0_*\d|.*:", node.value) is not None
 
 
 def generate_main(argv: Sequence[str]) -> int:

@@ -212,7 +212,10 @@ def test_an_output_in_the_way(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"instuction": "x"}', r":2: key 'instruction' is missing \(found: 'instuction'\); add it; did you mean"),
+        (
+            '{"instuction": "x"}',
+            r":2: key 'instruction' is missing \(found: 'instuction'\); add it; did you mean",
+        ),
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
         ('{"instruction": " "}', ":2: 'instruction' is empty"),
