@@ -191,7 +191,8 @@ def load(
         model.requires_grad_(False)
     if target.type == "cpu":
         model.decode_weights = DecodeWeights(model)
-    chosen = info.template if info is not None else resolve_template(template or "alpaca", tokenizer)
+    wanted = "alpaca" if template is None else template
+    chosen = info.template if info is not None else resolve_template(wanted, tokenizer)
     return AdaptedLlama(model, tokenizer, chosen)
 
 

@@ -141,7 +141,8 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
         raise UserError(f"{source}: does not say which base it belongs to; name its folder with --base")
     model = read_config(wishes.base)
     adapter = _understood(opened.tensors, model, opened.format, opened, wishes.gate)
-    template = wishes.template or TEMPLATES.get(opened.format, "alpaca")
+    usual = TEMPLATES.get(opened.format, "alpaca")
+    template = usual if wishes.template is None else wishes.template
     info = AdapterInfo(
         adapter=adapter.config,
         base=base_identity(wishes.base),
@@ -154,7 +155,7 @@ def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Pa
 
 
 def _origin_of_template(format: str, wishes: Wishes) -> str:
-    if wishes.template:
+    if wishes.template is not None:
         return "as --template says"
     if format in TEMPLATES:
         return f"which {format} trains with; the file does not say"
