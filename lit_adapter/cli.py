@@ -160,15 +160,16 @@ def _check_plain(node: yaml.Node, place: str, kind: Any) -> None:
     odd = next((item.value for item in items if _is_odd_number(item)), None)
     if odd is not None:
         value = yaml.safe_load(odd)
-        raise UserError(f"{place} is {odd}, which YAML reads as {value}; write {value}, or put it in quotes")
+        raise UserError(f"{place} is {odd}, which YAML reads as {value}; write the number out")
     if type(None) not in get_args(kind) and any(item.tag == f"{_PLAIN_TAG}null" for item in items):
         raise UserError(f"{place} has no value; give one, or leave the key out for its default")
 
 
 def _is_odd_number(node: yaml.Node) -> bool:
     """Whether a plain value is a number in YAML alone: octal for its leading 0, or with parts of 60."""
-    is_number = node.tag in (f"{_PLAIN_TAG}int", f"{_PLAIN_TAG}float")
-    return is_number and re.match(r"[-+]?0_*\d|.*:", node.value) is not None
+    kind = node.tag.removeprefix(_PLAIN_TAG)
+    is_octal = kind == "int" and re.match(r"[-+]?0_*\d", node.value) is not None
+    return is_octal or (kind in ("int", "float") and ":" in node.value)
 
 
 def generate_main(argv: Sequence[str]) -> int:

@@ -166,10 +166,13 @@ def _locked(lock: Path, *, wait: bool) -> int | None:
 
 
 def is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one of that name."""
-    with suppress(FileNotFoundError):
+    """Whether an open file is still the one of that name; ESTALE is what a network's file system says."""
+    try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

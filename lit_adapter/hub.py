@@ -18,13 +18,14 @@ def check_name(name: str) -> None:
         raise UserError(f"'{name}' is no name on the Hub; expected org/name")
 
 
-def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
+def asking_hub(name: str, revision: str | None, ask: Callable[[], Any], *, absent: str = "") -> Any:
     """Run a request.
 
     Args:
         name: repository, or repository and file, as the user knows it.
         revision: of it, or None.
         ask: what to call.
+        absent: what else is to be said where there is no such repository.
 
     Raises:
         UserError: the Hub did not answer it, and why.
@@ -36,7 +37,8 @@ def asking_hub(name: str, revision: str | None, ask: Callable[[], Any]) -> Any:
     except errors.GatedRepoError:
         why = "access is restricted; ask for it on its page, then run 'hf auth login'"
     except errors.RepositoryNotFoundError:
-        why = "not found on the Hub; check the spelling, or run 'hf auth login' if it is private"
+        also = f", {absent}" if absent else ""
+        why = f"not found on the Hub{also}; check the spelling, or run 'hf auth login' if it is private"
     except errors.RevisionNotFoundError:
         why = f"has no revision '{revision}'; check the branch, tag or commit"
     except errors.LocalEntryNotFoundError:

@@ -135,7 +135,7 @@ def test_read_hub_from_a_stand_in(tmp_path: Path, endpoint: str) -> None:
     assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
     assert dev.startswith("error: org/name: no data file of split 'dev'")
     assert missing.startswith("error: org/name:x.json: no such file on the Hub")
-    assert other.startswith("error: org/other, which is no file here: not found on the Hub")
+    assert other.startswith("error: org/other: not found on the Hub, nor is it a file here; check")
 
 
 def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: str) -> None:
@@ -145,12 +145,12 @@ def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: s
     again, absent, listed = read_in_process(tmp_path, endpoint, *names, HF_HUB_OFFLINE="1")
     assert [again] == first
     assert absent.startswith("error: org/name:test.jsonl: not downloaded yet")
-    assert listed.startswith("error: org/name, which is no file here: the Hub cannot be reached")
+    assert listed.startswith("error: org/name: the Hub cannot be reached")
 
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     (line,) = read_in_process(tmp_path, "http://127.0.0.1:9", "org/name")
-    assert line.startswith("error: org/name, which is no file here: the Hub cannot be reached")
+    assert line.startswith("error: org/name: the Hub cannot be reached")
 
 
 def test_read_hub_refuses_what_is_no_name() -> None:

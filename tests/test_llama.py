@@ -203,6 +203,7 @@ def test_meta_s_sizes_that_no_llama_has_are_refused(change: dict[str, Any], mess
         ({"rms_norm_eps": -1e-5}, "norm_eps is -1e-05; expected a number between 0 and 1"),
         ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
         ({"rope_theta": float("inf"), "rope_parameters": None}, "rope theta is inf"),
+        ({"rope_theta": 0, "rope_parameters": None}, "rope theta is 0.0"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "expected less than high_freq_factor 4.0"),
         (
             {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 0}},

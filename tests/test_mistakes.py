@@ -125,7 +125,10 @@ def test_a_wrong_option_is_named(
         ("data:\n  mask_prompt:\n", r":2: 'data.mask_prompt' has no value; give one, or leave the key out"),
         ("optim: {betas: [0.9, null]}\n", r":1: 'optim.betas' has no value"),
         ("base: ~\n", r":1: 'base' has no value"),
-        ("optim:\n  batch_size: 010\n", r":2: 'optim.batch_size' is 010, which YAML reads as 8; write 8, or"),
+        (
+            "optim:\n  batch_size: 010\n",
+            r":2: 'optim.batch_size' is 010, which YAML reads as 8; write",
+        ),
         ("optim:\n  max_steps: 1:30\n", r":2: 'optim.max_steps' is 1:30, which YAML reads as 90"),
         ("optim.lr: 0.1\n", r":1: key 'optim.lr' with a dot; write it as optim: \{lr: "),
         (

@@ -90,6 +90,7 @@ LLAMA_70B = LlamaConfig(
         (141, 8, ["trainer.strategy fsdp2 with trainer.devices 2"]),
         (50, 8, ["trainer.strategy fsdp2 with trainer.devices 8 with trainer.num_nodes 2"]),
         (50, 4, ["trainer.strategy fsdp2 with trainer.devices 4 with trainer.num_nodes 4"]),
+        (50, 3, ["trainer.strategy fsdp2 with trainer.devices 3 with trainer.num_nodes 4"]),
         (80, 1, []),
         (4, 8, []),
     ],

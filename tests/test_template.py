@@ -198,8 +198,9 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     second = Template("custom", "Q {instruction} {input}", "Q {instruction}")
     assert [second.variant(has_input) for has_input in (True, False)] == [0, 1]
     assert ours.decode(second.encode_prompt(ours, "x")) == "Q x"
-    path.write_text('{"do": "{instruction}"} {place} {}')
-    assert resolve_template(str(path), ours).text == '{"do": "{instruction}"} {place} {}'
+    text = '{"do": {instruction}} {place} {} {introduction} \\textbf{{input}}'
+    path.write_text(text)
+    assert resolve_template(str(path), ours).text == text
     path.write_text("{instruction}{ input }")
     with pytest.raises(UserError, match=r"mine.txt: \{ input \} is no field; write \{input\}"):
         resolve_template(str(path), ours)
@@ -219,9 +220,9 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
         ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or its file"),
         ("Q: {question}\nA:", "is not known; expected"),
         ("{instruction} {output}", "leave out {output}"),
-        ("{instruction} {inptu}", "{inptu} is no field; write {input}"),
+        ("{instruction} {inputs}", "{inputs} is no field; write {input}"),
+        ("{instruction} {instuction}", "{instuction} is no field; write {instruction}"),
         ("{instruction} {Input}", "{Input} is no field; write {input}"),
-        ("{{instruction}} {input}", "{{instruction}} is no field; write {instruction}"),
     ],
 )
 def test_unknown_templates(made: dict[str, Kind], choice: str, message: str) -> None:

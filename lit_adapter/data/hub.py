@@ -98,8 +98,7 @@ def _listing(repo: str) -> tuple[list[str], str | None]:
     """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
-    name = f"{repo}, which is no file here"  # perhaps a local path was meant
-    info = asking_hub(name, None, lambda: HfApi().dataset_info(repo))
+    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="nor is it a file here")
     return [file.rfilename for file in info.siblings or []], info.sha
 
 

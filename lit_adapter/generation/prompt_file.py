@@ -72,12 +72,10 @@ def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | No
 
     Where it was chosen by a timing, another timing may choose another.
     """
-    if not _partial(out).is_file():
-        return None
     try:
         with _partial(out).open("rb") as stream:
             found = json.loads(stream.readline())
-    except (OSError, ValueError):  # `Answers` will say what is wrong with it
+    except (OSError, ValueError):  # none, or `Answers` will say what is wrong with it
         return None
     if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
         return None
@@ -89,7 +87,8 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
     Raises:
-        UserError: a folder, a pipe or device, or a file that is not to be replaced.
+        UserError: a folder, a pipe or device, or a file that is not to be replaced; or something else stands
+            where an unfinished run is kept.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
@@ -98,6 +97,10 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise UserError(f"{out}: a pipe, socket or device; name a regular file to write")
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
+    partial = _partial(out)
+    with files.reading(partial):
+        if partial.exists() and not partial.is_file():  # to read a pipe would be to wait for ever
+            raise UserError(f"{partial}: not a regular file; remove it, or choose another --output")
 
 
 class Answers:
@@ -178,12 +181,12 @@ class Answers:
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the whole lines of an unfinished run of these prompts and settings."""
-        if not self.path.exists():
-            return []
-        if not self.path.is_file():  # to read a pipe would be to wait for ever
-            raise UserError(f"{self.path}: not a regular file; remove it, or choose another --output")
-        with files.reading(self.path):
+        try:
             content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read: {error.strerror}") from None
         if b"\n" not in content:
             return []  # not even the first line is whole: there is nothing to lose
         header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short

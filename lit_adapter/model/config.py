@@ -168,10 +168,10 @@ class LlamaConfig:
     @classmethod
     def _from_meta(cls, params: dict[str, Any], vocab_size: int, n_hidden: int, source: str) -> LlamaConfig:
         n_embd, n_head = _required(params, "dim", source), _required(params, "n_heads", source)
-        rope = RopeConfig(theta=float(params.get("rope_theta", 10_000.0)))
+        rope = RopeConfig(theta=float(_given(params, "rope_theta", 10_000.0)))
         if params.get("use_scaled_rope"):
             # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
-            rope = RopeConfig(rope.theta, "llama3", float(params.get("rope_scaling_factor", 8.0)))
+            rope = RopeConfig(rope.theta, "llama3", float(_given(params, "rope_scaling_factor", 8.0)))
         llama3 = vocab_size > 100_000
         context = (
             131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
@@ -274,7 +274,7 @@ def _rope_from_hf(raw: dict[str, Any], source: str) -> RopeConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"{source}: rope type {kind!r} is not known; expected default, linear or llama3")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    theta = _given(rope, "rope_theta", _given(raw, "rope_theta", 10_000.0))
     if kind == "default":
         return RopeConfig(float(theta))
     factor = float(_required(rope, "factor", f"{source}: rope"))

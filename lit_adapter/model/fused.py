@@ -69,8 +69,7 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
     if not applies(model):
         if float8:
             raise UserError(
-                "trainer.base_precision is fp8, which needs a base without biases, adapter.dropout 0 and "
-                f"adapter.prompt_length {LONGEST_PROMPT} or less, of version v1; use base_precision full"
+                "trainer.base_precision is fp8, but the kernels for it cannot compute this model; use full"
             )
         return
     if not float8:

@@ -30,7 +30,7 @@ ALPACA_WITHOUT_INPUT = (
 )
 KINDS = ("alpaca", "alpaca-newline", "chat", "custom")
 _FIELD = re.compile(r"(\{instruction\}|\{input\})")
-_IN_BRACES = re.compile(r"\{+\s*(\w+)\s*\}+")
+_IN_BRACES = re.compile(r"\{\s*(\w+)\s*\}")
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
 def _custom(text: str, where: str) -> Template:
     """Return a user's own template; words in braces are its text, but not those that nearly name a field."""
     for found in _IN_BRACES.finditer(text):
-        close = difflib.get_close_matches(found[1].lower(), ("instruction", "input"), n=1, cutoff=0.8)
+        close = difflib.get_close_matches(found[1].lower(), ("instruction", "input"), n=1, cutoff=0.88)
         if close and found[0] != f"{{{close[0]}}}":
             raise UserError(f"{where}: {found[0]} is no field; write {{{close[0]}}}")
     return Template("custom", text)

@@ -181,9 +181,7 @@ class _Run:
         options = self.config.trainer
         why = unfused_because(self.base_config, self.config.adapter, self.precision, options.tensor_parallel)
         if why is not None and options.base_precision == "fp8":
-            raise UserError(
-                f"trainer.base_precision is fp8, but {why}; change that, or use base_precision full"
-            )
+            raise UserError(f"trainer.base_precision is fp8, but {why}; use base_precision full")
         return why
 
     def train(self, resume: str | None, *, dry_run: bool = False) -> int:

@@ -179,9 +179,10 @@ def _cut(needed: Sizes, free: int) -> str | None:
     """Return the fewest devices that a base can be cut over so that a step fits, as settings."""
     if needed.may_be_cut_over < 2:
         return None
-    for shards in (2, 4, 8, 16, 32, 64):
-        devices = min(shards, needed.may_be_cut_over)
-        if shards % devices or devices % needed.tensor_parallel:
+    most = needed.may_be_cut_over
+    for shards in (*(n for n in (2, 4, 8) if n < most), most, 2 * most, 4 * most, 8 * most):
+        devices = min(shards, most)
+        if devices % needed.tensor_parallel:
             continue
         if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
             nodes = f" with trainer.num_nodes {shards // devices}" if shards > devices else ""

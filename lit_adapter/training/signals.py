@@ -55,7 +55,7 @@ class Signals:
     def install(self) -> None:
         """Take the signals over, and let through those that were held back at this process's start."""
         self.earlier = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
-        # torch's loaders take this one during the run.
+        # torch's loaders take this one during the run; once given back, they see a death when they look.
         self.earlier[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
 

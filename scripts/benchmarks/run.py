@@ -60,13 +60,13 @@ def generate(options: Any) -> tuple[str, bool]:
     options.n_new, options.prompt_tokens = options.new_tokens or 256, options.prompt_tokens or 64
     options.first_token_prompt = options.first_token_prompt or (512 if device.type == "cuda" else 200)
     batches, vocab = options.batches or [1, 32], base.model.config.vocab_size
-    longest = max(options.prompt_tokens + options.n_new, options.first_token_prompt + 1)
+    n_longest = max(options.prompt_tokens, options.first_token_prompt if 1 in batches else 0)
+    longest = max(options.prompt_tokens + options.n_new, n_longest + 1)
     if longest > base.model.config.context_length:
         raise UserError(
             f"a text of {longest} tokens, but the base's context is {base.model.config.context_length}; "
             "lower --new-tokens, --prompt-tokens or --first-token-prompt"
         )
-    n_longest = max(options.prompt_tokens, options.first_token_prompt)
     ids = prompt_ids(options, vocab, max(batches), n_longest).to(device)
     found = generation.makers(base, options)
     usual = found if device.type == "cuda" else [name for name in found if name != "transformers-static"]
