@@ -53,13 +53,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def followed(path: Path) -> Path:
-    """Return the file that a link leads to, so that writing replaces that and not the link.
+    """Return the file that writing ``path`` replaces: of a link the one that it leads to.
 
     Raises:
-        UserError: it leads to an open file, as /dev/stdout does.
+        UserError: a pipe or device, or a link to an open file, as /dev/stdout is.
     """
-    if not path.is_symlink():
-        return path
+    target = _end_of_links(path) if path.is_symlink() else path
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        # The rename would put a file in the place of the device itself, for every program: /dev/null.
+        raise UserError(f"{target}: a pipe, socket or device; name a regular file to write")
+    return target
+
+
+def _end_of_links(path: Path) -> Path:
     steps = [path]
     while steps[-1].is_symlink() and len(steps) <= MOST_LINKS:
         steps.append(steps[-1].parent / steps[-1].readlink())
@@ -82,9 +88,6 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
             pipe or device has this name.
     """
     path = followed(Path(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        # The rename would put a file in the place of the device itself, for every program: /dev/null.
-        raise UserError(f"{path}: a pipe, socket or device; name a regular file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"), LEFTOVER_SECONDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from lit_adapter.generation.decode import decode
 from lit_adapter.generation.decoder import Decoder, Slot
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
+from lit_adapter.model.adapter import plain_base
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights, _Matrix
@@ -92,6 +93,18 @@ def test_other_models_keep_their_own_forward_pass(sizes: dict[str, Any], adapter
     model.decode_weights = DecodeWeights(model)
     assert not model.decode_weights.ready
     assert list(decode(model, PROMPTS, settings, frozenset())) == plain
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_an_adapter_that_is_put_aside_first_is_the_same_afterwards(version: Literal["v1", "v2"]) -> None:
+    """V2 scales the projections of its prompts too, but not while the plain base answers."""
+    model = open_adapter(random_llama(3, torch.float32), AdapterConfig(version=version)).requires_grad_(False)
+    settings = Sampling.of(max_new_tokens=6)
+    wanted = list(decode(model, PROMPTS, settings, frozenset()))
+    model.decode_weights = DecodeWeights(model)
+    with plain_base(model):
+        assert list(decode(model, PROMPTS, settings, frozenset())) != wanted
+    assert list(decode(model, PROMPTS, settings, frozenset())) == wanted
 
 
 @pytest.mark.parametrize("n_threads", [1, 4, 7, 48])

@@ -93,8 +93,6 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
     files.followed(out)
-    if out.exists() and not out.is_file():
-        raise UserError(f"{out}: a pipe, socket or device; name a regular file to write")
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
     partial = _partial(out)

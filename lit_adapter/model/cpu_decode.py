@@ -75,25 +75,17 @@ class DecodeWeights:
     """A model's matrices for `CpuDecode`, laid out when they are first asked for.
 
     Args:
-        model: a frozen model on a CPU; its weights must not change any more.
+        model: a frozen model on a CPU, with its adapter in use; its weights must not change any more.
     """
 
     def __init__(self, model: Llama) -> None:
         self.model = model
-        self.prefixes = [block.self_attn.prefix for block in model.layers]
+        with torch.inference_mode(False), torch.no_grad():
+            self.prefix: list[KeyValue | None] = model.prefix_kv(model.embed_tokens.weight.dtype)
+        """Keys and values ``[G, K, D]`` of each layer's prompt, or None: projected once for all answers."""
         self.layers: list[_Layer] = []
         self.norm: Tensor
         self.head: _Matrix
-
-    @cached_property
-    def prefix(self) -> list[KeyValue | None]:
-        """Keys and values ``[G, K, D]`` of each layer's prompt, or None: projected once for all answers."""
-        dtype = self.model.embed_tokens.weight.dtype
-        with torch.inference_mode(False), torch.no_grad():  # whether or not the adapter is in use just now
-            return [
-                None if prefix is None else block.self_attn.project_kv(prefix.prompt.to(dtype))
-                for block, prefix in zip(self.model.layers, self.prefixes, strict=True)
-            ]
 
     @cached_property
     def ready(self) -> bool:

@@ -29,7 +29,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import Memory, RowShape, estimate, path_of
-from lit_adapter.training.strategy import is_sharded, is_whole, n_processes
+from lit_adapter.training.strategy import is_sharded, n_processes, whole_because
 
 STEPS_LOOKED_AT = 3
 HEADERS = 65_536
@@ -94,7 +94,7 @@ def sizes(
         rows.append(max(packer.assign(steps.records(step)), key=packer.row_length))
     shapes = [RowShape.of(packer.row(row)) for row in rows]
     n_tokens, options = int(packer.encoded.length[longest]), config.trainer
-    whole = device != "cuda" or is_whole(options)
+    whole = device != "cuda" or whole_because(options)
     layout = (options.recompute, shards, options.tensor_parallel, 1 if whole else torch.cuda.device_count())
     found = [Sizes(model, config.adapter, shape, n_tokens, precision, device, *layout) for shape in shapes]
     return max(found, key=lambda one: one.memory.total)

@@ -61,9 +61,11 @@ def is_sharded(options: TrainerConfig) -> bool:
     return options.strategy == "fsdp2"
 
 
-def is_whole(options: TrainerConfig) -> bool:
-    """Tell whether the base has to be whole on every device: there is no other way with these precisions."""
-    return options.precision == "16-mixed" or options.base_precision == "fp8"
+def whole_because(options: TrainerConfig) -> str | None:
+    """Return the setting for which the base has to be whole on every device; None where it may be cut."""
+    if options.precision == "16-mixed":
+        return "precision 16-mixed"
+    return "base_precision fp8" if options.base_precision == "fp8" else None
 
 
 def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | str:
@@ -91,10 +93,10 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
             start the others.
     """
     _check_precision(options, device)
-    if is_sharded(options) and is_whole(options):
-        found = "precision 16-mixed" if options.precision == "16-mixed" else "base_precision fp8"
+    whole = whole_because(options)
+    if is_sharded(options) and whole:
         raise UserError(
-            f"trainer.strategy is fsdp2, which does not go with trainer.{found}; use bf16-true, or ddp"
+            f"trainer.strategy is fsdp2, which does not go with trainer.{whole}; use bf16-true, or ddp"
         )
     _check_tensor_parallel(options, _per_node(options, device))
     gpu = device.type == "cuda"
