@@ -11,6 +11,7 @@ from tiny_models import open_adapter, random_ids, random_llama
 from torch import Tensor, nn
 
 from lit_adapter.generation.decode import decode
+from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.cache import DecodeView, KeyValueCache, PrefillView
@@ -73,15 +74,18 @@ class Plain:
         ((4, 4, 128), "channel", 17, [250]),
         ((8, 1, 32), "layer", 1, [1]),
         ((4, 2, 64), "identity", 10, [1, 130, 63]),
+        ((8, 2, 16), "tanh", 10, [40]),
         ((8, 2, 16), "tanh", 10, list(range(1, 21))),
+        ((4, 4, 128), "tanh", 10, list(range(1, 21))),
         ((4, 4, 32), "tanh", 10, list(range(1, 71))),
     ],
-    ids=["one", "one-many-prompts", "one-short", "three", "twenty", "seventy"],
+    ids=["one", "one-many-prompts", "one-short", "three", "one-small", "small", "twenty", "seventy"],
 )
 def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     heads: tuple[int, int, int], gate: str, K: int, lengths: list[int]
 ) -> None:
     from lit_adapter.model.fused_decode import FusedDecode, decoder_for
+    from lit_adapter.model.kernels import decode_products
 
     model = adapted(*heads, gate, K)
     slots = list(range(len(lengths)))[::-1]
@@ -91,7 +95,7 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     device = copy.deepcopy(model).cuda()
     fused = decoder_for(device, KeyValueCache(device, len(slots), 320))
     assert isinstance(fused, FusedDecode)
-    assert (fused.alone is not None) == (len(lengths) == 1)
+    assert (fused.few is not None) == decode_products.computes(len(lengths), heads[2])
     with torch.inference_mode():
         wanted = exact.read(asked, slots)
         assert distance(fused.read(asked, slots), wanted) < 1.5 * distance(plain.read(asked, slots), wanted)
@@ -125,6 +129,28 @@ def test_a_base_in_fp8_is_decoded_in_fp8() -> None:
             token, position = random_ids(len(slots), vocab=VOCAB), torch.tensor(lengths)
             wanted = plain.step(token, position).double().cpu()
             assert distance(found.step(token.cuda(), position.cuda()), wanted) < 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "V"), [(1, 509), (5, 4096), (3, 32001)])
+def test_the_likeliest_tokens_are_chosen_and_counted(B: int, V: int, dtype: torch.dtype) -> None:
+    from lit_adapter.model.kernels import greedy
+
+    generator = torch.Generator("cuda").manual_seed(V)
+    logits = torch.randn(B, V, device="cuda", generator=generator).to(dtype)
+    logits[0, [3, V - 1]] = 99.0  # equals: the first is taken
+    logits[1:2, V // 2] = torch.nan
+    logits[2:3, V // 2] = torch.inf
+    logits[3:4] = -torch.inf
+    place = torch.arange(2 * B, device="cuda").view(2, B)
+    last_place = torch.tensor([[2], [100]], device="cuda")
+    wanted = choose(logits, Sampling(), torch.zeros(B, device="cuda"), None)
+    counted = torch.minimum(place + 1, last_place)
+    chosen, token = torch.empty_like(wanted), torch.empty_like(wanted)
+    greedy.advance(logits, chosen, token, place, last_place)
+    assert chosen.tolist() == wanted.tolist()
+    assert token.tolist() == wanted.clamp(min=0).tolist()
+    assert place.tolist() == counted.tolist()
 
 
 def answers(model: Llama, how: Sampling, batch_size: int) -> list[list[int]]:

@@ -80,6 +80,17 @@ def test_fused_blocks_learn_what_the_modules_learn(
     assert gpu.training["val_loss"] == pytest.approx(cpu.training["val_loss"], abs=tolerance)
 
 
+@pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_on_another_device(tiny: Callable[..., Config], first: str, then: str) -> None:
+    finetune(tiny(out="whole"), say=Stopper())
+    assert finetune(tiny("--trainer.accelerator", first, out="moved"), say=Stopper("step 4/")) == 143
+    moved_on = tiny("--trainer.accelerator", then, out="moved")
+    assert finetune(moved_on, resume="last", say=Stopper()) == 0
+    whole, moved = (load_file(Path(tiny(out=out).out) / "adapter.safetensors") for out in ("whole", "moved"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 LAYOUTS = [("ddp", 1, 1), ("ddp", 2, 1), ("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)]
 
 

@@ -100,8 +100,11 @@ class GraphDecoder(Decoder):
 
     def _advance(self, used: int) -> None:
         """Do one step on the device: from ``token`` at ``position`` to ``chosen``, the next ``token``."""
-        uniform = self.numbers[self.drawn]
-        token = choose(self._logits(used), self.settings, uniform, self.seen)
+        logits = self._logits(used)
+        if self.fused is not None and self.settings.greedy and self.seen is None:
+            self.fused.advance_greedily(logits, self.chosen, self.token, self.place, self.last_place)
+            return
+        token = choose(logits, self.settings, self.numbers[self.drawn], self.seen)
         self.chosen.copy_(token)
         torch.clamp(token, min=0, out=self.token)
         if self.seen is not None:

@@ -19,7 +19,7 @@ from lit_adapter.model import fused
 from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
 from lit_adapter.model.cache import KeyValueCache
-from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
+from lit_adapter.model.kernels import attention, decode_attention, decode_products, greedy, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.tiles import plan_tiles
@@ -55,10 +55,12 @@ class FusedDecode:
         self.parts = decode_attention.Parts(B, (H, G), D, cache.length, cache.k.device)
         self.y = new(B, H * D)
         self.slot = torch.arange(B, device=cache.k.device)
+        cos, sin = model.rotation(torch.arange(cache.length, device=cache.k.device))
+        self.rotation: KeyValue = (cos, sin)  # of all positions, [S, D/2]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
         plain = plain and not any(weights.quantised for weights in self.weights)
-        self.alone = _OneText(self) if B == 1 and plain else None
+        self.few = _FewTexts(self) if plain and decode_products.computes(B, D) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
         """Read prompts into their slots, all in one row, and return their last hidden states ``[B, C]``."""
@@ -81,11 +83,17 @@ class FusedDecode:
         Returns:
             Logits of the next token ``[B, V]``; the next call may overwrite them.
         """
-        rotation = self.model.rotation(position[None])
-        if self.alone is not None:
-            return self.alone.step(token, position, rotation)
-        view = _StepView(self, rotation, self.slot, position)
+        if self.few is not None:
+            return self.few.step(token, position)
+        cos, sin = self.rotation
+        view = _StepView(self, (cos[position][None], sin[position][None]), self.slot, position)
         return self.model.head(self.model(token[None], view)[0])
+
+    def advance_greedily(
+        self, logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_place: Tensor
+    ) -> None:
+        """Choose the likeliest next tokens and count them; see `greedy.advance`."""
+        greedy.advance(logits, chosen, token, place, last_place)
 
 
 def _prefix(
@@ -179,26 +187,27 @@ class _StepView(_CacheRowView):
         return decode.y
 
 
-class _OneText:
-    """The steps of a single text: five launches a layer, which read each weight once."""
+class _FewTexts:
+    """The steps of few texts: five or seven launches a layer, which read each weight once."""
 
     def __init__(self, decode: FusedDecode) -> None:
-        self.decode, config = decode, decode.model.config
+        self.decode, config, B = decode, decode.model.config, decode.cache.n_slots
         new = decode.y.new_empty
-        self.x = new(1, config.n_embd)
-        self.q = new(1, decode.q_width)
-        self.hidden = new(1, config.n_hidden)
-        self.logits = new(1, config.vocab_size, dtype=torch.float32)
+        self.x = new(B, config.n_embd)
+        self.q = new(B, decode.q_width)
+        self.hidden = new(B, config.n_hidden)
+        self.logits = new(B, config.vocab_size, dtype=torch.float32)
+        self.products = decode_products.Products(self.x)
 
-    def step(self, token: Tensor, position: Tensor, rotation: KeyValue) -> Tensor:
-        """Do `FusedDecode.step` for ``token [1]`` at ``position [1]``."""
-        decode, model, products, x = self.decode, self.decode.model, decode_products, self.x
+    def step(self, token: Tensor, position: Tensor) -> Tensor:
+        """Do `FusedDecode.step`."""
+        decode, model, products, x = self.decode, self.decode.model, self.products, self.x
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
             attn, mlp, norm = block.self_attn, block.mlp, block.input_layernorm
             cache = (decode.cache.k[index], decode.cache.v[index])
             weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-            products.project(x, norm.weight, norm.eps, weights, rotation, position, self.q, cache)
+            products.project(x, norm.weight, norm.eps, weights, decode.rotation, position, self.q, cache)
             decode_attention.attend(self.q, cache, position, decode.prefix[index], decode.parts, decode.y)
             products.add_linear(decode.y, attn.o_proj.weight, x)
             norm = block.post_attention_layernorm

@@ -23,7 +23,7 @@ QUERY_TILE, KEY_TILE = 64, 32
 """A program owns a tile of queries and visits the tiles of keys that one of them sees."""
 OWNED_KEYS, VISITING_TILE = 64, 32
 """Or it owns a tile of keys and visits the tiles of queries that see one of them."""
-VISITS = 32
+VISITS = 16
 """Query tiles that one program adds up into the gradient of a key tile; a shared head has hundreds, and
 would keep the device waiting for the one program that adds them all."""
 

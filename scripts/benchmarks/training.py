@@ -50,7 +50,8 @@ class Entry:
         """Begin training anew with ``method``."""
         self.method = method
         self.values = [value.clone() for value in initial]
-        self.optimizer = torch.optim.AdamW(method.parameters, lr=self.rate, weight_decay=0.0)
+        fused = method.parameters[0].is_cuda
+        self.optimizer = torch.optim.AdamW(method.parameters, lr=self.rate, weight_decay=0.0, fused=fused)
 
     @contextmanager
     def in_place(self) -> Iterator[Method]:
@@ -220,11 +221,11 @@ class Comparison:
 
     def _timed(self, entry: Entry, records: list[NDArray[np.int64]]) -> None:
         with entry.in_place() as method:
-            self._fill_memory(method, records[:1])
+            self._fill_memory(method, records)
             entry.passes.append(self._pass(entry, records))
 
     def _fill_memory(self, method: Method, records: list[NDArray[np.int64]]) -> None:
-        """Compute a step and forget it: memory was given back after another method's pass."""
+        """Compute a pass and forget it: memory was given back after another method's."""
         for parts in method.steps(records):
             for part in parts:
                 method.loss(part).backward()

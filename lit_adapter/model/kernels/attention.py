@@ -24,6 +24,8 @@ from lit_adapter.model.tiles import KEY_TILE, OWNED_KEYS, QUERY_TILE, VISITING_T
 
 LOG2_E = 1.4426950408889634
 
+THREE_PROGRAMS = 168
+"""Registers of a thread with which a multiprocessor runs three programs of 128 threads."""
 LENGTHS = ("n_queries", "n_keys", "n_prompt", "n_tiles")
 PLAN = tuple(field.name for field in fields(TilePlan))
 
@@ -165,17 +167,15 @@ def _query_gradient_kernel(
         strength = tl.load(strength_at + h * D + d)[None, :]
         share = _prefix_weights(q, pk, n_prompt, scale, ROWS)
         narrow = share.to(pv.dtype)
-        y = tl.dot(narrow, pv)  # the prefix's part of o, less its strength
-        tl.store(dstrength_at + (m * H + h) * D + d, tl.sum(do.to(tl.float32) * y, 0))
-        dy = do.to(tl.float32) * strength
-        prefix_delta = tl.sum(dy * y, 1)
-        delta -= prefix_delta  # o - c y is the row's own part
-        dy = dy.to(pv.dtype)
-        dshare = share * (tl.dot(dy, tl.trans(pv)) - prefix_delta[:, None])
-        dshare = dshare.to(pv.dtype)
+        summed = tl.dot(tl.trans(narrow), do)  # [ROWS, D], from which the gradients of pv and c follow
+        tl.store(dstrength_at + (m * H + h) * D + d, tl.sum(summed * pv.to(tl.float32), 0))
         part = dprompt_at + ((m * 2 * H + h) * ROWS + r)[:, None] * D + d[None, :]
-        tl.store(part, tl.dot(tl.trans(dshare), q) * softmax_scale)
-        tl.store(part + H * ROWS * D, tl.dot(tl.trans(narrow), dy))
+        tl.store(part + H * ROWS * D, summed * strength, mask=(r < n_prompt)[:, None])
+        dshare = tl.dot(do, tl.trans((pv.to(tl.float32) * strength).to(pv.dtype)))
+        prefix_delta = tl.sum(share * dshare, 1)
+        delta -= prefix_delta  # o less the prefix's part is the row's own
+        dshare = (share * (dshare - prefix_delta[:, None])).to(pv.dtype)
+        tl.store(part, tl.dot(tl.trans(dshare), q) * softmax_scale, mask=(r < n_prompt)[:, None])
         if ROW:
             dq = tl.dot(dshare, pk)
     if ROW:
@@ -281,14 +281,15 @@ def _sum_prefix_gradient_kernel(
     block, which = tl.program_id(0), tl.program_id(1)
     if which < 2 * G:
         inner = block * BLOCK + tl.arange(0, BLOCK)
+        r, d = inner // D, inner % D
         total = tl.zeros([BLOCK], tl.float32)
         for first in range(0, n_tiles, TILES):
             m = first + tl.arange(0, TILES)
             for member in range(GROUP):
                 head = which // G * H + which % G * GROUP + member  # of the pk of all heads, or of the pv
                 at = (m * 2 * H + head)[:, None] * ROWS * D + inner[None, :]
-                total += tl.sum(tl.load(dprompt_at + at, mask=(m < n_tiles)[:, None], other=0.0), 0)
-        r, d = inner // D, inner % D
+                real = (m < n_tiles)[:, None] & (r < n_prompt)[None, :]
+                total += tl.sum(tl.load(dprompt_at + at, mask=real, other=0.0), 0)
         at = kv_at + r * kv_stride + which * D + d
         tl.store(at, total.to(kv_at.dtype.element_ty), mask=r < n_prompt)
         if ZEROS and which < G:
@@ -343,7 +344,7 @@ def attend(
         plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
         D**-0.5 * LOG2_E,
-        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
+        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3, maxnreg=THREE_PROGRAMS,
     )  # fmt: skip
     return o, lse
 
@@ -413,7 +414,7 @@ def attend_backward(
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
         some.kv.stride(0), n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows,
-        ROW=into is not None, num_stages=3,
+        ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:
         n_sums = plan.sum_tile.shape[0]
@@ -434,5 +435,5 @@ def attend_backward(
         _sum_prefix_gradient_kernel[(prompt_rows * D // block, 2 * G + H)](
             dprompt, dstrength, kv, into_prefix.strength, kv if zeros is None else zeros,
             n_tiles, n_prompt, kv.stride(0), 0 if zeros is None else zeros.stride(0),
-            GROUP=H // G, G=G, D=D, ROWS=prompt_rows, BLOCK=block, TILES=16, ZEROS=zeros is not None,
+            GROUP=H // G, G=G, D=D, ROWS=prompt_rows, BLOCK=block, TILES=32, ZEROS=zeros is not None,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.kernels.decode_products import starts_early
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 
-KEYS = 64
+KEYS = 32
 """Keys that a program looks at in one go."""
 MOST_SPLITS = 64
 HEADS = 8
@@ -77,7 +77,7 @@ def attend(
         GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
         K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
         WIDTH=power_of_two(H // G * D), EARLY=parts.early,
-        num_warps=4, num_stages=3, launch_pdl=parts.early,
+        num_warps=4, num_stages=3 if parts.splits == 1 else 2, launch_pdl=parts.early,
     )  # fmt: skip
 
 
