@@ -23,6 +23,8 @@ from lit_adapter.model.llama import Llama
 if TYPE_CHECKING:
     from lit_adapter.model.fused_decode import FusedDecode
 
+LONG = 1024
+"""Tokens of prompts that the device reads for longer than the host takes to capture a step."""
 LEAST_USED = 256
 """Shortest cache that a graph of the module path attends to; longer ones are its doubles."""
 
@@ -56,9 +58,12 @@ class GraphDecoder(Decoder):
         return new
 
     def _read(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
-        if self.fused is not None:
-            return self.fused.read(prompts, slots.tolist())
-        return super()._read(prompts, slots)
+        if self.fused is None:
+            return super()._read(prompts, slots)
+        hidden = self.fused.read(prompts, slots.tolist())
+        if sum(map(len, prompts)) >= LONG and self.settings.max_new_tokens > 1:
+            self._graph(self.cache.length)
+        return hidden
 
     def step(self, slots: list[Slot | None]) -> list[int]:
         """Return the slots that have a new token, and start the step after it."""
@@ -77,10 +82,7 @@ class GraphDecoder(Decoder):
 
     def _launch(self, slots: list[Slot | None]) -> _Ahead:
         """Start one step of all slots and the way of its tokens to the host."""
-        used = self._looked_at(max(slot.length for slot in slots if slot) + 1)
-        if used not in self.graphs:
-            self.graphs[used] = capture(lambda: self._advance(used))
-        self.graphs[used]()
+        self._graph(self._looked_at(max(slot.length for slot in slots if slot) + 1))()
         for slot in slots:
             if slot:
                 slot.length += 1
@@ -88,6 +90,12 @@ class GraphDecoder(Decoder):
         self.landings.reverse()
         self.landings[0].send(self.chosen)
         return _Ahead(list(slots), self.landings[0])
+
+    def _graph(self, used: int) -> Callable[[], None]:
+        """Return the step that attends to ``used`` of the cache, captured the first time."""
+        if used not in self.graphs:
+            self.graphs[used] = capture(lambda: self._advance(used))
+        return self.graphs[used]
 
     def _looked_at(self, used: int) -> int:
         """Return how much of the cache a graph looks at: fused kernels read each text's own length."""
