@@ -212,9 +212,9 @@ class Comparison:
 
     def _try(self, entry: Entry) -> float | None:
         """Return the seconds of pass 0 once what compiles or allocates has done so; None: out of memory."""
-        with entry.in_place():
+        with entry.in_place() as method:
             try:
-                self._pass(entry, self.work.records(0)[:1])
+                self._fill_memory(method, self.work.records(0))
                 return self._pass(entry, self.work.records(0)).seconds
             except torch.OutOfMemoryError:
                 return None
