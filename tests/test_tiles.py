@@ -77,7 +77,7 @@ def test_a_head_that_many_records_continue_is_summed_in_parts(monkeypatch: pytes
     assert count.max() > 2
     assert plan.sum_tile.tolist() == (count > 1).nonzero().flatten().tolist()
     slots = [int(slot) for slot in plan.part_slot if slot >= 0]
-    assert slots == list(range(int(plan.sum_from[-1])))
+    assert slots == list(range(int(plan.sum_from[-1]))) == list(range(plan.n_slots))
     for tile, (start, end) in zip(plan.sum_tile, itertools.pairwise(plan.sum_from.tolist()), strict=True):
         assert plan.part_slot[plan.part_tile == tile].tolist() == list(range(start, end))
 

@@ -12,6 +12,7 @@ last token is a target and never an input: nothing is predicted from it, so it t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -136,16 +137,50 @@ class Packer:
 
     def row(self, records: list[int]) -> PackedRow:
         """Lay ``records`` into one row: each shared head, then the records that continue it."""
-        layout = _Layout()
-        for variant, mine in self._by_head(records):
-            head = layout.add(self.heads[variant]) if variant >= 0 else None
-            for record in mine:
-                first = int(self.encoded.n_prompt[record]) if self.mask_prompt else 1
-                layout.add_record(self.encoded.record(record), int(self.n_head[record]), head, first)
-        row = layout.finish()
+        parts = self._laid_out(records)
+        ids, position, segment, head, target_index, target_id = map(
+            torch.from_numpy, (*_tokens(parts), *self._targets(parts))
+        )
+        row = PackedRow(ids, position, segment, head, target_index, target_id)
         if self.trunk is not None:
             row.trunk = self.trunk.read(self.parts(records), len(row.ids))
         return row
+
+    def _laid_out(self, records: list[int]) -> list[_Part]:
+        """Return what a row is laid out of, in order; one without records has a token too."""
+        parts: list[_Part] = []
+        for variant, mine in self._by_head(records):
+            head = None
+            if variant >= 0:
+                head = len(parts)
+                parts.append(_Part(self.heads[variant]))
+            for record in mine:
+                n_head = int(self.n_head[record])
+                parts.append(
+                    _Part(self.encoded.record(record)[n_head:-1], position=n_head, head=head, record=record)
+                )
+        parts = parts or [_Part(np.zeros(1, dtype=np.int32))]
+        for before, part in pairwise(parts):
+            part.start = before.start + len(before.ids)
+        return parts
+
+    def _targets(self, parts: list[_Part]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the places whose next token is learned, ascending, and that token ``[M]``."""
+        mine = [part for part in parts if part.record is not None]
+        head_starts = [0 if part.head is None else parts[part.head].start for part in mine]
+        rows = [(part.record, part.position, part.start) for part in mine]
+        records, n_head, start = np.array(rows, np.int64).reshape(-1, 3).T
+        head_start = np.array(head_starts, np.int64)
+        first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)
+        first = np.maximum(first, 1) - 1  # the token that predicts the first
+        count = self.encoded.start[records + 1] - self.encoded.start[records] - 1 - first
+        predicting = np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
+        n_head, start, head_start = (np.repeat(values, count) for values in (n_head, start, head_start))
+        # The shared head's tokens predict for every record that continues it.
+        place = predicting + np.where(predicting < n_head, head_start, start - n_head)
+        token = self.encoded.ids[np.repeat(self.encoded.start[records], count) + predicting + 1]
+        order = np.argsort(place, kind="stable")
+        return place[order], token[order].astype(np.int64)
 
     def _by_head(self, records: list[int]) -> list[tuple[int, list[int]]]:
         """Return a row's records as they lie: by variant of their shared head, -1 for those without."""
@@ -172,59 +207,33 @@ class Packer:
         return np.concatenate([self.n_own, np.array(heads, np.int64)])
 
 
-class _Layout:
-    """A row being laid out."""
+@dataclass
+class _Part:
+    """A part of a row: a shared head, or a record's own tokens but the last."""
 
-    def __init__(self) -> None:
-        self.ids: list[NDArray[np.int32]] = []
-        self.position: list[NDArray[np.int64]] = []
-        self.segment: list[NDArray[np.int64]] = []
-        self.head: list[NDArray[np.int64]] = []
-        self.target_index: list[NDArray[np.int64]] = []
-        self.target_id: list[NDArray[np.int32]] = []
-        self.length = 0
-
-    def add(self, ids: NDArray[np.int32], *, position: int = 0, head: int | None = None) -> int:
-        """Append a segment; return its number."""
-        number = len(self.ids)
-        self.ids.append(ids)
-        self.position.append(np.arange(position, position + len(ids)))
-        self.segment.append(np.full(len(ids), number))
-        self.head.append(np.full(len(ids), number if head is None else head))
-        self.length += len(ids)
-        return number
-
-    def add_record(self, ids: NDArray[np.int32], n_head: int, head: int | None, first: int) -> None:
-        """Append a record's own tokens but the last; learn its tokens from number ``first`` on."""
-        start = self.length
-        if len(ids) - 1 > n_head:
-            self.add(ids[n_head:-1], position=n_head, head=head)
-        predicting = np.arange(max(first, 1) - 1, len(ids) - 1)
-        place = start + predicting - n_head
-        if head is not None:  # the shared head's tokens predict for every record that continues it
-            head_start = sum(map(len, self.ids[:head]))
-            place = np.where(predicting < n_head, head_start + predicting, place)
-        self.target_index.append(place)
-        self.target_id.append(ids[predicting + 1])
-
-    def finish(self) -> PackedRow:
-        """Return the row, its targets in ascending order of place; one without records has a token too."""
-        if not self.ids:
-            self.add(np.zeros(1, dtype=np.int32))
-        index, target = _joined(self.target_index), _joined(self.target_id)
-        order = torch.argsort(index, stable=True)
-        return PackedRow(
-            ids=_joined(self.ids),
-            position=_joined(self.position),
-            segment=_joined(self.segment),
-            head=_joined(self.head),
-            target_index=index[order],
-            target_id=target[order],
-        )
+    ids: NDArray[np.int32]
+    position: int = 0
+    """Position of its first token."""
+    head: int | None = None
+    """Which part is the shared head that it continues."""
+    record: int | None = None
+    start: int = 0
+    """Place of its first token in the row."""
 
 
-def _joined(parts: list[NDArray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64))
+def _tokens(parts: list[_Part]) -> tuple[NDArray[np.int64], ...]:
+    """Return ids, positions, segments and heads of the parts laid end to end, each ``[T]``."""
+    length = np.array([len(part.ids) for part in parts])
+    number = np.cumsum(length > 0) - 1  # a part without tokens is no segment
+    head = number[[index if part.head is None else part.head for index, part in enumerate(parts)]]
+    start = np.array([part.start for part in parts])
+    place = np.arange(length.sum())
+    return (
+        np.concatenate([part.ids for part in parts]).astype(np.int64),
+        place - np.repeat(start - [part.position for part in parts], length),
+        np.repeat(number, length),
+        np.repeat(head, length),
+    )
 
 
 class TrainingSteps(torch.utils.data.Dataset):

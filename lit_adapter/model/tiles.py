@@ -38,6 +38,8 @@ class TilePlan:
 
     n_keys: int
     """Tokens in the row (T)."""
+    n_slots: int
+    """Unfinished sums of the gradients of keys and values; see ``part_slot``."""
     place: Tensor
     first: Tensor
     head_start: Tensor
@@ -90,11 +92,12 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
     query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE, OWNED_KEYS).T)
     key_lists = _lists(_visits(*sight, n_keys, QUERY_TILE, KEY_TILE))
     arrays = [*sight, *key_lists, query_tile, *_parts(query_from)]
+    n_slots = int(arrays[-1][-1])
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
     if device.type == "cuda":
         joined = joined.pin_memory()
     parts = joined.to(device, non_blocking=True).split([len(array) for array in arrays])
-    return TilePlan(n_keys, *parts)
+    return TilePlan(n_keys, n_slots, *parts)
 
 
 def _visits(

@@ -418,7 +418,7 @@ def attend_backward(
     )  # fmt: skip
     if into is not None:
         n_sums = plan.sum_tile.shape[0]
-        sums = lse.new_empty(plan.n_parts, G, 2, OWNED_KEYS, D) if n_sums else lse
+        sums = lse.new_empty(plan.n_slots, G, 2, OWNED_KEYS, D) if n_sums else lse
         _key_gradient_kernel[(plan.n_parts, G)](
             q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
             plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
