@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -104,6 +105,20 @@ def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., C
         return parse_finetune(["--config", str(TINY), *fixed, *options])[0]
 
     return make
+
+
+@pytest.fixture
+def adamw_forms(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool | None]]:
+    """Where AdamW has taken a step, and in which form: fused, or torch's choice (None)."""
+    seen: set[tuple[str, bool | None]] = set()
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: torch.optim.AdamW, *given: Any, **named: Any) -> Any:
+        seen.update((group["params"][0].device.type, group["fused"]) for group in optimizer.param_groups)
+        return step(optimizer, *given, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return seen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.finetune import finetune
+from lit_adapter.training.module import LitAdapter
 from lit_adapter.weights.adapter_file import read_adapter
 
 STEPS = 15  # 40 training records, 8 a step, three epochs of five steps
@@ -35,6 +36,18 @@ def stopped_and_resumed(config: Config, stop_at: int) -> bytes:
     assert finetune(config, resume="last", say=resumed) == 0
     assert any(f"step {stop_at}" in line and "resuming" in line for line in resumed.lines)
     return (Path(config.out) / "adapter.safetensors").read_bytes()
+
+
+def test_a_resumed_run_has_the_form_of_adamw_that_its_device_takes(
+    tiny: Callable[..., Config], adamw_forms: set[tuple[str, bool | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr(LitAdapter, "_fused", True)
+        assert finetune(tiny(), say=Stopper("step 3/")) == 143
+    assert adamw_forms == {("cpu", True)}
+    adamw_forms.clear()
+    assert finetune(tiny(), resume="last", say=Stopper()) == 0
+    assert adamw_forms == {("cpu", None)}
 
 
 def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config]) -> None:

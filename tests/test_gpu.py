@@ -81,11 +81,16 @@ def test_fused_blocks_learn_what_the_modules_learn(
 
 
 @pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_run_goes_on_on_another_device(tiny: Callable[..., Config], first: str, then: str) -> None:
+def test_a_run_goes_on_on_another_device(
+    tiny: Callable[..., Config], first: str, then: str, adamw_forms: set[tuple[str, bool | None]]
+) -> None:
     finetune(tiny(out="whole"), say=Stopper())
     assert finetune(tiny("--trainer.accelerator", first, out="moved"), say=Stopper("step 4/")) == 143
+    assert adamw_forms == {("cpu", None), (first, first == "cuda" or None)}
+    adamw_forms.clear()
     moved_on = tiny("--trainer.accelerator", then, out="moved")
     assert finetune(moved_on, resume="last", say=Stopper()) == 0
+    assert adamw_forms == {(then, then == "cuda" or None)}
     whole, moved = (load_file(Path(tiny(out=out).out) / "adapter.safetensors") for out in ("whole", "moved"))
     for name, tensor in whole.items():
         torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)

@@ -147,7 +147,7 @@ class Packer:
         return row
 
     def _laid_out(self, records: list[int]) -> list[_Part]:
-        """Return what a row is laid out of, in order; one without records has a token too."""
+        """Return what a row is laid out of, in order; one without any token is given one."""
         parts: list[_Part] = []
         for variant, mine in self._by_head(records):
             head = None
@@ -159,7 +159,8 @@ class Packer:
                 parts.append(
                     _Part(self.encoded.record(record)[n_head:-1], position=n_head, head=head, record=record)
                 )
-        parts = parts or [_Part(np.zeros(1, dtype=np.int32))]
+        if not any(len(part.ids) for part in parts):
+            parts.append(_Part(np.zeros(1, dtype=np.int32)))
         for before, part in pairwise(parts):
             part.start = before.start + len(before.ids)
         return parts

@@ -23,8 +23,8 @@ from lit_adapter.model.llama import Llama
 if TYPE_CHECKING:
     from lit_adapter.model.fused_decode import FusedDecode
 
-LONG = 1024
-"""Tokens of prompts that the device reads for longer than the host takes to capture a step."""
+LONG = 4 * 10**12
+"""Tokens of prompts times weights that take the device longer than the host needs to capture a step."""
 LEAST_USED = 256
 """Shortest cache that a graph of the module path attends to; longer ones are its doubles."""
 
@@ -42,6 +42,7 @@ class GraphDecoder(Decoder):
         self.last_place = self.place.new_tensor([[length - 1], [settings.max_new_tokens - 1]])
         self.chosen = new(n_slots, dtype=torch.long)
         self.fused = fused_decoder(model, self.cache)
+        self.n_weights = sum(parameter.numel() for parameter in model.parameters())
         self.landings = [Landing(n_slots), Landing(n_slots)]
         self.graphs: dict[int, Callable[[], None]] = {}
         self.ahead: _Ahead | None = None
@@ -61,8 +62,8 @@ class GraphDecoder(Decoder):
         if self.fused is None:
             return super()._read(prompts, slots)
         hidden = self.fused.read(prompts, slots.tolist())
-        if sum(map(len, prompts)) >= LONG and self.settings.max_new_tokens > 1:
-            self._graph(self.cache.length)
+        if sum(map(len, prompts)) * self.n_weights >= LONG and self.settings.max_new_tokens > 1:
+            self._graph(self._looked_at(1))
         return hidden
 
     def step(self, slots: list[Slot | None]) -> list[int]:
@@ -110,7 +111,9 @@ class GraphDecoder(Decoder):
         """Do one step on the device: from ``token`` at ``position`` to ``chosen``, the next ``token``."""
         logits = self._logits(used)
         if self.fused is not None and self.settings.greedy and self.seen is None:
-            self.fused.advance_greedily(logits, self.chosen, self.token, self.place, self.last_place)
+            from lit_adapter.model.kernels import greedy  # needs Triton, see `fused_decoder`
+
+            greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
             return
         token = choose(logits, self.settings, self.numbers[self.drawn], self.seen)
         self.chosen.copy_(token)

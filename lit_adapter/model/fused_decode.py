@@ -19,10 +19,13 @@ from lit_adapter.model import fused
 from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
 from lit_adapter.model.cache import KeyValueCache
-from lit_adapter.model.kernels import attention, decode_attention, decode_products, greedy, rows
+from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.tiles import plan_tiles
+
+LONGEST_ROW = 32_768
+"""Tokens of prompts that are read together, unless one is longer: more would take memory and gain no time."""
 
 
 def decoder_for(model: Llama, cache: KeyValueCache) -> FusedDecode | None:
@@ -60,10 +63,21 @@ class FusedDecode:
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
         plain = plain and not any(weights.quantised for weights in self.weights)
-        self.few = _FewTexts(self) if plain and decode_products.computes(B, D) else None
+        self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Read prompts into their slots, all in one row, and return their last hidden states ``[B, C]``."""
+        """Read prompts into their slots and return their last hidden states ``[B, C]``."""
+        hidden, first = [], 0
+        for last in range(1, len(prompts) + 1):
+            # A row ends where the next prompt would make it too long.
+            n_next = sum(map(len, prompts[first : last + 1]))
+            if last == len(prompts) or n_next > LONGEST_ROW:
+                hidden.append(self._read_row(prompts[first:last], slots[first:last]))
+                first = last
+        return torch.cat(hidden)
+
+    def _read_row(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Read prompts laid into one row."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         segment = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
         last = lengths.cumsum(0) - 1
@@ -88,12 +102,6 @@ class FusedDecode:
         cos, sin = self.rotation
         view = _StepView(self, (cos[position][None], sin[position][None]), self.slot, position)
         return self.model.head(self.model(token[None], view)[0])
-
-    def advance_greedily(
-        self, logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_place: Tensor
-    ) -> None:
-        """Choose the likeliest next tokens and count them; see `greedy.advance`."""
-        greedy.advance(logits, chosen, token, place, last_place)
 
 
 def _prefix(

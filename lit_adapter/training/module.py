@@ -198,21 +198,25 @@ class LitAdapter(LightningModule):
         """Take up what was measured and counted."""
         for name in MEASURED:
             setattr(self, name, checkpoint["measured"][name])
-        for optimizer in checkpoint["optimizer_states"]:  # of another device or precision, perhaps
+        for optimizer in checkpoint["optimizer_states"]:  # of another device, perhaps
             for group in optimizer["param_groups"]:
-                group["fused"] = self._is_fused
+                group["fused"] = self._fused
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW on the adapter's parameters: prompts and gates, then what V2 adds."""
         groups = self._parameter_groups()
-        config, fused = self.config, self._is_fused
+        config, fused = self.config, self._fused
         return AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=fused)
 
     @property
-    def _is_fused(self) -> bool:
-        """Whether AdamW is one kernel: on a GPU, unless it would hide a scaler's scale from clipping."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler is None and all(parameter.is_cuda for _, parameter in adapter_parameters(self.model))
+    def _fused(self) -> bool | None:
+        """True for AdamW as one kernel: on a GPU, unless it would hide a scaler's scale from clipping.
+
+        Else None, which leaves the form to torch; False would mean a loop over parameters.
+        """
+        if not all(parameter.is_cuda for _, parameter in adapter_parameters(self.model)):
+            return None
+        return True if getattr(self.trainer.precision_plugin, "scaler", None) is None else None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups that are not empty, each with its share of the rate and its decay."""

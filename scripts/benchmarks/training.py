@@ -225,7 +225,7 @@ class Comparison:
             entry.passes.append(self._pass(entry, records))
 
     def _fill_memory(self, method: Method, records: list[NDArray[np.int64]]) -> None:
-        """Compute a pass and forget it: memory was given back after another method's."""
+        """Compute a pass and forget it, lest getting memory be timed: each entry gives all of its back."""
         for parts in method.steps(records):
             for part in parts:
                 method.loss(part).backward()

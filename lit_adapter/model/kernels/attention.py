@@ -24,8 +24,6 @@ from lit_adapter.model.tiles import KEY_TILE, OWNED_KEYS, QUERY_TILE, VISITING_T
 
 LOG2_E = 1.4426950408889634
 
-THREE_PROGRAMS = 168
-"""Registers of a thread with which a multiprocessor runs three programs of 128 threads."""
 LENGTHS = ("n_queries", "n_keys", "n_prompt", "n_tiles")
 PLAN = tuple(field.name for field in fields(TilePlan))
 
@@ -310,6 +308,16 @@ def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY
     return {"GROUP": H * D // k.shape[1], "D": D, "M": queries, "N": keys, "num_warps": 4}
 
 
+def _registers(device: torch.device, prompt_rows: int) -> int | None:
+    """Return how many a thread of the forward kernel may have; None leaves it to the compiler.
+
+    With 168, a multiprocessor of a Hopper GPU runs three programs; elsewhere, or for long prompts, more of
+    them would be kept in memory than that gains.
+    """
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return 168 if hopper and prompt_rows <= 16 else None
+
+
 def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
     """Return the prompt's length and the tile that holds it, none for no prompt."""
     if prefix is None:
@@ -344,7 +352,8 @@ def attend(
         plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
         D**-0.5 * LOG2_E,
-        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3, maxnreg=THREE_PROGRAMS,
+        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
+        maxnreg=_registers(q.device, prompt_rows),
     )  # fmt: skip
     return o, lse
 

@@ -141,7 +141,8 @@ def _attention_kernel(
     """A program owns the query heads of one slot and group, and one of SPLITS shares of its keys."""
     pair, split = tl.program_id(0), tl.program_id(1)
     slot, group = pair // G, pair % G
-    length = tl.load(position_ptr + slot).to(tl.int32) + 1  # known since before the step
+    # Safe before the wait: a step begins with a launch that waits for all of the step before it.
+    length = tl.load(position_ptr + slot).to(tl.int32) + 1
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -42,17 +42,17 @@ class Tiling:
     """Programs that share the columns of the same rows."""
 
 
-# Found by trying 15 to 40 for each on an H200, in the step of LLaMA 7B.
-ONE = Tiling(rows=2, depth=256, warps=2)
-"""For a single text, which its product norms."""
+# The best of 15 to 40 tried for each on an H200, in the step of LLaMA 7B.
+ONE_NORMED = Tiling(rows=2, depth=256, warps=2)
+"""For a single text, whose product norms it."""
 ONE_ADDED = Tiling(rows=4, depth=512, warps=8)
-"""For a single text that is added to the residual."""
-HEADS = Tiling(rows=16, depth=256, warps=2, stages=3)
+"""For a single text whose product is added to the residual."""
+SEVERAL_QKV = Tiling(rows=16, depth=256, warps=2, stages=3)
 """For several texts' queries, keys and values."""
-WIDE = Tiling(rows=64, depth=64, warps=8, stages=4)
-"""For matrices of many rows, the MLP's and the output head."""
-ADDED = Tiling(rows=64, depth=128, warps=4, stages=3, splits=4)
-"""For several texts that are added to the residual; the weight has few rows."""
+SEVERAL_WIDE = Tiling(rows=64, depth=64, warps=8, stages=4)
+"""For several texts and a weight of many rows: the MLP's gate and up, the output head."""
+SEVERAL_ADDED = Tiling(rows=64, depth=128, warps=4, stages=3, splits=4)
+"""For several texts whose product is added to the residual: few rows, so that programs share columns."""
 
 
 def starts_early(device: torch.device) -> bool:
@@ -60,16 +60,20 @@ def starts_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def computes(n_texts: int, head_dim: int) -> bool:
-    """Return whether `Products` has steps of ``n_texts`` texts."""
-    return n_texts == 1 or (n_texts <= MOST_TEXTS and head_dim >= 2 * HEADS.rows)
+def computes(n_texts: int, head_dim: int, device: torch.device) -> bool:
+    """Return whether `Products` has steps of ``n_texts`` texts.
+
+    Several take a head's half in tiles of `SEVERAL_QKV`, and matrix units that compute capability 8 brought.
+    """
+    fit = n_texts <= MOST_TEXTS and head_dim >= 2 * SEVERAL_QKV.rows
+    return n_texts == 1 or (fit and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 class Products:
     """The products of the steps of B texts.
 
     Args:
-        x: hidden states ``[B, C]``, B as `computes` says; for their sizes, type and device.
+        x: hidden states ``[B, C]`` like those it is to compute with; `computes` must allow them.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -79,8 +83,8 @@ class Products:
         self.shared_memory = properties.shared_memory_per_block_optin  # of a program, bytes
         self.padded = 1 if self.n_texts == 1 else max(16, power_of_two(self.n_texts))
         self.normed = torch.empty_like(x)
-        blocks = ceil_div(self.C, 2 * ADDED.rows)
-        sums = (blocks, ADDED.splits, 2, ADDED.rows, self.padded)
+        blocks = ceil_div(self.C, 2 * SEVERAL_ADDED.rows)
+        sums = (blocks, SEVERAL_ADDED.splits, 2, SEVERAL_ADDED.rows, self.padded)
         self.sums = torch.empty(sums, device=x.device)  # of programs that share columns, fp32
         self.arrived = torch.zeros(blocks, dtype=torch.int32, device=x.device)
 
@@ -108,7 +112,7 @@ class Products:
             cache: the layer's keys and values ``[B, G, S, D]``.
         """
         _, G, S, D = cache[0].shape
-        H, how = q.shape[1] // D, self._tiling(ONE, HEADS)
+        H, how = q.shape[1] // D, self._tiling(ONE_NORMED, SEVERAL_QKV)
         rows = min(how.rows, D // 2)
         _project_kernel[((H + 2 * G) * (D // 2 // rows),)](
             self._ready(x, norm, eps), norm, *weights, *rotation, position, q, *cache, S, eps, self.n_texts,
@@ -126,7 +130,7 @@ class Products:
             up: ``[M, C]``.
             hidden: is given the result ``[B, M]``.
         """
-        M, how = len(gate), self._tiling(ONE, WIDE)
+        M, how = len(gate), self._tiling(ONE_NORMED, SEVERAL_WIDE)
         _gate_up_kernel[(ceil_div(M, how.rows),)](
             self._ready(x, norm, eps), norm, gate, up, hidden, M, eps, self.n_texts,
             C=self.C, **self._launch(how, how.rows),
@@ -134,11 +138,13 @@ class Products:
 
     def add_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Add ``weight x`` to ``out [B, C]``, the residual; ``x [B, N]``, ``weight [C, N]``."""
-        self._linear(x, None, 0.0, weight, out, self._tiling(ONE_ADDED, ADDED))
+        self._linear(x, None, 0.0, weight, out, self._tiling(ONE_ADDED, SEVERAL_ADDED))
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
         """Write ``weight norm(x)`` to ``out [B, N]``; ``x [B, C]``, ``weight [N, C]``."""
-        self._linear(self._ready(x, norm, eps), norm, eps, weight, out, self._tiling(ONE, WIDE))
+        self._linear(
+            self._ready(x, norm, eps), norm, eps, weight, out, self._tiling(ONE_NORMED, SEVERAL_WIDE)
+        )
 
     def _linear(
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, out: Tensor, how: Tiling
@@ -188,21 +194,16 @@ def _norm_kernel(x_ptr, norm_ptr, out_ptr, eps, C: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _weights(place, inside):
-    """Read what no other program reads, before what all of them do leaves the caches."""
-    return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
 def _products(
     x_ptr, norm_ptr, first_ptr, second_ptr, first, second, first_last, second_last, split, eps, n_texts,
     C: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     TEXTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Return ROWS rows of two weights times the states, fp32 ``[ROWS, TEXTS]`` each.
+    """Return ROWS rows of two weights, from ``first`` and ``second``, times the states.
 
-    They are the rows from ``first`` and ``second``; what lies beyond the last row counts as the last. Of
-    the columns, one of SPLITS shares is summed over. A single text's state is normed here, if NORM.
+    Both are fp32 ``[ROWS, TEXTS]``. Rows beyond a weight's last, ``first_last`` or ``second_last``, count as
+    that one. For several texts, share number ``split`` of SPLITS of the columns is summed over; a single text
+    takes all of them, and is normed here if NORM.
     """
     OWN: tl.constexpr = (C + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     begin = split * OWN
@@ -221,11 +222,17 @@ def _products(
 
 
 @triton.jit
+def _weights(place, inside):
+    """Read what no other program reads, before what all of them do leaves the caches."""
+    return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _products_of_one(
     x_ptr, norm_ptr, first_part, second_part, eps,
     C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Do so for one text, ``[ROWS]`` each; the norm's own factor is known at the end of the rows."""
+    """Return a single text's products, fp32 ``[ROWS]`` each; its norm is known at the end of the rows."""
     column = tl.arange(0, DEPTH)
     first_part += column[None, :]
     second_part += column[None, :]
@@ -260,7 +267,7 @@ def _products_of_some(
     x_ptr, first_part, second_part, begin, end, n_texts,
     C: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, TEXTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Do so for several texts, ``[ROWS, TEXTS]`` each, over the columns from ``begin`` to ``end``."""
+    """Return the products of several texts, summed over the columns from ``begin`` to ``end``."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
     column, text = tl.arange(0, DEPTH), tl.arange(0, TEXTS)
@@ -270,8 +277,8 @@ def _products_of_some(
     for start in range(begin, end, DEPTH):
         at = (start + column)[None, :]
         x = tl.load(x_part + at, mask=(at < end) & (text < n_texts)[:, None], other=0.0)
-        w = _weights(first_part + at, at < end)
-        u = _weights(second_part + at, at < end)
+        w = tl.load(first_part + at, mask=at < end, other=0.0)
+        u = tl.load(second_part + at, mask=at < end, other=0.0)
         a = tl.dot(w, tl.trans(x), a)
         b = tl.dot(u, tl.trans(x), b)
     return a, b
@@ -292,6 +299,7 @@ def _project_kernel(
     first = tl.program_id(0) % (HALF // ROWS) * ROWS
     text = tl.arange(0, TEXTS)
     live = text < n_texts
+    # Safe before the wait: a step begins with a launch that waits for all of the step before it.
     position = tl.load(position_ptr + text, mask=live, other=0).to(tl.int64)
     if head < H:
         weight_ptr = wq_ptr

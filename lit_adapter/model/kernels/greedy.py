@@ -1,5 +1,7 @@
 """The likeliest token of each text, and what its next step begins with, in one launch.
 
+Tensors are contiguous and on one CUDA device.
+
 Letters: B texts, V vocabulary.
 """
 
