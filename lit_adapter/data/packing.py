@@ -256,12 +256,15 @@ class TrainingSteps(torch.utils.data.Dataset):
                 f"lower it to {n_records} or less"
             )
         self.steps_per_epoch = n_records // batch_size
+        self._shuffled = -1, np.empty(0, dtype=np.int64)  # the last epoch asked for, and its permutation
 
     def records(self, step: int) -> NDArray[np.int64]:
         """Return the records of step ``step``: its slice of the epoch's permutation."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.packer.encoded))
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        if self._shuffled[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._shuffled = epoch, generator.permutation(len(self.packer.encoded))
+        return self._shuffled[1][batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> StepBatch:
         return share_of_step(self.packer, self.records(step), step, self.rank, self.n_processes)
