@@ -12,6 +12,7 @@ and the prefix's part of ``o`` from the prompt, so that nothing but q, k, v, o i
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -308,6 +309,7 @@ def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY
     return {"GROUP": H * D // k.shape[1], "D": D, "M": queries, "N": keys, "num_warps": 4}
 
 
+@cache
 def _registers(device: torch.device, prompt_rows: int) -> int | None:
     """Return how many a thread of the forward kernel may have; None leaves it to the compiler.
 
