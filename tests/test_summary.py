@@ -27,13 +27,17 @@ def plain(name: str, count: int) -> list[tuple[str, str]]:
     return [(f"{name} {number}", "red") for number in range(count)]
 
 
-def notes(base: Path, config: DataConfig) -> list[str]:
-    """Return the lines between the counts and the example."""
+def module(base: Path, config: DataConfig, row_tokens: int = 1000) -> AlpacaDataModule:
     tokenizer = load_tokenizer(base)
     template = resolve_template("alpaca", tokenizer)
-    data = AlpacaDataModule(
-        config, tokenizer=tokenizer, template=template, tokenizer_key="", batch_size=2, row_tokens=1000
+    return AlpacaDataModule(
+        config, tokenizer=tokenizer, template=template, tokenizer_key="", batch_size=2, row_tokens=row_tokens
     )
+
+
+def notes(base: Path, config: DataConfig) -> list[str]:
+    """Return the lines between the counts and the example."""
+    data = module(base, config)
     lines = [line.strip() for line in describe(data, color=False)]
     return [line for line in lines[: lines.index("example (in [[ ]]: not learned)")] if "%)" in line]
 
@@ -64,3 +68,20 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
         "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
         "2 (25.0%) of the held-out records are in the training set too",
     ]
+
+
+@pytest.mark.parametrize("row_tokens", [200, 1000])
+def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path, row_tokens: int) -> None:
+    path = write(tmp_path / "data.jsonl", *((f"task {n}", "red " * (3 * n % 17)) for n in range(1, 19)))
+    data = module(tiny_base, DataConfig(train=path), row_tokens)
+    steps = data.training_steps()
+    batches = [steps[step] for step in range(steps.steps_per_epoch)]
+    computed = sum(len(row.ids) for batch in batches for row in batch.rows)
+    head = len(data.train_packer.heads[1])
+    length = data.train_encoded.length
+    share, shared = computed / sum(batch.n_tokens for batch in batches), head * len(length) / length.sum()
+    [line] = [line for line in describe(data, color=False) if "packed" in line]
+    assert line.strip() == (
+        f"packed without padding: {share:.0%} of a step's tokens are computed; "
+        f"{shared:.0%} are a shared start, computed once a row"
+    )

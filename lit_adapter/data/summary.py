@@ -11,6 +11,8 @@ from lit_adapter.errors import counted
 if TYPE_CHECKING:
     from lit_adapter.data.module import AlpacaDataModule
 
+STEPS_SHOWN = 20
+"""Steps from whose rows it is said what packing saves."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -32,17 +34,24 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
-    saved = int(data.train_packer.n_head.sum())
-    if saved:
-        lines.append(
-            f"      {saved / length.sum():.0%} of the tokens are a shared start: computed once a row"
-        )
+    lines.append(f"      {_packed(data)}")
     how = "dimmed" if color else "in [[ ]]"
     return [
         *lines,
         f"example ({how}: not learned)",
         _example(data, *((DIM, PLAIN) if color else ("[[", "]]"))),
     ]
+
+
+def _packed(data: AlpacaDataModule) -> str:
+    """Return what packing leaves to compute of the first steps."""
+    packer, steps = data.train_packer, data.training_steps()
+    shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
+    given = sum(int(packer.encoded.length[records].sum()) for records in shown)
+    computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
+    text = f"packed without padding: {computed / given:.0%} of a step's tokens are computed"
+    shared = packer.n_head.sum() / packer.encoded.length.sum()
+    return text + (f"; {shared:.0%} are a shared start, computed once a row" if shared else "")
 
 
 def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
