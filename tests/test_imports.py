@@ -23,7 +23,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
-    ("streams", "progress"),
+    ("streams", "progress", "grouping"),
     ("files", "device", "command", "hub"),
     ("model",),
     ("text", "config"),

@@ -137,28 +137,27 @@ class Packer:
 
     def row(self, records: list[int]) -> PackedRow:
         """Lay ``records`` into one row: each shared head, then the records that continue it."""
-        parts = self._laid_out(records)
+        numbers = self.parts(records)
+        parts = self._laid_out(numbers)
         ids, position, segment, head, target_index, target_id = map(
             torch.from_numpy, (*_tokens(parts), *self._targets(parts))
         )
         row = PackedRow(ids, position, segment, head, target_index, target_id)
         if self.trunk is not None:
-            row.trunk = self.trunk.read(self.parts(records), len(row.ids))
+            row.trunk = self.trunk.read(numbers, len(row.ids))
         return row
 
-    def _laid_out(self, records: list[int]) -> list[_Part]:
-        """Return what a row is laid out of, in order; one without any token is given one."""
+    def _laid_out(self, numbers: list[int]) -> list[_Part]:
+        """Return what `parts` says that a row is laid out of; one without any token is given one."""
         parts: list[_Part] = []
-        for variant, mine in self._by_head(records):
-            head = None
-            if variant >= 0:
+        head = None
+        for number in numbers:
+            if number >= len(self.encoded):
                 head = len(parts)
-                parts.append(_Part(self.heads[variant]))
-            for record in mine:
-                n_head = int(self.n_head[record])
-                parts.append(
-                    _Part(self.encoded.record(record)[n_head:-1], position=n_head, head=head, record=record)
-                )
+                parts.append(_Part(self.heads[number - len(self.encoded)]))
+                continue
+            ids, n_head = self.encoded.record(number), int(self.n_head[number])
+            parts.append(_Part(ids[n_head:-1], n_head, head if n_head else None, number))
         if not any(len(part.ids) for part in parts):
             parts.append(_Part(np.zeros(1, dtype=np.int32)))
         for before, part in pairwise(parts):
@@ -183,22 +182,16 @@ class Packer:
         order = np.argsort(place, kind="stable")
         return place[order], token[order].astype(np.int64)
 
-    def _by_head(self, records: list[int]) -> list[tuple[int, list[int]]]:
-        """Return a row's records as they lie: by variant of their shared head, -1 for those without."""
-        variants = {
-            record: int(self.encoded.variant[record]) if self.n_head[record] else -1 for record in records
-        }
-        return [
-            (variant, sorted(record for record in records if variants[record] == variant))
-            for variant in sorted(set(variants.values()))
-        ]
-
     def parts(self, records: list[int]) -> list[int]:
-        """Return what a row of ``records`` is laid out of, in order: numbers into `part_lengths`."""
+        """Return what a row of ``records`` is laid out of, in order: numbers into `part_lengths`.
+
+        Records without a shared head come first, then each head and the records that continue it.
+        """
+        variants = [int(self.encoded.variant[record]) if self.n_head[record] else -1 for record in records]
         found: list[int] = []
-        for variant, mine in self._by_head(records):
+        for variant in sorted(set(variants)):
             found += [len(self.encoded) + variant] if variant >= 0 else []
-            found += mine
+            found += sorted(record for record, own in zip(records, variants, strict=True) if own == variant)
         return found
 
     @property

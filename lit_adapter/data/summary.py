@@ -45,12 +45,12 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
 
 def _packed(data: AlpacaDataModule) -> str:
     """Return what packing leaves to compute of the first steps."""
-    packer, steps = data.train_packer, data.training_steps()
+    packer, steps, length = data.train_packer, data.training_steps(), data.train_encoded.length
     shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
-    given = sum(int(packer.encoded.length[records].sum()) for records in shown)
+    given = sum(int(length[records].sum()) for records in shown)
     computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
     text = f"packed without padding: {computed / given:.0%} of a step's tokens are computed"
-    shared = packer.n_head.sum() / packer.encoded.length.sum()
+    shared = packer.n_head.sum() / length.sum()
     return text + (f"; {shared:.0%} are a shared start, computed once a row" if shared else "")
 
 

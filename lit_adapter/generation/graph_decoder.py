@@ -42,7 +42,6 @@ class GraphDecoder(Decoder):
         self.last_place = self.place.new_tensor([[length - 1], [settings.max_new_tokens - 1]])
         self.chosen = new(n_slots, dtype=torch.long)
         self.fused = fused_decoder(model, self.cache)
-        self.n_weights = sum(parameter.numel() for parameter in model.parameters())
         self.landings = [Landing(n_slots), Landing(n_slots)]
         self.graphs: dict[int, Callable[[], None]] = {}
         self.ahead: _Ahead | None = None
@@ -62,7 +61,8 @@ class GraphDecoder(Decoder):
         if self.fused is None:
             return super()._read(prompts, slots)
         hidden = self.fused.read(prompts, slots.tolist())
-        if sum(map(len, prompts)) * self.n_weights >= LONG and self.settings.max_new_tokens > 1:
+        n_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        if sum(map(len, prompts)) * n_weights >= LONG and self.settings.max_new_tokens > 1:
             self._graph(self._looked_at(1))
         return hidden
 

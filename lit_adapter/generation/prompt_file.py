@@ -179,12 +179,11 @@ class Answers:
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the whole lines of an unfinished run of these prompts and settings."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot read: {error.strerror}") from None
+        with files.reading(self.path):
+            try:
+                content = self.path.read_bytes()
+            except FileNotFoundError:
+                return []
         if b"\n" not in content:
             return []  # not even the first line is whole: there is nothing to lose
         header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
 from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
@@ -67,14 +68,9 @@ class FusedDecode:
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
         """Read prompts into their slots and return their last hidden states ``[B, C]``."""
-        hidden, first = [], 0
-        for last in range(1, len(prompts) + 1):
-            # A row ends where the next prompt would make it too long.
-            n_next = sum(map(len, prompts[first : last + 1]))
-            if last == len(prompts) or n_next > LONGEST_ROW:
-                hidden.append(self._read_row(prompts[first:last], slots[first:last]))
-                first = last
-        return torch.cat(hidden)
+        texts = zip(prompts, slots, strict=True)
+        rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
+        return torch.cat([self._read_row(*zip(*row, strict=True)) for row in rows])
 
     def _read_row(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
         """Read prompts laid into one row."""

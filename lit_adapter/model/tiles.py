@@ -91,13 +91,13 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
     sight = (place, first, head_start, head_end)
     query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE, OWNED_KEYS).T)
     key_lists = _lists(_visits(*sight, n_keys, QUERY_TILE, KEY_TILE))
-    arrays = [*sight, *key_lists, query_tile, *_parts(query_from)]
-    n_slots = int(arrays[-1][-1])
+    *work, sum_from = _parts(query_from)
+    arrays = [*sight, *key_lists, query_tile, *work, sum_from]
     joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
     if device.type == "cuda":
         joined = joined.pin_memory()
     parts = joined.to(device, non_blocking=True).split([len(array) for array in arrays])
-    return TilePlan(n_keys, n_slots, *parts)
+    return TilePlan(n_keys, int(sum_from[-1]), *parts)
 
 
 def _visits(

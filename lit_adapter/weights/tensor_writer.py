@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.files import durable_path, safetensors_header, write_json
+from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
@@ -79,7 +80,7 @@ class TensorWriter:
         entries = sorted(entries, key=lambda entry: entry.name)
         self.n_total = sum(entry.n_bytes for entry in entries)
         digest = hashlib.sha256()
-        groups = _grouped(entries, self.max_file_bytes)
+        groups = grouped(entries, lambda entry: entry.n_bytes, self.max_file_bytes)
         names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         if len(groups) == 1:
             names = [WEIGHTS]
@@ -121,18 +122,6 @@ class TensorWriter:
                     "use --dtype bfloat16 or float32"
                 )
             yield cast
-
-
-def _grouped(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]:
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.n_bytes > max_file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.n_bytes
-    return groups
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
 
 MOST_TEXTS = 32
 """Texts whose hidden states fit a program's registers beside its weights."""
@@ -163,11 +163,9 @@ class Products:
         """Return normed states; those of a single text as they are, which its product norms itself."""
         if self.n_texts == 1:
             return x
-        block = power_of_two(self.C)
         _norm_kernel[(self.n_texts,)](
-            x, norm, self.normed, eps, C=self.C, BLOCK=block, EARLY=self.early,
-            num_warps=min(16, max(4, block // 512)), launch_pdl=self.early,
-        )  # fmt: skip
+            x, norm, self.normed, eps, C=self.C, EARLY=self.early, launch_pdl=self.early, **whole_row(self.C)
+        )
         return self.normed
 
     def _launch(self, how: Tiling, rows: int) -> dict[str, Any]:
@@ -238,7 +236,7 @@ def _products_of_one(
     second_part += column[None, :]
     w = _weights(first_part, (column < C)[None, :])
     u = _weights(second_part, (column < C)[None, :])
-    if EARLY:
+    if EARLY:  # weights may be read while the launch before this one still makes x
         tl.extra.cuda.gdc_wait()
     a = tl.zeros((ROWS, DEPTH), tl.float32)
     b = tl.zeros((ROWS, DEPTH), tl.float32)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
 
 ELEMENTS = 1024
 """Of the SwiGLU's width that one program handles, where the result needs no scale for the whole row."""
@@ -162,14 +162,8 @@ def quantise(x: Tensor) -> Quantised:
     """Return ``x [T, C]`` in fp8; its rows may be strided."""
     T, C = x.shape
     _, data, scale = _room(T, C, x, True)
-    _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **_whole(C))
+    _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **whole_row(C))
     return Quantised(data, scale)
-
-
-def _whole(width: int) -> dict[str, int]:
-    """One program for a whole row."""
-    block = power_of_two(width)
-    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
 def norm(
@@ -220,7 +214,7 @@ def _norm(
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     _norm_kernel[(data.shape[0],)](
         x, plus, total, twin, weight, below, data, scale, rstd, T, C, eps,
-        ADD=plus is not x, QUANTISE=quantised, **_whole(C),
+        ADD=plus is not x, QUANTISE=quantised, **whole_row(C),
     )  # fmt: skip
     return rstd
 
@@ -245,7 +239,7 @@ def norm_backward(
     dx = torch.empty_like(x)
     room, data, scale = _room(T, C, x, True) if quantised else (dx, dx, dx)
     _norm_gradient_kernel[(T,)](
-        dy, x, weight, rstd, beside, dx, data, scale, C, QUANTISE=quantised, **_whole(C)
+        dy, x, weight, rstd, beside, dx, data, scale, C, QUANTISE=quantised, **whole_row(C)
     )
     return dx, room
 
@@ -286,7 +280,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor, *, quantised: bool = False) -> 
 
 
 def _width(M: int, quantised: bool) -> dict[str, int]:
-    return _whole(M) if quantised else {"BLOCK": ELEMENTS, "num_warps": 4}
+    return whole_row(M) if quantised else {"BLOCK": ELEMENTS, "num_warps": 4}
 
 
 def _grid(T: int, M: int, quantised: bool) -> tuple[int, int]:
