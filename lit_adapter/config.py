@@ -174,9 +174,6 @@ class TrainerConfig:
     Faster, and no longer exact."""
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, slower."""
-    trunk_cache: str | None = None
-    """A folder for the hidden states that enter the first adapted layer: computed once and read in every
-    epoch, exact. Faster where few layers are adapted; large, tokens times width, which is said first."""
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None
@@ -193,9 +190,6 @@ class TrainerConfig:
     """A progress bar on a terminal, lines elsewhere."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "trunk_cache")
-        if self.trunk_cache == "" or "://" in (self.trunk_cache or ""):
-            raise UserError(f"trainer.trunk_cache is {self.trunk_cache!r}; expected a folder of this machine")
         _at_least("trainer.num_nodes", self.num_nodes, 1)
         _at_least("trainer.tensor_parallel", self.tensor_parallel, 1)
         _at_least("trainer.log_every", self.log_every, 1)

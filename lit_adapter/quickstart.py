@@ -144,11 +144,11 @@ def held_out_loss(model: AdaptedLlama, records: Records) -> float:
     import torch
 
     from lit_adapter.data.encode import encode_records
-    from lit_adapter.data.packing import Packer, shared_heads
+    from lit_adapter.data.packing import Packer, shared_preambles
     from lit_adapter.model.loss import row_loss
 
     encoded = encode_records(records, model.tokenizer, model.template, max_length=512)
-    packer = Packer(encoded, shared_heads(encoded), mask_prompt=True, row_tokens=2048)
+    packer = Packer(encoded, shared_preambles(encoded), mask_prompt=True, row_tokens=2048)
     everything = np.arange(len(encoded))
     with torch.inference_mode():
         total = sum(float(row_loss(model.model, packer.row(row))) for row in packer.assign(everything))

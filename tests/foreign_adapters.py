@@ -66,7 +66,7 @@ def logits_of(adapter: Path, groups: int, ids: list[int] = IDS) -> Tensor:
         parameter.data = parameter.data.double()
     with torch.no_grad():
         view = CausalView(model.rotation(torch.arange(len(ids))[None]))
-        return model.head(model(torch.tensor([ids]), view))[0]
+        return model.logits(model(torch.tensor([ids]), view))[0]
 
 
 def converted(source: Path, out: Path, base: Path | None, **wishes: Any) -> list[str]:

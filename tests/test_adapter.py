@@ -28,7 +28,7 @@ FORMS = ["tanh", "identity", "layer", "channel"]
 
 def logits(model: Llama, ids: Tensor) -> Tensor:
     position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.head(model(ids, CausalView(model.rotation(position))))
+    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

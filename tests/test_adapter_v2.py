@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lit_adapter
 from lit_adapter.config import Config, OptimConfig
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
 from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
@@ -46,7 +46,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 def logits(model: Llama, ids: Tensor) -> Tensor:
     position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.head(model(ids, CausalView(model.rotation(position))))
+    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -145,7 +145,7 @@ def test_the_loss_through_an_adapted_head_has_exact_gradients(
 @pytest.mark.parametrize("config", [WHOLE, BARE], ids=["whole", "bare"])
 def test_packed_rows_give_the_gradients_of_single_records(config: AdapterConfig) -> None:
     model, data = open_adapter(random_llama(5), config, seed=1), encoded(4, 9)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
     names, parameters = zip(*adapter_parameters(model), strict=True)
     packed = torch.autograd.grad(loss.row_loss(model, packer.row(list(range(9)))), parameters)
     total = torch.zeros((), dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_packed_rows_give_the_gradients_of_single_records(config: AdapterConfig)
 def test_a_row_without_targets_reaches_every_parameter() -> None:
     """A process whose share has no target must still take part in DDP's exchange."""
     model, data = open_adapter(random_llama(5), BARE), encoded(4, 3)
-    row = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500).row([0, 1])
+    row = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500).row([0, 1])
     row.target_index, row.target_id = row.target_index[:0], row.target_id[:0]
     loss.row_loss(model, row).backward()
     assert all(p.grad is not None and not p.grad.any() for _, p in adapter_parameters(model))

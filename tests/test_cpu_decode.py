@@ -38,7 +38,7 @@ def model_of(name: str, dtype: torch.dtype) -> Llama:
 def wanted(model: Llama, text: list[int]) -> Tensor:
     """The logits after ``text``, from one forward pass over all of it."""
     ids = torch.tensor([text])
-    return model.head(model(ids, CausalView(model.rotation(torch.arange(len(text))[None]))))[0, -1]
+    return model.logits(model(ids, CausalView(model.rotation(torch.arange(len(text))[None]))))[0, -1]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])

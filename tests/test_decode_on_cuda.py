@@ -65,7 +65,7 @@ class Plain:
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         token, position = token[:, None].to(self.device), position[:, None].to(self.device)
         view = DecodeView(self.cache, self.model.rotation(position), position, 320, exact=False)
-        return self.model.head(self.model(token, view)[:, 0])
+        return self.model.logits(self.model(token, view)[:, 0])
 
 
 @pytest.mark.parametrize(

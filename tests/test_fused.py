@@ -10,7 +10,7 @@ from random_records import encoded
 from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model import tiles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
@@ -41,7 +41,7 @@ def model_of(case: dict[str, Any], seed: int) -> Llama:
 def row_of(case: dict[str, Any], seed: int) -> PackedRow:
     data = encoded(seed, 20, cut=bool(seed % 2), longest=60)
     mask_prompt = case.get("mask_prompt", True)
-    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=100_000)
+    packer = Packer(data, shared_preambles(data), mask_prompt=mask_prompt, row_tokens=100_000)
     return packer.row(list(range(20)))
 
 
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
             prepare(model)
         assert applies(model)
         view = FusedView(model, row, model.rotation(place), recompute=recompute)
-        assert len(view.all_rows.sum_tile)
+        assert len(view.all_queries.sum_tile)
         fused = loss_and_gradients(model, row, view)
         assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
         # Two ways to round the same bf16 products: 0.8 to 1.25 times each other's error.

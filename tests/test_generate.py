@@ -46,7 +46,7 @@ def uncached(model: Llama, prompt: list[int], n_new: int) -> list[int]:
         now = torch.tensor([ids])
         position = torch.arange(len(ids)).expand_as(now)
         with torch.no_grad():
-            ids.append(model.head(model(now, CausalView(model.rotation(position))))[0, -1].argmax().item())
+            ids.append(model.logits(model(now, CausalView(model.rotation(position))))[0, -1].argmax().item())
     return ids[len(prompt) :]
 
 

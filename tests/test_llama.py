@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def logits(model: Llama, ids: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.head(model(ids, CausalView(model.rotation(position)), rows))
+    return model.logits(model(ids, CausalView(model.rotation(position)), rows))
 
 
 def test_gradients_of_norm_and_rotation_are_those_of_finite_differences() -> None:

@@ -15,7 +15,7 @@ from tiny_models import open_adapter, random_llama
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.device import free_bytes
 from lit_adapter.model import loss
 from lit_adapter.model.adapter import adapter_parameters
@@ -31,7 +31,7 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": t
 
 def packed(n_records: int = 20, longest: int = 40) -> PackedRow:
     records = encoded(0, n_records, longest=longest)
-    packer = Packer(records, shared_heads(records), mask_prompt=True, row_tokens=100_000)
+    packer = Packer(records, shared_preambles(records), mask_prompt=True, row_tokens=100_000)
     return packer.row(list(range(n_records)))
 
 

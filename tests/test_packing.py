@@ -13,7 +13,7 @@ from random_records import encoded
 from tiny_models import open_adapter, random_llama
 
 from lit_adapter.data.encode import Encoded
-from lit_adapter.data.packing import Packer, share_of_step, shared_heads
+from lit_adapter.data.packing import Packer, share_of_step, shared_preambles
 from lit_adapter.model import attention
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import CausalView, PackedRow
@@ -43,7 +43,7 @@ def plain(model: Llama, data: Encoded, records: Any, mask_prompt: bool) -> Resul
         labels = ids.clone()
         labels[: data.n_prompt[index] if mask_prompt else 1] = -100
         view = CausalView(model.rotation(torch.arange(len(ids))[None]))
-        logits = model.head(model(ids[None], view))[0]
+        logits = model.logits(model(ids[None], view))[0]
         total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     return gradients_of(model, total, count)
@@ -93,7 +93,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float64) -> Llama:
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_prompt: bool) -> None:
     model, data = model_of(name), encoded(3, cut=True)
-    heads = shared_heads(data) if share else {}
+    heads = shared_preambles(data) if share else {}
     assert len(heads) == (2 if share else 0)
     wanted = plain(model, data, range(len(data)), mask_prompt)
     for row_tokens in (1000, 60):
@@ -108,14 +108,14 @@ def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_pro
 def test_fp32_is_near_fp64(name: str) -> None:
     data = encoded(4, 12)
     wanted = plain(model_of(name), data, range(12), True)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
     found = packed(model_of(name).to(torch.float32), [packer.row(list(range(12)))])
     assert_same(found, wanted, tolerance=2e-4)
 
 
 def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = model_of("gqa-top-layers"), encoded(5, cut=True)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=1000)
     row = packer.row(list(range(len(data))))
     monkeypatch.setattr(attention, "MOST_SCORED", 0)
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
@@ -147,7 +147,7 @@ def test_any_batch_cut_any_way(
     In fp64 to rounding; in fp32 as near to that as one record at a time is.
     """
     model, data = model_of(name), encoded(seed, n_records, cut=True, longest=longest)
-    heads = shared_heads(data) if share else {}
+    heads = shared_preambles(data) if share else {}
     packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=row_tokens)
     records = np.random.default_rng(seed).permutation(n_records)
     shares = [share_of_step(packer, records, 0, rank, n_processes) for rank in range(n_processes)]
@@ -187,7 +187,7 @@ def test_a_head_never_reaches_into_an_answer() -> None:
         n_dropped=np.zeros(1, np.int32),
         **same,
     )
-    assert shared_heads(data)[0].tolist() == list(range(2, 9))
+    assert shared_preambles(data)[0].tolist() == list(range(2, 9))
     model = model_of("gqa-top-layers")
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=100)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=100)
     assert_same(packed(model, [packer.row([0, 1, 2])]), plain(model, data, range(3), True))

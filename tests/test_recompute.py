@@ -8,7 +8,7 @@ from random_records import encoded
 from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.loss import row_loss
@@ -18,7 +18,7 @@ def gradients_and_kept(recompute: bool) -> tuple[list[Tensor], int]:
     """The adapter's gradients, and how many numbers the forward pass keeps that are no parameter's."""
     model = open_adapter(random_llama(0, n_layer=6), AdapterConfig(layers=5))
     data = encoded(0, 12, longest=40)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=1000)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=1000)
     kept: dict[int, int] = {}
     owned = {parameter.data_ptr() for parameter in model.parameters()}
 

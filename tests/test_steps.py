@@ -5,7 +5,13 @@ import pytest
 import torch
 from random_records import HEADS, encoded
 
-from lit_adapter.data.packing import SHORTEST_HEAD, Packer, TrainingSteps, ValidationSteps, shared_heads
+from lit_adapter.data.packing import (
+    SHORTEST_PREAMBLE,
+    Packer,
+    TrainingSteps,
+    ValidationSteps,
+    shared_preambles,
+)
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
 
@@ -14,7 +20,7 @@ def visible(row: PackedRow) -> list[tuple[int, ...]]:
     """The tokens that each position sees, in order, by the rule in words."""
     seen = []
     for q in range(len(row.ids)):
-        keys = [k for k in range(q + 1) if row.segment[k] in (row.segment[q], row.head[q])]
+        keys = [k for k in range(q + 1) if row.segment[k] in (row.segment[q], row.preamble[q])]
         assert row.position[keys].tolist() == list(range(len(keys)))
         seen.append(tuple(row.ids[keys].tolist()))
     return seen
@@ -23,7 +29,7 @@ def visible(row: PackedRow) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_every_target_is_predicted_from_exactly_its_own_past(mask_prompt: bool) -> None:
     data = encoded(6, 10, cut=True)
-    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=500)
+    packer = Packer(data, shared_preambles(data), mask_prompt=mask_prompt, row_tokens=500)
     row = packer.row(list(range(10)))
     seen = visible(row)
     found = sorted(
@@ -39,8 +45,8 @@ def test_every_target_is_predicted_from_exactly_its_own_past(mask_prompt: bool) 
     assert row.target_index.tolist() == sorted(row.target_index.tolist())
 
 
-def test_shared_heads_are_the_longest_common_starts() -> None:
-    heads = shared_heads(encoded(3, 40))
+def test_shared_preambles_are_the_longest_common_starts() -> None:
+    heads = shared_preambles(encoded(3, 40))
     assert {variant: head.tolist() for variant, head in heads.items()} == {
         0: HEADS[0].tolist(),
         1: HEADS[1].tolist(),
@@ -51,19 +57,19 @@ def test_shared_heads_are_the_longest_common_starts() -> None:
 def test_every_token_of_a_row_is_read_by_a_target(share: bool) -> None:
     """A record's last token is predicted and never read: it is not laid."""
     data = encoded(6, 40, cut=True)
-    packer = Packer(data, shared_heads(data) if share else {}, mask_prompt=True, row_tokens=2000)
+    packer = Packer(data, shared_preambles(data) if share else {}, mask_prompt=True, row_tokens=2000)
     row = packer.row(list(range(40)))
-    heads = sum(map(len, packer.heads.values()))
+    heads = sum(map(len, packer.preambles.values()))
     assert len(row.ids) == packer.row_length(list(range(40)))
-    assert len(row.ids) == heads + int((data.length - 1 - packer.n_head).sum())
+    assert len(row.ids) == heads + int((data.length - 1 - packer.n_preamble).sum())
     place = row.target_index[:, None]
-    reads = (row.segment == row.segment[place]) | (row.segment == row.head[place])
+    reads = (row.segment == row.segment[place]) | (row.segment == row.preamble[place])
     assert (reads & (torch.arange(len(row.ids)) <= place)).any(dim=0).all()
 
 
 def test_a_record_of_its_shared_head_and_one_token_adds_nothing_to_a_row() -> None:
     data = encoded(0, 30, longest=2)
-    packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=500)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
     bare = np.flatnonzero(packer.n_own == 0).tolist()
     assert len({int(data.variant[record]) for record in bare}) == 2
     row = packer.row(bare)
@@ -76,10 +82,10 @@ def test_a_record_of_its_shared_head_and_one_token_adds_nothing_to_a_row() -> No
 
 def test_short_common_starts_are_not_shared() -> None:
     data = encoded(2, 8)
-    short = SHORTEST_HEAD - 1
+    short = SHORTEST_PREAMBLE - 1
     for index in range(8):  # the records of a variant differ right after the third token
         data.record(index)[short] = index
-    assert shared_heads(data) == {}
+    assert shared_preambles(data) == {}
 
 
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 5])
@@ -87,7 +93,7 @@ def test_assign_covers_each_record_once_and_keeps_to_the_limit(n_processes: int)
     for seed in range(30):
         data = encoded(seed, 1 + seed, cut=True, longest=3 + seed)
         limit = int(data.length.max()) + seed
-        packer = Packer(data, shared_heads(data), mask_prompt=True, row_tokens=limit)
+        packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=limit)
         rows = packer.assign(np.arange(len(data)), n_processes)
         assert sorted(r for row in rows for r in row) == list(range(len(data)))
         assert len(rows) % n_processes == 0

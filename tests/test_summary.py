@@ -77,7 +77,7 @@ def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path,
     steps = data.training_steps()
     batches = [steps[step] for step in range(steps.steps_per_epoch)]
     computed = sum(len(row.ids) for batch in batches for row in batch.rows)
-    head = len(data.train_packer.heads[1])
+    head = len(data.train_packer.preambles[1])
     length = data.train_encoded.length
     share, shared = computed / sum(batch.n_tokens for batch in batches), head * len(length) / length.sum()
     [line] = [line for line in describe(data, color=False) if "packed" in line]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_records import encoded
 
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model import tiles
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.tiles import TilePlan, plan_tiles
@@ -16,19 +16,19 @@ from lit_adapter.model.tiles import TilePlan, plan_tiles
 
 def row_of(seed: int, n_records: int, longest: int, *, mask_prompt: bool = True) -> PackedRow:
     data = encoded(seed, n_records, cut=bool(seed % 2), longest=longest)
-    packer = Packer(data, shared_heads(data), mask_prompt=mask_prompt, row_tokens=100_000)
+    packer = Packer(data, shared_preambles(data), mask_prompt=mask_prompt, row_tokens=100_000)
     return packer.row(list(range(n_records)))
 
 
 def visible(row: PackedRow, q: int) -> set[int]:
     """The positions that position ``q`` sees."""
     segment = row.segment.numpy()[: q + 1]
-    return set(((segment == segment[q]) | (segment == int(row.head[q]))).nonzero()[0].tolist())
+    return set(((segment == segment[q]) | (segment == int(row.preamble[q]))).nonzero()[0].tolist())
 
 
 def planned(plan: TilePlan, n: int) -> set[int]:
     own = range(int(plan.first[n]), int(plan.place[n]) + 1)
-    return {*own, *range(int(plan.head_start[n]), int(plan.head_end[n]))}
+    return {*own, *range(int(plan.preamble_start[n]), int(plan.preamble_end[n]))}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -87,7 +87,7 @@ def test_user_defined_tokens_are_text(tmp_path: Path) -> None:
         ("llama3", "IT'S\n\n 1", ["IT", "'S", "\n\n", " ", "1"]),
     ],
 )
-def test_text_is_cut_as_the_file_says(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
+def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
     write_gguf_tokenizer(byte_level_keys() | {"tokenizer.ggml.pre": pre}, tmp_path)
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     spans = [span for _, span in library.pre_tokenizer.pre_tokenize_str(text)]

@@ -2,7 +2,7 @@
 
 Without torch: `formats` reads JSON, JSONL, CSV and Parquet line by line and refuses what is malformed;
 `records` checks the fields, counts what it skips, splits and compares; `hub` finds the same files in a Hub
-data set; `encode` makes token ids of them, in processes that keep to `worker`; `demo` writes the embedded
-data set (its words in `demo_words`). With torch: `packing` lays steps into rows, `trunk_file` keeps their
-hidden states, `module` is Lightning's data module, and `summary` says what it holds.
+data set; `encode` tokenizes them, in processes that keep to `worker`; `demo` writes the embedded data set
+(its words are in `demo_words`). With torch: `packing` lays steps into rows, `module` is Lightning's data
+module, and `summary` says what it holds.
 """

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.hub import is_hub_name, read_hub
-from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_heads
+from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
 from lit_adapter.data.records import Records, overlap, read_records, split
 from lit_adapter.data.worker import follow_parent
 from lit_adapter.errors import UserError
@@ -118,7 +118,7 @@ class AlpacaDataModule(LightningDataModule):
             )
         self.train_encoded = self._encode(self.train_records)
         self.val_encoded = self._encode(self.val_records) if self.val_records else None
-        self.heads = shared_heads(self.train_encoded)
+        self.preambles = shared_preambles(self.train_encoded)
         self.train_packer = self._packer(self.train_encoded)
         self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
         self.n_overlap = overlap(self.train_records, self.val_records) if self.val_records else 0
@@ -143,7 +143,7 @@ class AlpacaDataModule(LightningDataModule):
     def _packer(self, encoded: Encoded) -> Packer:
         return Packer(
             encoded,
-            self.heads,
+            self.preambles,
             mask_prompt=self.config.mask_prompt,
             row_tokens=self.row_tokens,
         )

@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from lit_adapter.data.encode import Encoded
-from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
 
-SHORTEST_HEAD = 4
+SHORTEST_PREAMBLE = 4
 """Tokens below which sharing a common start is not worth a segment."""
 
 
@@ -41,23 +40,23 @@ class StepBatch:
     step: int
 
 
-def shared_heads(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
+def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
     """Return the longest common start of the whole records' prompts, by variant of the template."""
-    heads: dict[int, NDArray[np.int32]] = {}
+    preambles: dict[int, NDArray[np.int32]] = {}
     for variant in np.unique(encoded.variant).tolist():
         members = np.flatnonzero((encoded.variant == variant) & encoded.whole)
         if len(members) < 2:
             continue
-        head = encoded.record(members[0])[: encoded.n_prompt[members[0]]]
+        preamble = encoded.record(members[0])[: encoded.n_prompt[members[0]]]
         for index in members[1:]:
-            other = encoded.record(index)[: min(len(head), encoded.n_prompt[index])]
-            same = head[: len(other)] == other
-            head = head[: len(other) if same.all() else int(same.argmin())]
-            if len(head) < SHORTEST_HEAD:
+            other = encoded.record(index)[: min(len(preamble), encoded.n_prompt[index])]
+            same = preamble[: len(other)] == other
+            preamble = preamble[: len(other) if same.all() else int(same.argmin())]
+            if len(preamble) < SHORTEST_PREAMBLE:
                 break
-        if len(head) >= SHORTEST_HEAD:
-            heads[variant] = head
-    return heads
+        if len(preamble) >= SHORTEST_PREAMBLE:
+            preambles[variant] = preamble
+    return preambles
 
 
 class Packer:
@@ -65,7 +64,7 @@ class Packer:
 
     Args:
         encoded: the records.
-        heads: shared starts by variant, from `shared_heads`; empty to lay every record whole.
+        preambles: shared starts by variant, from `shared_preambles`; empty to lay every record whole.
         mask_prompt: learn answers only.
         row_tokens: longest row.
     """
@@ -73,18 +72,18 @@ class Packer:
     def __init__(
         self,
         encoded: Encoded,
-        heads: dict[int, NDArray[np.int32]],
+        preambles: dict[int, NDArray[np.int32]],
         *,
         mask_prompt: bool,
         row_tokens: int,
     ) -> None:
-        self.encoded, self.heads = encoded, heads
-        self.trunk: TrunkFile | None = None
-        """Where the rows' trunk is read from; None to leave it to the model."""
+        self.encoded, self.preambles = encoded, preambles
         self.mask_prompt, self.row_tokens = mask_prompt, row_tokens
-        self.n_head = np.array([self._head_length(index) for index in range(len(encoded))], dtype=np.int64)
-        self.n_own = encoded.length - 1 - self.n_head
-        """Tokens that each record adds to a row: neither its shared head nor its last token ``[records]``."""
+        self.n_preamble = np.array(
+            [self._preamble_length(index) for index in range(len(encoded))], dtype=np.int64
+        )
+        self.n_own = encoded.length - 1 - self.n_preamble
+        """Tokens that each record adds to a row: all but its preamble and its last token ``[records]``."""
         longest = int(encoded.length.max(initial=1)) - 1
         if row_tokens < longest:
             raise UserError(
@@ -92,13 +91,13 @@ class Packer:
                 f"raise it to {longest} or lower data.max_length"
             )
 
-    def _head_length(self, index: int) -> int:
-        """Return how many of a record's tokens its shared head covers: all of it, or nothing."""
-        head = self.heads.get(int(self.encoded.variant[index]))
-        # A record cut to length has lost its start, and a head must not reach into an answer.
-        if head is None or not self.encoded.whole[index] or self.encoded.n_prompt[index] < len(head):
+    def _preamble_length(self, index: int) -> int:
+        """Return how many of a record's tokens its shared preamble covers: all of it, or nothing."""
+        preamble = self.preambles.get(int(self.encoded.variant[index]))
+        # A record cut to length has lost its start, and a preamble must not reach into an answer.
+        if preamble is None or not self.encoded.whole[index] or self.encoded.n_prompt[index] < len(preamble):
             return 0
-        return len(head) if np.array_equal(self.encoded.record(index)[: len(head)], head) else 0
+        return len(preamble) if np.array_equal(self.encoded.record(index)[: len(preamble)], preamble) else 0
 
     def n_targets(self, records: NDArray[np.int64]) -> int:
         """Return how many tokens of ``records`` are learned."""
@@ -127,37 +126,35 @@ class Packer:
             n_rows += n_processes
 
     def row_length(self, records: list[int]) -> int:
-        """Return the tokens of a row that holds ``records``, each shared head once."""
+        """Return the tokens of a row that holds ``records``, each shared preamble once."""
         return self._shared_length(records) + int(self.n_own[records].sum())
 
     def _shared_length(self, records: list[int]) -> int:
-        """Return the tokens of the shared heads that ``records`` continue."""
-        shared = {int(self.encoded.variant[r]): int(self.n_head[r]) for r in records if self.n_head[r]}
+        """Return the tokens of the shared preambles that ``records`` continue."""
+        shared = {
+            int(self.encoded.variant[r]): int(self.n_preamble[r]) for r in records if self.n_preamble[r]
+        }
         return sum(shared.values())
 
     def row(self, records: list[int]) -> PackedRow:
-        """Lay ``records`` into one row: each shared head, then the records that continue it."""
-        numbers = self.parts(records)
-        parts = self._laid_out(numbers)
-        ids, position, segment, head, target_index, target_id = map(
+        """Lay ``records`` into one row: each shared preamble, then the records that continue it."""
+        parts = self._laid_out(self._order(records))
+        ids, position, segment, preamble, target_index, target_id = map(
             torch.from_numpy, (*_tokens(parts), *self._targets(parts))
         )
-        row = PackedRow(ids, position, segment, head, target_index, target_id)
-        if self.trunk is not None:
-            row.trunk = self.trunk.read(numbers, len(row.ids))
-        return row
+        return PackedRow(ids, position, segment, preamble, target_index, target_id)
 
     def _laid_out(self, numbers: list[int]) -> list[_Part]:
-        """Return what `parts` says that a row is laid out of; one without any token is given one."""
+        """Return the parts of a row, as `_order` numbers them; a row without any token is given one."""
         parts: list[_Part] = []
-        head = None
+        preamble = None
         for number in numbers:
             if number >= len(self.encoded):
-                head = len(parts)
-                parts.append(_Part(self.heads[number - len(self.encoded)]))
+                preamble = len(parts)
+                parts.append(_Part(self.preambles[number - len(self.encoded)]))
                 continue
-            ids, n_head = self.encoded.record(number), int(self.n_head[number])
-            parts.append(_Part(ids[n_head:-1], n_head, head if n_head else None, number))
+            ids, n_preamble = self.encoded.record(number), int(self.n_preamble[number])
+            parts.append(_Part(ids[n_preamble:-1], n_preamble, preamble if n_preamble else None, number))
         if not any(len(part.ids) for part in parts):
             parts.append(_Part(np.zeros(1, dtype=np.int32)))
         for before, part in pairwise(parts):
@@ -167,66 +164,65 @@ class Packer:
     def _targets(self, parts: list[_Part]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the places whose next token is learned, ascending, and that token ``[M]``."""
         mine = [part for part in parts if part.record is not None]
-        head_starts = [0 if part.head is None else parts[part.head].start for part in mine]
+        preamble_starts = [0 if part.preamble is None else parts[part.preamble].start for part in mine]
         rows = [(part.record, part.position, part.start) for part in mine]
-        records, n_head, start = np.array(rows, np.int64).reshape(-1, 3).T
-        head_start = np.array(head_starts, np.int64)
+        records, n_preamble, start = np.array(rows, np.int64).reshape(-1, 3).T
+        preamble_start = np.array(preamble_starts, np.int64)
         first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)
         first = np.maximum(first, 1) - 1  # the token that predicts the first
         count = self.encoded.start[records + 1] - self.encoded.start[records] - 1 - first
         predicting = np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
-        n_head, start, head_start = (np.repeat(values, count) for values in (n_head, start, head_start))
-        # The shared head's tokens predict for every record that continues it.
-        place = predicting + np.where(predicting < n_head, head_start, start - n_head)
+        n_preamble, start, preamble_start = (
+            np.repeat(values, count) for values in (n_preamble, start, preamble_start)
+        )
+        # The shared preamble's tokens predict for every record that continues it.
+        place = predicting + np.where(predicting < n_preamble, preamble_start, start - n_preamble)
         token = self.encoded.ids[np.repeat(self.encoded.start[records], count) + predicting + 1]
         order = np.argsort(place, kind="stable")
         return place[order], token[order].astype(np.int64)
 
-    def parts(self, records: list[int]) -> list[int]:
-        """Return what a row of ``records`` is laid out of, in order: numbers into `part_lengths`.
+    def _order(self, records: list[int]) -> list[int]:
+        """Return what a row of ``records`` is laid out of, in order.
 
-        Records without a shared head come first, then each head and the records that continue it.
+        A number below ``len(encoded)`` is a record; one above it is the shared preamble of a variant. Records
+        without a shared preamble come first, then each preamble and the records that continue it.
         """
-        variants = [int(self.encoded.variant[record]) if self.n_head[record] else -1 for record in records]
+        variants = [
+            int(self.encoded.variant[record]) if self.n_preamble[record] else -1 for record in records
+        ]
         found: list[int] = []
         for variant in sorted(set(variants)):
             found += [len(self.encoded) + variant] if variant >= 0 else []
             found += sorted(record for record, own in zip(records, variants, strict=True) if own == variant)
         return found
 
-    @property
-    def part_lengths(self) -> NDArray[np.int64]:
-        """Tokens that each record's own part takes in a row, then those of each variant's shared head."""
-        heads = [len(self.heads.get(variant, ())) for variant in range(max(self.heads, default=-1) + 1)]
-        return np.concatenate([self.n_own, np.array(heads, np.int64)])
-
 
 @dataclass
 class _Part:
-    """A part of a row: a shared head, or a record's own tokens but the last."""
+    """A part of a row: a shared preamble, or a record's own tokens but the last."""
 
     ids: NDArray[np.int32]
     position: int = 0
     """Position of its first token."""
-    head: int | None = None
-    """Which part is the shared head that it continues."""
+    preamble: int | None = None
+    """Which part is the shared preamble that it continues."""
     record: int | None = None
     start: int = 0
     """Place of its first token in the row."""
 
 
 def _tokens(parts: list[_Part]) -> tuple[NDArray[np.int64], ...]:
-    """Return ids, positions, segments and heads of the parts laid end to end, each ``[T]``."""
+    """Return ids, positions, segments and preambles of the parts laid end to end, each ``[T]``."""
     length = np.array([len(part.ids) for part in parts])
     number = np.cumsum(length > 0) - 1  # a part without tokens is no segment
-    head = number[[index if part.head is None else part.head for index, part in enumerate(parts)]]
+    preamble = number[[index if part.preamble is None else part.preamble for index, part in enumerate(parts)]]
     start = np.array([part.start for part in parts])
     place = np.arange(length.sum())
     return (
         np.concatenate([part.ids for part in parts]).astype(np.int64),
         place - np.repeat(start - [part.position for part in parts], length),
         np.repeat(number, length),
-        np.repeat(head, length),
+        np.repeat(preamble, length),
     )
 
 

@@ -50,7 +50,7 @@ def _packed(data: AlpacaDataModule) -> str:
     given = sum(int(length[records].sum()) for records in shown)
     computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
     text = f"packed without padding: {computed / given:.0%} of a step's tokens are computed"
-    shared = packer.n_head.sum() / length.sum()
+    shared = packer.n_preamble.sum() / length.sum()
     return text + (f"; {shared:.0%} are a shared start, computed once a row" if shared else "")
 
 

@@ -82,7 +82,7 @@ def decode(
     n_slots = min(batch_size, len(prompts))
     length = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
     # A graph holds on to the memory of matrices, and gathered ones lie elsewhere every time.
-    captured = model.embed_tokens.weight.device.type == "cuda" and not model.is_cut
+    captured = model.embed_tokens.weight.device.type == "cuda" and not model.is_sharded
     decoder = (GraphDecoder if captured else Decoder)(model, n_slots, length, settings)
     stop_ids = stop_ids | set(settings.stop_ids)
     slots: list[Slot | None] = [None] * n_slots

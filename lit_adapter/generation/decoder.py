@@ -16,7 +16,7 @@ from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.llama import Llama
 
 
-class NotNumbersError(UserError):
+class NonFiniteLogitsError(UserError):
     """Logits that are not numbers: of a damaged file, or of an adapter whose training has gone wrong."""
 
 
@@ -39,10 +39,12 @@ class Slot:
         """Take the chosen token.
 
         Raises:
-            NotNumbersError: logits that are not numbers, told by a negative token.
+            NonFiniteLogitsError: logits that are not numbers, told by a negative token.
         """
         if token < 0:
-            raise NotNumbersError("the model's logits are not numbers; the base or the adapter is damaged")
+            raise NonFiniteLogitsError(
+                "the model's logits are not numbers; the base or the adapter is damaged"
+            )
         self.token = token
 
 
@@ -88,7 +90,7 @@ class Decoder:
                 self.seen[slot] = False
                 self.seen[slot, torch.tensor(prompt, device=self.device)] = True
         new = [Slot(number, len(prompt)) for number, prompt in zip(numbers, prompts, strict=True)]
-        self._choose(self.model.head(hidden), new, where)
+        self._choose(self.model.logits(hidden), new, where)
         return new
 
     def _read(self, prompts: Sequence[Sequence[int]], slots: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ class Decoder:
             return self._lean.step(token, position)
         ids, place = (torch.tensor(x, device=self.device)[:, None] for x in (token, position))
         view = DecodeView(self.cache, self.model.rotation(place), place, max(position) + 1)
-        return self.model.head(self.model(ids, view)[:, 0])
+        return self.model.logits(self.model(ids, view)[:, 0])
 
     def _choose(self, logits: Tensor, slots: list[Slot], where: Tensor) -> None:
         """Choose a token for each of ``slots`` by its ``logits [B, V]``."""

@@ -85,7 +85,7 @@ class AdaptedLlama:
         """Return the logits ``[B, T, V]``, fp32, of plain token ids ``[B, T]`` (no template)."""
         ids = ids.to(self.model.embed_tokens.weight.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.model.head(self.model(ids, CausalView(self.model.rotation(position)))).float()
+        return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

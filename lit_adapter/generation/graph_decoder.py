@@ -128,7 +128,7 @@ class GraphDecoder(Decoder):
             return self.fused.step(self.token, self.position)
         position = self.position[:, None]
         view = DecodeView(self.cache, self.model.rotation(position), position, used, exact=False)
-        return self.model.head(self.model(self.token[:, None], view)[:, 0])
+        return self.model.logits(self.model(self.token[:, None], view)[:, 0])
 
 
 def fused_decoder(model: Llama, cache: KeyValueCache) -> FusedDecode | None:

@@ -1,12 +1,12 @@
 """Who may see whom, asked in one place for packed rows, plain batches and caches.
 
 A `View` carries positions and answers the attention of one forward pass. The rule for packed rows: with
-every token's segment (its record) and head (a shared segment that its record continues),
+every token's segment (its record) and preamble (a shared segment that its record continues),
 
-    query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == head[q])
+    query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == preamble[q])
 
 so that many records share a row without padding, and the template text they all start with is computed
-once per row; positions restart for each record and go on from its shared head's length.
+once per row; positions restart for each record and go on from its shared preamble's length.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ KeyValue = tuple[Tensor, Tensor]
 class PackedRow:
     """Records laid end to end in one row, and the positions whose next token is learned.
 
-    ``ids``, ``position``, ``segment`` and ``head`` are ``[T]``; ``target_index`` (into the row) and
-    ``target_id`` are ``[M]``. A token whose record has no shared head has its own segment as ``head``.
-    Segments are contiguous and numbered in the order they lie; a shared head comes before its records.
-    ``trunk`` holds the hidden states ``[T, C]`` that enter the first adapted layer, where they are kept.
+    ``ids``, ``position``, ``segment`` and ``preamble`` are ``[T]``; ``target_index`` (into the row) and
+    ``target_id`` are ``[M]``. A token whose record has no preamble has its own segment there.
+    Segments are contiguous and numbered in order; a shared preamble comes before its records.
     """
 
     ids: Tensor
     position: Tensor
     segment: Tensor
-    head: Tensor
+    preamble: Tensor
     target_index: Tensor
     target_id: Tensor
-    trunk: Tensor | None = None
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``ids``, ``position``, ``target_index`` and ``target_id`` on a device, in one transfer."""
@@ -46,10 +44,6 @@ class PackedRow:
         joined = _moved(torch.cat(parts), device)
         ids, position, target_index, target_id = joined.split([len(part) for part in parts])
         return ids, position, target_index, target_id
-
-    def trunk_on(self, device: torch.device) -> Tensor | None:
-        """Return ``trunk`` on a device."""
-        return None if self.trunk is None else _moved(self.trunk, device)
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
@@ -67,10 +61,10 @@ class View(Protocol):
     def rotation(self) -> KeyValue:
         """Cosines and sines of all positions, ``[B, T, D/2]``."""
 
-    def rotation_at(self, rows: Tensor) -> KeyValue:
-        """Cosines and sines of the positions ``rows [M]``."""
+    def rotation_at(self, query_positions: Tensor) -> KeyValue:
+        """Cosines and sines of the positions ``query_positions [M]``."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
         """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
 
     def prefix_kv(self, layer: int) -> KeyValue | None:
@@ -86,10 +80,10 @@ class BaseView:
     def __init__(self, rotation: KeyValue) -> None:
         self.rotation = rotation
 
-    def rotation_at(self, rows: Tensor) -> KeyValue:
-        """Return cosines and sines of the positions ``rows [M]``."""
+    def rotation_at(self, query_positions: Tensor) -> KeyValue:
+        """Return cosines and sines of the positions ``query_positions [M]``."""
         cos, sin = self.rotation
-        return cos[:, rows], sin[:, rows]
+        return cos[:, query_positions], sin[:, query_positions]
 
     def prefix_kv(self, layer: int) -> KeyValue | None:
         """Let the layer project its prefix now: while training it changes with every step."""
@@ -100,23 +94,23 @@ class BlockView(BaseView):
     """A view that does not ask a block's modules to attend, but computes the block itself."""
 
     @abstractmethod
-    def block(self, block: Any, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the block's output for ``x [1, T, C]``, or for its positions ``rows [M]`` only."""
+    def block(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Return the block's output for ``x [1, T, C]``, or for its ``query_positions [M]`` only."""
 
 
 class CausalView(BaseView):
     """A plain batch ``[B, T]`` of equally long texts."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        """Attend causally; the last layer may ask for some rows only."""
-        return attend_causally(q, k, v, rows)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Attend causally; the last layer may ask for some positions only."""
+        return attend_causally(q, k, v, query_positions)
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-    """Return causal attention of all positions, or of the positions ``rows [M]`` that ``q`` holds."""
-    if rows is None:
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+    """Return causal attention of all positions, or of ``query_positions [M]``, which ``q`` holds."""
+    if query_positions is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    seen = rows[:, None] >= torch.arange(k.shape[-2], device=k.device)
+    seen = query_positions[:, None] >= torch.arange(k.shape[-2], device=k.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
@@ -125,7 +119,7 @@ class SegmentGroup:
     """Segments of similar length, padded to a rectangle for one attention call."""
 
     query: Tensor  # [S, L] which of the given queries
-    key: Tensor  # [S, E] row positions of the keys: shared head, then the segment itself
+    key: Tensor  # [S, E] row positions of the keys: shared preamble, then the segment itself
     sight: Tensor  # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16
     real: Tensor  # [n] which entries of the flattened `query` are not padding
 
@@ -141,12 +135,12 @@ class SegmentView(BaseView):
         super().__init__(rotation)
         self.recompute = recompute
         device = rotation[0].device
-        self.all_rows = _groups(row, list(range(len(row.ids))), device)
-        self.target_rows = _groups(row, row.target_index.tolist(), device)
+        self.all_queries = _groups(row, list(range(len(row.ids))), device)
+        self.target_queries = _groups(row, row.target_index.tolist(), device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        """Attend within segments; ``rows`` can only be the row's own targets."""
-        groups = self.all_rows if rows is None else self.target_rows
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Attend within segments; ``query_positions`` can only be the row's own targets."""
+        groups = self.all_queries if query_positions is None else self.target_queries
         if not groups:  # a row without targets: q, empty like its result, keeps the graph whole for DDP
             return q + 0 * (k.sum() + v.sum())
         q = q * q.shape[-1] ** -0.5
@@ -190,12 +184,12 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tenso
 
 @dataclass
 class _Segment:
-    """A segment's extent in the row, and that of the shared head it continues (empty if none)."""
+    """A segment's extent in the row, and that of the shared preamble it continues (empty if none)."""
 
     start: int
     end: int
-    head_start: int
-    head_end: int
+    preamble_start: int
+    preamble_end: int
     queries: list[tuple[int, int]] = field(default_factory=list)
     """Row position and number of each query asked for in this segment."""
 
@@ -212,8 +206,8 @@ def _segments(row: PackedRow) -> list[_Segment]:
     extent = {int(row.segment[start]): (start, end) for start, end in zip(starts, ends, strict=True)}
     found = []
     for number, (start, end) in extent.items():
-        head = int(row.head[start])
-        found.append(_Segment(start, end, *(extent[head] if head != number else (start, start))))
+        preamble = int(row.preamble[start])
+        found.append(_Segment(start, end, *(extent[preamble] if preamble != number else (start, start))))
     return found
 
 
@@ -241,7 +235,9 @@ def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[Seg
 def _rectangle(group: list[_Segment], device: torch.device) -> SegmentGroup:
     position, valid = _padded([[place for place, _ in s.queries] for s in group])
     query, _ = _padded([[number for _, number in s.queries] for s in group])
-    key, real_key = _padded([[*range(s.head_start, s.head_end), *range(s.start, s.end)] for s in group])
+    key, real_key = _padded(
+        [[*range(s.preamble_start, s.preamble_end), *range(s.start, s.end)] for s in group]
+    )
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
     seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
     sight = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)

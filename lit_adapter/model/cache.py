@@ -59,12 +59,12 @@ class PrefillView(_CacheView):
         super().__init__(cache, rotation)
         self.slots = slots
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
         """Keep keys and values, attend causally among the prompt's own."""
         T = k.shape[2]
         self.cache.k[layer, self.slots, :, :T] = k
         self.cache.v[layer, self.slots, :, :T] = v
-        return attend_causally(q, k, v, rows)
+        return attend_causally(q, k, v, query_positions)
 
 
 class DecodeView(_CacheView):
@@ -82,7 +82,7 @@ class DecodeView(_CacheView):
         seen = torch.arange(used, device=position.device) <= position  # [B, used]
         self.seen = None if exact and cache.n_slots == 1 else seen[:, None, None, :]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
         """Keep the new key and value, attend to all so far."""
         keys, values = self.cache.k[layer], self.cache.v[layer]
         keys[self.slot, :, self.position] = k[:, :, 0]

@@ -164,16 +164,16 @@ class FusedView(BlockView):
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         super().__init__(rotation)
         device = rotation[0].device
-        self.all_rows = plan_tiles(row, None, device)
-        self.target_rows = plan_tiles(row, row.target_index, device)
+        self.all_queries = plan_tiles(row, None, device)
+        self.target_queries = plan_tiles(row, row.target_index, device)
         self.strength = _strengths(model)
         self.recompute = recompute
 
-    def block(self, block: Block, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Compute a block for ``x [1, T, C]``, or for its positions ``rows``, the row's targets."""
+    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Compute a block for ``x [1, T, C]``, or for its ``query_positions``, the row's targets."""
         prefix = block.self_attn.prefix
         learned = (prefix.prompt, prefix.gate) if isinstance(prefix, GatedPrefix) else (None, None)
-        return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, rows)).unsqueeze(0)
+        return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, query_positions)).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -195,12 +195,12 @@ class _Site:
     Args:
         block: the block.
         view: the row.
-        places: positions whose output is wanted ``[M]``; all of them if None.
+        query_positions: positions whose output is wanted ``[M]``; all of them if None.
     """
 
-    def __init__(self, block: Block, view: FusedView, places: Tensor | None) -> None:
+    def __init__(self, block: Block, view: FusedView, query_positions: Tensor | None) -> None:
         attn: Any = block.self_attn
-        self.block, self.view, self.places = block, view, places
+        self.block, self.view, self.query_positions = block, view, query_positions
         self.weights = block_weights(block)
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
@@ -211,7 +211,7 @@ class _Site:
         self.D: int = attn.head_dim
         self.q_width: int = attn.q_proj.out_features
         self.k_width: int = attn.k_proj.out_features
-        self.plan: TilePlan = view.all_rows if places is None else view.target_rows
+        self.plan: TilePlan = view.all_queries if query_positions is None else view.target_queries
         cos, sin = view.rotation
         self.rotation: KeyValue = (cos[0], sin[0])
 
@@ -294,13 +294,13 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
     D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
     normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
-    if site.places is None:
+    if site.query_positions is None:
         qkv = weights.qkv(normed)
         rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
         q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
     else:
-        q, kv = site.q(normed[site.places]), site.kv(normed)
-        rows.rotate_(q, cos[site.places], sin[site.places], site.q_width // D)
+        q, kv = site.q(normed[site.query_positions]), site.kv(normed)
+        rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
         rows.rotate_(kv[:T], cos, sin, site.k_width // D)
     k, v = kv[:T].chunk(2, dim=1)
     y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(kv[T:]))
@@ -315,7 +315,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
     """
     weights, norm = site.weights, site.between
     middle, twin, normed, rstd = rows.add_and_norm(
-        x if site.places is None else x[site.places],
+        x if site.query_positions is None else x[site.query_positions],
         weights.o(weights.operand(attended.y)),
         norm.weight,
         norm.eps,
@@ -385,7 +385,7 @@ def _attention_backward(
     """Return the gradients of the block's input, of its prompt and of its gate."""
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]
-    if site.places is None:
+    if site.query_positions is None:
         dqkv = x.new_empty(n_rows, q_width + 2 * site.k_width)
         dq, dkv, below = dqkv[:T, :q_width], dqkv[:, q_width:], dqkv[T:, :q_width]
     else:
@@ -393,11 +393,11 @@ def _attention_backward(
     dk, dv = dkv[:T].chunk(2, dim=1)
     into = attention.Gradients(dq, dk, dv, site.rotation)
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
-    if site.places is None:
+    if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
     else:  # in fp32: many targets may stand at one place, a shared head's
         dnormed = site.kv.backward(weights.operand(dkv)).float()
-        dnormed.index_add_(0, site.places, site.q.backward(weights.operand(dq)).float())
-        beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.places, dmiddle.float())
+        dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
+        beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
     dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
     return dx, None if dgate is None else dnormed[T:].float(), dgate

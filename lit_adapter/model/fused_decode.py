@@ -97,7 +97,7 @@ class FusedDecode:
             return self.few.step(token, position)
         cos, sin = self.rotation
         view = _StepView(self, (cos[position][None], sin[position][None]), self.slot, position)
-        return self.model.head(self.model(token[None], view)[0])
+        return self.model.logits(self.model(token[None], view)[0])
 
 
 def _prefix(
@@ -126,8 +126,8 @@ class _CacheRowView(BlockView):
         super().__init__(rotation)
         self.decode, self.slot, self.position = decode, slot, position
 
-    def block(self, block: Block, x: Tensor, rows_wanted: Tensor | None) -> Tensor:
-        """Compute a block for ``x [1, T, C]``, or for its positions ``rows_wanted [M]``."""
+    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
         decode, layer, x = self.decode, block.self_attn.index, x[0]
         weights, quantised = decode.weights[layer], decode.weights[layer].quantised
         before, between = block.input_layernorm, block.post_attention_layernorm
@@ -136,9 +136,9 @@ class _CacheRowView(BlockView):
         cos, sin = self.rotation
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         decode_attention.rotate_and_keep(qkv, (cos[0], sin[0]), self.slot, self.position, cache)
-        y = weights.operand(self.attend(layer, qkv, rows_wanted))
+        y = weights.operand(self.attend(layer, qkv, query_positions))
         middle, _, normed, _ = rows.add_and_norm(
-            x if rows_wanted is None else x[rows_wanted],
+            x if query_positions is None else x[query_positions],
             weights.o(y),
             between.weight,
             between.eps,
@@ -149,7 +149,7 @@ class _CacheRowView(BlockView):
         return middle[None]
 
     @abstractmethod
-    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         """Return attention ``[T, H * D]`` of rotated ``qkv [T, (H + 2 G) * D]``, or ``[M, H * D]``."""
 
 
@@ -169,21 +169,21 @@ class _PromptView(_CacheRowView):
         parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
         self.ids, position, slot, self.last = parts
         super().__init__(decode, decode.model.rotation(position[None]), slot, position)
-        self.all_rows = plan_tiles(row, None, device)
-        self.last_rows = plan_tiles(row, row.target_index, device)
+        self.all_queries = plan_tiles(row, None, device)
+        self.last_queries = plan_tiles(row, row.target_index, device)
 
-    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
-        plan = self.all_rows if rows_wanted is None else self.last_rows
-        q = q if rows_wanted is None else q[rows_wanted]
+        plan = self.all_queries if query_positions is None else self.last_queries
+        q = q if query_positions is None else q[query_positions]
         return attention.attend(q, k, v, plan, decode.D, decode.prefix[layer])[0]
 
 
 class _StepView(_CacheRowView):
     """One new token in every slot."""
 
-    def attend(self, layer: int, qkv: Tensor, rows_wanted: Tensor | None) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]

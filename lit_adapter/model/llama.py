@@ -2,7 +2,7 @@
 
 Parameters carry the names of Hugging Face's ``LlamaForCausalLM`` less its leading ``model.``. Attention
 has one optional child, `prefix`; nothing here knows what it learns. Who may see whom is asked of a
-`View` (see `attention`), so that packed training rows, a plain batch and a cache share one forward.
+`View` (see `attention`), so that packed rows, a plain batch and a cache share one forward pass.
 
 Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -96,24 +96,24 @@ class Attention(nn.Module):
         """Return the prompt's keys and values ``[G, K, D]``; they depend on weights alone."""
         return self.project_kv(self.prefix.prompt.to(dtype))
 
-    def forward(self, x: Tensor, view: View, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, C]``.
             view: positions and who may see whom.
-            rows: positions whose output is wanted ``[M]``; all of them if None.
+            query_positions: positions whose output is wanted ``[M]``; all of them if None.
 
         Returns:
-            ``[B, T, C]``, or ``[B, M, C]`` with ``rows``.
+            ``[B, T, C]``, or ``[B, M, C]`` with ``query_positions``.
         """
         k, v = self.project_kv(x)
         k = rotate(k, *view.rotation)
-        if rows is None:
+        if query_positions is None:
             q = rotate(self.heads(self.q_proj(x)), *view.rotation)
         else:
-            q = rotate(self.heads(self.q_proj(x[:, rows])), *view.rotation_at(rows))
-        y = view.attend(self.index, q, k, v, rows)
+            q = rotate(self.heads(self.q_proj(x[:, query_positions])), *view.rotation_at(query_positions))
+        y = view.attend(self.index, q, k, v, query_positions)
         if self.prefix is not None:
             y = y + self.prefix(q, *(view.prefix_kv(self.index) or self.prefix_kv(x.dtype)))
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -152,22 +152,22 @@ class Block(nn.Module):
         """Return the layer's prefix keys and values ``[G, K, D]``, or None where it has no prefix."""
         return None if self.self_attn.prefix is None else self.self_attn.prefix_kv(dtype)
 
-    def forward(self, x: Tensor, view: View | BlockView, rows: Tensor | None = None) -> Tensor:
-        """Map ``x [B, T, C]`` to ``[B, T, C]``, or only the positions ``rows`` to ``[B, M, C]``."""
+    def forward(self, x: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
+        """Map ``x [B, T, C]`` to ``[B, T, C]``, or only ``query_positions`` to ``[B, M, C]``."""
         if isinstance(view, BlockView):
-            return view.block(self, x, rows)
-        residual = x if rows is None else x[:, rows]
-        x = residual + self.total(self.self_attn(self.input_layernorm(x), view, rows))
+            return view.block(self, x, query_positions)
+        residual = x if query_positions is None else x[:, query_positions]
+        x = residual + self.total(self.self_attn(self.input_layernorm(x), view, query_positions))
         return x + self.total(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(nn.Module):
-    """The transformer. `forward` returns normed hidden states; `head` turns them into logits."""
+    """The transformer. `forward` returns normed hidden states; `logits` maps them to logits."""
 
     inverse_frequency: Tensor
     decode_weights: Any = None
     """Its matrices in another form, for a decoder that takes them so."""
-    is_cut = False
+    is_sharded = False
     """Whether its matrices are cut over processes: they are whole within its own forward passes only."""
     n_parts = 1
     """Processes that share each layer's heads and MLP: this one computes its part of them."""
@@ -193,47 +193,27 @@ class Llama(nn.Module):
         """Return every layer's prefix keys and values."""
         return [block.prefix_kv(dtype) for block in self.layers]
 
-    @property
-    def n_trunk(self) -> int:
-        """Layers below the first with a prefix: what they compute never changes."""
-        prefixed = (index for index, block in enumerate(self.layers) if block.self_attn.prefix is not None)
-        return next(prefixed, 0)
-
-    def trunk(self, ids: Tensor, view: View | BlockView) -> Tensor:
-        """Return what enters the first layer with a prefix, ``[B, T, C]``, for ``ids [B, T]``."""
-        x = self.embed_tokens(ids)
-        for block in self.layers[: self.n_trunk]:
-            x = block(x, view)
-        return x
-
-    def forward(
-        self,
-        ids: Tensor,
-        view: View | BlockView,
-        rows: Tensor | None = None,
-        trunk: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
         """Run the model.
 
         Args:
             ids: token ids ``[B, T]``.
             view: positions and who may see whom.
-            rows: positions whose hidden states are wanted ``[M]``; the last layer then computes queries,
-                output projection and MLP for these alone. All positions if None.
-            trunk: what `trunk` returns for ``ids``, where it is known: only the layers above are computed.
+            query_positions: positions whose hidden states are wanted ``[M]``; the last layer then computes
+                queries, output projection and MLP for these alone. All positions if None.
 
         Returns:
             Hidden states after the final norm, ``[B, T, C]`` or ``[B, M, C]``.
         """
-        x = self.embed_tokens(ids) if trunk is None else trunk
-        for block in self.layers if trunk is None else self.layers[self.n_trunk :]:
-            wanted = rows if block is self.layers[-1] else None
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            queried = query_positions if block is self.layers[-1] else None
             if view.recompute and not isinstance(view, BlockView):
-                x = checkpoint(block, x, view, wanted, use_reentrant=False)
+                x = checkpoint(block, x, view, queried, use_reentrant=False)
             else:
-                x = block(x, view, wanted)
+                x = block(x, view, queried)
         return self.norm(x)
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""
         return self.lm_head(hidden)

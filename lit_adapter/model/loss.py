@@ -112,18 +112,10 @@ def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor
     device = model.embed_tokens.weight.device
     ids, position, target_index, target_id = row.inputs(device)
     view = _view(model, row, model.rotation(position[None]), recompute)
-    trunk = row.trunk_on(device)
-    hidden = model(ids[None], view, target_index, None if trunk is None else trunk[None]).squeeze(0)
+    hidden = model(ids[None], view, target_index).squeeze(0)
     head = model.lm_head
     affine = (head.adapter_bias, head.adapter_scale) if isinstance(head, AdaptedLinear) else (None, None)
     return target_loss(hidden, head.weight, target_id, *affine)
-
-
-def row_trunk(model: Llama, row: PackedRow) -> Tensor:
-    """Return a packed row's hidden states ``[T, C]`` that enter the first adapted layer."""
-    ids, position, _, _ = row.inputs(model.embed_tokens.weight.device)
-    view = _view(model, row, model.rotation(position[None]), recompute=False)
-    return model.trunk(ids[None], view)[0]
 
 
 def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:

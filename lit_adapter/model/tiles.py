@@ -24,7 +24,7 @@ QUERY_TILE, KEY_TILE = 64, 32
 OWNED_KEYS, VISITING_TILE = 64, 32
 """Or it owns a tile of keys and visits the tiles of queries that see one of them."""
 VISITS = 16
-"""Query tiles that one program adds up into the gradient of a key tile; a shared head has hundreds, and
+"""Query tiles that one program adds up into the gradient of a key tile; a shared preamble has hundreds, and
 would keep the device waiting for the one program that adds them all."""
 
 
@@ -33,7 +33,7 @@ class TilePlan:
     """Attention of some queries over a packed row of T tokens, as int32 tensors on the device.
 
     Query n stands at position ``place[n]`` of the row and sees the positions from ``first[n]`` to itself,
-    and those from ``head_start[n]`` to below ``head_end[n]`` (the shared head its record continues).
+    and those from ``preamble_start[n]`` to below ``preamble_end[n]`` (the preamble its record continues).
     """
 
     n_keys: int
@@ -42,8 +42,8 @@ class TilePlan:
     """Unfinished sums of the gradients of keys and values; see ``part_slot``."""
     place: Tensor
     first: Tensor
-    head_start: Tensor
-    head_end: Tensor
+    preamble_start: Tensor
+    preamble_end: Tensor
     key_from: Tensor
     """Query tile m visits the key tiles ``key_tile[key_from[m] : key_from[m + 1]]``."""
     key_tile: Tensor
@@ -71,24 +71,24 @@ class TilePlan:
         return self.part_tile.shape[0]
 
 
-def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> TilePlan:
+def plan_tiles(row: PackedRow, query_positions: Tensor | None, device: torch.device) -> TilePlan:
     """Plan the attention of a row.
 
     Args:
         row: on the CPU.
-        places: ascending row positions of the queries ``[M]``; all of the row's if None.
+        query_positions: ascending row positions of the queries ``[M]``; all of the row's if None.
         device: where the plan goes.
     """
-    segment, head = row.segment.numpy(), row.head.numpy()
+    segment, preamble = row.segment.numpy(), row.preamble.numpy()
     n_keys = len(segment)
     start = np.flatnonzero(np.diff(segment, prepend=-1))  # of every segment; their numbers are their order
     end = np.append(start[1:], n_keys)
-    place = np.arange(n_keys) if places is None else places.numpy()
-    own, shared = segment[place], head[place]
+    place = np.arange(n_keys) if query_positions is None else query_positions.numpy()
+    own, shared = segment[place], preamble[place]
     first = start[own]
-    head_start = np.where(shared == own, 0, start[shared])
-    head_end = np.where(shared == own, 0, end[shared])
-    sight = (place, first, head_start, head_end)
+    preamble_start = np.where(shared == own, 0, start[shared])
+    preamble_end = np.where(shared == own, 0, end[shared])
+    sight = (place, first, preamble_start, preamble_end)
     query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE, OWNED_KEYS).T)
     key_lists = _lists(_visits(*sight, n_keys, QUERY_TILE, KEY_TILE))
     *work, sum_from = _parts(query_from)
@@ -103,20 +103,20 @@ def plan_tiles(row: PackedRow, places: Tensor | None, device: torch.device) -> T
 def _visits(
     place: NDArray,
     first: NDArray,
-    head_start: NDArray,
-    head_end: NDArray,
+    preamble_start: NDArray,
+    preamble_end: NDArray,
     n_keys: int,
     size: int,
     key_size: int,
 ) -> NDArray[np.bool_]:
     """Return which tiles of ``size`` queries and of ``key_size`` keys meet ``[query tiles, key tiles]``."""
-    # One entry for each segment in each tile: from its first token to the last query there, and its head.
+    # One entry for each segment in each tile: from its first token to the last query there, and its preamble.
     tile = np.arange(len(place)) // size
     change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
     last = place[np.append(change[1:], len(place)) - 1] if len(place) else place
     own = (tile[change], first[change], last)
-    has_head = change[head_start[change] < head_end[change]]
-    shared = (tile[has_head], head_start[has_head], head_end[has_head] - 1)
+    has_preamble = change[preamble_start[change] < preamble_end[change]]
+    shared = (tile[has_preamble], preamble_start[has_preamble], preamble_end[has_preamble] - 1)
     query_tile, low, high = (np.concatenate(pair) for pair in zip(own, shared, strict=True))
     edges = np.zeros((-(-len(place) // size), -(-n_keys // key_size) + 1), dtype=np.int32)
     np.add.at(edges, (query_tile, low // key_size), 1)  # one more range begins with this tile of keys

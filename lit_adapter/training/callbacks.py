@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_adapter.config import TrainerConfig
 from lit_adapter.data.records import Records
 from lit_adapter.errors import UserError
-from lit_adapter.generation.decoder import NotNumbersError
+from lit_adapter.generation.decoder import NonFiniteLogitsError
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.model.adapter import GatedPrefix, adapter_state
 from lit_adapter.training.notices import Notices
@@ -330,7 +330,9 @@ class Samples(Callback):
             answers = self.assistant.generate_batch(
                 pairs, max_new_tokens=self.max_new_tokens, stopped=stopped
             )
-        except NotNumbersError:  # the steps whose loss is none are counted, and end the run where they must
+        except (
+            NonFiniteLogitsError
+        ):  # the steps whose loss is none are counted, and end the run where they must
             answers = ["(none: the model's logits are not numbers)"] * len(pairs)
         if stopped():
             return

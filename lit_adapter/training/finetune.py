@@ -17,9 +17,7 @@ from torch import Tensor
 from lit_adapter import files
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
-from lit_adapter.data.packing import Packer
 from lit_adapter.data.summary import describe
-from lit_adapter.data.trunk_file import TrunkFile
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.engine import AdaptedLlama
@@ -62,7 +60,6 @@ from lit_adapter.training.signals import Signals
 from lit_adapter.training.start import Start, read_start
 from lit_adapter.training.strategy import check_layout, is_sharded
 from lit_adapter.training.trainer import make_trainer
-from lit_adapter.training.trunk_cache import TrunkCache, check_room, trunk_files
 from lit_adapter.weights.adapter_file import base_identity
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import empty_base, load_base
@@ -202,8 +199,6 @@ class _Run:
             self.say(f"{self.folder.path}: already complete, {counted(begin.step, 'step')}; nothing to do")
             return 0
         needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
-        trunk = self._trunk_files(data)
-        check_room(trunk, self.say)
         model = self._model(self.start.tensors(begin.path))
         first: list[pl.Callback] = []
         if is_sharded(config.trainer):
@@ -219,9 +214,7 @@ class _Run:
             left = range(begin.step + (not repeats), steps + 1)
             validations = sum(validation.due(step, steps) for step in left)
             to_do = (steps - begin.step, validations if data.val_encoded is not None else 0)
-            return self._try_steps(module, data, first, needed, to_do, to_come=bool(trunk))
-        if trunk:
-            first.append(TrunkCache(trunk, self.signals, self.say))
+            return self._try_steps(module, data, first, needed, to_do)
         begin_writing = partial(self._begin_writing, begin.step)
         callbacks = first + self._callbacks(data, model, record, validation, repeats, begin_writing)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
@@ -239,8 +232,6 @@ class _Run:
         first: list[pl.Callback],
         needed: Sizes,
         to_do: tuple[int, int],
-        *,
-        to_come: bool,
     ) -> int:
         """Take a few steps and say how long the run's steps and validations ``to_do`` would take."""
         callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
@@ -251,8 +242,6 @@ class _Run:
         if self.signals.agreed:
             self.say("dry run: stopped by a signal; no run was begun")
             return self.signals.exit_status
-        if to_come:
-            self.say("the trunk cache was not made for this: after its one pass, steps take less")
         return foretell(trainer, module, data, to_do, self.say)
 
     def _begin_writing(self, step: int) -> None:
@@ -302,16 +291,6 @@ class _Run:
         if self.config.optim.row_tokens is not None:
             return self.config.optim.row_tokens
         return max(self.config.data.max_length, 8192 if self.device.type == "cuda" else 2048)
-
-    def _trunk_files(self, data: AlpacaDataModule) -> list[tuple[Packer, TrunkFile]]:
-        options = self.config.trainer
-        facts = {
-            "base": self.identity.weights,
-            "base_config": self.base_config.computed(),
-            "base_precision": options.base_precision,
-            "device": self.device.type,
-        }
-        return trunk_files(self.config, self.base_config, data, self.precision, facts)
 
     def _model(self, start: dict[str, Tensor] | None) -> Llama:
         """Load the base in its storage precision; the adapter is fp32 whatever that is.

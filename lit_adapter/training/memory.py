@@ -94,7 +94,9 @@ class RowShape:
         """Return the shape of a row, as `SegmentView` plans its attention."""
         nothing = torch.empty(0)
         view = SegmentView(row, (nothing, nothing))
-        return cls(len(row.ids), len(row.target_index), *map(_queries, (view.all_rows, view.target_rows)))
+        return cls(
+            len(row.ids), len(row.target_index), *map(_queries, (view.all_queries, view.target_queries))
+        )
 
     def scaled(self, tokens: int) -> RowShape:
         """Return a row of the same kind of records with another number of tokens."""

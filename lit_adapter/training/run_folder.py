@@ -243,14 +243,13 @@ def changeable(config: Config) -> dict[str, Any]:
         ("trainer", tuple(values["trainer"])),
     ):
         found |= {f"{section}.{key}": values[section][key] for key in keys}
-    cache = found["trainer.trunk_cache"]
-    return found | {"trainer.trunk_cache": cache and files.without_home(cache)}
+    return found
 
 
 def saved_config(config: Config) -> str:
     """Return a configuration as YAML that `parse_finetune` reads again, without the name of a home folder."""
     values = plain(asdict(config))
-    places = [(values, key) for key in ("base", "out", "init_from")] + [(values["trainer"], "trunk_cache")]
+    places = [(values, key) for key in ("base", "out", "init_from")]
     places += [(values["data"], key) for key in ("train", "val", "template")]
     for section, key in places:
         section[key] = section[key] and files.without_home(section[key])

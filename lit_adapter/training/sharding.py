@@ -113,7 +113,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     `ShardedStrategy`; so do norms and biases, which are small. The head is gathered once a forward pass and
     stays until its backward pass ends, so that the loss, which comes after the forward, finds it whole.
     """
-    model.is_cut = True
+    model.is_sharded = True
     if mesh.size() == 1:
         return
     whole = {parameter for parameter in model.parameters() if not parameter.is_meta}
@@ -130,7 +130,6 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model, "prefix_kv")
-    register_fsdp_forward_method(model, "trunk")
 
 
 def _is_frozen(block: Block) -> bool:

@@ -32,7 +32,7 @@ def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
         attach(model, replace(adapter.config, dropout=0.0))
         load_adapter_state(model, adapter.state)
     position = torch.arange(ids.shape[1])[None]
-    return model.head(model(ids, CausalView(model.rotation(position))))
+    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 def difference(base: Path, source: PlainAdapter, target: PlainAdapter) -> str:

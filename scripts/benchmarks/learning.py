@@ -18,7 +18,7 @@ from benchmarks.families import Batch, Ours, Peft, Run, all_methods
 from lit_adapter import files
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.encode import encode_records
-from lit_adapter.data.packing import Packer, TrainingSteps, shared_heads
+from lit_adapter.data.packing import Packer, TrainingSteps, shared_preambles
 from lit_adapter.data.records import read_records, split
 from lit_adapter.device import DTYPES, choose_device
 from lit_adapter.errors import UserError, nearest
@@ -62,7 +62,7 @@ def read_course(options: Any, device: torch.device) -> Course:
     template = resolve_template("alpaca", tokenizer)
     sides = split(read_records(options.data), val_size=options.held_out, seed=options.seed)
     train, held_out = (encode_records(side, tokenizer, template, max_length=MAX_LENGTH) for side in sides)
-    heads, row_tokens = shared_heads(train), 8192 if device.type == "cuda" else 2048
+    heads, row_tokens = shared_preambles(train), 8192 if device.type == "cuda" else 2048
     packers = [Packer(side, heads, mask_prompt=True, row_tokens=row_tokens) for side in (train, held_out)]
     steps = TrainingSteps(packers[0], batch_size=options.batch, seed=options.seed)
     plan = OptimConfig(batch_size=options.batch, epochs=options.epochs, max_steps=options.max_steps)

@@ -16,7 +16,7 @@ from benchmarks.arithmetic import Work, step_operations
 from benchmarks.models import Base
 from benchmarks.workload import Workload
 from lit_adapter.data.encode import Encoded
-from lit_adapter.data.packing import Packer, shared_heads
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters, attach
 from lit_adapter.model.attention import CausalView, PackedRow
 from lit_adapter.model.config import AdapterConfig
@@ -89,7 +89,7 @@ class Packed:
             from lit_adapter.model import fused
 
             self.weights = [fused.float8_weights(block) for block in base.model.layers]
-        heads = shared_heads(work.encoded)
+        heads = shared_preambles(work.encoded)
         self.packer = Packer(work.encoded, heads, mask_prompt=True, row_tokens=row_tokens)
 
     def steps(self, records: list[NDArray[np.int64]]) -> Steps:
@@ -194,6 +194,6 @@ class PaddedOurs:
         """Return a padded batch's loss."""
         ids, model = part.data.ids, self.base.model
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        logits = model.head(model(ids, CausalView(model.rotation(position))))
+        logits = model.logits(model(ids, CausalView(model.rotation(position))))
         flat, labels = logits[:, :-1].flatten(0, 1).float(), part.data.labels[:, 1:].flatten()
         return F.cross_entropy(flat, labels, ignore_index=-100, reduction="sum")

@@ -49,7 +49,7 @@ class Prefix:
 
 
 @triton.jit
-def _load_queries(place, first, head_start, head_end, m, n_queries, TILE: tl.constexpr):
+def _load_queries(place, first, preamble_start, preamble_end, m, n_queries, TILE: tl.constexpr):
     n = m * TILE + tl.arange(0, TILE)
     live = n < n_queries
     # A place of -1 sees nothing: the tile's surplus rows.
@@ -58,15 +58,15 @@ def _load_queries(place, first, head_start, head_end, m, n_queries, TILE: tl.con
         live,
         tl.load(place + n, mask=live, other=-1),
         tl.load(first + n, mask=live, other=0),
-        tl.load(head_start + n, mask=live, other=0),
-        tl.load(head_end + n, mask=live, other=0),
+        tl.load(preamble_start + n, mask=live, other=0),
+        tl.load(preamble_end + n, mask=live, other=0),
     )
 
 
 @triton.jit
-def _sees(j, i, low, head_low, head_high):
+def _sees(j, i, low, preamble_low, preamble_high):
     """Return whether queries at ``i`` see keys at ``j`` (both shaped to broadcast)."""
-    return (j <= i) & ((j >= low) | ((j >= head_low) & (j < head_high)))
+    return (j <= i) & ((j >= low) | ((j >= preamble_low) & (j < preamble_high)))
 
 
 @triton.jit
@@ -93,14 +93,16 @@ def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
 @_kernel
 def _forward_kernel(
     q_at, k_at, v_at, o_at, lse_at, prompt_at, strength_at,
-    place, first, head_start, head_end, key_from, key_tile,
+    place, first, preamble_start, preamble_end, key_from, key_tile,
     n_queries, n_keys, q_stride, kv_stride, o_stride, prompt_stride, n_prompt, scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     m, h = tl.program_id(0), tl.program_id(1)
     g, H = h // GROUP, tl.num_programs(1)
-    n, live, i, low, head_low, head_high = _load_queries(place, first, head_start, head_end, m, n_queries, M)
+    n, live, i, low, preamble_low, preamble_high = _load_queries(
+        place, first, preamble_start, preamble_end, m, n_queries, M
+    )
     d = tl.arange(0, D)
     q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
     top = tl.full([M], -float("inf"), tl.float32)
@@ -111,7 +113,7 @@ def _forward_kernel(
         inside = (j < n_keys)[:, None]
         k = tl.load(k_at + j[:, None] * kv_stride + (g * D + d)[None, :], mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k)) * scale
-        seen = _sees(j[None, :], i[:, None], low[:, None], head_low[:, None], head_high[:, None])
+        seen = _sees(j[None, :], i[:, None], low[:, None], preamble_low[:, None], preamble_high[:, None])
         score = tl.where(seen, score, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing seen so far
@@ -139,7 +141,7 @@ def _forward_kernel(
 def _query_gradient_kernel(
     q_at, k_at, v_at, o_at, do_at, lse_at, delta_at, dq_at, cos_at, sin_at,
     prompt_at, strength_at, dprompt_at, dstrength_at,
-    place, first, head_start, head_end, key_from, key_tile,
+    place, first, preamble_start, preamble_end, key_from, key_tile,
     n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, prompt_stride, n_prompt,
     scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -148,7 +150,9 @@ def _query_gradient_kernel(
     """The gradients of queries (if ROW: of the row's part of attention) and, in parts, of the prefix."""
     m, h = tl.program_id(0), tl.program_id(1)
     g, H = h // GROUP, tl.num_programs(1)
-    n, live, i, low, head_low, head_high = _load_queries(place, first, head_start, head_end, m, n_queries, M)
+    n, live, i, low, preamble_low, preamble_high = _load_queries(
+        place, first, preamble_start, preamble_end, m, n_queries, M
+    )
     d = tl.arange(0, D)
     q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
     o_offset = n[:, None] * o_stride + (h * D + d)[None, :]
@@ -187,7 +191,7 @@ def _query_gradient_kernel(
             k = tl.load(k_at + kv_offset, mask=inside, other=0.0)
             v = tl.load(v_at + kv_offset, mask=inside, other=0.0)
             score = tl.dot(q, tl.trans(k)) * scale
-            seen = _sees(j[None, :], i[:, None], low[:, None], head_low[:, None], head_high[:, None])
+            seen = _sees(j[None, :], i[:, None], low[:, None], preamble_low[:, None], preamble_high[:, None])
             weight = tl.where(seen, tl.exp2(score - lse[:, None]), 0.0)
             dscore = weight * (tl.dot(do, tl.trans(v)) - delta[:, None])
             dq += tl.dot(dscore.to(k.dtype), k)
@@ -199,7 +203,7 @@ def _query_gradient_kernel(
 @_kernel
 def _key_gradient_kernel(
     q_at, k_at, v_at, do_at, lse_at, delta_at, dk_at, dv_at, sums_at, cos_at, sin_at,
-    place, first, head_start, head_end, query_tile, part_tile, part_from, part_slot,
+    place, first, preamble_start, preamble_end, query_tile, part_tile, part_from, part_slot,
     n_queries, n_keys, q_stride, kv_stride, o_stride, dkv_stride, scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +220,8 @@ def _key_gradient_kernel(
     start, end = tl.load(part_from + part), tl.load(part_from + part + 1)
     for h in range(g * GROUP, (g + 1) * GROUP):
         for step in range(start, end):
-            n, live, i, low, head_low, head_high = _load_queries(
-                place, first, head_start, head_end, tl.load(query_tile + step), n_queries, M
+            n, live, i, low, preamble_low, preamble_high = _load_queries(
+                place, first, preamble_start, preamble_end, tl.load(query_tile + step), n_queries, M
             )
             column = (h * D + d)[None, :]
             q = tl.load(q_at + n[:, None] * q_stride + column, mask=live[:, None], other=0.0)
@@ -225,7 +229,7 @@ def _key_gradient_kernel(
             lse = tl.load(lse_at + h * n_queries + n, mask=live, other=0.0)
             delta = tl.load(delta_at + h * n_queries + n, mask=live, other=0.0)
             score = tl.dot(k, tl.trans(q)) * scale
-            seen = _sees(j[:, None], i[None, :], low[None, :], head_low[None, :], head_high[None, :])
+            seen = _sees(j[:, None], i[None, :], low[None, :], preamble_low[None, :], preamble_high[None, :])
             weight = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
             dv += tl.dot(weight.to(do.dtype), do)
             dscore = weight * (tl.dot(v, tl.trans(do)) - delta[None, :])
@@ -351,7 +355,7 @@ def attend(
     some = prefix or Prefix(q, lse)
     _forward_kernel[(ceil_div(q.shape[0], QUERY_TILE), H)](
         q, k, v, o, lse, some.kv, some.strength,
-        plan.place, plan.first, plan.head_start, plan.head_end, plan.key_from, plan.key_tile,
+        plan.place, plan.first, plan.preamble_start, plan.preamble_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
         D**-0.5 * LOG2_E,
         **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
@@ -419,7 +423,7 @@ def attend_backward(
     some = prefix or Prefix(q, lse)
     out = into or Gradients(do, do, do, (lse, lse))
     scales = (D**-0.5 * LOG2_E, D**-0.5)
-    sight = (plan.place, plan.first, plan.head_start, plan.head_end)
+    sight = (plan.place, plan.first, plan.preamble_start, plan.preamble_end)
     _query_gradient_kernel[(n_tiles, H)](
         q, k, v, o, do, lse, delta, out.q, *out.rotation, some.kv, some.strength, dprompt, dstrength,
         *sight, plan.key_from, plan.key_tile,
