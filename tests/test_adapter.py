@@ -240,11 +240,13 @@ def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
     """As the CUDA path asks for them: all layers' at once, and the gate's own gradient from that of c(g)."""
     model = open_adapter(random_llama(0), AdapterConfig(layers=3, prompt_length=2, gate=gate))
     prefixes = [block.self_attn.prefix for block in model.layers]
-    together = prefixes[0].strength(torch.stack([prefix.gate for prefix in prefixes]))
+    form, axes = prefixes[0].form, prefixes[0].axes
+    together = form.strength(torch.stack([prefix.gate for prefix in prefixes]), axes)
     torch.testing.assert_close(together, torch.stack([prefix.strength() for prefix in prefixes]))
     for prefix in prefixes:
-        strength = prefix.strength()[:, 0].expand(model.config.n_head, model.config.head_dim)
-        dstrength = torch.randn(strength.shape, dtype=strength.dtype)
-        (wanted,) = torch.autograd.grad(strength, prefix.gate, dstrength)
+        strength = prefix.strength()
+        whole = strength.expand(model.config.n_head, 1, model.config.head_dim)
+        dwhole = torch.randn(whole.shape, dtype=whole.dtype)
+        (wanted,) = torch.autograd.grad(whole, prefix.gate, dwhole)
         with torch.no_grad():
-            torch.testing.assert_close(prefix.gate_gradient(strength, dstrength), wanted)
+            torch.testing.assert_close(form.gradient(strength, dwhole), wanted)

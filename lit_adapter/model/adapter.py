@@ -1,17 +1,4 @@
-"""LLaMA-Adapter's gated prefix attention (arXiv 2303.16199, section 3), attached by composition.
-
-An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's own frozen projections,
-
-    pk = P Wk, pv = P Wv                               no norm, no rotation, no mask
-    y  = softmax(q k^T / sqrt(D) + causal) v  +  c(g) * softmax(q pk^T / sqrt(D)) pv
-
-and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
-adapted model is the base model; the prompts' gradient is then exactly zero, so gates open first.
-
-Version 2 of the adapter trains every norm and linear layer too (see `affine`).
-
-Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
-"""
+"""The adapter of a model: attached by composition, saved and loaded by its own names."""
 
 from __future__ import annotations
 
@@ -20,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.errors import UserError
@@ -32,71 +18,9 @@ from lit_adapter.model.affine import (
     expected_widths,
 )
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.precision import widen
-
-
-class GatedPrefix(nn.Module):
-    """The trained part of one attention layer: a prompt and its gate, fp32 under every precision.
-
-    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
-    """
-
-    heads = slice(None)
-    """The query heads that this process computes, all of them unless they are cut over several."""
-
-    def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
-        super().__init__()
-        self.form = config.gate
-        self.dropout = config.dropout
-        self.n_head, self.n_group = model.n_head, model.n_head // model.n_kv_head
-        self.scale = model.head_dim**-0.5
-        gate_shape = config.gate_shape(model.n_head, model.head_dim)
-        self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
-        self.gate = nn.Parameter(torch.zeros(gate_shape, dtype=torch.float32))
-
-    def strength(self, gates: Tensor | None = None) -> Tensor:
-        """Return c(g), broadcastable to the branch's output: ``[H or 1, 1, D or 1]``, fp32.
-
-        Args:
-            gates: of many such layers ``[L, n]``, to return theirs ``[L, H or 1, 1, D or 1]``.
-        """
-        gates = self.gate if gates is None else gates
-        shape = (self.n_head, 1, -1) if self.form == "channel" else (-1, 1, 1)
-        return (gates.tanh() if self.form == "tanh" else gates).view(*gates.shape[:-1], *shape)
-
-    def gate_gradient(self, strength: Tensor, dstrength: Tensor) -> Tensor:
-        """Return the gate's gradient from that of c(g) for every channel, both ``[H, D]``."""
-        if self.form == "channel":
-            return dstrength.flatten()
-        if self.form == "layer":
-            return dstrength.sum().view(1)
-        dgate = dstrength.sum(1)
-        return torch.ops.aten.tanh_backward(dgate, strength[:, 0]) if self.form == "tanh" else dgate
-
-    def own_strength(self) -> Tensor:
-        """Return c(g) of the heads that this process computes."""
-        return self.strength() if self.form == "layer" else self.strength()[self.heads]
-
-    def forward(self, q: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
-        """Attend to the prompt.
-
-        Args:
-            q: rotated queries ``[B, H, T, D]``.
-            pk: the prompt's keys ``[G, K, D]``.
-            pv: the prompt's values ``[G, K, D]``.
-
-        Returns:
-            ``c(g) * softmax(q pk^T / sqrt(D)) pv``, ``[B, H, T, D]`` in q's dtype.
-        """
-        pk = (pk * self.scale).repeat_interleave(self.n_group, dim=0)
-        pv = pv.repeat_interleave(self.n_group, dim=0)
-        # [B, H, K, T]: across so few numbers a CPU takes the softmax of many positions at once.
-        weight = F.dropout(widen(pk @ q.mT).softmax(dim=-2), self.dropout, self.training).to(q.dtype).mT
-        if q.dtype == torch.float16:  # c(g) pv can be less than any of its numbers
-            return ((weight @ pv) * self.own_strength()).to(q.dtype)
-        # The few values are multiplied by c(g), not the many results.
-        return weight @ (widen(pv) * self.own_strength()).to(q.dtype)
+from lit_adapter.model.prefix import GatedPrefix
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
@@ -226,7 +150,9 @@ def expected_shapes(config: AdapterConfig, model: LlamaConfig) -> dict[str, tupl
     for index in config.adapted_layers(model.n_layer):
         stem = f"layers.{index}.self_attn.prefix"
         shapes[f"{stem}.prompt"] = (config.prompt_length, model.n_embd)
-        shapes[f"{stem}.gate"] = config.gate_shape(model.n_head, model.head_dim)
+        shapes[f"{stem}.gate"] = GATE_FORMS[config.gate].shape(
+            model.n_head, config.prompt_length, model.head_dim
+        )
     if config.version == "v2":
         shapes |= {name: (width,) for name, width in expected_widths(model, head=config.head).items()}
     return shapes

@@ -67,8 +67,8 @@ class View(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
         """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
 
-    def prefix_kv(self, layer: int) -> KeyValue | None:
-        """Return the layer's ready prefix keys and values, or None to project them now."""
+    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the prefix branch ``[B, H, T, D]`` of rotated ``q``, or None where there is no prefix."""
 
 
 class BaseView:
@@ -85,9 +85,12 @@ class BaseView:
         cos, sin = self.rotation
         return cos[:, query_positions], sin[:, query_positions]
 
-    def prefix_kv(self, layer: int) -> KeyValue | None:
-        """Let the layer project its prefix now: while training it changes with every step."""
-        return None
+    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Attend to the layer's own prefix, projected now: while training it changes with every step."""
+        prefix = attention.prefix
+        if prefix is None:
+            return None
+        return prefix(q, *attention.project_kv(prefix.prompt.to(dtype)))
 
 
 class BlockView(BaseView):

@@ -7,6 +7,7 @@ right, and what padding wrote is overwritten before any later position could see
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lit_adapter.model.attention import BaseView, KeyValue, attend_causally
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.prefix import PrefixState, attend_prefix
 
 
 class KeyValueCache:
@@ -35,12 +37,12 @@ class KeyValueCache:
         self.model = model
 
     @cached_property
-    def prefix(self) -> list[KeyValue | None]:
-        """Keys and values ``[G, K, D]`` of each layer's prompt, or None."""
+    def prefix(self) -> list[PrefixState | None]:
+        """Each layer's projected prefix, or None."""
         if self.model.decode_weights is not None:
             return self.model.decode_weights.prefix
         with torch.no_grad():
-            return self.model.prefix_kv(self.k.dtype)
+            return self.model.project_prefixes(self.k.dtype)
 
 
 class _CacheView(BaseView):
@@ -48,8 +50,9 @@ class _CacheView(BaseView):
         super().__init__(rotation)
         self.cache, self.prefix = cache, cache.prefix
 
-    def prefix_kv(self, layer: int) -> KeyValue | None:
-        return self.prefix[layer]
+    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+        state = self.prefix[attention.index]
+        return None if state is None or attention.prefix is None else attend_prefix(q, state)
 
 
 class PrefillView(_CacheView):

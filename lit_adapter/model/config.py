@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError, counted
+from lit_adapter.model.gates import GateName
 
 MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
 MOST_WIDE = 2**24
@@ -298,9 +299,6 @@ def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
     ]
 
 
-GateForm = Literal["tanh", "identity", "layer", "channel"]
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """Sizes and form of the adapter: gated prefix attention (arXiv 2303.16199), and V2 (arXiv 2304.15010).
@@ -314,7 +312,7 @@ class AdapterConfig:
     make a plain LLaMA of base and adapter."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
-    gate: GateForm = "tanh"
+    gate: GateName = "tanh"
     """How a raw gate g scales the prefix: tanh(g) per head (the paper), g per head (identity), g per layer,
     or g per channel."""
     prompt_init_std: float = 0.1
@@ -359,12 +357,3 @@ class AdapterConfig:
         if count > n_layer:
             raise UserError(f"adapter.layers is {count}; the base has {counted(n_layer, 'layer')}")
         return range(n_layer - count, n_layer)
-
-    def gate_shape(self, n_head: int, head_dim: int) -> tuple[int, ...]:
-        """Return the shape of one layer's raw gate."""
-        return {
-            "tanh": (n_head,),
-            "identity": (n_head,),
-            "layer": (1,),
-            "channel": (n_head * head_dim,),
-        }[self.gate]

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.device import free_bytes
-from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.cache import KeyValueCache
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.precision import widen
+from lit_adapter.model.prefix import GatedPrefix, PrefixState
 
 
 class _Matrix:
@@ -81,8 +81,8 @@ class DecodeWeights:
     def __init__(self, model: Llama) -> None:
         self.model = model
         with torch.inference_mode(False), torch.no_grad():
-            self.prefix: list[KeyValue | None] = model.prefix_kv(model.embed_tokens.weight.dtype)
-        """Keys and values ``[G, K, D]`` of each layer's prompt, or None: projected once for all answers."""
+            self.prefix: list[PrefixState | None] = model.project_prefixes(model.embed_tokens.weight.dtype)
+        """Each layer's projected prefix, or None: projected once for all answers."""
         self.layers: list[_Layer] = []
         self.norm: Tensor
         self.head: _Matrix
@@ -177,17 +177,17 @@ class CpuDecode:
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.head_dim**-0.5
         self.prefix = [
-            self._baked(block.self_attn.prefix, kv)
-            for block, kv in zip(model.layers, cache.prefix, strict=True)
+            self._baked(state) if block.self_attn.prefix is not None else None
+            for block, state in zip(model.layers, cache.prefix, strict=True)
         ]
         self.slot = torch.arange(cache.n_slots)
 
-    def _baked(self, prefix: GatedPrefix | None, kv: KeyValue | None) -> KeyValue | None:
-        """Return a prompt's keys ``[H, D, K]``, scaled, and values ``[H, K, D]`` times the gate."""
-        if prefix is None or kv is None:
+    def _baked(self, state: PrefixState | None) -> KeyValue | None:
+        """Return a prompt's keys ``[H, D, K]``, scaled, and values ``[H, K, D]`` times c(g)."""
+        if state is None:
             return None
-        pk, pv = (x.repeat_interleave(self.H // self.G, dim=0) for x in kv)
-        return (pk * self.scale).mT.contiguous(), (widen(pv) * prefix.strength()).to(pv.dtype)
+        pk, pv = (x.repeat_interleave(self.H // self.G, dim=0) for x in (state.k, state.v))
+        return (pk * self.scale).mT.contiguous(), (widen(pv) * state.strength).to(pv.dtype)
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put every slot's newest token into the cache.

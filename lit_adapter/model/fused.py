@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, side_by_side
+from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_tiles
 
 
@@ -184,8 +184,9 @@ def _strengths(model: Llama) -> dict[int, Tensor]:
     if not prefixes:
         return {}
     some = next(iter(prefixes.values()))
-    strength = some.strength(torch.stack([prefix.gate for prefix in prefixes.values()]))[:, :, 0]
-    strength = strength.expand(-1, some.n_head, model.config.head_dim).contiguous()
+    gates = torch.stack([prefix.gate for prefix in prefixes.values()])
+    strength = some.form.strength(gates, some.axes)[:, :, 0]
+    strength = strength.expand(-1, model.config.n_head, model.config.head_dim).contiguous()
     return dict(zip(prefixes, strength.unbind(), strict=True))
 
 
@@ -367,7 +368,8 @@ def _scores_backward(
         return None
     dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
     attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
-    return site.adapter.gate_gradient(site.strength, dprefix.strength)
+    form, (H, _, D) = site.adapter.form, site.adapter.axes
+    return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
 
 
 def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
-from lit_adapter.model.adapter import GatedPrefix
 from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
 from lit_adapter.model.cache import KeyValueCache
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import plan_tiles
 
 LONGEST_ROW = 32_768
@@ -52,7 +52,7 @@ class FusedDecode:
         self.q_width, self.kv_width = H * D, G * D
         self.weights = [fused.block_weights(block) for block in model.layers]
         self.prefix = [
-            _prefix(block.self_attn.prefix, weights, cache.k.dtype, self.q_width)
+            _prefix(block.self_attn.prefix, weights, cache.k.dtype, (H, D))
             for block, weights in zip(model.layers, self.weights, strict=True)
         ]
         new = model.embed_tokens.weight.new_empty
@@ -101,15 +101,14 @@ class FusedDecode:
 
 
 def _prefix(
-    prefix: GatedPrefix | None, weights: fused.BlockWeights, dtype: torch.dtype, q_width: int
+    prefix: GatedPrefix | None, weights: fused.BlockWeights, dtype: torch.dtype, heads: tuple[int, int]
 ) -> Prefix | None:
     """Return a layer's prompt, projected once, as the kernels take it."""
     if prefix is None:
         return None
-    kv = weights.qkv.outputs(q_width)
-    D = q_width // prefix.n_head
+    kv = weights.qkv.outputs(heads[0] * heads[1])
     prompt = weights.operand(prefix.prompt.to(dtype))
-    return Prefix(kv(prompt), prefix.strength()[:, 0].expand(prefix.n_head, D).contiguous())
+    return Prefix(kv(prompt), prefix.strength()[:, 0].expand(*heads).contiguous())
 
 
 class _CacheRowView(BlockView):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_adapter.model.attention import BlockView
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.precision import widen
+from lit_adapter.model.prefix import GatedPrefix, PrefixState
 from lit_adapter.model.rope import inverse_frequencies, rotate, rotation
 
 if TYPE_CHECKING:
@@ -92,10 +93,6 @@ class Attention(nn.Module):
         """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``."""
         return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
 
-    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the prompt's keys and values ``[G, K, D]``; they depend on weights alone."""
-        return self.project_kv(self.prefix.prompt.to(dtype))
-
     def forward(self, x: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
         """Attend.
 
@@ -114,8 +111,8 @@ class Attention(nn.Module):
         else:
             q = rotate(self.heads(self.q_proj(x[:, query_positions])), *view.rotation_at(query_positions))
         y = view.attend(self.index, q, k, v, query_positions)
-        if self.prefix is not None:
-            y = y + self.prefix(q, *(view.prefix_kv(self.index) or self.prefix_kv(x.dtype)))
+        added = view.attend_prefix(self, q, x.dtype)
+        y = y if added is None else y + added
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -148,9 +145,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the layer's prefix keys and values ``[G, K, D]``, or None where it has no prefix."""
-        return None if self.self_attn.prefix is None else self.self_attn.prefix_kv(dtype)
+    def project_prefix(self, prefix: GatedPrefix | None, dtype: torch.dtype) -> PrefixState | None:
+        """Return ``prefix`` with its prompt projected by this block's attention; None stays None."""
+        if prefix is None:
+            return None
+        return prefix.state(*self.self_attn.project_kv(prefix.prompt.to(dtype)))
 
     def forward(self, x: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
         """Map ``x [B, T, C]`` to ``[B, T, C]``, or only ``query_positions`` to ``[B, M, C]``."""
@@ -189,9 +188,9 @@ class Llama(nn.Module):
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
         return rotation(position, self.inverse_frequency)
 
-    def prefix_kv(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
-        """Return every layer's prefix keys and values."""
-        return [block.prefix_kv(dtype) for block in self.layers]
+    def project_prefixes(self, dtype: torch.dtype) -> list[PrefixState | None]:
+        """Return the state of every layer's own prefix, None for a layer without one."""
+        return [block.project_prefix(block.self_attn.prefix, dtype) for block in self.layers]
 
     def forward(self, ids: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
         """Run the model.

@@ -119,7 +119,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     whole = {parameter for parameter in model.parameters() if not parameter.is_meta}
     for block in model.layers:
         fully_shard(block, mesh=mesh, ignored_params=whole)
-        register_fsdp_forward_method(block, "prefix_kv")
+        register_fsdp_forward_method(block, "project_prefix")
     for block, following in pairwise(model.layers):  # asked for before its turn, not at it
         block.set_modules_to_forward_prefetch([following])
     learning = [*dropwhile(_is_frozen, model.layers)]
@@ -129,7 +129,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     if not model.config.tie_embeddings:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    register_fsdp_forward_method(model, "prefix_kv")
+    register_fsdp_forward_method(model, "project_prefixes")
 
 
 def _is_frozen(block: Block) -> bool:

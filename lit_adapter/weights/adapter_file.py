@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,8 @@ from safetensors.torch import save
 from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import check_adapter_state, expected_shapes
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig, differences
+from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
+from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
@@ -186,7 +187,7 @@ def _check_types(raw: Any) -> None:
         value = raw[part][key] if key else raw[part]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{place} is {value!r:.60}")
-    if raw["adapter"]["gate"] not in get_args(GateForm):
+    if raw["adapter"]["gate"] not in GATE_FORMS:
         raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
     name = raw["base"]["name"]
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not files.is_text(name):

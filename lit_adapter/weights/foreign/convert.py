@@ -11,7 +11,8 @@ from safetensors.torch import save
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.gates import GateName
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import (
@@ -40,8 +41,8 @@ class Wishes:
     given: str = "auto"
     base: Path | None = None
     template: str | None = None
-    gate: GateForm | None = None
-    to_gate: GateForm | None = None
+    gate: GateName | None = None
+    to_gate: GateName | None = None
     allow_lossy: bool = False
     overwrite: bool = False
 
@@ -83,7 +84,7 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
     return [*report, f"wrote     {out}"]
 
 
-_FORMS: dict[str, GateForm] = {
+_FORMS: dict[str, GateName] = {
     lit.LIT_LLAMA.name: "identity",
     lit.LITGPT.name: "identity",
     peft.NAME: "layer",
@@ -167,7 +168,7 @@ def _understood(
     model: LlamaConfig,
     name: str,
     opened: Opened | None = None,
-    gate: GateForm | None = None,
+    gate: GateName | None = None,
 ) -> PlainAdapter:
     """Return the adapter that a format's tensors are."""
     source = str(opened.path) if opened else name
@@ -243,7 +244,7 @@ def _report(
     return lines
 
 
-def _named(form: GateForm) -> str:
+def _named(form: GateName) -> str:
     return {"tanh": "tanh a head", "identity": "identity a head", "layer": "identity a layer"}.get(
         form, "identity a channel"
     )

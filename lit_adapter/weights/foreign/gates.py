@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.gates import GateName
 from lit_adapter.weights.plain import PlainAdapter
 
 
-def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> tuple[PlainAdapter, float]:
+def with_gates(adapter: PlainAdapter, wanted: GateName, model: LlamaConfig) -> tuple[PlainAdapter, float]:
     """Return the adapter with its gates in another form, and the largest error in any c(g).
 
     Args:
@@ -47,7 +48,7 @@ def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> t
     return PlainAdapter(replace(adapter.config, gate=wanted), state, adapter.notes), worst
 
 
-def strength(gate: Tensor, form: GateForm, model: LlamaConfig) -> Tensor:
+def strength(gate: Tensor, form: GateName, model: LlamaConfig) -> Tensor:
     """Return c(g) in fp64, ``[H, 1]``, or ``[H, D]`` for gates per channel."""
     wide = gate.double()
     if form == "channel":

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.affine import layer_widths
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GateName
 from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 from lit_adapter.weights.source import half_split_rows, neighbour_rows
 
@@ -133,7 +134,7 @@ def read(tensors: State, model: LlamaConfig, dialect: Dialect, source: str) -> P
 _PROMPT = re.compile(rf"transformer\.h\.{LAYER}\.attn\.adapter_wte\.weight")
 
 
-def _form(gate: str) -> GateForm:
+def _form(gate: str) -> GateName:
     return "layer" if gate == "layer" else "identity"
 
 

@@ -12,7 +12,8 @@ import re
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GateName
 from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take
 
 NAME = "official"
@@ -26,7 +27,7 @@ def adapter_tensors(tensors: State) -> State:
 
 
 def read(
-    tensors: State, model: LlamaConfig, gate: GateForm | None, args: argparse.Namespace | None, source: str
+    tensors: State, model: LlamaConfig, gate: GateName | None, args: argparse.Namespace | None, source: str
 ) -> PlainAdapter:
     """Return the adapter.
 
@@ -48,7 +49,7 @@ def read(
             "official training code) or --gate identity (as in its example script)"
         )
     single = all(left[name].numel() == 1 for name in left if _GATE.fullmatch(name)) and model.n_head > 1
-    form: GateForm = "layer" if single and gate == "identity" else gate
+    form: GateName = "layer" if single and gate == "identity" else gate
     gates = [
         take(left, f"layers.{layer}.attention.gate", (1 if single else model.n_head,), source)
         for layer in range(model.n_layer)

@@ -1,0 +1,92 @@
+"""LLaMA-Adapter's gated prefix attention (arXiv 2303.16199, section 3).
+
+An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's own frozen projections,
+
+    pk = P Wk, pv = P Wv                               no norm, no rotation, no mask
+    y  = softmax(q k^T / sqrt(D) + causal) v  +  softmax(q pk^T / sqrt(D)) (c(g) * pv)
+
+and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
+adapted model is the base model; the prompt's gradient is then exactly zero, so gates open first.
+
+Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS
+from lit_adapter.model.precision import widen
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixState:
+    """One layer's prefix as queries meet it. It depends on weights alone, so decoding computes it once."""
+
+    k: Tensor
+    """The prompt's keys ``[G, K, D]``."""
+    v: Tensor
+    """The prompt's values ``[G, K, D]``."""
+    strength: Tensor
+    """c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+
+
+def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor:
+    """Attend to a prompt.
+
+    Args:
+        q: rotated queries ``[B, H, T, D]``.
+        state: the layer's prefix.
+        dropout: share of the attention weights that is dropped.
+
+    Returns:
+        ``softmax(q pk^T / sqrt(D)) (c(g) * pv)``, ``[B, H, T, D]`` in q's dtype.
+    """
+    n_group = q.shape[1] // state.k.shape[0]
+    pk = (state.k * q.shape[-1] ** -0.5).repeat_interleave(n_group, dim=0)
+    pv = state.v.repeat_interleave(n_group, dim=0)
+    # [B, H, K, T]: a CPU takes the softmax over so few numbers for many positions at once.
+    weight = F.dropout(widen(pk @ q.mT).softmax(dim=-2), dropout, dropout > 0).to(q.dtype).mT
+    if q.dtype == torch.float16 and state.strength.shape[1] == 1:  # c(g) * pv may underflow in fp16
+        return ((weight @ pv) * state.strength).to(q.dtype)
+    # The few values are multiplied by c(g), not the many results.
+    return weight @ (widen(pv) * state.strength).to(q.dtype)
+
+
+class GatedPrefix(nn.Module):
+    """The trained tensors of one attention layer: a prompt and its gate, fp32 under every precision.
+
+    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("prompt", "gate")
+    heads = slice(None)
+    """The query heads that this process computes; all of them without tensor parallelism."""
+
+    def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        super().__init__()
+        self.active = True
+        self.form, self.dropout = GATE_FORMS[config.gate], config.dropout
+        sizes = (model.n_head, config.prompt_length, model.head_dim)
+        self.axes = self.form.axes(*sizes)
+        self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(self.form.shape(*sizes), dtype=torch.float32))
+
+    def strength(self) -> Tensor:
+        """Return c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+        return self.form.strength(self.gate, self.axes)
+
+    def state(self, k: Tensor, v: Tensor) -> PrefixState:
+        """Return the prefix of this process's heads, given the prompt's keys and values ``[G, K, D]``."""
+        strength = self.strength()
+        return PrefixState(k, v, strength[self.heads] if self.form.per_head else strength)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from rotated ``q [B, H, T, D]`` to the prompt's keys and values ``[G, K, D]``."""
+        return attend_prefix(q, self.state(k, v), self.dropout if self.training else 0.0)
