@@ -14,10 +14,11 @@ import torch
 from lit_adapter.command import parse
 from lit_adapter.files import read_json
 from lit_adapter.generation.command import answer, parser
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, expected_shapes, save_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("--device", "cpu", "--dtype", "float32")
@@ -28,7 +29,7 @@ def save_random_adapter(base: Path, path: Path, seed: int = 0) -> Path:
     raw = read_json(base / "config.json")
     config = AdapterConfig(layers=3, prompt_length=5)
     generator = torch.Generator().manual_seed(seed)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     template = resolve_template("alpaca", load_tokenizer(base))
     save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))

@@ -36,7 +36,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import RowShape, estimate
-from lit_adapter.training.sharding import cut_heads, read_cut_base, shard_base
+from lit_adapter.training.sharding import shard_heads, read_sharded_base, shard_base
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -118,11 +118,11 @@ def main(
     model = open_adapter(empty_base(base, dtype=dtype), adapter)
     mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
     share, part = mesh.get_coordinate() or ()
-    cut_heads(model, mesh["tensor"])
+    shard_heads(model, mesh["tensor"])
     shard_base(model, mesh["data"])
     found: dict[str, Any] = {}
     with Peak() as peak:
-        read_cut_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
+        read_sharded_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)

@@ -13,10 +13,10 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import (
     adapter_parameters,
+    adapter_shapes,
     adapter_state,
     attach,
     check_adapter_state,
-    expected_shapes,
     load_adapter_state,
 )
 from lit_adapter.model.attention import CausalView
@@ -97,7 +97,7 @@ def test_only_the_adapter_learns_and_lower_blocks_need_no_graph() -> None:
     attach(model, AdapterConfig(layers=2))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learning == {name for name, _ in adapter_parameters(model)}
-    assert learning == set(expected_shapes(AdapterConfig(layers=2), model.config))
+    assert learning == set(adapter_shapes(AdapterConfig(layers=2), model.config))
     seen: dict[int, bool] = {}
     for index, block in enumerate(model.layers):
         block.register_forward_hook(lambda m, a, out, index=index: seen.update({index: out.requires_grad}))
@@ -211,7 +211,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(damage: Any, m
 
 
 def test_many_wrong_names_are_shortened() -> None:
-    shapes = expected_shapes(AdapterConfig(), random_llama().config)
+    shapes = adapter_shapes(AdapterConfig(), random_llama().config)
     with pytest.raises(UserError, match=r"6 missing \(\S+, \S+, \.\.\.\)$"):
         check_adapter_state(shapes, {}, "a")
 
@@ -231,7 +231,7 @@ def test_a_7b_adapter_has_the_papers_count() -> None:
     llama_7b = LlamaConfig(
         vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008
     )
-    shapes = expected_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
+    shapes = adapter_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_229_760
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import lit_adapter
 from lit_adapter.cli import parse_finetune
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -41,7 +41,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def own_adapter(path: Path, base: Path, config: AdapterConfig, groups: int = 2, equal: bool = False) -> Path:
     """An adapter in our format with random tensors; ``equal``: one value in all gates of a layer."""
     draw = torch.Generator().manual_seed(7)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(sizes(groups)))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(sizes(groups)))
     state = {name: torch.randn(shape, generator=draw) * 0.7 for name, shape in shapes.items()}
     for name in state:
         if equal and name.endswith(".gate"):
@@ -202,7 +202,7 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
     raw = json.loads((base / "config.json").read_text())
     config = AdapterConfig(prompt_length=5, layers=2, gate="layer")
     draw = torch.Generator().manual_seed(1)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     ours, folder = tmp_path / "ours.safetensors", tmp_path / "for-peft"
     template = resolve_template("alpaca", load_tokenizer(base))

@@ -16,7 +16,7 @@ from generation_fixtures import CHOICES, script
 import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.files import read_json
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -37,7 +37,7 @@ def made(folder: Path, config: AdapterConfig = BARE, **sizes: object) -> tuple[P
     draw = torch.Generator().manual_seed(5)
     state = {
         name: torch.randn(shape, generator=draw) * 0.3 + (not name.endswith(("bias", "prompt", "gate")))
-        for name, shape in expected_shapes(config, LlamaConfig.from_hf(raw)).items()
+        for name, shape in adapter_shapes(config, LlamaConfig.from_hf(raw)).items()
     }
     template = resolve_template("alpaca", load_tokenizer(base))
     path = folder / "adapter.safetensors"

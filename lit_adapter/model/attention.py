@@ -1,12 +1,12 @@
-"""Who may see whom, asked in one place for packed rows, plain batches and caches.
+"""Which keys a query sees: the one place where packed rows, plain batches and caches differ.
 
-A `View` carries positions and answers the attention of one forward pass. The rule for packed rows: with
-every token's segment (its record) and preamble (a shared segment that its record continues),
+A `View` is one forward pass. In a packed row every token has a segment (its record) and a preamble (the
+segment that its record continues), and
 
     query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == preamble[q])
 
-so that many records share a row without padding, and the template text they all start with is computed
-once per row; positions restart for each record and go on from its shared preamble's length.
+so that many records share a row without padding, and the template text that they all start with is
+computed once per row. The positions of a record continue those of its preamble.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -52,53 +53,44 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
 
 
 class View(Protocol):
-    """What a forward pass needs to know beside the hidden states."""
+    """One forward pass over a model: what an executor makes, and what runs each of its blocks."""
 
-    recompute: bool
-    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
-
-    @property
-    def rotation(self) -> KeyValue:
-        """Cosines and sines of all positions, ``[B, T, D/2]``."""
-
-    def rotation_at(self, query_positions: Tensor) -> KeyValue:
-        """Cosines and sines of the positions ``query_positions [M]``."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
-
-    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the prefix branch ``[B, H, T, D]`` of rotated ``q``, or None where there is no prefix."""
+    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Return the block's output for ``x [B, T, C]``, or for its ``query_positions [M]`` only."""
 
 
 class BaseView:
-    """What all views share: rotation by position, and no ready prefixes."""
+    """The views of the modules executor: the positions, and which keys each query sees.
 
-    recompute = False
-    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
+    Args:
+        rotation: cosines and sines of all positions, ``[B, T, D/2]``.
+        recompute: keep only the input of each block for the backward pass, and compute the rest again there.
+    """
 
-    def __init__(self, rotation: KeyValue) -> None:
-        self.rotation = rotation
+    def __init__(self, rotation: KeyValue, *, recompute: bool = False) -> None:
+        self.rotation, self.recompute = rotation, recompute
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
 
     def rotation_at(self, query_positions: Tensor) -> KeyValue:
-        """Return cosines and sines of the positions ``query_positions [M]``."""
+        """Return cosines and sines of ``query_positions [M]``."""
         cos, sin = self.rotation
         return cos[:, query_positions], sin[:, query_positions]
+
+    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Run the block's modules."""
+        if self.recompute:
+            return checkpoint(block.compute, x, self, query_positions, use_reentrant=False)
+        return block.compute(x, self, query_positions)
 
     def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Attend to the layer's own prefix, projected now: while training it changes with every step."""
         prefix = attention.prefix
-        if prefix is None:
+        if prefix is None or not prefix.active:
             return None
         return prefix(q, *attention.project_kv(prefix.prompt.to(dtype)))
-
-
-class BlockView(BaseView):
-    """A view that does not ask a block's modules to attend, but computes the block itself."""
-
-    @abstractmethod
-    def block(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Return the block's output for ``x [1, T, C]``, or for its ``query_positions [M]`` only."""
 
 
 class CausalView(BaseView):
@@ -135,8 +127,7 @@ class SegmentView(BaseView):
     """
 
     def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
-        super().__init__(rotation)
-        self.recompute = recompute
+        super().__init__(rotation, recompute=recompute)
         device = rotation[0].device
         self.all_queries = _groups(row, list(range(len(row.ids))), device)
         self.target_queries = _groups(row, row.target_index.tolist(), device)

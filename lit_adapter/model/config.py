@@ -299,6 +299,10 @@ def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
     ]
 
 
+VERSIONS: dict[str, tuple[str, ...]] = {"v1": ("prefix",), "v2": ("prefix", "norms", "linears")}
+"""Short names for sets of trained parts (see `parts`)."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """Sizes and form of the adapter: gated prefix attention (arXiv 2303.16199), and V2 (arXiv 2304.15010).
@@ -308,26 +312,26 @@ class AdapterConfig:
     """
 
     prompt_length: int = 10
-    """Learned prompt rows per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
-    make a plain LLaMA of base and adapter."""
+    """Learned prompt tokens per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
+    merge base and adapter into a plain LLaMA."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
     gate: GateName = "tanh"
-    """How a raw gate g scales the prefix: tanh(g) per head (the paper), g per head (identity), g per layer,
-    or g per channel."""
+    """How a raw gate g scales the prefix: tanh(g) per attention head (tanh, the paper's), or g per attention
+    head (identity), per layer (layer) or per channel (channel)."""
     prompt_init_std: float = 0.1
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
     version: Literal["v1", "v2"] = "v1"
-    """v1: prompts and gates. v2: besides them every norm, and a bias and scale on every linear layer."""
+    """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
     head: bool = False
-    """v2: a bias and scale on the output head too."""
+    """v2: a bias and a scale on the output layer (lm_head) too."""
 
     def __post_init__(self) -> None:
-        if self.version not in ("v1", "v2"):
-            raise UserError(f"adapter.version is {self.version!r}; expected v1 or v2")
-        if self.prompt_length < 0 or (self.prompt_length == 0 and self.version == "v1"):
+        if self.version not in VERSIONS:
+            raise UserError(f"adapter.version is {self.version!r}; expected {' or '.join(VERSIONS)}")
+        if self.prompt_length < 0 or (self.prompt_length == 0 and self.parts == ("prefix",)):
             hint = " (0 is for adapter.version v2)" if self.prompt_length == 0 else ""
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more{hint}")
         if self.prompt_length == 0 and self.layers is not None:
@@ -335,7 +339,7 @@ class AdapterConfig:
                 f"adapter.layers is {self.layers}, but with adapter.prompt_length 0 no layer has prompts; "
                 "leave one of them out"
             )
-        if self.head and self.version == "v1":
+        if self.head and "linears" not in self.parts:
             raise UserError("adapter.head is true; it needs adapter.version v2")
         if self.prompt_length > MOST_PROMPTS:
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected {MOST_PROMPTS} or less")
@@ -344,6 +348,11 @@ class AdapterConfig:
         check_fp32("adapter.prompt_init_std", self.prompt_init_std)
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout is {self.dropout}; expected 0 or more and below 1")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the trained parts."""
+        return VERSIONS[self.version]
 
     def adapted_layers(self, n_layer: int) -> range:
         """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.llama import Block, Llama, RMSNorm
@@ -151,7 +151,7 @@ def _keep_float8(block: Block) -> None:
     block.fused_weights = weights
 
 
-class FusedView(BlockView):
+class FusedView:
     """A packed row for blocks that are computed whole.
 
     Args:
@@ -162,14 +162,13 @@ class FusedView(BlockView):
     """
 
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
-        super().__init__(rotation)
+        self.rotation, self.recompute = rotation, recompute
         device = rotation[0].device
         self.all_queries = plan_tiles(row, None, device)
         self.target_queries = plan_tiles(row, row.target_index, device)
         self.strength = _strengths(model)
-        self.recompute = recompute
 
-    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its ``query_positions``, the row's targets."""
         prefix = block.self_attn.prefix
         learned = (prefix.prompt, prefix.gate) if isinstance(prefix, GatedPrefix) else (None, None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cache import KeyValueCache
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
@@ -111,7 +111,7 @@ def _prefix(
     return Prefix(kv(prompt), prefix.strength()[:, 0].expand(*heads).contiguous())
 
 
-class _CacheRowView(BlockView):
+class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
     Args:
@@ -122,10 +122,10 @@ class _CacheRowView(BlockView):
     """
 
     def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
-        super().__init__(rotation)
+        self.rotation = rotation
         self.decode, self.slot, self.position = decode, slot, position
 
-    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
         decode, layer, x = self.decode, block.self_attn.index, x[0]
         weights, quantised = decode.weights[layer], decode.weights[layer].quantised

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapter.model.affine import AdaptedLinear
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow, SegmentView, View
+from lit_adapter.model.attention import KeyValue, PackedRow, SegmentView, View
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
 
@@ -118,7 +118,7 @@ def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor
     return target_loss(hidden, head.weight, target_id, *affine)
 
 
-def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:
+def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View:
     """Return the fastest way to compute the row on the model's device."""
     if rotation[0].is_cuda:
         from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch

@@ -13,8 +13,9 @@ Letters: B batch, T positions, C width, H query heads, G key/value heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,12 @@ from torch import Tensor, nn
 
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.gates import GATE_FORMS
+from lit_adapter.model.layout import Shape
+from lit_adapter.model.parts import TrainedModule, share
 from lit_adapter.model.precision import widen
+
+if TYPE_CHECKING:
+    from lit_adapter.model.llama import Llama
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,24 +65,28 @@ def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor
     return weight @ (widen(pv) * state.strength).to(q.dtype)
 
 
-class GatedPrefix(nn.Module):
-    """The trained tensors of one attention layer: a prompt and its gate, fp32 under every precision.
+class GatedPrefix(TrainedModule):
+    """The prompt and gate of one attention layer, fp32 under every precision.
 
     In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
     """
 
-    trained: ClassVar[tuple[str, ...]] = ("prompt", "gate")
+    part = "prefix"
+    trained = ("prompt", "gate")
     heads = slice(None)
     """The query heads that this process computes; all of them without tensor parallelism."""
 
     def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
         super().__init__()
-        self.active = True
         self.form, self.dropout = GATE_FORMS[config.gate], config.dropout
         sizes = (model.n_head, config.prompt_length, model.head_dim)
-        self.axes = self.form.axes(*sizes)
+        self.n_head, self.axes = model.n_head, self.form.axes(*sizes)
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(self.form.shape(*sizes), dtype=torch.float32))
+
+    def shard(self, rank: int, n_shards: int) -> None:
+        """Compute the query heads of one shard."""
+        self.heads = share(self.n_head, rank, n_shards)
 
     def strength(self) -> Tensor:
         """Return c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
@@ -90,3 +100,53 @@ class GatedPrefix(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from rotated ``q [B, H, T, D]`` to the prompt's keys and values ``[G, K, D]``."""
         return attend_prefix(q, self.state(k, v), self.dropout if self.training else 0.0)
+
+
+class PrefixPart:
+    """A gated prefix in each of the top layers (`TrainedPart`); none with a prompt length of 0."""
+
+    name = "prefix"
+    lr_share = None
+    decays = True
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return prompt length, adapted layers and gate form."""
+        layers = len(self.config.adapted_layers(model.n_layer))
+        return {"prompt_length": self.config.prompt_length, "layers": layers, "gate": self.config.gate}
+
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the shapes of prompts ``[K, C]`` and raw gates."""
+        length = self.config.prompt_length
+        gate = GATE_FORMS[self.config.gate].shape(model.n_head, length, model.head_dim)
+        shapes: dict[str, Shape] = {}
+        for index in self.config.adapted_layers(model.n_layer):
+            shapes |= {
+                f"{prefix_name(index)}.prompt": (length, model.n_embd),
+                f"{prefix_name(index)}.gate": gate,
+            }
+        return shapes
+
+    def attach(self, model: Llama, generator: torch.Generator) -> None:
+        """Attach prefixes with normally distributed prompts and gates of 0."""
+        for index in self.config.adapted_layers(model.config.n_layer):
+            attention = model.layers[index].self_attn
+            device = attention.o_proj.weight.device
+            with torch.device("cpu"):
+                prefix = GatedPrefix(self.config, model.config)
+            with torch.no_grad():
+                prefix.prompt.normal_(0.0, self.config.prompt_init_std, generator=generator)
+            # On the meta device the base is not loaded yet, but the adapter has its values.
+            attention.prefix = prefix if device.type == "meta" else prefix.to(device)
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Return the numbers of prompts and gates, and their sizes."""
+        sizes = f"K {self.config.prompt_length}, L {self.form(model)['layers']} of {model.n_layer}"
+        return f"prompts {count['prompt']:,} and gates {count['gate']:,}, {sizes}"
+
+
+def prefix_name(layer: int) -> str:
+    """Return the name of a layer's prefix in the module tree, the checkpoint and the adapter file."""
+    return f"layers.{layer}.self_attn.prefix"

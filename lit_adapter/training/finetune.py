@@ -21,8 +21,7 @@ from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import adapter_state, attach, load_adapter_state
-from lit_adapter.model.adapter import expected_shapes as adapter_shapes
+from lit_adapter.model.adapter import adapter_shapes, adapter_state, attach, load_adapter_state
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -154,8 +153,8 @@ class _Run:
         if self.config.init_from is None:
             return Start()
         path, saved = Path(self.config.init_from), self.saved.get("init_from")
-        form, layers = self.config.adapter, self.base_config.n_layer
-        return read_start(path, self.base, form, layers, self.template, saved, self.say)
+        form, model = self.config.adapter, self.base_config
+        return read_start(path, self.base, form, model, self.template, saved, self.say)
 
     def _precision(self) -> str:
         """Resolve auto: as the resumed run did, else by measuring."""

@@ -49,7 +49,7 @@ from typing import Literal
 
 import torch
 
-from lit_adapter.model.adapter import expected_shapes as adapter_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentGroup, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once

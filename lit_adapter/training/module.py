@@ -23,7 +23,13 @@ from lit_adapter.config import OptimConfig
 from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError, counted
-from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_prefix, load_adapter_state
+from lit_adapter.model.adapter import (
+    PARTS,
+    adapter_parameters,
+    adapter_state,
+    load_adapter_state,
+    trained_modules,
+)
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -220,15 +226,19 @@ class LitAdapter(LightningModule):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups that are not empty, each with its share of the rate and its decay."""
-        prefix: list[Tensor] = []
-        rest: list[Tensor] = []
-        for name, parameter in adapter_parameters(self.model):
-            (prefix if is_of_prefix(name) else rest).append(parameter)
-        groups = [
-            {"params": prefix, "lr_scale": 1.0, "weight_decay": self.config.weight_decay},
-            {"params": rest, "lr_scale": self.config.lr_scale_v2, "weight_decay": 0.0},
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        of_part: dict[str, list[Tensor]] = {}
+        for name, part in PARTS.items():
+            share = 1.0 if part.lr_share is None else getattr(self.config, part.lr_share)
+            decay = self.config.weight_decay if part.decays else 0.0
+            of_part[name] = groups.setdefault((share, decay), [])
+        for _, module in trained_modules(self.model):
+            of_part[module.part] += [getattr(module, name) for name in module.trained]
+        return [
+            {"params": parameters, "lr_scale": share, "weight_decay": decay}
+            for (share, decay), parameters in groups.items()
+            if parameters
         ]
-        return [group for group in groups if group["params"]]
 
     def on_train_start(self) -> None:
         """Let this run's settings stand where a resumed optimizer brought its own."""

@@ -39,7 +39,7 @@ def announce(
     frozen = sum(math.prod(shape) for shape in expected_shapes(base).values())
     say(
         f"model: {name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-        f"({parameter_counts(model)})"
+        f"({parameter_counts(config.adapter, base)})"
     )
     base_lr = optim.peak_lr * 256 / optim.batch_size
     say(

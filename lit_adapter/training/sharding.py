@@ -27,8 +27,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import trained_modules
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.parts import share
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.strategy import ShardedStrategy
 from lit_adapter.weights.load import fill_base
@@ -64,7 +67,7 @@ def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
         )
 
 
-def cut_heads(model: Llama, mesh: DeviceMesh) -> None:
+def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
     """Leave an empty base this process's share of every layer's heads and MLP, of those that ``mesh`` has.
 
     Embeddings, head and norms stay whole, and so does the adapter, of which a process uses its heads' part.
@@ -72,38 +75,30 @@ def cut_heads(model: Llama, mesh: DeviceMesh) -> None:
     model.n_parts = mesh.size()
     if mesh.size() == 1:
         return
+    layout = block_layout(model.config)
     for block in model.layers:
-        _cut_block(block, mesh.get_local_rank(), mesh.size())
+        _shard_block(block, layout, mesh.get_local_rank(), mesh.size())
         block.total = lambda y: _Total.apply(y, mesh.get_group())
     # Groups may add in another order: all must see the same logits, to choose the same tokens.
     model.lm_head.register_forward_hook(lambda module, args, logits: dist.broadcast(logits, 0))
 
 
-def _cut_block(block: Block, rank: int, n_parts: int) -> None:
-    attention, mlp = block.self_attn, block.mlp
-    linear: Any
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-        own = _share(len(linear.weight), rank, n_parts)
-        _keep(linear, linear.weight[own])
-        linear.outputs = own
-        if linear.bias is not None:
+def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) -> None:
+    """Leave a block the weights of one shard; trained modules keep whole parameters and use their share."""
+    for declared in layout.linears:
+        linear: Any = block.get_submodule(declared.name)
+        own = share(declared.n_out if declared.shard == "outputs" else declared.n_in, rank, n_shards)
+        by_outputs = declared.shard == "outputs"
+        part = linear.weight[own] if by_outputs else linear.weight[:, own]
+        whole = part.clone(memory_format=torch.contiguous_format)
+        linear.weight = torch.nn.Parameter(whole, requires_grad=False)
+        linear.out_features, linear.in_features = part.shape
+        if linear.bias is not None and by_outputs:
             linear.bias.data = linear.bias[own].clone()
-    for linear in (attention.o_proj, mlp.down_proj):
-        _keep(linear, linear.weight[:, _share(linear.weight.shape[1], rank, n_parts)])
-        linear.bias_share = float(rank == 0)  # once in the sum
-        if linear.bias is not None and rank > 0:
-            linear.bias.data.zero_()
-    if attention.prefix is not None:
-        attention.prefix.heads = _share(attention.prefix.n_head, rank, n_parts)
-
-
-def _share(length: int, rank: int, n_parts: int) -> slice:
-    return slice(rank * length // n_parts, (rank + 1) * length // n_parts)
-
-
-def _keep(linear: Any, part: torch.Tensor) -> None:
-    linear.weight = torch.nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=False)
-    linear.out_features, linear.in_features = part.shape
+        elif linear.bias is not None and rank > 0:
+            linear.bias.data.zero_()  # added once, by the first process
+    for _, module in trained_modules(block):
+        module.shard(rank, n_shards)
 
 
 def shard_base(model: Llama, mesh: DeviceMesh) -> None:
@@ -136,12 +131,12 @@ def _is_frozen(block: Block) -> bool:
     return not any(parameter.requires_grad for parameter in block.parameters())
 
 
-def read_part(
+def read_shard(
     tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype, rank: int = 0
 ) -> torch.Tensor:
     """Read the part of a tensor that this process holds of a cut parameter, and nothing else of it.
 
-    A dimension shorter than the file's has been cut by `cut_heads`; of its parts the ``rank``-th is read.
+    A dimension shorter than the file's has been cut by `shard_heads`; of its parts the ``rank``-th is read.
     """
     whole = tensors.get_slice(name)
     start = [rank * n if n < all_ else 0 for n, all_ in zip(parameter.shape, whole.get_shape(), strict=True)]
@@ -158,13 +153,13 @@ def read_part(
     )
 
 
-def read_cut_base(
+def read_sharded_base(
     model: Llama, base: Path, *, device: torch.device, dtype: torch.dtype, rank: int = 0
 ) -> None:
     """Read what this process holds of a base that is cut, and bring the rest of the model to its device.
 
     Args:
-        model: cut by `cut_heads` and `shard_base`.
+        model: cut by `shard_heads` and `shard_base`.
         base: the folder it is read from.
         device: this process's.
         dtype: precision of the base.
@@ -173,7 +168,7 @@ def read_cut_base(
     Raises:
         UserError: as `load_base`.
     """
-    fill_base(model, base, device=device, dtype=dtype, read=partial(read_part, rank=rank))
+    fill_base(model, base, device=device, dtype=dtype, read=partial(read_shard, rank=rank))
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
@@ -208,8 +203,8 @@ class ShardedLitAdapter(LitAdapter):
             return
         strategy: ShardedStrategy = self.trainer.strategy  # type: ignore[assignment]
         tensor_mesh = strategy.device_mesh["tensor_parallel"]
-        cut_heads(self.model, tensor_mesh)
+        shard_heads(self.model, tensor_mesh)
         shard_base(self.model, strategy.device_mesh["data_parallel"])
         rank = tensor_mesh.get_local_rank()
-        read_cut_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
+        read_sharded_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
         self.is_ready = True

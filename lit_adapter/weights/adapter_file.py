@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import check_adapter_state, expected_shapes
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
 from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.text.template import Template
@@ -78,7 +78,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         UserError: tensors that do not fit ``info``, a number that is not finite, or a file that cannot
             be written.
     """
-    check_adapter_state(expected_shapes(info.adapter, info.model), state, str(path))
+    check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {
         "format_version": FORMAT_VERSION,
         "adapter": asdict(info.adapter),
@@ -150,7 +150,7 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
             mask_prompt=raw["mask_prompt"],
             training=raw["training"],
         )
-        return info, expected_shapes(info.adapter, info.model)
+        return info, adapter_shapes(info.adapter, info.model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import check_adapter_state, expected_shapes
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 
 State = dict[str, Tensor]
@@ -30,7 +30,7 @@ class PlainAdapter:
         Raises:
             UserError: names the first tensors that do not.
         """
-        check_adapter_state(expected_shapes(self.config, model), self.state, source)
+        check_adapter_state(adapter_shapes(self.config, model), self.state, source)
 
 
 def prefix(layer: int) -> str:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.affine import layer_widths
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.gates import GateName
+from lit_adapter.model.layout import block_layout
 from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
 from lit_adapter.weights.source import half_split_rows, neighbour_rows
 
@@ -143,7 +143,7 @@ def _is_trained(state: State) -> bool:
 
 
 def _read_v2(left: State, model: LlamaConfig, dialect: Dialect, source: str) -> State:
-    widths, state = layer_widths(model), {}
+    widths, state = _widths(model), {}
     joint = [widths[name] for name in (QUERY, KEY, VALUE)]
     for layer in range(model.n_layer):
         ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
@@ -163,9 +163,13 @@ def _read_v2(left: State, model: LlamaConfig, dialect: Dialect, source: str) -> 
     return state
 
 
+def _widths(model: LlamaConfig) -> dict[str, int]:
+    return {linear.name: linear.n_out for linear in block_layout(model).linears}
+
+
 def _split(fused: Tensor, model: LlamaConfig, dialect: Dialect) -> list[Tensor]:
     """Return query, key and value rows of the joint projection's."""
-    widths = layer_widths(model)
+    widths = _widths(model)
     if not dialect.by_group:
         return list(fused.split([widths[name] for name in (QUERY, KEY, VALUE)]))
     G, D = model.n_kv_head, model.head_dim
