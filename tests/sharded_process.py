@@ -36,7 +36,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import RowShape, estimate
-from lit_adapter.training.sharding import shard_heads, read_sharded_base, shard_base
+from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
 

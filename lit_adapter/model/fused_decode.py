@@ -1,7 +1,7 @@
 """Prompts and decode steps on CUDA with the kernels of training and a few of their own.
 
 Which of the two ways a model goes is decided in `decoder_for` and nowhere else: models that the kernels
-compute (see `fused.applies`) are decoded by `FusedDecode`, all others by `Llama.forward` on the cache's
+compute (see `fused.unsupported`) are decoded by `FusedDecode`, all others by `Llama.forward` on the cache's
 views. No weight is kept twice.
 
 Letters: B slots, T tokens, C width, H query heads, G key/value heads, D head size, V vocabulary.
@@ -19,8 +19,10 @@ from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cache import KeyValueCache
+from lit_adapter.model.executors import Setting
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import plan_tiles
@@ -29,13 +31,18 @@ LONGEST_ROW = 32_768
 """Tokens of prompts that are read together, unless one is longer: more would take memory and gain no time."""
 
 
+def unsupported(model: Llama, setting: Setting) -> str | None:
+    """Return why these kernels cannot compute ``model``; None where they can."""
+    return fused.unsupported(model, setting)
+
+
 def decoder_for(model: Llama, cache: KeyValueCache) -> FusedDecode | None:
     """Return what decodes the model, or None if that is its own forward pass."""
-    return FusedDecode(model, cache) if fused.applies(model) else None
+    return FusedDecode(model, cache) if unsupported(model, Setting.of(model)) is None else None
 
 
 class FusedDecode:
-    """Reads prompts into a cache and takes decode steps, for models that `fused.applies` to.
+    """Reads prompts into a cache and takes decode steps, for models that `unsupported` accepts.
 
     Args:
         model: its projections are laid side by side.
@@ -45,12 +52,12 @@ class FusedDecode:
     def __init__(self, model: Llama, cache: KeyValueCache) -> None:
         if model.layers[0].fused_weights is None:
             with torch.inference_mode(False):  # the weights live on, perhaps into training
-                fused.lay_out(model)
+                fused.join_groups(model)
         config, B = model.config, cache.n_slots
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         self.model, self.cache, self.D = model, cache, D
         self.q_width, self.kv_width = H * D, G * D
-        self.weights = [fused.block_weights(block) for block in model.layers]
+        self.weights = [fused.block_weights(block, block_layout(config)) for block in model.layers]
         self.prefix = [
             _prefix(block.self_attn.prefix, weights, cache.k.dtype, (H, D))
             for block, weights in zip(model.layers, self.weights, strict=True)

@@ -30,6 +30,7 @@ from lit_adapter.model.adapter import (
     load_adapter_state,
     trained_modules,
 )
+from lit_adapter.model.executors import Executor, choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -65,6 +66,7 @@ class LitAdapter(LightningModule):
         self.automatic_optimization = False
         self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
         self.recompute, self.signals = recompute, signals or Signals()
+        self._chosen: dict[bool, Executor] = {}
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
         self.bad_steps_in_a_row, self.skipped_steps = 0, 0
         self.validated_step, self.val_loss = -1, math.nan
@@ -87,13 +89,19 @@ class LitAdapter(LightningModule):
         _, n_shares = share_of_rows(self.trainer)
         for number, row in enumerate(batch.rows):
             with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
-                loss = row_loss(self.model, row, recompute=self.recompute)
+                loss = row_loss(self.model, row, recompute=self.recompute, executor=self._executor())
                 # Gradients are averaged over processes; the step's loss is a sum over shares of its rows.
                 self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
         self.last = {"tokens": batch.n_tokens}
         self._sum_and_targets = total, batch.n_targets
         self._update(batch)
+
+    def _executor(self) -> Executor:
+        """Return the executor for training or evaluation mode, chosen once: a survey takes time."""
+        if self.training not in self._chosen:
+            self._chosen[self.training] = choose(self.model, "training")
+        return self._chosen[self.training]
 
     def _over_processes(self, loss: Tensor) -> float:
         """Return the losses of all rows; the signals that processes have received travel along."""
@@ -186,7 +194,7 @@ class LitAdapter(LightningModule):
         if batch_idx == 0:
             self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
         for row in batch.rows:
-            self.val_sum += row_loss(self.model, row)
+            self.val_sum += row_loss(self.model, row, executor=self._executor())
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:
