@@ -221,32 +221,32 @@ class _Site:
 
 @dataclass
 class _Attended:
-    """What a block's backward pass reads of its attention."""
+    """What a block's backward pass needs of its attention."""
 
     rstd: Tensor
-    """Of the norm before it, fp32 ``[T]``."""
+    """Reciprocal root mean square of the norm before attention, fp32 ``[T]``."""
     q: Tensor
     """Rotated ``[T, H D]``, or ``[M, H D]``."""
     kv: Tensor
-    """Rotated keys beside values ``[T, 2 G D]``."""
+    """Rotated keys and values, joined, ``[T, 2 G D]``."""
     y: Tensor
-    """The output, laid out like ``q``."""
+    """The output, in the same layout as ``q``."""
     lse: Tensor
-    """Its log-sum-exp, fp32 ``[H, T]`` or ``[H, M]``."""
+    """The log-sum-exp of the scores, fp32 ``[H, T]`` or ``[H, M]``."""
     prompt: Tensor
-    """The prompt's keys beside values ``[K, 2 G D]``, no row without one."""
+    """The prompt's keys and values, joined, ``[K, 2 G D]``; no rows without a prompt."""
 
 
 @dataclass
 class _Between:
-    """What it reads of its MLP."""
+    """What a block's backward pass needs of its MLP."""
 
     middle: Tensor
     """The sum after attention ``[T, C]``, or ``[M, C]``."""
     rstd: Tensor
-    """Of the norm of that, fp32 ``[T]`` or ``[M]``."""
+    """Reciprocal root mean square of the norm of ``middle``, fp32 ``[T]`` or ``[M]``."""
     gate_up: Tensor
-    """Gate beside up ``[T, 2 M]``."""
+    """Gate and up, joined, ``[T, 2 M]``."""
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -273,12 +273,12 @@ class _FusedBlock(torch.autograd.Function):
         do = site.weights.o.backward(operand)
         if ctx.needs_input_grad[0]:
             return *_attention_backward(site, x, attended, do, dmiddle), None
-        # The first adapted block: nothing but its prefix learns from here.
+        # In the first adapted block, only the prefix needs a gradient.
         return None, *_prefix_gradients(site, attended, do), None
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
-    """Compute a block up to its attention's output; the prompt goes through the tokens' own product."""
+    """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
     D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
     normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
@@ -296,10 +296,11 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
 
 
 def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> tuple[_Between, Tensor]:
-    """Compute a block from its attention's output to what goes into SwiGLU.
+    """Compute a block from attention's output to the input of SwiGLU.
 
     Returns:
-        What is kept of it, and the sum after attention, to add the MLP's output to: a copy if ``twice``.
+        What the backward pass needs, and the sum after attention, to which the MLP's output will be added; a
+        copy if ``twice``.
     """
     weights, norm = site.weights, site.between
     middle, twin, normed, rstd = rows.add_and_norm(
@@ -314,7 +315,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
 
 
 def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of the sum after attention, twice; ``dy`` is that of the block's output."""
+    """Return the gradient of the sum after attention, also as an operand; ``dy`` is that of the output."""
     weights, quantised = site.weights, site.weights.quantised
     dproduct = weights.down.backward(weights.operand(dy))
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
@@ -342,8 +343,8 @@ def _scores_backward(
         site: the block on its row.
         attended: what its forward pass computed.
         do: gradient of the attention's output.
-        into: where those of q, k and v go; None if nobody needs them.
-        below: where those of the prompt's keys beside values go, and its rows beside the queries'.
+        into: receives the gradients of q, k and v; None if they are not needed.
+        below: receives the gradients of the prompt's keys and values, and its rows next to the queries.
 
     Returns:
         The gradient of the gate, or None where there is no prefix.
@@ -360,7 +361,7 @@ def _scores_backward(
 
 
 def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a block's prompt and of its gate, and nothing else."""
+    """Return the gradients of a block's prompt and gate alone."""
     dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
     dgate = _scores_backward(site, attended, do, None, (dkv, None))
     if dgate is None:
@@ -384,7 +385,7 @@ def _attention_backward(
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
-    else:  # in fp32: many targets may stand at one place, a shared head's
+    else:  # in fp32: many targets can share one position, in a preamble
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
