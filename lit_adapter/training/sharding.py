@@ -1,13 +1,14 @@
-"""A frozen base cut over the processes, each of which reads its own part of the files.
+"""A frozen base that is sharded over the processes, each of which reads only its own shard of the files.
 
-FSDP2 cuts every matrix by rows, and gathers a layer when it runs. Tensor parallelism cuts the work itself:
-a process has some of the heads and a part of the MLP's width, and what they give is added up over the group,
+FSDP2 shards every matrix by rows and gathers a layer when it runs. Tensor parallelism divides the work: a
+process computes some of the attention heads and a part of the MLP's width, and the results are summed over
+the group,
 
     y = sum over processes of W_o[:, own] attention(W_q[own] x, W_k[own] x, W_v[own] x)
 
-Each process of a group computes the same rows' loss from a copy of the hidden states. What is minimised is
-the mean of these losses, so that every gradient, of prompts, gates and all that V2 trains, is a sum over all
-processes of what each one finds, as it is without tensor parallelism.
+Each process of a group computes the loss of the same rows from a copy of the hidden states. The mean of these
+losses is minimised, so that the gradient of every trained parameter is a sum over all processes, as it is
+without tensor parallelism.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lit_adapter.weights.load import fill_base
 
 
 class _Total(torch.autograd.Function):
-    """The sum over a group of processes; the gradients of its copies are summed likewise."""
+    """The sum over a group of processes; its backward pass sums the gradients of the copies."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -53,10 +54,10 @@ class _Total(torch.autograd.Function):
 
 
 def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
-    """See that a base's heads and MLP can be shared by ``trainer.tensor_parallel`` devices.
+    """Check that ``trainer.tensor_parallel`` divides a base's key/value heads and MLP width.
 
     Raises:
-        UserError: they cannot; names the numbers that could.
+        UserError: it does not; names the numbers that do.
     """
     shared = math.gcd(model.n_kv_head, model.n_hidden)
     if shared % options.tensor_parallel:
@@ -68,9 +69,9 @@ def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
 
 
 def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
-    """Leave an empty base this process's share of every layer's heads and MLP, of those that ``mesh`` has.
+    """Reduce the blocks of an empty base to this process's shard of the attention heads and the MLP.
 
-    Embeddings, head and norms stay whole, and so does the adapter, of which a process uses its heads' part.
+    Embeddings, output layer and norms stay whole. So does the adapter, of which a process uses its share.
     """
     model.n_parts = mesh.size()
     if mesh.size() == 1:
@@ -79,7 +80,7 @@ def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
     for block in model.layers:
         _shard_block(block, layout, mesh.get_local_rank(), mesh.size())
         block.total = lambda y: _Total.apply(y, mesh.get_group())
-    # Groups may add in another order: all must see the same logits, to choose the same tokens.
+    # Groups may sum in another order, but all must see the same logits to choose the same tokens.
     model.lm_head.register_forward_hook(lambda module, args, logits: dist.broadcast(logits, 0))
 
 
@@ -102,11 +103,11 @@ def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) ->
 
 
 def shard_base(model: Llama, mesh: DeviceMesh) -> None:
-    """Cut a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
+    """Shard a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
 
-    The adapter stays whole on every process, outside FSDP's care: its gradients are averaged by
-    `ShardedStrategy`; so do norms and biases, which are small. The head is gathered once a forward pass and
-    stays until its backward pass ends, so that the loss, which comes after the forward, finds it whole.
+    FSDP2 ignores the adapter, which stays whole on every process; `ShardedStrategy` averages its gradients.
+    Norms and biases are small and stay whole too. The output layer is gathered once per forward pass and stays
+    until the backward pass ends, because the loss reads it after the forward pass.
     """
     model.is_sharded = True
     if mesh.size() == 1:
@@ -115,10 +116,10 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     for block in model.layers:
         fully_shard(block, mesh=mesh, ignored_params=whole)
         register_fsdp_forward_method(block, "project_prefix")
-    for block, following in pairwise(model.layers):  # asked for before its turn, not at it
+    for block, following in pairwise(model.layers):  # gathered while the block before it runs
         block.set_modules_to_forward_prefetch([following])
     learning = [*dropwhile(_is_frozen, model.layers)]
-    # The lowest names itself: else FSDP gathers the layer below it, whose backward pass never comes.
+    # The lowest block names itself; otherwise FSDP2 gathers the one below, which has no backward pass.
     for below, block in pairwise(learning[:1] + learning):
         block.set_modules_to_backward_prefetch([below])
     if not model.config.tie_embeddings:
@@ -134,9 +135,9 @@ def _is_frozen(block: Block) -> bool:
 def read_shard(
     tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype, rank: int = 0
 ) -> torch.Tensor:
-    """Read the part of a tensor that this process holds of a cut parameter, and nothing else of it.
+    """Read from a tensor only the shard that this process holds.
 
-    A dimension shorter than the file's has been cut by `shard_heads`; of its parts the ``rank``-th is read.
+    A dimension that is shorter than in the file was divided by `shard_heads`; shard ``rank`` of it is read.
     """
     whole = tensors.get_slice(name)
     start = [rank * n if n < all_ else 0 for n, all_ in zip(parameter.shape, whole.get_shape(), strict=True)]
@@ -156,14 +157,14 @@ def read_shard(
 def read_sharded_base(
     model: Llama, base: Path, *, device: torch.device, dtype: torch.dtype, rank: int = 0
 ) -> None:
-    """Read what this process holds of a base that is cut, and bring the rest of the model to its device.
+    """Read this process's shard of a base, and move the rest of the model to its device.
 
     Args:
-        model: cut by `shard_heads` and `shard_base`.
-        base: the folder it is read from.
-        device: this process's.
+        model: sharded by `shard_heads` and `shard_base`.
+        base: the base folder.
+        device: of this process.
         dtype: precision of the base.
-        rank: among the processes that share a layer's heads.
+        rank: of this process among those that share the attention heads.
 
     Raises:
         UserError: as `load_base`.
@@ -177,14 +178,14 @@ def read_sharded_base(
 
 
 class ShardedLitAdapter(LitAdapter):
-    """The same training on a base that is cut, and only then read, once the processes are connected.
+    """The same training on a base that is sharded, and then read, once the processes are connected.
 
     Args:
-        model: an empty base, its adapter attached.
-        base: the folder it is read from.
+        model: an empty base with its adapter attached.
+        base: the base folder.
         dtype: precision of the base.
-        args: as for `LitAdapter`, like ``kwargs``.
-        kwargs: as for `LitAdapter`.
+        args: of `LitAdapter`.
+        kwargs: of `LitAdapter`.
     """
 
     def __init__(self, model: Llama, *args: Any, base: Path, dtype: torch.dtype, **kwargs: Any) -> None:
@@ -198,7 +199,7 @@ class ShardedLitAdapter(LitAdapter):
         return self.trainer.strategy.root_device
 
     def configure_model(self) -> None:
-        """Cut and read the base, the first time Lightning asks."""
+        """Shard and read the base when Lightning first asks."""
         if self.is_ready:
             return
         strategy: ShardedStrategy = self.trainer.strategy  # type: ignore[assignment]
