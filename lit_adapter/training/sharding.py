@@ -106,8 +106,8 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     """Shard a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
 
     FSDP2 ignores the adapter, which stays whole on every process; `ShardedStrategy` averages its gradients.
-    Norms and biases are small and stay whole too. The output layer is gathered once per forward pass and stays
-    until the backward pass ends, because the loss reads it after the forward pass.
+    Norms and biases are small and stay whole too. The output layer is gathered once per forward pass and
+    stays until the backward pass ends, because the loss reads it after the forward pass.
     """
     model.is_sharded = True
     if mesh.size() == 1:
