@@ -2,8 +2,8 @@
 
 A `StepBatch` carries the step's rows and the number of targets of the whole step, over all rows and all
 processes. Each row's summed loss is divided by that number before its backward pass, so that the step
-does not depend on how it is divided into rows. Optimization is manual because the rows of a step are accumulated
-here; clipping and unscaling stay where Lightning's precision plugins expect them.
+does not depend on how it is divided into rows. Optimization is manual because the rows of a step are
+accumulated here; clipping and unscaling stay where Lightning's precision plugins expect them.
 """
 
 from __future__ import annotations
