@@ -296,7 +296,7 @@ def test_nobody_waits_for_a_process_that_was_killed(
     path.unlink()
     code = f"""
 from pathlib import Path
-from lit_adapter.files import one_at_a_time
+from lit_adapter.files.locks import one_at_a_time
 with one_at_a_time(Path({str(path)!r})):
     print(flush=True)
     input()

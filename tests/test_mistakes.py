@@ -12,7 +12,7 @@ from lit_adapter.cli import finetune_main, generate_main, parse_finetune
 from lit_adapter.command import run
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_text
+from lit_adapter.files.write import write_text
 
 
 @pytest.mark.parametrize(

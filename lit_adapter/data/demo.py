@@ -18,7 +18,7 @@ from typing import Any
 from lit_adapter.data import demo_words as words
 from lit_adapter.data.formats import parse_json
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_json
+from lit_adapter.files.write import write_json
 
 INSTRUCTION = "Turn the request into a JSON command."
 N_TRAIN = 2000

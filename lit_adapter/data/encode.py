@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lit_adapter import files
 from lit_adapter.data.records import Record, Records
 from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.write import write_bytes
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -111,7 +112,7 @@ def encode_records(
         return found
     if path is None:
         return _pack(_encode_all(records.rows, tokenizer, template), max_length)
-    with files.one_at_a_time(path):  # the other processes of a run want the same
+    with one_at_a_time(path):  # the other processes of a run want the same
         found = _read_cache(path, key)
         if found is not None:
             return found
@@ -187,7 +188,7 @@ def _key(records: Records, template: Template, max_length: int, tokenizer_key: s
 def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
     arrays = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
     metadata = {"key": key, "checksum": _checksum(arrays)}
-    files.write_bytes(path, save(arrays, metadata=metadata))
+    write_bytes(path, save(arrays, metadata=metadata))
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
