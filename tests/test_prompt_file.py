@@ -223,7 +223,7 @@ def test_an_output_in_the_way(
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
         ('{"instruction": " "}', ":2: 'instruction' is empty"),
-        ('{"instruction": "\\ud800"}', ":2: 'instruction' holds .* half of a character"),
+        ('{"instruction": "\\ud800"}', ":2: 'instruction' has .* half of a character"),
         ('{"instruction": "x"', ":2:20: not valid JSON"),
         ('["x"]', ":2: a record is a list"),
         (
