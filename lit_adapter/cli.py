@@ -17,7 +17,7 @@ import yaml
 from lit_adapter.command import command_parser, parse
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError, nearest
-from lit_adapter.files import read_text
+from lit_adapter.files.read import read_text
 from lit_adapter.streams import output_is_no_result
 
 _PLAIN_TAG = "tag:yaml.org,2002:"

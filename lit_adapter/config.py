@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from lit_adapter.errors import UserError, shorten
-from lit_adapter.files import is_text
+from lit_adapter.files.paths import is_unicode
 from lit_adapter.model.config import AdapterConfig, check_fp32
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
@@ -232,7 +232,7 @@ class Config:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder of this machine")
-        if not is_text(self.out):
+        if not is_unicode(self.out):
             raise UserError(
                 f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
             )

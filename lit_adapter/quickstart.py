@@ -15,7 +15,7 @@ from lit_adapter.command import command_parser, parse
 from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
-from lit_adapter.files import free_path
+from lit_adapter.files.paths import free_path
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import output_is_no_result
 from lit_adapter.training.signals import check_launcher

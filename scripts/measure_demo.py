@@ -15,7 +15,7 @@ from lit_adapter.cli import parse_finetune
 from lit_adapter.command import command_parser, parse, run
 from lit_adapter.data import demo
 from lit_adapter.data.records import read_records
-from lit_adapter.files import write_json
+from lit_adapter.files.write import write_json
 from lit_adapter.quickstart import CONFIG, score
 
 # Name, training records, options that differ from configs/quickstart.yaml.

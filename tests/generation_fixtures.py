@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lit_adapter.command import parse
-from lit_adapter.files import read_json
+from lit_adapter.files.read import read_json
 from lit_adapter.generation.command import answer, parser
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig

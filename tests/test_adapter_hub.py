@@ -10,7 +10,8 @@ import yaml
 from generation_fixtures import save_random_adapter
 from hub_stand_in import COMMIT, TOKEN, Hub, script
 
-from lit_adapter.files import read_json, write_json
+from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_json
 from lit_adapter.weights.adapter_file import AdapterInfo, read_adapter, save_adapter
 from lit_adapter.weights.model_card import model_card
 

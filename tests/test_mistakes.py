@@ -12,7 +12,7 @@ from lit_adapter.cli import finetune_main, generate_main, parse_finetune
 from lit_adapter.command import run
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_text
+from lit_adapter.files.write import write_text
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ from lit_adapter.files import write_text
         ("--optim.warmup 100", "optim.warmup is 100 steps, longer than the run of 15"),
         ("--optim.batch_size 8.5", "optim.batch_size is '8.5'; expected a whole number"),
         ("--optim.batch_size 64", "optim.batch_size is 64, but there are only 40 training records"),
-        ("--optim.row_tokens 20", r"optim.row_tokens is 20, but a record takes \d+ tokens"),
+        ("--optim.row_tokens 20", r"optim.row_tokens is 20, but the longest record takes \d+ tokens"),
         ("--optim.epochs 0.01", "optim.epochs is 0.01: less than one of 5 steps"),
         ("--optim.betas 0.9,0.95", "optim.betas is '0.9,0.95'; expected a list such as"),
         ("--optim.betas [2,3]", "optim.betas is "),

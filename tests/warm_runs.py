@@ -22,7 +22,7 @@ from typing import Any
 from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_adapter import files
+from lit_adapter.files import write
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
@@ -138,7 +138,7 @@ def _arrange(event: str, number: int) -> None:
     if kind == "line":
         sys.stdout = _Listener(sys.stdout.fileno(), which, number)
     elif kind == "write":
-        files.write_bytes = _nth(files.write_bytes, int(which), number)  # type: ignore[assignment]
+        write.sync_folder = _nth(write.sync_folder, int(which), number)  # type: ignore[assignment]
     elif kind == "validation":
         LitAdapter.on_validation_batch_start = _nth(  # type: ignore[attr-defined]
             lambda *arguments: None, int(which), number, only=lambda arguments: arguments[2] == 0

@@ -192,7 +192,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     import torch
 
     from lit_adapter.device import choose_device, choose_dtype
-    from lit_adapter.files import refuse_input
+    from lit_adapter.files.paths import refuse_input
     from lit_adapter.generation.prompt_file import (
         BATCHES_PER_GROUP,
         Answers,
@@ -250,7 +250,7 @@ def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sam
 
 def _identity(args: Any, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
     """Return all that answers depend on beside the prompts; paths and the batch size are left out."""
-    from lit_adapter.files import file_sha256
+    from lit_adapter.files.read import file_sha256
     from lit_adapter.weights.adapter_file import base_identity
 
     base = base_identity(_base_folder(args))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, read_text
+from lit_adapter.files.read import read_json, read_text
 from lit_adapter.text.tokenizer import Tokenizer
 
 

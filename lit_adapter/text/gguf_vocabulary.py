@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_adapter import files
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files.write import write_bytes, write_json, write_text
 from lit_adapter.text.byte_pairs import Split, byte_level_json
 from lit_adapter.text.huggingface import added_token
 from lit_adapter.text.sentencepiece_model import ModelProto
@@ -48,12 +48,12 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     kind = keys.need("model")
     if kind == "gpt2":
         content = json.dumps(_byte_level(keys), ensure_ascii=False)
-        files.write_text(Path(out) / "tokenizer.json", content)
+        write_text(Path(out) / "tokenizer.json", content)
     elif kind == "llama":
-        files.write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
+        write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
     else:
         raise UserError(f"key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
-    files.write_json(Path(out) / "tokenizer_config.json", _config(keys))
+    write_json(Path(out) / "tokenizer_config.json", _config(keys))
 
 
 class _Keys:

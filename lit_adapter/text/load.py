@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading, refuse_stand_in
+from lit_adapter.files.read import read_json, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
 from lit_adapter.text.description import Description, read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer

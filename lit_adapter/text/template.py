@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError, nearest
-from lit_adapter.files import read_text
+from lit_adapter.files.read import read_text
 from lit_adapter.text.chat import control_pattern, render_chat
 from lit_adapter.text.tokenizer import Tokenizer
 

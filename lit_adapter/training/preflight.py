@@ -23,7 +23,7 @@ from lit_adapter.config import Config
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
-from lit_adapter.files import free_disk
+from lit_adapter.files.space import free_disk
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lit_adapter.files import file_sha256
+from lit_adapter.files.read import file_sha256
 from lit_adapter.model.adapter import check_same_form
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.template import Template

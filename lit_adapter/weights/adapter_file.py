@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.files.paths import is_unicode
+from lit_adapter.files.read import reading
+from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
 from lit_adapter.model.gates import GATE_FORMS
@@ -47,7 +49,7 @@ def base_identity(folder: Path) -> BaseIdentity:
         UserError: no converted base, or a folder whose name an adapter cannot hold.
     """
     fingerprint, name = read_fingerprint(folder), folder.resolve().name
-    if not files.is_text(name):
+    if not is_unicode(name):
         raise UserError(f"{name!r}: the folder's name is not UTF-8; rename it")
     return BaseIdentity(name, fingerprint["weights"], fingerprint["tokenizer"])
 
@@ -89,7 +91,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         "training": info.training,
     }
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
-    files.write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
+    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
 
 
 def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
@@ -99,7 +101,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         UserError: missing, damaged, from another program, or not consistent with itself.
     """
     path = Path(path)
-    with files.reading(path):
+    with reading(path):
         found = path.is_file()
     if not found:
         raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
@@ -190,7 +192,7 @@ def _check_types(raw: Any) -> None:
     if raw["adapter"]["gate"] not in GATE_FORMS:
         raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
     name = raw["base"]["name"]
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not files.is_text(name):
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not is_unicode(name):
         raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading
+from lit_adapter.files.read import read_json, reading
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies

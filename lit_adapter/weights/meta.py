@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
+from lit_adapter.files.read import read_json
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.base_folder import expected_shapes
 from lit_adapter.weights.shards import TorchShard, member

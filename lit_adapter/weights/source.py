@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in, write_bytes
+from lit_adapter.files.read import refuse_stand_in
+from lit_adapter.files.write import write_bytes
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
 from lit_adapter.weights.shards import member

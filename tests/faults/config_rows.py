@@ -37,7 +37,7 @@ def living_lock(bench: Bench) -> Outcome:
     """A living process has the folder's lock."""
     lock = bench.file("run/.lock", "")
     code = (
-        "import fcntl, os, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "import fcntl, os, sys; file = open(sys.argv[1], 'r+'); fcntl.flock(file, fcntl.LOCK_EX)\n"
         "print(os.getpid(), file=file, end='', flush=True); print(flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.files.paths import refuse_input
+from lit_adapter.files.read import reading
+from lit_adapter.files.write import write_bytes, write_json
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.gates import GateName
 from lit_adapter.text.load import load_tokenizer
@@ -92,9 +94,9 @@ _FORMS: dict[str, GateName] = {
 
 
 def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
-    with files.reading(source):
+    with reading(source):
         source.exists()
-    with files.reading(out):
+    with reading(out):
         taken, is_folder = out.exists(), out.is_dir()
         _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
     if taken and not wishes.overwrite:
@@ -107,7 +109,7 @@ def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
 def _refuse_inputs(out: Path, to: str, inputs: list[Path]) -> None:
     written = (out / peft.WEIGHTS, out / peft.CONFIG) if to == peft.NAME else (out,)
     for path in written:
-        files.refuse_input(path, inputs, "--out")
+        refuse_input(path, inputs, "--out")
 
 
 def _check_wishes(opened: Opened, wishes: Wishes) -> None:
@@ -202,12 +204,12 @@ def _write(
         )
         save_adapter(out, adapter.state, own)
     elif wishes.to == peft.NAME:
-        files.write_bytes(out / peft.WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        files.write_json(out / peft.CONFIG, peft.settings(adapter, info.model, info.base.name))
+        write_bytes(out / peft.WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_json(out / peft.CONFIG, peft.settings(adapter, info.model, info.base.name))
     else:
         stream = io.BytesIO()
         torch.save({"model": tensors} if wishes.to == lit.LITGPT.name else tensors, stream)
-        files.write_bytes(out, stream.getvalue())
+        write_bytes(out, stream.getvalue())
 
 
 def _report(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading, refuse_stand_in
+from lit_adapter.files.read import read_json, reading, refuse_stand_in
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.weights.adapter_file import METADATA_KEY
 from lit_adapter.weights.foreign import lit, official, peft
