@@ -23,8 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.cli import finetune_main, parse_finetune
-from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.cli.command import check_least, command_parser, parse, run
+from lit_adapter.cli.finetune import main as finetune_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
 
 RESULT = "LIT_ADAPTER_MEASURED"

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lit_adapter.command import parse
+from lit_adapter.cli.generate import main
 from lit_adapter.files.read import read_json
-from lit_adapter.generation.command import answer, parser
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
@@ -39,7 +38,7 @@ def save_random_adapter(base: Path, path: Path, seed: int = 0) -> Path:
 def script(*argv: object, out: io.StringIO | None = None) -> str:
     """What ``scripts/generate.py`` writes on standard output."""
     out = out or io.StringIO()
-    assert answer(parse(parser(), [str(value) for value in argv]), out) == 0
+    assert main([str(value) for value in argv], out=out) == 0
     return out.getvalue()
 
 

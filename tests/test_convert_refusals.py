@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lit_adapter.weights
+from lit_adapter.cli.convert import main as convert_main
 from lit_adapter.errors import UserError
 from lit_adapter.weights.base_folder import read_fingerprint
-from lit_adapter.weights.cli import convert_main
 from lit_adapter.weights.convert import convert
 
 HERE = Path(next(iter(lit_adapter.weights.__path__))).parents[1]
@@ -458,8 +458,8 @@ import resource, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-from lit_adapter.command import run
-from lit_adapter.weights.cli import convert_main
+from lit_adapter.cli.command import run
+from lit_adapter.cli.convert import main as convert_main
 run(convert_main)
 """
 
@@ -504,8 +504,8 @@ def test_the_script_converts_and_refuses_in_one_line(tmp_path: Path) -> None:
         (["a", "--out", "b", "--overwrit"], "unknown option '--overwrit'; did you mean '--overwrite'?"),
         (["a", "--out", "b", "--dtyp=float32"], "unknown option '--dtyp'; did you mean '--dtype'?"),
         (["a", "--out", "b", "--dtype", "int8"], "int8"),
-        (["a"], "--out must be given"),
-        (["a", "b", "--out", "c"], "unexpected argument 'b'"),
+        (["a"], "the following arguments are required: out; see --help"),
+        (["a", "b", "--out", "c"], "unrecognized arguments: b; see --help"),
     ],
 )
 def test_command_line_mistakes(argv: list[str], pattern: str) -> None:
@@ -517,7 +517,8 @@ def test_command_line_mistakes(argv: list[str], pattern: str) -> None:
 def test_help_needs_no_torch() -> None:
     code = """
 import sys
-from lit_adapter.weights.cli import convert_main, download_main
+from lit_adapter.cli.convert import main as convert_main
+from lit_adapter.cli.download import main as download_main
 for main in (convert_main, download_main):
     try:
         main(["--help"])

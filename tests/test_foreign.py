@@ -18,7 +18,8 @@ from tiny_models import transformers_llama
 from torch import Tensor
 
 import lit_adapter
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.convert_adapter import main as convert_adapter_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
@@ -26,7 +27,6 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.foreign.cli import convert_adapter_main
 
 FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
 

@@ -149,7 +149,7 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--base b --prompt x --output z", "--output without --prompts"),
         ("--base b --prompt x --batch_size 2", "--batch_size without --prompts"),
         ("--base b --prompt x --overwrite", "--overwrite without --prompts"),
-        ("--base b --prompts y --output z --batch_size 0", "--batch_size is 0; expected 1 or more"),
+        ("--base b --prompts y --output z --batch_size 0", "--batch-size is 0; expected 1 or more"),
         ("--base b --prompt x --no-adapter", "--no-adapter without --adapter"),
         ("--base b --prompt x --compare", "--compare without --adapter"),
         ("--adapter a --prompt x --template chat", "--template together with --adapter"),
@@ -218,7 +218,7 @@ def test_as_a_process_a_mistake_is_one_line_and_status_2() -> None:
 def test_help_needs_no_torch_and_prompting_no_lightning(common: tuple[object, ...]) -> None:
     code = """
 import sys, time
-from lit_adapter.cli import generate_main
+from lit_adapter.cli.generate import main as generate_main
 start = time.process_time()
 try:
     generate_main(["--help"])

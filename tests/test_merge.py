@@ -14,6 +14,7 @@ from convert_sources import random_llama, write_hf
 from generation_fixtures import CHOICES, script
 
 import lit_adapter
+from lit_adapter.cli.merge import main as merge_main
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json
 from lit_adapter.model.adapter import adapter_shapes
@@ -22,7 +23,6 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights import merge as merging
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.cli import merge_main
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.merge import merge
 
