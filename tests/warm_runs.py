@@ -1,4 +1,4 @@
-"""scripts/finetune.py in processes forked from one that has imported everything.
+"""Scripts in processes forked from one that has imported everything.
 
 A start costs seconds of imports; a fork of a process that has done them costs milliseconds. What runs in it
 is the real script, from its first line on, with the arguments and the environment of a command line.
@@ -32,13 +32,16 @@ CONTEXT.set_forkserver_preload(["warm_runs", "lit_adapter.training.finetune", "t
 
 
 class Run:
-    """The script as one process, in a process group of its own.
+    """A script as one process, in a process group of its own.
 
     Args:
         arguments: of the command line.
         log: gets standard output and standard error.
         environment: variables to add.
         prepare: is called in the process before the script: one of the functions below, as a `partial`.
+        script: its name in scripts/.
+        folder: the working directory.
+        errors: gets standard error instead of ``log``.
     """
 
     def __init__(
@@ -47,11 +50,16 @@ class Run:
         log: Path,
         environment: dict[str, str],
         prepare: Callable[[], None] | None = None,
+        *,
+        script: str = "finetune.py",
+        folder: Path | None = None,
+        errors: Path | None = None,
     ) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.log = log
         self.offset = log.stat().st_size if log.is_file() else 0
-        self.process = CONTEXT.Process(target=_script, args=(arguments, log, environment, prepare))
+        what = (SCRIPT.with_name(script), arguments, log, errors or log, environment, folder, prepare)
+        self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()
 
     @property
@@ -99,20 +107,29 @@ def two_ranks(
 
 
 def _script(
-    arguments: list[str], log: Path, environment: dict[str, str], prepare: Callable[[], None] | None
+    script: Path,
+    arguments: list[str],
+    log: Path,
+    errors: Path,
+    environment: dict[str, str],
+    folder: Path | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)
     end_with_parent()
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
+    for descriptor, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
+    if folder:
+        os.chdir(folder)
+    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+        del sys.modules[name]  # it reads the environment when it is imported
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
     if prepare:
         prepare()
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def signal_at_line(text: str, number: int = signal.SIGTERM) -> None:
