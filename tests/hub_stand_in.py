@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from warm_runs import Run
+from warm_runs import run_script
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "a-token-that-may-write"
@@ -126,8 +125,4 @@ def script(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    given = [str(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory() as logs:
-        out, err = Path(logs) / "out", Path(logs) / "err"
-        status = Run(given, out, own | variables, script=name, folder=place, errors=err).wait(120)
-        return subprocess.CompletedProcess(given, status, out.read_text(), err.read_text())
+    return run_script(name, *arguments, folder=place, **(own | variables))

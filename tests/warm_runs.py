@@ -12,7 +12,9 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from io import BufferedWriter, FileIO, TextIOWrapper
@@ -39,7 +41,7 @@ class Run:
         log: gets standard output and standard error.
         environment: variables to add.
         prepare: is called in the process before the script: one of the functions below, as a `partial`.
-        script: its name in scripts/.
+        script: its name in scripts/, or any file of Python.
         folder: the working directory.
         errors: gets standard error instead of ``log``.
     """
@@ -51,14 +53,14 @@ class Run:
         environment: dict[str, str],
         prepare: Callable[[], None] | None = None,
         *,
-        script: str = "finetune.py",
+        script: str | Path = "finetune.py",
         folder: Path | None = None,
         errors: Path | None = None,
     ) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.log = log
         self.offset = log.stat().st_size if log.is_file() else 0
-        what = (SCRIPT.with_name(script), arguments, log, errors or log, environment, folder, prepare)
+        what = (SCRIPT.parent / script, arguments, log, errors or log, environment, folder, prepare)
         self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()
 
@@ -87,6 +89,25 @@ class Run:
             assert self.process.exitcode is None, f"ended without {text!r}:\n{self.output}"
             assert time.monotonic() < end, f"no {text!r} in {seconds} s:\n{self.output}"
             time.sleep(0.005)
+
+
+def run_script(
+    script: str | Path, *arguments: object, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, as `subprocess.run` does."""
+    given = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as logs:
+        out, err = Path(logs) / "out", Path(logs) / "err"
+        status = Run(given, out, environment, script=script, folder=folder, errors=err).wait(120)
+        return subprocess.CompletedProcess(given, status, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a text of Python to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "code.py"
+        script.write_text(code, encoding="utf-8")
+        return run_script(script, *arguments)
 
 
 def two_ranks(
