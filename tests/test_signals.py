@@ -117,7 +117,14 @@ def test_before_training_nothing_is_left_behind(
     assert again.wait() == 0, again.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_while_it_imports(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ) -> None:
@@ -212,7 +219,8 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU encodes without worker processes")
 @pytest.mark.parametrize(
-    ("number", "status", "seconds"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1.5)]
+    ("number", "status", "seconds"),
+    [(signal.SIGINT, 130, 0), pytest.param(signal.SIGTERM, 143, 1.5, marks=pytest.mark.slow)],
 )
 def test_while_worker_processes_encode(
     tiny_base: Path,

@@ -39,7 +39,7 @@ class Run:
     Args:
         arguments: of the command line.
         log: gets standard output and standard error.
-        environment: variables to add.
+        environment: variables to add to those of this process.
         prepare: is called in the process before the script: one of the functions below, as a `partial`.
         script: its name in scripts/, or any file of Python.
         folder: the working directory.
@@ -57,9 +57,9 @@ class Run:
         folder: Path | None = None,
         errors: Path | None = None,
     ) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.log = log
         self.offset = log.stat().st_size if log.is_file() else 0
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ | environment
         what = (SCRIPT.parent / script, arguments, log, errors or log, environment, folder, prepare)
         self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()
@@ -141,6 +141,7 @@ def _script(
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
     for descriptor, path in ((1, log), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
     os.environ.update(environment)
     if folder:
         os.chdir(folder)
