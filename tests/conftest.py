@@ -145,6 +145,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     examples = sum(value for name, value in found if name == "examples")
     if faults or examples:
         terminalreporter.write_line(
-            f"faults: {len(faults)} rows tried, {len(set(faults))} of the ninety-three; "
+            f"faults: {len(faults)} rows tried, {len(set(faults))} of docs/faults.md; "
             f"fuzz: {examples:,} examples"
         )

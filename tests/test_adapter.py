@@ -227,7 +227,7 @@ def test_state_survives_a_round_trip() -> None:
 
 
 def test_a_7b_adapter_has_the_papers_count() -> None:
-    """1,229,760 numbers for LLaMA 7B with K 10 and L 30 (design facts; the paper rounds to 1.2 M)."""
+    """1,229,760 numbers for LLaMA 7B with K 10 and L 30: 30 (10 * 4096 + 32); the paper rounds to 1.2 M."""
     llama_7b = LlamaConfig(
         vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008
     )

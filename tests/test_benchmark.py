@@ -49,6 +49,7 @@ def rows_of(work: str, base: Path, folder: Path, *options: str) -> dict[str, dic
     return {row["name"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_all_methods_train_the_same_model_on_the_same_records(tiny_base: Path, tmp_path: Path) -> None:
     rows = rows_of("train", tiny_base, tmp_path, *TRAIN)
     assert {name.split(",")[0] for name in rows} == {"ours", "PEFT AdaptionPrompt", "PEFT LoRA"}

@@ -119,6 +119,7 @@ def test_killed_at_random_moments(
     record_property("kills", f"workers {workers}, seed {seed}: {counted}")
 
 
+@pytest.mark.slow
 def test_a_fork_runs_the_script_itself(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     """What the fork gives back is what a process of its own gives: the same message and status."""
     command = arguments(tiny_base, tiny_records, tmp_path / "run", "--optim.batch_size", "99")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from finetune_runs import Stopper, arguments
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from warm_runs import Run, two_ranks
+from warm_runs import Run, spoil_loss, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
@@ -73,15 +74,12 @@ def finite(out: Path) -> bool:
 def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path, tmp_path: Path) -> None:
     """One record is bad; only one of the processes computes its row."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
-    token = tilde(tiny_base)
+    spoil = partial(spoil_loss, tilde(tiny_base))
     options = ["--data.val", str(one_bad), "--trainer.samples", "0", "--optim.epochs", "2"]
-    one = Run(
-        arguments(tiny_base, one_bad, tmp_path / "one", *options), tmp_path / "log", cache, poison=token
-    )
+    one = Run(arguments(tiny_base, one_bad, tmp_path / "one", *options), tmp_path / "log", cache, spoil)
     assert one.wait() == 0, one.output
-    both = two_ranks(
-        arguments(tiny_base, one_bad, tmp_path / "two", *options), tmp_path / "log", cache, poison=token
-    )
+    command = arguments(tiny_base, one_bad, tmp_path / "two", *options)
+    both = two_ranks(command, tmp_path / "log", cache, (spoil, spoil))
     for run in both:
         assert run.wait() == 0, run.output
     skipped = re.findall(r"step (\d+) skipped: loss nan", one.output)
@@ -111,7 +109,8 @@ def test_samples_that_are_not_numbers_end_no_run(
 def test_two_processes_stop_with_one_message(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     command = arguments(tiny_base, tiny_records, tmp_path / "run", "--trainer.samples", "0")
-    first, second = two_ranks(command, tmp_path / "log", cache, poison=EVERYWHERE)
+    spoil = partial(spoil_loss, EVERYWHERE)
+    first, second = two_ranks(command, tmp_path / "log", cache, (spoil, spoil))
     assert first.wait() == 2, first.output
     assert [line for line in first.output.splitlines() if "error" in line] == [first.output.splitlines()[-1]]
     assert "skipped 5 steps in a row" in first.output

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_fixtures import CHOICES, json_lines, process, save_random_adapter, script
+from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
+from warm_runs import Run
 
 import lit_adapter
 from lit_adapter import device
@@ -58,11 +59,12 @@ def killed(
     """What a process that was killed in the middle left behind."""
     out = tmp_path_factory.mktemp("killed") / "out.jsonl"
     partial = out.with_name(".out.jsonl.partial")
-    running = process(*common, "--prompts", prompts, "--output", out)
-    while running.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 8):
+    command = [str(word) for word in (*common, "--prompts", prompts, "--output", out)]
+    running = Run(command, tmp_path_factory.mktemp("log") / "log", {}, script="generate.py")
+    while running.process.is_alive() and not (partial.exists() and partial.read_bytes().count(b"\n") > 8):
         time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait(60) == -signal.SIGKILL, running.stderr.read()
+    running.process.kill()
+    assert running.wait(60) == -signal.SIGKILL, running.output
     assert not out.exists()
     left = partial.read_bytes()
     assert 9 <= left.count(b"\n") < 22

@@ -81,6 +81,7 @@ def test_two_processes_share_the_heads_of_a_row(
                 assert estimated == pytest.approx(held, rel=tolerance), part
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_no_process_ever_holds_the_whole_base(tmp_path: Path, tensor_parallel: int) -> None:

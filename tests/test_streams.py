@@ -89,6 +89,7 @@ def test_a_terminal_without_the_character() -> None:
     assert (done.returncode, done.stdout[:3]) == (0, "?l ")
 
 
+@pytest.mark.slow
 def test_a_run_without_output(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     """Its log is on a full disk, and its folder has a name that the terminal cannot show."""
     command = arguments(tiny_base, tiny_records, tmp_path / "Öl", "--optim.max_steps", "2")

@@ -176,7 +176,7 @@ class Row:
     """One fault and what must come of it."""
 
     fault: int
-    """Its number in the list of ninety-three."""
+    """Its number in docs/faults.md."""
     what: str
     tried: Callable[[Bench], Outcome]
     message: str

@@ -1,4 +1,4 @@
-"""Faults 80 to 89: settings of a generation, prompts, and numbers that go wrong there."""
+"""Faults 80 to 89: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def most(bench: Bench, **settings: float) -> str:
 
 
 def with_base_numbers(bench: Bench, value: float) -> str:
-    """A base whose head holds a number that is none."""
+    """A base whose output layer holds NaN or infinity."""
     folder = bench.copy_base("broken")
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"][3, 3] = value
