@@ -93,28 +93,22 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     machine = _keyed(meminfo).get("MemAvailable:")
     if machine is None:
         return None
-    left = [_group_bytes(cgroup, *names) for names in _CGROUP_FILES]
+    left = [  # control groups v2 and v1
+        _group_bytes(cgroup, "memory.max", "memory.current", "inactive_file"),
+        _group_bytes(
+            cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        ),
+    ]
     return min([machine * 1024, *(bytes_ for bytes_ in left if bytes_ is not None)])
 
 
-_CGROUP_FILES = (  # control groups v2 and v1: limit, usage, statistics, key of what the kernel may drop
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
-
-
-def _group_bytes(cgroup: Path, limit: str, used: str, statistics: str, dropped: str) -> int | None:
-    """Return the bytes that a container may still allocate; None without a limit."""
+def _group_bytes(folder: Path, limit: str, used: str, dropped: str) -> int | None:
+    """Return the bytes that a container may still allocate, by control groups; None without a limit."""
     try:
-        left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
     except (OSError, ValueError):  # not in a container, or no limit ("max")
         return None
-    return left + _keyed(cgroup / statistics).get(dropped, 0)
+    return left + _keyed(folder / "memory.stat").get(dropped, 0)
 
 
 def _keyed(path: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError
@@ -54,12 +55,7 @@ def byte_level_json(
         "gpt2": [],
         "digits": [{"type": "Digits", "individual_digits": True}],
         "llama3": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": LLAMA3_PATTERN},
-                "behavior": "Isolated",
-                "invert": False,
-            }
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
         ],
     }
     parts = [*first[split], byte_level | {"use_regex": split != "llama3"}]
@@ -132,13 +128,8 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
 
 def llama3_control_tokens() -> list[str]:
     """Return LLaMA 3.1's 256 control tokens in the order of their ids."""
-    names, n_reserved = [], 0
-    for place in range(N_LLAMA3_CONTROL):
-        name = LLAMA3_CONTROL.get(place)
-        if name is None:
-            name, n_reserved = f"reserved_special_token_{n_reserved}", n_reserved + 1
-        names.append(f"<|{name}|>")
-    return names
+    reserved = (f"reserved_special_token_{number}" for number in count())
+    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(N_LLAMA3_CONTROL)]
 
 
 def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:

@@ -48,21 +48,16 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:
             # The library raises plain Exception for a file that it cannot read.
             raise UserError(f"{source}: not a readable tokenizer.json: {error}") from None
-        self._control = {t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]}
+        self.control_tokens = {
+            t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]
+        }
         self._added = {vocabulary[t["content"]]: t["content"].encode() for t in raw["added_tokens"]}
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._byte_level, self.strips_space = _decoding(raw, source)
         first_only = any(node.get("prepend_scheme") == "first" for node in _nodes(raw["pre_tokenizer"]))
         self.space_after_control = self._continuing_json is not None and not first_only
-        spelled_bos = _post_processor_bos(raw, self._control)
-        describe(
-            self,
-            about,
-            bos_id=spelled_bos,
-            eos_id=None,
-            add_bos=spelled_bos is not None,
-            source=source,
-        )
+        spelled_bos = _post_processor_bos(raw, self.control_tokens)
+        describe(self, about, bos_id=spelled_bos, eos_id=None, add_bos=spelled_bos is not None, source=source)
         unknown = raw["model"].get("unk_id", vocabulary.get(raw["model"].get("unk_token") or ""))
         self._refuse_leaks(unknown, source)
 
@@ -80,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _refuse_leaks(self, unknown_id: int | None, source: object) -> None:
         """Refuse a tokenizer that turns text into control tokens: every caller relies on this."""
-        for spelling, id_ in self._control.items():
+        for spelling, id_ in self.control_tokens.items():
             if id_ != unknown_id and id_ in self._encode_text(spelling, False):
                 raise UserError(
                     f"{source}: the text '{spelling}' becomes control token {id_}; "
@@ -106,12 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._control.values())
-
-    @property
-    def control_tokens(self) -> dict[str, int]:
-        """Return the ids of all control tokens by their text."""
-        return dict(self._control)
+        return frozenset(self.control_tokens.values())
 
 
 def byte_letters() -> dict[int, str]:

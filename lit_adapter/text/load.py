@@ -29,7 +29,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer.json or tokenizer.model there; expected the folder of a converted base"
         )
     path = found[0]
-    content = _content(path)
+    with reading(path):
+        refuse_stand_in(path)
+        content = path.read_bytes()
     about = read_description(folder)
     if path.suffix == ".json":
         raw = read_json(path)
@@ -48,9 +50,3 @@ def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
     # Meta's files do not list the tokens that end a turn.
     tokenizer.stop_ids |= {stop for stop in stops if stop is not None}
     return tokenizer
-
-
-def _content(path: Path) -> bytes:
-    with reading(path):
-        refuse_stand_in(path)
-        return path.read_bytes()

@@ -29,9 +29,11 @@ class SentencePieceTokenizer(Tokenizer):
         model = parse_model(content, source)
         size = len(model.pieces)
         _mark_control_tokens(model, about)
-        self._control = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
-        self._control |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
-        self.vocab_size = max(size, *(id_ + 1 for id_ in self._control.values())) if self._control else size
+        self.control_tokens = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
+        self.control_tokens |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
+        self.vocab_size = (
+            max(size, *(id_ + 1 for id_ in self.control_tokens.values())) if self.control_tokens else size
+        )
         self._size = size
         self._processor = _processor(model, source)
         self.strips_space = bool(model.normalizer_spec.add_dummy_prefix)
@@ -58,11 +60,6 @@ class SentencePieceTokenizer(Tokenizer):
         if processor.is_byte(token):
             return bytes.fromhex(text[3:5])
         return text.replace("\u2581", " ").encode()
-
-    @property
-    def control_tokens(self) -> dict[str, int]:
-        """Return the ids of all control tokens by their text."""
-        return dict(self._control)
 
 
 def parse_model(content: bytes, source: object) -> ModelProto:

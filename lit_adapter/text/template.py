@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.files.read import read_text
 from lit_adapter.text.chat import control_pattern, render_chat
 from lit_adapter.text.tokenizer import Tokenizer
@@ -57,10 +57,10 @@ class Template:
             raise UserError(f"template kind '{self.kind}' is unknown{hint}")
         for text in (self.text, self.text_without_input):
             if text is not None and INSTRUCTION not in text:
-                raise UserError(f"template {_shown(text)}: {INSTRUCTION} is missing")
+                raise UserError(f"template {shorten(text)}: {INSTRUCTION} is missing")
             if text is not None and self.kind == "custom" and "{output}" in text:
                 raise UserError(
-                    f"template {_shown(text)}: leave out {{output}}; the answer is added after the prompt"
+                    f"template {shorten(text)}: leave out {{output}}; the answer is added after the prompt"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,11 +122,7 @@ class Template:
         return self._prompt(tokenizer, instruction, input).ids
 
     def encode_example(
-        self,
-        tokenizer: Tokenizer,
-        instruction: str,
-        input: str,
-        output: str,
+        self, tokenizer: Tokenizer, instruction: str, input: str, output: str
     ) -> tuple[list[int], int]:
         """Return the ids of prompt, answer and end token, and the number of the prompt's.
 
@@ -176,7 +172,7 @@ class Template:
             text = self.text_without_input
         if input and INPUT not in text:
             raise UserError(
-                f"template {_shown(text)}: a record has an input, but the template no {INPUT}; add it"
+                f"template {shorten(text)}: a record has an input, but the template no {INPUT}; add it"
             )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
         return [values.get(part, (part, True)) for part in _FIELD.split(text)]
@@ -225,7 +221,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
         newline = "\n" if name_or_text == "alpaca-newline" else ""
         return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
     if INSTRUCTION in name_or_text:
-        return _custom(name_or_text, f"template {_shown(name_or_text)}")
+        return _custom(name_or_text, f"template {shorten(name_or_text)}")
     path = Path(name_or_text)
     if "\n" not in name_or_text and path.is_file():
         text = read_text(path).removesuffix("\n")
@@ -236,7 +232,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
     expected = (
         f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or the path of a file with one"
     )
-    raise UserError(f"template {_shown(name_or_text)} is unknown{hint or expected}")
+    raise UserError(f"template {shorten(name_or_text)} is unknown{hint or expected}")
 
 
 def _custom(text: str, where: str) -> Template:
@@ -254,7 +250,3 @@ def _chat(tokenizer: Tokenizer) -> Template:
         raise UserError(f"template 'chat': the base's template has {INSTRUCTION} or {INPUT} in its own text")
     text = chat.before + INSTRUCTION + chat.after
     return Template("chat", text, end=chat.end, lead=chat.lead, trim=chat.trim)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

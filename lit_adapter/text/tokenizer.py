@@ -23,6 +23,8 @@ class Tokenizer(ABC):
 
     vocab_size: int
     """All ids, including those of added and control tokens, are below this number."""
+    control_tokens: dict[str, int]
+    """Ids of all control tokens by their text."""
     bos_id: int | None
     eos_id: int
     add_bos: bool
@@ -73,11 +75,6 @@ class Tokenizer(ABC):
     def control_id(self, text: str) -> int | None:
         """Return the id of the control token ``text``, or None."""
         return self.control_tokens.get(text)
-
-    @property
-    @abstractmethod
-    def control_tokens(self) -> dict[str, int]:
-        """Return the ids of all control tokens by their text."""
 
 
 class StreamDecoder:
