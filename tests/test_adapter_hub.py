@@ -102,10 +102,14 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
     ("arguments", "variables", "message"),
     [
         (["adapter.safetensors", "me/x"], {"HF_TOKEN": ""}, "not logged in to the Hub; run 'hf auth login'"),
-        (["adapter.safetensors", "me/x"], {"HF_TOKEN": "bad"}, "me/x: this login may not do that ("),
-        (["adapter.safetensors", "others/x"], {}, "others/x: this login may not do that ("),
-        (["adapter.safetensors", "a b/c"], {}, "'a b/c' is no name on the Hub; expected org/name"),
-        (["adapter.safetensors", "x"], {}, "'x' is no name on the Hub; expected org/name"),
+        (
+            ["adapter.safetensors", "me/x"],
+            {"HF_TOKEN": "bad"},
+            "me/x: this login is not permitted to do that (",
+        ),
+        (["adapter.safetensors", "others/x"], {}, "others/x: this login is not permitted to do that ("),
+        (["adapter.safetensors", "a b/c"], {}, "'a b/c' is not a name on the Hub; expected org/name"),
+        (["adapter.safetensors", "x"], {}, "'x' is not a name on the Hub; expected org/name"),
         (["nowhere.safetensors", "me/x"], {}, "nowhere.safetensors: no such adapter file"),
         (
             ["checkpoints/tiny/model.safetensors", "me/x"],
@@ -152,7 +156,7 @@ def test_what_cannot_be_fetched(tmp_path: Path, hub: type[Hub]) -> None:
         ),
         ("org/broken", "org/broken/adapter.safetensors: damaged or not a safetensors file"),
         ("org/none", "org/none: not found on the Hub"),
-        ("plain", "'plain' is no name on the Hub; expected org/name"),
+        ("plain", "'plain' is not a name on the Hub; expected org/name"),
     ):
         done = script(tmp_path, hub.address, name, "--adapter")
         assert done.returncode == 2

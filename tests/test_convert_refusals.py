@@ -161,7 +161,7 @@ SINGLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "larger vocabulary": (
         lambda p: write_tokenizer(p.parent, 513),
-        "513 ids, but the embedding .*512 rows",
+        "513 ids, but the embedding has .*512 rows",
     ),
 }
 
@@ -478,7 +478,7 @@ def test_the_script_converts_and_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"error: {source / 'model.safetensors'}: is a web page, not the file itself; download it again\n"
+        == f"error: {source / 'model.safetensors'}: is a web page, not the file itself; fetch it again\n"
     )
 
 

@@ -73,12 +73,7 @@ class Packer:
     """
 
     def __init__(
-        self,
-        encoded: Encoded,
-        preambles: dict[int, NDArray[np.int32]],
-        *,
-        mask_prompt: bool,
-        row_tokens: int,
+        self, encoded: Encoded, preambles: dict[int, NDArray[np.int32]], *, mask_prompt: bool, row_tokens: int
     ) -> None:
         self.encoded, self.preambles = encoded, preambles
         self.mask_prompt, self.row_tokens = mask_prompt, row_tokens

@@ -28,7 +28,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     n_targets = data.train_packer.n_targets(np.arange(len(encoded)))
     lines = [
         f"data: {records.source}: {counted(len(encoded), 'training record')}, {int(length.sum()):,} tokens "
-        f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned",
+        f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned"
     ]
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())

@@ -127,7 +127,7 @@ class LockFile:
 def one_at_a_time(path: Path, *, wait: bool = True, option: str = "path") -> Iterator[None]:
     """Keep other processes from writing ``path`` meanwhile.
 
-    Where no lock file can be created beside ``path``, nobody is kept out.
+    Where no lock file can be created next to ``path``, nobody is kept out.
 
     Args:
         path: a file.

@@ -12,9 +12,10 @@ MAX_LINKS = 40
 """Symbolic links followed from one name, as in Linux."""
 
 
-def existing_parent(path: Path) -> Path:
-    """Return the nearest folder above ``path`` that exists."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+def existing_folder(path: Path) -> Path:
+    """Return ``path`` if it is a folder, else the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def free_path(path: Path) -> Path:

@@ -68,11 +68,11 @@ def refuse_stand_in(path: Path) -> None:
     with path.open("rb") as stream:
         start = stream.read(512)
     if not start.strip():
-        raise UserError(f"{path}: the file is empty; download it again")
+        raise UserError(f"{path}: the file is empty; fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run 'git lfs pull' there")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: is a web page, not the file itself; download it again")
+        raise UserError(f"{path}: is a web page, not the file itself; fetch it again")
 
 
 def file_sha256(path: Path) -> str:

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from lit_adapter.errors import WriteError
-from lit_adapter.files.paths import existing_parent
+from lit_adapter.files.paths import existing_folder
 
 
 def free_disk(folder: Path) -> int:
     """Return the free bytes of the disk that holds ``folder``, or would hold it."""
-    return shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+    return shutil.disk_usage(existing_folder(folder)).free
 
 
 def write_error(path: Path, error: OSError, needed: int | None = None) -> WriteError:

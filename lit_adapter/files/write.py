@@ -18,22 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.files.locks import is_locked, lock, unlock
-from lit_adapter.files.paths import existing_parent, write_target
+from lit_adapter.files.paths import existing_folder, write_target
 from lit_adapter.files.space import write_error
 
 TEMPORARY_SUFFIX = ".tmp"
 LEFTOVER_SECONDS = 60
 """Age from which an unlocked temporary file is a leftover; a younger one may be about to be locked."""
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)  # it can be read only by setting it
-    os.umask(mask)
-    return mask
-
-
-UMASK = _umask()
+UMASK = os.umask(0o077)  # it can be read only by setting it
 """The user's umask; `tempfile` ignores it."""
+os.umask(UMASK)
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,7 +96,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         WriteError: they cannot.
     """
-    place = folder if folder.is_dir() else existing_parent(folder)
+    place = existing_folder(folder)
     try:
         with tempfile.TemporaryFile(prefix=".probe.", suffix=TEMPORARY_SUFFIX, dir=place) as file:
             file.write(b"\0")

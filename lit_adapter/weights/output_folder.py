@@ -15,8 +15,7 @@ from pathlib import Path
 
 from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files.locks import LockFile, is_locked
-from lit_adapter.files.paths import existing_parent
-from lit_adapter.files.space import write_error
+from lit_adapter.files.space import free_disk, write_error
 from lit_adapter.files.write import LEFTOVER_SECONDS, TEMPORARY_SUFFIX, UMASK, is_temporary, sync_folder
 from lit_adapter.weights.base_folder import FINGERPRINT
 
@@ -55,7 +54,7 @@ def check_free(out: Path, needed: int) -> None:
     Raises:
         UserError: fewer than ``needed`` bytes are free.
     """
-    free = shutil.disk_usage(existing_parent(out)).free
+    free = free_disk(out.parent)
     if free < needed:
         raise UserError(
             f"{out}: needs {needed:,} bytes, but {free:,} are free; free some space or choose another --out"

@@ -129,12 +129,8 @@ def _header(entries: Sequence[Entry]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
-        offsets = [offset, offset + entry.n_bytes]
-        header[entry.name] = {
-            "dtype": FLOAT_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": offsets,
-        }
+        dtype, offsets = FLOAT_NAMES[entry.dtype], [offset, offset + entry.n_bytes]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": offsets}
         offset += entry.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes

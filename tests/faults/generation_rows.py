@@ -119,7 +119,7 @@ ROWS = [
         ),
         r"^error: stop_ids holds 99999, but",
     ),
-    Row(84, "empty template", empty_template, r"template '' is not known; expected alpaca"),
+    Row(84, "empty template", empty_template, r"template '' is unknown; expected alpaca"),
     Row(84, "empty prompt", empty_prompt, r"prompt"),
     Row(
         85,
