@@ -37,7 +37,7 @@ def test_pushed_and_fetched_it_is_the_same_file(tmp_path: Path, hub: type[Hub], 
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == f"pushed adapter.safetensors: {hub.address}/me/my-adapter/commit/{COMMIT}"
-    assert second == "its model card is written; the licence is yours to fill in there"
+    assert second == "a model card has been written; fill in the licence there"
     assert hub.made == {"me/my-adapter": True}
     repository = hub.repositories["me/my-adapter"]
     assert (repository / "adapter.safetensors").read_bytes() == adapter.read_bytes()
@@ -90,7 +90,7 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
     card = hub.repositories["me/mine"] / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\nmine")
     done = push(tmp_path, hub, adapter, "me/mine")
-    assert done.stdout.splitlines()[1] == "its model card is left as it is there; --card FILE replaces it"
+    assert done.stdout.splitlines()[1] == "the repository's model card is unchanged; --card FILE replaces it"
     assert card.read_text().endswith("mine")
     own = tmp_path / "card.md"
     own.write_text("---\nlicense: mit\n---\nanother")

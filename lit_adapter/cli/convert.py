@@ -13,8 +13,10 @@ from lit_adapter.progress import byte_progress
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse and convert."""
     parser = command_parser(COMMANDS["convert"], program)
-    parser.add_argument("source", help="a Hugging Face folder, a Meta folder, or a GGUF file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the base folder, checkpoints/NAME")
+    parser.add_argument("source", type=Path, help="a Hugging Face folder, a Meta folder, or a GGUF file")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="base folder, checkpoints/NAME"
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -27,11 +29,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     with byte_progress("converting") as progress:
         out = convert(
-            Path(options.source),
-            Path(options.out),
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            progress=progress,
+            options.source, options.out, dtype=options.dtype, overwrite=options.overwrite, progress=progress
         )
     print(f"wrote {shown(out)}")
     return 0

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 
-SOURCES = ("auto", "official", "lit-llama", "litgpt", "peft", "ours")
 TARGETS = ("ours", "lit-llama", "litgpt", "peft")
+SOURCES = ("auto", "official", *TARGETS)
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, convert, and print the report."""
     parser = command_parser(COMMANDS["convert-adapter"], program)
-    parser.add_argument("source", help="an adapter file, or a PEFT adapter's folder")
-    parser.add_argument("--out", required=True, metavar="PATH", help="the file to write; for peft a folder")
+    parser.add_argument("source", type=Path, help="an adapter file, or a PEFT adapter's folder")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="the file, for peft the folder"
+    )
     parser.add_argument("--from", dest="given", choices=SOURCES, default="auto", help="default: by its keys")
     parser.add_argument("--to", choices=TARGETS, default="ours", help="default: ours")
     parser.add_argument(
         "--base",
+        type=Path,
         metavar="FOLDER",
         help="the converted base that the adapter belongs to; needed for an adapter of another code base, "
         "and to compare logits",
@@ -45,16 +49,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 
-    wishes = Wishes(
-        to=options.to,
-        given=options.given,
-        base=Path(options.base) if options.base else None,
-        template=options.template,
-        gate=options.gate,
-        to_gate=options.to_gate,
-        allow_lossy=options.allow_lossy,
-        overwrite=options.overwrite,
-    )
-    for line in convert_adapter(Path(options.source), Path(options.out), wishes):
+    wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
+    for line in convert_adapter(options.source, options.out, wishes):
         print(line)
     return 0

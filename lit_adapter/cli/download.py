@@ -17,6 +17,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument(
         "--out",
+        type=Path,
         metavar="PATH",
         help="default: checkpoints/NAME for a base, out/NAME.safetensors for an adapter",
     )
@@ -26,14 +27,14 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     if options.adapter:
         from lit_adapter.weights.adapter_hub import fetch_adapter
 
-        path = Path(options.out or Path("out") / f"{name}.safetensors")
+        path = options.out or Path("out") / f"{name}.safetensors"
         for line in fetch_adapter(options.name, path, revision=options.revision):
             print(line)
         return 0
 
     from lit_adapter.weights.download import download
 
-    out = Path(options.out or Path("checkpoints") / name)
+    out = options.out or Path("checkpoints") / name
     with byte_progress("converting") as progress:
         fetched = download(options.name, out, revision=options.revision, progress=progress)
     print(f"wrote {shown(out)}" if fetched else f"{shown(out)} is already there and complete")

@@ -13,6 +13,8 @@ from lit_adapter.cli.main import COMMANDS
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
 
+BATCH_SIZE = 16
+
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
     """Parse and answer, on ``out`` (standard output) or into the file of ``--output``.
@@ -22,7 +24,8 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     """
     options = _parse(argv, program)
     out = out or sys.stdout
-    sampling = Sampling(**{field.name: _frozen(options[field.name]) for field in fields(Sampling)})
+    given: Any = {field.name: options[field.name] for field in fields(Sampling)}
+    sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
 
@@ -30,15 +33,11 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
         **{field.name: options[field.name] for field in fields(answering.ModelChoice)}
     )
     if task is None:
+        target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
         number = answering.answer_file(
-            choice,
-            Path(options.prompts),
-            Path(options.output),
-            sampling,
-            batch_size=options.batch_size or answering.BATCH_SIZE,
-            overwrite=options.overwrite,
+            choice, Path(options.prompts), target, sampling, batch_size, overwrite=options.overwrite
         )
-        out.write(f"wrote {Path(options.output)} ({counted(number, 'answer')})\n")
+        out.write(f"wrote {target} ({counted(number, 'answer')})\n")
         return 0
     model = choice.load()
     with choice.side(model):
@@ -49,25 +48,19 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
 
 def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser = command_parser(COMMANDS["generate"], program)
-    parser.add_argument("--adapter", type=str, metavar="FILE", help="adapter.safetensors of a run")
-    parser.add_argument("--base", type=str, metavar="FOLDER", help="by default the base the adapter names")
-    parser.add_argument(
-        "--prompt", type=str, metavar="TEXT", help="the instruction; by default standard input"
-    )
-    parser.add_argument("--input", type=str, metavar="TEXT", help="what the instruction works on")
-    parser.add_argument("--prompts", type=str, metavar="FILE", help="JSONL of instruction and input")
-    parser.add_argument("--output", type=str, metavar="FILE", help="JSONL for the answers of --prompts")
-    parser.add_argument("--batch_size", type=int, help="prompts of --prompts answered together (16)")
+    parser.add_argument("--adapter", metavar="FILE", help="adapter.safetensors of a run")
+    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
+    parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL of instruction and input")
+    parser.add_argument("--output", metavar="FILE", help="JSONL for the answers of --prompts")
+    parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
-    parser.add_argument(
-        "--no-adapter", action="store_true", help="the plain base, with the adapter's template"
-    )
+    parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
     parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
-    parser.add_argument(
-        "--template", type=str, help="of a plain base: alpaca (default), chat, a text or file"
-    )
-    parser.add_argument("--device", type=str, help="cpu or cuda; by default CUDA where there is one")
-    parser.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; by default the faster one")
+    parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
+    parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
     _add_sampling(parser)
     options = parse(parser, argv)
     _check(options)
@@ -91,10 +84,6 @@ def _add_sampling(parser: Any) -> None:
             help=described[field.name],
             **more,
         )
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(options: Any) -> None:

@@ -13,9 +13,11 @@ from lit_adapter.progress import byte_progress
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, merge, and print the report."""
     parser = command_parser(COMMANDS["merge"], program)
-    parser.add_argument("adapter", help="adapter.safetensors of a run with adapter.prompt_length 0")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
-    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument("adapter", type=Path, help="a run's adapter.safetensors; prompt_length must be 0")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="by default the base that the adapter names"
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -27,15 +29,8 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     from lit_adapter.weights.merge import merge
 
-    out = Path(options.out)
+    choices = {name: options[name] for name in ("base", "dtype", "overwrite")}
     with byte_progress("merging") as progress:
-        report = merge(
-            Path(options.adapter),
-            out,
-            base=Path(options.base) if options.base else None,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    print(f"wrote {shown(out)}: {report}")
+        report = merge(options.adapter, options.out, progress=progress, **choices)
+    print(f"wrote {shown(options.out)}: {report}")
     return 0

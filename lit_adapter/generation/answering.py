@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,9 +34,6 @@ from lit_adapter.weights.base_folder import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
-BATCH_SIZE = 16
-Side = tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]
-"""A title, and the context to answer in."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,15 @@ class ModelChoice:
         """Return the context to answer in."""
         return model.without_adapter() if self.no_adapter else contextlib.nullcontext()
 
-    @property
     def base_folder(self) -> Path:
-        """The chosen base, or the one that the adapter names."""
+        """Return the chosen base, or the one that the adapter names."""
         if self.base:
             return Path(self.base)
         return find_base(read_adapter(Path(str(self.adapter)))[0].base.name)
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""
-        base = base_identity(self.base_folder)
+        base = base_identity(self.base_folder())
         weight = model.model.embed_tokens.weight
         return {
             "sampling": asdict(sampling),
@@ -96,21 +92,18 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
 def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
     """Write the answers of the plain base and of the adapted model: in columns on a wide terminal."""
     console = Console(file=out)
-    sides: tuple[Side, ...] = (
-        ("plain base", model.without_adapter),
-        ("with adapter", contextlib.nullcontext),
-    )
+    sides: Any = (("plain base", model.without_adapter()), ("with adapter", contextlib.nullcontext()))
     if not console.is_terminal or console.width < 2 * COLUMN_WIDTH:
         for number, (title, side) in enumerate(sides):
             out.write("\n" * bool(number) + f"--- {title} ---\n")
-            with side():
+            with side:
                 stream(model, task, sampling, out)
         return
     table = Table(expand=True)
     answers = []
     for title, side in sides:
         table.add_column(title, ratio=1)
-        with side():
+        with side:
             # As Text: rich reads square brackets in a plain string as markup.
             answers.append(Text(model.generate(*task, **asdict(sampling))))
     table.add_row(*answers)
@@ -122,9 +115,9 @@ def answer_file(
     path: Path,
     target: Path,
     sampling: Sampling,
+    batch_size: int,
     *,
-    batch_size: int = BATCH_SIZE,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> int:
     """Answer the prompts of ``path`` into ``target`` and return how many there are.
 
@@ -136,7 +129,7 @@ def answer_file(
     if target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=overwrite)
-    inputs = [choice.base_folder, *([Path(choice.adapter)] if choice.adapter else [])]
+    inputs = [choice.base_folder(), *([Path(choice.adapter)] if choice.adapter else [])]
     refuse_input(target, inputs, "--output")
     device = choose_device(choice.device)
     dtype: Any = earlier_dtype(target, prompts, device.type)
