@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert
 
 torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 
 WORDS = ("red", "green", "blue", "apple", "river", "stone", "cloud", "seven", "lamp", "Öl")
 
