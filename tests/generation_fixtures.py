@@ -1,4 +1,4 @@
-"""What the tests of generating share: an adapter with random gates, and the script without a process."""
+"""Helpers for tests of generation: an adapter with random gates, and the script without a process."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 ADAPTER is JSON. Prints one JSON object: the largest differences from the whole base (loss, gradients, next
 tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
 computing, how often weights were gathered for a row, the numbers of the base that it holds, and what autograd
-kept beside what the estimate says.
+kept, and what the estimate says.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def losses(model: Llama, share: int, n_shares: int) -> float:
 
 
 def memory(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> dict[str, list[int]]:
-    """Return the bytes that a process has of weights and keeps for a row, each beside the estimate."""
+    """Return the bytes that a process has of weights and keeps for a row, each with its estimate."""
     row = Packer(encoded(0, 20, longest=40), {}, mask_prompt=True, row_tokens=10_000).row(list(range(20)))
     shape = RowShape.of(row)
     kept = kept_for_backward(model, row) + shape.targets * model.config.n_embd * 4  # of the loss itself

@@ -1,4 +1,4 @@
-"""One of two processes that compute rows of a cut base, forward and backward, one right after the other.
+"""One of two processes that compute rows of a sharded base, forward and backward, one right after the other.
 
     torchrun --nproc-per-node 2 tests/sharded_rows.py BASE
 

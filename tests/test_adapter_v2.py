@@ -1,4 +1,4 @@
-"""Adapter V2: norms, and a bias and scale on every linear layer, beside prompts and gates."""
+"""Adapter V2: norms, and a bias and scale on every linear layer, as well as prompts and gates."""
 
 from __future__ import annotations
 

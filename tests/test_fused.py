@@ -76,7 +76,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
 ) -> None:
     from lit_adapter.model.fused import FusedView, prepare
 
-    monkeypatch.setattr(tiles, "VISITS", 2)  # a preamble's gradient comes in parts, as in long rows
+    monkeypatch.setattr(tiles, "VISITS", 2)  # a preamble's gradient is summed in parts, as in long rows
     case, row = CASES[number], row_of(CASES[number], number)
     model = on_gpu(model_of(case, number), torch.float64, torch.float64)
     place = row.position[None].cuda()

@@ -37,7 +37,7 @@ print(anonymous() - before)
 
 
 def test_a_base_is_loaded_without_the_compiler(tiny_base: Path) -> None:
-    """Its import takes longer than the base of 135M."""
+    """Importing it takes longer than reading a base of 135M."""
     code = (
         "import sys, torch; from pathlib import Path; from lit_adapter.weights.load import load_base\n"
         f"load_base(Path({str(tiny_base)!r}), device='cpu', dtype=torch.bfloat16)\n"
@@ -59,7 +59,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 0.05), ("bfloat16", 0.6)])
 def test_a_base_is_mapped_not_copied(tiny_base: Path, large: Path, dtype: str, share: float) -> None:
-    """In its stored precision a base costs no memory of its own; cast to half of it, about half."""
+    """In its stored precision a base costs no memory of its own; cast to half the width, half its size."""
     done = run_code(ANONYMOUS, tiny_base, large, dtype)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < share * (large / "model.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""Losses that are not numbers, and runs that do not learn: skipped, counted, named, said once."""
+"""NaN losses are skipped, counted and named; runs that do not learn are warned about once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tilde(base: Path) -> int:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give rows that hold a token a loss that is not a number."""
+    """Give rows that hold a token a loss of NaN."""
     sound = module.row_loss
 
     def spoil(token: int) -> None:
@@ -62,7 +62,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def finite(out: Path) -> bool:
-    """Whether every adapter below a run folder is."""
+    """Whether every adapter value in a run folder is finite."""
     states = [load_file(path) for path in out.glob("*.safetensors")]
     states += [read_checkpoint(path)["state_dict"] for path in out.glob("checkpoints/*.ckpt")]
     assert states
@@ -88,16 +88,16 @@ def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path
     assert "2 of 12 steps were skipped" in both[0].output
     for out in (tmp_path / "one", tmp_path / "two"):
         assert finite(out)
-        assert not (out / "best.safetensors").exists()  # no held-out loss was a number
+        assert not (out / "best.safetensors").exists()  # no held-out loss was finite
     alone, together = (load_file(tmp_path / out / "adapter.safetensors") for out in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_samples_that_are_not_numbers_end_no_run(
+def test_samples_with_nan_logits_do_not_end_a_run(
     tiny: Callable[..., Config], tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps whose loss is none have a rule of their own; in TensorBoard the answer is missing."""
+    """NaN losses have a rule of their own; TensorBoard shows the reason in place of the answer."""
     monkeypatch.setattr(decoder, "choose", lambda logits, *_: torch.full((len(logits),), -1))
     config = tiny("--data.val", str(tiny_records), "--trainer.samples", "1", "--optim.max_steps", "2")
     assert finetune(config, say=Stopper()) == 0

@@ -25,7 +25,7 @@ from lit_adapter.training.module import LitAdapter
 def test_no_random_state_of_the_process_decides_anything(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random states are set anew at every step, validation, sample and loader's turn, in each run others."""
+    """Random states are overwritten at every step, validation, sample and batch, differently in each run."""
     seeds = count()
 
     def disturbed(function: Callable[..., Any]) -> Callable[..., Any]:

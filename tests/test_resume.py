@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed ends in the bytes of one that never stopped."""
+"""A run that is stopped anywhere and resumed ends with the bytes of one that was never stopped."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def written(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("options", [DROPOUT, [*WORKERS, *LOW], [*WORKERS, *DROPOUT, *FOUR_ROWS]])
-def test_one_process(tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]) -> None:
+def test_stops_anywhere_change_no_byte_of_one_process(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]
+) -> None:
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     whole = Run(run_of(tiny_base, tiny_records, tmp_path / "whole", *options), tmp_path / "whole.log", cache)
     assert whole.wait() == 0, whole.output
@@ -86,8 +88,10 @@ def test_one_process(tiny_base: Path, tiny_records: Path, tmp_path: Path, option
 
 
 @pytest.mark.parametrize("options", [[*DROPOUT, *LOW], [*FOUR_ROWS, *WORKERS]])
-def test_two_processes(tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]) -> None:
-    """The signal goes to either of them; a kill to the first, which the second follows."""
+def test_stops_anywhere_change_no_byte_of_two_processes(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """Either process gets the signal; the first gets the kill, and the second follows."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     command = run_of(tiny_base, tiny_records, tmp_path / "whole", *options)
     for run in two_ranks(command, tmp_path / "whole.log", cache):
@@ -111,7 +115,7 @@ def test_two_processes(tiny_base: Path, tiny_records: Path, tmp_path: Path, opti
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
 
 
-def test_killed_after_any_write(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
+def test_a_kill_after_any_write_changes_no_byte(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     """Configuration, the start, and from then on checkpoint, best and adapter file in turn."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     options = ["--optim.max_steps", "4", "--trainer.val_every", "2", "--trainer.save_every", "2"]

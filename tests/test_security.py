@@ -58,7 +58,7 @@ def test_bad_releases_are_kept_out() -> None:
         assert all(version in wanted[name] for version in good), name
         assert not any(version in wanted[name] for version in bad), name
         line = next(line for line in text.splitlines() if line.strip().startswith(f'"{name}'))
-        assert "#" in line  # the reason stands beside it
+        assert "#" in line  # the reason stands next to it
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lit_adapter.training.checkpoint import read_checkpoint
 
 LONG = ["--optim.epochs", "3000", "--trainer.val_every", "100000", "--data.workers", "2"]
 SECONDS = 20
-"""What a stop may take here; a step takes a fraction of one, but other work shares the machine."""
+"""How long a stop may take; a step takes a fraction of a second, but other work shares the machine."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def saved_and_said(out: Path, output: str) -> int:
-    """Return the step that the last line names; its checkpoint is there, is the newest, and can be read."""
+    """Return the step that the last line names, whose checkpoint is the newest and can be read."""
     found = re.search(r"stopped by SIG\w+ after step (\d+): (\S+); --resume last goes on", output)
     assert found, output
     path = Path(found[2])
@@ -59,7 +59,7 @@ def test_during_training(
     number: signal.Signals,
     status: int,
 ) -> None:
-    """To the whole group: the loader's workers get it too."""
+    """The whole group gets the signal, loader workers too."""
     run = Run(arguments(tiny_base, tiny_records, tmp_path / "run", *LONG), tmp_path / "log", environment)
     run.wait_for("step 3/")
     os.killpg(run.pid, number)
@@ -170,7 +170,7 @@ def test_a_second_ctrl_c_ends_at_once(
         ((None, partial(signal_in_validation, 2)), 4, []),
         ((partial(signal_in_validation, 1), None), 0, []),
         ((signal_after_token, None), 1, []),  # the other one waits in step 1
-        ((None, signal_after_token), 1, ["--trainer.strategy", "fsdp2"]),  # both of them generate
+        ((None, signal_after_token), 1, ["--trainer.strategy", "fsdp2"]),  # both generate
     ],
 )
 def test_two_processes_agree(
@@ -182,7 +182,7 @@ def test_two_processes_agree(
     step: int,
     options: list[str],
 ) -> None:
-    """One of them gets the signal: between steps, in a validation, in a sample; both stop after a step."""
+    """One process gets the signal, between steps, in a validation or in a sample; both stop after a step."""
     many = [*options, "--data.val", str(tiny_records), "--trainer.val_every", "4", "--optim.epochs", "3000"]
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *many)
     first, second = two_ranks(command, tmp_path / "log", environment, events)
@@ -230,7 +230,7 @@ def test_while_worker_processes_encode(
     status: int,
     seconds: float,
 ) -> None:
-    """To the whole group, when the first of them starts and at work: one line, and none stays."""
+    """The whole group gets the signal, when its first worker starts or later: one line, no process left."""
     many, log = tmp_path / "many.jsonl", tmp_path / "log"
     line = json.dumps({"instruction": "Say it back. " * 40, "output": "red apple river " * 20})
     many.write_text(f"{line}\n" * 60_000)

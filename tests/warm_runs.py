@@ -59,7 +59,7 @@ class Run:
     ) -> None:
         self.log = log
         self.offset = log.stat().st_size if log.is_file() else 0
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ | environment
+        environment = os.environ | environment
         what = (SCRIPT.parent / script, arguments, log, errors or log, environment, folder, prepare)
         self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()

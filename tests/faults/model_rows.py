@@ -181,7 +181,7 @@ def bombed_adapter(bench: Bench) -> Outcome:
 
 
 def legacy_adapter(bench: Bench) -> Outcome:
-    """An adapter of another code base whose file holds a path beside its tensors."""
+    """An adapter of another code base whose file holds a path as well as tensors."""
     path = bench.folder / "adapter.pth"
     torch.save({"adapter_query.weight": torch.zeros(12, 48), "where": Path("x")}, path)
     return bench.convert_adapter(path)

@@ -144,7 +144,7 @@ def rate_too_high(bench: Bench) -> Outcome:
 
 
 def spike(bench: Bench) -> Outcome:
-    """The loss jumps in the third step: a line says so and the run goes on."""
+    """The loss jumps in the middle of a run: a line says so and the run goes on."""
     calls = iter(range(1000))
 
     def jumping(*args: object, **kwargs: object) -> torch.Tensor:

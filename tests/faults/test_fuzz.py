@@ -1,4 +1,4 @@
-"""Fuzz: record files, adapter files and prompts. A reader gives what it read or one line, and nothing else.
+"""Fuzz record files, adapter files and prompts. A reader returns what it read or raises one line.
 
 The number of examples is printed at the end of the run.
 """
@@ -56,7 +56,7 @@ EDITS = st.lists(
 
 
 def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
-    """Replace ``cut`` bytes at a place by others, again and again."""
+    """For every edit, replace ``cut`` bytes at ``place`` (0 to 1) by ``new``."""
     for place, cut, new in edits:
         at = round(place * len(content))
         content = content[:at] + new + content[at + cut :]
@@ -77,7 +77,7 @@ def one_line(path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def examples(record_property: Callable[[str, object], None]) -> Iterator[list[int]]:
-    """Counts what was tried."""
+    """A list that grows by one with every example."""
     counted: list[int] = []
     yield counted
     record_property("examples", len(counted))
