@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lit_adapter.weights
 from lit_adapter.model.config import LlamaConfig, RopeConfig
-from lit_adapter.weights.base_folder import expected_shapes, missing_part, read_config, read_fingerprint
+from lit_adapter.weights.base_folder import base_shapes, missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
 from lit_adapter.weights.source import half_split_rows
@@ -91,7 +91,7 @@ def test_every_shape_of_llama(tmp_path: Path, sizes: dict) -> None:
     model = random_llama(**sizes)
     out = convert(write_hf(model, tmp_path / "source"), tmp_path / "out")
     names = set(model.state_dict()) - ({"lm_head.weight"} if sizes.get("tie_word_embeddings") else set())
-    shapes = expected_shapes(read_config(out))
+    shapes = base_shapes(read_config(out))
     assert shapes == {name: tuple(model.state_dict()[name].shape) for name in names}
     assert_same_model(out, model)
 
@@ -252,7 +252,7 @@ def test_dtype_casts(tmp_path: Path, dtype: str) -> None:
 
 def test_expected_size_of_llama_7b() -> None:
     sizes = LlamaConfig(32_000, 32, 32, 32, 4096, 128, 11_008)
-    assert sum(int(np.prod(shape)) for shape in expected_shapes(sizes).values()) == 6_738_415_616
+    assert sum(int(np.prod(shape)) for shape in base_shapes(sizes).values()) == 6_738_415_616
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:

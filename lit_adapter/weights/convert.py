@@ -20,7 +20,7 @@ from lit_adapter.weights.base_folder import (
     FINGERPRINT,
     FORMAT_VERSION,
     GENERATION_CONFIG,
-    expected_shapes,
+    base_shapes,
     tokenizer_fingerprint,
 )
 from lit_adapter.weights.gguf_file import GGUFSource
@@ -98,7 +98,7 @@ def write_base(
     """
     entries = [
         Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
-        for name, shape in expected_shapes(checkpoint.config).items()
+        for name, shape in base_shapes(checkpoint.config).items()
     ]
     with scratch_folder(out) as scratch:
         with _naming(source, scratch):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.llama import Llama
-from lit_adapter.weights.base_folder import expected_shapes, read_config
+from lit_adapter.weights.base_folder import base_shapes, read_config
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
 """Reads, from an open safetensors file, what a named tensor's parameter holds here, in a precision."""
@@ -86,7 +86,7 @@ def _fill(
     largest: int = 2,
 ) -> None:
     """Read the parameters that are not there yet, up to ``largest`` dimensions."""
-    wanted = expected_shapes(model.config)
+    wanted = base_shapes(model.config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: set[str] = set()
     state: dict[str, torch.Tensor] = {}

@@ -1,15 +1,51 @@
-"""Gates from one form into another: exact where that can be, with the size of the error where it cannot."""
+"""Conversion of gates between forms: exact if possible, otherwise with the size of the error."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import GateForm, LlamaConfig
-from lit_adapter.weights.plain import PlainAdapter
+from lit_adapter.weights.foreign.format import take
+from lit_adapter.weights.plain import PlainAdapter, State
+
+DESCRIPTIONS: dict[GateForm, str] = {
+    "tanh": "tanh per head",
+    "identity": "identity per head",
+    "layer": "identity per layer",
+    "channel": "identity per channel",
+}
+
+
+def take_gates(
+    left: State, names: Sequence[str], function: GateForm, model: LlamaConfig, source: Path
+) -> tuple[list[Tensor], GateForm, bool]:
+    """Remove gates from ``left`` and return them, their form, and whether the file has one per layer.
+
+    The first versions of the code bases had one gate per layer, the later ones have one per head.
+
+    Args:
+        left: the file's tensors.
+        names: of the gates.
+        function: ``tanh`` or ``identity``.
+        model: the base's sizes.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a gate that is missing or of another size.
+    """
+    single = bool(names) and model.n_head > 1 and all(left[n].numel() == 1 for n in names if n in left)
+    gates = [take(left, name, (1 if single else model.n_head,), source) for name in names]
+    if not single:
+        return gates, function, False
+    if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
+        return [gate.expand(model.n_head).clone() for gate in gates], function, True
+    return gates, "layer", True
 
 
 def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> tuple[PlainAdapter, float]:
@@ -17,15 +53,15 @@ def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> t
 
     Args:
         adapter: in any form.
-        wanted: ``tanh`` or ``identity`` (a gate per head), or ``layer``.
+        wanted: ``tanh`` or ``identity`` (one gate per head), or ``layer``.
         model: the base's sizes.
 
     Returns:
-        The adapter, and the largest difference between a gate's strength before and after: 0 where nothing
-        but rounding to fp32 happens.
+        The adapter, and the largest difference between a strength before and after: 0 if nothing but
+        rounding to fp32 happens.
 
     Raises:
-        UserError: a strength that no tanh reaches.
+        UserError: a strength that is not a tanh of any gate.
     """
     given = adapter.config.gate
     if given == wanted:
@@ -34,20 +70,19 @@ def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> t
     for name, gate in adapter.state.items():
         if not name.endswith(".gate"):
             continue
-        before = strength(gate, given, model)  # [H, D or 1]
-        shared = _shared(before, per_layer=wanted == "layer")
-        worst = max(worst, float((before - shared[:, None]).abs().max()))
-        if wanted == "tanh" and bool((shared.abs() >= 1).any()):
+        before = _strength(gate, given, model)  # [H, D or 1]
+        joined = _joined(before, per_layer=wanted == "layer")  # [1 or H]
+        worst = max(worst, float((before - joined[:, None]).abs().max()))
+        if wanted == "tanh" and bool((joined.abs() >= 1).any()):
             raise UserError(
-                f"{name} scales its prefix by {float(shared.abs().max()):.3g}, which no tanh reaches; "
-                "keep --to-gate identity"
+                f"{name} scales its prefix by {float(joined.abs().max()):.3g}, but a tanh stays below 1; "
+                "use --to-gate identity"
             )
-        raw = shared.atanh() if wanted == "tanh" else shared
-        state[name] = raw.float()
+        state[name] = (joined.atanh() if wanted == "tanh" else joined).float()
     return PlainAdapter(replace(adapter.config, gate=wanted), state, adapter.notes), worst
 
 
-def strength(gate: Tensor, form: GateForm, model: LlamaConfig) -> Tensor:
+def _strength(gate: Tensor, form: GateForm, model: LlamaConfig) -> Tensor:
     """Return c(g) in fp64, ``[H, 1]``, or ``[H, D]`` for gates per channel."""
     wide = gate.double()
     if form == "channel":
@@ -55,8 +90,8 @@ def strength(gate: Tensor, form: GateForm, model: LlamaConfig) -> Tensor:
     return (wide.tanh() if form == "tanh" else wide).expand(model.n_head).view(-1, 1)
 
 
-def _shared(before: Tensor, *, per_layer: bool) -> Tensor:
-    """Return the one value, ``[1]`` or ``[H]``, that is nearest to all it stands for; equal ones exactly."""
-    rows = before.reshape(1 if per_layer else len(before), -1)
+def _joined(strength: Tensor, *, per_layer: bool) -> Tensor:
+    """Return the mean strength of the layer ``[1]`` or of each head ``[H]``; equal ones stay bit for bit."""
+    rows = strength.reshape(1 if per_layer else len(strength), -1)
     equal = (rows == rows[:, :1]).all(-1)
     return torch.where(equal, rows[:, 0], rows.mean(-1))
