@@ -26,7 +26,7 @@ from lit_adapter.model.config import LlamaConfig, RopeConfig
 from lit_adapter.weights.base_folder import base_shapes, missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
-from lit_adapter.weights.source import half_split_rows
+from lit_adapter.weights.source import half_split
 
 KINDS = gguf.GGMLQuantizationType
 HERE = Path(next(iter(lit_adapter.weights.__path__))).parents[1]
@@ -158,11 +158,11 @@ def test_reordered_rows_give_the_attention_scores_of_metas_complex_rotation() ->
         return y * both.cos() + turned * both.sin()
 
     expected = torch.einsum("thd,shd->hts", meta(wq), meta(wk))
-    got = torch.einsum(
-        "thd,shd->hts", hugging_face(half_split_rows(wq, H)), hugging_face(half_split_rows(wk, H))
-    )
-    torch.testing.assert_close(got, expected)
-    assert torch.equal(interleaved(half_split_rows(wq, H), H), wq)
+    config = LlamaConfig(vocab_size=1, n_layer=1, n_head=H, n_kv_head=H, n_embd=C, head_dim=D, n_hidden=1)
+    q, k = half_split("q_proj.weight", wq, config), half_split("k_proj.weight", wk, config)
+    torch.testing.assert_close(torch.einsum("thd,shd->hts", hugging_face(q), hugging_face(k)), expected)
+    assert torch.equal(interleaved(q, H), wq)
+    assert torch.equal(half_split("q_proj.weight", q, config, undo=True), wq)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1"])

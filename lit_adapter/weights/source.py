@@ -109,40 +109,22 @@ def renamed(config: LlamaConfig, modules: Mapping[str, str], layers: str) -> dic
     return names
 
 
-def half_split(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
+def half_split(name: str, tensor: Tensor, config: LlamaConfig, *, undo: bool = False) -> Tensor:
     """Reorder the rows of a q or k tensor for Hugging Face's rotary layout; return others as they are.
 
     Meta rotates neighbours (2i, 2i + 1) of an attention head, Hugging Face the pair (i, i + D/2).
 
     Args:
-        name: in our spelling or Hugging Face's.
+        name: in our spelling or Hugging Face's, such as ``layers.3.self_attn.q_proj.weight``.
         tensor: ``[H * D, ...]`` or ``[G * D, ...]``, in Meta's order.
         config: sizes of the base.
+        undo: reorder from Hugging Face's order to Meta's instead.
     """
-    n_head = _n_rotated(name, config)
-    return tensor if n_head is None else half_split_rows(tensor, n_head)
-
-
-def half_split_rows(tensor: Tensor, n_head: int) -> Tensor:
-    """Reorder the rows of ``n_head`` attention heads ``[n_head * D, ...]`` as `half_split` does."""
-    pairs = tensor.reshape(n_head, -1, 2, *tensor.shape[1:])  # [n_head, D/2, 2, ...]
-    return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def neighbours(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
-    """Undo `half_split`."""
-    n_head = _n_rotated(name, config)
+    n_head = {"q_proj": config.n_head, "k_proj": config.n_kv_head}.get(name.split(".")[-2])
     if n_head is None:
         return tensor
-    halves = tensor.reshape(n_head, 2, -1, *tensor.shape[1:])  # [n_head, 2, D/2, ...]
-    return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _n_rotated(name: str, config: LlamaConfig) -> int | None:
-    """Return the attention heads whose rows a tensor holds, or None if they are not rotated."""
-    if ".q_proj." in name:
-        return config.n_head
-    return config.n_kv_head if ".k_proj." in name else None
+    pairs = (n_head, 2, -1) if undo else (n_head, -1, 2)
+    return tensor.reshape(*pairs, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:

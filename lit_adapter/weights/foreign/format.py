@@ -1,6 +1,6 @@
 """One adapter format: how its files are recognised, read and written.
 
-A new format is one module with a subclass of `Format`, and one entry in `recognise.FORMATS`.
+A new format is one module with a subclass of `Format`, and its name in the list `recognise.FORMATS`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,8 @@ from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
 from lit_adapter.weights.adapter_file import AdapterInfo
+from lit_adapter.weights.foreign.gates import our_gates
 from lit_adapter.weights.plain import PlainAdapter, State
-
-LAYER = "(0|[1-9][0-9]{0,4})"
-"""A layer's number in a pattern; no code base writes it with leading zeros."""
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Opened:
     info: AdapterInfo | None = None
     """In our format, what the file says of the adapter."""
     args: argparse.Namespace | None = None
-    """The options of the training script, where the file is a training checkpoint that holds them."""
+    """In a training checkpoint, the options of the training script."""
     wrapped: bool = False
     """Whether the tensors are under the key ``model``."""
 
@@ -50,20 +49,20 @@ class Format(ABC):
     gate: GateForm | None = None
     """The gate form that is written; None if the format holds every form."""
     weights: tuple[str, ...] = ()
-    """If an adapter is a folder, its file of tensors as written, and other names that are read."""
+    """If an adapter is a folder: its file of tensors as written, and other names that are read."""
     companion: str | None = None
-    """If an adapter is a folder, the JSON file that describes it."""
+    """If an adapter is a folder: the JSON file that describes it."""
     is_certain = False
-    """Whether a file cannot be mistaken for another format's, so that ``--from`` cannot overrule it."""
+    """Whether its files cannot be mistaken for another format's, so that ``--from`` cannot overrule that."""
     asks_gate = False
     """Whether the user has to say how the gates act, because the file does not."""
 
     @abstractmethod
     def recognise(self, opened: Opened) -> str | None:
-        """Return what marks the file as of this format, or None if it is not.
+        """Return what marks a file as of this format, or None if it is not.
 
         Raises:
-            UserError: a file of this format that lacks its companion.
+            UserError: a file of this format whose companion is missing or describes something else.
         """
 
     @abstractmethod
@@ -105,39 +104,84 @@ class Format(ABC):
         return []
 
 
-def prefix_name(layer: int) -> str:
-    """Return what our names of a layer's prompt and gate begin with."""
-    return f"layers.{layer}.self_attn.prefix"
+def our_prefixes(prompts: list[Tensor], gates: list[Tensor], n_layer: int) -> State:
+    """Return prompts and gates of the top layers, lowest first, under our names."""
+    state: State = {}
+    for layer, prompt, gate in zip(range(n_layer - len(prompts), n_layer), prompts, gates, strict=True):
+        state |= {prefix_name(layer, "prompt"): prompt, prefix_name(layer, "gate"): gate}
+    return state
 
 
-def count_top_layers(found: list[int], n_layer: int, source: Path) -> int:
-    """Return how many layers carry a prompt.
+def prefix_name(layer: int, kind: str) -> str:
+    """Return our name of a layer's ``prompt`` or ``gate``."""
+    return f"layers.{layer}.self_attn.prefix.{kind}"
 
-    Args:
-        found: their numbers, in order.
-        n_layer: layers of the base.
-        source: the file, for messages.
+
+def take_prefixes(
+    left: State, prompt: str, gate: str, function: GateForm, model: LlamaConfig, source: Path
+) -> tuple[State, dict[str, Any], bool]:
+    """Remove all prompts and gates from ``left``; in their names ``prompt`` and ``gate``, {} is the layer.
+
+    Returns:
+        Our tensors; ``prompt_length``, ``layers`` and ``gate`` for `AdapterConfig`; and whether the file has
+        one gate per layer.
 
     Raises:
-        UserError: they are not the top layers of the base.
+        UserError: a tensor that is missing or misshapen, or layers that are not the top ones.
     """
-    if found and found != list(range(found[0], n_layer)):
+    pattern = re.compile(re.escape(prompt).replace(r"\{\}", "(0|[1-9][0-9]{0,4})"))
+    layers = sorted(int(m[1]) for m in map(pattern.fullmatch, left) if m)
+    if layers and layers != list(range(layers[0], model.n_layer)):
         raise UserError(
-            f"{source}: prompts on {len(found)} layers from {found[0]} to {found[-1]}, but prompts belong to "
-            f"the top layers and the base has {n_layer}; give the adapter's own base with --base"
+            f"{source}: prompts on {len(layers)} layers from {layers[0]} to {layers[-1]}, but they belong to "
+            f"the top layers and the base has {model.n_layer}; give the adapter's own base with --base"
         )
-    return len(found)
+    prompts = [take_rows(left, prompt.format(layer), model.n_embd, source) for layer in layers]
+    gates, form, single = take_gates(left, [gate.format(layer) for layer in layers], function, model, source)
+    sizes = {"prompt_length": len(prompts[0]) if prompts else 0, "layers": len(layers) or None, "gate": form}
+    return our_prefixes(prompts, gates, model.n_layer), sizes, single
 
 
-def take(state: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor:
-    """Remove a tensor from ``state`` and return a copy in fp32, reshaped to ``shape``.
+def take_gates(
+    left: State, names: list[str], function: GateForm, model: LlamaConfig, source: Path
+) -> tuple[list[Tensor], GateForm, bool]:
+    """Remove gates from ``left`` and return them in one of our forms, and whether there is one per layer.
+
+    ``function`` is ``tanh`` or ``identity`` (per head; per layer in old files), or ``layer``.
+
+    Raises:
+        UserError: a gate that is missing or of another size.
+    """
+    single = bool(names) and model.n_head > 1 and all(left[n].numel() == 1 for n in names if n in left)
+    size = 1 if single or function == "layer" else model.n_head
+    gates = [take(left, name, (size,), source) for name in names]
+    return *our_gates(gates, function, model.n_head), single
+
+
+def take_rows(left: State, name: str, width: int, source: Path) -> Tensor:
+    """Remove prompts from ``left`` and return them as ``[K, C]``.
+
+    Raises:
+        UserError: they are missing or not of the base's width.
+    """
+    tensor = left.get(name)
+    if tensor is not None and (tensor.ndim < 2 or tensor.shape[-1] != width):
+        raise UserError(
+            f"{source}: {name} has shape {list(tensor.shape)}; expected K x {width}; "
+            "give the adapter's own base with --base"
+        )
+    return take(left, name, (0 if tensor is None else tensor.numel() // width, width), source)
+
+
+def take(left: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor:
+    """Remove a tensor from ``left`` and return a copy in fp32, reshaped to ``shape``.
 
     Raises:
         UserError: it is missing or holds another number of values.
     """
-    if name not in state:
+    if name not in left:
         raise UserError(f"{source}: tensor {name} is missing")
-    tensor = state.pop(name)
+    tensor = left.pop(name)
     if tensor.numel() != math.prod(shape):
         raise UserError(
             f"{source}: {name} has shape {list(tensor.shape)}; the base asks for {math.prod(shape)} values "
@@ -147,10 +191,10 @@ def take(state: State, name: str, shape: tuple[int, ...], source: Path) -> Tenso
 
 
 def refuse_rest(left: State, source: Path, owner: str) -> None:
-    """Refuse tensors that reading has not taken.
+    """Refuse a file with tensors that reading has not taken.
 
     Raises:
-        UserError: there is one.
+        UserError: names the first.
     """
     if left:
         raise UserError(f"{source}: tensor {min(left)} does not belong to an adapter of {owner}")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import GateForm, LlamaConfig
-from lit_adapter.weights.foreign.format import take
-from lit_adapter.weights.plain import PlainAdapter, State
+from lit_adapter.weights.plain import PlainAdapter
 
 DESCRIPTIONS: dict[GateForm, str] = {
     "tanh": "tanh per head",
@@ -22,30 +19,18 @@ DESCRIPTIONS: dict[GateForm, str] = {
 }
 
 
-def take_gates(
-    left: State, names: Sequence[str], function: GateForm, model: LlamaConfig, source: Path
-) -> tuple[list[Tensor], GateForm, bool]:
-    """Remove gates from ``left`` and return them, their form, and whether the file has one per layer.
-
-    The first versions of the code bases had one gate per layer, the later ones have one per head.
+def our_gates(gates: list[Tensor], function: GateForm, n_head: int) -> tuple[list[Tensor], GateForm]:
+    """Return a file's gates in one of our forms.
 
     Args:
-        left: the file's tensors.
-        names: of the gates.
-        function: ``tanh`` or ``identity``.
-        model: the base's sizes.
-        source: the file, for messages.
-
-    Raises:
-        UserError: a gate that is missing or of another size.
+        gates: of all layers, each ``[H]`` or ``[1]``.
+        function: ``tanh``, ``identity`` or ``layer``.
+        n_head: query heads of the base.
     """
-    single = bool(names) and model.n_head > 1 and all(left[n].numel() == 1 for n in names if n in left)
-    gates = [take(left, name, (1 if single else model.n_head,), source) for name in names]
-    if not single:
-        return gates, function, False
     if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
-        return [gate.expand(model.n_head).clone() for gate in gates], function, True
-    return gates, "layer", True
+        return [gate.expand(n_head).clone() for gate in gates], function
+    is_layer = bool(gates) and n_head > 1 and len(gates[0]) == 1
+    return gates, "layer" if is_layer else function
 
 
 def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> tuple[PlainAdapter, float]:

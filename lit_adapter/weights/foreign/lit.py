@@ -8,8 +8,8 @@ group, its key, its value. In V2 both always train the output layer.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,22 +20,13 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import expected_shapes
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
 from lit_adapter.weights.adapter_file import AdapterInfo
-from lit_adapter.weights.foreign.format import (
-    LAYER,
-    Format,
-    Opened,
-    count_top_layers,
-    prefix_name,
-    refuse_rest,
-    take,
-)
-from lit_adapter.weights.foreign.gates import take_gates
+from lit_adapter.weights.foreign.format import Format, Opened, prefix_name, refuse_rest, take, take_prefixes
 from lit_adapter.weights.plain import PlainAdapter, State
-from lit_adapter.weights.source import half_split, neighbours
+from lit_adapter.weights.source import half_split
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 KINDS = ("bias", "scale")
-_PROMPT = re.compile(rf"transformer\.h\.{LAYER}\.attn\.adapter_wte\.weight")
+PROMPT, GATE = "transformer.h.{}.attn.adapter_wte.weight", "transformer.h.{}.attn.gating_factor"
 
 
 class Lit(Format):
@@ -46,19 +37,22 @@ class Lit(Format):
     """One size is -1, the number of heads."""
     wraps: bool
     """Whether the tensors are under the key ``model``."""
+    joint: tuple[str, ...]
+    """Names of the joint linear layer of queries, keys and values in V2, in this and older versions."""
     linears: ClassVar[Mapping[str, tuple[str, ...]]]
     """The linear layers of ours that each of a layer's linear layers joins, in the order they are written."""
     norms: ClassVar[Mapping[str, str]]
     """Our names of a layer's norms."""
     final_norm: str
+    has_meta_rows = False
+    """Whether query and key rows are in Meta's rotary order."""
 
     def recognise(self, opened: Opened) -> str | None:
         """By the names of V2's linear layers; V1 by the shape of its gates and the key ``model``."""
         names = opened.tensors
-        joint = next(name for name, ours in self.linears.items() if ours == QKV)
         if any(name.endswith(".adapter_scale") for name in names):
-            marks = any(f".{joint}.adapter_" in name for name in names)
-            return f"{joint}.adapter_bias" if marks else None
+            marks = [mark for mark in self.joint if any(f".{mark}.adapter_" in name for name in names)]
+            return f"{marks[0]}.adapter_bias" if marks else None
         gate = next((names[name] for name in names if name.endswith(".attn.gating_factor")), None)
         if gate is None:
             return None
@@ -70,21 +64,7 @@ class Lit(Format):
     def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
         """Return the adapter."""
         source, left = opened.path, dict(opened.tensors)
-        layers = sorted(int(m[1]) for m in map(_PROMPT.fullmatch, left) if m)
-        n_layers = count_top_layers(layers, model.n_layer, source)
-        names = [f"transformer.h.{layer}.attn.gating_factor" for layer in layers]
-        gates, form, single = take_gates(left, names, "identity", model, source)
-        length = 0
-        state: State = {}
-        for layer, own in zip(layers, gates, strict=True):
-            name = f"transformer.h.{layer}.attn.adapter_wte.weight"
-            if left[name].ndim != 2:
-                raise UserError(
-                    f"{source}: {name} has shape {list(left[name].shape)}; expected K x {model.n_embd}"
-                )
-            length = length or len(left[name])
-            state[f"{prefix_name(layer)}.prompt"] = take(left, name, (length, model.n_embd), source)
-            state[f"{prefix_name(layer)}.gate"] = own
+        state, sizes, single = take_prefixes(left, PROMPT, GATE, "identity", model, source)
         notes = ["gates: one per layer, as lit-llama had them at first"] if single else []
         is_v2, head = any(name.endswith(".adapter_scale") for name in left), False
         if is_v2:
@@ -95,13 +75,7 @@ class Lit(Format):
                 del state["lm_head.adapter_bias"], state["lm_head.adapter_scale"]
                 notes.append("output layer: bias 0 and scale 1 throughout, so left out")
         refuse_rest(left, source, self.name)
-        config = AdapterConfig(
-            version="v2" if is_v2 else "v1",
-            prompt_length=length,
-            layers=n_layers or None,
-            gate=form,
-            head=head,
-        )
+        config = AdapterConfig(version="v2" if is_v2 else "v1", head=head, **sizes)
         return PlainAdapter(config, state, notes)
 
     def _read_v2(self, left: State, model: LlamaConfig, source: Path) -> State:
@@ -110,8 +84,8 @@ class Lit(Format):
         for theirs, ours in self._v2_names(model.n_layer).items():
             widths = [shapes[name][0] for name in ours]
             joined = take(left, theirs, (sum(widths),), source)
-            for name, rows in zip(ours, self._split(joined, widths, model), strict=True):
-                state[name] = self._from_theirs(name, rows, model).clone()
+            for name, rows in zip(ours, joined.split(widths), strict=True):
+                state[name] = self._reordered(name, rows, model).clone()
         return state
 
     def _v2_names(self, n_layer: int) -> dict[str, list[str]]:
@@ -119,9 +93,8 @@ class Lit(Format):
         names: dict[str, list[str]] = {}
         for layer in range(n_layer):
             ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
-            names |= {
-                f"{theirs}.{name}": [f"{ours}.{own}.adapter_weight"] for name, own in self.norms.items()
-            }
+            for name, norm in self.norms.items():
+                names[f"{theirs}.{name}"] = [f"{ours}.{norm}.adapter_weight"]
             names |= {
                 f"{theirs}.{name}.adapter_{kind}": [f"{ours}.{linear}.adapter_{kind}" for linear in own]
                 for kind in KINDS
@@ -130,33 +103,21 @@ class Lit(Format):
         names[self.final_norm] = ["norm.adapter_weight"]
         return names | {f"lm_head.adapter_{kind}": [f"lm_head.adapter_{kind}"] for kind in KINDS}
 
-    def _split(self, joined: Tensor, widths: Sequence[int], model: LlamaConfig) -> Sequence[Tensor]:
-        """Return the rows of each linear layer that a tensor joins."""
-        return joined.split(list(widths))
-
-    def _from_theirs(self, name: str, rows: Tensor, model: LlamaConfig) -> Tensor:
-        """Return the rows of our tensor ``name`` in our order."""
-        return rows
-
-    def _to_theirs(self, name: str, rows: Tensor, model: LlamaConfig) -> Tensor:
-        """Undo `_from_theirs`."""
-        return rows
+    def _reordered(self, name: str, rows: Tensor, model: LlamaConfig, *, undo: bool = False) -> Tensor:
+        return half_split(name, rows, model, undo=undo) if self.has_meta_rows else rows
 
     def write(self, adapter: PlainAdapter, model: LlamaConfig) -> State:
         """Return prompts ``[K, C]``, gates of shape `gate_shape`, and V2's norms, biases and scales."""
         found: State = {}
         for layer in adapter.config.adapted_layers(model.n_layer):
-            stem, ours = f"transformer.h.{layer}.attn", prefix_name(layer)
-            found[f"{stem}.adapter_wte.weight"] = adapter.state[f"{ours}.prompt"]
-            found[f"{stem}.gating_factor"] = adapter.state[f"{ours}.gate"].view(self.gate_shape)
+            found[PROMPT.format(layer)] = adapter.state[prefix_name(layer, "prompt")]
+            found[GATE.format(layer)] = adapter.state[prefix_name(layer, "gate")].view(self.gate_shape)
         if adapter.config.version == "v2":
-            untrained = {
-                "lm_head.adapter_bias": torch.zeros(model.vocab_size),
-                "lm_head.adapter_scale": torch.ones(model.vocab_size),
-            }
-            state = untrained | adapter.state
+            zeros = torch.zeros(model.vocab_size)
+            state = {"lm_head.adapter_bias": zeros, "lm_head.adapter_scale": zeros + 1} | adapter.state
             for theirs, names in self._v2_names(model.n_layer).items():
-                found[theirs] = torch.cat([self._to_theirs(name, state[name], model) for name in names])
+                rows = [self._reordered(name, state[name], model, undo=True) for name in names]
+                found[theirs] = torch.cat(rows)
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
     def save(self, out: Path, tensors: dict[str, Any], info: AdapterInfo) -> None:
@@ -171,6 +132,8 @@ class LitLlama(Lit):
     template = "alpaca"
     gate_shape = (1, -1, 1, 1)
     wraps = False
+    has_meta_rows = True
+    joint = ("attn.c_attn",)
     linears: ClassVar = {
         "attn.c_proj": ("self_attn.o_proj",),
         "mlp.c_fc1": ("mlp.gate_proj",),
@@ -189,12 +152,6 @@ class LitLlama(Lit):
                 "use --to litgpt or peft"
             )
 
-    def _from_theirs(self, name: str, rows: Tensor, model: LlamaConfig) -> Tensor:
-        return half_split(name, rows, model)
-
-    def _to_theirs(self, name: str, rows: Tensor, model: LlamaConfig) -> Tensor:
-        return neighbours(name, rows, model)
-
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Say what was reordered."""
         if config.version == "v1":
@@ -209,6 +166,7 @@ class LitGPT(Lit):
     template = "alpaca-newline"
     gate_shape = (1, 1, -1, 1)
     wraps = True
+    joint = ("attn.qkv", "attn.attn")
     linears: ClassVar = {
         "attn.proj": ("self_attn.o_proj",),
         "mlp.fc_1": ("mlp.gate_proj",),
@@ -219,14 +177,18 @@ class LitGPT(Lit):
     norms: ClassVar = {"norm_1.weight": "input_layernorm", "norm_2.weight": "post_attention_layernorm"}
     final_norm = "transformer.ln_f.weight"
 
-    def recognise(self, opened: Opened) -> str | None:
-        """As `Lit.recognise`, in the spelling of any version."""
-        return super().recognise(opened) or _BEFORE_055.recognise(opened)
-
     def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
-        """Return the adapter."""
-        is_old = any(".attn.attn.adapter_" in name for name in opened.tensors)
-        return _BEFORE_055.read(opened, model) if is_old else super().read(opened, model)
+        """Return the adapter, also of versions before 0.5.5, whose V2 files later ones cannot read."""
+        tensors: State = {}
+        for name, tensor in opened.tensors.items():
+            if ".attn.attn.adapter_" in name:
+                name = name.replace(".attn.attn.", ".attn.qkv.")
+                if not tensor.numel() % (model.n_kv_head * model.head_dim):
+                    groups = tensor.view(model.n_kv_head, -1, model.head_dim)  # a group: queries, key, value
+                    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+                    tensor = torch.cat([rows.flatten() for rows in parts])
+            tensors[name] = tensor
+        return super().read(replace(opened, tensors=tensors), model)
 
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Say where recent versions compute something else."""
@@ -236,19 +198,3 @@ class LitGPT(Lit):
             "note      litgpt 0.5.5 and later project the prefix through wrong rows of the joint query, key "
             "and value layer: where gates are open, its logits differ from this formula, lit-llama's"
         ]
-
-
-class _LitGPTBefore055(Lit):
-    """The older spelling; later versions of litgpt cannot read such a V2 file either."""
-
-    name, wraps, norms, final_norm = LitGPT.name, LitGPT.wraps, LitGPT.norms, LitGPT.final_norm
-    linears: ClassVar = {"attn.attn" if ours == QKV else name: ours for name, ours in LitGPT.linears.items()}
-
-    def _split(self, joined: Tensor, widths: Sequence[int], model: LlamaConfig) -> Sequence[Tensor]:
-        if len(widths) == 1:
-            return [joined]
-        groups = joined.view(model.n_kv_head, -1, model.head_dim)  # [G, queries of a group + 2, D]
-        return [rows.flatten() for rows in groups.split([model.n_head // model.n_kv_head, 1, 1], dim=1)]
-
-
-_BEFORE_055 = _LitGPTBefore055()

@@ -7,16 +7,20 @@ have; the ``args`` of a training checkpoint say the first.
 
 from __future__ import annotations
 
-import re
-
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.foreign.format import LAYER, Format, Opened, prefix_name, refuse_rest, take
-from lit_adapter.weights.foreign.gates import take_gates
-from lit_adapter.weights.plain import PlainAdapter, State
+from lit_adapter.weights.foreign.format import (
+    Format,
+    Opened,
+    our_prefixes,
+    refuse_rest,
+    take_gates,
+    take_rows,
+)
+from lit_adapter.weights.plain import PlainAdapter
 
 QUERY = "adapter_query.weight"
-_GATE = re.compile(rf"layers\.{LAYER}\.attention\.gate")
+GATE = "layers.{}.attention.gate"
 
 
 class Official(Format):
@@ -45,19 +49,15 @@ class Official(Format):
                 "official training code) or --gate identity (as in its example script)"
             )
         if opened.wrapped:  # a training checkpoint holds the base too
-            left = {name: tensor for name, tensor in left.items() if name == QUERY or _GATE.fullmatch(name)}
-        names = [f"layers.{layer}.attention.gate" for layer in range(model.n_layer)]
+            left = {name: left[name] for name in left if name == QUERY or name.endswith(".attention.gate")}
+        names = [GATE.format(layer) for layer in range(model.n_layer)]
         gates, form, single = take_gates(left, names, gate, model, source)
-        n_rows = left[QUERY].numel() // model.n_embd if QUERY in left else 0
-        table = take(left, QUERY, (n_rows, model.n_embd), source)
+        table = take_rows(left, QUERY, model.n_embd, source)
         refuse_rest(left, source, "the official code")
-        n_layers, note = _count_layers(n_rows, [bool(one.any()) for one in gates], opened)
-        state: State = {}
-        first = model.n_layer - n_layers
-        for layer, prompt in zip(range(first, model.n_layer), table.chunk(n_layers), strict=True):
-            state[f"{prefix_name(layer)}.prompt"] = prompt.clone()
-            state[f"{prefix_name(layer)}.gate"] = gates[layer]
-        config = AdapterConfig(prompt_length=n_rows // n_layers, layers=n_layers, gate=form)
+        n_layers, note = _count_layers(len(table), [bool(one.any()) for one in gates], opened)
+        prompts = [prompt.clone() for prompt in table.chunk(n_layers)]
+        state = our_prefixes(prompts, gates[-n_layers:], model.n_layer)
+        config = AdapterConfig(prompt_length=len(prompts[0]), layers=n_layers, gate=form)
         age = "; one per layer, as before April 2023" if single else ""
         return PlainAdapter(config, state, [note, f"gates: {gate}, as --gate says{age}"])
 

@@ -6,7 +6,6 @@ equals ours only if that projection has no bias.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from safetensors.torch import save
@@ -15,22 +14,14 @@ from lit_adapter import files
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
 from lit_adapter.weights.adapter_file import AdapterInfo
-from lit_adapter.weights.foreign.format import (
-    LAYER,
-    Format,
-    Opened,
-    count_top_layers,
-    prefix_name,
-    refuse_rest,
-    take,
-)
+from lit_adapter.weights.foreign.format import Format, Opened, prefix_name, refuse_rest, take_prefixes
 from lit_adapter.weights.plain import PlainAdapter, State
 from lit_adapter.weights.shards import member
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_TYPE = "ADAPTION_PROMPT"
-_STEM = "base_model.model.model.layers"
-_PROMPT = re.compile(rf"{re.escape(_STEM)}\.{LAYER}\.self_attn\.adaption_prompt")
+PROMPT = "base_model.model.model.layers.{}.self_attn.adaption_prompt"
+GATE = "base_model.model.model.layers.{}.self_attn.adaption_gate"
 
 
 class Peft(Format):
@@ -58,18 +49,11 @@ class Peft(Format):
         """Return the adapter."""
         _refuse_bias(model)
         source, left = opened.path, dict(opened.tensors)
-        layers = sorted(int(m[1]) for m in map(_PROMPT.fullmatch, left) if m)
-        if not layers:
-            raise UserError(f"{source}: tensor {_STEM}.N.self_attn.adaption_prompt is missing in every layer")
-        count = count_top_layers(layers, model.n_layer, source)
-        length = left[f"{_STEM}.{layers[0]}.self_attn.adaption_prompt"].numel() // model.n_embd
-        state: State = {}
-        for layer in layers:
-            stem, ours = f"{_STEM}.{layer}.self_attn.adaption", prefix_name(layer)
-            state[f"{ours}.prompt"] = take(left, f"{stem}_prompt", (length, model.n_embd), source)
-            state[f"{ours}.gate"] = take(left, f"{stem}_gate", (1,), source)
+        state, sizes, _ = take_prefixes(left, PROMPT, GATE, "layer", model, source)
+        if not state:
+            raise UserError(f"{source}: tensor {PROMPT.format('N')} is missing in every layer")
         refuse_rest(left, source, f"PEFT's {PEFT_TYPE}")
-        return PlainAdapter(AdapterConfig(prompt_length=length, layers=count, gate="layer"), state)
+        return PlainAdapter(AdapterConfig(**sizes), state)
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse a V2 adapter, and a base with biases in attention."""
@@ -84,9 +68,8 @@ class Peft(Format):
         """Return prompts ``[1, K, C]`` and gates ``[1]``."""
         found: State = {}
         for layer in adapter.config.adapted_layers(model.n_layer):
-            stem, ours = f"{_STEM}.{layer}.self_attn.adaption", prefix_name(layer)
-            found[f"{stem}_prompt"] = adapter.state[f"{ours}.prompt"][None].contiguous()
-            found[f"{stem}_gate"] = adapter.state[f"{ours}.gate"]
+            found[PROMPT.format(layer)] = adapter.state[prefix_name(layer, "prompt")][None].contiguous()
+            found[GATE.format(layer)] = adapter.state[prefix_name(layer, "gate")]
         return found
 
     def save(self, out: Path, tensors: State, info: AdapterInfo) -> None:
