@@ -254,7 +254,7 @@ def test_truncated_pickles(tmp_path: Path, layout: str) -> None:
 def test_pickles_of_something_else(tmp_path: Path) -> None:
     source = write_hf(random_llama(), tmp_path / "source", "bin")
     torch.save({"model": {"a": torch.ones(1)}}, source / "pytorch_model.bin")
-    refuse(source, "pytorch_model.bin: 'model' is no dense tensor")
+    refuse(source, "pytorch_model.bin: 'model' is not a tensor")
     torch.save([torch.ones(1)], source / "pytorch_model.bin")
     refuse(source, "pytorch_model.bin: holds a list; expected named tensors")
 

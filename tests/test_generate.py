@@ -22,8 +22,9 @@ from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
-from lit_adapter.weights.base_folder import expected_shapes, read_config
+from lit_adapter.weights.base_folder import read_config
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 STOPS = frozenset({3, 9, 20, 41, 55})
@@ -158,7 +159,7 @@ def test_a_text_at_a_time_is_answered_in_fp32_on_a_cpu_with_memory_for_it(
     monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
     assert found() == found(dtype="auto") == torch.float32
     assert found(dtype="bfloat16") == torch.bfloat16
-    n_bytes = 4 * sum(math.prod(shape) for shape in expected_shapes(read_config(tiny_base)).values())
+    n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(tiny_base)).values())
     monkeypatch.setattr(engine, "free_bytes", lambda device: 2 * n_bytes - 1)
     assert found() == torch.bfloat16
     monkeypatch.setattr(engine, "free_bytes", lambda device: None)

@@ -200,5 +200,5 @@ def test_a_base_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
         base_identity(odd)
     info, state = read_adapter(adapter)
     save_adapter(adapter, state, replace(info, base=replace(info.base, name="base\ud800")))
-    with pytest.raises(UserError, match=r"base\.name is 'base\\ud800', no plain folder name"):
+    with pytest.raises(UserError, match=r"base\.name is 'base\\ud800'; expected a plain folder name"):
         merge(adapter, tmp_path / "merged")

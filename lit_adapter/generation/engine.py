@@ -24,12 +24,13 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import attach, load_adapter_state, plain_base
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.cpu_decode import DecodeWeights
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import check_base, read_adapter
-from lit_adapter.weights.base_folder import expected_shapes, find_base, read_config
+from lit_adapter.weights.base_folder import find_base, read_config
 from lit_adapter.weights.load import load_base
 
 Task = tuple[str, str]
@@ -199,5 +200,5 @@ def load(
 def _fits_in_fp32(folder: Path) -> bool:
     """Whether a CPU's free memory takes a base in fp32, and as much again for its cache and all else."""
     free = free_bytes(torch.device("cpu"))
-    n_bytes = 4 * sum(math.prod(shape) for shape in expected_shapes(read_config(folder)).values())
+    n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(folder)).values())
     return free is None or 2 * n_bytes <= free

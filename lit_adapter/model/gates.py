@@ -63,8 +63,8 @@ class GateForm:
 
 
 GATE_FORMS: dict[GateName, GateForm] = {
-    "tanh": GateForm("tanh(g), one g per attention head", per_head=True, bounded=True),
-    "identity": GateForm("g, one per attention head", per_head=True),
-    "layer": GateForm("g, one per layer"),
-    "channel": GateForm("g, one per channel of every attention head", per_head=True, per_channel=True),
+    "tanh": GateForm("tanh per head", per_head=True, bounded=True),
+    "identity": GateForm("identity per head", per_head=True),
+    "layer": GateForm("identity per layer"),
+    "channel": GateForm("identity per channel", per_head=True, per_channel=True),
 }

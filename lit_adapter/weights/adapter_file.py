@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,6 @@ from lit_adapter.files.read import reading
 from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
-from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
@@ -159,41 +158,34 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
         raise UserError(f"{path}: the adapter's metadata is damaged ({error})") from None
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "adapter.prompt_length": int,
-    "adapter.layers": (int, type(None)),
-    "adapter.gate": str,
-    "adapter.prompt_init_std": (int, float),
-    "adapter.dropout": (int, float),
-    "adapter.version": str,
-    "adapter.head": bool,
-    "base.name": str,
-    "base.weights": str,
-    "base.tokenizer": str,
-    "base_config": dict,
-    "mask_prompt": bool,
-    "training": dict,
-}
-
-
 def _check_types(raw: Any) -> None:
     """Refuse metadata whose values are of other types than `save_adapter` writes.
 
     Raises:
         ValueError: names the first.
     """
-    for place, kind in _TYPES.items():
-        part, _, key = place.partition(".")
-        if part == "adapter" and key not in raw[part]:
-            continue  # a field that an older version did not have yet has its default
-        value = raw[part][key] if key else raw[part]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{place} is {value!r:.60}")
-    if raw["adapter"]["gate"] not in GATE_FORMS:
-        raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
+    whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
+    for part, kinds in (("adapter", AdapterConfig), ("base", BaseIdentity), ("", whole)):
+        values = raw[part] if part else raw
+        for key, kind in (kinds if isinstance(kinds, dict) else get_type_hints(kinds)).items():
+            if part == "adapter" and key not in values:
+                continue  # a field that the version that wrote the file did not have has its default
+            if not _is_a(values[key], kind):
+                expected = kind.__name__ if isinstance(kind, type) else kind
+                raise ValueError(f"{part}{part and '.'}{key} is {values[key]!r:.60}; expected {expected}")
     name = raw["base"]["name"]
     if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not is_unicode(name):
-        raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
+        raise ValueError(f"base.name is {name!r:.60}; expected a plain folder name")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a dataclass field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool) or bool in kinds:
+        return isinstance(value, bool) and bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:

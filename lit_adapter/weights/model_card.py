@@ -74,7 +74,7 @@ def _what(info: AdapterInfo) -> str:
             f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
             f"gates of form `{config.gate}`."
         )
-    if config.version == "v2":
+    if "linears" in config.parts:
         text += (
             f" Norms, and a bias and scale on every linear layer{', the head too' if config.head else ''}."
         )
