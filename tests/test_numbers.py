@@ -16,7 +16,7 @@ from warm_runs import Run, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.generation import decoder
+from lit_adapter.generation import lane
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.training import module
@@ -100,7 +100,7 @@ def test_samples_that_are_not_numbers_end_no_run(
     tiny: Callable[..., Config], tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps whose loss is none have a rule of their own; in TensorBoard the answer is missing."""
-    monkeypatch.setattr(decoder, "choose", lambda logits, *_: torch.full((len(logits),), -1))
+    monkeypatch.setattr(lane, "choose", lambda logits, *_: torch.full((len(logits),), -1))
     config = tiny("--data.val", str(tiny_records), "--trainer.samples", "1", "--optim.max_steps", "2")
     assert finetune(config, say=Stopper()) == 0
     events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"tensors": 0}).Reload()

@@ -15,7 +15,7 @@ from generation_fixtures import CHOICES, json_lines, process, save_random_adapte
 import lit_adapter
 from lit_adapter import device, files
 from lit_adapter.errors import UserError
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
 

@@ -23,7 +23,7 @@ from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_adapter import files
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 

@@ -1,5 +1,6 @@
-"""Prompting: `engine` is what Python users hold, `command` the script, `prompt_file` its batches.
+"""Prompting: `adapted` is what Python users hold, `command` the script, `prompt_file` its batches.
 
-`settings` are the choices of a generation (no torch), `sampling` picks tokens by them. `decode` fills and
-refills the slots of a batch; `decoder` runs their steps, and `graph_decoder` does so on CUDA.
+`settings` are the choices of a generation (no torch), `adapter` is what a request is answered with, and
+`sampling` chooses tokens. The `engine` answers each `request` in a `lane` of its model, on CUDA in a
+`graph_lane`.
 """

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
@@ -17,14 +16,12 @@ from lit_adapter.progress import count_progress
 if TYPE_CHECKING:
     import torch
 
-    from lit_adapter.generation.engine import AdaptedLlama
+    from lit_adapter.generation.adapted import AdaptedLlama
     from lit_adapter.generation.prompt_file import Prompt
 
 COLUMN_WIDTH = 48
 """Narrower columns make long answers hard to read; then they stand one under the other."""
 BATCH_SIZE = 16
-Side = tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]
-"""A title, and what to be inside of while answering."""
 
 
 def parser() -> Any:
@@ -82,11 +79,10 @@ def answer(args: Any, out: TextIO) -> int:
         return _answer_file(args, sampling, out)
     task = (_instruction(args), args.input or "")
     model = _load(args)
-    with model.without_adapter() if args.no_adapter else contextlib.nullcontext():
-        if args.compare:
-            _compare(model, task, sampling, out)
-        else:
-            _stream(model, task, sampling, out)
+    if args.compare:
+        _compare(model, task, sampling, out)
+    else:
+        _stream(model, task, sampling, out)
     return 0
 
 
@@ -136,12 +132,13 @@ def _instruction(args: Any) -> str:
 
 
 def _load(args: Any, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
-    """Load what the command line names, in ``dtype`` where it leaves that open; None lets `load` choose."""
-    from lit_adapter.generation.engine import load
+    """Load what the command line names, in ``dtype`` if it leaves that open; None lets `load` choose."""
+    from lit_adapter.generation.adapted import load
 
     if args.dtype not in (None, "auto"):
         dtype = args.dtype
-    return load(args.adapter, args.base, device=args.device, dtype=dtype, template=args.template)
+    model = load(args.adapter, args.base, device=args.device, dtype=dtype, template=args.template)
+    return model.base if args.no_adapter else model
 
 
 def _stream(model: AdaptedLlama, task: tuple[str, str], sampling: Sampling, out: TextIO) -> None:
@@ -157,21 +154,17 @@ def _compare(model: AdaptedLlama, task: tuple[str, str], sampling: Sampling, out
     from rich.console import Console
 
     console = Console(file=out)
-    sides: tuple[Side, ...] = (
-        ("plain base", model.without_adapter),
-        ("with adapter", contextlib.nullcontext),
-    )
+    sides = (("plain base", model.base), ("with adapter", model))
     if console.is_terminal and console.width >= 2 * COLUMN_WIDTH:
-        _print_table(model, task, sampling, console, sides)
+        _print_table(task, sampling, console, sides)
         return
     for number, (title, side) in enumerate(sides):
         out.write("\n" * bool(number) + f"--- {title} ---\n")
-        with side():
-            _stream(model, task, sampling, out)
+        _stream(side, task, sampling, out)
 
 
 def _print_table(
-    model: AdaptedLlama, task: tuple[str, str], sampling: Sampling, console: Any, sides: Sequence[Side]
+    task: tuple[str, str], sampling: Sampling, console: Any, sides: Sequence[tuple[str, AdaptedLlama]]
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -180,9 +173,8 @@ def _print_table(
     answers = []
     for title, side in sides:
         table.add_column(title, ratio=1)
-        with side():
-            # As Text: square brackets in an answer are no markup.
-            answers.append(Text(model.generate(*task, **asdict(sampling))))
+        # As Text: square brackets in an answer are no markup.
+        answers.append(Text(side.generate(*task, **asdict(sampling))))
     table.add_row(*answers)
     console.print(table)
 
@@ -215,8 +207,7 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
     _check_prompts(model, prompts, sampling)
     identity, group = _identity(args, model, sampling), BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=args.overwrite)
-    side = model.without_adapter() if args.no_adapter else contextlib.nullcontext()
-    with side, count_progress("answering", len(prompts), answers.n_done) as finished:
+    with count_progress("answering", len(prompts), answers.n_done) as finished:
 
         def answer_group(group: Sequence[Prompt]) -> list[str]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
@@ -237,13 +228,13 @@ def _answer_file(args: Any, sampling: Sampling, out: TextIO) -> int:
 
 def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     """Refuse a prompt or stop id that does not fit before hours went into the others."""
-    from lit_adapter.generation.decode import check_prompt, check_stop_ids
+    from lit_adapter.generation.request import check_prompt, check_stop_ids
 
-    check_stop_ids(model.model, sampling)
+    check_stop_ids(model.model.config, sampling)
     for prompt in prompts:
         try:
             ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
-            check_prompt(model.model, ids, sampling)
+            check_prompt(model.model.config, ids, sampling)
         except UserError as error:
             raise UserError(f"{prompt.origin}: {error}") from None
 

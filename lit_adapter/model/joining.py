@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def join(*linears: Any) -> None:
-    """Lay the layers' weights side by side in memory, where they are not yet; the layers go on using them."""
+    """Move the layers' weights side by side in memory, unless they are; all that share them see them move."""
     weights = weights_of(*linears)
     if lie_side_by_side(weights):
         return
     whole = torch.cat(weights)
     for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+        linear.weight.data = part
 
 
 def joined(*linears: Any) -> Tensor:

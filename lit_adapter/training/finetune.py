@@ -20,7 +20,7 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError, counted
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.adapter import adapter_state, attach, load_adapter_state
 from lit_adapter.model.adapter import expected_shapes as adapter_shapes
 from lit_adapter.model.llama import Llama
