@@ -29,10 +29,9 @@ ROOT = Path(__file__).parents[1]
 CHOICES = ("--device", "cpu", "--dtype", "float32")
 
 
-def save_random_adapter(base: Path, path: Path, seed: int = 0) -> Path:
+def save_random_adapter(base: Path, path: Path, seed: int = 0, config: AdapterConfig | None = None) -> Path:
     """An adapter of the tiny base whose gates are open."""
-    raw = read_json(base / "config.json")
-    config = AdapterConfig(layers=3, prompt_length=5)
+    raw, config = read_json(base / "config.json"), config or AdapterConfig(layers=3, prompt_length=5)
     generator = torch.Generator().manual_seed(seed)
     shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
