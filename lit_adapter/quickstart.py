@@ -17,7 +17,7 @@ from lit_adapter.progress import count_progress
 from lit_adapter.training.signals import check_launcher
 
 if TYPE_CHECKING:
-    from lit_adapter.generation.engine import AdaptedLlama
+    from lit_adapter.generation.adapted import AdaptedLlama
 
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
@@ -87,8 +87,7 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     console = Console()
     model = lit_adapter.load(adapter=adapter, base=base)
     after = score(model, held_out, "scoring the adapted model")
-    with model.without_adapter():
-        before = score(model, held_out, "scoring the base")
+    before = score(model.base, held_out, "scoring the base")
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
     table = Table(
         title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before"

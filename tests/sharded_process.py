@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from generation_fixtures import decode
 from random_records import encoded
 from test_memory import kept_for_backward
 from tiny_models import open_adapter
@@ -29,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lit_adapter.data.packing import Packer, share_of_step
-from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig

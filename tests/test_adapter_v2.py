@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from finetune_runs import Stopper
-from generation_fixtures import CHOICES, script
+from generation_fixtures import CHOICES, decode, script
 from prefix_formula import reference_logits
 from random_records import encoded
 from tiny_models import open_adapter, random_ids, random_llama
@@ -21,7 +21,6 @@ import lit_adapter
 from lit_adapter.config import Config, OptimConfig
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
-from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import loss
 from lit_adapter.model.adapter import (
@@ -251,8 +250,7 @@ def test_a_run_learns_resumes_to_the_byte_and_answers(
     assert all(bool(tensor.any()) for name, tensor in state.items() if name.endswith("adapter_bias"))
     model = lit_adapter.load(adapter=path, base=tiny_base, device="cpu", dtype="float32")
     ids = random_ids(1, 12)
-    with model.without_adapter():
-        base = model.logits(ids)
+    base = model.base.logits(ids)
     plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
     assert torch.equal(base, plain.logits(ids))
     assert not torch.equal(base, model.logits(ids))

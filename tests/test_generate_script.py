@@ -14,7 +14,7 @@ from generation_fixtures import CHOICES, ROOT, process, save_random_adapter, scr
 
 import lit_adapter
 from lit_adapter.errors import UserError
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 
 TASK = ("Say it back.", "red blue")
 SHORT = ("--max_new_tokens", 12)
@@ -86,9 +86,7 @@ class Terminal(io.StringIO):
 
 
 def both(model: AdaptedLlama) -> tuple[str, str]:
-    with model.without_adapter():
-        plain = model.generate("x", max_new_tokens=12)
-    return plain, model.generate("x", max_new_tokens=12)
+    return model.base.generate("x", max_new_tokens=12), model.generate("x", max_new_tokens=12)
 
 
 def test_compare_one_under_the_other(common: tuple[object, ...], model: AdaptedLlama) -> None:

@@ -17,7 +17,7 @@ import lit_adapter
 from lit_adapter import device
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
 

@@ -25,7 +25,7 @@ from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_adapter.files import write
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 

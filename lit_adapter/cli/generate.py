@@ -39,10 +39,8 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
         )
         out.write(f"wrote {target} ({counted(number, 'answer')})\n")
         return 0
-    model = choice.load()
-    with choice.side(model):
-        write = answering.compare if options.compare else answering.stream
-        write(model, task, sampling, out)
+    write = answering.compare if options.compare else answering.stream
+    write(choice.load(), task, sampling, out)
     return 0
 
 

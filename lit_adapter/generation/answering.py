@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
-from lit_adapter.generation.decode import check_prompt, check_stop_ids
-from lit_adapter.generation.engine import AdaptedLlama, Task, load
+from lit_adapter.generation.adapted import AdaptedLlama, Task, load
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
     Answers,
@@ -27,6 +25,7 @@ from lit_adapter.generation.prompt_file import (
     earlier_dtype,
     read_prompts,
 )
+from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
@@ -50,11 +49,8 @@ class ModelChoice:
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
         """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
-        return load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
-
-    def side(self, model: AdaptedLlama) -> contextlib.AbstractContextManager[None]:
-        """Return the context to answer in."""
-        return model.without_adapter() if self.no_adapter else contextlib.nullcontext()
+        model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
+        return model.base if self.no_adapter else model
 
     def base_folder(self) -> Path:
         """Return the chosen base, or the one that the adapter names."""
@@ -92,20 +88,18 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
 def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
     """Write the answers of the plain base and of the adapted model: in columns on a wide terminal."""
     console = Console(file=out)
-    sides: Any = (("plain base", model.without_adapter()), ("with adapter", contextlib.nullcontext()))
+    sides = (("plain base", model.base), ("with adapter", model))
     if not console.is_terminal or console.width < 2 * COLUMN_WIDTH:
         for number, (title, side) in enumerate(sides):
             out.write("\n" * bool(number) + f"--- {title} ---\n")
-            with side:
-                stream(model, task, sampling, out)
+            stream(side, task, sampling, out)
         return
     table = Table(expand=True)
     answers = []
     for title, side in sides:
         table.add_column(title, ratio=1)
-        with side:
-            # As Text: rich reads square brackets in a plain string as markup.
-            answers.append(Text(model.generate(*task, **asdict(sampling))))
+        # As Text: rich reads square brackets in a plain string as markup.
+        answers.append(Text(side.generate(*task, **asdict(sampling))))
     table.add_row(*answers)
     console.print(table)
 
@@ -139,7 +133,7 @@ def answer_file(
     _check_prompts(model, prompts, sampling)
     identity, group = choice.identity(model, sampling), BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
-    with choice.side(model), count_progress("answering", len(prompts), answers.n_done) as finished:
+    with count_progress("answering", len(prompts), answers.n_done) as finished:
 
         def answer_group(group: Sequence[Prompt]) -> list[str]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
@@ -159,10 +153,10 @@ def answer_file(
 
 def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     """Refuse a prompt or stop id that does not fit before the first answer: the rest may take hours."""
-    check_stop_ids(model.model, sampling)
+    check_stop_ids(model.model.config, sampling)
     for prompt in prompts:
         try:
             ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
-            check_prompt(model.model, ids, sampling)
+            check_prompt(model.model.config, ids, sampling)
         except UserError as error:
             raise UserError(f"{prompt.origin}: {error}") from None

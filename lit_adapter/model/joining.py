@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def join(*linears: Any) -> None:
@@ -15,7 +15,7 @@ def join(*linears: Any) -> None:
         return
     whole = torch.cat(weights)
     for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+        linear.weight.data = part
 
 
 def joined(*linears: Any) -> Tensor:

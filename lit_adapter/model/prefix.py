@@ -41,6 +41,9 @@ class PrefixState:
     """The prompt's values ``[G, K, D]``."""
     strength: Tensor
     """c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+    hidden: Tensor | None = None
+    """With a prefix for each row, all tensors ``[B, ...]``: minus infinity beyond a row's prompt, else 0
+    ``[B, 1, K, 1]``."""
 
 
 def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor:
@@ -54,12 +57,14 @@ def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor
     Returns:
         ``softmax(q pk^T / sqrt(D)) (c(g) * pv)``, ``[B, H, T, D]`` in q's dtype.
     """
-    n_group = q.shape[1] // state.k.shape[0]
-    pk = (state.k * q.shape[-1] ** -0.5).repeat_interleave(n_group, dim=0)
-    pv = state.v.repeat_interleave(n_group, dim=0)
+    n_group = q.shape[1] // state.k.shape[-3]
+    pk = (state.k * q.shape[-1] ** -0.5).repeat_interleave(n_group, dim=-3)
+    pv = state.v.repeat_interleave(n_group, dim=-3)
     # [B, H, K, T]: a CPU takes the softmax over so few numbers for many positions at once.
-    weight = F.dropout(widen(pk @ q.mT).softmax(dim=-2), dropout, dropout > 0).to(q.dtype).mT
-    if q.dtype == torch.float16 and state.strength.shape[1] == 1:  # c(g) * pv may underflow in fp16
+    score = widen(pk @ q.mT)
+    score = score if state.hidden is None else score + state.hidden
+    weight = F.dropout(score.softmax(dim=-2), dropout, dropout > 0).to(q.dtype).mT
+    if q.dtype == torch.float16 and state.strength.shape[-2] == 1:  # c(g) * pv may underflow in fp16
         return ((weight @ pv) * state.strength).to(q.dtype)
     # The few values are multiplied by c(g), not the many results.
     return weight @ (widen(pv) * state.strength).to(q.dtype)

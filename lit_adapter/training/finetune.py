@@ -20,7 +20,7 @@ from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError, counted
 from lit_adapter.files.write import write_text
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.adapter import adapter_shapes, adapter_state, attach, load_adapter_state
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer

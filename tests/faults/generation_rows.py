@@ -7,7 +7,7 @@ from bench import Bench, Outcome, Row
 from safetensors.torch import load_file, save_file
 
 import lit_adapter
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.text.tokenizer import StreamDecoder
 
 
@@ -131,7 +131,7 @@ ROWS = [
         86,
         "logits nan",
         call(with_base_numbers, value=torch.nan),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),
@@ -139,7 +139,7 @@ ROWS = [
         86,
         "logits inf",
         call(with_base_numbers, value=torch.inf),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),
