@@ -286,7 +286,10 @@ META: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: edit_json(p / "params.json", n_kv_heads=4),
         r"layers.0.attention.wk.weight has shape \[32, 64\], but the sizes in params.json ask for \[64, 64\]",
     ),
-    "no width": (lambda p: edit_json(p / "params.json", dim="-"), r"no part of params.json's dim None"),
+    "no width": (
+        lambda p: edit_json(p / "params.json", dim="-"),
+        r"rows that divides params.json's dim None",
+    ),
     "no heads": (
         lambda p: edit_json(p / "params.json", n_heads="-"),
         "params.json: key 'n_heads' is missing",
