@@ -266,7 +266,7 @@ def test_pickles_of_something_else(tmp_path: Path) -> None:
 META: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last shard absent": (
         lambda p: (p / "consolidated.01.pth").unlink(),
-        r"cut into 2 files consolidated.*\.pth, but 1 are there",
+        r"sharded into 2 files consolidated.*\.pth, but 1 are there",
     ),
     "first shard absent": (
         lambda p: (p / "consolidated.00.pth").unlink(),
@@ -348,7 +348,7 @@ GGUF: dict[str, tuple[dict[str, Any], str]] = {
         "tensor blk.1.attn_k.weight is of type Q8_K, which cannot be expanded",
     ),
     "rope table": ({"rope_freqs": np.linspace(1, 9, 8)}, "rope_freqs.weight follows no LLaMA 3 scaling"),
-    "rope table of another size": ({"rope_freqs": np.ones(5)}, "rope_freqs.weight: expected 8 numbers"),
+    "rope table of another size": ({"rope_freqs": np.ones(5)}, "rope_freqs.weight: expected 8 float32 values"),
     "no tokenizer": ({"tokens": False}, "no tokenizer; key 'tokenizer.ggml.tokens' is missing"),
 }
 

@@ -136,7 +136,7 @@ class GGUFSource(Source):
             return RopeConfig(theta, "linear", factor) if factor != 1 else RopeConfig(theta)
         if table.tensor_type.name != "F32" or table.n_elements != head_dim // 2 or factor != 1:
             raise UserError(
-                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values, without a factor"
+                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values and no scaling factor"
             )
         given = np.frombuffer(read_bytes(self.path, int(table.data_offset), int(table.n_bytes)), "<f4")
         if np.array_equal(given, np.ones_like(given)):

@@ -33,11 +33,11 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
     """
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
-    head = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
-    head += [f"base_model: {json.dumps(known)}"] if known else []
-    head += [LICENSE_LINE, "---"]
+    header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
+    header += [f"base_model: {json.dumps(known)}"] if known else []
+    header += [LICENSE_LINE, "---"]
     parts = [
-        "\n".join(head),
+        "\n".join(header),
         f"# {repository.rpartition('/')[2]}",
         _what(info),
         f"## Base\n\n`{info.base.name}`{f' ({origin})' if origin else ''}\n\n"
