@@ -23,8 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.cli import finetune_main, parse_finetune
-from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.cli.command import check_least, command_parser, parse, run
+from lit_adapter.cli.finetune import main as finetune_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
 
 RESULT = "LIT_ADAPTER_MEASURED"
@@ -125,7 +126,8 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
     from safetensors.torch import save_file
 
     from lit_adapter.model.config import LlamaConfig
-    from lit_adapter.weights.base_folder import TOKENIZER_FILES, base_shapes, tokenizer_fingerprint
+    from lit_adapter.model.layout import base_shapes
+    from lit_adapter.weights.base_folder import TOKENIZER_FILES, tokenizer_fingerprint
 
     if (out / "fingerprint.json").is_file():
         return out

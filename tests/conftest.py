@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ from hub_stand_in import hub  # noqa: F401 (a fixture)
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert
 
 torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 
 WORDS = ("red", "green", "blue", "apple", "river", "stone", "cloud", "seven", "lamp", "Öl")
 
 
 def records() -> list[dict[str, str]]:
-    """Forty-eight tasks, uneven in length; every third has an input."""
+    """Forty-eight records of uneven length; every third has an input."""
     made = []
     for number in range(48):
         words = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 3 + number % 5)]
@@ -56,7 +58,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fused_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with heads of 16, which the CUDA kernels compute."""
+    """The same with attention heads of size 16, which the CUDA kernels support."""
     return make_base(tmp_path_factory.mktemp("fused"), hidden_size=64)
 
 
@@ -98,7 +100,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Return a maker of run configurations from command-line options."""
+    """Return a function that makes run configurations from command-line options."""
 
     def make(*options: str, out: str = "run") -> Config:
         fixed = ["--base", str(tiny_base), "--data.train", str(tiny_records), "--out", str(tmp_path / out)]
@@ -109,7 +111,7 @@ def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., C
 
 @pytest.fixture
 def adamw_forms(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool | None]]:
-    """Where AdamW has taken a step, and in which form: fused, or torch's choice (None)."""
+    """The devices on which AdamW has taken a step, and its form: fused, or torch's choice (None)."""
     seen: set[tuple[str, bool | None]] = set()
     step = torch.optim.AdamW.step
 
@@ -122,7 +124,7 @@ def adamw_forms(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, bool | None]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run GPU tests where a GPU is; elsewhere skip them and say why."""
+    """Skip GPU tests, with the reason, where there is no GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -145,6 +147,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     examples = sum(value for name, value in found if name == "examples")
     if faults or examples:
         terminalreporter.write_line(
-            f"faults: {len(faults)} rows tried, {len(set(faults))} of the ninety-three; "
+            f"faults: {len(faults)} rows tried, {len(set(faults))} of docs/faults.md; "
             f"fuzz: {examples:,} examples"
         )

@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Helpers for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the one that started it is gone, so that a killed test leaves no run."""
+    """Have this process killed when its parent ends, so that a killed test leaves no run behind."""
     if hasattr(_SYSTEM, "prctl"):  # on Linux
         _SYSTEM.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

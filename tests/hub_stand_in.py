@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,10 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from warm_runs import run_script
 
-import lit_adapter.weights
-
-HERE = Path(next(iter(lit_adapter.weights.__path__))).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "a-token-that-may-write"
 
@@ -110,7 +106,7 @@ def hub(tmp_path: Path) -> Iterator[type[Hub]]:
         home: ClassVar[Path] = tmp_path / "the-hub"
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     Handler.address = f"http://127.0.0.1:{server.server_port}"
     yield Handler
@@ -123,19 +119,10 @@ def script(
     place: Path, endpoint: str, *arguments: object, name: str = "download.py", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     own = {
-        "PYTHONPATH": str(HERE),
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(place / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return subprocess.run(
-        [sys.executable, HERE / "scripts" / name, *map(str, arguments)],
-        env={**os.environ, **own, **variables},
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_script(name, *arguments, folder=place, **(own | variables))

@@ -12,7 +12,7 @@ HEADS = (np.arange(20, 26), np.arange(30, 37))  # what each of the template's tw
 def encoded(
     seed: int, n_records: int = 9, *, cut: bool = False, longest: int = 12, vocab: int = 61
 ) -> Encoded:
-    """Records of uneven length, two variants, some with an answer of one token, some cut to length."""
+    """Records of uneven length, two variants, some with an answer of one token, some truncated."""
     draw = np.random.default_rng(seed)
     ids, n_prompt, variant, whole = [], [], [], []
     for index in range(n_records):

@@ -5,7 +5,7 @@
 ADAPTER is JSON. Prints one JSON object: the largest differences from the whole base (loss, gradients, next
 tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
 computing, how often weights were gathered for a row, the numbers of the base that it holds, and what autograd
-kept beside what the estimate says.
+kept, and what the estimate says.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from generation_fixtures import decode
 from random_records import encoded
 from test_memory import kept_for_backward
 from tiny_models import open_adapter
@@ -29,14 +30,13 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lit_adapter.data.packing import Packer, share_of_step
-from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import RowShape, estimate
-from lit_adapter.training.sharding import cut_heads, read_cut_base, shard_base
+from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -94,7 +94,7 @@ def losses(model: Llama, share: int, n_shares: int) -> float:
 
 
 def memory(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> dict[str, list[int]]:
-    """Return the bytes that a process has of weights and keeps for a row, each beside the estimate."""
+    """Return the bytes that a process has of weights and keeps for a row, each with its estimate."""
     row = Packer(encoded(0, 20, longest=40), {}, mask_prompt=True, row_tokens=10_000).row(list(range(20)))
     shape = RowShape.of(row)
     kept = kept_for_backward(model, row) + shape.targets * model.config.n_embd * 4  # of the loss itself
@@ -118,11 +118,11 @@ def main(
     model = open_adapter(empty_base(base, dtype=dtype), adapter)
     mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
     share, part = mesh.get_coordinate() or ()
-    cut_heads(model, mesh["tensor"])
+    shard_heads(model, mesh["tensor"])
     shard_base(model, mesh["data"])
     found: dict[str, Any] = {}
     with Peak() as peak:
-        read_cut_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
+        read_sharded_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,16 @@ import torch
 from convert_sources import interleaved, random_llama, write_gguf, write_hf, write_meta
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from warm_runs import run_code
 
-import lit_adapter.weights
 from lit_adapter.model.config import LlamaConfig, RopeConfig
-from lit_adapter.weights.base_folder import base_shapes, missing_part, read_config, read_fingerprint
+from lit_adapter.model.layout import base_shapes
+from lit_adapter.weights.base_folder import missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
 from lit_adapter.weights.source import half_split
 
 KINDS = gguf.GGMLQuantizationType
-HERE = Path(next(iter(lit_adapter.weights.__path__))).parents[1]
 
 
 def logits(model: LlamaForCausalLM) -> torch.Tensor:
@@ -255,17 +253,6 @@ def test_expected_size_of_llama_7b() -> None:
     assert sum(int(np.prod(shape)) for shape in base_shapes(sizes).values()) == 6_738_415_616
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -283,13 +270,13 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True, progress=progress)
 def test_a_kill_leaves_no_output_and_the_next_run_sweeps(tmp_path: Path, kind: signal.Signals) -> None:
     model = random_llama()
     source, out = write_hf(model, tmp_path / "source"), tmp_path / "base" / "out"
-    assert run_python(KILLED, source, out, int(kind)).returncode == -kind
+    assert run_code(KILLED, source, out, int(kind)).returncode == -kind
     (leftover,) = out.parent.iterdir()
     assert leftover.name.startswith(".out.")
     convert(source, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     before = read_fingerprint(out)
-    assert run_python(KILLED, write_hf(random_llama(seed=1), tmp_path / "new"), out, int(kind)).returncode < 0
+    assert run_code(KILLED, write_hf(random_llama(seed=1), tmp_path / "new"), out, int(kind)).returncode < 0
     assert read_fingerprint(out) == before
     assert_same_model(out, model)
 
@@ -363,21 +350,23 @@ print(status("VmHWM:") - before)
 """
 
 
+@pytest.fixture(scope="module")
+def large_model() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10}
+    return random_llama(**sizes, num_attention_heads=8, num_key_value_heads=8)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
 @pytest.mark.parametrize("layout", ["single", "bin", "meta", "gguf"])
-def test_peak_memory_stays_far_below_the_model(tmp_path: Path, layout: str) -> None:
-    sizes = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 10,
-    }
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-    model, small = random_llama(**sizes), random_llama()
+def test_peak_memory_stays_far_below_the_model(
+    large_model: LlamaForCausalLM, tmp_path: Path, layout: str
+) -> None:
+    model, small = large_model, random_llama()
     writers = {"meta": write_meta, "gguf": lambda m, p: write_gguf(m, p)}
     writer = writers.get(layout, lambda m, p: write_hf(m, p, layout))
     for name, one in (("small", small), ("large", model)):
         writer(one, tmp_path / name)
-    done = run_python(PEAK, tmp_path / "small", tmp_path / "large", tmp_path / "out")
+    done = run_code(PEAK, tmp_path / "small", tmp_path / "large", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     size = sum(parameter.nbytes for parameter in model.parameters())
     print(f"{layout}: model {size:,} bytes, peak growth {int(done.stdout):,}")

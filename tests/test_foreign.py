@@ -18,15 +18,18 @@ from tiny_models import transformers_llama
 from torch import Tensor
 
 import lit_adapter
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.convert_adapter import SOURCES, TARGETS
+from lit_adapter.cli.convert_adapter import main as convert_adapter_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.foreign.cli import convert_adapter_main
+from lit_adapter.weights.foreign.format import Format
+from lit_adapter.weights.foreign.recognise import FORMATS
 
 FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
 
@@ -41,7 +44,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def own_adapter(path: Path, base: Path, config: AdapterConfig, groups: int = 2, equal: bool = False) -> Path:
     """An adapter in our format with random tensors; ``equal``: one value in all gates of a layer."""
     draw = torch.Generator().manual_seed(7)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(sizes(groups)))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(sizes(groups)))
     state = {name: torch.randn(shape, generator=draw) * 0.7 for name, shape in shapes.items()}
     for name in state:
         if equal and name.endswith(".gate"):
@@ -202,7 +205,7 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
     raw = json.loads((base / "config.json").read_text())
     config = AdapterConfig(prompt_length=5, layers=2, gate="layer")
     draw = torch.Generator().manual_seed(1)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     ours, folder = tmp_path / "ours.safetensors", tmp_path / "for-peft"
     template = resolve_template("alpaca", load_tokenizer(base))
@@ -430,6 +433,11 @@ def test_mistakes(
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_the_command_line_offers_every_format() -> None:
+    assert set(SOURCES) == {"auto", *FORMATS}
+    assert set(TARGETS) == {name for name, form in FORMATS.items() if type(form).write is not Format.write}
+
+
 def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]) -> None:
     source, out = tmp_path / "source.pth", tmp_path / "out"
     shutil.copy(HERE / "litgpt-0.5.4-v1.pth", source)
@@ -439,7 +447,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]
     for taken, to in ((source, "ours"), (bases[2] / "model.safetensors", "ours"), (bases[2], "peft")):
         if to == "peft":
             (taken / "adapter_config.json").write_text("{}")
-        with pytest.raises(UserError, match=r": --out is read from too"):
+        with pytest.raises(UserError, match=r": --out is also an input"):
             converted(source, taken, bases[2], to=to, overwrite=True, allow_lossy=True)
     (bases[2] / "adapter_config.json").unlink()
     converted(source, out, bases[2], overwrite=True)
@@ -479,7 +487,7 @@ def test_the_named_file_of_a_peft_folder_is_read_and_none_of_its_files_replaced(
         (folder, folder, "peft"),
         (other, folder, "peft"),
     ):
-        with pytest.raises(UserError, match=r"adapter_\S+: --out is read from too"):
+        with pytest.raises(UserError, match=r"adapter_\S+: --out is also an input"):
             converted(source, out, bases[2], to=to, overwrite=True)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     (folder / "adapter_config.json").unlink()

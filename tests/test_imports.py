@@ -14,8 +14,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "lit_adapter").rglob("*.py"))
@@ -24,16 +26,17 @@ BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
     ("streams", "progress", "grouping"),
-    ("files", "device", "command", "hub"),
+    ("files", "device", "hub"),
     ("model",),
     ("text", "config"),
     ("weights", "data"),
     ("generation",),
     ("training",),
-    ("cli", "quickstart"),
+    ("quickstart",),
+    ("cli",),
+    ("__main__",),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-SAME_LEVEL = {("quickstart", "cli")}
 MAY_IMPORT_LIGHTNING = ("lit_adapter.data.module", "lit_adapter.training.")
 
 
@@ -61,16 +64,6 @@ def top_level(tree: ast.Module) -> ast.Module:
 TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
-@pytest.mark.parametrize(
-    "package", [path for path in (*SOURCES, *BENCHMARKS) if path.name == "__init__.py"][1:], ids=module_name
-)
-def test_a_package_says_what_its_modules_are(package: Path) -> None:
-    """All of them, and none that is not there; the outermost one tells users how to begin instead."""
-    said = set(re.findall(r"`(\w+)`", ast.get_docstring(ast.parse(package.read_text())) or ""))
-    files = {path.stem for path in package.parent.glob("*.py")} - {"__init__"}
-    assert said == files | {path.parent.name for path in package.parent.glob("*/__init__.py")}
-
-
 def test_every_part_has_its_layer() -> None:
     parts = {name.split(".")[1] for name in TREES if "." in name}
     assert parts == set(LEVEL)
@@ -83,7 +76,7 @@ def test_imports_go_only_downward(name: str) -> None:
         if not other.startswith("lit_adapter.") or other.split(".")[1] not in LEVEL:
             continue
         below = other.split(".")[1]
-        allowed = below == part or (part, below) in SAME_LEVEL or LEVEL[below] < LEVEL[part]
+        allowed = below == part or LEVEL[below] < LEVEL[part]
         assert allowed, f"{name} imports {other}, which is not below it"
 
 
@@ -101,33 +94,38 @@ def test_only_training_knows_lightning() -> None:
             assert name.startswith(MAY_IMPORT_LIGHTNING), name
 
 
-LIGHT = {
-    "lit_adapter.cli": ("torch", "lightning", "transformers"),
-    "lit_adapter.weights.cli": ("torch", "lightning", "transformers"),
-    "lit_adapter.weights.foreign.cli": ("torch", "lightning", "transformers"),
-    "lit_adapter.weights.convert": ("lightning", "transformers", "peft"),
-    "lit_adapter.generation.engine": ("lightning", "transformers", "peft"),
-    "lit_adapter.data.packing": ("lightning", "transformers"),
-    "lit_adapter.text.load": ("torch", "lightning", "transformers"),
-    "lit_adapter.data.encode": ("torch", "lightning", "sentencepiece", "tokenizers"),
-}
-
-
-@pytest.mark.parametrize("name", LIGHT)
-def test_what_starts_light_stays_light(name: str) -> None:
-    """Worker processes import `data.encode`, and --help imports the command lines."""
-    code = f"import sys, {name}; print(*[m for m in {LIGHT[name]!r} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            ", ".join(module_name(path) for path in SOURCES if path.parent.name == "cli"),
+            {"torch", "lightning", "transformers"},
+        ),
+        ("lit_adapter.text.load", {"torch", "lightning", "transformers"}),
+        ("lit_adapter.data.encode", {"torch", "lightning", "sentencepiece", "tokenizers"}),
+        (
+            "lit_adapter.data.packing, lit_adapter.weights.convert, lit_adapter.generation.engine",
+            {"lightning", "transformers", "peft"},
+        ),
+    ],
+)
+def test_what_starts_light_stays_light(modules: str, heavy: set[str]) -> None:
+    """Processes that encode import `data.encode`, --help the command lines, and prompting the engine."""
+    code = f"import sys, {modules}; print(*{heavy!r} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []
 
 
+HEAVY = {"torch", "lightning", "transformers", "peft", "numpy", "gguf", "huggingface_hub"}
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_help_is_shown_without_anything_heavy(path: Path) -> None:
-    """So that it is there within a second."""
+    """A second is enough for it then."""
     code = (
         "import contextlib, runpy, sys; sys.argv = sys.argv[1:] + ['--help']\n"
         f"with contextlib.suppress(SystemExit): runpy.run_path({str(path)!r}, run_name='__main__')\n"
-        "print('heavy:', *{'torch', 'lightning', 'transformers', 'peft', 'numpy'} & sys.modules.keys())"
+        f"print('heavy:', *{HEAVY!r} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code, str(path)]
     environment = {**os.environ, "PYTHONPATH": str(path.parent)}
@@ -223,3 +221,13 @@ def test_every_library_that_is_imported_is_declared() -> None:
     assert [
         n for n in sorted(names) if not {m.lower().replace("_", "-") for m in makers.get(n, [])} & declared
     ] == []
+
+
+def test_the_tried_versions_are_allowed_and_complete() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = (ROOT / "requirements" / "tried-2.13.txt").read_text().splitlines()
+    tried = dict(line.split("==") for line in lines if not line.startswith("#"))
+    tried = {canonicalize_name(name): version for name, version in tried.items()}
+    for requirement in map(Requirement, declared):
+        assert tried[canonicalize_name(requirement.name)] in requirement.specifier, requirement

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, resume, again and again: the bytes of a run that nothing has disturbed."""
+"""A run that is killed at random moments and resumed ends with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter
 
 KILLS = 26
-"""In each of the two loops."""
+"""How many kills in each of the two loops."""
 SAVE_EVERY = 3
 STEPS = 45
 OPTIONS = [
@@ -63,7 +63,7 @@ def killed_cold(command: list[str], seconds: float, cache: dict[str, str], log: 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_random_moments(
+def test_kills_at_random_moments_change_no_byte(
     tiny_base: Path,
     tiny_records: Path,
     tmp_path: Path,
@@ -119,8 +119,9 @@ def test_killed_at_random_moments(
     record_property("kills", f"workers {workers}, seed {seed}: {counted}")
 
 
+@pytest.mark.slow
 def test_a_fork_runs_the_script_itself(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
-    """What the fork gives back is what a process of its own gives: the same message and status."""
+    """A forked script prints the same message and leaves with the same status as a new process."""
     command = arguments(tiny_base, tiny_records, tmp_path / "run", "--optim.batch_size", "99")
     fork = Run(command, tmp_path / "log", {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")})
     assert fork.wait() == 2

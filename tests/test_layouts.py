@@ -1,4 +1,4 @@
-"""One run on different layouts: one process, two with the base on each (DDP), a part (FSDP2), some heads."""
+"""One run on different layouts: one process, two with DDP, with FSDP2, and with tensor parallelism."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_two_processes_take_the_steps_of_one(
     layout: tuple[str, ...],
     options: tuple[str, ...],
 ) -> None:
-    """The same losses and adapter; only gradients are exchanged, of a cut base its parts, of heads sums."""
+    """Losses and adapter are the same; DDP exchanges gradients only, FSDP2 also shards of the base."""
     options = (*options, "--optim.max_steps", "5")
     finetune(tiny(*options, out="one"), say=Stopper())
     out = tmp_path / "two"
@@ -109,7 +109,7 @@ def test_two_processes_take_the_steps_of_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS)
-def test_a_record_that_gives_no_number_is_named_before_a_cut_run_begins(
+def test_a_record_whose_loss_is_nan_is_named_before_a_sharded_run_begins(
     tiny_base: Path, arguments: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
@@ -158,7 +158,7 @@ def on_two_nodes(arguments: list[str], environment: dict[str, str]) -> None:
 def test_a_run_goes_on_on_another_layout(
     tiny: Callable[..., Config], arguments: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """One process, two with FSDP2, two that share heads, two nodes with DDP, one process: two steps each."""
+    """One process, FSDP2, tensor parallelism, two nodes with DDP, one process: two steps each."""
     constant = ["--optim.schedule", "constant", "--optim.warmup", "0", "--trainer.save_every", "100"]
     constant += ["--trainer.samples", "0"]
     out, steps = tmp_path / "moved", "--optim.max_steps"
@@ -210,7 +210,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
         ({}, {"devices": 9999}, "trainer.devices is 9999, but this machine has"),
     ],
 )
-def test_a_layout_that_would_wait_for_ever_is_refused(
+def test_a_layout_that_would_wait_forever_is_refused(
     no_launcher: pytest.MonkeyPatch, environment: dict[str, str], options: dict[str, Any], message: str | None
 ) -> None:
     for name, value in environment.items():
@@ -286,7 +286,7 @@ def test_each_process_of_a_node_has_its_own_gpu(
         ),
     ],
 )
-def test_what_does_not_go_with_a_cut_base_is_refused(options: dict[str, Any], message: str) -> None:
+def test_what_a_sharded_base_does_not_support_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_layout(TrainerConfig(**{"strategy": "fsdp2", **options}), torch.device("cpu"))
 

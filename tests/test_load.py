@@ -12,6 +12,7 @@ import pytest
 import torch
 from convert_sources import random_llama, write_hf
 from safetensors.torch import load_file, save_file
+from warm_runs import run_code
 
 from lit_adapter.errors import UserError
 from lit_adapter.weights.convert import convert
@@ -36,7 +37,7 @@ print(anonymous() - before)
 
 
 def test_a_base_is_loaded_without_the_compiler(tiny_base: Path) -> None:
-    """Its import takes longer than the base of 135M."""
+    """Importing it takes longer than reading a base of 135M."""
     code = (
         "import sys, torch; from pathlib import Path; from lit_adapter.weights.load import load_base\n"
         f"load_base(Path({str(tiny_base)!r}), device='cpu', dtype=torch.bfloat16)\n"
@@ -46,19 +47,22 @@ def test_a_base_is_loaded_without_the_compiler(tiny_base: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
-@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.05), ("bfloat16", 0.6)])
-def test_a_base_is_mapped_not_copied(tmp_path: Path, dtype: str, share: float) -> None:
-    """In its stored precision a base costs no memory of its own; cast to half of it, about half."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted base of 34 million weights in fp32."""
+    folder = tmp_path_factory.mktemp("large")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     model = random_llama(**sizes, num_attention_heads=8, num_key_value_heads=8)
-    large = convert(write_hf(model, tmp_path / "large-source"), tmp_path / "large")
-    small = convert(write_hf(random_llama(), tmp_path / "small-source"), tmp_path / "small")
-    arguments = [sys.executable, "-c", ANONYMOUS, str(small), str(large), dtype]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    return convert(write_hf(model, folder / "source"), folder / "base")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to measure memory")
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.05), ("bfloat16", 0.6)])
+def test_a_base_is_mapped_not_copied(tiny_base: Path, large: Path, dtype: str, share: float) -> None:
+    """In its stored precision a base costs no memory of its own; cast to half the width, half its size."""
+    done = run_code(ANONYMOUS, tiny_base, large, dtype)
     assert done.returncode == 0, done.stderr
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    assert int(done.stdout) < share * size
+    assert int(done.stdout) < share * (large / "model.safetensors").stat().st_size
 
 
 def changed(tiny_base: Path, out: Path, **tensors: torch.Tensor | None) -> Path:

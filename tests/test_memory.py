@@ -1,4 +1,4 @@
-"""The memory estimate beside what autograd really keeps, and beside the tensors of real models."""
+"""The memory estimate against what autograd really keeps, and against the tensors of real models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(("layers", "longest"), [(1, 40), (2, 12), (2, 40), (3, 40)])
 def test_activations_are_what_autograd_keeps(precision: str, layers: int, longest: int) -> None:
-    """Grouped queries, two shared heads, records of uneven length, also with a layer that is not adapted."""
+    """Grouped queries, two preambles, records of uneven length, also with a layer that is not adapted."""
     sizes = {"n_embd": 96, "head_dim": 24, "n_hidden": 160}
     model = random_llama(dtype=DTYPES[precision], **sizes)
     config = AdapterConfig(prompt_length=5, layers=layers)

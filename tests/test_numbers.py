@@ -1,10 +1,11 @@
-"""Losses that are not numbers, and runs that do not learn: skipped, counted, named, said once."""
+"""NaN losses are skipped, counted and named; runs that do not learn are warned about once."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 from finetune_runs import Stopper, arguments
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from warm_runs import Run, two_ranks
+from warm_runs import Run, spoil_loss, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.generation import decoder
+from lit_adapter.generation import lane
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.training import module
@@ -48,7 +49,7 @@ def tilde(base: Path) -> int:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give rows that hold a token a loss that is not a number."""
+    """Give rows that hold a token a loss of NaN."""
     sound = module.row_loss
 
     def spoil(token: int) -> None:
@@ -61,7 +62,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def finite(out: Path) -> bool:
-    """Whether every adapter below a run folder is."""
+    """Whether every adapter value in a run folder is finite."""
     states = [load_file(path) for path in out.glob("*.safetensors")]
     states += [read_checkpoint(path)["state_dict"] for path in out.glob("checkpoints/*.ckpt")]
     assert states
@@ -73,15 +74,12 @@ def finite(out: Path) -> bool:
 def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path, tmp_path: Path) -> None:
     """One record is bad; only one of the processes computes its row."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
-    token = tilde(tiny_base)
+    spoil = partial(spoil_loss, tilde(tiny_base))
     options = ["--data.val", str(one_bad), "--trainer.samples", "0", "--optim.epochs", "2"]
-    one = Run(
-        arguments(tiny_base, one_bad, tmp_path / "one", *options), tmp_path / "log", cache, poison=token
-    )
+    one = Run(arguments(tiny_base, one_bad, tmp_path / "one", *options), tmp_path / "log", cache, spoil)
     assert one.wait() == 0, one.output
-    both = two_ranks(
-        arguments(tiny_base, one_bad, tmp_path / "two", *options), tmp_path / "log", cache, poison=token
-    )
+    command = arguments(tiny_base, one_bad, tmp_path / "two", *options)
+    both = two_ranks(command, tmp_path / "log", cache, (spoil, spoil))
     for run in both:
         assert run.wait() == 0, run.output
     skipped = re.findall(r"step (\d+) skipped: loss nan", one.output)
@@ -90,17 +88,17 @@ def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path
     assert "2 of 12 steps were skipped" in both[0].output
     for out in (tmp_path / "one", tmp_path / "two"):
         assert finite(out)
-        assert not (out / "best.safetensors").exists()  # no held-out loss was a number
+        assert not (out / "best.safetensors").exists()  # no held-out loss was finite
     alone, together = (load_file(tmp_path / out / "adapter.safetensors") for out in ("one", "two"))
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
-def test_samples_that_are_not_numbers_end_no_run(
+def test_samples_with_nan_logits_do_not_end_a_run(
     tiny: Callable[..., Config], tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps whose loss is none have a rule of their own; in TensorBoard the answer is missing."""
-    monkeypatch.setattr(decoder, "choose", lambda logits, *_: torch.full((len(logits),), -1))
+    monkeypatch.setattr(lane, "choose", lambda logits, *_: torch.full((len(logits),), -1))
     config = tiny("--data.val", str(tiny_records), "--trainer.samples", "1", "--optim.max_steps", "2")
     assert finetune(config, say=Stopper()) == 0
     events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"tensors": 0}).Reload()
@@ -111,7 +109,8 @@ def test_samples_that_are_not_numbers_end_no_run(
 def test_two_processes_stop_with_one_message(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     command = arguments(tiny_base, tiny_records, tmp_path / "run", "--trainer.samples", "0")
-    first, second = two_ranks(command, tmp_path / "log", cache, poison=EVERYWHERE)
+    spoil = partial(spoil_loss, EVERYWHERE)
+    first, second = two_ranks(command, tmp_path / "log", cache, (spoil, spoil))
     assert first.wait() == 2, first.output
     assert [line for line in first.output.splitlines() if "error" in line] == [first.output.splitlines()[-1]]
     assert "skipped 5 steps in a row" in first.output

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_adapter.config import Config
 from lit_adapter.data.packing import TrainingSteps, ValidationSteps
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 
@@ -25,7 +25,7 @@ from lit_adapter.training.module import LitAdapter
 def test_no_random_state_of_the_process_decides_anything(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random states are set anew at every step, validation, sample and loader's turn, in each run others."""
+    """Random states are overwritten at every step, validation, sample and batch, differently in each run."""
     seeds = count()
 
     def disturbed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,15 +1,23 @@
-"""A run that is stopped anywhere and resumed ends in the bytes of one that never stopped."""
+"""A run that is stopped anywhere and resumed ends with the bytes of one that was never stopped."""
 
 from __future__ import annotations
 
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 from finetune_runs import arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from warm_runs import Run, two_ranks
+from warm_runs import (
+    Run,
+    signal_after_backward,
+    signal_after_write,
+    signal_at_line,
+    signal_in_validation,
+    two_ranks,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,28 +29,28 @@ WORKERS = ["--data.workers", "2"]
 DROPOUT = ["--adapter.dropout", "0.1"]
 
 STOPS = [
-    ("backward 2", signal.SIGTERM),  # inside a step: after the second row of the first, or in the second step
-    ("line step 3/", signal.SIGTERM),  # inside an epoch
-    ("validation 1", signal.SIGTERM),  # during the validation of step 4
-    ("validation 1", signal.SIGKILL),  # during the same, which the resumed run begins with
-    ("line step 6/", signal.SIGINT),  # on the last step of an epoch
-    ("line step 7/", signal.SIGUSR1),  # on the first of the next
-    ("write 2", signal.SIGKILL),  # after the checkpoint of step 8, before its validation
-    ("line step 10/", signal.SIGKILL),  # two steps after a checkpoint
-    ("backward 2", signal.SIGKILL),  # inside a step, between two of its rows if it has several
-    ("validation 2", signal.SIGKILL),  # during the last validation: no step is left to do
+    (partial(signal_after_backward, 2), signal.SIGTERM),  # between two rows of a step, or in the second step
+    (partial(signal_at_line, "step 3/"), signal.SIGTERM),  # inside an epoch
+    (partial(signal_in_validation, 1), signal.SIGTERM),  # during the validation of step 4
+    (partial(signal_in_validation, 1), signal.SIGKILL),  # the resumed run begins with it
+    (partial(signal_at_line, "step 6/"), signal.SIGINT),  # on the last step of an epoch
+    (partial(signal_at_line, "step 7/"), signal.SIGUSR1),  # on the first of the next
+    (partial(signal_after_write, 2), signal.SIGKILL),  # after the checkpoint of step 8, before its validation
+    (partial(signal_at_line, "step 10/"), signal.SIGKILL),  # two steps after a checkpoint
+    (partial(signal_after_backward, 2), signal.SIGKILL),  # inside a step, between two rows if it has several
+    (partial(signal_in_validation, 2), signal.SIGKILL),  # during the last validation: no step is left to do
 ]
 # Two processes agree on a line's signal with the loss of the next step.
 STOPS_OF_TWO = [
-    ("backward 2", signal.SIGTERM),
-    ("line step 3/", signal.SIGTERM),
-    ("validation 1", signal.SIGTERM),
-    ("validation 1", signal.SIGKILL),
-    ("line step 5/", signal.SIGINT),
-    ("line step 7/", signal.SIGUSR1),
-    ("line step 10/", signal.SIGKILL),
-    ("backward 2", signal.SIGKILL),
-    ("validation 2", signal.SIGKILL),
+    (partial(signal_after_backward, 2), signal.SIGTERM),
+    (partial(signal_at_line, "step 3/"), signal.SIGTERM),
+    (partial(signal_in_validation, 1), signal.SIGTERM),
+    (partial(signal_in_validation, 1), signal.SIGKILL),
+    (partial(signal_at_line, "step 5/"), signal.SIGINT),
+    (partial(signal_at_line, "step 7/"), signal.SIGUSR1),
+    (partial(signal_at_line, "step 10/"), signal.SIGKILL),
+    (partial(signal_after_backward, 2), signal.SIGKILL),
+    (partial(signal_in_validation, 2), signal.SIGKILL),
 ]
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGKILL: -9}
 
@@ -56,13 +64,15 @@ def written(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("options", [DROPOUT, [*WORKERS, *LOW], [*WORKERS, *DROPOUT, *FOUR_ROWS]])
-def test_one_process(tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]) -> None:
+def test_stops_anywhere_change_no_byte_of_one_process(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]
+) -> None:
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     whole = Run(run_of(tiny_base, tiny_records, tmp_path / "whole", *options), tmp_path / "whole.log", cache)
     assert whole.wait() == 0, whole.output
     command = run_of(tiny_base, tiny_records, tmp_path / "stopped", *options)
     for event, number in STOPS:
-        run = Run(command, tmp_path / "log", cache, event, number)
+        run = Run(command, tmp_path / "log", cache, partial(event, number))
         assert run.wait() == STATUS[number], (event, run.output)
         assert number == signal.SIGKILL or "stopped by" in run.output
         assert not (tmp_path / "stopped" / "adapter.safetensors").exists()
@@ -78,17 +88,21 @@ def test_one_process(tiny_base: Path, tiny_records: Path, tmp_path: Path, option
 
 
 @pytest.mark.parametrize("options", [[*DROPOUT, *LOW], [*FOUR_ROWS, *WORKERS]])
-def test_two_processes(tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]) -> None:
-    """The signal goes to either of them; a kill to the first, which the second follows."""
+def test_stops_anywhere_change_no_byte_of_two_processes(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """Either process gets the signal; the first gets the kill, and the second follows."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     command = run_of(tiny_base, tiny_records, tmp_path / "whole", *options)
     for run in two_ranks(command, tmp_path / "whole.log", cache):
         assert run.wait() == 0, run.output
     command = run_of(tiny_base, tiny_records, tmp_path / "stopped", *options)
     for number, (event, what) in enumerate(STOPS_OF_TWO):
-        on_first = what == signal.SIGKILL or event.startswith("line") or number % 2
-        events = (event, "") if on_first else ("", event)
-        first, second = two_ranks(command, tmp_path / "log", cache, events, what)
+        on_first = what == signal.SIGKILL or event.func is signal_at_line or number % 2
+        send = partial(event, what)
+        first, second = two_ranks(
+            command, tmp_path / "log", cache, (send, None) if on_first else (None, send)
+        )
         assert first.wait() == STATUS[what], (event, first.output)
         assert what == signal.SIGKILL or "stopped by" in first.output
         if what == signal.SIGKILL:
@@ -101,7 +115,7 @@ def test_two_processes(tiny_base: Path, tiny_records: Path, tmp_path: Path, opti
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
 
 
-def test_killed_after_any_write(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
+def test_a_kill_after_any_write_changes_no_byte(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     """Configuration, the start, and from then on checkpoint, best and adapter file in turn."""
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     options = ["--optim.max_steps", "4", "--trainer.val_every", "2", "--trainer.save_every", "2"]
@@ -110,7 +124,7 @@ def test_killed_after_any_write(tiny_base: Path, tiny_records: Path, tmp_path: P
     out = tmp_path / "killed"
     command = run_of(tiny_base, tiny_records, out, *options)
     for number in range(1, 20):
-        run = Run(command, tmp_path / "log", cache, f"write {number}", signal.SIGKILL)
+        run = Run(command, tmp_path / "log", cache, partial(signal_after_write, number, signal.SIGKILL))
         if run.wait() == 0:
             break
         if not list(out.glob("checkpoints/*.ckpt")):

@@ -11,7 +11,7 @@ import pytest
 from finetune_runs import Stopper
 from packaging.requirements import Requirement
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune
@@ -58,7 +58,7 @@ def test_bad_releases_are_kept_out() -> None:
         assert all(version in wanted[name] for version in good), name
         assert not any(version in wanted[name] for version in bad), name
         line = next(line for line in text.splitlines() if line.strip().startswith(f'"{name}'))
-        assert "#" in line  # the reason stands beside it
+        assert "#" in line  # the reason stands next to it
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from finetune_runs import SCRIPT, arguments, launch
-from warm_runs import Run, two_ranks
+from warm_runs import (
+    Run,
+    signal_after_token,
+    signal_after_write,
+    signal_at_line,
+    signal_in_validation,
+    two_ranks,
+)
 
 from lit_adapter.training.checkpoint import read_checkpoint
 
 LONG = ["--optim.epochs", "3000", "--trainer.val_every", "100000", "--data.workers", "2"]
 SECONDS = 20
-"""What a stop may take here; a step takes a fraction of one, but other work shares the machine."""
+"""How long a stop may take; a step takes a fraction of a second, but other work shares the machine."""
 
 
 @pytest.fixture
@@ -29,7 +38,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def saved_and_said(out: Path, output: str) -> int:
-    """Return the step that the last line names; its checkpoint is there, is the newest, and can be read."""
+    """Return the step that the last line names, whose checkpoint is the newest and can be read."""
     found = re.search(r"stopped by SIG\w+ after step (\d+): (\S+); --resume last goes on", output)
     assert found, output
     path = Path(found[2])
@@ -50,7 +59,7 @@ def test_during_training(
     number: signal.Signals,
     status: int,
 ) -> None:
-    """To the whole group: the loader's workers get it too."""
+    """The whole group gets the signal, loader workers too."""
     run = Run(arguments(tiny_base, tiny_records, tmp_path / "run", *LONG), tmp_path / "log", environment)
     run.wait_for("step 3/")
     os.killpg(run.pid, number)
@@ -62,7 +71,7 @@ def test_during_a_save(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG)
-    run = Run(command, tmp_path / "log", environment, "write 5")
+    run = Run(command, tmp_path / "log", environment, partial(signal_after_write, 5))
     assert run.wait() == 143, run.output
     # The flag is looked at before the save: one more step is done and saved.
     assert saved_and_said(tmp_path / "run", run.output) == 5
@@ -76,7 +85,7 @@ def test_a_long_validation_is_left(
     line = json.dumps({"instruction": "Say it back.", "input": "red apple", "output": "red apple river"})
     many.write_text(f"{line}\n" * 20_000)
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG, "--data.val", str(many))
-    run = Run(command, tmp_path / "log", environment, "validation 1")
+    run = Run(command, tmp_path / "log", environment, partial(signal_in_validation, 1))
     run.wait_for("stopped by SIGTERM after step 0")
     assert "held-out loss" not in run.output
     assert run.wait(SECONDS) == 143
@@ -89,7 +98,7 @@ def test_samples_are_left_after_a_token(
     """Nine hundred tokens of a sample are to come; the signal comes with the first."""
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG, "--trainer.sample_tokens", "800")
     start = time.monotonic()
-    run = Run(command, tmp_path / "log", environment, "token")
+    run = Run(command, tmp_path / "log", environment, signal_after_token)
     assert run.wait() == 143, run.output
     assert time.monotonic() - start < 60
     assert saved_and_said(tmp_path / "run", run.output) == 1
@@ -100,7 +109,7 @@ def test_before_training_nothing_is_left_behind(
 ) -> None:
     out = tmp_path / "run"
     command = arguments(tiny_base, tiny_records, out, "--optim.max_steps", "1")
-    run = Run(command, tmp_path / "log", environment, "line data:")
+    run = Run(command, tmp_path / "log", environment, partial(signal_at_line, "data:"))
     assert run.wait(SECONDS) == 143, run.output
     assert run.output.endswith("stopped by SIGTERM before training; there was nothing to save\n")
     assert not out.exists()
@@ -108,7 +117,14 @@ def test_before_training_nothing_is_left_behind(
     assert again.wait() == 0, again.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_while_it_imports(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str], number: signal.Signals
 ) -> None:
@@ -139,7 +155,7 @@ def test_a_second_ctrl_c_ends_at_once(
 ) -> None:
     out = tmp_path / "run"
     command = arguments(tiny_base, tiny_records, out, *LONG, "--optim.batch_size", "40")
-    run = Run(command, tmp_path / "log", environment, "line step 4/", signal.SIGINT)
+    run = Run(command, tmp_path / "log", environment, partial(signal_at_line, "step 4/", signal.SIGINT))
     run.wait_for("step 4/")
     os.kill(run.pid, signal.SIGINT)
     assert run.wait(SECONDS) == 130, run.output
@@ -150,11 +166,11 @@ def test_a_second_ctrl_c_ends_at_once(
 @pytest.mark.parametrize(
     ("events", "step", "options"),
     [
-        (("line step 3/", ""), 4, []),
-        (("", "validation 2"), 4, []),
-        (("validation 1", ""), 0, []),
-        (("token", ""), 1, []),  # the other one waits in step 1
-        (("", "token"), 1, ["--trainer.strategy", "fsdp2"]),  # both of them generate
+        ((partial(signal_at_line, "step 3/"), None), 4, []),
+        ((None, partial(signal_in_validation, 2)), 4, []),
+        ((partial(signal_in_validation, 1), None), 0, []),
+        ((signal_after_token, None), 1, []),  # the other one waits in step 1
+        ((None, signal_after_token), 1, ["--trainer.strategy", "fsdp2"]),  # both generate
     ],
 )
 def test_two_processes_agree(
@@ -162,11 +178,11 @@ def test_two_processes_agree(
     tiny_records: Path,
     tmp_path: Path,
     environment: dict[str, str],
-    events: tuple[str, str],
+    events: tuple[Callable[[], None] | None, Callable[[], None] | None],
     step: int,
     options: list[str],
 ) -> None:
-    """One of them gets the signal: between steps, in a validation, in a sample; both stop after a step."""
+    """One process gets the signal, between steps, in a validation or in a sample; both stop after a step."""
     many = [*options, "--data.val", str(tiny_records), "--trainer.val_every", "4", "--optim.epochs", "3000"]
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *many)
     first, second = two_ranks(command, tmp_path / "log", environment, events)
@@ -203,7 +219,8 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU encodes without worker processes")
 @pytest.mark.parametrize(
-    ("number", "status", "seconds"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1.5)]
+    ("number", "status", "seconds"),
+    [(signal.SIGINT, 130, 0), pytest.param(signal.SIGTERM, 143, 1.5, marks=pytest.mark.slow)],
 )
 def test_while_worker_processes_encode(
     tiny_base: Path,
@@ -213,7 +230,7 @@ def test_while_worker_processes_encode(
     status: int,
     seconds: float,
 ) -> None:
-    """To the whole group, when the first of them starts and at work: one line, and none stays."""
+    """The whole group gets the signal, when its first worker starts or later: one line, no process left."""
     many, log = tmp_path / "many.jsonl", tmp_path / "log"
     line = json.dumps({"instruction": "Say it back. " * 40, "output": "red apple river " * 20})
     many.write_text(f"{line}\n" * 60_000)

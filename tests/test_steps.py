@@ -55,7 +55,7 @@ def test_shared_preambles_are_the_longest_common_starts() -> None:
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared-heads", "whole-records"])
 def test_every_token_of_a_row_is_read_by_a_target(share: bool) -> None:
-    """A record's last token is predicted and never read: it is not laid."""
+    """A record's last token is predicted and never read, so it is left out of the row."""
     data = encoded(6, 40, cut=True)
     packer = Packer(data, shared_preambles(data) if share else {}, mask_prompt=True, row_tokens=2000)
     row = packer.row(list(range(40)))
@@ -105,7 +105,9 @@ def test_rows_shorter_than_a_record_are_refused() -> None:
     data = encoded(1)
     longest = int(data.length.max()) - 1
     Packer(data, {}, mask_prompt=True, row_tokens=longest)
-    with pytest.raises(UserError, match=rf"row_tokens is {longest - 1}, but a record takes {longest} tokens"):
+    with pytest.raises(
+        UserError, match=rf"row_tokens is {longest - 1}, but the longest record takes {longest} tokens"
+    ):
         Packer(data, {}, mask_prompt=True, row_tokens=longest - 1)
 
 

@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter values large enough that no part of the model is without effect."""
+    """Give every parameter values large enough that every part of the model has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +34,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def random_llama(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Llama:
-    """A frozen base of ours; as `load_base` does it, the rotary frequencies stay in fp32."""
+    """A frozen base of ours; the rotary frequencies stay in fp32, as in `load_base`."""
     model = Llama(LlamaConfig(**{**SIZES, **sizes}))
     randomise(model, seed)
     frequency = model.inverse_frequency
@@ -44,7 +44,7 @@ def random_llama(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any
 
 
 def open_adapter(model: Llama, config: AdapterConfig, seed: int = 0, gate: float = 0.7) -> Llama:
-    """Attach prefixes whose gates are random instead of 0, in the precision of an fp64 base."""
+    """Attach prefixes with random gates instead of zeros, in fp64 if the base is."""
     attach(model, config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     wide = model.embed_tokens.weight.dtype == torch.float64
@@ -62,9 +62,9 @@ def open_adapter(model: Llama, config: AdapterConfig, seed: int = 0, gate: float
 
 
 def transformers_llama(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Any:
-    """A LlamaForCausalLM in transformers' own words; its rotary frequencies stay in fp32.
+    """A LlamaForCausalLM; its arguments are those of LlamaConfig, its rotary frequencies stay in fp32.
 
-    Its norms compute in fp32 also in an fp64 model; torch's own take their place, so that fp64 is fp64.
+    transformers' norms compute in fp32 even in an fp64 model, so torch's norms replace them.
     """
     config = {
         "vocab_size": 61,

@@ -1,4 +1,4 @@
-"""scripts/finetune.py in processes forked from one that has imported everything: killed by the dozen.
+"""Scripts in processes forked from one that has imported everything.
 
 A start costs seconds of imports; a fork of a process that has done them costs milliseconds. What runs in it
 is the real script, from its first line on, with the arguments and the environment of a command line.
@@ -12,7 +12,9 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from io import BufferedWriter, FileIO, TextIOWrapper
@@ -22,8 +24,8 @@ from typing import Any
 from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_adapter import files
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.files import write
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 
@@ -32,18 +34,16 @@ CONTEXT.set_forkserver_preload(["warm_runs", "lit_adapter.training.finetune", "t
 
 
 class Run:
-    """The script as one process, in a process group of its own.
+    """A script as one process, in a process group of its own.
 
     Args:
         arguments: of the command line.
         log: gets standard output and standard error.
-        environment: variables to add.
-        event: when the process sends ``number`` to itself: ``line TEXT``: a printed line starts with it;
-            ``write N``: after its N-th durable write; ``validation N``: in the first batch of its N-th
-            validation; ``backward N``: after its N-th row's backward pass; ``token``: when a sample's first
-            token is there. A number may be given twice.
-        number: the signal.
-        poison: a token id whose rows have a loss that is not a number.
+        environment: variables to add to those of this process.
+        prepare: is called in the process before the script: one of the functions below, as a `partial`.
+        script: its name in scripts/, or any file of Python.
+        folder: the working directory.
+        errors: gets standard error instead of ``log``.
     """
 
     def __init__(
@@ -51,14 +51,16 @@ class Run:
         arguments: list[str],
         log: Path,
         environment: dict[str, str],
-        event: str = "",
-        number: int = signal.SIGTERM,
-        poison: int | None = None,
+        prepare: Callable[[], None] | None = None,
+        *,
+        script: str | Path = "finetune.py",
+        folder: Path | None = None,
+        errors: Path | None = None,
     ) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.log = log
         self.offset = log.stat().st_size if log.is_file() else 0
-        what = (arguments, log, environment, event, number, poison)
+        environment = os.environ | environment
+        what = (SCRIPT.parent / script, arguments, log, errors or log, environment, folder, prepare)
         self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()
 
@@ -89,64 +91,104 @@ class Run:
             time.sleep(0.005)
 
 
+def run_script(
+    script: str | Path, *arguments: object, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, as `subprocess.run` does."""
+    given = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as logs:
+        out, err = Path(logs) / "out", Path(logs) / "err"
+        status = Run(given, out, environment, script=script, folder=folder, errors=err).wait(120)
+        return subprocess.CompletedProcess(given, status, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a text of Python to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "code.py"
+        script.write_text(code, encoding="utf-8")
+        return run_script(script, *arguments)
+
+
 def two_ranks(
     arguments: list[str],
     log: Path,
     environment: dict[str, str],
-    events: tuple[str, str] = ("", ""),
-    number: int = signal.SIGTERM,
-    poison: int | None = None,
+    prepare: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None),
 ) -> list[Run]:
-    """Start both processes of a run, as a launcher does."""
+    """Start both processes of a run, as a launcher does; each has its own ``prepare``."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = environment | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     arguments = [*arguments, "--trainer.devices", "2"]
-    runs = []
-    for rank, event in enumerate(events):
-        variables = common | {"LOCAL_RANK": str(rank)}
-        runs.append(Run(arguments, log.with_suffix(f".{rank}"), variables, event, number, poison))
-    return runs
+    return [
+        Run(arguments, log.with_suffix(f".{rank}"), common | {"LOCAL_RANK": str(rank)}, prepare[rank])
+        for rank in range(2)
+    ]
 
 
 def _script(
+    script: Path,
     arguments: list[str],
     log: Path,
+    errors: Path,
     environment: dict[str, str],
-    event: str,
-    number: int,
-    poison: int | None,
+    folder: Path | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)
     end_with_parent()
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
+    for descriptor, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
     os.environ.update(environment)
+    if folder:
+        os.chdir(folder)
+    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+        del sys.modules[name]  # it reads the environment when it is imported
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
-    if event:
-        _arrange(event, number)
-    if poison is not None:
-        _poison(poison)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    if prepare:
+        prepare()
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def _arrange(event: str, number: int) -> None:
-    kind, _, which = event.partition(" ")
-    if kind == "line":
-        sys.stdout = _Listener(sys.stdout.fileno(), which, number)
-    elif kind == "write":
-        files.write_bytes = _nth(files.write_bytes, int(which), number)  # type: ignore[assignment]
-    elif kind == "validation":
-        LitAdapter.on_validation_batch_start = _nth(  # type: ignore[attr-defined]
-            lambda *arguments: None, int(which), number, only=lambda arguments: arguments[2] == 0
-        )
-    elif kind == "backward":
-        LitAdapter.manual_backward = _nth(LitAdapter.manual_backward, int(which), number)  # type: ignore[method-assign]
-    elif kind == "token":
-        AdaptedLlama._answers = _after_first(AdaptedLlama._answers, number)  # type: ignore[method-assign]
+def signal_at_line(text: str, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when it prints a line that starts with ``text``."""
+    sys.stdout = _Listener(sys.stdout.fileno(), text, number)
+
+
+def signal_after_write(count: int, number: int = signal.SIGTERM) -> None:
+    """Send the signal after the ``count``-th durable write."""
+    write.sync_folder = _nth(write.sync_folder, count, number)  # type: ignore[assignment]
+
+
+def signal_in_validation(count: int, number: int = signal.SIGTERM) -> None:
+    """Send the signal in the first batch of the ``count``-th validation."""
+    LitAdapter.on_validation_batch_start = _nth(  # type: ignore[attr-defined]
+        lambda *arguments: None, count, number, only=lambda arguments: arguments[2] == 0
+    )
+
+
+def signal_after_backward(count: int, number: int = signal.SIGTERM) -> None:
+    """Send the signal after the backward pass of the ``count``-th row."""
+    LitAdapter.manual_backward = _nth(LitAdapter.manual_backward, count, number)  # type: ignore[method-assign]
+
+
+def signal_after_token(number: int = signal.SIGTERM) -> None:
+    """Send the signal after the first token of a sample answer."""
+    AdaptedLlama._answers = _after_first(AdaptedLlama._answers, number)  # type: ignore[method-assign]
+
+
+def spoil_loss(token: int) -> None:
+    """Give rows that hold ``token`` a loss of NaN."""
+    sound = module.row_loss
+
+    def row_loss(model: Any, row: Any, **options: Any) -> Any:
+        return sound(model, row, **options) * (math.nan if bool((row.ids == token).any()) else 1.0)
+
+    module.row_loss = row_loss
 
 
 class _Listener(TextIOWrapper):
@@ -166,7 +208,7 @@ class _Listener(TextIOWrapper):
 def _nth(
     function: Callable, count: int, number: int, only: Callable[[tuple], bool] = lambda arguments: True
 ) -> Callable:
-    """Send the signal after the ``count``-th call that counts."""
+    """Send the signal after the ``count``-th call whose arguments satisfy ``only``."""
     left = count
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -189,12 +231,3 @@ def _after_first(generate: Callable, number: int) -> Callable:
             yield item
 
     return call
-
-
-def _poison(token: int) -> None:
-    sound = module.row_loss
-
-    def row_loss(model: Any, row: Any, **options: Any) -> Any:
-        return sound(model, row, **options) * (math.nan if bool((row.ids == token).any()) else 1.0)
-
-    module.row_loss = row_loss

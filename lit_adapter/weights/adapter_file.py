@@ -16,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import check_adapter_state, expected_shapes
+from lit_adapter.files.paths import is_unicode
+from lit_adapter.files.read import reading
+from lit_adapter.files.write import write_bytes
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
@@ -46,7 +48,7 @@ def base_identity(folder: Path) -> BaseIdentity:
         UserError: not a converted base, or the folder's name is not UTF-8.
     """
     fingerprint, name = read_fingerprint(folder), folder.resolve().name
-    if not files.is_text(name):
+    if not is_unicode(name):
         raise UserError(f"{name!r}: the folder's name is not UTF-8; rename it")
     return BaseIdentity(name, fingerprint["weights"], fingerprint["tokenizer"])
 
@@ -76,7 +78,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
     Raises:
         UserError: tensors that do not fit ``info`` or are not finite, or a file that cannot be written.
     """
-    check_adapter_state(expected_shapes(info.adapter, info.model), state, str(path))
+    check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {
         "format_version": FORMAT_VERSION,
         "adapter": asdict(info.adapter),
@@ -87,7 +89,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         "training": info.training,
     }
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
-    files.write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
+    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
 
 
 def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
@@ -97,7 +99,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         UserError: missing, damaged, from another program, or tensors that its metadata does not describe.
     """
     path = Path(path)
-    with files.reading(path):
+    with reading(path):
         found = path.is_file()
     if not found:
         raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
@@ -148,7 +150,7 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
             mask_prompt=raw["mask_prompt"],
             training=raw["training"],
         )
-        return info, expected_shapes(info.adapter, info.model)
+        return info, adapter_shapes(info.adapter, info.model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -171,7 +173,7 @@ def _check_types(raw: Any) -> None:
                 expected = kind.__name__ if isinstance(kind, type) else kind
                 raise ValueError(f"{part}{part and '.'}{key} is {values[key]!r:.60}; expected {expected}")
     name = raw["base"]["name"]
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not files.is_text(name):
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not is_unicode(name):
         raise ValueError(f"base.name is {name!r:.60}; expected a plain folder name")
 
 

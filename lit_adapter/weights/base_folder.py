@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading
+from lit_adapter.files.read import read_json, reading
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 1
@@ -33,38 +33,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-
-
-def base_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a base, under Hugging Face's LlamaForCausalLM names.
-
-    ``attention_bias`` means a bias on q, k, v and o. With tied embeddings there is no ``lm_head.weight``.
-    """
-    C, V, M = config.n_embd, config.vocab_size, config.n_hidden
-    n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    linears = {
-        "self_attn.q_proj": (n_query, C),
-        "self_attn.k_proj": (n_kv, C),
-        "self_attn.v_proj": (n_kv, C),
-        "self_attn.o_proj": (C, n_query),
-        "mlp.gate_proj": (M, C),
-        "mlp.up_proj": (M, C),
-        "mlp.down_proj": (C, M),
-    }
-    block: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (C,),
-        "post_attention_layernorm.weight": (C,),
-    }
-    for name, shape in linears.items():
-        block[f"{name}.weight"] = shape
-        if config.attention_bias if name.startswith("self_attn.") else config.mlp_bias:
-            block[f"{name}.bias"] = shape[:1]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (V, C)
-    for layer in range(config.n_layer):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    return shapes
 
 
 def find_base(name: str) -> Path:

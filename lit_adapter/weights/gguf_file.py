@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies
@@ -136,7 +136,7 @@ class GGUFSource(Source):
             return RopeConfig(theta, "linear", factor) if factor != 1 else RopeConfig(theta)
         if table.tensor_type.name != "F32" or table.n_elements != head_dim // 2 or factor != 1:
             raise UserError(
-                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values and no scaling factor"
+                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values and no factor"
             )
         given = np.frombuffer(read_bytes(self.path, int(table.data_offset), int(table.n_bytes)), "<f4")
         if np.array_equal(given, np.ones_like(given)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.base_folder import (
     BIN,
     BIN_INDEX,
@@ -17,7 +18,6 @@ from lit_adapter.weights.base_folder import (
     GENERATION_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
-    base_shapes,
     read_object,
 )
 from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
-from lit_adapter.weights.base_folder import base_shapes, read_config
+from lit_adapter.weights.base_folder import read_config
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
 """Returns what a parameter holds on this device, from an open safetensors file, the tensor's name in it, the

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_folder import base_shapes, find_base
+from lit_adapter.weights.base_folder import find_base
 from lit_adapter.weights.convert import write_base
 from lit_adapter.weights.huggingface import HuggingFaceSource
 from lit_adapter.weights.measure import fixed_prompt, logits

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.precision import FLOATS
 
 AGAIN = "fetch it again"

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in, write_bytes
+from lit_adapter.files.read import refuse_stand_in
+from lit_adapter.files.write import write_bytes
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES, base_shapes
+from lit_adapter.model.layout import base_shapes, block_layout
+from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
 from lit_adapter.weights.shards import member
 
 N_NAMED = 3
@@ -120,8 +122,9 @@ def half_split(name: str, tensor: Tensor, config: LlamaConfig, *, undo: bool = F
         config: sizes of the base.
         undo: reorder from Hugging Face's order to Meta's instead.
     """
-    n_head = {"q_proj": config.n_head, "k_proj": config.n_kv_head}.get(name.split(".")[-2])
-    if n_head is None:
+    linears = block_layout(config).linears
+    n_head = next((linear.rotated_heads for linear in linears if f".{linear.name}." in name), 0)
+    if not n_head:
         return tensor
     pairs = (n_head, 2, -1) if undo else (n_head, -1, 2)
     return tensor.reshape(*pairs, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -7,6 +7,7 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import durable_path, safetensors_header, write_json
+from lit_adapter.files.write import durable_path, write_json
 from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
@@ -86,8 +87,7 @@ class TensorWriter:
             names = [WEIGHTS]
         for name, group in zip(names, groups, strict=True):
             with durable_path(self.folder / name) as temporary, temporary.open("wb") as stream:
-                tensors = [(one.name, FLOAT_NAMES[one.dtype], one.shape, one.n_bytes) for one in group]
-                stream.write(safetensors_header(tensors, {"format": "pt"}))
+                stream.write(_header(group))
                 for entry in group:
                     self._write_tensor(stream, entry, digest)
         if len(groups) > 1:
@@ -123,3 +123,15 @@ class TensorWriter:
                     "use --dtype bfloat16 or float32"
                 )
             yield cast
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        dtype, offsets = FLOAT_NAMES[entry.dtype], [offset, offset + entry.n_bytes]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        offset += entry.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""Faults 80 to 89: settings of a generation, prompts, and numbers that go wrong there."""
+"""Faults 80 to 89: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bench import Bench, Outcome, Row
 from safetensors.torch import load_file, save_file
 
 import lit_adapter
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.text.tokenizer import StreamDecoder
 
 
@@ -25,7 +25,7 @@ def most(bench: Bench, **settings: float) -> str:
 
 
 def with_base_numbers(bench: Bench, value: float) -> str:
-    """A base whose head holds a number that is none."""
+    """A base whose output layer holds NaN or infinity."""
     folder = bench.copy_base("broken")
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"][3, 3] = value
@@ -119,7 +119,7 @@ ROWS = [
         ),
         r"^error: stop_ids holds 99999, but",
     ),
-    Row(84, "empty template", empty_template, r"template '' is not known; expected alpaca"),
+    Row(84, "empty template", empty_template, r"template '' is unknown; expected alpaca"),
     Row(84, "empty prompt", empty_prompt, r"prompt"),
     Row(
         85,
@@ -131,7 +131,7 @@ ROWS = [
         86,
         "logits nan",
         call(with_base_numbers, value=torch.nan),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),
@@ -139,7 +139,7 @@ ROWS = [
         86,
         "logits inf",
         call(with_base_numbers, value=torch.inf),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),

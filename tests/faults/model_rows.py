@@ -181,7 +181,7 @@ def bombed_adapter(bench: Bench) -> Outcome:
 
 
 def legacy_adapter(bench: Bench) -> Outcome:
-    """An adapter of another code base whose file holds a path beside its tensors."""
+    """An adapter of another code base whose file holds a path as well as tensors."""
     path = bench.folder / "adapter.pth"
     torch.save({"adapter_query.weight": torch.zeros(12, 48), "where": Path("x")}, path)
     return bench.convert_adapter(path)
@@ -390,7 +390,7 @@ ROWS = [
         47,
         "more ids than rows",
         base(lambda f: edit(f / "config.json", vocab_size=50)),
-        r"the tokenizer has \d+ ids, but the embedding 50 rows",
+        r"the tokenizer has \d+ ids, but the embedding has 50 rows",
     ),
     Row(
         48, "EOS beyond the vocabulary", source(lambda f: edit(f / "config.json", eos_token_id=9999)), r"9999"

@@ -1,6 +1,6 @@
 """Faults 59 to 79: disks, folders, checkpoints and numbers while a run is going on.
 
-Kills, signals and several processes have tests of their own; see ELSEWHERE in test_faults.
+Kills, signals and several processes have tests of their own, which docs/faults.md names.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _die(worker: int) -> None:
 
 
 def not_finite(bench: Bench) -> Outcome:
-    """A checkpoint with a number that is none is not written."""
+    """A checkpoint that holds NaN is not written."""
     state = {"state_dict": {"layers.0.self_attn.prefix.gate": torch.tensor([torch.nan])}}
     return bench.call(DurableCheckpointIO().save_checkpoint, state, bench.folder / "step-0000001.ckpt")
 
@@ -144,7 +144,7 @@ def rate_too_high(bench: Bench) -> Outcome:
 
 
 def spike(bench: Bench) -> Outcome:
-    """The loss jumps in the third step: a line says so and the run goes on."""
+    """The loss jumps in the middle of a run: a line says so and the run goes on."""
     calls = iter(range(1000))
 
     def jumping(*args: object, **kwargs: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The ninety-three faults: one table, one row at least for each fault that concerns what exists.
+"""The faults of docs/faults.md: one table, with a row at least for each fault that no other test tries.
 
 Every row runs a real script's ``main`` as the script does, a process, or a public Python call, and asks for
 the exit status, ONE line that names file, line, key, value or remedy, no traceback, earlier files byte for
@@ -17,7 +17,7 @@ import model_rows
 import pytest
 import run_rows
 import torch
-from bench import Bench, Row
+from bench import ROOT, Bench, Row
 
 TABLE: list[Row] = [
     *data_rows.ROWS,
@@ -26,18 +26,9 @@ TABLE: list[Row] = [
     *run_rows.ROWS,
     *generation_rows.ROWS,
 ]
-ELSEWHERE = {
-    63: "signals: test_signals",
-    64: "a second signal: test_signals",
-    65: "SIGINT: test_signals",
-    66: "random kills: test_kills",
-    67: "kills inside a save: test_files",
-    68: "a process that dies: test_signals",
-    76: "where a save falls: test_resume",
-}
-"""Faults that need kills, signals or several processes, and the tests that try them."""
-NO_SERVING = range(90, 94)
-"""Of a server, which does not exist."""
+PAGE = ROOT / "docs" / "faults.md"
+NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+"""A fault on the page: its number, and what it is tested by."""
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[f"{row.fault}-{row.what.replace(' ', '-')}" for row in TABLE])
@@ -61,10 +52,12 @@ def test_fault(row: Row, bench: Bench, record_property: Callable[[str, object], 
     assert not [path for path in after if path.name.endswith(".tmp")]
 
 
-def test_every_fault_has_its_row() -> None:
-    tried = {row.fault for row in TABLE}
-    assert not tried & set(ELSEWHERE)
-    assert tried | set(ELSEWHERE) | set(NO_SERVING) == set(range(1, 94))
+def test_every_fault_of_the_page_is_tried_where_the_page_says() -> None:
+    faults = {int(number): where for number, where in NUMBERED.findall(PAGE.read_text(encoding="utf-8"))}
+    assert list(faults) == list(range(1, len(faults) + 1))
+    assert {row.fault for row in TABLE} == {number for number, where in faults.items() if where == "table"}
+    for where in set(faults.values()) - {"table", "no server"}:
+        assert (ROOT / "tests" / where.strip("`")).is_file(), where
 
 
 def test_the_bomb_is_live(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""Fuzz: record files, adapter files and prompts. A reader gives what it read or one line, and nothing else.
+"""Fuzz record files, adapter files and prompts. A reader returns what it read or raises one line.
 
 The number of examples is printed at the end of the run.
 """
@@ -25,7 +25,7 @@ from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer
 from lit_adapter.data.records import Record, Records, read_records
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter
 from lit_adapter.weights.base_folder import read_config
@@ -56,7 +56,7 @@ EDITS = st.lists(
 
 
 def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
-    """Replace ``cut`` bytes at a place by others, again and again."""
+    """For every edit, replace ``cut`` bytes at ``place`` (0 to 1) by ``new``."""
     for place, cut, new in edits:
         at = round(place * len(content))
         content = content[:at] + new + content[at + cut :]
@@ -77,7 +77,7 @@ def one_line(path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def examples(record_property: Callable[[str, object], None]) -> Iterator[list[int]]:
-    """Counts what was tried."""
+    """A list that grows by one with every example."""
     counted: list[int] = []
     yield counted
     record_property("examples", len(counted))
@@ -153,7 +153,7 @@ def test_damaged_adapter_files(tmp_path: Path, tiny_adapter: Path, examples: lis
         path.write_bytes(edited(whole, edits))
         with one_line(path):
             info, state = read_adapter(path)
-            shapes = expected_shapes(info.adapter, info.model)
+            shapes = adapter_shapes(info.adapter, info.model)
             assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
             assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 

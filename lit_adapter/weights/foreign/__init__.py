@@ -2,6 +2,5 @@
 
 `format` says what an adapter format has to do; `official`, `lit` (lit-llama and litgpt), `peft` and `ours`
 do it for one each; `recognise` lists them, opens a file and finds its format; `gates` converts gate forms;
-`pickles` reads torch.save files without running code; `convert` puts them together, with a report; `cli` is
-the command line of ``scripts/convert_adapter.py``.
+`pickles` reads torch.save files without running code; `convert` puts them together, with a report.
 """

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import check_adapter_state, expected_shapes
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.files.paths import refuse_input
+from lit_adapter.files.read import reading
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS, GateName
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base
 from lit_adapter.weights.base_folder import base_at_hand, read_config
 from lit_adapter.weights.foreign.format import Format, Opened
-from lit_adapter.weights.foreign.gates import DESCRIPTIONS, with_gates
+from lit_adapter.weights.foreign.gates import with_gates
 from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
 from lit_adapter.weights.measure import difference
 from lit_adapter.weights.plain import PlainAdapter
@@ -33,8 +35,8 @@ class Wishes:
     """The source's format, or auto."""
     base: Path | None = None
     template: str | None = None
-    gate: GateForm | None = None
-    to_gate: GateForm | None = None
+    gate: GateName | None = None
+    to_gate: GateName | None = None
     allow_lossy: bool = False
     overwrite: bool = False
 
@@ -55,13 +57,13 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
     if base is not None:
         _refuse_inputs(out, target, [base])
     model = info.model
-    check_adapter_state(expected_shapes(adapter.config, model), adapter.state, str(source))
+    check_adapter_state(adapter_shapes(adapter.config, model), adapter.state, str(source))
     target.check_writable(adapter.config, model)
     form = wishes.to_gate or target.gate or adapter.config.gate
     changed, worst = with_gates(adapter, form, model)
     if worst and not wishes.allow_lossy:
         raise UserError(
-            f"{source}: {target.name} has one gate {DESCRIPTIONS[form].partition(' ')[2]}, and the gates "
+            f"{source}: {target.name} has one gate {_named(form).partition(' ')[2]}, and the gates "
             f"differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
         )
     info = replace(info, adapter=changed.config)
@@ -80,9 +82,9 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
 
 
 def _check_output(source: Path, out: Path, target: Format, *, overwrite: bool) -> None:
-    with files.reading(source):
+    with reading(source):
         source.exists()
-    with files.reading(out):
+    with reading(out):
         taken, is_folder = out.exists(), out.is_dir()
         beside = [source.parent / form.companion for form in FORMATS.values() if form.companion is not None]
         _refuse_inputs(out, target, [source, *beside])
@@ -95,7 +97,7 @@ def _check_output(source: Path, out: Path, target: Format, *, overwrite: bool) -
 
 def _refuse_inputs(out: Path, target: Format, inputs: list[Path]) -> None:
     for path in target.outputs(out):
-        files.refuse_input(path, inputs, "--out")
+        refuse_input(path, inputs, "--out")
 
 
 def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) -> None:
@@ -153,10 +155,8 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
     layers = config.adapted_layers(model.n_layer)
     found = f"found     {config.version.upper()}, {len(layers)} of {model.n_layer} layers"
     if layers:
-        found += (
-            f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {DESCRIPTIONS[config.gate]}"
-        )
-    if config.version == "v2":
+        found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {_named(config.gate)}"
+    if "linears" in config.parts:
         with_output = "with" if config.head else "without"
         found += f"; norms, biases and scales of all layers, {with_output} the output layer"
     return found
@@ -167,7 +167,11 @@ def _exactness(adapter: PlainAdapter, changed: PlainAdapter, worst: float) -> li
     n_same = sum(torch.equal(tensor, changed.state[name]) for name, tensor in adapter.state.items())
     lines = [f"exact     {n_same} of {len(adapter.state)} tensors, bit for bit"]
     if n_same < len(adapter.state):
-        forms = f"{DESCRIPTIONS[adapter.config.gate]} to {DESCRIPTIONS[changed.config.gate]}"
+        forms = f"{_named(adapter.config.gate)} to {_named(changed.config.gate)}"
         how = f"LOSSY: means, from which gates differ by up to {worst:.3g}" if worst else "the same function"
         lines.append(f"changed   {len(adapter.state) - n_same} gates, {forms}: {how}")
     return lines
+
+
+def _named(gate: GateName) -> str:
+    return GATE_FORMS[gate].description

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.files.write import write_bytes
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
+from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.foreign.gates import our_gates
 from lit_adapter.weights.plain import PlainAdapter, State
@@ -46,7 +47,7 @@ class Format(ABC):
     name: str
     template: str | None = None
     """The prompt template that the code base's Alpaca script trains with, if it has one."""
-    gate: GateForm | None = None
+    gate: GateName | None = None
     """The gate form that is written; None if the format holds every form."""
     weights: tuple[str, ...] = ()
     """If an adapter is a folder: its file of tensors as written, and other names that are read."""
@@ -66,7 +67,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return the adapter.
 
         Args:
@@ -97,7 +98,7 @@ class Format(ABC):
         """Write the tensors that `write` returned, by default as a ``torch.save`` file."""
         stream = io.BytesIO()
         torch.save(tensors, stream)
-        files.write_bytes(out, stream.getvalue())
+        write_bytes(out, stream.getvalue())
 
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Return the lines of the report that reading or writing an adapter of this format adds."""
@@ -108,17 +109,12 @@ def our_prefixes(prompts: list[Tensor], gates: list[Tensor], n_layer: int) -> St
     """Return prompts and gates of the top layers, lowest first, under our names."""
     state: State = {}
     for layer, prompt, gate in zip(range(n_layer - len(prompts), n_layer), prompts, gates, strict=True):
-        state |= {prefix_name(layer, "prompt"): prompt, prefix_name(layer, "gate"): gate}
+        state |= {f"{prefix_name(layer)}.prompt": prompt, f"{prefix_name(layer)}.gate": gate}
     return state
 
 
-def prefix_name(layer: int, kind: str) -> str:
-    """Return our name of a layer's ``prompt`` or ``gate``."""
-    return f"layers.{layer}.self_attn.prefix.{kind}"
-
-
 def take_prefixes(
-    left: State, prompt: str, gate: str, function: GateForm, model: LlamaConfig, source: Path
+    left: State, prompt: str, gate: str, function: GateName, model: LlamaConfig, source: Path
 ) -> tuple[State, dict[str, Any], bool]:
     """Remove all prompts and gates from ``left``; in their names ``prompt`` and ``gate``, {} is the layer.
 
@@ -143,8 +139,8 @@ def take_prefixes(
 
 
 def take_gates(
-    left: State, names: list[str], function: GateForm, model: LlamaConfig, source: Path
-) -> tuple[list[Tensor], GateForm, bool]:
+    left: State, names: list[str], function: GateName, model: LlamaConfig, source: Path
+) -> tuple[list[Tensor], GateName, bool]:
     """Remove gates from ``left`` and return them in one of our forms, and whether there is one per layer.
 
     ``function`` is ``tanh`` or ``identity`` (per head; per layer in old files), or ``layer``.

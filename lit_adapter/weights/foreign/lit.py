@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GateName
+from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
-from lit_adapter.weights.foreign.format import Format, Opened, prefix_name, refuse_rest, take, take_prefixes
+from lit_adapter.weights.foreign.format import Format, Opened, refuse_rest, take, take_prefixes
 from lit_adapter.weights.plain import PlainAdapter, State
 from lit_adapter.weights.source import half_split
 
@@ -32,7 +34,7 @@ PROMPT, GATE = "transformer.h.{}.attn.adapter_wte.weight", "transformer.h.{}.att
 class Lit(Format):
     """What lit-llama and litgpt share."""
 
-    gate: GateForm | None = "identity"
+    gate: GateName | None = "identity"
     gate_shape: tuple[int, ...]
     """One size is -1, the number of heads."""
     wraps: bool
@@ -61,7 +63,7 @@ class Lit(Format):
             return None
         return f"gating_factor {list(gate.shape)}, {'under' if opened.wrapped else 'not under'} 'model'"
 
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return the adapter."""
         source, left = opened.path, dict(opened.tensors)
         state, sizes, single = take_prefixes(left, PROMPT, GATE, "identity", model, source)
@@ -79,7 +81,7 @@ class Lit(Format):
         return PlainAdapter(config, state, notes)
 
     def _read_v2(self, left: State, model: LlamaConfig, source: Path) -> State:
-        shapes = expected_shapes(AdapterConfig(version="v2", prompt_length=0, head=True), model)
+        shapes = adapter_shapes(AdapterConfig(version="v2", prompt_length=0, head=True), model)
         state: State = {}
         for theirs, ours in self._v2_names(model.n_layer).items():
             widths = [shapes[name][0] for name in ours]
@@ -110,9 +112,9 @@ class Lit(Format):
         """Return prompts ``[K, C]``, gates of shape `gate_shape`, and V2's norms, biases and scales."""
         found: State = {}
         for layer in adapter.config.adapted_layers(model.n_layer):
-            found[PROMPT.format(layer)] = adapter.state[prefix_name(layer, "prompt")]
-            found[GATE.format(layer)] = adapter.state[prefix_name(layer, "gate")].view(self.gate_shape)
-        if adapter.config.version == "v2":
+            found[PROMPT.format(layer)] = adapter.state[f"{prefix_name(layer)}.prompt"]
+            found[GATE.format(layer)] = adapter.state[f"{prefix_name(layer)}.gate"].view(self.gate_shape)
+        if "linears" in adapter.config.parts:
             zeros = torch.zeros(model.vocab_size)
             state = {"lm_head.adapter_bias": zeros, "lm_head.adapter_scale": zeros + 1} | adapter.state
             for theirs, names in self._v2_names(model.n_layer).items():
@@ -154,7 +156,7 @@ class LitLlama(Lit):
 
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Say what was reordered."""
-        if config.version == "v1":
+        if "linears" not in config.parts:
             return []
         return ["reordered query and key rows of biases and scales, between Meta's and Hugging Face's order"]
 
@@ -177,7 +179,7 @@ class LitGPT(Lit):
     norms: ClassVar = {"norm_1.weight": "input_layernorm", "norm_2.weight": "post_attention_layernorm"}
     final_norm = "transformer.ln_f.weight"
 
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return the adapter, also of versions before 0.5.5, whose V2 files later ones cannot read."""
         tensors: State = {}
         for name, tensor in opened.tensors.items():

@@ -8,7 +8,7 @@ have; the ``args`` of a training checkpoint say the first.
 from __future__ import annotations
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
 from lit_adapter.weights.foreign.format import (
     Format,
     Opened,
@@ -36,7 +36,7 @@ class Official(Format):
             return None
         return f"{QUERY}; a training checkpoint" if opened.wrapped else QUERY
 
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return the adapter.
 
         Raises:

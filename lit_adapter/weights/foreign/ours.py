@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.model.config import GateName, LlamaConfig
 from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
 from lit_adapter.weights.foreign.format import Format, Opened
 from lit_adapter.weights.plain import PlainAdapter, State
@@ -21,7 +21,7 @@ class Ours(Format):
         """By its metadata."""
         return "its metadata" if opened.info is not None else None
 
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return what opening the file has read already."""
         assert opened.info is not None
         return PlainAdapter(opened.info.adapter, opened.tensors)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
+from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_bytes, write_json
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
+from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
-from lit_adapter.weights.foreign.format import Format, Opened, prefix_name, refuse_rest, take_prefixes
+from lit_adapter.weights.foreign.format import Format, Opened, refuse_rest, take_prefixes
 from lit_adapter.weights.plain import PlainAdapter, State
 from lit_adapter.weights.shards import member
 
@@ -28,7 +30,7 @@ class Peft(Format):
     """AdaptionPrompt."""
 
     name = "peft"
-    gate: GateForm | None = "layer"
+    gate: GateName | None = "layer"
     weights = (WEIGHTS, "adapter_model.bin")
     companion = CONFIG
     is_certain = True
@@ -39,13 +41,13 @@ class Peft(Format):
         if not is_folder and not any(name.endswith(".self_attn.adaption_gate") for name in opened.tensors):
             return None
         path = member(opened.path if is_folder else opened.path.parent, CONFIG)
-        config = files.read_json(path)
+        config = read_json(path)
         kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != PEFT_TYPE:
             raise UserError(f"{path}: peft_type is {kind!r}; expected {PEFT_TYPE}")
         return CONFIG if is_folder else "adaption_gate"
 
-    def read(self, opened: Opened, model: LlamaConfig, gate: GateForm | None = None) -> PlainAdapter:
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
         """Return the adapter."""
         _refuse_bias(model)
         source, left = opened.path, dict(opened.tensors)
@@ -57,7 +59,7 @@ class Peft(Format):
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse a V2 adapter, and a base with biases in attention."""
-        if config.version == "v2":
+        if "linears" in config.parts:
             raise UserError(
                 "PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold a V2 adapter; "
                 "use --to litgpt, or scripts/merge.py if the adapter has no prompts"
@@ -68,13 +70,13 @@ class Peft(Format):
         """Return prompts ``[1, K, C]`` and gates ``[1]``."""
         found: State = {}
         for layer in adapter.config.adapted_layers(model.n_layer):
-            found[PROMPT.format(layer)] = adapter.state[prefix_name(layer, "prompt")][None].contiguous()
-            found[GATE.format(layer)] = adapter.state[prefix_name(layer, "gate")]
+            found[PROMPT.format(layer)] = adapter.state[f"{prefix_name(layer)}.prompt"][None].contiguous()
+            found[GATE.format(layer)] = adapter.state[f"{prefix_name(layer)}.gate"]
         return found
 
     def save(self, out: Path, tensors: State, info: AdapterInfo) -> None:
         """Write the folder's files."""
-        files.write_bytes(out / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_bytes(out / WEIGHTS, save(tensors, metadata={"format": "pt"}))
         settings = {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
@@ -84,7 +86,7 @@ class Peft(Format):
             "adapter_layers": len(info.adapter.adapted_layers(info.model.n_layer)),
             "target_modules": None,
         }
-        files.write_json(out / CONFIG, settings)
+        write_json(out / CONFIG, settings)
 
 
 def _refuse_bias(model: LlamaConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import reading, refuse_stand_in
+from lit_adapter.files.read import reading, refuse_stand_in
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter
 from lit_adapter.weights.foreign.format import Format, Opened
