@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_adapter.generation.engine import AdaptedLlama, load
+    from lit_adapter.generation.adapted import AdaptedLlama, load
 
 from lit_adapter.errors import UserError
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import torch only when a model is asked for: scripts answer --help without it."""
     if name in ("AdaptedLlama", "load"):
-        from lit_adapter.generation import engine
+        from lit_adapter.generation import adapted
 
-        return getattr(engine, name)
+        return getattr(adapted, name)
     raise AttributeError(f"module 'lit_adapter' has no attribute '{name}'")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from lit_adapter.errors import UserError, shorten
-from lit_adapter.files import is_text
-from lit_adapter.model.config import AdapterConfig, check_fp32
+from lit_adapter.files.paths import is_unicode
+from lit_adapter.model.config import VERSIONS, AdapterConfig, check_fp32
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
@@ -232,16 +232,17 @@ class Config:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder of this machine")
-        if not is_text(self.out):
+        if not is_unicode(self.out):
             raise UserError(
                 f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
             )
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
-        if self.adapter.version == "v1" and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
+        has_v2_parts = self.adapter.parts != VERSIONS["v1"]
+        if not has_v2_parts and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
             raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
-        if self.adapter.version == "v2":
+        if has_v2_parts:
             rate = with_learning_rate(self).optim.peak_lr * self.optim.lr_scale_v2
             check_fp32("the rate of V2, lr * lr_scale_v2,", rate, zero=True)
         if self.init_from == "":
@@ -250,6 +251,8 @@ class Config:
 
 def with_learning_rate(config: Config) -> Config:
     """Return the run with its adapter's default learning rate where none is given."""
-    if config.optim.lr is not None or config.optim.base_lr is not None or config.adapter.version == "v1":
+    default = DEFAULT_LR[config.adapter.version]
+    is_given = config.optim.lr is not None or config.optim.base_lr is not None
+    if is_given or default == config.optim.peak_lr:
         return config
-    return replace(config, optim=replace(config.optim, lr=DEFAULT_LR[config.adapter.version]))
+    return replace(config, optim=replace(config.optim, lr=default))

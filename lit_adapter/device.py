@@ -1,4 +1,4 @@
-"""Which device and precision to use when the user leaves the choice to us."""
+"""The choice of device and precision, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """Return the named device, or CUDA's current device, or the CPU.
 
-    Kernels and graphs go to CUDA's current device, so that no other can be named.
+    Kernels and graphs run on CUDA's current device, so no other can be named.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: the device is unknown or not available.
     """
     if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,9 +35,9 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return where this process of a run computes: each process of a node has its own GPU.
+    """Return this process's own device: each process of a node has its own GPU.
 
-    Lightning and torchrun number them in LOCAL_RANK, SLURM in SLURM_LOCALID.
+    Lightning and torchrun number a node's processes in LOCAL_RANK, SLURM in SLURM_LOCALID.
     """
     if device.type != "cuda":
         return device
@@ -45,10 +45,10 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return the named precision; by default bf16 where the device multiplies it faster, else fp32.
+    """Return the named precision; by default bf16 if the device multiplies it faster than fp32.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the name is unknown.
     """
     if isinstance(name, torch.dtype):
         return name
@@ -60,11 +60,11 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
 
 
 def _bf16_pays(device: torch.device) -> bool:
-    """Measure it: processors without bf16 instructions are far slower with it than with fp32."""
+    """Measure whether bf16 is faster than fp32; it is far slower on a processor without bf16 instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would be timed waiting for each other where other work runs too
+    torch.set_num_threads(1)  # on a busy machine several threads would wait for each other
     try:
         return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
     finally:
@@ -72,7 +72,7 @@ def _bf16_pays(device: torch.device) -> bool:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the best of five timings of a small matrix product, in this thread's own processor time."""
+    """Return the best of five timings of a small matrix product, in this thread's CPU time."""
     a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -83,9 +83,9 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
-    """Return the memory that can still be had: of a GPU, or of this machine or container.
+    """Return the free memory of a GPU, or of this machine or container; None where it is unknown.
 
-    What the process holds already is not in it. None where the system does not say.
+    Memory that this process has in use is not free; memory in CUDA's cache is.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -93,32 +93,26 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     machine = _keyed(meminfo).get("MemAvailable:")
     if machine is None:
         return None
-    left = [_group_bytes(cgroup, *names) for names in _CGROUP_FILES]
+    left = [  # control groups v2 and v1
+        _group_bytes(cgroup, "memory.max", "memory.current", "inactive_file"),
+        _group_bytes(
+            cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        ),
+    ]
     return min([machine * 1024, *(bytes_ for bytes_ in left if bytes_ is not None)])
 
 
-_CGROUP_FILES = (  # of the two versions of control groups: limit, use, and which of it the kernel may drop
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
-
-
-def _group_bytes(cgroup: Path, limit: str, used: str, statistics: str, dropped: str) -> int | None:
-    """Return what a container may still take, or None without a limit."""
+def _group_bytes(folder: Path, limit: str, used: str, dropped: str) -> int | None:
+    """Return the bytes that a container may still allocate, by control groups; None without a limit."""
     try:
-        left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+    except (OSError, ValueError):  # not in a container, or no limit ("max")
         return None
-    return left + _keyed(cgroup / statistics).get(dropped, 0)
+    return left + _keyed(folder / "memory.stat").get(dropped, 0)
 
 
 def _keyed(path: Path) -> dict[str, int]:
-    """Read the first number after each name of a file that the kernel writes."""
+    """Return the number after each name in one of the kernel's files."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:

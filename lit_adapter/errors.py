@@ -1,13 +1,13 @@
-"""The one exception a user's mistake raises, and how the scripts show it."""
+"""The exception for users' mistakes, and helpers for its messages."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What went wrong, where (file, line, key) and what would be right, in one line.
+    """A mistake of the user: one line with what is wrong, where (file, line, key) and what would be right.
 
-    The scripts print it as ``error: ...`` on standard error and exit with status 2. Everything else
-    that escapes is a bug of ours and keeps its traceback.
+    The scripts print it as ``error: ...`` on standard error and exit with status 2. Any other exception
+    is a bug and keeps its traceback.
     """
 
     exit_status = 2
@@ -46,13 +46,13 @@ OTHER_NAMES = {
     "adapter_layer": "layers",
     "max_tokens": "max_new_tokens",
 }
-"""What other programs call our settings."""
+"""Other programs' names of our settings."""
 
 
 def nearest(name: str, candidates: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the candidate most like ``name``, or an empty string.
+    """Return ``"; did you mean 'x'?"`` for the candidate most similar to ``name``, or an empty string.
 
-    A candidate of the same name in another section, or of the name that others give it, goes first.
+    A candidate with the same name in another section, or with another program's name for it, is preferred.
     """
     import difflib
 
@@ -68,6 +68,6 @@ def _plain(name: str) -> str:
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """Return ``repr(value)``, printable in any encoding that repr is, cut to ``limit`` characters."""
+    """Return ``repr(value)``, cut to ``limit`` characters."""
     shown = repr(value[:limit] if isinstance(value, str) else value)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

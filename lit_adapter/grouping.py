@@ -1,4 +1,4 @@
-"""Consecutive things, as many together as fit."""
+"""Consecutive items in groups of limited size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> list[list[T]]:
-    """Cut ``items`` into groups of ``most`` together or less; one that is larger stands alone.
+    """Divide ``items`` into consecutive groups with a total size of at most ``most``.
 
-    There is one group at least, which is empty where there are no items.
+    An item that is larger is a group of its own. Without items there is one empty group.
     """
     groups: list[list[T]] = [[]]
     total = 0

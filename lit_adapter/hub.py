@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub answers, or why it did not, in one line."""
+"""Requests to the Hugging Face Hub; what fails is reported in one line."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from lit_adapter.errors import UserError
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no full name of a repository.
+    """Check that a name is a repository's full name.
 
     Raises:
-        UserError: says what one looks like.
+        UserError: it does not have the form org/name.
     """
     if name.count("/") != 1:
-        raise UserError(f"'{name}' is no name on the Hub; expected org/name")
+        raise UserError(f"'{name}' is not a name on the Hub; expected org/name")
 
 
 def asking_hub(name: str, revision: str | None, ask: Callable[[], Any], *, absent: str = "") -> Any:
-    """Run a request.
+    """Return the result of a request.
 
     Args:
-        name: repository, or repository and file, as the user knows it.
-        revision: of it, or None.
-        ask: what to call.
-        absent: what else is to be said where there is no such repository.
+        name: repository, or repository and file, as the user named it.
+        revision: branch, tag or commit; None for the default.
+        ask: sends the request.
+        absent: what to add to the message if there is no such repository.
 
     Raises:
-        UserError: the Hub did not answer it, and why.
+        UserError: the request failed.
     """
     from huggingface_hub import errors
 
@@ -46,24 +46,24 @@ def asking_hub(name: str, revision: str | None, ask: Callable[[], Any], *, absen
     except errors.EntryNotFoundError:
         why = "no such file on the Hub; check its path"
     except errors.BadRequestError as error:
-        why = f"the Hub refuses it: {str(error).strip().splitlines()[-1]}"
+        why = f"the Hub refused it: {str(error).strip().splitlines()[-1]}"
     except errors.HFValidationError:
-        raise UserError(f"'{name}' is no name on the Hub; expected org/name") from None
+        raise UserError(f"'{name}' is not a name on the Hub; expected org/name") from None
     except Exception as error:
-        # The transport's own errors have another base class in every generation of the library.
+        # The base class of transport errors changes with the library's version.
         transport = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests")
         if not transport and not isinstance(error, (OSError, errors.HfHubHTTPError)):
             raise
-        why = _unanswered(error)
+        why = _transport_failure(error)
     raise UserError(f"{name}: {why}")
 
 
-def _unanswered(error: Exception) -> str:
+def _transport_failure(error: Exception) -> str:
     reason = (str(error).strip().splitlines() or ["no answer"])[0][:200]
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
         return (
-            f"this login may not do that ({reason}); check the name, or run 'hf auth login' "
-            "with a token that may"
+            f"this login is not permitted to do that ({reason}); check the name, or run 'hf auth login' "
+            "with a token that is"
         )
     kind = type(error).__name__
     return f"the Hub cannot be reached ({kind}: {reason}); check the network and run the same command again"

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, where that is a terminal."""
+"""Progress bars on standard error, if it is a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback (bytes done, bytes in all) that draws the bar; None without a terminal."""
+    """Yield a callback (bytes done, bytes in total) that draws the bar; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -26,7 +26,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 @contextlib.contextmanager
 def count_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield what is to be called with the number of each thing that is finished, of ``total``."""
+    """Yield a callback that is called with the number of items just finished, out of ``total``."""
     if not sys.stderr.isatty():
         yield lambda number: None
         return

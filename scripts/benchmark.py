@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.cli.command import check_least, command_parser, parse, run
 from lit_adapter.errors import UserError
 
 ONLY_FOR = {

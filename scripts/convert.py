@@ -1,7 +1,7 @@
 """Turn a Hugging Face folder, a Meta folder or a GGUF file into checkpoints/NAME."""
 
-from lit_adapter.command import run
-from lit_adapter.weights.cli import convert_main
+from lit_adapter.cli.command import run
+from lit_adapter.cli.convert import main
 
 if __name__ == "__main__":
-    run(convert_main)
+    run(main)

@@ -1,7 +1,7 @@
 """Train an adapter: python scripts/finetune.py --config configs/quickstart.yaml."""
 
-from lit_adapter.cli import finetune_main
-from lit_adapter.command import run
+from lit_adapter.cli.command import run
+from lit_adapter.cli.finetune import main
 
 if __name__ == "__main__":
-    run(finetune_main)
+    run(main)

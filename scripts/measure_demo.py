@@ -11,12 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_adapter.cli import parse_finetune
-from lit_adapter.command import command_parser, parse, run
+from lit_adapter.cli.command import command_parser, parse, run
+from lit_adapter.cli.finetune import parse_finetune
+from lit_adapter.cli.quickstart import CONFIG
 from lit_adapter.data import demo
 from lit_adapter.data.records import read_records
-from lit_adapter.files import write_json
-from lit_adapter.quickstart import CONFIG, score
+from lit_adapter.files.write import write_json
+from lit_adapter.quickstart import score
 
 # Name, training records, options that differ from configs/quickstart.yaml.
 VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (

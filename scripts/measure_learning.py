@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.cli.command import check_least, command_parser, parse, run
 
 
 def read_options(argv: Sequence[str]) -> Any:

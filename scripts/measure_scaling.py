@@ -23,8 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.cli import finetune_main, parse_finetune
-from lit_adapter.command import check_least, command_parser, parse, run
+from lit_adapter.cli.command import check_least, command_parser, parse, run
+from lit_adapter.cli.finetune import main as finetune_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
 
 RESULT = "LIT_ADAPTER_MEASURED"
@@ -125,7 +126,8 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
     from safetensors.torch import save_file
 
     from lit_adapter.model.config import LlamaConfig
-    from lit_adapter.weights.base_folder import TOKENIZER_FILES, expected_shapes, tokenizer_fingerprint
+    from lit_adapter.model.layout import base_shapes
+    from lit_adapter.weights.base_folder import TOKENIZER_FILES, tokenizer_fingerprint
 
     if (out / "fingerprint.json").is_file():
         return out
@@ -139,7 +141,7 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
     (out / "config.json").write_text(json.dumps(described))
     files: dict[str, dict[str, torch.Tensor]] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, size in expected_shapes(LlamaConfig.from_hf(described)).items():
+    for name, size in base_shapes(LlamaConfig.from_hf(described)).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
         values = torch.empty(size, dtype=torch.bfloat16, device=device)
         values = values.fill_(1.0) if len(size) == 1 else values.normal_(0.0, 0.02)

@@ -1,7 +1,7 @@
 """Put an adapter and its model card on the Hugging Face Hub."""
 
-from lit_adapter.command import run
-from lit_adapter.weights.cli import push_main
+from lit_adapter.cli.command import run
+from lit_adapter.cli.push import main
 
 if __name__ == "__main__":
-    run(push_main)
+    run(main)

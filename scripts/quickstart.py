@@ -1,7 +1,7 @@
 """Everything at once on the embedded default: python scripts/quickstart.py."""
 
-from lit_adapter.command import run
-from lit_adapter.quickstart import quickstart_main
+from lit_adapter.cli.command import run
+from lit_adapter.cli.quickstart import main
 
 if __name__ == "__main__":
-    run(quickstart_main)
+    run(main)

@@ -16,7 +16,7 @@ from hub_stand_in import hub  # noqa: F401 (a fixture)
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert

@@ -7,38 +7,57 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from lit_adapter.command import parse
-from lit_adapter.files import read_json
-from lit_adapter.generation.command import answer, parser
+from lit_adapter.cli.generate import main
+from lit_adapter.files.read import read_json
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Answers, Engine
+from lit_adapter.generation.request import Request
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, expected_shapes, save_adapter
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("--device", "cpu", "--dtype", "float32")
 
 
-def save_random_adapter(base: Path, path: Path, seed: int = 0) -> Path:
+def save_random_adapter(base: Path, path: Path, seed: int = 0, config: AdapterConfig | None = None) -> Path:
     """An adapter of the tiny base whose gates are open."""
-    raw = read_json(base / "config.json")
-    config = AdapterConfig(layers=3, prompt_length=5)
+    raw, config = read_json(base / "config.json"), config or AdapterConfig(layers=3, prompt_length=5)
     generator = torch.Generator().manual_seed(seed)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     template = resolve_template("alpaca", load_tokenizer(base))
     save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
     return path
 
 
+def decode(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    how: Sampling,
+    stop_ids: frozenset[int] = frozenset(),
+    *,
+    batch_size: int = 1,
+) -> Answers:
+    """Answer prompts by a model with its own adapter."""
+    with torch.inference_mode():
+        adapter = Adapter.of(model)
+    return Engine().run([Request(prompt, how, adapter, stop_ids) for prompt in prompts], batch_size)
+
+
 def script(*argv: object, out: io.StringIO | None = None) -> str:
     """What ``scripts/generate.py`` writes on standard output."""
     out = out or io.StringIO()
-    assert answer(parse(parser(), [str(value) for value in argv]), out) == 0
+    assert main([str(value) for value in argv], out=out) == 0
     return out.getvalue()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from generation_fixtures import decode
 from random_records import encoded
 from test_memory import kept_for_backward
 from tiny_models import open_adapter
@@ -29,14 +30,13 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lit_adapter.data.packing import Packer, share_of_step
-from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import RowShape, estimate
-from lit_adapter.training.sharding import cut_heads, read_cut_base, shard_base
+from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -118,11 +118,11 @@ def main(
     model = open_adapter(empty_base(base, dtype=dtype), adapter)
     mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
     share, part = mesh.get_coordinate() or ()
-    cut_heads(model, mesh["tensor"])
+    shard_heads(model, mesh["tensor"])
     shard_base(model, mesh["data"])
     found: dict[str, Any] = {}
     with Peak() as peak:
-        read_cut_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
+        read_sharded_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)

@@ -26,7 +26,7 @@ from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.sharding import read_cut_base, shard_base
+from lit_adapter.training.sharding import read_sharded_base, shard_base
 from lit_adapter.weights.load import empty_base, load_base
 
 ADAPTER = AdapterConfig(layers=3, prompt_length=5, prompt_init_std=1.0)
@@ -47,7 +47,7 @@ def computed(model: Llama, rows: list[PackedRow]) -> tuple[list[Tensor], list[Te
 def cut(base: Path, device: torch.device) -> Llama:
     model = open_adapter(empty_base(base, dtype=torch.float32), ADAPTER)
     shard_base(model, init_device_mesh(device.type, (dist.get_world_size(),)))
-    read_cut_base(model, base, device=device, dtype=torch.float32)
+    read_sharded_base(model, base, device=device, dtype=torch.float32)
     return model
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import (
     adapter_parameters,
+    adapter_shapes,
     adapter_state,
     attach,
     check_adapter_state,
-    expected_shapes,
     load_adapter_state,
 )
 from lit_adapter.model.attention import CausalView
@@ -97,7 +97,7 @@ def test_only_the_adapter_learns_and_lower_blocks_need_no_graph() -> None:
     attach(model, AdapterConfig(layers=2))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learning == {name for name, _ in adapter_parameters(model)}
-    assert learning == set(expected_shapes(AdapterConfig(layers=2), model.config))
+    assert learning == set(adapter_shapes(AdapterConfig(layers=2), model.config))
     seen: dict[int, bool] = {}
     for index, block in enumerate(model.layers):
         block.register_forward_hook(lambda m, a, out, index=index: seen.update({index: out.requires_grad}))
@@ -211,7 +211,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(damage: Any, m
 
 
 def test_many_wrong_names_are_shortened() -> None:
-    shapes = expected_shapes(AdapterConfig(), random_llama().config)
+    shapes = adapter_shapes(AdapterConfig(), random_llama().config)
     with pytest.raises(UserError, match=r"6 missing \(\S+, \S+, \.\.\.\)$"):
         check_adapter_state(shapes, {}, "a")
 
@@ -231,7 +231,7 @@ def test_a_7b_adapter_has_the_papers_count() -> None:
     llama_7b = LlamaConfig(
         vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008
     )
-    shapes = expected_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
+    shapes = adapter_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_229_760
 
 
@@ -240,11 +240,13 @@ def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
     """As the CUDA path asks for them: all layers' at once, and the gate's own gradient from that of c(g)."""
     model = open_adapter(random_llama(0), AdapterConfig(layers=3, prompt_length=2, gate=gate))
     prefixes = [block.self_attn.prefix for block in model.layers]
-    together = prefixes[0].strength(torch.stack([prefix.gate for prefix in prefixes]))
+    form, axes = prefixes[0].form, prefixes[0].axes
+    together = form.strength(torch.stack([prefix.gate for prefix in prefixes]), axes)
     torch.testing.assert_close(together, torch.stack([prefix.strength() for prefix in prefixes]))
     for prefix in prefixes:
-        strength = prefix.strength()[:, 0].expand(model.config.n_head, model.config.head_dim)
-        dstrength = torch.randn(strength.shape, dtype=strength.dtype)
-        (wanted,) = torch.autograd.grad(strength, prefix.gate, dstrength)
+        strength = prefix.strength()
+        whole = strength.expand(model.config.n_head, 1, model.config.head_dim)
+        dwhole = torch.randn(whole.shape, dtype=whole.dtype)
+        (wanted,) = torch.autograd.grad(whole, prefix.gate, dwhole)
         with torch.no_grad():
-            torch.testing.assert_close(prefix.gate_gradient(strength, dstrength), wanted)
+            torch.testing.assert_close(form.gradient(strength, dwhole), wanted)

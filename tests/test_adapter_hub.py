@@ -10,7 +10,8 @@ import yaml
 from generation_fixtures import save_random_adapter
 from hub_stand_in import COMMIT, TOKEN, Hub, script
 
-from lit_adapter.files import read_json, write_json
+from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_json
 from lit_adapter.weights.adapter_file import AdapterInfo, read_adapter, save_adapter
 from lit_adapter.weights.model_card import model_card
 
@@ -36,7 +37,7 @@ def test_pushed_and_fetched_it_is_the_same_file(tmp_path: Path, hub: type[Hub], 
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == f"pushed adapter.safetensors: {hub.address}/me/my-adapter/commit/{COMMIT}"
-    assert second == "its model card is written; the licence is yours to fill in there"
+    assert second == "a model card has been written; fill in the licence there"
     assert hub.made == {"me/my-adapter": True}
     repository = hub.repositories["me/my-adapter"]
     assert (repository / "adapter.safetensors").read_bytes() == adapter.read_bytes()
@@ -89,7 +90,7 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
     card = hub.repositories["me/mine"] / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\nmine")
     done = push(tmp_path, hub, adapter, "me/mine")
-    assert done.stdout.splitlines()[1] == "its model card is left as it is there; --card FILE replaces it"
+    assert done.stdout.splitlines()[1] == "the repository's model card is unchanged; --card FILE replaces it"
     assert card.read_text().endswith("mine")
     own = tmp_path / "card.md"
     own.write_text("---\nlicense: mit\n---\nanother")
@@ -101,10 +102,14 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
     ("arguments", "variables", "message"),
     [
         (["adapter.safetensors", "me/x"], {"HF_TOKEN": ""}, "not logged in to the Hub; run 'hf auth login'"),
-        (["adapter.safetensors", "me/x"], {"HF_TOKEN": "bad"}, "me/x: this login may not do that ("),
-        (["adapter.safetensors", "others/x"], {}, "others/x: this login may not do that ("),
-        (["adapter.safetensors", "a b/c"], {}, "'a b/c' is no name on the Hub; expected org/name"),
-        (["adapter.safetensors", "x"], {}, "'x' is no name on the Hub; expected org/name"),
+        (
+            ["adapter.safetensors", "me/x"],
+            {"HF_TOKEN": "bad"},
+            "me/x: this login is not permitted to do that (",
+        ),
+        (["adapter.safetensors", "others/x"], {}, "others/x: this login is not permitted to do that ("),
+        (["adapter.safetensors", "a b/c"], {}, "'a b/c' is not a name on the Hub; expected org/name"),
+        (["adapter.safetensors", "x"], {}, "'x' is not a name on the Hub; expected org/name"),
         (["nowhere.safetensors", "me/x"], {}, "nowhere.safetensors: no such adapter file"),
         (
             ["checkpoints/tiny/model.safetensors", "me/x"],
@@ -151,7 +156,7 @@ def test_what_cannot_be_fetched(tmp_path: Path, hub: type[Hub]) -> None:
         ),
         ("org/broken", "org/broken/adapter.safetensors: damaged or not a safetensors file"),
         ("org/none", "org/none: not found on the Hub"),
-        ("plain", "'plain' is no name on the Hub; expected org/name"),
+        ("plain", "'plain' is not a name on the Hub; expected org/name"),
     ):
         done = script(tmp_path, hub.address, name, "--adapter")
         assert done.returncode == 2

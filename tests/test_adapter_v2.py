@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from finetune_runs import Stopper
-from generation_fixtures import CHOICES, script
+from generation_fixtures import CHOICES, decode, script
 from prefix_formula import reference_logits
 from random_records import encoded
 from tiny_models import open_adapter, random_ids, random_llama
@@ -21,14 +21,13 @@ import lit_adapter
 from lit_adapter.config import Config, OptimConfig
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
-from lit_adapter.generation.decode import decode
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import loss
 from lit_adapter.model.adapter import (
     adapter_parameters,
+    adapter_shapes,
     adapter_state,
     attach,
-    expected_shapes,
     parameter_counts,
     plain_base,
 )
@@ -99,7 +98,7 @@ def test_names_and_shapes_are_those_of_the_module(config: AdapterConfig, sizes: 
     model = random_llama(1, **sizes)
     attach(model, config)
     found = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model)}
-    assert found == expected_shapes(config, model.config)
+    assert found == adapter_shapes(config, model.config)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == found.keys()
 
 
@@ -113,10 +112,10 @@ def test_a_7b_adapter_has_the_published_count() -> None:
     config = AdapterConfig(version="v2", prompt_length=10, layers=30, head=True)
     attach(model, config)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_279_744
-    assert sum(math.prod(shape) for shape in expected_shapes(config, sizes).values()) == 4_279_744
-    assert parameter_counts(model) == (
+    assert sum(math.prod(shape) for shape in adapter_shapes(config, sizes).values()) == 4_279_744
+    assert parameter_counts(config, sizes) == (
         "prompts 1,228,800 and gates 960, K 10, L 30 of 32; "
-        "norms 266,240, biases 1,391,872, scales 1,391,872, with head"
+        "norms 266,240; biases 1,391,872 and scales 1,391,872, with the output layer's"
     )
 
 
@@ -241,7 +240,7 @@ def test_a_run_learns_resumes_to_the_byte_and_answers(
     options += KINDS[kind]
     lines = Stopper()
     assert finetune(tiny(*options, out="whole"), say=lines) == 0
-    assert any("norms 432, biases " in line and "scales " in line for line in lines.lines)
+    assert any("norms 432; biases " in line and "scales " in line for line in lines.lines)
     path = Path(tiny(*options, out="whole").out) / "adapter.safetensors"
     assert finetune(tiny(*options, out="cut"), say=Stopper("step 6/")) == 143
     assert finetune(tiny(*options, out="cut"), resume="last", say=Stopper()) == 0
@@ -251,8 +250,7 @@ def test_a_run_learns_resumes_to_the_byte_and_answers(
     assert all(bool(tensor.any()) for name, tensor in state.items() if name.endswith("adapter_bias"))
     model = lit_adapter.load(adapter=path, base=tiny_base, device="cpu", dtype="float32")
     ids = random_ids(1, 12)
-    with model.without_adapter():
-        base = model.logits(ids)
+    base = model.base.logits(ids)
     plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
     assert torch.equal(base, plain.logits(ids))
     assert not torch.equal(base, model.logits(ids))

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from warm_runs import run_code
 
 from lit_adapter.model.config import LlamaConfig, RopeConfig
-from lit_adapter.weights.base_folder import expected_shapes, missing_part, read_config, read_fingerprint
+from lit_adapter.model.layout import base_shapes
+from lit_adapter.weights.base_folder import missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
-from lit_adapter.weights.source import half_split_rows
+from lit_adapter.weights.source import half_split
 
 KINDS = gguf.GGMLQuantizationType
 
@@ -88,7 +89,7 @@ def test_every_shape_of_llama(tmp_path: Path, sizes: dict) -> None:
     model = random_llama(**sizes)
     out = convert(write_hf(model, tmp_path / "source"), tmp_path / "out")
     names = set(model.state_dict()) - ({"lm_head.weight"} if sizes.get("tie_word_embeddings") else set())
-    shapes = expected_shapes(read_config(out))
+    shapes = base_shapes(read_config(out))
     assert shapes == {name: tuple(model.state_dict()[name].shape) for name in names}
     assert_same_model(out, model)
 
@@ -155,11 +156,11 @@ def test_reordered_rows_give_the_attention_scores_of_metas_complex_rotation() ->
         return y * both.cos() + turned * both.sin()
 
     expected = torch.einsum("thd,shd->hts", meta(wq), meta(wk))
-    got = torch.einsum(
-        "thd,shd->hts", hugging_face(half_split_rows(wq, H)), hugging_face(half_split_rows(wk, H))
-    )
-    torch.testing.assert_close(got, expected)
-    assert torch.equal(interleaved(half_split_rows(wq, H), H), wq)
+    config = LlamaConfig(vocab_size=1, n_layer=1, n_head=H, n_kv_head=H, n_embd=C, head_dim=D, n_hidden=1)
+    q, k = half_split("q_proj.weight", wq, config), half_split("k_proj.weight", wk, config)
+    torch.testing.assert_close(torch.einsum("thd,shd->hts", hugging_face(q), hugging_face(k)), expected)
+    assert torch.equal(interleaved(q, H), wq)
+    assert torch.equal(half_split("q_proj.weight", q, config, undo=True), wq)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1"])
@@ -249,7 +250,7 @@ def test_dtype_casts(tmp_path: Path, dtype: str) -> None:
 
 def test_expected_size_of_llama_7b() -> None:
     sizes = LlamaConfig(32_000, 32, 32, 32, 4096, 128, 11_008)
-    assert sum(int(np.prod(shape)) for shape in expected_shapes(sizes).values()) == 6_738_415_616
+    assert sum(int(np.prod(shape)) for shape in base_shapes(sizes).values()) == 6_738_415_616
 
 
 KILLED = """

@@ -1,22 +1,22 @@
-"""Decode steps on laid-out matrices: the logits of the whole text's forward pass."""
+"""Decode steps on joined matrices give the logits of the whole text's forward pass."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
+from generation_fixtures import decode
 from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
-from lit_adapter.generation.decode import decode
-from lit_adapter.generation.decoder import Decoder, Slot
+from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model import cpu_decode
-from lit_adapter.model.adapter import plain_base
+from lit_adapter.model import cache, cpu_decode
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights, _Matrix
+from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
 
 CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
@@ -56,55 +56,49 @@ def test_steps_give_the_whole_texts_logits(
     """With 61 possible tokens, a prime number, the head is cut unevenly."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     model = model_of(name, dtype)
-    model.decode_weights = DecodeWeights(model)
     texts = [list(prompt) for prompt in PROMPTS[:n_texts]]
-    decoder = Decoder(model, n_texts, 16, Sampling.of(max_new_tokens=5))
-    slots: list[Slot | None] = list(decoder.prefill(texts, range(n_texts), range(n_texts)))
-    assert model.decode_weights.ready
-    for _ in range(4):
-        token, position = [slot.token for slot in slots], [slot.length for slot in slots]
-        found = CpuDecode(model, decoder.cache).step(token, position)
-        for text, slot, logits in zip(texts, slots, found, strict=True):
-            text.append(slot.token)
-            exact = wanted(model, text)
-            assert (logits - exact).norm() < tolerance * exact.norm()
-        decoder.step(slots)
+    with torch.inference_mode():
+        prefixes = Adapter.of(model).prefixes
+        executor = CpuDecode(model, n_texts, 16)
+        hidden = executor.read(texts, range(n_texts), prefixes)
+        found = model.logits(hidden)
+        for _ in range(5):
+            for text, logits in zip(texts, found, strict=True):
+                exact = wanted(model, text)
+                assert (logits - exact).norm() < tolerance * exact.norm()
+                text.append(int(exact.argmax()))
+            found = executor.step([text[-1] for text in texts], [len(text) - 1 for text in texts])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_what_answers_and_the_texts_are_the_same(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, settings = model_of("gqa-top-layer", dtype), Sampling.of(max_new_tokens=6)
-    plain = list(decode(model, PROMPTS, settings, frozenset(), batch_size=2))
-    model.decode_weights = DecodeWeights(model)
-    monkeypatch.setattr("lit_adapter.generation.decoder.DecodeView", None)
-    assert list(decode(model, PROMPTS, settings, frozenset(), batch_size=2)) == plain
+def test_it_is_what_answers_and_the_texts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, settings = model_of("gqa-top-layer", dtype), Sampling.of(max_new_tokens=6)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_decode, "unsupported", lambda model: "not now")
+            plain = list(decode(model, PROMPTS, settings, frozenset(), batch_size=2))
+        assert model.decode_weights is None
+        monkeypatch.setattr(cache, "DecodeView", None)
+        assert list(decode(model, PROMPTS, settings, frozenset(), batch_size=2)) == plain
+        assert model.decode_weights is not None
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "adapter"),
-    [({"attention_bias": True}, AdapterConfig()), ({}, AdapterConfig(version="v2"))],
+    ("sizes", "adapter", "reason"),
+    [
+        ({"attention_bias": True}, AdapterConfig(), "layers other than"),
+        ({}, AdapterConfig(version="v2"), "layers other than"),
+        ({}, None, "being trained"),
+    ],
 )
-def test_other_models_keep_their_own_forward_pass(sizes: dict[str, Any], adapter: AdapterConfig) -> None:
-    model = open_adapter(random_llama(3, torch.float32, **sizes), adapter).requires_grad_(False)
-    settings = Sampling.of(max_new_tokens=6)
-    plain = list(decode(model, PROMPTS, settings, frozenset()))
-    model.decode_weights = DecodeWeights(model)
-    assert not model.decode_weights.ready
-    assert list(decode(model, PROMPTS, settings, frozenset())) == plain
-
-
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_an_adapter_that_is_put_aside_first_is_the_same_afterwards(version: Literal["v1", "v2"]) -> None:
-    """V2 scales the projections of its prompts too, but not while the plain base answers."""
-    model = open_adapter(random_llama(3, torch.float32), AdapterConfig(version=version)).requires_grad_(False)
-    settings = Sampling.of(max_new_tokens=6)
-    wanted = list(decode(model, PROMPTS, settings, frozenset()))
-    model.decode_weights = DecodeWeights(model)
-    with plain_base(model):
-        assert list(decode(model, PROMPTS, settings, frozenset())) != wanted
-    assert list(decode(model, PROMPTS, settings, frozenset())) == wanted
+def test_other_models_keep_their_own_forward_pass(
+    sizes: dict[str, Any], adapter: AdapterConfig | None, reason: str
+) -> None:
+    model = open_adapter(random_llama(3, torch.float32, **sizes), adapter or AdapterConfig())
+    model.requires_grad_(adapter is None)
+    assert reason in str(cpu_decode.unsupported(model, Setting.of(model)))
+    assert list(decode(model, PROMPTS, Sampling.of(max_new_tokens=6), frozenset()))
+    assert model.decode_weights is None
 
 
 @pytest.mark.parametrize("n_threads", [1, 4, 7, 48])
@@ -113,9 +107,9 @@ def test_the_matrices_are_the_models_own(n_threads: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     model = random_llama(3, torch.float32, vocab_size=60, head_dim=4, n_hidden=20)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    weights = DecodeWeights(model)
+    assert cpu_decode.unsupported(model, Setting.of(model)) is None
     with torch.inference_mode():
-        assert weights.ready
+        weights = DecodeWeights(model)
     layers = [*weights.layers, weights]
     matrices = [part for layer in layers for part in vars(layer).values() if isinstance(part, _Matrix)]
     assert len(matrices) == 4 * len(model.layers) + 1
@@ -130,6 +124,6 @@ def test_matrices_stay_where_they_are_where_memory_is_short(monkeypatch: pytest.
     model = model_of("plain-base", torch.float32)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: size - 1)
-    assert not DecodeWeights(model).ready
+    assert "more memory than is free" in str(cpu_decode.unsupported(model, Setting.of(model)))
     monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: size)
-    assert DecodeWeights(model).ready
+    assert cpu_decode.unsupported(model, Setting.of(model)) is None

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
+from generation_fixtures import decode
 from prefix_formula import reference_logits
 from tiny_models import open_adapter, random_ids, random_llama
 from torch import Tensor, nn
 
-from lit_adapter.generation import graph_decoder
-from lit_adapter.generation.decode import decode
+from lit_adapter.generation import graph_lane
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_state
-from lit_adapter.model.cache import DecodeView, KeyValueCache, PrefillView
+from lit_adapter.model.attention import CausalView
+from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 
@@ -25,13 +30,14 @@ VOCAB = 509
 LENGTHS = (5, 1, 17, 9, 9, 2, 300, 70)
 
 
-def adapted(n_head: int, n_kv_head: int, head_dim: int, gate: str, K: int = 5) -> Llama:
-    """A bf16 base with open gates, on the CPU."""
+def adapted(n_head: int, n_kv_head: int, head_dim: int, gate: str | None, K: int = 5) -> Llama:
+    """A bf16 base with open gates, or without an adapter, on the CPU."""
     sizes = {"n_embd": 128, "n_hidden": 208, "vocab_size": VOCAB}
     model = random_llama(
         1, torch.bfloat16, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **sizes
     ).eval()
-    open_adapter(model, AdapterConfig(layers=2, prompt_length=K, gate=gate), seed=2)
+    if gate is not None:
+        open_adapter(model, AdapterConfig(layers=2, prompt_length=K, gate=gate), seed=2)
     return model.requires_grad_(False)
 
 
@@ -50,22 +56,20 @@ class Plain:
     """What `FusedDecode` does, by the model's own forward pass, a text at a time."""
 
     def __init__(self, model: Llama, n_slots: int) -> None:
-        self.model, self.cache = model, KeyValueCache(model, n_slots, 320)
-        self.device = model.embed_tokens.weight.device
+        self.executor = ModuleDecode(model, n_slots, 320)
+        self.cache, self.device = self.executor.cache, self.executor.device
 
-    def read(self, prompts: list[list[int]], slots: list[int]) -> Tensor:
-        hidden = []
-        for prompt, slot in zip(prompts, slots, strict=True):
-            ids = torch.tensor([prompt], device=self.device)
-            rotation = self.model.rotation(torch.arange(len(prompt), device=self.device)[None])
-            view = PrefillView(self.cache, rotation, torch.tensor([slot], device=self.device))
-            hidden.append(self.model(ids, view)[0, -1])
-        return torch.stack(hidden)
+    def read(self, prompts: list[list[int]], slots: list[int], prefixes: Sequence[Prefixes]) -> Tensor:
+        given = zip(prompts, slots, prefixes, strict=True)
+        return torch.cat([self.executor.read([prompt], [slot], its) for prompt, slot, its in given])
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
-        token, position = token[:, None].to(self.device), position[:, None].to(self.device)
-        view = DecodeView(self.cache, self.model.rotation(position), position, 320, exact=False)
-        return self.model.logits(self.model(token, view)[:, 0])
+        return self.executor.captured_step(token.to(self.device), position.to(self.device), 320)
+
+
+def prefixes_of(model: Llama) -> Prefixes:
+    with torch.inference_mode():
+        return Adapter.of(model).prefixes
 
 
 @pytest.mark.parametrize(
@@ -91,25 +95,29 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lit_adapter.model import fused_decode
-    from lit_adapter.model.fused_decode import FusedDecode, decoder_for
+    from lit_adapter.model.fused_decode import FusedDecode
 
     monkeypatch.setattr(fused_decode, "LONGEST_ROW", 100)  # so that some prompts are read in several rows
     model = adapted(*heads, gate, K)
     slots = list(range(len(lengths)))[::-1]
     asked = [random_ids(length, seed=n, vocab=VOCAB).tolist() for n, length in enumerate(lengths)]
-    exact = Plain(widened(model), len(slots))
-    plain = Plain(copy.deepcopy(model).cuda(), len(slots))
-    device = copy.deepcopy(model).cuda()
-    fused = decoder_for(device, KeyValueCache(device, len(slots), 320))
-    assert isinstance(fused, FusedDecode)
+    wide, device = widened(model), copy.deepcopy(model).cuda()
+    exact, plain = Plain(wide, len(slots)), Plain(copy.deepcopy(device), len(slots))
+    assert fused_decode.unsupported(device) is None
+    fused = FusedDecode(device, len(slots), 320)
     assert (fused.few is not None) == few
     with torch.inference_mode():
-        wanted = exact.read(asked, slots)
-        assert distance(fused.read(asked, slots), wanted) < 1.5 * distance(plain.read(asked, slots), wanted)
+        wanted = exact.read(asked, slots, [prefixes_of(wide)] * len(slots))
+        prefixes = prefixes_of(device)
+        beside = plain.read(asked, slots, [prefixes] * len(slots))
+        assert distance(fused.read(asked, slots, prefixes), wanted) < 1.5 * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n
-            found, beside = fused.step(token.cuda(), position.cuda()), plain.step(token, position)
+            found, beside = (
+                fused.captured_step(token.cuda(), position.cuda(), 320),
+                plain.step(token, position),
+            )
             wanted = exact.step(token, position)
             assert distance(found, wanted) < 1.5 * distance(beside, wanted)
             token = wanted.argmax(-1)
@@ -120,7 +128,7 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
 def test_a_base_in_fp8_is_decoded_in_fp8() -> None:
     """As near to its own forward pass as fp8 allows: noise of bf16's size in the input moves it by 0.2."""
     from lit_adapter.model import fused
-    from lit_adapter.model.fused_decode import decoder_for
+    from lit_adapter.model.fused_decode import FusedDecode
 
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("fp8 needs compute capability 9")
@@ -129,13 +137,116 @@ def test_a_base_in_fp8_is_decoded_in_fp8() -> None:
     for lengths in ([40], [3, 70, 12]):
         slots = list(range(len(lengths)))
         asked = [random_ids(length, seed=length, vocab=VOCAB).tolist() for length in lengths]
-        plain, found = Plain(model, len(slots)), decoder_for(model, KeyValueCache(model, len(slots), 320))
-        assert found is not None
+        plain, found, prefixes = (
+            Plain(model, len(slots)),
+            FusedDecode(model, len(slots), 320),
+            prefixes_of(model),
+        )
         with torch.inference_mode():
-            assert distance(found.read(asked, slots), plain.read(asked, slots).double().cpu()) < 0.4
+            wanted = plain.read(asked, slots, [prefixes] * len(slots)).double().cpu()
+            assert distance(found.read(asked, slots, prefixes), wanted) < 0.4
             token, position = random_ids(len(slots), vocab=VOCAB), torch.tensor(lengths)
             wanted = plain.step(token, position).double().cpu()
-            assert distance(found.step(token.cuda(), position.cuda()), wanted) < 0.4
+            assert distance(found.captured_step(token.cuda(), position.cuda(), 320), wanted) < 0.4
+
+
+KINDS: list[AdapterConfig | None] = [
+    AdapterConfig(layers=2, prompt_length=5),
+    AdapterConfig(layers=1, prompt_length=17, gate="channel"),
+    None,
+    AdapterConfig(layers=3, prompt_length=1, gate="layer"),
+    AdapterConfig(layers=2, prompt_length=64, gate="identity"),
+    AdapterConfig(layers=3, prompt_length=10, gate="tanh"),
+    AdapterConfig(layers=2, prompt_length=5),
+    AdapterConfig(layers=1, prompt_length=30),
+]
+
+
+def eight(base: Llama) -> list[Llama]:
+    """The base with eight different adapters, one of them none, sharing its weights."""
+    models = []
+    for seed, config in enumerate(KINDS):
+        model = copy.deepcopy(base)
+        models.append(model if config is None else open_adapter(model, config, seed=seed))
+        model.requires_grad_(False)
+    return models
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 64), (4, 4, 32), (8, 1, 32)], ids=["gqa", "mha", "mqa"])
+@pytest.mark.parametrize("n_slots", [8, 40])
+def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], n_slots: int) -> None:
+    """Also after slots have changed adapters, and where the longest prompt comes late."""
+    from lit_adapter.model.fused_decode import FusedDecode
+
+    base = adapted(*heads, None)
+    models = eight(base)
+    wide = [prefixes_of(widened(model)) for model in models]
+    narrow = [prefixes_of(copy.deepcopy(model).cuda()) for model in models]
+    device, slots = copy.deepcopy(base).cuda(), list(range(n_slots))
+    asked = [random_ids(3 + 7 * n % 90, seed=n, vocab=VOCAB).tolist() for n in slots]
+    exact, plain = Plain(widened(base), n_slots), Plain(copy.deepcopy(device), n_slots)
+    fused = FusedDecode(device, n_slots, 320)
+    with torch.inference_mode():
+        for shift in (0, 3):
+            owner = [(slot + shift) % len(models) for slot in slots]
+            wanted = exact.read(asked, slots, [wide[n] for n in owner])
+            beside = plain.read(asked, slots, [narrow[n] for n in owner])
+            found = torch.cat(
+                [fused.read([asked[slot]], [slot], narrow[n]) for slot, n in zip(slots, owner, strict=True)]
+            )
+            assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+            token = random_ids(n_slots, vocab=VOCAB)
+            for n in range(3):
+                position = torch.tensor([len(prompt) for prompt in asked]) + n
+                wanted, beside = exact.step(token, position), plain.step(token, position)
+                found = fused.captured_step(token.cuda(), position.cuda(), 320)
+                assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+                for slot in slots:  # no row may hide behind the others
+                    assert distance(found[slot], wanted[slot]) < 3 * distance(beside, wanted) + 0.01
+                token = wanted.argmax(-1)
+
+
+def join_one_by_one(asked: list[list[int]], how: list[Sampling], adapters: list[Adapter]) -> list[list[int]]:
+    """The answers of requests of which one more joins with every step."""
+    engine = Engine()
+    requests = [Request(*each) for each in zip(asked, how, adapters, strict=True)]
+    waiting = list(requests)
+    while waiting or not all(request.ended for request in requests):
+        if waiting:
+            engine.add(waiting.pop())
+        engine.step()
+    assert all(request.error is None for request in requests)
+    return [list(request.news) for request in requests]
+
+
+def test_mixed_requests_in_fp32_get_the_tokens_of_the_cpu() -> None:
+    base = adapted(4, 2, 32, None).float()
+    models, device = eight(base), copy.deepcopy(base).cuda()
+    adapters = [Adapter(device, prefixes_of(copy.deepcopy(model).cuda())) for model in models]
+    asked = [random_ids(5 + 11 * n, seed=n, vocab=VOCAB).tolist() for n in range(len(models))]
+    how = [Sampling(max_new_tokens=20 + 3 * n) for n in range(len(models))]
+    how[1] = Sampling(max_new_tokens=30, temperature=1.0, seed=1)
+    how[5] = Sampling(max_new_tokens=25, temperature=0.8, top_k=20, repetition_penalty=1.3, seed=5)
+    found = join_one_by_one(asked, how, adapters)
+    for prompt, its, model, tokens in zip(asked, how, models, found, strict=True):
+        request = Request(prompt, its, Adapter(base, prefixes_of(model)))
+        assert [token for _, token in Engine().run([request])] == [*tokens, None]
+
+
+def test_mixed_requests_follow_each_its_own_model() -> None:
+    """Fused steps: every token is the likeliest with the request's adapter, or as likely within rounding."""
+    base = adapted(4, 2, 32, None)
+    models, device = eight(base), copy.deepcopy(base).cuda()
+    adapters = [Adapter(device, prefixes_of(copy.deepcopy(model).cuda())) for model in models]
+    asked = [random_ids(5 + 11 * n, seed=n, vocab=VOCAB).tolist() for n in range(len(models))]
+    how = [Sampling(max_new_tokens=20 + 3 * n) for n in range(len(models))]
+    for prompt, model, tokens in zip(asked, models, join_one_by_one(asked, how, adapters), strict=True):
+        wide, ids = widened(model), torch.tensor([prompt + tokens])
+        with torch.no_grad():
+            hidden = wide(ids, CausalView(wide.rotation(torch.arange(ids.shape[1])[None])))
+        logits = wide.logits(hidden)[0, len(prompt) - 1 : -1]
+        taken = logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (logits.amax(-1) - taken < 0.2 * logits.std()).all()
 
 
 def products_against_formulas(
@@ -213,7 +324,7 @@ def test_the_likeliest_tokens_are_chosen_and_counted(B: int, V: int, dtype: torc
     logits[3:4] = -torch.inf
     place = torch.arange(2 * B, device="cuda").view(2, B)
     last_place = torch.tensor([[2], [100]], device="cuda")
-    wanted = choose(logits, Sampling(), torch.zeros(B, device="cuda"), None)
+    wanted = choose(logits, None)
     counted = torch.minimum(place + 1, last_place)
     chosen, token = torch.empty_like(wanted), torch.empty_like(wanted)
     greedy.advance(logits, chosen, token, place, last_place)
@@ -253,7 +364,7 @@ def test_fused_answers_follow_the_formula(
     batch_size: int, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every token is the likeliest of the written-out model, or as likely within bf16's rounding."""
-    monkeypatch.setattr(graph_decoder, "LONG", long)  # 1: a step is captured before the first token is read
+    monkeypatch.setattr(graph_lane, "LONG", long)  # 1: a step is captured before the first token is read
     model = adapted(4, 2, 32, "tanh")
     state = {name: tensor for name, tensor in model.state_dict().items() if ".prefix." not in name}
     found = answers(copy.deepcopy(model).cuda(), Sampling(max_new_tokens=40), batch_size)
@@ -282,7 +393,7 @@ def test_what_is_not_plain_takes_the_path_of_the_model() -> None:
     other.layers[1].mlp.up_proj.__class__ = Scaled
     biased = random_llama(0, torch.bfloat16, attention_bias=True, head_dim=16).cuda()
     odd = random_llama(0, torch.bfloat16, head_dim=24).cuda()
-    assert fused_decode.decoder_for(plain, KeyValueCache(plain, 1, 8)) is not None
+    assert fused_decode.unsupported(plain) is None
     for model in (wide, other, biased, odd):
-        assert fused_decode.decoder_for(model, KeyValueCache(model, 1, 8)) is None
+        assert fused_decode.unsupported(model) is not None
         assert list(decode(model, [[1, 2, 3]], Sampling(max_new_tokens=5), frozenset()))[-1] == (0, None)

@@ -167,7 +167,7 @@ def test_another_architecture_is_refused_before_its_weights_arrive(tmp_path: Pat
         (["org/gated"], {}, "error: org/gated: access is restricted; ask for it on its page"),
         (["org/bare", "--revision", "v9"], {}, "error: org/bare: has no revision 'v9'"),
         (["org/bare"], {}, "error: org/bare: has no config.json"),
-        (["org/a b"], {}, "error: 'org/a b' is no name on the Hub; expected org/name"),
+        (["org/a b"], {}, "error: 'org/a b' is not a name on the Hub; expected org/name"),
         (["org/bare"], {"HF_HUB_OFFLINE": "1"}, "error: org/bare: the Hub cannot be reached (Offline"),
         (
             ["org/bare"],

@@ -186,7 +186,7 @@ def test_a_damaged_cache_is_made_anew_with_a_line(
     content = path.read_bytes()
     path.write_bytes(damage(content))
     assert_equal(first, again())
-    assert said == [f"{path}: damaged cache of tokens; encoding again"]
+    assert said == [f"{path}: damaged token cache; encoding again"]
     assert_equal(first, again())
     assert len(said) == 1
 
@@ -254,7 +254,7 @@ def test_a_worker_that_is_killed_is_an_error_in_one_line(
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode, "_n_cpus", lambda: 2)
     monkeypatch.setattr(encode, "_encode_one", die)
-    with pytest.raises(UserError, match=r"a process that encodes records has died; .* want of memory"):
+    with pytest.raises(UserError, match=r"a process that encodes records died; .* lack of memory"):
         encode_records(records, tokenizer, template, max_length=90)
 
 
@@ -296,7 +296,7 @@ def test_nobody_waits_for_a_process_that_was_killed(
     path.unlink()
     code = f"""
 from pathlib import Path
-from lit_adapter.files import one_at_a_time
+from lit_adapter.files.locks import one_at_a_time
 with one_at_a_time(Path({str(path)!r})):
     print(flush=True)
     input()

@@ -24,8 +24,11 @@ from generation_fixtures import save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.files import read
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.paths import free_path, without_home
+from lit_adapter.files.write import check_writable, durable_path, sweep, write_bytes, write_text
 from lit_adapter.generation.prompt_file import Answers, read_prompts
 from lit_adapter.training.checkpoint import METADATA_KEY, PARTS, DurableCheckpointIO, read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter, save_adapter
@@ -83,7 +86,7 @@ def test_fifty_kills_during_saves_leave_whole_files(
             rounds - 1,
         }
         leftovers += len(list(folder.glob(".*.tmp")))
-        files.sweep(folder)
+        sweep(folder)
         assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "last.ckpt"]
     assert leftovers > KILLS // 5  # the kills did fall into saves
     if other.is_dir():
@@ -129,7 +132,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 
 def of_bytes(path: Path, size: int) -> None:
-    files.write_bytes(path, bytes(size))
+    write_bytes(path, bytes(size))
 
 
 def of_checkpoint(path: Path, size: int) -> None:
@@ -183,7 +186,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_how_much_is_missing(kind: str,
 
 def test_the_temporary_file_lies_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/dev/shm")
-    with files.durable_path(tmp_path / "a") as temporary:
+    with durable_path(tmp_path / "a") as temporary:
         temporary.write_bytes(b"x")
         assert temporary.parent == tmp_path
     assert (tmp_path / "a").read_bytes() == b"x"
@@ -192,7 +195,7 @@ def test_the_temporary_file_lies_beside_the_file(tmp_path: Path, monkeypatch: py
 WRITE = """
 import sys
 from pathlib import Path
-from lit_adapter.files import write_text
+from lit_adapter.files.write import write_text
 from lit_adapter.weights.output_folder import move_into_place, scratch_folder
 
 folder = Path(sys.argv[1])
@@ -222,21 +225,21 @@ def test_leftovers_go_at_the_next_write_of_the_same_file(tmp_path: Path) -> None
     old = leftover(tmp_path, ".a[1].xyz.tmp", 100)
     young = leftover(tmp_path, ".a[1].abc.tmp", 1)
     other = leftover(tmp_path, ".b.xyz.tmp", 100)
-    files.write_bytes(tmp_path / "a[1]", b"x")
+    write_bytes(tmp_path / "a[1]", b"x")
     assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
-    assert files.sweep(tmp_path) == 2
+    assert sweep(tmp_path) == 2
     assert not list(tmp_path.glob(".*"))
 
 
 def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
     """Its lock says so, however old the file is."""
-    with files.durable_path(tmp_path / "a") as temporary:
+    with durable_path(tmp_path / "a") as temporary:
         temporary.write_bytes(b"new")
         os.utime(temporary, (0, 0))
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writing, str(files.sweep(tmp_path)).encode())
+            os.write(writing, str(sweep(tmp_path)).encode())
             os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reading, 10) == b"0"
@@ -244,14 +247,14 @@ def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
 
 
 def write_half(path: Path, error: BaseException) -> None:
-    with files.durable_path(path) as temporary:
+    with durable_path(path) as temporary:
         temporary.write_text("half")
         raise error
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    files.write_text(path, "old")
+    write_text(path, "old")
     for error in (KeyboardInterrupt(), ValueError("x"), OSError(errno.EIO, "broken")):
         with pytest.raises((KeyboardInterrupt, ValueError, UserError)):
             write_half(path, error)
@@ -260,26 +263,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_probe_leaves_nothing_and_names_what_cannot_be_written(tmp_path: Path) -> None:
-    files.probe(tmp_path / "deep" / "run")
+    check_writable(tmp_path / "deep" / "run")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"/proc/run: cannot write: .*; choose a writable place"):
-        files.probe(Path("/proc/run"))
+        check_writable(Path("/proc/run"))
 
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     """Before a file's suffix, and at the end of a folder's name, whose dots mean nothing."""
-    assert files.free_path(tmp_path / "run.v2") == tmp_path / "run.v2"
+    assert free_path(tmp_path / "run.v2") == tmp_path / "run.v2"
     for name in ("run.v2", "run.v2-2", "run"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-8.aside").touch()
-    assert files.free_path(tmp_path / "run.v2") == tmp_path / "run.v2-3"
-    assert files.free_path(tmp_path / "run") == tmp_path / "run-2"
-    assert files.free_path(tmp_path / "step-8.aside") == tmp_path / "step-8-2.aside"
+    assert free_path(tmp_path / "run.v2") == tmp_path / "run.v2-3"
+    assert free_path(tmp_path / "run") == tmp_path / "run-2"
+    assert free_path(tmp_path / "step-8.aside") == tmp_path / "step-8-2.aside"
 
 
 def test_a_path_below_home_is_saved_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    shortened: Callable[[str], str] = files.without_home
+    shortened: Callable[[str], str] = without_home
     assert shortened("/home/me/base") == "~/base"
     assert shortened("/home/me") == "~"
     assert shortened("/home/meat/base") == "/home/meat/base"
@@ -287,11 +290,11 @@ def test_a_path_below_home_is_saved_with_a_tilde(monkeypatch: pytest.MonkeyPatch
 
 
 def test_json_beyond_all_reason_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LARGEST_JSON", 100)
+    monkeypatch.setattr(read, "MAX_JSON_BYTES", 100)
     path = tmp_path / "config.json"
     path.write_text('"' + "x" * 200 + '"')
     with pytest.raises(UserError, match=r"config.json: 202 bytes of JSON; expected 100 or less"):
-        files.read_json(path)
+        read.read_json(path)
 
 
 def test_whoever_waited_is_inside_alone(tmp_path: Path) -> None:
@@ -299,17 +302,17 @@ def test_whoever_waited_is_inside_alone(tmp_path: Path) -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def wait_for_the_first() -> None:
-        with files.one_at_a_time(tmp_path / "x"):
+        with one_at_a_time(tmp_path / "x"):
             inside.set()
             leave.wait(60)
 
     second = threading.Thread(target=wait_for_the_first)
-    with files.one_at_a_time(tmp_path / "x"):
+    with one_at_a_time(tmp_path / "x"):
         second.start()
         assert not inside.wait(0.5)
     assert inside.wait(60)
-    with pytest.raises(UserError, match="x: another run is writing it"):
-        files.one_at_a_time(tmp_path / "x", wait=False).__enter__()
+    with pytest.raises(UserError, match=f"x: in use by process {os.getpid()}; wait for it, or"):
+        one_at_a_time(tmp_path / "x", wait=False).__enter__()
     leave.set()
     second.join()
     assert list(tmp_path.iterdir()) == []

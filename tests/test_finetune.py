@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_adapter import device
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint

@@ -18,15 +18,15 @@ from tiny_models import transformers_llama
 from torch import Tensor
 
 import lit_adapter
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.convert_adapter import main as convert_adapter_main
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.foreign.cli import convert_adapter_main
 
 FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
 
@@ -41,7 +41,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def own_adapter(path: Path, base: Path, config: AdapterConfig, groups: int = 2, equal: bool = False) -> Path:
     """An adapter in our format with random tensors; ``equal``: one value in all gates of a layer."""
     draw = torch.Generator().manual_seed(7)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(sizes(groups)))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(sizes(groups)))
     state = {name: torch.randn(shape, generator=draw) * 0.7 for name, shape in shapes.items()}
     for name in state:
         if equal and name.endswith(".gate"):
@@ -71,7 +71,7 @@ def test_a_file_of_the_library_itself_gives_its_logits(
     assert (config.version, config.prompt_length, config.layers) == (name[-2:], 3, 1)
     assert (config.gate, config.head) == ("identity", name.endswith("v2"))
     report = "\n".join(lines)
-    assert f"{name[-2:].upper()}, 1 of 2 layers (1 to 1), K 3, gates identity a head" in report
+    assert f"{name[-2:].upper()}, 1 of 2 layers (1 to 1), K 3, gates identity per head" in report
     assert "bit for bit" in report
     assert "largest difference 0 between source and target form" in report
 
@@ -162,7 +162,7 @@ def test_the_official_adapter(
     wanted = reference_logits(config, base_tensors(groups), own, gate, torch.tensor(IDS))
     torch.testing.assert_close(logits_of(out, groups), wanted, rtol=1e-6, atol=1e-6)
     assert "decided   layers: the top 1, whose gates are open" in lines
-    form = "identity a layer" if single and gate == "identity" else f"{gate} a head"
+    form = "identity per layer" if single and gate == "identity" else f"{gate} per head"
     assert any(f"1 of 2 layers (1 to 1), K 6, gates {form}" in line for line in lines)
 
 
@@ -202,7 +202,7 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
     raw = json.loads((base / "config.json").read_text())
     config = AdapterConfig(prompt_length=5, layers=2, gate="layer")
     draw = torch.Generator().manual_seed(1)
-    shapes = expected_shapes(config, LlamaConfig.from_hf(raw))
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     ours, folder = tmp_path / "ours.safetensors", tmp_path / "for-peft"
     template = resolve_template("alpaca", load_tokenizer(base))
@@ -235,12 +235,12 @@ def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
     config = AdapterConfig(prompt_length=3, layers=2, gate="tanh")
     ours, out = own_adapter(tmp_path / "a.safetensors", bases[2], config), tmp_path / "out"
     with pytest.raises(
-        UserError, match=r"peft has one gate a layer, and these differ, by up to 0\.\d+ .*--allow"
+        UserError, match=r"peft has one gate per layer, and the gates differ, by up to 0\.\d+ .*--allow"
     ):
         converted(ours, out, bases[2], to="peft")
     assert not out.exists()
     report = "\n".join(converted(ours, out, bases[2], to="peft", allow_lossy=True))
-    assert "changed   2 gates, tanh a head to identity a layer: LOSSY" in report
+    assert "changed   2 gates, tanh per head to identity per layer: LOSSY" in report
     assert "largest difference 0 " not in report
     state = read_adapter(ours)[1]
     written = peft.utils.load_peft_weights(str(out))
@@ -266,7 +266,7 @@ def test_gates_into_the_identity_form(tmp_path: Path, bases: dict[int, Path], fo
 def test_gates_into_the_tanh_form_only_where_a_tanh_reaches(tmp_path: Path, bases: dict[int, Path]) -> None:
     ours = own_adapter(tmp_path / "a.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="identity"))
     with pytest.raises(
-        UserError, match=r"scales its prefix by \S+, which no tanh reaches; keep --to-gate id"
+        UserError, match=r"scales its prefix by \S+, but a tanh stays below 1; use --to-gate id"
     ):
         converted(ours, tmp_path / "b.safetensors", bases[2], to_gate="tanh")
     info, state = read_adapter(ours)
@@ -285,7 +285,7 @@ def test_the_old_scalar_gate_of_lit_llama(tmp_path: Path, bases: dict[int, Path]
         old[name] = value
         torch.save(old, tmp_path / "old.pth")
         lines = converted(tmp_path / "old.pth", tmp_path / "old.safetensors", bases[4], overwrite=True)
-        assert any("gates identity a layer" in line for line in lines)
+        assert any("gates identity per layer" in line for line in lines)
         old[name] = torch.full((1, 4, 1, 1), 0.4)
         torch.save(old, tmp_path / "new.pth")
         converted(tmp_path / "new.pth", tmp_path / "new.safetensors", bases[4], overwrite=True)
@@ -355,14 +355,22 @@ MISTAKES = {
     "no base": ("lit-llama-v1.pth", {"base": None}, r"does not say which base it belongs to; .* --base"),
     "gate": ("lit-llama-v1.pth", {"gate": "tanh"}, "--gate is for an official source"),
     "official": ("official.pth", {}, r"does not say how its gates act; add --gate tanh"),
-    "template": ("ours.safetensors", {"template": "alpaca"}, "--template is for making ours of others'"),
+    "template": (
+        "ours.safetensors",
+        {"template": "alpaca"},
+        "--template is for a source of another format",
+    ),
     "to gate": ("ours.safetensors", {"to": "peft", "to_gate": "layer"}, "--to-gate is for --to ours"),
-    "already": ("ours.safetensors", {}, "is in our format already; name another with --to"),
+    "already": ("ours.safetensors", {}, "is in our format already; add --to with another"),
     "grouped": ("ours.safetensors", {"to": "lit-llama"}, "lit-llama has no model with grouped queries"),
-    "v2": ("v2.safetensors", {"to": "peft"}, "has no norms, biases and scales, so a V2 adapter cannot"),
+    "v2": (
+        "v2.safetensors",
+        {"to": "peft"},
+        "has no norms, biases and scales, so it cannot hold a V2",
+    ),
     "base": ("ours.safetensors", {"to": "peft", "base": 4}, "trained on base 'base-2' .*, not on 'base-4'"),
     "unknown": ("unknown.pth", {}, r"no adapter of a known format: it has a, b, \.\.\.; known are official"),
-    "closed": ("closed.pth", {"gate": "tanh"}, "gates open in 0 of 2 layers: how many layers are adapted"),
+    "closed": ("closed.pth", {"gate": "tanh"}, "0 open gates in 2 layers do not say how many layers"),
     "from": (
         "litgpt-0.5.13-v2.pth",
         {"given": "lit-llama"},
@@ -431,7 +439,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]
     for taken, to in ((source, "ours"), (bases[2] / "model.safetensors", "ours"), (bases[2], "peft")):
         if to == "peft":
             (taken / "adapter_config.json").write_text("{}")
-        with pytest.raises(UserError, match=r": --out is read from too"):
+        with pytest.raises(UserError, match=r": --out is also an input"):
             converted(source, taken, bases[2], to=to, overwrite=True, allow_lossy=True)
     (bases[2] / "adapter_config.json").unlink()
     converted(source, out, bases[2], overwrite=True)
@@ -471,7 +479,7 @@ def test_the_named_file_of_a_peft_folder_is_read_and_none_of_its_files_replaced(
         (folder, folder, "peft"),
         (other, folder, "peft"),
     ):
-        with pytest.raises(UserError, match=r"adapter_\S+: --out is read from too"):
+        with pytest.raises(UserError, match=r"adapter_\S+: --out is also an input"):
             converted(source, out, bases[2], to=to, overwrite=True)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
     (folder / "adapter_config.json").unlink()

@@ -18,10 +18,9 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.base_folder import base_at_hand, find_base
-from lit_adapter.weights.foreign import lit, peft
 from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 from lit_adapter.weights.foreign.pickles import read_torch_file
-from lit_adapter.weights.foreign.recognise import open_adapter
+from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
 from lit_adapter.weights.shards import TorchShard
 
 
@@ -143,7 +142,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused_or_read_whole(tmp_path: Path)
     for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
-            open_adapter(path)
+            recognise(open_adapter(path))
         except UserError:
             continue
 
@@ -183,7 +182,7 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     [
         ([torch.ones(1)], "holds a list; expected named tensors"),
         ({"model": {}}, "holds a dict; expected named tensors"),
-        ({"a": 3}, "'a' is no tensor; expected an adapter's named tensors"),
+        ({"a": 3}, "'a' is not a tensor; expected named tensors only"),
         ({"a": torch.ones(1, dtype=torch.int64)}, r"tensor a is torch\.int64; expected floating point"),
     ],
 )
@@ -197,8 +196,8 @@ QUERY = "base_model.model.model.layers.{}.self_attn.adaption_prompt"
 WHOLE = torch.ones(3, 16)
 STRANGE = {
     "0-d": (PROMPT, torch.tensor(1.0), r"has shape \[\]; expected K x 16"),
-    "leading zero": (PROMPT.replace("1", "01"), WHOLE, r"tensor \S+01\S+ is not one of an adapter"),
-    "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ is not one of an adapter"),
+    "leading zero": (PROMPT.replace("1", "01"), WHOLE, r"tensor \S+01\S+ does not belong to an adapter"),
+    "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ does not belong to an adapter"),
     "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "says to be larger than what the file holds"),
     "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is no dense tensor"),
     "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is no dense tensor"),
@@ -213,10 +212,8 @@ def test_strange_tensors_are_refused(tmp_path: Path, name: str, tensor: torch.Te
     path = saved(tmp_path / "x.pth", {name: tensor, GATE: torch.ones(1, 4, 1, 1)})
 
     def read() -> None:
-        tensors = open_adapter(path).tensors
-        if "adaption" in name:
-            peft.read(tensors, model, "x.pth")
-        lit.read(tensors, model, lit.LIT_LLAMA, "x.pth")
+        format_name = "peft" if "adaption" in name else "lit-llama"
+        FORMATS[format_name].read(open_adapter(path), model)
 
     with pytest.raises(UserError, match=message):
         read()

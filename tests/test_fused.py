@@ -15,6 +15,7 @@ from lit_adapter.model import tiles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.executors import choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import target_loss
 
@@ -73,7 +74,7 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
     number: int, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_adapter.model.fused import FusedView, applies, prepare
+    from lit_adapter.model.fused import FusedView, prepare
 
     monkeypatch.setattr(tiles, "VISITS", 2)  # a preamble's gradient is summed in parts, as in long rows
     case, row = CASES[number], row_of(CASES[number], number)
@@ -82,10 +83,10 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
     exact = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
     model = on_gpu(model, torch.bfloat16, torch.float32)
     modules = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
-    for laid_out in (False, True):  # False: as the parts of a cut base are gathered
+    for laid_out in (False, True):  # False: as the shards of a base are gathered
         if laid_out:
             prepare(model)
-        assert applies(model)
+        assert choose(model, "training").name == "fused"
         view = FusedView(model, row, model.rotation(place), recompute=recompute)
         assert len(view.all_queries.sum_tile)
         fused = loss_and_gradients(model, row, view)
@@ -115,14 +116,14 @@ def test_a_product_in_fp8_is_near_the_exact_one(part: tuple[int, int | None]) ->
 
 def test_fp8_is_near_bf16() -> None:
     """Three bits of mantissa; the wiring is right if the gradients still point the same way."""
-    from lit_adapter.model.fused import FusedView, applies, prepare
+    from lit_adapter.model.fused import FusedView, prepare
 
     case, row = CASES[0], row_of(CASES[0], 0)
     results = []
     for float8 in (False, True):
         model = on_gpu(model_of(case, 0), torch.bfloat16, torch.float32)
         prepare(model, float8=float8)
-        assert applies(model)
+        assert choose(model, "training").name == "fused"
         results.append(
             loss_and_gradients(model, row, FusedView(model, row, model.rotation(row.position[None].cuda())))
         )
@@ -144,11 +145,11 @@ def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("what", ["fp32", "bias", "long prompt", "dropout"])
 def test_what_the_kernels_do_not_compute_is_left_to_the_modules(what: str) -> None:
-    from lit_adapter.model.fused import applies
-
     config = AdapterConfig(
         prompt_length=65 if what == "long prompt" else 4, dropout=0.1 if what == "dropout" else 0.0
     )
     model = open_adapter(random_llama(0, head_dim=16, mlp_bias=what == "bias"), config)
     dtype = torch.float32 if what == "fp32" else torch.bfloat16
-    assert not applies(on_gpu(model, dtype, torch.float32))
+    executor = choose(on_gpu(model, dtype, torch.float32), "training")
+    assert executor.name == "modules"
+    assert executor.why_not_fast

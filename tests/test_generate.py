@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from generation_fixtures import save_random_adapter
+from generation_fixtures import decode, save_random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import open_adapter, random_ids, random_llama
@@ -16,14 +16,17 @@ from tiny_models import open_adapter, random_ids, random_llama
 import lit_adapter
 from lit_adapter import device
 from lit_adapter.errors import UserError
-from lit_adapter.generation import engine
-from lit_adapter.generation.decode import decode
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation import adapted
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
-from lit_adapter.weights.base_folder import expected_shapes, read_config
+from lit_adapter.weights.base_folder import read_config
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 STOPS = frozenset({3, 9, 20, 41, 55})
@@ -118,24 +121,21 @@ def test_the_repetition_penalty_sees_prompt_and_answer() -> None:
 def test_the_consumer_can_end_one_text_of_a_batch() -> None:
     model, how = tiny(), Sampling(max_new_tokens=10)
     whole = answers(model, prompts()[:3], how, 3)
-    events = decode(model, prompts()[:3], how, STOPS, batch_size=3)
+    engine, adapter = Engine(), Adapter.of(model)
+    requests = [Request(prompt, how, adapter, STOPS) for prompt in prompts()[:3]]
     found: list[list[int]] = [[], [], []]
-    reply = None
-    while True:
-        try:
-            number, token = events.send(reply)
-        except StopIteration:
-            break
+    for index, token in engine.run(requests, 3):
         if token is not None:
-            found[number].append(token)
-        reply = token is not None and number == 0 and len(found[0]) == 2
+            found[index].append(token)
+        if len(found[0]) == 2:
+            engine.cancel(requests[0])
     assert found == [whole[0][:2], *whole[1:]]
 
 
-def test_logits_that_are_no_numbers_are_an_error() -> None:
+def test_logits_that_are_nan_are_an_error() -> None:
     model = tiny()
     model.norm.weight.data[0] = float("nan")
-    with pytest.raises(UserError, match="logits are not numbers; the base or the adapter is damaged"):
+    with pytest.raises(UserError, match="logits are NaN or infinite; the base or the adapter is damaged"):
         answers(model, [[1, 2]], Sampling())
 
 
@@ -158,10 +158,10 @@ def test_a_text_at_a_time_is_answered_in_fp32_on_a_cpu_with_memory_for_it(
     monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
     assert found() == found(dtype="auto") == torch.float32
     assert found(dtype="bfloat16") == torch.bfloat16
-    n_bytes = 4 * sum(math.prod(shape) for shape in expected_shapes(read_config(tiny_base)).values())
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 2 * n_bytes - 1)
+    n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(tiny_base)).values())
+    monkeypatch.setattr(adapted, "free_bytes", lambda device: 2 * n_bytes - 1)
     assert found() == torch.bfloat16
-    monkeypatch.setattr(engine, "free_bytes", lambda device: None)
+    monkeypatch.setattr(adapted, "free_bytes", lambda device: None)
     assert found() == torch.float32
 
 
@@ -233,30 +233,30 @@ def test_stop_ids_end_the_answer(model: AdaptedLlama) -> None:
         assert model.generate("Say it back.", max_new_tokens=12, stop_ids=(unused, new[place])) == wanted
 
 
-def test_without_adapter_is_the_plain_base_and_ends(model: AdaptedLlama, tiny_base: Path) -> None:
+def test_the_plain_base_is_a_view_of_its_own(model: AdaptedLlama, tiny_base: Path) -> None:
     plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
     ids = random_ids(1, 20, vocab=300)
-    adapted = model.logits(ids)
-    with model.without_adapter():
-        assert torch.equal(model.logits(ids), plain.logits(ids))
-    with pytest.raises(UserError), model.without_adapter():
-        model.generate("x", top_k=-1)
-    assert torch.equal(model.logits(ids), adapted)
-    assert (adapted - plain.logits(ids)).abs().max() > 0.1
+    with_adapter = model.logits(ids)
+    assert torch.equal(model.base.logits(ids), plain.logits(ids))
+    assert torch.equal(model.logits(ids), with_adapter)
+    assert (with_adapter - plain.logits(ids)).abs().max() > 0.1
+    prompt = model.template.encode_prompt(model.tokenizer, "Say it back.")
+    for one in (model.base, model, model.base):
+        wanted = model.tokenizer.decode(uncached(one.model, prompt, 12))
+        assert one.generate("Say it back.", max_new_tokens=12) == wanted
 
 
-def test_an_adapter_put_aside_for_the_first_answer_is_back_for_the_next(
-    tiny_base: Path, adapter: Path
-) -> None:
-    """What is projected once for all answers is not what the first one happened to need."""
-    fresh = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
-    plain = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
-    ids = fresh.template.encode_prompt(fresh.tokenizer, "Say it back.")
-    how = Sampling.of(max_new_tokens=12)
-    with fresh.without_adapter():
-        assert answers(fresh.model, [ids], how, stops=frozenset()) == [uncached(plain.model, ids, 12)]
-    assert answers(fresh.model, [ids], how, stops=frozenset()) == [uncached(fresh.model, ids, 12)]
-    assert uncached(fresh.model, ids, 12) != uncached(plain.model, ids, 12)
+def test_another_adapter_on_the_same_base(model: AdaptedLlama, tiny_base: Path, tmp_path: Path) -> None:
+    path = save_random_adapter(tiny_base, tmp_path / "other.safetensors", seed=5)
+    other, alone = (
+        model.base.with_adapter(path),
+        lit_adapter.load(path, tiny_base, device="cpu", dtype="float32"),
+    )
+    assert other.generate("x", max_new_tokens=12) == alone.generate("x", max_new_tokens=12)
+    assert other.generate("x", max_new_tokens=12) != model.generate("x", max_new_tokens=12)
+    frozen = {p.untyped_storage().data_ptr() for p in model.base.model.parameters()}
+    own = {p.untyped_storage().data_ptr() for n, p in other.model.named_parameters() if ".prefix." not in n}
+    assert own == frozen  # joined or not, no weight is there twice
 
 
 def test_what_does_not_fit_the_context_names_the_numbers(model: AdaptedLlama) -> None:

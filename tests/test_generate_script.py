@@ -14,7 +14,7 @@ from generation_fixtures import CHOICES, ROOT, process, save_random_adapter, scr
 
 import lit_adapter
 from lit_adapter.errors import UserError
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 
 TASK = ("Say it back.", "red blue")
 SHORT = ("--max_new_tokens", 12)
@@ -86,9 +86,7 @@ class Terminal(io.StringIO):
 
 
 def both(model: AdaptedLlama) -> tuple[str, str]:
-    with model.without_adapter():
-        plain = model.generate("x", max_new_tokens=12)
-    return plain, model.generate("x", max_new_tokens=12)
+    return model.base.generate("x", max_new_tokens=12), model.generate("x", max_new_tokens=12)
 
 
 def test_compare_one_under_the_other(common: tuple[object, ...], model: AdaptedLlama) -> None:
@@ -149,7 +147,7 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--base b --prompt x --output z", "--output without --prompts"),
         ("--base b --prompt x --batch_size 2", "--batch_size without --prompts"),
         ("--base b --prompt x --overwrite", "--overwrite without --prompts"),
-        ("--base b --prompts y --output z --batch_size 0", "--batch_size is 0; expected 1 or more"),
+        ("--base b --prompts y --output z --batch_size 0", "--batch-size is 0; expected 1 or more"),
         ("--base b --prompt x --no-adapter", "--no-adapter without --adapter"),
         ("--base b --prompt x --compare", "--compare without --adapter"),
         ("--adapter a --prompt x --template chat", "--template together with --adapter"),
@@ -218,7 +216,7 @@ def test_as_a_process_a_mistake_is_one_line_and_status_2() -> None:
 def test_help_needs_no_torch_and_prompting_no_lightning(common: tuple[object, ...]) -> None:
     code = """
 import sys, time
-from lit_adapter.cli import generate_main
+from lit_adapter.cli.generate import main as generate_main
 start = time.process_time()
 try:
     generate_main(["--help"])

@@ -64,7 +64,7 @@ def test_fused_blocks_learn_what_the_modules_learn(
     from lit_adapter.model.fused import FusedView
 
     computed: list[int] = []
-    block = FusedView.block
+    block = FusedView.run
 
     def seen(view: FusedView, module: Block, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         computed.append(module.self_attn.index)
@@ -72,7 +72,7 @@ def test_fused_blocks_learn_what_the_modules_learn(
 
     base = ("--base", str(fused_base))
     finetune(tiny(*base, out="cpu"), say=Stopper())
-    monkeypatch.setattr(FusedView, "block", seen)
+    monkeypatch.setattr(FusedView, "run", seen)
     cuda = ("--trainer.accelerator", "cuda", "--trainer.precision", "bf16-true")
     finetune(tiny(*base, *cuda, *options, out="gpu"), say=Stopper())
     assert set(computed) == {0, 1, 2, 3}

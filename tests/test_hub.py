@@ -51,7 +51,7 @@ def test_choose_files_of_a_repository() -> None:
     assert choose_files([*shards[::-1], *tests, *about], None, "o/n") == shards
     assert choose_files([*shards, *tests], "test", "o/n") == tests
     for files, part, message in [
-        (about, None, "holds no .json"),
+        (about, None, "has no .json"),
         (["a.json", "b.json"], None, r"2 data files; name one as o/n:FILE: a.json, b.json"),
         (["train.json", "train.parquet"], None, "name one as"),
         (["train.json"], "test", "no data file of split 'test'"),
@@ -135,7 +135,7 @@ def test_read_hub_from_a_stand_in(tmp_path: Path, endpoint: str) -> None:
     assert test.startswith("error: org/name:test.jsonl:1: key 'output' is missing")
     assert dev.startswith("error: org/name: no data file of split 'dev'")
     assert missing.startswith("error: org/name:x.json: no such file on the Hub")
-    assert other.startswith("error: org/other: not found on the Hub, nor is it a file here; check")
+    assert other.startswith("error: org/other: not found on the Hub, and not a local file; check")
 
 
 def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: str) -> None:
@@ -154,5 +154,5 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 
 def test_read_hub_refuses_what_is_no_name() -> None:
-    with pytest.raises(UserError, match="is no Hub data set"):
+    with pytest.raises(UserError, match="is not a Hub data set"):
         read_hub("../x")

@@ -11,7 +11,7 @@ from convert_sources import random_llama, write_hf
 from finetune_runs import Stopper
 from generation_fixtures import save_random_adapter
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import read_checkpoint

@@ -14,15 +14,15 @@ from convert_sources import random_llama, write_hf
 from generation_fixtures import CHOICES, script
 
 import lit_adapter
+from lit_adapter.cli.merge import main as merge_main
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.files.read import read_json
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights import merge as merging
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.cli import merge_main
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.merge import merge
 
@@ -37,7 +37,7 @@ def made(folder: Path, config: AdapterConfig = BARE, **sizes: object) -> tuple[P
     draw = torch.Generator().manual_seed(5)
     state = {
         name: torch.randn(shape, generator=draw) * 0.3 + (not name.endswith(("bias", "prompt", "gate")))
-        for name, shape in expected_shapes(config, LlamaConfig.from_hf(raw)).items()
+        for name, shape in adapter_shapes(config, LlamaConfig.from_hf(raw)).items()
     }
     template = resolve_template("alpaca", load_tokenizer(base))
     path = folder / "adapter.safetensors"
@@ -71,8 +71,7 @@ def test_transformers_loads_it_and_gives_the_adapters_logits(
     wanted = ours.logits(ids)
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
-    with ours.without_adapter():
-        assert (ours.logits(ids) - wanted).abs().max() > 0.1
+    assert (ours.base.logits(ids) - wanted).abs().max() > 0.1
 
 
 def test_it_is_a_base_like_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +187,7 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     for out in (own, base, base / "merged"):
         with pytest.raises(UserError, match=r": lies inside the source .* or holds it; choose another --out"):
             merge(inside, out, base=base, overwrite=True)
-    with pytest.raises(UserError, match=r"^/: has no name; choose another --out"):
+    with pytest.raises(UserError, match=r"^/: is the root of the file system; choose another --out"):
         merge(inside, Path("/"), base=base)
     assert inside.is_file()
 
@@ -200,5 +199,5 @@ def test_a_base_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
         base_identity(odd)
     info, state = read_adapter(adapter)
     save_adapter(adapter, state, replace(info, base=replace(info.base, name="base\ud800")))
-    with pytest.raises(UserError, match=r"base\.name is 'base\\ud800', no plain folder name"):
+    with pytest.raises(UserError, match=r"base\.name is 'base\\ud800'; expected a plain folder name"):
         merge(adapter, tmp_path / "merged")

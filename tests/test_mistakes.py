@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from finetune_runs import TINY, config_fields
 
-from lit_adapter.cli import finetune_main, generate_main, parse_finetune
-from lit_adapter.command import run
+from lit_adapter.cli.command import run
+from lit_adapter.cli.finetune import main as finetune_main
+from lit_adapter.cli.finetune import parse_finetune
+from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_text
+from lit_adapter.files.write import write_text
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ from lit_adapter.files import write_text
         ("--optim.warmup 100", "optim.warmup is 100 steps, longer than the run of 15"),
         ("--optim.batch_size 8.5", "optim.batch_size is '8.5'; expected a whole number"),
         ("--optim.batch_size 64", "optim.batch_size is 64, but there are only 40 training records"),
-        ("--optim.row_tokens 20", r"optim.row_tokens is 20, but a record takes \d+ tokens"),
+        ("--optim.row_tokens 20", r"optim.row_tokens is 20, but the longest record takes \d+ tokens"),
         ("--optim.epochs 0.01", "optim.epochs is 0.01: less than one of 5 steps"),
         ("--optim.betas 0.9,0.95", "optim.betas is '0.9,0.95'; expected a list such as"),
         ("--optim.betas [2,3]", "optim.betas is "),
@@ -52,7 +54,7 @@ from lit_adapter.files import write_text
         ("--trainer.batch_size 3", "did you mean '--optim.batch_size'"),
         ("--optim.eps .nan", "optim.eps is nan; expected a finite number above 0"),
         ("--optim.eps 0", "optim.eps is 0.0; expected a finite number above 0"),
-        ("--optim.lr 1e39", "optim.lr is 1e\\+39; expected a number from 1.2e-38 to 3.4e\\+38, as fp32 has"),
+        ("--optim.lr 1e39", "optim.lr is 1e\\+39; expected a number from 1.2e-38 to 3.4e\\+38"),
         ("--optim.lr 1e-60", "optim.lr is 1e-60; expected a number from 1.2e-38 to"),
         ("--optim.eps 1e-60", "optim.eps is 1e-60; expected a number from 1.2e-38 to"),
         ("--optim.clip 1e-60", "optim.clip is 1e-60; expected a number from"),
@@ -87,8 +89,8 @@ from lit_adapter.files import write_text
         ("--adapter.gate foo", "adapter.gate is 'foo'; expected one of tanh, identity, layer, channel"),
         ("--adapter.prompt_length 0", "adapter.prompt_length is 0; expected 1 or more"),
         ("--data.max_length 5000", "data.max_length is 5000, but the base's context is 1024"),
-        ("--data.template hello", "template 'hello' is not known"),
-        ("--data.template=", "template '' is not known; expected alpaca"),
+        ("--data.template hello", "template 'hello' is unknown"),
+        ("--data.template=", "template '' is unknown; expected alpaca"),
         ("--data.template chat", "this base has no chat template"),
         ("--data.val nofile.json", "nofile.json: file not found"),
         ("--data.val_size 50", "val_size 50 of the 48 records"),
@@ -130,10 +132,10 @@ def test_a_wrong_option_is_named(
             r":2: 'optim.batch_size' is 010, which YAML reads as 8; write",
         ),
         ("optim:\n  max_steps: 1:30\n", r":2: 'optim.max_steps' is 1:30, which YAML reads as 90"),
-        ("optim.lr: 0.1\n", r":1: key 'optim.lr' with a dot; write it as optim: \{lr: "),
+        ("optim.lr: 0.1\n", r":1: key 'optim.lr' has a dot; write sections within sections"),
         (
             "data.columns.input: q\n",
-            r":1: key 'data.columns.input' with a dot; write it as data: \{columns: \{input: \.\.\.\}\}",
+            r":1: key 'data.columns.input' has a dot; write sections within sections, as in configs/quick",
         ),
         ('out: "a\\0b"\n', r":1: 'out' holds a null character"),
         ("adapter: 5\n", r":1: 'adapter' must hold keys such as prompt_length"),
@@ -141,9 +143,9 @@ def test_a_wrong_option_is_named(
         ("\tbase: x\n", r":1: not valid YAML"),
         (
             "optim: !!python/object:os.system {lr: 1}\n",
-            r":1: 'optim' has the tag .*os.system; give a plain value",
+            r":1: not valid YAML: .* the tag .*os.system",
         ),
-        ("? [a]\n: 1\n", r":1: a key must be a plain name"),
+        ("? [a]\n: 1\n", r":\d: not valid YAML: found unhashable key"),
         ("- base\n", "expected keys and values"),
         ("", "expected keys and values"),
     ],

@@ -17,7 +17,7 @@ from warm_runs import Run, spoil_loss, two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.generation import decoder
+from lit_adapter.generation import lane
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.training import module
@@ -97,8 +97,8 @@ def test_two_processes_skip_the_same_steps_as_one(tiny_base: Path, one_bad: Path
 def test_samples_with_nan_logits_do_not_end_a_run(
     tiny: Callable[..., Config], tiny_records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NaN losses have a rule of their own; TensorBoard shows the reason in place of the answer."""
-    monkeypatch.setattr(decoder, "choose", lambda logits, *_: torch.full((len(logits),), -1))
+    """Steps whose loss is none have a rule of their own; in TensorBoard the answer is missing."""
+    monkeypatch.setattr(lane, "choose", lambda logits, *_: torch.full((len(logits),), -1))
     config = tiny("--data.val", str(tiny_records), "--trainer.samples", "1", "--optim.max_steps", "2")
     assert finetune(config, say=Stopper()) == 0
     events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"tensors": 0}).Reload()

@@ -248,7 +248,7 @@ def test_the_forecast_is_tokens_times_measured_seconds() -> None:
 
 
 def test_dry_run_is_an_option_of_the_script() -> None:
-    from lit_adapter.cli import parse_finetune
+    from lit_adapter.cli.finetune import parse_finetune
 
     assert parse_finetune(["--dry-run"]).dry_run
     assert not parse_finetune([]).dry_run

@@ -14,9 +14,10 @@ from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
 from warm_runs import Run
 
 import lit_adapter
-from lit_adapter import device, files
+from lit_adapter import device
 from lit_adapter.errors import UserError
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.generation.adapted import AdaptedLlama
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
 
@@ -189,7 +190,10 @@ def test_two_runs_do_not_write_one_output(
 ) -> None:
     out, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
     partial.write_bytes(killed)
-    with files.one_at_a_time(out), pytest.raises(UserError, match=r"out\.jsonl: another run is writing it"):
+    with (
+        one_at_a_time(out),
+        pytest.raises(UserError, match=r"out\.jsonl: in use by process \d+; wait"),
+    ):
         script(*common, "--prompts", prompts, "--output", out)
     assert partial.read_bytes() == killed
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]
@@ -221,7 +225,7 @@ def test_an_output_in_the_way(
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
         ('{"instruction": " "}', ":2: 'instruction' is empty"),
-        ('{"instruction": "\\ud800"}', ":2: 'instruction' holds .* half of a character"),
+        ('{"instruction": "\\ud800"}', ":2: 'instruction' has .* half of a character"),
         ('{"instruction": "x"', ":2:20: not valid JSON"),
         ('["x"]', ":2: a record is a list"),
         (

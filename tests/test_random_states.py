@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_adapter.config import Config
 from lit_adapter.data.packing import TrainingSteps, ValidationSteps
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 

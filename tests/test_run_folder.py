@@ -109,6 +109,20 @@ def test_the_lock_goes_with_its_process_also_where_its_number_lives_on(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
+    """As loader workers, which may outlive a killed trainer."""
+    reading, writing = os.pipe()
+    killed = FORK.Process(target=_open_fork_and_die, args=(tmp_path / "run", writing))
+    killed.start()
+    killed.join()
+    child = int(os.read(reading, 20))
+    folder = RunFolder(tmp_path / "run")
+    folder.open(resume=False)
+    folder.close()
+    os.kill(child, signal.SIGKILL)  # it was alive until now
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "missing" / "file")
     with pytest.raises(UserError, match=r"\.lock: cannot write"):
@@ -120,13 +134,22 @@ def _open_and_die(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _open_fork_and_die(path: Path, writing: int) -> None:
+    RunFolder(path).open(resume=False)
+    child = os.fork()
+    if child:
+        os.write(writing, str(child).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
 def test_without_locks_the_process_in_the_lock_file_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     other = FORK.Process(target=signal.pause)
     other.start()
     lock = tmp_path / ".lock"

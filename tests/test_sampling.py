@@ -11,13 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lit_adapter.errors import UserError
-from lit_adapter.generation.sampling import choose
+from lit_adapter.generation import sampling
 from lit_adapter.generation.settings import Sampling
 
 GRID = 4096
 UNIFORM = (torch.arange(GRID, dtype=torch.float64) + 0.5).float() / GRID
 MARGIN = 1e-5
 """What fp32 and fp64 may decide differently is left out of the comparison."""
+
+
+def choose(logits: torch.Tensor, how: Sampling, uniform: torch.Tensor, seen: Any) -> torch.Tensor:
+    choice = sampling.Choice.of([how] * len(logits), logits.device)
+    return sampling.choose(logits, choice, None if how.greedy else uniform, seen)
 
 
 def penalised(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -142,3 +147,19 @@ def test_a_tiny_temperature_takes_the_largest(temperature: float) -> None:
 def test_wrong_settings_are_refused(value: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling.of(**value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(situations(), min_size=2, max_size=5), st.integers(0, 4))
+def test_rows_with_their_own_settings_are_chosen_as_alone(cases: Any, greedy: int) -> None:
+    vocab = min(len(logits) for logits, _, _ in cases)
+    how = [Sampling() if row == greedy else how for row, (_, _, how) in enumerate(cases)]
+    logits = torch.stack([torch.tensor(logits[:vocab], dtype=torch.float32) for logits, _, _ in cases])
+    seen = torch.stack([torch.tensor(seen[:vocab]) for _, seen, _ in cases])
+    uniform = UNIFORM[:: GRID // len(cases)][: len(cases)]
+    together = sampling.choose(logits, sampling.Choice.of(how, logits.device), uniform, seen)
+    alone = [
+        choose(logits[row : row + 1], how[row], uniform[row : row + 1], seen[row : row + 1])
+        for row in range(len(cases))
+    ]
+    assert torch.equal(together, torch.cat(alone))

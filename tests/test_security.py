@@ -11,7 +11,7 @@ import pytest
 from finetune_runs import Stopper
 from packaging.requirements import Requirement
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune

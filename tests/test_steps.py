@@ -105,7 +105,9 @@ def test_rows_shorter_than_a_record_are_refused() -> None:
     data = encoded(1)
     longest = int(data.length.max()) - 1
     Packer(data, {}, mask_prompt=True, row_tokens=longest)
-    with pytest.raises(UserError, match=rf"row_tokens is {longest - 1}, but a record takes {longest} tokens"):
+    with pytest.raises(
+        UserError, match=rf"row_tokens is {longest - 1}, but the longest record takes {longest} tokens"
+    ):
         Packer(data, {}, mask_prompt=True, row_tokens=longest - 1)
 
 

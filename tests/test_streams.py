@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from finetune_runs import SCRIPT, arguments
 
-RESULT = "import sys; from lit_adapter.command import run; run(lambda argv: print('Öl ' * 40_000) or 0)"
+RESULT = "import sys; from lit_adapter.cli.command import run; run(lambda argv: print('Öl ' * 40_000) or 0)"
 """A script whose output is its result, longer than a pipe holds."""
 FILES = """
 from pathlib import Path
-from lit_adapter.command import run
+from lit_adapter.cli.command import run
 from lit_adapter.streams import output_is_no_result
 
 def main(argv):
@@ -104,7 +104,7 @@ def test_a_run_without_output(tiny_base: Path, tiny_records: Path, tmp_path: Pat
 def test_an_unbuffered_script_is_heard_as_it_speaks() -> None:
     """As under PYTHONUNBUFFERED, which logs of long runs ask for."""
     code = (
-        "import sys; from lit_adapter.command import run; "
+        "import sys; from lit_adapter.cli.command import run; "
         "run(lambda argv: print('first') or sys.stdin.read() and 0 or 0)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -62,8 +62,8 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
         "2 (11.1%) of all records left out: empty output",
         "1 (12.5%) of the training records left out: answer longer than data.max_length 512",
         "1 (12.5%) of the training records lost the start of their prompt to data.max_length",
-        "1 (14.3%) of the training records sit out each epoch, others every time: "
-        "optim.batch_size 2 does not divide them",
+        "1 (14.3%) of the training records are skipped in each epoch, different ones each time: "
+        "7 is no multiple of optim.batch_size 2",
         "2 (25.0%) of the training records repeat an earlier one",
         "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
         "2 (25.0%) of the held-out records are in the training set too",
@@ -83,5 +83,5 @@ def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path,
     [line] = [line for line in describe(data, color=False) if "packed" in line]
     assert line.strip() == (
         f"packed without padding: {share:.0%} of a step's tokens are computed; "
-        f"{shared:.0%} are a shared start, computed once a row"
+        f"{shared:.0%} are the preamble, computed once per row"
     )

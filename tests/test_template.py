@@ -202,10 +202,10 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     path.write_text(text)
     assert resolve_template(str(path), ours).text == text
     path.write_text("{instruction}{ input }")
-    with pytest.raises(UserError, match=r"mine.txt: \{ input \} is no field; write \{input\}"):
+    with pytest.raises(UserError, match=r"mine.txt: \{ input \} is not a field; write \{input\}"):
         resolve_template(str(path), ours)
     path.write_text("no place for words")
-    with pytest.raises(UserError, match=r"mine.txt: a template needs \{instruction\}"):
+    with pytest.raises(UserError, match=r"mine.txt: \{instruction\} is missing"):
         resolve_template(str(path), ours)
     path.write_bytes(b"\xff{instruction}")
     with pytest.raises(UserError, match="not UTF-8 text"):
@@ -217,12 +217,12 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     [
         ("alpcaa", "did you mean 'alpaca'"),
         ("chatt", "did you mean 'chat'"),
-        ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or its file"),
-        ("Q: {question}\nA:", "is not known; expected"),
+        ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or the path"),
+        ("Q: {question}\nA:", "is unknown; expected"),
         ("{instruction} {output}", "leave out {output}"),
-        ("{instruction} {inputs}", "{inputs} is no field; write {input}"),
-        ("{instruction} {instuction}", "{instuction} is no field; write {instruction}"),
-        ("{instruction} {Input}", "{Input} is no field; write {input}"),
+        ("{instruction} {inputs}", "{inputs} is not a field; write {input}"),
+        ("{instruction} {instuction}", "{instuction} is not a field; write {instruction}"),
+        ("{instruction} {Input}", "{Input} is not a field; write {input}"),
     ],
 )
 def test_unknown_templates(made: dict[str, Kind], choice: str, message: str) -> None:
@@ -232,7 +232,7 @@ def test_unknown_templates(made: dict[str, Kind], choice: str, message: str) -> 
 
 def test_records_that_a_template_cannot_show(made: dict[str, Kind]) -> None:
     ours = made["json-bytes"].ours
-    with pytest.raises(UserError, match=r"no place for the input that a record has; add \{input\}"):
+    with pytest.raises(UserError, match=r"a record has an input, but the template no \{input\}"):
         resolve_template("{instruction}:", ours).encode_prompt(ours, "a", "b")
     with pytest.raises(UserError, match=r"half of a surrogate pair \(U\+D800\)"):
         resolve_template("alpaca", ours).encode_example(ours, "a", "", "b\ud800")
@@ -253,7 +253,7 @@ def test_records_that_a_template_cannot_show(made: dict[str, Kind]) -> None:
         ("{{ messages[5].content }}{{ 1 + 'a' }}", "chat template fails"),
         ("{{ ''.__class__.__mro__ }}", "chat template fails"),
         ("{{ messages.append(1) }}", "chat template fails"),
-        ("Hello", "shows the user's words 0 times"),
+        ("Hello", "shows the user's message 0 times"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
         ("{{ messages[0].content }}", "shows no answer"),
         ("{instruction}{% for m in messages %}{{ m.content }}{% endfor %}", "in its own text"),

@@ -207,16 +207,16 @@ def test_half_a_surrogate_pair_is_refused(made: dict[str, Kind], name: str) -> N
         ("tokenizer.json", b" \n", "is empty"),
         ("tokenizer.json", b"{", "not valid JSON"),
         ("tokenizer.json", b"[]", "expected a JSON object"),
-        ("tokenizer.json", b"{}", "no tokenizer.json that can be read"),
-        ("tokenizer.json", b'{"model": 5}', "no tokenizer.json that can be read"),
+        ("tokenizer.json", b"{}", "not a readable tokenizer.json"),
+        ("tokenizer.json", b'{"model": 5}', "not a readable tokenizer.json"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("tokenizer.model", b"", "is empty"),
         ("tokenizer.model", b"\x00\xff junk", "neither a sentencepiece model nor"),
         ("tokenizer.model", b"<html>Not found</html>", "is a web page, not the file itself"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("tokenizer.model", b"IQ== 0\nIg== x\n", ":2: expected a token in base64"),
-        ("tokenizer.model", b"IQ== 0\nIQ== 1\n", ":2: this token stands there twice"),
-        ("tokenizer.model", b"IQ== 0\nIg== 2\n", "the ranks are not 0 to 1"),
+        ("tokenizer.model", b"IQ== 0\nIg== x\n", ":2: expected a base64 token"),
+        ("tokenizer.model", b"IQ== 0\nIQ== 1\n", ":2: duplicate token"),
+        ("tokenizer.model", b"IQ== 0\nIg== 2\n", "expected each rank from 0 to 1 once"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "no token for byte 0x00"),
     ],
 )
@@ -255,7 +255,7 @@ def test_other_refusals(made: dict[str, Kind], tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     ours: Tokenizer = made["json-bytes"].ours
     check_vocabulary(ours, ours.vocab_size)
-    with pytest.raises(UserError, match=rf"{ours.vocab_size} ids, but the embedding 300 rows"):
+    with pytest.raises(UserError, match=rf"{ours.vocab_size} ids, but the embedding has 300 rows"):
         check_vocabulary(ours, 300)
 
 

@@ -107,14 +107,14 @@ def test_sentencepiece_settings(tmp_path: Path) -> None:
     [
         ({"model": "bert"}, "'tokenizer.ggml.model' is 'bert'; expected 'gpt2' or 'llama'"),
         ({"model": None}, "key 'tokenizer.ggml.model' is missing"),
-        ({"pre": "qwen2"}, "'tokenizer.ggml.pre' is 'qwen2', which is not known"),
+        ({"pre": "qwen2"}, "'tokenizer.ggml.pre' is 'qwen2', which is unknown"),
         ({"pre": "smolm"}, "did you mean 'smollm'"),
         ({"pre": None}, "key 'tokenizer.ggml.pre' is missing"),
         ({"merges": None}, "key 'tokenizer.ggml.merges' is missing"),
-        ({"merges": ["zz qq"]}, "joins 'zz qq', which are no tokens"),
+        ({"merges": ["zz qq"]}, "has 'zz qq'; expected two tokens"),
         ({"token_type": [1, 2]}, "but 2 in 'tokenizer.ggml.token_type'"),
         ({"eos_token_id": 10**6}, "'tokenizer.ggml.eos_token_id' is 1000000; expected below"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "token 'a' stands twice"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "duplicate token 'a'"),
     ],
 )
 def test_refusals_of_byte_level_vocabularies(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_adapter import files
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.files import write
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 
@@ -161,7 +161,7 @@ def signal_at_line(text: str, number: int = signal.SIGTERM) -> None:
 
 def signal_after_write(count: int, number: int = signal.SIGTERM) -> None:
     """Send the signal after the ``count``-th durable write."""
-    files.write_bytes = _nth(files.write_bytes, count, number)  # type: ignore[assignment]
+    write.sync_folder = _nth(write.sync_folder, count, number)  # type: ignore[assignment]
 
 
 def signal_in_validation(count: int, number: int = signal.SIGTERM) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.profiler import ProfilerActivity, profile
 
-from lit_adapter.cli import finetune_main
-from lit_adapter.command import run
+from lit_adapter.cli.command import run
+from lit_adapter.cli.finetune import main as finetune_main
 
 
 def watch(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The embedded demo data: free-text requests to be turned into strict JSON commands, scored exactly.
+"""The embedded demo data: free-text requests and the strict JSON commands to turn them into.
 
-Six kinds of command, each with many wordings. Training and held-out records share the wordings and
-nothing else: a word, number or time belongs to one side for ever, by its checksum, whatever the seed.
+There are six kinds of command, each with many wordings. Training and held-out records share only the
+wordings: the checksum of a word, number or time decides which side it belongs to, whatever the seed.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 from lit_adapter.data import demo_words as words
 from lit_adapter.data.formats import parse_json
 from lit_adapter.errors import UserError
-from lit_adapter.files import write_json
+from lit_adapter.files.write import write_json
 
 INSTRUCTION = "Turn the request into a JSON command."
 N_TRAIN = 2000
 N_VAL = 200
 
 _HELD_OUT_SHARE = 6
-"""One word in this many is held out."""
+"""One in this many words is held out."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of command: how its slots are filled, and the wordings of its requests."""
+    """One kind of command: its slots, and the wordings of its requests."""
 
     action: str
     slots: dict[str, str]
-    """Slot name to a text over the pools' names; a pool of numbers alone gives a number."""
+    """Pattern of pool names by slot name; a pattern that is only a pool of numbers gives a number."""
     orders: tuple[str, ...]
-    """Imperative wordings, to be wrapped politely; none starts with a slot, whose case must stay."""
+    """Imperatives, put into `ORDER_FRAMES`; none starts with a slot, as the first letter is capitalized."""
     statements: tuple[str, ...]
     """Whole sentences."""
 
@@ -61,10 +61,10 @@ POOLS: dict[str, Sequence[str] | Sequence[int]] = {
     "quantity": range(2, 61),
     "degrees": range(5, 35),
 }
-"""Words, times and numbers that are either training or held-out ones."""
+"""Words, times and numbers, each of which is used either in training or in held-out records."""
 
 GLUE = {"owner": ("the", "your", "my", "our"), "verb": ("is", "was", "is not")}
-"""Small words inside a longer value, common to both sides."""
+"""Function words inside a longer value, used on both sides."""
 
 KINDS = (
     Kind(
@@ -208,15 +208,15 @@ STATEMENT_FRAMES = ("{}", "Hi! {}", "Hello. {}", "{} Thanks.")
 
 
 def is_held_out(value: str | int) -> bool:
-    """Whether a word, time or number belongs to the held-out side."""
+    """Whether a word, time or number is used in held-out records only."""
     return zlib.crc32(str(value).lower().encode()) % _HELD_OUT_SHARE == 0
 
 
 class _Decks:
-    """Draws at random, but uses every choice of a pool before one comes again."""
+    """Random draws that use every choice of a pool before they repeat one."""
 
     def __init__(self, seed: int, held_out: bool) -> None:
-        # Only Random.random() promises the same numbers on every Python version.
+        # Only Random.random() gives the same numbers on every Python version.
         self._random = random.Random(2 * seed + held_out).random
         self._held_out = held_out
         self._decks: dict[str, list[Any]] = {}
@@ -237,7 +237,7 @@ class _Decks:
 
 
 def _fill(pattern: str, decks: _Decks) -> str | int:
-    """Fill one slot: ``{adjective} {noun}`` with words, ``{people}`` alone with the number itself."""
+    """Fill one slot: ``{adjective} {noun}`` gives a string, ``{people}`` alone a number."""
     alone = _FIELD.fullmatch(pattern)
     return decks.word(alone[1]) if alone else _FIELD.sub(lambda field: decks.word(field[1]), pattern)
 
@@ -252,7 +252,7 @@ def _request(kind: Kind, slots: dict[str, str | int], decks: _Decks) -> str:
 
 
 def _records(count: int, decks: _Decks) -> list[dict[str, str]]:
-    """Make ``count`` different records, the kinds of command in turn, then shuffled."""
+    """Return ``count`` different records, equally many of each kind of command, shuffled."""
     found: dict[str, str] = {}
     attempts = 0
     while len(found) < count:
@@ -262,7 +262,7 @@ def _records(count: int, decks: _Decks) -> list[dict[str, str]]:
         found.setdefault(_request(kind, slots, decks), output)
         attempts += 1
         if attempts > 10 * count:
-            raise UserError(f"demo: {count} different records are more than its words give; ask for fewer")
+            raise UserError(f"demo: the words do not suffice for {count} different records; ask for fewer")
     return [
         {"instruction": INSTRUCTION, "input": request, "output": found[request]}
         for request in decks.shuffled(list(found))
@@ -274,11 +274,11 @@ def generate(
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return (training, held-out) records with the keys instruction, input and output.
 
-    No slot value of the one stands in the other, for any two seeds. The same arguments give the same
-    records on every Python version.
+    They have no slot value in common, for any two seeds. The same arguments give the same records on every
+    Python version.
 
     Raises:
-        UserError: a count below 1, or more records than the words can make.
+        UserError: a count is below 1, or higher than the words suffice for.
     """
     for name, count in (("n_train", n_train), ("n_val", n_val)):
         if count < 1:
@@ -295,9 +295,9 @@ def write(folder: Path, seed: int, n_train: int = N_TRAIN, n_val: int = N_VAL) -
 
 
 def exact_match(text: str, expected: str) -> bool:
-    """Whether ``text`` is, but for white space around it, the same JSON value as ``expected``.
+    """Whether ``text`` is the same JSON value as ``expected``.
 
-    The order of keys and the spacing do not count; everything else does: 21 is neither 21.0 nor "21".
+    White space and the order of keys do not matter; everything else does: 21 is neither 21.0 nor "21".
     """
     try:
         value = parse_json(text)

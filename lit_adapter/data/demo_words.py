@@ -1,7 +1,7 @@
-"""The words of the demo data set: everyday ones, so that a held-out word is new to the adapter only.
+"""The words of the demo data set, separated by white space.
 
-White space separates them. They are many because what a small model learns last is to copy a word it
-was never trained to copy.
+They are everyday words, so that a held-out word is new only to the adapter. There are many because the last
+thing that a small model learns is to copy a word it was not trained on.
 """
 
 from __future__ import annotations

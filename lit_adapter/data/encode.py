@@ -1,7 +1,7 @@
-"""Records become token ids, once: encoded by worker processes, cut to length, counted and cached.
+"""Tokenization of records: encoded once by worker processes, cut to length, counted and cached.
 
-The cache file is keyed by the records' content, the tokenizer and the settings, and carries a checksum;
-one that is damaged or belongs to something else is made anew.
+A cache file is keyed by the records' content, the tokenizer and the settings, and has a checksum. A damaged
+one is replaced.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lit_adapter import files
 from lit_adapter.data.records import Record, Records
 from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.write import write_bytes
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 PARALLEL_FROM = 4000
-"""Records from which starting worker processes pays."""
+"""Number of records from which worker processes pay."""
 CHUNK = 50
-"""Records sent to a worker together; after Ctrl-C each finishes two of these."""
+"""Records sent to a worker at a time; after Ctrl-C each worker finishes two chunks."""
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded records, flat: record r is ``ids[start[r] : start[r + 1]]``."""
+    """Encoded records, concatenated: record r is ``ids[start[r] : start[r + 1]]``."""
 
     ids: NDArray[np.int32]
-    """All tokens, one record after another ``[tokens]``."""
+    """The tokens of all records ``[tokens]``."""
     start: NDArray[np.int64]
-    """Where each record starts ``[records + 1]``."""
+    """Index of each record's first token, and the end ``[records + 1]``."""
     n_prompt: NDArray[np.int32]
-    """Prompt tokens of each record (before its answer) ``[records]``."""
+    """Number of tokens before each record's answer ``[records]``."""
     variant: NDArray[np.int8]
-    """Which text of the template each record uses ``[records]``."""
+    """Which text of the template each record uses (`Template.variant`) ``[records]``."""
     whole: NDArray[np.bool_]
-    """Whether the record was kept whole ``[records]``."""
+    """Whether each record was kept whole ``[records]``."""
     source_row: NDArray[np.int32]
-    """Index of the record in its file ``[records]``."""
+    """Index of each record among those read ``[records]``."""
     n_dropped: NDArray[np.int32]
-    """Records whose answer alone is too long ``[1]``."""
+    """Number of records dropped because the answer alone is too long ``[1]``."""
 
     def __len__(self) -> int:
         return len(self.n_prompt)
@@ -64,12 +65,12 @@ class Encoded:
 
     @property
     def length(self) -> NDArray[np.int64]:
-        """Tokens of each record ``[records]``."""
+        """Number of tokens of each record ``[records]``."""
         return np.diff(self.start)
 
     @property
     def n_cut(self) -> int:
-        """Records that lost the start of their prompt."""
+        """Number of records that lost the start of their prompt."""
         return int((~self.whole).sum())
 
 
@@ -90,19 +91,22 @@ def encode_records(
     tokenizer_key: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> Encoded:
-    """Encode all records, from the cache where it holds them.
+    """Encode all records, or read them from the cache.
 
-    A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS; one
-    whose answer alone does not fit (with one token of prompt before it) is dropped and counted.
+    A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS. One
+    whose answer does not fit after one token of its prompt is dropped and counted.
 
     Args:
         records: what to encode.
-        tokenizer: of the base; it is sent to worker processes, so it must pickle.
+        tokenizer: the base's tokenizer; worker processes get a pickle of it.
         template: turns a record into prompt and answer.
-        max_length: longest record, in tokens.
+        max_length: the most tokens of a record.
         cache: folder of cache files, or None for no caching.
         tokenizer_key: fingerprint of the tokenizer, for the cache's key.
-        say: gets a line when a damaged cache file is replaced, or none can be written.
+        say: gets a line when a damaged cache file is replaced, or a cache file cannot be written.
+
+    Raises:
+        UserError: a worker process died, or a record cannot be encoded (see `Template.encode_example`).
     """
     key = _key(records, template, max_length, tokenizer_key)
     path = cache / f"tokens-{key[:32]}.safetensors" if cache else None
@@ -111,16 +115,16 @@ def encode_records(
         return found
     if path is None:
         return _pack(_encode_all(records.rows, tokenizer, template), max_length)
-    with files.one_at_a_time(path):  # the other processes of a run want the same
+    with one_at_a_time(path):  # a run's processes all need this file
         found = _read_cache(path, key)
         if found is not None:
             return found
         if path.is_file():
-            say(f"{path}: damaged cache of tokens; encoding again")
+            say(f"{path}: damaged token cache; encoding again")
         encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
         try:
             _write_cache(path, key, encoded)
-        except UserError as error:  # the next run encodes again; this one goes on
+        except UserError as error:  # this run goes on; the next one encodes again
             say(f"tokens are not cached: {error}; $LIT_ADAPTER_CACHE names another folder")
     return encoded
 
@@ -130,15 +134,15 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
     workers = min(8, _n_cpus())
     if len(rows) < PARALLEL_FROM or workers == 1:
         return map(one, rows)
-    # Forking a process that has started threads can hang; a fresh interpreter cannot.
+    # Forking a process with threads can hang; spawning cannot.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_parent)
     try:
-        with holding_signals():  # workers start here; one that died would take the pool down with it
+        with holding_signals():  # workers start here; a signal that kills one would break the pool
             results = pool.map(one, rows, chunksize=CHUNK)
         return list(results)
     except BrokenProcessPool:
         raise UserError(
-            "a process that encodes records has died; it may have been killed for want of memory "
+            "a process that encodes records died; the system may have killed it for lack of memory "
             '(a Python script that calls this needs `if __name__ == "__main__":`)'
         ) from None
     finally:
@@ -146,7 +150,7 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
 
 
 def _n_cpus() -> int:
-    """Return the CPUs that this process may use: a queue or container may have given it a few of many."""
+    """Return how many CPUs this process may use; a job queue or container may allow it only some."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -187,11 +191,11 @@ def _key(records: Records, template: Template, max_length: int, tokenizer_key: s
 def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
     arrays = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
     metadata = {"key": key, "checksum": _checksum(arrays)}
-    files.write_bytes(path, save(arrays, metadata=metadata))
+    write_bytes(path, save(arrays, metadata=metadata))
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
-    """Return what a cache file holds, or None if there is none, or it is damaged or of another question."""
+    """Return a cache file's content; None if it is missing, damaged or has another key."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

@@ -1,7 +1,7 @@
-"""Rows of JSON, JSONL, CSV and Parquet files, each with the line it starts on.
+"""Readers of JSON, JSONL, CSV and Parquet files; each row comes with the line it starts on.
 
-Strict on purpose: what Python's own readers let pass (NaN, duplicate keys, short CSV rows) is refused
-with its line, because a reader that guesses trains on something else than the file says.
+They refuse what Python's own readers accept (NaN, duplicate keys, short CSV rows): a reader that guesses
+would train on something other than what the file says.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 from lit_adapter.errors import UserError, shorten
 
 Row = tuple[int, Mapping[str, Any]]
-"""A line number (for Parquet a row number), counted from 1, and the named values found there."""
+"""A line number (for Parquet a row number), counted from 1, and the values by column name."""
 
 _BATCH_ROWS = 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class _RefusedError(ValueError):
-    """Valid for Python's json, but not JSON, or not unambiguous."""
+    """Accepted by Python's json, but not JSON, or ambiguous."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def parse_json(text: str) -> Any:
     """Parse strict JSON: no NaN or Infinity, no key twice in an object.
 
     Raises:
-        ValueError: anything else, numbers too long and values nested too deeply included.
+        ValueError: the text is anything else, has a number that is too long, or is nested too deeply.
     """
     try:
         return _DECODER.decode(text)
@@ -60,7 +60,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_type(value: object) -> str:
-    """Return what JSON calls the type of ``value``; of a number the value too."""
+    """Return JSON's name for the type of ``value``, and for a number also its value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
     if type(value) in names:
         return names[type(value)]
@@ -68,21 +68,21 @@ def json_type(value: object) -> str:
 
 
 def check_regular(path: Path, name: str) -> None:
-    """Refuse what cannot be read as a file, without opening it: opening a FIFO would wait for ever.
+    """Refuse what cannot be read as a file, without opening it: opening a FIFO would block forever.
 
     Raises:
-        UserError: missing, a folder, a loop of links, another special file, not permitted, or empty.
+        UserError: the file is missing, a folder, a loop of links, a special file, not readable, or empty.
     """
     try:
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and not os.access(path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except FileNotFoundError:
-        link = " (a link to nothing)" if path.is_symlink() else ""
+        link = " (a broken link)" if path.is_symlink() else ""
         raise UserError(f"{name}: file not found{link}; check the path") from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise UserError(f"{name}: a loop of symbolic links; point it at a file") from None
+            raise UserError(f"{name}: a loop of symbolic links; link it to a file") from None
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{name}: cannot read: {reason}; choose a readable file") from None
     if stat.S_ISDIR(status.st_mode):
@@ -94,10 +94,10 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Return a file's text; a UTF-8 byte order mark is dropped, any other encoding refused.
+    """Return a file's text without a UTF-8 byte order mark.
 
     Raises:
-        UserError: not UTF-8, with the offset of the first bad byte.
+        UserError: the file cannot be read, is not UTF-8, or has nothing but white space.
     """
     try:
         content = path.read_bytes()
@@ -120,7 +120,7 @@ def read_text(path: Path, name: str) -> str:
 
 
 def _value(text: str, start: int, name: str, line: int, hint: str = "") -> tuple[Any, int]:
-    """Decode the JSON value at ``start``, whose line is ``line``; return it and where it ends."""
+    """Decode the JSON value at ``start``, in line ``line``; return it and the index of its end."""
     try:
         return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -129,7 +129,7 @@ def _value(text: str, start: int, name: str, line: int, hint: str = "") -> tuple
     except _RefusedError as error:
         raise UserError(f"{name}:{line}: {error}") from None
     except RecursionError:
-        raise UserError(f"{name}:{line}: nested too deeply; a record is a flat object of strings") from None
+        raise UserError(f"{name}:{line}: nested too deeply; expected a flat object of strings") from None
     except ValueError:
         digits = f"{sys.get_int_max_str_digits():,}"
         raise UserError(f"{name}:{line}: a number of more than {digits} digits; write it as text") from None
@@ -155,7 +155,7 @@ def _place(text: str, position: int) -> str:
 
 
 def json_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the objects of a JSON array, element by element so that each one's line is known."""
+    """Yield the objects of a JSON array, decoded one by one so that each one's line is known."""
     text = read_text(path, name)
     position = _skip(text, 0)
     if text[position] != "[":
@@ -166,7 +166,7 @@ def json_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         line += text.count("\n", counted, position)
         counted = position
         if position == len(text):
-            raise UserError(f"{name}:{_place(text, position)}: the array never ends; is the file cut short?")
+            raise UserError(f"{name}:{_place(text, position)}: the array has no end; is the file truncated?")
         value, position = _value(text, position, name, line)
         yield line, _object(value, name, line)
         position = _skip(text, position)
@@ -186,7 +186,7 @@ def _not_an_array(text: str, position: int, name: str) -> UserError:
     value, end = _value(text, position, name, line)
     if isinstance(value, dict) and text.startswith("{", _skip(text, end)):
         return UserError(
-            f"{name}:{line}: one object after another, without '[' around them: these are JSON Lines; "
+            f"{name}:{line}: one object after another, without '[' around them: this is JSON Lines; "
             "rename the file to .jsonl"
         )
     keys = f" with the keys {', '.join(map(shorten, list(value)[:6]))}" if isinstance(value, dict) else ""
@@ -194,7 +194,7 @@ def _not_an_array(text: str, position: int, name: str) -> UserError:
 
 
 def jsonl_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield one object per line; only a line feed ends a line, U+2028 and U+0085 are text."""
+    """Yield one object per line; only a line feed ends a line, not U+2028 or U+0085."""
     text = read_text(path, name)
     if text.lstrip(" \t\r\n").startswith("["):
         raise UserError(f"{name}:1: starts with '[', a JSON array; rename the file to .json")
@@ -212,7 +212,7 @@ def jsonl_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
 
 def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     """Yield the rows of a comma-separated file whose first line names the columns."""
-    # A quoted line break is one character whichever system wrote the file.
+    # A quoted line break is one character, whatever system wrote the file.
     text = read_text(path, name).replace("\r\n", "\n")
     limit = csv.field_size_limit(len(text) + 1)
     try:
@@ -251,10 +251,10 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a Parquet file; of columns not wanted only the name, with null.
+    """Yield the rows of a Parquet file; columns that are not wanted have the value None.
 
     Raises:
-        UserError: pyarrow is not installed, or the file is not readable Parquet.
+        UserError: pyarrow is not installed, or the file is not valid Parquet.
     """
     try:
         import pyarrow
@@ -286,4 +286,4 @@ READERS: dict[str, Callable[[Path, str, Iterable[str]], Iterator[Row]]] = {
     ".csv": csv_rows,
     ".parquet": parquet_rows,
 }
-"""A reader for each file suffix: path, name for messages, wanted columns."""
+"""Reader by file suffix; arguments: path, name for messages, wanted columns."""

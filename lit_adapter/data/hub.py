@@ -1,7 +1,7 @@
-"""Records of a Hugging Face Hub data set by name, such as ``yahma/alpaca-cleaned``.
+"""Records of a Hugging Face Hub data set, such as ``yahma/alpaca-cleaned``.
 
-The repository's own JSON, JSONL, CSV or Parquet files are downloaded (kept in the Hub's cache) and read
-like local ones: no code of the data set runs, and its errors have lines too.
+The repository's own JSON, JSONL, CSV or Parquet files are downloaded to the Hub's cache and read like local
+ones: no code of the data set runs, and error messages name lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ABOUT_THE_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether ``source`` reads ``org/name[:file-or-split]`` and is no local path or data file's name."""
+    """Whether ``source`` has the form ``org/name[:file-or-split]`` and is not a local path or data file."""
     found = _NAME.fullmatch(str(source))
     if found is None or Path(source).exists():
         return False
@@ -29,22 +29,22 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
-    """Download a Hub data set's training file (or the one named) and read its records.
+    """Download a Hub data set's training file, or the named file or split, and read its records.
 
     Args:
         name: ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
-        columns: what the data calls the fields.
+        columns: the data's names of the fields.
 
     Raises:
-        UserError: unknown or closed repository, no network, no data file or several to choose from, or
-            anything `read_records` refuses.
+        UserError: the repository is unknown or not accessible, the network is down, there is no data file
+            or more than one candidate, or as `read_records`.
     """
     found = _NAME.fullmatch(name)
     if found is None:
-        raise UserError(f"'{name}' is no Hub data set; expected org/name, org/name:split or org/name:file")
+        raise UserError(f"'{name}' is not a Hub data set; expected org/name, org/name:split or org/name:file")
     repo, part = found["repo"], found["part"]
     if part and PurePosixPath(part).suffix.lower() in READERS:
-        # A file named in full needs no listing, so a downloaded one can be read without a network.
+        # A file named in full needs no listing, so a cached one is read without a network.
         files, commit = [part], None
     else:
         listing, commit = _listing(repo)
@@ -56,14 +56,14 @@ def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
 
 
 def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
-    """Return the data files of ``split`` (by default the training one): one file, or all its shards.
+    """Return the data files of ``split`` (default: train): one file, or all its shards.
 
     Raises:
-        UserError: none, or more than one candidate; lists them.
+        UserError: there is no candidate, more than one, or a shard is missing.
     """
     data = sorted(file for file in files if _is_data(file))
     if not data:
-        raise UserError(f"{repo}: holds no {', '.join(READERS)} file; convert the data set to one of them")
+        raise UserError(f"{repo}: has no {', '.join(READERS)} file; convert the data set to one of them")
     chosen = data
     if split or len(data) > 1:
         wanted = re.compile(rf"(^|[/_.-]){re.escape(split or 'train')}([/_.-]|$)", re.IGNORECASE)
@@ -98,7 +98,7 @@ def _listing(repo: str) -> tuple[list[str], str | None]:
     """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
-    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="nor is it a file here")
+    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="and not a local file")
     return [file.rfilename for file in info.siblings or []], info.sha
 
 

@@ -1,12 +1,12 @@
-"""Global batches, packed: the records of one optimizer step laid end to end in rows, without padding.
+"""Packed batches: the records of one optimizer step, one after another in rows, without padding.
 
-What a step learns is decided by (seed, step) alone: its records are the next ``batch_size`` of the
-epoch's permutation. How they are cut into rows, and which process computes which row, changes speed and
+(seed, step) alone decides what a step learns: its records are the next ``batch_size`` of the epoch's
+permutation. How they are divided into rows, and which process computes which row, changes speed and
 memory but not the step: loss is a sum over targets, divided by the number of targets of the whole step.
 
-The text that a template puts before every record is found from the data, as the longest common start of
-the prompts of each of the template's texts. It is laid once per row; its records continue it. A record's
-last token is a target and never an input: nothing is predicted from it, so it takes no place in a row.
+A preamble is the text that a template puts before every record. It is found in the data as the longest common
+start of the prompts that use the same text of the template. A row contains it once, before the records that
+continue it. A record's last token is only a target: nothing is predicted from it, so it is not in the row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
 
 SHORTEST_PREAMBLE = 4
-"""Tokens below which sharing a common start is not worth a segment."""
+"""Tokens below which a preamble is not worth a segment of its own."""
 
 
 @dataclass
@@ -32,16 +32,16 @@ class StepBatch:
 
     rows: list[PackedRow]
     records: list[list[int]]
-    """Indices of the records in each row."""
+    """The records in each row, by index."""
     n_targets: int
     """Targets of the whole step, over all rows of all processes."""
     n_tokens: int
-    """Tokens of the whole step's records, a shared start counted with every record."""
+    """Tokens of the whole step's records, the preamble counted for every record."""
     step: int
 
 
 def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
-    """Return the longest common start of the whole records' prompts, by variant of the template."""
+    """Return the preambles: the longest common start of the uncut records' prompts, by template variant."""
     preambles: dict[int, NDArray[np.int32]] = {}
     for variant in np.unique(encoded.variant).tolist():
         members = np.flatnonzero((encoded.variant == variant) & encoded.whole)
@@ -60,22 +60,20 @@ def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
 
 
 class Packer:
-    """Lays records into rows.
+    """Packs records into rows.
 
     Args:
         encoded: the records.
-        preambles: shared starts by variant, from `shared_preambles`; empty to lay every record whole.
+        preambles: from `shared_preambles`; empty to pack every record whole.
         mask_prompt: learn answers only.
-        row_tokens: longest row.
+        row_tokens: the most tokens of a row.
+
+    Raises:
+        UserError: a record is longer than a row.
     """
 
     def __init__(
-        self,
-        encoded: Encoded,
-        preambles: dict[int, NDArray[np.int32]],
-        *,
-        mask_prompt: bool,
-        row_tokens: int,
+        self, encoded: Encoded, preambles: dict[int, NDArray[np.int32]], *, mask_prompt: bool, row_tokens: int
     ) -> None:
         self.encoded, self.preambles = encoded, preambles
         self.mask_prompt, self.row_tokens = mask_prompt, row_tokens
@@ -87,14 +85,14 @@ class Packer:
         longest = int(encoded.length.max(initial=1)) - 1
         if row_tokens < longest:
             raise UserError(
-                f"optim.row_tokens is {row_tokens}, but a record takes {longest} tokens of a row; "
+                f"optim.row_tokens is {row_tokens}, but the longest record takes {longest} tokens of a row; "
                 f"raise it to {longest} or lower data.max_length"
             )
 
     def _preamble_length(self, index: int) -> int:
-        """Return how many of a record's tokens its shared preamble covers: all of it, or nothing."""
+        """Return the length of the preamble that a record continues; 0 if it continues none."""
         preamble = self.preambles.get(int(self.encoded.variant[index]))
-        # A record cut to length has lost its start, and a preamble must not reach into an answer.
+        # A record cut to length has lost its start; a preamble must not reach into an answer.
         if preamble is None or not self.encoded.whole[index] or self.encoded.n_prompt[index] < len(preamble):
             return 0
         return len(preamble) if np.array_equal(self.encoded.record(index)[: len(preamble)], preamble) else 0
@@ -105,9 +103,10 @@ class Packer:
         return int((self.encoded.length[records] - np.maximum(first, 1)).sum())
 
     def assign(self, records: NDArray[np.int64], n_processes: int = 1) -> list[list[int]]:
-        """Cut ``records`` into as few rows as fit, evenly filled; a multiple of ``n_processes`` of them.
+        """Divide ``records`` into as few rows as they fit in; their number is a multiple of ``n_processes``.
 
-        Longest first, each into the emptiest row: rows end up nearly equal, so that processes wait little.
+        Each record, longest first, goes into the emptiest row: rows become nearly equal in length, and
+        processes wait little for each other.
         """
         own = self.n_own[records]
         order = np.argsort(-own, kind="stable")
@@ -126,111 +125,99 @@ class Packer:
             n_rows += n_processes
 
     def row_length(self, records: list[int]) -> int:
-        """Return the tokens of a row that holds ``records``, each shared preamble once."""
+        """Return the number of tokens of a row with these records."""
         return self._shared_length(records) + int(self.n_own[records].sum())
 
     def _shared_length(self, records: list[int]) -> int:
-        """Return the tokens of the shared preambles that ``records`` continue."""
+        """Return the number of tokens of the preambles that ``records`` continue."""
         shared = {
             int(self.encoded.variant[r]): int(self.n_preamble[r]) for r in records if self.n_preamble[r]
         }
         return sum(shared.values())
 
     def row(self, records: list[int]) -> PackedRow:
-        """Lay ``records`` into one row: each shared preamble, then the records that continue it."""
-        parts = self._laid_out(self._order(records))
+        """Pack ``records`` into one row."""
+        segments = self._segments(records)
         ids, position, segment, preamble, target_index, target_id = map(
-            torch.from_numpy, (*_tokens(parts), *self._targets(parts))
+            torch.from_numpy, (*_tokens(segments), *self._targets(segments))
         )
         return PackedRow(ids, position, segment, preamble, target_index, target_id)
 
-    def _laid_out(self, numbers: list[int]) -> list[_Part]:
-        """Return the parts of a row, as `_order` numbers them; a row without any token is given one."""
-        parts: list[_Part] = []
-        preamble = None
-        for number in numbers:
-            if number >= len(self.encoded):
-                preamble = len(parts)
-                parts.append(_Part(self.preambles[number - len(self.encoded)]))
-                continue
-            ids, n_preamble = self.encoded.record(number), int(self.n_preamble[number])
-            parts.append(_Part(ids[n_preamble:-1], n_preamble, preamble if n_preamble else None, number))
-        if not any(len(part.ids) for part in parts):
-            parts.append(_Part(np.zeros(1, dtype=np.int32)))
-        for before, part in pairwise(parts):
-            part.start = before.start + len(before.ids)
-        return parts
+    def _segments(self, records: list[int]) -> list[_Segment]:
+        """Return a row's segments: records without a preamble, then each preamble and its records."""
+        has_preamble = self.n_preamble[records] > 0
+        variants = np.where(has_preamble, self.encoded.variant[records], -1)
+        segments: list[_Segment] = []
+        preamble, last_variant = None, -1
+        for variant, record in sorted(zip(variants.tolist(), records, strict=True)):
+            if variant != last_variant:
+                preamble, last_variant = len(segments), variant
+                segments.append(_Segment(self.preambles[variant]))
+            n_preamble = int(self.n_preamble[record])
+            own = self.encoded.record(record)[n_preamble:-1]
+            segments.append(_Segment(own, n_preamble, preamble, record))
+        if not any(len(segment.ids) for segment in segments):
+            segments.append(_Segment(np.zeros(1, dtype=np.int32)))  # a row needs a token
+        for before, segment in pairwise(segments):
+            segment.start = before.start + len(before.ids)
+        return segments
 
-    def _targets(self, parts: list[_Part]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the places whose next token is learned, ascending, and that token ``[M]``."""
-        mine = [part for part in parts if part.record is not None]
-        preamble_starts = [0 if part.preamble is None else parts[part.preamble].start for part in mine]
-        rows = [(part.record, part.position, part.start) for part in mine]
-        records, n_preamble, start = np.array(rows, np.int64).reshape(-1, 3).T
-        preamble_start = np.array(preamble_starts, np.int64)
+    def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the row's indices whose next token is learned, ascending, and those tokens, each ``[M]``."""
+        own = [segment for segment in segments if segment.record is not None]
+        rows = [
+            (s.record, s.position, s.start, 0 if s.preamble is None else segments[s.preamble].start)
+            for s in own
+        ]
+        records, n_preamble, start, preamble_start = np.array(rows, np.int64).reshape(-1, 4).T
         first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)
-        first = np.maximum(first, 1) - 1  # the token that predicts the first
+        first = np.maximum(first, 1) - 1  # the token that predicts the first target
         count = self.encoded.start[records + 1] - self.encoded.start[records] - 1 - first
         predicting = np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
         n_preamble, start, preamble_start = (
             np.repeat(values, count) for values in (n_preamble, start, preamble_start)
         )
-        # The shared preamble's tokens predict for every record that continues it.
-        place = predicting + np.where(predicting < n_preamble, preamble_start, start - n_preamble)
+        # A preamble's tokens predict for every record that continues it.
+        index = predicting + np.where(predicting < n_preamble, preamble_start, start - n_preamble)
         token = self.encoded.ids[np.repeat(self.encoded.start[records], count) + predicting + 1]
-        order = np.argsort(place, kind="stable")
-        return place[order], token[order].astype(np.int64)
-
-    def _order(self, records: list[int]) -> list[int]:
-        """Return what a row of ``records`` is laid out of, in order.
-
-        A number below ``len(encoded)`` is a record; one above it is the shared preamble of a variant. Records
-        without a shared preamble come first, then each preamble and the records that continue it.
-        """
-        variants = [
-            int(self.encoded.variant[record]) if self.n_preamble[record] else -1 for record in records
-        ]
-        found: list[int] = []
-        for variant in sorted(set(variants)):
-            found += [len(self.encoded) + variant] if variant >= 0 else []
-            found += sorted(record for record, own in zip(records, variants, strict=True) if own == variant)
-        return found
+        order = np.argsort(index, kind="stable")
+        return index[order], token[order].astype(np.int64)
 
 
 @dataclass
-class _Part:
-    """A part of a row: a shared preamble, or a record's own tokens but the last."""
+class _Segment:
+    """A preamble, or a record's own tokens without the last."""
 
     ids: NDArray[np.int32]
     position: int = 0
-    """Position of its first token."""
+    """Position of its first token, for RoPE."""
     preamble: int | None = None
-    """Which part is the shared preamble that it continues."""
+    """Index of the segment that it continues."""
     record: int | None = None
+    """The record, or None for a preamble."""
     start: int = 0
-    """Place of its first token in the row."""
+    """Index of its first token in the row."""
 
 
-def _tokens(parts: list[_Part]) -> tuple[NDArray[np.int64], ...]:
-    """Return ids, positions, segments and preambles of the parts laid end to end, each ``[T]``."""
-    length = np.array([len(part.ids) for part in parts])
-    number = np.cumsum(length > 0) - 1  # a part without tokens is no segment
-    preamble = number[[index if part.preamble is None else part.preamble for index, part in enumerate(parts)]]
-    start = np.array([part.start for part in parts])
-    place = np.arange(length.sum())
+def _tokens(segments: list[_Segment]) -> tuple[NDArray[np.int64], ...]:
+    """Return the row's ids, positions, segment numbers and preamble numbers, each ``[T]``."""
+    length = np.array([len(segment.ids) for segment in segments])
+    number = np.cumsum(length > 0) - 1  # segments without tokens are not counted
+    continued = [i if segment.preamble is None else segment.preamble for i, segment in enumerate(segments)]
+    start = np.array([segment.start for segment in segments])
     return (
-        np.concatenate([part.ids for part in parts]).astype(np.int64),
-        place - np.repeat(start - [part.position for part in parts], length),
+        np.concatenate([segment.ids for segment in segments]).astype(np.int64),
+        np.arange(length.sum()) - np.repeat(start - [segment.position for segment in segments], length),
         np.repeat(number, length),
-        np.repeat(preamble, length),
+        np.repeat(number[continued], length),
     )
 
 
 class TrainingSteps(torch.utils.data.Dataset):
-    """The optimizer steps of a whole run; item s is this process's share of step s.
+    """The optimizer steps of a run; item s is this process's share of step s.
 
     Raises:
-        UserError: fewer records than one global batch.
+        UserError: there are fewer records than ``batch_size``.
     """
 
     def __init__(
@@ -245,10 +232,10 @@ class TrainingSteps(torch.utils.data.Dataset):
                 f"lower it to {n_records} or less"
             )
         self.steps_per_epoch = n_records // batch_size
-        self._shuffled = -1, np.empty(0, dtype=np.int64)  # the last epoch asked for, and its permutation
+        self._shuffled = -1, np.empty(0, dtype=np.int64)  # the last epoch used, and its permutation
 
     def records(self, step: int) -> NDArray[np.int64]:
-        """Return the records of step ``step``: its slice of the epoch's permutation."""
+        """Return the records of a step: its slice of the epoch's permutation."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if self._shuffled[0] != epoch:
             generator = np.random.default_rng((self.seed, epoch))
@@ -260,7 +247,7 @@ class TrainingSteps(torch.utils.data.Dataset):
 
 
 class ValidationSteps(torch.utils.data.Dataset):
-    """The held-out records in order, ``batch_size`` at a time; item s is this process's share."""
+    """The held-out records in order, ``batch_size`` at a time; item s is this process's share of batch s."""
 
     def __init__(self, packer: Packer, *, batch_size: int, rank: int = 0, n_processes: int = 1) -> None:
         self.packer, self.batch_size = packer, batch_size

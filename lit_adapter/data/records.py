@@ -1,7 +1,7 @@
-"""Instruction records: read and checked, counted, split and compared. No torch.
+"""Instruction records: read, checked, counted, split and compared. No torch.
 
-What is malformed is refused with its line. What real data is known to hold is kept or skipped, and
-counted: records with an empty output have nothing to learn and are skipped; duplicates are kept.
+A malformed record is refused with its line. Two flaws common in real data are only counted: records with an
+empty output, which are skipped since they have nothing to learn, and duplicates, which are kept.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ DEFAULT_COLUMNS = Columns()
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One task. Two records are equal when their texts are, wherever they came from."""
+    """One task and its answer. Records with the same three texts are equal, wherever they came from."""
 
     instruction: str
     input: str
     output: str
     file: str = field(default="", compare=False)
-    """The file's name, one string shared by all its records."""
+    """The file's name; all its records share one string."""
     line: int = field(default=0, compare=False)
-    """Where the record starts: a line, or for Parquet a row, counted from 1."""
+    """The line where the record starts, or for Parquet its row, counted from 1."""
 
     @property
     def origin(self) -> str:
@@ -40,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Records(Sequence[Record]):
-    """Records and what reading them noticed.
+    """Records, and counts of what reading them found.
 
     Raises:
         UserError: there is no record.
@@ -48,19 +48,17 @@ class Records(Sequence[Record]):
 
     rows: tuple[Record, ...]
     source: str
-    """The file or Hub data set, as the user named it."""
+    """The file or Hub data set, by the user's name for it."""
     n_empty_output: int = 0
-    """Records left out because their output is empty or white space."""
+    """Number of records skipped because their output is empty or white space."""
     n_duplicate: int = field(init=False)
-    """Records that repeat an earlier one; they are kept."""
+    """Number of records that repeat an earlier one; they are kept."""
     sha256: str = field(init=False)
-    """Of the texts in order; it does not depend on file format, line ends or column names."""
+    """Hash of the texts in order; independent of file format, line ends and column names."""
 
     def __post_init__(self) -> None:
         if not self.rows:
-            why = (
-                f"all {self.n_empty_output} have an empty output" if self.n_empty_output else "it holds none"
-            )
+            why = f"all {self.n_empty_output} have an empty output" if self.n_empty_output else "it is empty"
             raise UserError(
                 f"{self.source}: no usable record: {why}; expected records of instruction, input and output"
             )
@@ -94,12 +92,12 @@ def read_records(
 
     Args:
         source: the file.
-        columns: what the file calls the fields; other columns are ignored.
-        name: what messages call the file; its path if left out.
+        columns: the file's names of the fields; other columns are ignored.
+        name: name of the file in messages; default: its path.
 
     Raises:
-        UserError: not a readable file, malformed, not UTF-8, a field that is missing, not text or not
-            valid Unicode, an empty instruction, or no record at all; names file and line.
+        UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
+            not a string or not valid Unicode, or an instruction is empty. Names file and line.
     """
     path, name = Path(source), name or str(source)
     rows: list[Record] = []
@@ -117,21 +115,21 @@ def read_records(
 
 
 def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a file; its suffix tells the format.
+    """Yield the rows of a file whose format its suffix tells.
 
     Args:
         path: the file.
-        name: what messages call it.
-        wanted: columns that will be looked at.
+        name: its name in messages.
+        wanted: the columns that the caller uses.
 
     Raises:
-        UserError: not a readable file, or malformed; names file and line.
+        UserError: the file cannot be read or is malformed; names file and line.
     """
     check_regular(path, name)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        kind = f"the suffix '{path.suffix}'" if path.suffix else "no suffix"
-        raise UserError(f"{name}: {kind} names no format read here; expected {', '.join(READERS)}")
+        kind = f"suffix '{path.suffix}'" if path.suffix else "no suffix"
+        raise UserError(f"{name}: unknown data format ({kind}); expected {', '.join(READERS)}")
     return reader(path, name, wanted)
 
 
@@ -148,21 +146,21 @@ def task_of(
 
     Args:
         values: the row.
-        columns: what it calls them.
-        name: of the file, for messages.
-        line: of the row.
-        advice: what to do where there is no instruction.
+        columns: its names of the fields.
+        name: the file's name, for messages.
+        line: the row's line, for messages.
+        advice: what to do about a missing field, for messages.
 
     Raises:
-        UserError: one is missing, not text or not valid Unicode, or the instruction is empty.
+        UserError: the instruction is missing or empty, or either text is not a string or not valid Unicode.
     """
     instruction = _text(values, columns.instruction, name, line, advice)
-    # Data sets write "no input" as an absent key, as null, or as an empty text.
+    # Data sets express "no input" by an absent key, null or an empty string.
     given = values.get(columns.input) is not None
     input = _text(values, columns.input, name, line, advice) if given else ""
     if not instruction.strip():
         raise UserError(
-            f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove it"
+            f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove the record"
         )
     return instruction, input
 
@@ -183,12 +181,12 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int, advice: str
 
 
 def _check_unicode(value: str, key: str, name: str, line: int) -> None:
-    """Refuse half of a surrogate pair here: tokenizers would fail on it later, without a line."""
+    """Refuse lone surrogates here: tokenizers would fail on them later, without a line number."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{name}:{line}: {shorten(key)} holds {value[error.start]!r}, half of a character "
+            f"{name}:{line}: {shorten(key)} has {value[error.start]!r}, half of a character "
             f"(a lone surrogate, character {error.start + 1}); write the whole character, or remove it"
         ) from None
 
@@ -200,17 +198,17 @@ def merge(parts: Sequence[Records], source: str) -> Records:
 
 
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
-    """Split into (train, validation), chosen by ``seed``; both keep the order of the file.
+    """Split into (train, validation), at random by ``seed``; both keep the order of the file.
 
-    The records left out before the split are on the training side's count.
+    Records skipped while reading are counted on the training side.
 
     Args:
         records: what to split.
-        val_size: how many validation records, or, below 1, which fraction of the records.
-        seed: the same seed and records give the same split, on every Python version.
+        val_size: number of validation records or, below 1, their fraction.
+        seed: the same seed and records give the same split on every Python version.
 
     Raises:
-        UserError: not a count or a fraction, or no record would be left on one side.
+        UserError: ``val_size`` is neither a count nor a fraction, or one side would be empty.
     """
     total = len(records)
     if not (0 < val_size < 1 or val_size == val_size // 1):
@@ -222,7 +220,7 @@ def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Record
             f"{asked} of the {total} records of {records.source}; "
             f"expected at least 1 record and at most {total - 1} for validation"
         )
-    # Only Random.random() promises the same numbers on every Python version; shuffle() does not.
+    # Only Random.random() gives the same numbers on every Python version; shuffle() may not.
     draw = random.Random(seed).random
     keys = [draw() for _ in range(total)]
     chosen = set(sorted(range(total), key=keys.__getitem__)[:count])
@@ -234,6 +232,6 @@ def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Record
 
 
 def overlap(train: Records, val: Records) -> int:
-    """Return how many validation records also stand in the training records, word for word."""
+    """Return how many validation records are also training records, word for word."""
     seen = set(train.rows)
     return sum(row in seen for row in val.rows)

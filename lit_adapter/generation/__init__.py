@@ -1,5 +1,6 @@
-"""Prompting: `engine` is what Python users hold, `command` the script, `prompt_file` its batches.
+"""Prompting, one request or many.
 
-`settings` are the choices of a generation (no torch), `sampling` picks tokens by them. `decode` fills and
-refills the slots of a batch; `decoder` runs their steps, and `graph_decoder` does so on CUDA.
+`adapted` is what Python users hold; `answering` serves the command line, `prompt_file` its files. `settings`
+are the choices of a request (no torch), `adapter` is what it is answered with, `sampling` chooses tokens. The
+`engine` answers every `request` in the `lane` of its model, on CUDA a `graph_lane`.
 """

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_adapter import files
 from lit_adapter.data.records import DEFAULT_COLUMNS, rows_of, task_of
 from lit_adapter.errors import UserError
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.paths import write_target
+from lit_adapter.files.read import reading
+from lit_adapter.files.space import write_error
+from lit_adapter.files.write import write_bytes
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at a group's end, and loses more."""
@@ -92,11 +96,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
-    files.followed(out)
+    write_target(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
     partial = _partial(out)
-    with files.reading(partial):
+    with reading(partial):
         if partial.exists() and not partial.is_file():  # to read a pipe would be to wait for ever
             raise UserError(f"{partial}: not a regular file; remove it, or choose another --output")
 
@@ -148,12 +152,12 @@ class Answers:
         Raises:
             UserError: a file that cannot be written, or that another run writes too.
         """
-        with files.one_at_a_time(self.out, wait=False):
+        with one_at_a_time(self.out, wait=False, option="--output"):
             self._run(answer)
 
     def _run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
         # Written anew, so that a line cut short by the kill is gone before anything follows it.
-        files.write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
+        write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
         while self.n_done < len(self.prompts):
             part = self.prompts[self.n_done : self.n_done + self.group]
             lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
@@ -161,7 +165,7 @@ class Answers:
             self.lines += lines
         if self._read(keep_other=True) != self.lines:
             raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
-        files.write_bytes(self.out, b"".join(self.lines))
+        write_bytes(self.out, b"".join(self.lines))
         self.path.unlink(missing_ok=True)
 
     def _append(self, lines: Iterable[bytes]) -> None:
@@ -175,11 +179,11 @@ class Answers:
         except OSError as error:
             with suppress(OSError):  # the half written line would only keep the disk full
                 os.truncate(self.path, size)
-            raise files.write_error(self.path, error, needed=len(content)) from error
+            raise write_error(self.path, error, needed=len(content)) from error
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the whole lines of an unfinished run of these prompts and settings."""
-        with files.reading(self.path):
+        with reading(self.path):
             try:
                 content = self.path.read_bytes()
             except FileNotFoundError:

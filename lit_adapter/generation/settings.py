@@ -30,11 +30,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divide (or multiply, if negative) the logits of tokens seen before; 1: off (arXiv 1909.05858)."""
     seed: int = 0
-    """Of the samples: the same seed gives the same text, alone or in a batch."""
+    """Of the random numbers: the same seed gives the same text, alone or in a batch."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end the answer, beside the base's own."""
+    """Token ids that end the answer, in addition to the base's own."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -66,7 +66,7 @@ class Sampling:
         """Return settings by name, as Python callers give them.
 
         Raises:
-            UserError: a name that is none of the settings, or a value out of its range.
+            UserError: an unknown name, or a value out of its range.
         """
         names = [field.name for field in fields(cls)]
         unknown = next((name for name in values if name not in names), None)
@@ -74,6 +74,11 @@ class Sampling:
             hint = nearest(unknown, names) or f"; expected {', '.join(names)}"
             raise UserError(f"unknown sampling setting '{unknown}'{hint}")
         return cls(**values)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before count."""
+        return self.repetition_penalty != 1
 
     @property
     def greedy(self) -> bool:

@@ -1,61 +1,78 @@
-"""What Adapter V2 trains beside prompts and gates (arXiv 2304.15010): norms, and a bias and scale per linear.
+"""Adapter V2's norms, biases and scales (arXiv 2304.15010, section 4.1).
 
     linear   y = s * (W x + b)     b = 0 and s = 1 at the start; W and its own bias stay frozen
     norm     y = w * x / rms(x)    w starts as the frozen norm's weight, which stays as it is
 
-Both take the place of the module they adapt and hold its frozen tensors under the same names, so that
-the model and the base's files know nothing of them. Trained tensors are fp32 under every precision.
+Both modules replace the module they adapt and hold its frozen tensors under the same names, so that the
+model and the base's files do not know them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama, RMSNorm
+from lit_adapter.model.parts import TrainedModule, share
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer with a trained bias and scale on each of its outputs."""
+class AdaptedLinear(TrainedModule):
+    """A frozen linear layer with a trained bias and scale on each of its outputs.
 
+    Args:
+        frozen: the layer it replaces.
+        shard_axis: the axis that tensor parallelism divides, ``outputs`` or ``inputs``.
+    """
+
+    part = "linears"
+    trained = ("adapter_bias", "adapter_scale")
     bias: nn.Parameter | None
     outputs = slice(None)
-    """The outputs that this process computes, all of them unless they are cut over several."""
+    """The outputs that this process computes; all of them without tensor parallelism."""
     bias_share = 1.0
     """0 where another process, whose result is added to this one's, adds the bias."""
 
-    def __init__(self, frozen: nn.Linear) -> None:
+    def __init__(self, frozen: nn.Linear, shard_axis: str = "outputs") -> None:
         super().__init__()
-        self.active = True
-        """Off, it is the frozen layer."""
+        self.shard_axis = shard_axis
         self.weight = frozen.weight
         self.register_parameter("bias", frozen.bias)
-        device = "cpu" if frozen.weight.is_meta else frozen.weight.device  # the base is yet to come
+        device = "cpu" if frozen.weight.is_meta else frozen.weight.device  # a base that is not loaded yet
         zero = torch.zeros(frozen.out_features, dtype=torch.float32, device=device)
         self.adapter_bias = nn.Parameter(zero)
         self.adapter_scale = nn.Parameter(torch.ones_like(zero))
 
+    def shard(self, rank: int, n_shards: int) -> None:
+        """Scale the outputs of one shard, or add the bias in one process alone."""
+        if self.shard_axis == "outputs":
+            self.outputs = share(len(self.adapter_scale), rank, n_shards)
+        else:
+            self.bias_share = float(rank == 0)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]`` in x's dtype."""
+        """Map ``[..., n_in]`` to ``[..., n_out]`` in x's dtype."""
         y = F.linear(x, self.weight, self.bias)
         if not self.active:
             return y
         scale, bias = self.adapter_scale[self.outputs], self.adapter_bias[self.outputs]
-        # Written so that autograd keeps the narrow y, not a wide y + b.
+        # In this form autograd keeps the narrow y, not a wide y + b.
         return (y * scale + scale * bias * self.bias_share).to(y.dtype)
 
 
-class AdaptedNorm(RMSNorm):
+class AdaptedNorm(RMSNorm, TrainedModule):
     """A root mean square norm with a trained weight beside the frozen one."""
+
+    part = "norms"
+    trained = ("adapter_weight",)
 
     def __init__(self, frozen: RMSNorm) -> None:
         super().__init__(len(frozen.weight), frozen.eps)
-        self.active = True
-        """Off, it is the frozen norm."""
         self.weight = frozen.weight
         self.adapter_weight = nn.Parameter(frozen.weight.detach().to(torch.float32, copy=True))
 
@@ -64,53 +81,75 @@ class AdaptedNorm(RMSNorm):
         return self.scaled(x, self.adapter_weight if self.active else self.weight)
 
 
-def adapt_everywhere(model: Llama, *, head: bool) -> None:
-    """Replace every norm and linear layer of a frozen model, the output head only if asked to."""
-    for parent, name, child in _adaptable(model):
-        if isinstance(child, RMSNorm):
-            setattr(parent, name, AdaptedNorm(child))
-        elif child is not model.lm_head or head:
-            setattr(parent, name, AdaptedLinear(child))
+class NormPart:
+    """Every norm of the model (`TrainedPart`)."""
+
+    name = "norms"
+    lr_share = "lr_scale_v2"
+    decays = False
+
+    def __init__(self, config: AdapterConfig) -> None:
+        pass
+
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return nothing: the part has no settings."""
+        return {}
+
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the shape ``[C]`` of every weight."""
+        norms = {FINAL_NORM: model.n_embd}
+        for block in block_names(model):
+            norms |= {f"{block}.{norm.name}": norm.width for norm in block_layout(model).norms}
+        return {f"{name}.adapter_weight": (width,) for name, width in norms.items()}
+
+    def attach(self, model: Llama, generator: torch.Generator) -> None:
+        """Replace the norms."""
+        for tensor in self.shapes(model.config):
+            name = tensor.rpartition(".")[0]
+            model.set_submodule(name, AdaptedNorm(model.get_submodule(name)))  # type: ignore[arg-type]
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Return how many numbers are trained."""
+        return f"norms {count['adapter_weight']:,}"
 
 
-def _adaptable(model: Llama) -> list[tuple[nn.Module, str, RMSNorm | nn.Linear]]:
-    return [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, RMSNorm | nn.Linear)
-    ]
+class LinearPart:
+    """A bias and a scale on the outputs of every linear layer (`TrainedPart`)."""
 
+    name = "linears"
+    lr_share = "lr_scale_v2"
+    decays = False
 
-def adapted_modules(model: nn.Module) -> Iterator[AdaptedLinear | AdaptedNorm]:
-    """Yield the layers that `adapt_everywhere` put in."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLinear | AdaptedNorm):
-            yield module
+    def __init__(self, config: AdapterConfig) -> None:
+        self.with_output_layer = config.head
 
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return whether the output layer is adapted."""
+        return {"head": self.with_output_layer}
 
-def layer_widths(config: LlamaConfig) -> dict[str, int]:
-    """Return the output width of every linear layer within a transformer layer, by name."""
-    n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    return {
-        "self_attn.q_proj": n_query,
-        "self_attn.k_proj": n_kv,
-        "self_attn.v_proj": n_kv,
-        "self_attn.o_proj": config.n_embd,
-        "mlp.gate_proj": config.n_hidden,
-        "mlp.up_proj": config.n_hidden,
-        "mlp.down_proj": config.n_embd,
-    }
+    def _axes(self, model: LlamaConfig) -> dict[str, tuple[int, str]]:
+        """Return the number of outputs and the shard axis of each adapted layer, by name."""
+        found = {OUTPUT_LAYER: (model.vocab_size, "outputs")} if self.with_output_layer else {}
+        for block in block_names(model):
+            for linear in block_layout(model).linears:
+                found[f"{block}.{linear.name}"] = (linear.n_out, linear.shard)
+        return found
 
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the shape ``[n_out]`` of every bias and scale."""
+        return {
+            f"{name}.{tensor}": (n_out,)
+            for name, (n_out, _) in self._axes(model).items()
+            for tensor in AdaptedLinear.trained
+        }
 
-def expected_widths(config: LlamaConfig, *, head: bool) -> dict[str, int]:
-    """Return the name and length of every tensor that `adapt_everywhere` trains."""
-    linears = {"lm_head": config.vocab_size} if head else {}
-    norms = ["norm"]
-    for layer in range(config.n_layer):
-        norms += [f"layers.{layer}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
-        linears |= {f"layers.{layer}.{name}": width for name, width in layer_widths(config).items()}
-    widths = {f"{norm}.adapter_weight": config.n_embd for norm in norms}
-    for name, width in linears.items():
-        widths |= {f"{name}.adapter_bias": width, f"{name}.adapter_scale": width}
-    return widths
+    def attach(self, model: Llama, generator: torch.Generator) -> None:
+        """Replace the linear layers."""
+        for name, (_, axis) in self._axes(model.config).items():
+            model.set_submodule(name, AdaptedLinear(model.get_submodule(name), axis))  # type: ignore[arg-type]
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Return how many numbers are trained."""
+        output = "with" if self.with_output_layer else "without"
+        biases, scales = count["adapter_bias"], count["adapter_scale"]
+        return f"biases {biases:,} and scales {scales:,}, {output} the output layer's"

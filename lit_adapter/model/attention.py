@@ -1,12 +1,12 @@
-"""Who may see whom, asked in one place for packed rows, plain batches and caches.
+"""Which keys a query sees: the one place where packed rows, plain batches and caches differ.
 
-A `View` carries positions and answers the attention of one forward pass. The rule for packed rows: with
-every token's segment (its record) and preamble (a shared segment that its record continues),
+A `View` is one forward pass. In a packed row every token has a segment (its record) and a preamble (the
+segment that its record continues), and
 
     query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == preamble[q])
 
-so that many records share a row without padding, and the template text they all start with is computed
-once per row; positions restart for each record and go on from its shared preamble's length.
+so that many records share a row without padding, and the template text that they all start with is
+computed once per row. The positions of a record continue those of its preamble.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -47,55 +48,49 @@ class PackedRow:
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """Bring ``x`` from the CPU to a device; from pinned memory the host does not wait for its other work."""
+    """Copy ``x`` from the CPU to a device, without waiting for other work of a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 class View(Protocol):
-    """What a forward pass needs to know beside the hidden states."""
+    """One forward pass over a model: what an executor makes, and what runs each of its blocks."""
 
-    recompute: bool
-    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
-
-    @property
-    def rotation(self) -> KeyValue:
-        """Cosines and sines of all positions, ``[B, T, D/2]``."""
-
-    def rotation_at(self, query_positions: Tensor) -> KeyValue:
-        """Cosines and sines of the positions ``query_positions [M]``."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
-
-    def prefix_kv(self, layer: int) -> KeyValue | None:
-        """Return the layer's ready prefix keys and values, or None to project them now."""
+    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Return the block's output for ``x [B, T, C]``, or for its ``query_positions [M]`` only."""
 
 
 class BaseView:
-    """What all views share: rotation by position, and no ready prefixes."""
+    """The views of the modules executor: the positions, and which keys each query sees.
 
-    recompute = False
-    """Whether blocks keep their input alone for the backward pass and compute the rest again there."""
+    Args:
+        rotation: cosines and sines of all positions, ``[B, T, D/2]``.
+        recompute: keep only the input of each block for the backward pass, and compute the rest again there.
+    """
 
-    def __init__(self, rotation: KeyValue) -> None:
-        self.rotation = rotation
+    def __init__(self, rotation: KeyValue, *, recompute: bool = False) -> None:
+        self.rotation, self.recompute = rotation, recompute
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
 
     def rotation_at(self, query_positions: Tensor) -> KeyValue:
-        """Return cosines and sines of the positions ``query_positions [M]``."""
+        """Return cosines and sines of ``query_positions [M]``."""
         cos, sin = self.rotation
         return cos[:, query_positions], sin[:, query_positions]
 
-    def prefix_kv(self, layer: int) -> KeyValue | None:
-        """Let the layer project its prefix now: while training it changes with every step."""
-        return None
+    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Run the block's modules."""
+        if self.recompute:
+            return checkpoint(block.compute, x, self, query_positions, use_reentrant=False)
+        return block.compute(x, self, query_positions)
 
-
-class BlockView(BaseView):
-    """A view that does not ask a block's modules to attend, but computes the block itself."""
-
-    @abstractmethod
-    def block(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Return the block's output for ``x [1, T, C]``, or for its ``query_positions [M]`` only."""
+    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Attend to the layer's own prefix, projected now: while training it changes with every step."""
+        prefix = attention.prefix
+        if prefix is None or not prefix.active:
+            return None
+        return prefix(q, *attention.project_kv(prefix.prompt.to(dtype)))
 
 
 class CausalView(BaseView):
@@ -125,15 +120,14 @@ class SegmentGroup:
 
 
 class SegmentView(BaseView):
-    """A packed row, attended segment by segment: exact, and without work for pairs that see nothing.
+    """A packed row, attended segment by segment: exact, and without work for pairs that are not visible.
 
     Segments of similar length are gathered into one rectangle per call, so that a row of many short
-    records costs a few calls. Made for CPUs; the plan is built once per row and serves every layer.
+    records takes a few calls. Made for CPUs. The plan is made once per row and used by every layer.
     """
 
     def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
-        super().__init__(rotation)
-        self.recompute = recompute
+        super().__init__(rotation, recompute=recompute)
         device = rotation[0].device
         self.all_queries = _groups(row, list(range(len(row.ids))), device)
         self.target_queries = _groups(row, row.target_index.tolist(), device)
@@ -141,7 +135,7 @@ class SegmentView(BaseView):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
         """Attend within segments; ``query_positions`` can only be the row's own targets."""
         groups = self.all_queries if query_positions is None else self.target_queries
-        if not groups:  # a row without targets: q, empty like its result, keeps the graph whole for DDP
+        if not groups:  # no targets: an empty result that keeps k and v in the graph, as DDP needs
             return q + 0 * (k.sum() + v.sum())
         q = q * q.shape[-1] ** -0.5
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, D]
@@ -152,14 +146,14 @@ class SegmentView(BaseView):
 
 
 def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
-    """Return the group's real queries' results ``[n, H, D]``, from scaled ``q`` and ``k, v [T, heads, D]``.
+    """Return the output ``[n, H, D]`` of the group's real queries, from scaled ``q``; all ``[T, heads, D]``.
 
-    Written out: on CPUs the fused kernel's backward pass is several times slower on such short segments.
-    In bf16 the scores stay narrow: softmax is computed in fp32 from them either way, pair by pair.
+    Written out, because on CPUs the fused kernel's backward pass is several times slower on such short
+    segments. In bf16 the scores stay in bf16; softmax computes in fp32 in either case.
     """
     (S, L), E = group.query.shape, group.key.shape[1]
     H, G, D = q.shape[1], k.shape[1], q.shape[2]
-    # index_select, not indexing: its backward adds rows without index_put's serial loop.
+    # The backward pass of index_select adds rows in parallel; that of indexing is a serial loop.
     queries = q.index_select(0, group.query.flatten()).view(S, L, G, H // G, D).permute(0, 2, 3, 1, 4)
     keys = k.index_select(0, group.key.flatten()).view(S, E, G, D).permute(0, 2, 3, 1)
     values = v.index_select(0, group.key.flatten()).view(S, E, G, D).transpose(1, 2)
@@ -172,11 +166,11 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> T
     return y.index_select(0, group.real)
 
 
-MOST_SCORED = 512 * 512  # pairs of a segment from which keeping their scores costs more than recomputing them
+MOST_SCORED = 512 * 512  # pairs of a segment above which scores are recomputed rather than kept
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
-    """Do the same for long segments ``[S, heads, L, D]`` without keeping a score for every pair."""
+    """Do the same for long segments ``[S, heads, L, D]`` without keeping the score of every pair."""
     sight = group.sight[:, 0].to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight, enable_gqa=True, scale=1.0)
     return y.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
@@ -191,7 +185,7 @@ class _Segment:
     preamble_start: int
     preamble_end: int
     queries: list[tuple[int, int]] = field(default_factory=list)
-    """Row position and number of each query asked for in this segment."""
+    """Row position and number of each query in this segment."""
 
     @property
     def length(self) -> int:
@@ -199,7 +193,7 @@ class _Segment:
 
 
 def _segments(row: PackedRow) -> list[_Segment]:
-    """Read the extent of every segment off a packed row."""
+    """Return the extent of every segment of a packed row."""
     change = (row.segment[1:] != row.segment[:-1]).nonzero().flatten() + 1
     starts = [0, *change.tolist()]
     ends = [*starts[1:], len(row.ids)]
@@ -215,7 +209,7 @@ _SPREAD_ALLOWED = 1.5  # a rectangle's longest segment, as a multiple of its sho
 
 
 def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[SegmentGroup]:
-    """Plan the attention calls for the ascending query positions ``wanted``."""
+    """Plan the attention calls for ascending query positions."""
     segments = _segments(row)
     owner = iter(segments)
     segment = next(owner)
@@ -239,7 +233,7 @@ def _rectangle(group: list[_Segment], device: torch.device) -> SegmentGroup:
         [[*range(s.preamble_start, s.preamble_end), *range(s.start, s.end)] for s in group]
     )
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
-    seen |= ~valid[:, :, None]  # padded queries see everything, so that no softmax is empty
+    seen |= ~valid[:, :, None]  # padding sees everything, so that no softmax is over nothing
     sight = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
     plan = (query, key, sight[:, None, None], valid.flatten().nonzero().flatten())
     return SegmentGroup(*(part.to(device) for part in plan))

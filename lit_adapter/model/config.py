@@ -9,20 +9,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError, counted
+from lit_adapter.model.gates import GateName
 
 MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
 MOST_WIDE = 2**24
-"""Bounds far above any LLaMA: a file that names more is damaged, and nothing is allocated for it."""
+"""Bounds far above any LLaMA. A file with larger sizes is damaged; nothing is allocated for it."""
 RopeKind = Literal["default", "linear", "llama3"]
 MOST_PROMPTS = 65536
-"""Prompts of a layer; a number above it is a slip, and would end in an allocation that fails."""
+"""Prompt tokens per layer. A larger number is a typing error whose allocation would fail."""
 
 FP32 = (1.2e-38, 3.4e38)
-"""What a number trained in fp32 can be: below, it is 0 there or imprecise; above, infinite."""
+"""The range of normal fp32 numbers: smaller ones lose precision or become 0, larger ones become infinite."""
 
 
 def check_fp32(name: str, value: float, *, zero: bool = False) -> None:
-    """Refuse a setting that is 0 or infinite in fp32, or negative; ``zero`` says that 0 itself is meant.
+    """Refuse a setting that is negative, or 0 or infinite in fp32; ``zero`` allows 0 itself.
 
     Raises:
         UserError: names the setting and its range.
@@ -31,17 +32,17 @@ def check_fp32(name: str, value: float, *, zero: bool = False) -> None:
         return
     if 0 < value < float("inf"):
         raise UserError(
-            f"{name} is {value:g}; expected a number from {FP32[0]:g} to {FP32[1]:g}, as fp32 has"
+            f"{name} is {value:g}; expected a number from {FP32[0]:g} to {FP32[1]:g}, the range of fp32"
         )
     raise UserError(f"{name} is {value}; expected a finite number{', 0 or more' if zero else ' above 0'}")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base frequency and how long contexts are reached.
+    """Rotary position embedding: the base frequency, and how it is scaled for long contexts.
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` divides only the slow ones and blends
-    in between (Llama 3.1's ``rope_type: llama3``).
+    ``linear`` divides every frequency by ``factor``; ``llama3`` (Llama 3.1) divides the low ones, keeps the
+    high ones and blends between them.
     """
 
     theta: float = 10_000.0
@@ -102,17 +103,19 @@ class LlamaConfig:
                 "the first must be a multiple of the second"
             )
         if self.head_dim % 2:
-            raise UserError(f"model config: head_dim is {self.head_dim}; rotary positions need an even one")
+            raise UserError(
+                f"model config: head_dim is {self.head_dim}; rotary positions need an even number"
+            )
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model config: norm_eps is {self.norm_eps}; expected a number between 0 and 1")
 
     def part(self, n_parts: int) -> LlamaConfig:
-        """Return the sizes of what each of ``n_parts`` processes computes that share heads and MLP width."""
+        """Return the sizes of one shard where ``n_parts`` processes share the heads and the MLP's width."""
         shared = {name: getattr(self, name) // n_parts for name in ("n_head", "n_kv_head", "n_hidden")}
         return replace(self, **shared)
 
     def computed(self) -> dict[str, Any]:
-        """Return by name, in plain values, all that a model's numbers depend on beside its weights."""
+        """Return everything besides the weights that a model's output depends on, by name."""
         values = asdict(self)
         rope = {f"rope.{name}": value for name, value in values.pop("rope").items()}
         return {name: value for name, value in values.items() if name != "context_length"} | rope
@@ -126,7 +129,7 @@ class LlamaConfig:
             source: its name, for messages.
 
         Raises:
-            UserError: another architecture, a missing key, an unknown kind of RoPE, or a value that none has.
+            UserError: another architecture, a missing key, an unknown kind of RoPE, or an impossible value.
         """
         with reading_sizes(source):
             return cls._from_hf(raw, source)
@@ -157,10 +160,10 @@ class LlamaConfig:
     def from_meta(
         cls, params: dict[str, Any], *, vocab_size: int, n_hidden: int, source: str = "params.json"
     ) -> LlamaConfig:
-        """Read Meta's ``params.json``; the two sizes it leaves out come from the tensors.
+        """Read Meta's ``params.json``; the two sizes that it omits come from the tensors.
 
         Raises:
-            UserError: a missing key, or a value that none has.
+            UserError: a missing key, or an impossible value.
         """
         with reading_sizes(source):
             return cls._from_meta(params, vocab_size, n_hidden, source)
@@ -220,27 +223,27 @@ class LlamaConfig:
 
 @contextmanager
 def reading_sizes(source: str) -> Iterator[None]:
-    """Say in one line, with its file, what is wrong with the sizes that are read inside.
+    """Name the file in errors about the sizes that are read inside the block.
 
     Raises:
-        UserError: a value that no LLaMA has.
+        UserError: a value of a wrong type, or one that no LLaMA has.
     """
     try:
         yield
     except UserError as error:
         raise (error if source in str(error) else UserError(f"{source}: {error}")) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{source}: a value of another kind than expected ({error})") from None
+        raise UserError(f"{source}: a value has the wrong type ({error})") from None
 
 
 def _head_dim(n_embd: int, n_head: int, key: str) -> int:
-    """Return the size of the heads that share a width, whose key is given for the message."""
+    """Return the size of a head, where ``n_head`` heads divide a width; ``key`` names it in messages."""
     if n_head < 1:
         raise UserError(f"there are {n_head} attention heads; expected 1 or more")
     if n_embd % n_head:
         raise UserError(
             f"{key} {n_embd} is not a multiple of the {n_head} attention heads, "
-            "and nothing else says the head size"
+            "and the file does not give head_dim"
         )
     return n_embd // n_head
 
@@ -252,7 +255,7 @@ def _required(raw: dict[str, Any], key: str, source: str) -> Any:
 
 
 def _given(raw: dict[str, Any], key: str, default: Any) -> Any:
-    """Return a value, or the default where it is absent or null."""
+    """Return a value, or the default where the key is absent or null."""
     return default if raw.get(key) is None else raw[key]
 
 
@@ -291,14 +294,15 @@ def _rope_from_hf(raw: dict[str, Any], source: str) -> RopeConfig:
 
 
 def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
-    """Name what two configurations compute differently, with both values."""
+    """Name the settings in which two configurations differ, with both values."""
     others = b.computed()
     return [
         f"{name} {value} and {others[name]}" for name, value in a.computed().items() if value != others[name]
     ]
 
 
-GateForm = Literal["tanh", "identity", "layer", "channel"]
+VERSIONS: dict[str, tuple[str, ...]] = {"v1": ("prefix",), "v2": ("prefix", "norms", "linears")}
+"""Short names for sets of trained parts (see `parts`)."""
 
 
 @dataclass(frozen=True)
@@ -310,26 +314,26 @@ class AdapterConfig:
     """
 
     prompt_length: int = 10
-    """Learned prompt rows per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
-    make a plain LLaMA of base and adapter."""
+    """Learned prompt tokens per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
+    merge base and adapter into a plain LLaMA."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
-    gate: GateForm = "tanh"
-    """How a raw gate g scales the prefix: tanh(g) per head (the paper), g per head (identity), g per layer,
-    or g per channel."""
+    gate: GateName = "tanh"
+    """How a raw gate g scales the prefix: tanh(g) per attention head (tanh, the paper's), or g per attention
+    head (identity), per layer (layer) or per channel (channel)."""
     prompt_init_std: float = 0.1
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
     version: Literal["v1", "v2"] = "v1"
-    """v1: prompts and gates. v2: besides them every norm, and a bias and scale on every linear layer."""
+    """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
     head: bool = False
-    """v2: a bias and scale on the output head too."""
+    """v2: a bias and a scale on the output layer (lm_head) too."""
 
     def __post_init__(self) -> None:
-        if self.version not in ("v1", "v2"):
-            raise UserError(f"adapter.version is {self.version!r}; expected v1 or v2")
-        if self.prompt_length < 0 or (self.prompt_length == 0 and self.version == "v1"):
+        if self.version not in VERSIONS:
+            raise UserError(f"adapter.version is {self.version!r}; expected {' or '.join(VERSIONS)}")
+        if self.prompt_length < 0 or (self.prompt_length == 0 and self.parts == ("prefix",)):
             hint = " (0 is for adapter.version v2)" if self.prompt_length == 0 else ""
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more{hint}")
         if self.prompt_length == 0 and self.layers is not None:
@@ -337,7 +341,7 @@ class AdapterConfig:
                 f"adapter.layers is {self.layers}, but with adapter.prompt_length 0 no layer has prompts; "
                 "leave one of them out"
             )
-        if self.head and self.version == "v1":
+        if self.head and "linears" not in self.parts:
             raise UserError("adapter.head is true; it needs adapter.version v2")
         if self.prompt_length > MOST_PROMPTS:
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected {MOST_PROMPTS} or less")
@@ -346,6 +350,11 @@ class AdapterConfig:
         check_fp32("adapter.prompt_init_std", self.prompt_init_std)
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout is {self.dropout}; expected 0 or more and below 1")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the trained parts."""
+        return VERSIONS[self.version]
 
     def adapted_layers(self, n_layer: int) -> range:
         """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.
@@ -359,12 +368,3 @@ class AdapterConfig:
         if count > n_layer:
             raise UserError(f"adapter.layers is {count}; the base has {counted(n_layer, 'layer')}")
         return range(n_layer - count, n_layer)
-
-    def gate_shape(self, n_head: int, head_dim: int) -> tuple[int, ...]:
-        """Return the shape of one layer's raw gate."""
-        return {
-            "tanh": (n_head,),
-            "identity": (n_head,),
-            "layer": (1,),
-            "channel": (n_head * head_dim,),
-        }[self.gate]

@@ -1,9 +1,9 @@
-"""The CUDA path of training: a whole block, forward and backward, as matrix products and a few kernels.
+"""The fused executor: a block of CUDA training, forward and backward, as matrix products and a few kernels.
 
-Autograd would keep what no gradient needs and read every tensor several times between the products. Here
-a block is one node of the graph that keeps 6 C + 2 M numbers a token (its input, q, k, v, the attention's
-output, the sum after it, gate and up), or its input alone with ``recompute``, and no gradient of a weight.
-It computes what `llama.Block` computes; the tests compare both.
+Autograd would keep tensors that no gradient needs and read every tensor several times between the products.
+Here a block is one node of the graph. For each token it keeps 6 C + 2 M numbers (its input, q, k, v, the
+output of attention, the sum after attention, gate and up), or its input alone with ``recompute``. It forms no
+gradient of a frozen weight. The tests compare it with `Block.compute`.
 
 Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
 """
@@ -14,88 +14,83 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import GatedPrefix
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
+from lit_adapter.model import survey
+from lit_adapter.model.adapter import adapter_parameters, trained_modules
+from lit_adapter.model.attention import KeyValue, PackedRow
+from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
+from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, side_by_side
+from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_tiles
 
-
-def applies(model: Llama) -> bool:
-    """Whether these kernels compute ``model``: frozen plain layers in bf16 or fp16, all heads, on CUDA."""
-    if torch.is_autocast_enabled() or not all(_prefix_applies(block) for block in model.layers):
-        return False
-    is_prepared = model.layers[0].fused_weights is not None  # then its layers have been looked at
-    return is_prepared or _layers_apply(model)
+KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear}
 
 
-def _layers_apply(model: Llama) -> bool:
-    weight, D = model.embed_tokens.weight, model.config.head_dim
-    fits = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and D in HEAD_SIZES
-    return fits and model.n_parts == 1 and all(_is_plain(block) for block in model.layers)
-
-
-def _prefix_applies(block: Block) -> bool:
-    prefix = block.self_attn.prefix
-    return prefix is None or (
-        prefix.prompt.shape[0] <= LONGEST_PROMPT and not (prefix.dropout and prefix.training)
+def unsupported(model: Llama, setting: Setting) -> str | None:
+    """Return why these kernels cannot compute ``model``; None where they can."""
+    config = model.config
+    modules = [module for _, module in trained_modules(model)]
+    prefixes = [module for module in modules if isinstance(module, GatedPrefix)]
+    others = dict.fromkeys(module.part for module in modules if not isinstance(module, GatedPrefix))
+    trained = {id(parameter) for _, parameter in adapter_parameters(model)}
+    unfrozen = any(p.requires_grad and id(p) not in trained for p in model.parameters())
+    reasons = (
+        (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is computed in {setting.dtype}"),
+        (torch.is_autocast_enabled(), "precision is mixed"),
+        (model.n_parts > 1, f"{model.n_parts} processes share the attention heads"),
+        (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
+        (config.attention_bias or config.mlp_bias, "the base has biases"),
+        (bool(others), f"the adapter trains {' and '.join(others)}"),
+        (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
+        (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
+        (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
+        (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
+        (unfrozen, "the base is not frozen"),
     )
-
-
-def _is_plain(block: Block) -> bool:
-    own = [parameter for name, parameter in block.named_parameters() if ".prefix." not in name]
-    products = [module for module in block.modules() if type(module) in (nn.Linear, Float8Linear)]
-    n_plain = sum(isinstance(module, nn.Linear) for module in products)
-    # Seven matrices and two norms: a bias, or anything that learns, would add to them.
-    plain = len(products) == 7 and len(own) == n_plain + 2
-    return plain and not any(parameter.requires_grad for parameter in own)
+    return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
 
 
 def prepare(model: Llama, *, float8: bool = False) -> None:
-    """Lay a loaded model's weights out for these kernels, where they apply.
+    """Store a loaded model's matrices as these kernels read them, where they can compute the model.
 
     Args:
-        model: on its device, where its matrices stay; adapter attached.
-        float8: keep the blocks' matrices in fp8.
+        model: on its device, adapter attached.
+        float8: keep the matrices of the blocks in fp8.
 
     Raises:
-        UserError: fp8 that this model or device cannot have.
+        UserError: fp8 on a model or device that cannot have it.
     """
-    if not applies(model):
-        if float8:
-            raise UserError(
-                "trainer.base_precision is fp8, but the kernels for it cannot compute this model; use full"
-            )
+    why = unsupported(model, Setting.of(model))
+    device = model.embed_tokens.weight.device
+    if float8 and why is None and torch.cuda.get_device_capability(device) < (9, 0):
+        why = f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
+    if float8 and why is not None:
+        raise UserError(f"trainer.base_precision is fp8, but {why}; use base_precision full")
+    if why is not None:
         return
+    layout = block_layout(model.config)
     if not float8:
-        lay_out(model)
-        for block in model.layers:
-            block.fused_weights = _plain_weights(block)
-        return
-    if torch.cuda.get_device_capability(model.embed_tokens.weight.device) < (9, 0):
-        name = torch.cuda.get_device_name(model.embed_tokens.weight.device)
-        raise UserError(
-            f"trainer.base_precision is fp8, which needs a Hopper GPU or later, not {name}; use full"
-        )
-    for block in model.layers:  # one at a time: both forms of a block, never of the model
-        _keep_float8(block)
+        join_groups(model)
+    for block in model.layers:  # one at a time: never a second copy of the whole model
+        block.fused_weights = _keep_float8(block, layout) if float8 else _plain_weights(block, layout)
 
 
-def lay_out(model: Llama) -> None:
-    """Lay matrices that read the same input side by side, where they are not yet."""
+def join_groups(model: Llama) -> None:
+    """Store matrices that read the same input side by side, where they are not yet."""
     for block in model.layers:
-        for owner, names in _groups(block):
-            join(*(getattr(owner, name) for name in names))
+        for linears in _groups(block, block_layout(model.config)).values():
+            join(*linears)
 
 
 @dataclass
 class BlockWeights:
-    """A block's frozen part."""
+    """The matrices of a block, one for each group of `layout`."""
 
     qkv: Matrix
     o: Matrix
@@ -104,75 +99,69 @@ class BlockWeights:
 
     @property
     def quantised(self) -> bool:
-        """Whether its products take fp8."""
+        """Whether the products take fp8."""
         return self.qkv.quantised
 
     def operand(self, x: Tensor) -> rows.Operand:
-        """Return rows on their way into a product."""
+        """Return ``x`` as a product takes it."""
         return rows.quantise(x) if self.quantised else x
 
 
-def float8_weights(block: Block) -> BlockWeights:
+def block_weights(block: Block, layout: BlockLayout) -> BlockWeights:
+    """Return a block's matrices; after `prepare` none of them is copied."""
+    return block.fused_weights or _plain_weights(block, layout)
+
+
+def float8_weights(block: Block, layout: BlockLayout) -> BlockWeights:
     """Return a block's matrices in fp8."""
-    groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
-    return BlockWeights(*(Float8Matrix.of(joined(*linears)) for linears in groups))
+    groups = _groups(block, layout)
+    return BlockWeights(**{group: Float8Matrix.of(joined(*linears)) for group, linears in groups.items()})
 
 
-def block_weights(block: Block) -> BlockWeights:
-    """Return a block's matrices; no copy of them, once `prepare` has laid them out."""
-    return block.fused_weights or _plain_weights(block)
+def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:
+    groups = _groups(block, layout)
+    return BlockWeights(**{group: side_by_side(*linears) for group, linears in groups.items()})
 
 
-def _plain_weights(block: Block) -> BlockWeights:
-    groups = [[getattr(owner, name) for name in names] for owner, names in _groups(block)]
-    return BlockWeights(*(side_by_side(*linears) for linears in groups))
+def _groups(block: Block, layout: BlockLayout) -> dict[str, list[Any]]:
+    """Return the linear layers of each group."""
+    return {group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()}
 
 
-def _groups(block: Block) -> list[tuple[Any, tuple[str, ...]]]:
-    """Return which layers' matrices lie side by side, as the fields of `BlockWeights` have them."""
-    attn, mlp = block.self_attn, block.mlp
-    return [
-        (attn, ("q_proj", "k_proj", "v_proj")),
-        (attn, ("o_proj",)),
-        (mlp, ("gate_proj", "up_proj")),
-        (mlp, ("down_proj",)),
-    ]
-
-
-def _keep_float8(block: Block) -> None:
-    """Put a block's matrices in fp8 in the place of its own."""
-    weights = float8_weights(block)
-    for matrix, (owner, names) in zip(vars(weights).values(), _groups(block), strict=True):
-        start = 0
+def _keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
+    """Replace a block's matrices by fp8 ones, and return them."""
+    weights = float8_weights(block, layout)
+    for group, names in layout.groups.items():
+        matrix, start = getattr(weights, group), 0
         for name in names:
-            end = start + getattr(owner, name).out_features
-            setattr(owner, name, Float8Linear(matrix.outputs(start, end)))
+            end = start + layout[name].n_out
+            block.set_submodule(name, Float8Linear(matrix.outputs(start, end)))
             start = end
-    block.fused_weights = weights
+    return weights
 
 
-class FusedView(BlockView):
-    """A packed row for blocks that are computed whole.
+class FusedView:
+    """A packed row for blocks that are computed whole (`View`).
 
     Args:
-        model: the blocks' model.
+        model: the model whose blocks run.
         row: on the CPU.
         rotation: cosines and sines of its positions.
-        recompute: keep little for the backward pass and compute the rest again there.
+        recompute: keep only each block's input for the backward pass, and compute the rest again there.
     """
 
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
-        super().__init__(rotation)
+        self.rotation, self.recompute = rotation, recompute
+        self.layout = block_layout(model.config)
         device = rotation[0].device
         self.all_queries = plan_tiles(row, None, device)
         self.target_queries = plan_tiles(row, row.target_index, device)
         self.strength = _strengths(model)
-        self.recompute = recompute
 
-    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Compute a block for ``x [1, T, C]``, or for its ``query_positions``, the row's targets."""
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Compute a block for ``x [1, T, C]``, or for its ``query_positions``: the row's targets."""
         prefix = block.self_attn.prefix
-        learned = (prefix.prompt, prefix.gate) if isinstance(prefix, GatedPrefix) else (None, None)
+        learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
         return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, query_positions)).unsqueeze(0)
 
 
@@ -184,24 +173,19 @@ def _strengths(model: Llama) -> dict[int, Tensor]:
     if not prefixes:
         return {}
     some = next(iter(prefixes.values()))
-    strength = some.strength(torch.stack([prefix.gate for prefix in prefixes.values()]))[:, :, 0]
-    strength = strength.expand(-1, some.n_head, model.config.head_dim).contiguous()
+    gates = torch.stack([prefix.gate for prefix in prefixes.values()])
+    strength = some.form.strength(gates, some.axes)[:, :, 0]
+    strength = strength.expand(-1, model.config.n_head, model.config.head_dim).contiguous()
     return dict(zip(prefixes, strength.unbind(), strict=True))
 
 
 class _Site:
-    """One block on one row: all that its computation reads beside ``x``.
-
-    Args:
-        block: the block.
-        view: the row.
-        query_positions: positions whose output is wanted ``[M]``; all of them if None.
-    """
+    """One block on one row: everything that its computation reads beside ``x``."""
 
     def __init__(self, block: Block, view: FusedView, query_positions: Tensor | None) -> None:
         attn: Any = block.self_attn
         self.block, self.view, self.query_positions = block, view, query_positions
-        self.weights = block_weights(block)
+        self.weights = block_weights(block, view.layout)
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
         self.prompt = None if self.adapter is None else self.adapter.prompt
@@ -209,20 +193,25 @@ class _Site:
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
         self.D: int = attn.head_dim
-        self.q_width: int = attn.q_proj.out_features
-        self.k_width: int = attn.k_proj.out_features
+        self.q_width = view.layout["self_attn.q_proj"].n_out
+        self.k_width = view.layout["self_attn.k_proj"].n_out
         self.plan: TilePlan = view.all_queries if query_positions is None else view.target_queries
         cos, sin = view.rotation
         self.rotation: KeyValue = (cos[0], sin[0])
 
+    def reload(self) -> None:
+        """Take weights that FSDP2 gathered anew for the backward pass."""
+        if self.is_gathered:
+            self.weights = block_weights(self.block, self.view.layout)
+
     @property
     def q(self) -> Matrix:
-        """The matrix of queries alone."""
+        """The matrix of the queries."""
         return self.weights.qkv.outputs(0, self.q_width)
 
     @property
     def kv(self) -> Matrix:
-        """The matrix of keys and values alone."""
+        """The matrix of keys and values."""
         return self.weights.qkv.outputs(self.q_width)
 
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
@@ -232,32 +221,32 @@ class _Site:
 
 @dataclass
 class _Attended:
-    """What a block's backward pass reads of its attention."""
+    """What a block's backward pass needs of its attention."""
 
     rstd: Tensor
-    """Of the norm before it, fp32 ``[T]``."""
+    """Reciprocal root mean square of the norm before attention, fp32 ``[T]``."""
     q: Tensor
     """Rotated ``[T, H D]``, or ``[M, H D]``."""
     kv: Tensor
-    """Rotated keys beside values ``[T, 2 G D]``."""
+    """Rotated keys and values, joined, ``[T, 2 G D]``."""
     y: Tensor
-    """The output, laid out like ``q``."""
+    """The output, in the same layout as ``q``."""
     lse: Tensor
-    """Its log-sum-exp, fp32 ``[H, T]`` or ``[H, M]``."""
+    """The log-sum-exp of the scores, fp32 ``[H, T]`` or ``[H, M]``."""
     prompt: Tensor
-    """The prompt's keys beside values ``[K, 2 G D]``, no row without one."""
+    """The prompt's keys and values, joined, ``[K, 2 G D]``; no rows without a prompt."""
 
 
 @dataclass
 class _Between:
-    """What it reads of its MLP."""
+    """What a block's backward pass needs of its MLP."""
 
     middle: Tensor
     """The sum after attention ``[T, C]``, or ``[M, C]``."""
     rstd: Tensor
-    """Of the norm of that, fp32 ``[T]`` or ``[M]``."""
+    """Reciprocal root mean square of the norm of ``middle``, fp32 ``[T]`` or ``[M]``."""
     gate_up: Tensor
-    """Gate beside up ``[T, 2 M]``."""
+    """Gate and up, joined, ``[T, 2 M]``."""
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -276,8 +265,7 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, *kept), site = ctx.saved_tensors, ctx.site
-        if site.is_gathered:  # anew, for this pass
-            site.weights = block_weights(site.block)
+        site.reload()
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
         dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
@@ -285,12 +273,12 @@ class _FusedBlock(torch.autograd.Function):
         do = site.weights.o.backward(operand)
         if ctx.needs_input_grad[0]:
             return *_attention_backward(site, x, attended, do, dmiddle), None
-        # The first adapted block: nothing but its prefix learns from here.
+        # In the first adapted block, only the prefix needs a gradient.
         return None, *_prefix_gradients(site, attended, do), None
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
-    """Compute a block up to its attention's output; the prompt goes through the tokens' own product."""
+    """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
     D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
     normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
@@ -308,10 +296,11 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
 
 
 def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> tuple[_Between, Tensor]:
-    """Compute a block from its attention's output to what goes into SwiGLU.
+    """Compute a block from attention's output to the input of SwiGLU.
 
     Returns:
-        What is kept of it, and the sum after attention, to add the MLP's output to: a copy if ``twice``.
+        What the backward pass needs, and the sum after attention, to which the MLP's output will be added; a
+        copy if ``twice``.
     """
     weights, norm = site.weights, site.between
     middle, twin, normed, rstd = rows.add_and_norm(
@@ -326,7 +315,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
 
 
 def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of the sum after attention, twice; ``dy`` is that of the block's output."""
+    """Return the gradient of the sum after attention, also as an operand; ``dy`` is that of the output."""
     weights, quantised = site.weights, site.weights.quantised
     dproduct = weights.down.backward(weights.operand(dy))
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
@@ -354,8 +343,8 @@ def _scores_backward(
         site: the block on its row.
         attended: what its forward pass computed.
         do: gradient of the attention's output.
-        into: where those of q, k and v go; None if nobody needs them.
-        below: where those of the prompt's keys beside values go, and its rows beside the queries'.
+        into: receives the gradients of q, k and v; None if they are not needed.
+        below: receives the gradients of the prompt's keys and values, and its rows next to the queries.
 
     Returns:
         The gradient of the gate, or None where there is no prefix.
@@ -367,11 +356,12 @@ def _scores_backward(
         return None
     dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
     attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
-    return site.adapter.gate_gradient(site.strength, dprefix.strength)
+    form, (H, _, D) = site.adapter.form, site.adapter.axes
+    return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
 
 
 def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of a block's prompt and of its gate, and nothing else."""
+    """Return the gradients of a block's prompt and gate alone."""
     dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
     dgate = _scores_backward(site, attended, do, None, (dkv, None))
     if dgate is None:
@@ -395,7 +385,7 @@ def _attention_backward(
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
-    else:  # in fp32: many targets may stand at one place, a shared head's
+    else:  # in fp32: many targets can share one position, in a preamble
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())

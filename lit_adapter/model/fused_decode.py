@@ -1,10 +1,9 @@
-"""Prompts and decode steps on CUDA with the kernels of training and a few of their own.
+"""The executor that reads prompts and decodes on CUDA, with the kernels of training and a few of its own.
 
-Which of the two ways a model goes is decided in `decoder_for` and nowhere else: models that the kernels
-compute (see `fused.applies`) are decoded by `FusedDecode`, all others by `Llama.forward` on the cache's
-views. No weight is kept twice.
+It computes the models that the kernels of training compute; no weight is kept twice.
 
-Letters: B slots, T tokens, C width, H query heads, G key/value heads, D head size, V vocabulary.
+Letters: B slots, T tokens, C width, H query heads, G key/value heads, D head size, K prompt length,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,82 +16,87 @@ from torch import Tensor, nn
 
 from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
-from lit_adapter.model.adapter import GatedPrefix
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow
-from lit_adapter.model.cache import KeyValueCache
+from lit_adapter.model.attention import KeyValue, PackedRow
+from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.executors import Setting
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.tiles import plan_tiles
 
 LONGEST_ROW = 32_768
-"""Tokens of prompts that are read together, unless one is longer: more would take memory and gain no time."""
+"""Prompt tokens read together, unless one prompt is longer: more would take memory and save no time."""
 
 
-def decoder_for(model: Llama, cache: KeyValueCache) -> FusedDecode | None:
-    """Return what decodes the model, or None if that is its own forward pass."""
-    return FusedDecode(model, cache) if fused.applies(model) else None
+def unsupported(model: Llama, setting: Setting) -> str | None:
+    """Return why `FusedDecode` cannot compute ``model``; None where it can."""
+    return fused.unsupported(model, setting)
 
 
-class FusedDecode:
-    """Reads prompts into a cache and takes decode steps, for models that `fused.applies` to.
+class FusedDecode(ModuleDecode):
+    """Reads prompts and takes decode steps with kernels of its own.
 
     Args:
-        model: its projections are laid side by side.
-        cache: keys and values.
+        model: one that `unsupported` has nothing against; its projections are moved side by side.
+        n_slots: B.
+        length: longest prompt with its answer, in tokens (S).
     """
 
-    def __init__(self, model: Llama, cache: KeyValueCache) -> None:
+    has_kernels = True
+
+    def __init__(self, model: Llama, n_slots: int, length: int) -> None:
+        super().__init__(model, n_slots, length)
         if model.layers[0].fused_weights is None:
-            with torch.inference_mode(False):  # the weights live on, perhaps into training
-                fused.lay_out(model)
-        config, B = model.config, cache.n_slots
+            with torch.inference_mode(False):  # the model may be trained later
+                fused.join_groups(model)
+        config, B, device = model.config, n_slots, self.device
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
-        self.model, self.cache, self.D = model, cache, D
+        self.H, self.D = H, D
         self.q_width, self.kv_width = H * D, G * D
-        self.weights = [fused.block_weights(block) for block in model.layers]
-        self.prefix = [
-            _prefix(block.self_attn.prefix, weights, cache.k.dtype, self.q_width)
-            for block, weights in zip(model.layers, self.weights, strict=True)
-        ]
-        new = model.embed_tokens.weight.new_empty
-        self.parts = decode_attention.Parts(B, (H, G), D, cache.length, cache.k.device)
-        self.y = new(B, H * D)
-        self.slot = torch.arange(B, device=cache.k.device)
-        cos, sin = model.rotation(torch.arange(cache.length, device=cache.k.device))
+        self.weights = [fused.block_weights(block, block_layout(config)) for block in model.layers]
+        self.parts = decode_attention.Parts(B, (H, G), D, length, device)
+        self.y = model.embed_tokens.weight.new_empty(B, H * D)
+        self.slot = torch.arange(B, device=device)
+        cos, sin = model.rotation(torch.arange(length, device=device))
         self.rotation: KeyValue = (cos, sin)  # of all positions, [S, D/2]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
         plain = plain and not any(weights.quantised for weights in self.weights)
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
-    def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Read prompts into their slots and return their last hidden states ``[B, C]``."""
+    def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
+        """Read the prompts of requests with the same adapter; see `ModuleDecode.read`."""
+        self.assign(slots, prefixes)
         texts = zip(prompts, slots, strict=True)
         rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
-        return torch.cat([self._read_row(*zip(*row, strict=True)) for row in rows])
+        prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
+        return torch.cat([self._read_row(row, prefix) for row in rows])
 
-    def _read_row(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Read prompts laid into one row."""
+    def _joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
+        """Return a layer's prefix as the kernel for prompts takes it."""
+        state = prefixes.layer(index)
+        if state is None:
+            return None
+        kv = torch.cat((state.k, state.v)).transpose(0, 1).flatten(1)
+        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous())
+
+    def _read_row(
+        self, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
+    ) -> Tensor:
+        """Read prompts, each with its slot, placed one after another in one row."""
+        prompts, slots = zip(*texts, strict=True)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         segment = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
         last = lengths.cumsum(0) - 1
         ids = torch.tensor([token for prompt in prompts for token in prompt])
         position = torch.arange(len(ids)) - (last + 1 - lengths)[segment]
         row = PackedRow(ids, position, segment, segment, last, last)
-        view = _PromptView(self, row, torch.tensor(slots)[segment])
+        view = _PromptView(self, row, torch.tensor(slots)[segment], prefix)
         return self.model(view.ids[None], view, view.last)[0]
 
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Put every slot's newest token into the cache.
-
-        Args:
-            token: ``[B]``.
-            position: of these tokens ``[B]``.
-
-        Returns:
-            Logits of the next token ``[B, V]``; the next call may overwrite them.
-        """
+    def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
+        """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
         if self.few is not None:
             return self.few.step(token, position)
         cos, sin = self.rotation
@@ -100,33 +104,21 @@ class FusedDecode:
         return self.model.logits(self.model(token[None], view)[0])
 
 
-def _prefix(
-    prefix: GatedPrefix | None, weights: fused.BlockWeights, dtype: torch.dtype, q_width: int
-) -> Prefix | None:
-    """Return a layer's prompt, projected once, as the kernels take it."""
-    if prefix is None:
-        return None
-    kv = weights.qkv.outputs(q_width)
-    D = q_width // prefix.n_head
-    prompt = weights.operand(prefix.prompt.to(dtype))
-    return Prefix(kv(prompt), prefix.strength()[:, 0].expand(prefix.n_head, D).contiguous())
-
-
-class _CacheRowView(BlockView):
+class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
     Args:
-        decode: weights, prefixes and the cache.
+        decode: weights and the cache.
         rotation: cosines and sines ``[1, T, D/2]``.
         slot: of each token's text ``[T]``.
         position: of each token in its text ``[T]``.
     """
 
     def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
-        super().__init__(rotation)
+        self.rotation = rotation
         self.decode, self.slot, self.position = decode, slot, position
 
-    def block(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
         decode, layer, x = self.decode, block.self_attn.index, x[0]
         weights, quantised = decode.weights[layer], decode.weights[layer].quantised
@@ -154,21 +146,25 @@ class _CacheRowView(BlockView):
 
 
 class _PromptView(_CacheRowView):
-    """Prompts laid end to end, each attending to itself.
+    """Prompts placed one after another, each attending to itself.
 
     Args:
-        decode: weights, prefixes and the cache.
+        decode: weights and the cache.
         row: the prompts; its targets are their last tokens.
         slot: of each token's text, on the CPU ``[T]``.
+        prefix: of each layer.
     """
 
-    def __init__(self, decode: FusedDecode, row: PackedRow, slot: Tensor) -> None:
+    def __init__(
+        self, decode: FusedDecode, row: PackedRow, slot: Tensor, prefix: Sequence[Prefix | None]
+    ) -> None:
         device = decode.cache.k.device
         joined = torch.cat((row.ids, row.position, slot, row.target_index)).pin_memory()
         T = len(slot)
         parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
         self.ids, position, slot, self.last = parts
         super().__init__(decode, decode.model.rotation(position[None]), slot, position)
+        self.prefix = prefix
         self.all_queries = plan_tiles(row, None, device)
         self.last_queries = plan_tiles(row, row.target_index, device)
 
@@ -177,7 +173,7 @@ class _PromptView(_CacheRowView):
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
         plan = self.all_queries if query_positions is None else self.last_queries
         q = q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, plan, decode.D, decode.prefix[layer])[0]
+        return attention.attend(q, k, v, plan, decode.D, self.prefix[layer])[0]
 
 
 class _StepView(_CacheRowView):
@@ -187,12 +183,15 @@ class _StepView(_CacheRowView):
         decode = self.decode
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]
-        decode_attention.attend(q, cache, self.position, decode.prefix[layer], decode.parts, decode.y)
+        prefixes = decode.prefixes
+        decode_attention.attend(
+            q, cache, self.position, prefixes.layer(layer), prefixes.source, decode.parts, decode.y
+        )
         return decode.y
 
 
 class _FewTexts:
-    """The steps of few texts: five or seven launches a layer, which read each weight once."""
+    """The steps of few texts: five or seven launches per layer, which read each weight once."""
 
     def __init__(self, decode: FusedDecode) -> None:
         self.decode, config, B = decode, decode.model.config, decode.cache.n_slots
@@ -204,15 +203,17 @@ class _FewTexts:
         self.products = decode_products.Products(self.x)
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Do `FusedDecode.step`."""
+        """Take a step; see `FusedDecode.captured_step`."""
         decode, model, products, x = self.decode, self.decode.model, self.products, self.x
+        prefixes = decode.prefixes
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
             attn, mlp, norm = block.self_attn, block.mlp, block.input_layernorm
             cache = (decode.cache.k[index], decode.cache.v[index])
             weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
             products.project(x, norm.weight, norm.eps, weights, decode.rotation, position, self.q, cache)
-            decode_attention.attend(self.q, cache, position, decode.prefix[index], decode.parts, decode.y)
+            prefix = prefixes.layer(index)
+            decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
             products.add_linear(decode.y, attn.o_proj.weight, x)
             norm = block.post_attention_layernorm
             products.gate_up(x, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight, self.hidden)

@@ -1,25 +1,25 @@
-"""Weights of layers that read the same input, side by side in memory, so that one product serves them all."""
+"""Joins the weights of layers that read the same input, so that one matrix product computes them all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def join(*linears: Any) -> None:
-    """Lay the layers' weights side by side in memory, where they are not yet; the layers go on using them."""
+    """Store the layers' weights side by side in memory, unless they are; the layers keep using them."""
     weights = weights_of(*linears)
     if lie_side_by_side(weights):
         return
     whole = torch.cat(weights)
     for linear, part in zip(linears, whole.split([len(weight) for weight in weights]), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+        linear.weight.data = part
 
 
 def joined(*linears: Any) -> Tensor:
-    """Return the weights as one matrix ``[sum of outputs, inputs]``: a view, where `join` laid them so."""
+    """Return the weights as one matrix ``[sum of outputs, inputs]``: a view after `join`, else a copy."""
     weights = weights_of(*linears)
     return as_one(weights) if lie_side_by_side(weights) else torch.cat(weights)
 
@@ -30,12 +30,12 @@ def weights_of(*linears: Any) -> list[Tensor]:
 
 
 def as_one(weights: list[Tensor]) -> Tensor:
-    """Return weights that lie side by side as one matrix, without a copy."""
+    """Return weights that are side by side in memory as one matrix, without a copy."""
     return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
 
 
 def lie_side_by_side(weights: list[Tensor]) -> bool:
-    """Whether each weight begins in memory where the one before it ends."""
+    """Whether each weight starts in memory where the previous one ends."""
     storage, place = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
     for weight in weights:
         if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != place:

@@ -1,8 +1,8 @@
 """LLaMA, written once: the frozen base of every adapter.
 
-Parameters carry the names of Hugging Face's ``LlamaForCausalLM`` less its leading ``model.``. Attention
-has one optional child, `prefix`; nothing here knows what it learns. Who may see whom is asked of a
-`View` (see `attention`), so that packed rows, a plain batch and a cache share one forward pass.
+Parameters have the names of Hugging Face's ``LlamaForCausalLM`` without the leading ``model.``; `layout`
+declares their sizes. Attention has one optional child, `prefix`. A `View` (see `attention`) says which keys
+each query sees, so that packed rows, a plain batch and a cache share one forward pass.
 
 Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, V vocabulary.
 """
@@ -16,18 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from lit_adapter.model.attention import BlockView
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.precision import widen
+from lit_adapter.model.prefix import GatedPrefix, PrefixState
 from lit_adapter.model.rope import inverse_frequencies, rotate, rotation
 
 if TYPE_CHECKING:
-    from lit_adapter.model.attention import View
-
-Linear = Callable[[int, int, bool], nn.Module]
-"""Builds a linear layer from input width, output width and whether it has a bias."""
+    from lit_adapter.model.attention import BaseView, View
 
 
 class _Normalised(torch.autograd.Function):
@@ -49,6 +46,12 @@ class _Normalised(torch.autograd.Function):
         return torch.addcmul(dwide, wide, along, value=-1).mul_(rstd).to(x.dtype), None
 
 
+def linear(layout: BlockLayout, name: str) -> Any:
+    """Return a linear layer as declared; an adapter or an executor may put another module in its place."""
+    declared = layout[name]
+    return nn.Linear(declared.n_in, declared.n_out, declared.bias)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), computed in fp32."""
 
@@ -67,21 +70,19 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with an optional extra branch, `prefix`."""
+    """Grouped-query attention with one optional child, `prefix`."""
 
-    prefix: Any
-    """A module that adds to attention's output before `o_proj`, or None."""
+    prefix: GatedPrefix | None
 
-    def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
+        layout = block_layout(config)
         self.index = index
         self.head_dim = config.head_dim
-        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = linear(config.n_embd, q_width, bias)
-        self.k_proj = linear(config.n_embd, kv_width, bias)
-        self.v_proj = linear(config.n_embd, kv_width, bias)
-        self.o_proj = linear(q_width, config.n_embd, bias)
+        self.q_proj = linear(layout, "self_attn.q_proj")
+        self.k_proj = linear(layout, "self_attn.k_proj")
+        self.v_proj = linear(layout, "self_attn.v_proj")
+        self.o_proj = linear(layout, "self_attn.o_proj")
         self.prefix = None
 
     def heads(self, x: Tensor) -> Tensor:
@@ -92,17 +93,13 @@ class Attention(nn.Module):
         """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``."""
         return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
 
-    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the prompt's keys and values ``[G, K, D]``; they depend on weights alone."""
-        return self.project_kv(self.prefix.prompt.to(dtype))
-
-    def forward(self, x: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, view: BaseView, query_positions: Tensor | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: ``[B, T, C]``.
-            view: positions and who may see whom.
-            query_positions: positions whose output is wanted ``[M]``; all of them if None.
+            view: positions, and which of them each query sees.
+            query_positions: positions whose output is computed ``[M]``; None for all of them.
 
         Returns:
             ``[B, T, C]``, or ``[B, M, C]`` with ``query_positions``.
@@ -114,19 +111,20 @@ class Attention(nn.Module):
         else:
             q = rotate(self.heads(self.q_proj(x[:, query_positions])), *view.rotation_at(query_positions))
         y = view.attend(self.index, q, k, v, query_positions)
-        if self.prefix is not None:
-            y = y + self.prefix(q, *(view.prefix_kv(self.index) or self.prefix_kv(x.dtype)))
+        added = view.attend_prefix(self, q, x.dtype)
+        y = y if added is None else y + added
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, linear: Linear) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = linear(config.n_embd, config.n_hidden, config.mlp_bias)
-        self.up_proj = linear(config.n_embd, config.n_hidden, config.mlp_bias)
-        self.down_proj = linear(config.n_hidden, config.n_embd, config.mlp_bias)
+        layout = block_layout(config)
+        self.gate_proj = linear(layout, "mlp.gate_proj")
+        self.up_proj = linear(layout, "mlp.up_proj")
+        self.down_proj = linear(layout, "mlp.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to ``[..., C]``."""
@@ -137,25 +135,32 @@ class Block(nn.Module):
     """One transformer layer: attention and MLP, each behind a norm and beside a residual."""
 
     fused_weights: Any = None
-    """Its matrices in another form, for a view that computes blocks."""
+    """The block's matrices as the fused executor holds them."""
     total: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)
-    """Adds up what the processes that share the block's heads have computed; one alone has all of it."""
+    """Sums the partial results of the processes that share the block's heads; one process has all of them."""
 
-    def __init__(self, config: LlamaConfig, index: int, linear: Linear) -> None:
+    def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config, index, linear)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config, linear)
+        self.mlp = MLP(config)
 
-    def prefix_kv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the layer's prefix keys and values ``[G, K, D]``, or None where it has no prefix."""
-        return None if self.self_attn.prefix is None else self.self_attn.prefix_kv(dtype)
+    def project_prefix(self, prefix: GatedPrefix | None, dtype: torch.dtype) -> PrefixState | None:
+        """Return ``prefix`` with its prompt projected by this block's attention; None stays None."""
+        if prefix is None:
+            return None
+        return prefix.state(*self.self_attn.project_kv(prefix.prompt.to(dtype)))
 
-    def forward(self, x: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
-        """Map ``x [B, T, C]`` to ``[B, T, C]``, or only ``query_positions`` to ``[B, M, C]``."""
-        if isinstance(view, BlockView):
-            return view.block(self, x, query_positions)
+    def forward(self, x: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
+        """Map ``x [B, T, C]`` to ``[B, T, C]``, or to ``[B, M, C]`` for ``query_positions [M]`` alone.
+
+        The view decides how: its executor may compute the block without calling its modules.
+        """
+        return view.run(self, x, query_positions)
+
+    def compute(self, x: Tensor, view: BaseView, query_positions: Tensor | None) -> Tensor:
+        """Do what `forward` says by calling the modules."""
         residual = x if query_positions is None else x[:, query_positions]
         x = residual + self.total(self.self_attn(self.input_layernorm(x), view, query_positions))
         return x + self.total(self.mlp(self.post_attention_layernorm(x)))
@@ -166,17 +171,17 @@ class Llama(nn.Module):
 
     inverse_frequency: Tensor
     decode_weights: Any = None
-    """Its matrices in another form, for a decoder that takes them so."""
+    """The model's matrices as the CPU decoding executor holds them."""
     is_sharded = False
-    """Whether its matrices are cut over processes: they are whole within its own forward passes only."""
+    """Whether FSDP2 shards the matrices: they are whole only within the model's own forward passes."""
     n_parts = 1
-    """Processes that share each layer's heads and MLP: this one computes its part of them."""
+    """Processes that share the heads and MLP of each layer; this one computes its shard of them."""
 
-    def __init__(self, config: LlamaConfig, linear: Linear = nn.Linear) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers: Any = nn.ModuleList(Block(config, index, linear) for index in range(config.n_layer))
+        self.layers: Any = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -189,29 +194,25 @@ class Llama(nn.Module):
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
         return rotation(position, self.inverse_frequency)
 
-    def prefix_kv(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
-        """Return every layer's prefix keys and values."""
-        return [block.prefix_kv(dtype) for block in self.layers]
+    def project_prefixes(self, dtype: torch.dtype) -> list[PrefixState | None]:
+        """Return the state of every layer's own prefix, None for a layer without one."""
+        return [block.project_prefix(block.self_attn.prefix, dtype) for block in self.layers]
 
-    def forward(self, ids: Tensor, view: View | BlockView, query_positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
         """Run the model.
 
         Args:
             ids: token ids ``[B, T]``.
-            view: positions and who may see whom.
-            query_positions: positions whose hidden states are wanted ``[M]``; the last layer then computes
-                queries, output projection and MLP for these alone. All positions if None.
+            view: positions, and which of them each query sees.
+            query_positions: positions whose hidden states are returned ``[M]``; the last layer then computes
+                queries, output projection and MLP for these alone. None for all positions.
 
         Returns:
             Hidden states after the final norm, ``[B, T, C]`` or ``[B, M, C]``.
         """
         x = self.embed_tokens(ids)
         for block in self.layers:
-            queried = query_positions if block is self.layers[-1] else None
-            if view.recompute and not isinstance(view, BlockView):
-                x = checkpoint(block, x, view, queried, use_reentrant=False)
-            else:
-                x = block(x, view, queried)
+            x = block(x, view, query_positions if block is self.layers[-1] else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Cross-entropy at the target positions, in chunks, through a frozen output head.
+"""Cross-entropy at the target positions, in chunks, through a frozen output layer.
 
-Only positions with a target meet the head, a chunk at a time, so that no ``[tokens, vocabulary]`` tensor
-ever exists. The head's weight is frozen: its gradient is never formed, and the gradient of the hidden
-states falls out of each chunk while its logits are at hand, so that the backward pass is one product.
-So do the gradients of the bias and scale that V2 may put on the head, ``s * (W h + b)``.
+Only positions with a target reach the output layer, a chunk at a time, so that no ``[tokens, vocabulary]``
+tensor ever exists. Its weight is frozen, so that weight's gradient is never formed. The gradient of the
+hidden states is computed from each chunk while its logits exist, so that the backward pass is one product;
+so are the gradients of the bias and scale that V2 may train on the output layer, ``s * (W h + b)``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapter.model.affine import AdaptedLinear
-from lit_adapter.model.attention import BlockView, KeyValue, PackedRow, SegmentView, View
+from lit_adapter.model.attention import PackedRow, SegmentView, View
+from lit_adapter.model.executors import Executor, choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
 
 CHUNK_LOGITS = 2**25
 """Numbers in one chunk of logits: 128 MiB in fp32."""
 FEWEST_ROWS = 16
-"""Targets whose softmax is taken together on a CPU, unless it has more threads: few enough for its caches."""
+"""Targets whose softmax is taken together on a CPU with fewer threads; their logits fit its caches."""
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
+class _FrozenOutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target_id: Tensor, bias: Tensor | None, scale: Tensor | None
@@ -58,7 +59,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy, and its gradient if that is wanted, which replaces the logits."""
+    """Return the summed cross-entropy and, if asked for, its gradient, which overwrites the logits."""
     if logits.is_cuda and logits.dtype != torch.float64:
         from lit_adapter.model.kernels.loss import cross_entropy_
 
@@ -75,7 +76,7 @@ def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> t
 
 
 def rows_at_once() -> int:
-    """Return how many targets' softmax is taken together on a CPU: one for each thread, or more."""
+    """Return how many targets' softmax is taken together on a CPU: at least one for each thread."""
     return max(FEWEST_ROWS, torch.get_num_threads())
 
 
@@ -90,39 +91,41 @@ def target_loss(
 
     Args:
         hidden: normed hidden states at the target positions ``[M, C]``.
-        weight: the frozen output head ``[V, C]``.
+        weight: the weight of the frozen output layer ``[V, C]``.
         target_id: the token to predict at each ``[M]``.
-        bias: V2's bias on the head ``[V]``, added before the scale.
-        scale: V2's scale on the head ``[V]``, given with the bias.
+        bias: V2's bias on the output layer ``[V]``, added before the scale.
+        scale: V2's scale on it ``[V]``, given with the bias.
 
     Returns:
-        A scalar, fp32 or wider. Whoever sums over micro-batches and ranks divides by the number of targets.
+        A scalar, fp32 or wider. The caller, who sums over micro-batches and ranks, divides by the targets.
     """
-    return _FrozenHeadLoss.apply(hidden, weight, target_id, bias, scale)
+    return _FrozenOutputLoss.apply(hidden, weight, target_id, bias, scale)
 
 
-def row_loss(model: Llama, row: PackedRow, *, recompute: bool = False) -> Tensor:
+def row_loss(
+    model: Llama, row: PackedRow, *, recompute: bool = False, executor: Executor | None = None
+) -> Tensor:
     """Return the summed cross-entropy of a packed row's targets, a scalar in nats.
 
     Args:
         model: on any device.
-        row: on the CPU, where what a view needs to know of it is planned.
-        recompute: keep each block's input alone for the backward pass; the result is the same.
+        row: on the CPU, where its attention is planned.
+        recompute: keep only each block's input for the backward pass; the result is the same.
+        executor: as `choose` returned it for training this model; None to choose now.
     """
-    device = model.embed_tokens.weight.device
-    ids, position, target_index, target_id = row.inputs(device)
-    view = _view(model, row, model.rotation(position[None]), recompute)
+    executor = choose(model, "training") if executor is None else executor
+    ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
+    rotation = model.rotation(position[None])
+    view: View
+    if executor.name == "fused":
+        from lit_adapter.model.fused import FusedView
+
+        view = FusedView(model, row, rotation, recompute=recompute)
+    else:
+        view = SegmentView(row, rotation, recompute=recompute)
     hidden = model(ids[None], view, target_index).squeeze(0)
-    head = model.lm_head
-    affine = (head.adapter_bias, head.adapter_scale) if isinstance(head, AdaptedLinear) else (None, None)
-    return target_loss(hidden, head.weight, target_id, *affine)
-
-
-def _view(model: Llama, row: PackedRow, rotation: KeyValue, recompute: bool) -> View | BlockView:
-    """Return the fastest way to compute the row on the model's device."""
-    if rotation[0].is_cuda:
-        from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
-
-        if fused.applies(model):
-            return fused.FusedView(model, row, rotation, recompute=recompute)
-    return SegmentView(row, rotation, recompute=recompute)
+    output = model.lm_head
+    affine = (
+        (output.adapter_bias, output.adapter_scale) if isinstance(output, AdaptedLinear) else (None, None)
+    )
+    return target_loss(hidden, output.weight, target_id, *affine)

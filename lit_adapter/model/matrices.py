@@ -1,8 +1,8 @@
-"""The frozen matrices of the CUDA path: as the base stores them, or in fp8 with a scale for each row.
+"""The frozen matrices of the CUDA executors: in the base's precision, or in fp8 with a scale for each row.
 
-In fp8 (e4m3) a product needs both its factors scaled along the dimension that it sums over. The forward
-pass sums over a matrix's inputs and the backward pass over its outputs, so a second, transposed copy is
-kept; both together are as large as the matrix in bf16.
+A product in fp8 (e4m3) needs both factors scaled along the dimension that it sums over. The forward pass sums
+over a matrix's inputs and the backward pass over its outputs, so a transposed copy is kept as well. Both
+together are as large as the matrix in bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Matrix(Protocol):
     """A frozen ``[outputs, inputs]`` matrix."""
 
     quantised: bool
-    """Whether its factors are `Quantised`."""
+    """Whether its products take `Quantised` operands."""
 
     def __call__(self, x: Operand) -> Tensor:
         """Return ``x W^T``, ``[T, outputs]``."""
@@ -36,7 +36,7 @@ class Matrix(Protocol):
         """Return ``dy W``, ``[T, inputs]``."""
 
     def outputs(self, start: int, end: int | None = None) -> Matrix:
-        """Return the matrix of some of the outputs."""
+        """Return the matrix of the outputs from ``start`` to ``end``."""
 
 
 class PlainMatrix:
@@ -60,12 +60,12 @@ class PlainMatrix:
         return _plain(dy) @ self.weight
 
     def outputs(self, start: int, end: int | None = None) -> PlainMatrix:
-        """Return the matrix of some of the outputs."""
+        """Return the matrix of the outputs from ``start`` to ``end``."""
         return PlainMatrix(self.weight[start:end])
 
 
 class SplitMatrix:
-    """A matrix in bf16 or fp16 whose outputs lie in several tensors, as a cut base is gathered."""
+    """A matrix in bf16 or fp16 whose outputs are in several tensors, as FSDP2 gathers them."""
 
     quantised = False
 
@@ -95,7 +95,7 @@ class SplitMatrix:
         return total
 
     def outputs(self, start: int, end: int | None = None) -> SplitMatrix:
-        """Return the matrix of some of the outputs."""
+        """Return the matrix of the outputs from ``start`` to ``end``."""
         *firsts, all_ = accumulate(self.sizes, initial=0)
         end = all_ if end is None else end
         numbered = zip(self.weights, firsts, strict=True)
@@ -110,16 +110,16 @@ def _plain(x: Operand) -> Tensor:
 
 @dataclass
 class Float8Matrix:
-    """A matrix in fp8, and its transpose with scales of its own."""
+    """A matrix in fp8, and its transpose with separate scales."""
 
     data: Tensor
     """``[outputs, inputs]``"""
     scale: Tensor
-    """Of each output, fp32 ``[1, outputs]``."""
+    """The scale of each output, fp32 ``[1, outputs]``."""
     back: Tensor
     """``[inputs, outputs]``"""
     back_scale: Tensor
-    """Of each input, fp32 ``[1, inputs]``."""
+    """The scale of each input, fp32 ``[1, inputs]``."""
     quantised: bool = True
 
     @classmethod
@@ -141,7 +141,7 @@ class Float8Matrix:
         return _product(dy, self.back, self.back_scale)
 
     def outputs(self, start: int, end: int | None = None) -> Float8Matrix:
-        """Return the matrix of some of the outputs."""
+        """Return the matrix of the outputs from ``start`` to ``end``."""
         part = slice(start, end)
         return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale)
 
@@ -160,7 +160,7 @@ def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
 
 
 class Float8Linear(nn.Module):
-    """What stands in a block for a linear layer whose weight is kept in fp8: its forward pass only."""
+    """Replaces a linear layer of a block whose weight is kept in fp8; forward pass only."""
 
     def __init__(self, matrix: Float8Matrix) -> None:
         super().__init__()
@@ -173,6 +173,6 @@ class Float8Linear(nn.Module):
 
 
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
-    """Return the matrix of layers that read the same input; no weight is copied."""
+    """Return the joined matrix of layers that read the same input; no weight is copied."""
     weights = weights_of(*linears)
     return PlainMatrix(as_one(weights)) if lie_side_by_side(weights) else SplitMatrix(weights)

@@ -14,7 +14,7 @@ from lit_adapter.model.precision import widen
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Return the angular frequencies that pairs of a head's channels turn with, fp32 ``[head_dim / 2]``."""
+    """Return the angular frequency of each pair of channels of a head, fp32 ``[head_dim / 2]``."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequency = 1.0 / rope.theta**exponent
     if rope.kind == "linear":
@@ -25,8 +25,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3_scaled(frequency: Tensor, rope: RopeConfig) -> Tensor:
-    """Slow frequencies are divided by the factor, fast ones kept, those between blended (Llama 3.1)."""
-    turns = rope.original_context_length * frequency / (2 * math.pi)  # over the original context
+    """Divide low frequencies by the factor, keep high ones, and blend between them (Llama 3.1)."""
+    turns = rope.original_context_length * frequency / (2 * math.pi)  # full turns in the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0, 1)
     return frequency * (blend + (1 - blend) / rope.factor)
@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotated(torch.autograd.Function):
-    """A gradient is turned back by the same angles, which takes as little as the rotation itself."""
+    """Its backward pass rotates the gradient by the opposite angles, and keeps only cosines and sines."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which tiles of a packed row's attention hold anything at all: the plan of the CUDA kernels.
+"""The plan of the CUDA attention kernels: which tiles of a packed row contain a visible pair.
 
-A kernel handles a tile of queries and visits only the tiles of keys that one of them sees. Both lists,
-and what each query sees, are planned on the CPU once per row and serve every layer.
+A kernel handles a tile of queries and visits only the tiles of keys that one of them sees. These lists,
+and what each query sees, are planned on the CPU once per row and used by every layer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lit_adapter.model.attention import PackedRow
 HEAD_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels compute."""
 LONGEST_PROMPT = 64
-"""Prompt rows that fit the attention kernel's registers beside its queries."""
+"""Prompt tokens that fit into the attention kernel's registers together with its queries."""
 QUERY_TILE, KEY_TILE = 64, 32
-"""A program owns a tile of queries and visits the tiles of keys that one of them sees."""
+"""Sizes for a program that owns a tile of queries and visits tiles of keys."""
 OWNED_KEYS, VISITING_TILE = 64, 32
-"""Or it owns a tile of keys and visits the tiles of queries that see one of them."""
+"""Sizes for a program that owns a tile of keys and visits tiles of queries."""
 VISITS = 16
-"""Query tiles that one program adds up into the gradient of a key tile; a shared preamble has hundreds, and
-would keep the device waiting for the one program that adds them all."""
+"""Query tiles that one program sums into the gradient of a key tile. A preamble has hundreds of them, and
+a single program that summed them all would keep the device waiting."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TilePlan:
     n_keys: int
     """Tokens in the row (T)."""
     n_slots: int
-    """Unfinished sums of the gradients of keys and values; see ``part_slot``."""
+    """Partial sums of the gradients of keys and values; see ``part_slot``."""
     place: Tensor
     first: Tensor
     preamble_start: Tensor
@@ -48,17 +48,17 @@ class TilePlan:
     """Query tile m visits the key tiles ``key_tile[key_from[m] : key_from[m + 1]]``."""
     key_tile: Tensor
     query_tile: Tensor
-    """The visiting tiles of each owned tile of keys, one owned tile after another."""
+    """The query tiles that visit each key tile, for one key tile after another."""
     part_tile: Tensor
-    """The owned tile of part p of that work,"""
+    """The key tile that part p of this work belongs to."""
     part_from: Tensor
-    """the first of its entries in ``query_tile``, which end where the next part begins,"""
+    """Part p covers ``query_tile[part_from[p] : part_from[p + 1]]``."""
     part_slot: Tensor
-    """and where among unfinished sums its own goes; -1 where a tile has one part only."""
+    """The slot of part p among the partial sums; -1 where its key tile has no other part."""
     sum_tile: Tensor
-    """The owned tiles that have several parts,"""
+    """The key tiles that have several parts."""
     sum_from: Tensor
-    """and which slots are theirs: ``sum_from[n]`` to ``sum_from[n + 1]``."""
+    """The partial sums of ``sum_tile[n]`` are in the slots ``sum_from[n]`` to ``sum_from[n + 1]``."""
 
     @property
     def n_queries(self) -> int:
@@ -67,7 +67,7 @@ class TilePlan:
 
     @property
     def n_parts(self) -> int:
-        """Into how many parts the gradients of keys and values are cut."""
+        """How many parts the gradients of keys and values are divided into."""
         return self.part_tile.shape[0]
 
 
@@ -77,7 +77,7 @@ def plan_tiles(row: PackedRow, query_positions: Tensor | None, device: torch.dev
     Args:
         row: on the CPU.
         query_positions: ascending row positions of the queries ``[M]``; all of the row's if None.
-        device: where the plan goes.
+        device: of the kernels.
     """
     segment, preamble = row.segment.numpy(), row.preamble.numpy()
     n_keys = len(segment)
@@ -109,7 +109,7 @@ def _visits(
     size: int,
     key_size: int,
 ) -> NDArray[np.bool_]:
-    """Return which tiles of ``size`` queries and of ``key_size`` keys meet ``[query tiles, key tiles]``."""
+    """Return which tiles of queries see which tiles of keys, ``[query tiles, key tiles]``."""
     # One entry for each segment in each tile: from its first token to the last query there, and its preamble.
     tile = np.arange(len(place)) // size
     change = np.flatnonzero((np.diff(tile, prepend=-1) != 0) | (np.diff(first, prepend=-1) != 0))
@@ -125,12 +125,12 @@ def _visits(
 
 
 def _lists(visits: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
-    """Return each row's ``True`` columns, one row after another, and where each row's list starts."""
+    """Return where each row's list starts, and the ``True`` columns of one row after another."""
     return np.append(0, visits.sum(1).cumsum()), visits.nonzero()[1]
 
 
 def _parts(query_from: NDArray) -> tuple[NDArray, ...]:
-    """Cut the work on each key tile into parts of about equal size; see the fields of `TilePlan`."""
+    """Divide the work on each key tile into parts of about equal size; see the fields of `TilePlan`."""
     visits = np.diff(query_from)
     most = max(VISITS, 2 * -(-int(query_from[-1]) // max(len(visits), 1)))  # few sums, also for long texts
     count = np.maximum(1, -(-visits // most))

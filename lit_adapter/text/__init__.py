@@ -1,6 +1,7 @@
 """Text to token ids and back: tokenizers of every LLaMA generation, and prompt templates.
 
-`tokenizer` is the interface, `load` chooses an implementation: `sentencepiece_model` or `huggingface`, whose
-files `byte_pairs` and `gguf_vocabulary` also make of other vocabularies. `description` reads what stands
-beside them. `template` turns a record into ids, `chat` renders the base's own template for it.
+`tokenizer` is the interface; `load` chooses between its implementations, `sentencepiece_model` and
+`huggingface`. `byte_pairs` and `gguf_vocabulary` convert other vocabularies for these two. `description`
+reads the JSON files next to a vocabulary. `template` turns a record into ids; `chat` renders the base's own
+template.
 """

@@ -1,17 +1,18 @@
-"""Byte-level BPE as ``tokenizer.json`` content, and LLaMA 3's list of ranks turned into it."""
+"""Byte-level BPE as ``tokenizer.json`` content, also from LLaMA 3's list of ranks."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError
 from lit_adapter.text.huggingface import added_token, byte_letters
 
 Split = Literal["gpt2", "digits", "llama3"]
-"""How text is cut before merging: GPT-2's way; each digit apart, then GPT-2's way; LLaMA 3's way."""
+"""Pre-tokenizer: GPT-2's; single digits, then GPT-2's; LLaMA 3's."""
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -28,7 +29,7 @@ LLAMA3_CONTROL = {
     9: "eot_id",
     10: "python_tag",
 }
-"""Names of LLaMA 3.1's control tokens by their place after the ranks; the rest are reserved."""
+"""Names of LLaMA 3.1's control tokens by id minus the number of ranks; the others are reserved."""
 LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
@@ -43,23 +44,18 @@ def byte_level_json(
     """Return the content of a ``tokenizer.json`` for a byte-level BPE.
 
     Args:
-        vocab: tokens, spelled in `byte_letters`.
-        merges: pairs of tokens, most urgent first.
-        added: entries of ``added_tokens``, as from `added_token`.
-        split: how text is cut first.
-        bos: control token that other programs shall put before every text.
+        vocab: ids of tokens, which are spelled in `byte_letters`.
+        merges: pairs of tokens, highest priority first.
+        added: entries of ``added_tokens``, from `added_token`.
+        split: the pre-tokenizer.
+        bos: control token that the post-processor puts before every text; None for no post-processor.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     first: dict[Split, list[dict[str, Any]]] = {
         "gpt2": [],
         "digits": [{"type": "Digits", "individual_digits": True}],
         "llama3": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": LLAMA3_PATTERN},
-                "behavior": "Isolated",
-                "invert": False,
-            }
+            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
         ],
     }
     parts = [*first[split], byte_level | {"use_regex": split != "llama3"}]
@@ -99,7 +95,7 @@ def _put_before(bos: str, added: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def looks_like_ranks(content: bytes) -> bool:
-    """Whether the first line is a base64 text and a rank, as in LLaMA 3's ``tokenizer.model``."""
+    """Whether the first line is a base64 token and its rank, as in LLaMA 3's ``tokenizer.model``."""
     parts = content.partition(b"\n")[0].split()
     return len(parts) == 2 and parts[1].isdigit() and parts[0].isascii()
 
@@ -107,8 +103,12 @@ def looks_like_ranks(content: bytes) -> bool:
 def llama3_json(content: bytes, source: object) -> dict[str, Any]:
     """Return LLaMA 3's list of ranks, with its 256 control tokens, as ``tokenizer.json`` content.
 
+    Args:
+        content: the file: on each line a base64 token and its rank.
+        source: the file's path, for messages.
+
     Raises:
-        UserError: a line that is none, ranks that are not 0, 1, 2 ... once each, or a byte without token.
+        UserError: a line is malformed, the ranks are not 0, 1, 2 ..., each once, or a byte has no token.
     """
     ranks = _read_ranks(content, source)
     letters = byte_letters()
@@ -116,7 +116,7 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        # The rank belongs to the result, so every way to reach it is a merge of equal urgency.
+        # The rank is that of the result, so all pairs that merge into it have the same priority.
         pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
@@ -127,14 +127,9 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
 
 
 def llama3_control_tokens() -> list[str]:
-    """Return the spellings of LLaMA 3.1's 256 control tokens in the order of their ids."""
-    names, n_reserved = [], 0
-    for place in range(N_LLAMA3_CONTROL):
-        name = LLAMA3_CONTROL.get(place)
-        if name is None:
-            name, n_reserved = f"reserved_special_token_{n_reserved}", n_reserved + 1
-        names.append(f"<|{name}|>")
-    return names
+    """Return LLaMA 3.1's 256 control tokens in the order of their ids."""
+    reserved = (f"reserved_special_token_{number}" for number in count())
+    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(N_LLAMA3_CONTROL)]
 
 
 def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:
@@ -146,12 +141,12 @@ def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:
         try:
             token, rank = base64.b64decode(parts[0], validate=True), int(parts[1])
         except (binascii.Error, ValueError, IndexError):
-            raise UserError(f"{source}:{number}: expected a token in base64 and its rank") from None
+            raise UserError(f"{source}:{number}: expected a base64 token and its rank") from None
         if token in ranks:
-            raise UserError(f"{source}:{number}: this token stands there twice; download the file again")
+            raise UserError(f"{source}:{number}: duplicate token; download the file again")
         ranks[token] = rank
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"{source}: the ranks are not 0 to {len(ranks) - 1}, each once; download it again")
+        raise UserError(f"{source}: expected each rank from 0 to {len(ranks) - 1} once; download it again")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(f"{source}: no token for byte 0x{missing[0]:02X}; the file is truncated")

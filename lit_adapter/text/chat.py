@@ -1,6 +1,6 @@
-"""The base's own chat template, rendered once into plain text with a place for the user's words.
+"""The base's own chat template, rendered once into plain text around a stand-in for the user's message.
 
-The Jinja program comes with the base, so it runs in Jinja's sandbox, and never sees what users write.
+The Jinja template comes with the base, so it runs in Jinja's sandbox and never sees what users write.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from lit_adapter.errors import UserError
 from lit_adapter.text.tokenizer import Tokenizer
 
 USER, ANSWER = "LitAdapterUserWords", "LitAdapterAnswerWords"
-"""Stand-ins for what is not known yet; no template has these words."""
+"""Stand-ins for message and answer; no template contains these words."""
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat of one user message, up to the answer, and what follows the answer."""
+    """A chat of one user message and its answer, without the two."""
 
     before: str
-    """Text from the start up to the user's words."""
+    """Text before the message."""
     after: str
-    """Text from the user's words to the answer."""
+    """Text between message and answer."""
     lead: str
-    """Space that the template puts before an answer and a prompt does not end in."""
+    """A space that the template puts before an answer, but not at the end of a prompt."""
     end: str | None
-    """The control token after an answer, or None if none follows it."""
+    """The control token after an answer, or None."""
     trim: bool
-    """Whether the template strips white space around the user's words."""
+    """Whether the template strips white space around the message."""
 
 
 def render_chat(tokenizer: Tokenizer) -> RenderedChat:
     """Render the tokenizer's chat template for one user message.
 
     Raises:
-        UserError: it has none, or one that fails or does not show the user's words exactly once.
+        UserError: there is no chat template, it fails, or it does not show message and answer once each.
     """
     if not tokenizer.chat_template:
         raise UserError("template 'chat': this base has no chat template; use alpaca or a text of your own")
@@ -53,8 +53,8 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
     before, found, after = prompt.partition(USER)
     if not found or USER in after:
         raise UserError(
-            f"template 'chat': the base's template shows the user's words {prompt.count(USER)} times; "
-            "expected once; use alpaca or a text of your own"
+            f"template 'chat': the base's template shows the user's message {prompt.count(USER)} times, "
+            "not once; use alpaca or a text of your own"
         )
     padded = _render(tokenizer, [{"role": "user", "content": f"  {USER}  "}], prompt=True)
     whole = _render(tokenizer, [user, {"role": "assistant", "content": ANSWER}], prompt=False)
@@ -68,7 +68,7 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
 
 
 def _end(rest: str, tokenizer: Tokenizer) -> str | None:
-    """Return the control token at the start of what follows an answer, the longest that fits."""
+    """Return the control token at the start of the text after an answer; the longest that matches."""
     fitting = [token for token in tokenizer.control_tokens if rest.lstrip().startswith(token)]
     return max(fitting, key=len, default=None)
 
@@ -91,7 +91,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, prompt: boo
 
 
 class _Generation(Extension):
-    """The block ``{% generation %}``, by which transformers marks answers; its content stays."""
+    """The block ``{% generation %}``, with which transformers marks answers; only its content is kept."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -101,7 +101,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Return what chat templates are written for: transformers' settings and functions."""
+    """Return the environment that chat templates expect: transformers' settings and functions."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -120,7 +120,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
 
 
 def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that finds control tokens in a template's own text, longest first."""
+    """Return a pattern that matches the longest control token in a template's text; None without any."""
     return _any_of(tuple(tokenizer.control_tokens))
 
 

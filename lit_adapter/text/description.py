@@ -1,4 +1,4 @@
-"""What the JSON files beside a vocabulary say: BOS, EOS, stop ids and the chat template."""
+"""The JSON files next to a vocabulary: BOS, EOS, stop ids and the chat template."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, read_text
+from lit_adapter.files.read import read_json, read_text
 from lit_adapter.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is said about a tokenizer; None where nothing is."""
+    """Settings of a tokenizer from the files next to its vocabulary; None where they are silent."""
 
     bos: str | None = None
     eos: str | None = None
     add_bos: bool | None = None
     legacy: bool = True
-    """Whether transformers' sentencepiece tokenizers put a space after control tokens."""
+    """Whether transformers' sentencepiece tokenizers add a space after control tokens."""
     chat_template: str | None = None
     bos_id: int | None = None
-    """As in ``generation_config.json`` or ``config.json``."""
+    """From ``generation_config.json`` or else ``config.json``."""
     stop_ids: tuple[int, ...] = ()
-    """As in both of them; the first is EOS where ``eos`` is not said."""
+    """From both files; the first is EOS where ``eos`` is None."""
     added: dict[str, int] = field(default_factory=dict)
-    """Tokens that other files add to a sentencepiece model."""
+    """Ids of tokens that other files add to a sentencepiece model."""
     special: frozenset[str] = frozenset()
-    """Those of them that are marked special."""
+    """The added tokens that are marked special."""
 
 
 def read_description(folder: Path) -> Description:
-    """Read what stands beside a tokenizer.
+    """Read the JSON files next to a tokenizer.
 
     Raises:
-        UserError: a file that is no JSON object, or a key of another type than expected.
+        UserError: a file is not a JSON object, or a value has an unexpected type.
     """
     main = _optional(folder / "tokenizer_config.json")
     special = _optional(folder / "special_tokens_map.json")
@@ -71,10 +71,10 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _ids(path: Path, raw: dict[str, Any], key: str) -> list[int]:
-    """Read a token id that may be a number, a list of numbers, or absent."""
+    """Return the token ids of a key that holds a number, a list of numbers, or nothing."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    # -1 is how some files say that there is none.
+    # Some files write -1 for none.
     if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= -1 for id_ in ids):
         raise UserError(f"{path}: {key} is {value!r}; expected a token id or a list of them")
     return [id_ for id_ in ids if id_ >= 0]
@@ -88,7 +88,7 @@ def _spelling(raw: dict[str, Any], key: str) -> str | None:
 
 
 def _chat_template(folder: Path, main: dict[str, Any]) -> str | None:
-    """Read the chat template from its own file or from ``tokenizer_config.json``, in this order."""
+    """Read the chat template from its own file or else from ``tokenizer_config.json``."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_text(path)
@@ -124,15 +124,15 @@ def describe(
     """Give a tokenizer its BOS, EOS, stop ids and chat template.
 
     Args:
-        tokenizer: knows its control tokens already.
-        about: what the files beside it say; goes before the following.
+        tokenizer: must know its control tokens already.
+        about: the files next to the vocabulary; they take precedence over the following arguments.
         bos_id: the vocabulary's own BOS.
         eos_id: the vocabulary's own EOS.
-        add_bos: what the vocabulary does where nothing is said.
+        add_bos: whether the vocabulary itself puts BOS before a text.
         source: the vocabulary's file, for messages.
 
     Raises:
-        UserError: a token is named that the vocabulary lacks, or there is no EOS.
+        UserError: ``about`` names a token that the vocabulary lacks, or there is no EOS.
     """
     for spelling in (about.bos, about.eos):
         if spelling and tokenizer.control_id(spelling) is None:

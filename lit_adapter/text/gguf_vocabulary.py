@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, written as the tokenizer files every other reader knows.
+"""The vocabulary of a GGUF file, written as Hugging Face tokenizer files.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_adapter import files
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files.write import write_bytes, write_json, write_text
 from lit_adapter.text.byte_pairs import Split, byte_level_json
 from lit_adapter.text.huggingface import added_token
 from lit_adapter.text.sentencepiece_model import ModelProto
@@ -25,39 +25,39 @@ PRE_TOKENIZERS: dict[str, Split] = {
     "smollm": "digits",
     "starcoder": "digits",
 }
-"""How text is cut, by ``tokenizer.ggml.pre``."""
+"""Pre-tokenizers by ``tokenizer.ggml.pre``."""
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Types of tokens; GGUF numbers them as sentencepiece does."""
+"""Types of tokens, numbered as in sentencepiece."""
 BPE = 2
 
 
 def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     """Write the tokenizer files of a GGUF vocabulary.
 
-    A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece one (``llama``)
+    A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece vocabulary (``llama``)
     ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``.
 
     Args:
-        fields: the file's keys, with plain values or as `gguf.GGUFReader.fields` holds them.
+        fields: values by key: plain ones, or those of `gguf.GGUFReader.fields`.
         out: folder to write to.
 
     Raises:
-        UserError: a key is missing, does not fit the others, or names a kind that is not known.
+        UserError: a key is missing or inconsistent with the others, or the kind of vocabulary is unknown.
     """
     keys = _Keys(fields)
     kind = keys.need("model")
     if kind == "gpt2":
         content = json.dumps(_byte_level(keys), ensure_ascii=False)
-        files.write_text(Path(out) / "tokenizer.json", content)
+        write_text(Path(out) / "tokenizer.json", content)
     elif kind == "llama":
-        files.write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
+        write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
     else:
         raise UserError(f"key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
-    files.write_json(Path(out) / "tokenizer_config.json", _config(keys))
+    write_json(Path(out) / "tokenizer_config.json", _config(keys))
 
 
 class _Keys:
-    """The keys under ``tokenizer.ggml``, with tokens and types checked against each other."""
+    """The values under ``tokenizer.ggml``, with tokens and types checked against each other."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
@@ -67,7 +67,7 @@ class _Keys:
             raise UserError(f"{len(self.tokens)} tokens but {len(self.types)} in 'tokenizer.ggml.token_type'")
         if len(set(self.tokens)) != len(self.tokens):
             twice = next(text for i, text in enumerate(self.tokens) if text in self.tokens[:i])
-            raise UserError(f"token {twice!r} stands twice in 'tokenizer.ggml.tokens'")
+            raise UserError(f"duplicate token {twice!r} in 'tokenizer.ggml.tokens'")
 
     def get(self, name: str, default: Any = None, prefix: str = "tokenizer.ggml.") -> Any:
         value = self._fields.get(prefix + name)
@@ -93,7 +93,7 @@ class _Keys:
 
     @property
     def add_bos(self) -> bool:
-        # Where nothing is said, llama.cpp puts BOS before LLaMA's texts only.
+        # By default llama.cpp puts BOS before a text only for LLaMA vocabularies.
         llama = self.get("model") == "llama" or PRE_TOKENIZERS.get(self.get("pre")) == "llama3"
         return bool(self.get("add_bos_token", llama)) and self.token_id("bos") is not None
 
@@ -103,7 +103,7 @@ def _byte_level(keys: _Keys) -> dict[str, Any]:
     if pre not in PRE_TOKENIZERS:
         hint = nearest(str(pre), list(PRE_TOKENIZERS))
         raise UserError(
-            f"'tokenizer.ggml.pre' is {pre!r}, which is not known{hint or '; expected one of '}"
+            f"'tokenizer.ggml.pre' is {pre!r}, which is unknown{hint or '; expected one of '}"
             f"{'' if hint else ', '.join(PRE_TOKENIZERS)}"
         )
     named = {keys.token_id(name) for name in ("bos", "eos", "eot")}
@@ -117,7 +117,9 @@ def _byte_level(keys: _Keys) -> dict[str, Any]:
     for merge in keys.need("merges"):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise UserError(f"'tokenizer.ggml.merges' joins {merge!r}, which are no tokens")
+            raise UserError(
+                f"'tokenizer.ggml.merges' has {merge!r}; expected two tokens whose join is a token"
+            )
         merges.append((left, right))
     bos = keys.token("bos") if keys.add_bos else None
     return byte_level_json(vocab, merges, added, PRE_TOKENIZERS[pre], bos=bos)
@@ -128,7 +130,7 @@ def _sentencepiece(keys: _Keys) -> bytes:
     if len(scores) != len(keys.tokens):
         raise UserError(f"{len(keys.tokens)} tokens but {len(scores)} in 'tokenizer.ggml.scores'")
     if keys.types.count(UNKNOWN) != 1:
-        raise UserError("'tokenizer.ggml.token_type' has no unknown token (2), or several")
+        raise UserError("'tokenizer.ggml.token_type' has no unknown token (type 2), or more than one")
     model = ModelProto()
     for text, score, kind in zip(keys.tokens, scores, keys.types, strict=True):
         model.pieces.add(piece=text, score=float(score), type=int(kind))

@@ -15,28 +15,29 @@ from lit_adapter.text.description import Description, describe
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 SPACE = "\u2581"
-"""How sentencepiece vocabularies spell a space."""
+"""A space in sentencepiece vocabularies."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A parsed ``tokenizer.json``, byte-level or in sentencepiece's manner.
+    """A parsed ``tokenizer.json``, byte-level or like sentencepiece.
 
-    Its post-processor is not run: BOS and EOS are put by whoever asks for them.
+    Its post-processor is not run: the caller adds BOS and EOS.
 
     Args:
-        raw: the parsed file; it is changed.
-        about: what the files beside it say.
+        raw: the parsed file; it is modified.
+        about: settings from the files next to it.
         source: the file, for messages.
 
     Raises:
-        UserError: the library cannot read it, its kind is unknown, or it lacks a named token.
+        UserError: the library cannot read the file, its kind is unknown, or it lacks a token that ``about``
+            names.
     """
 
     def __init__(self, raw: dict[str, Any], about: Description, source: object) -> None:
         try:
             vocabulary = tokenizers.Tokenizer.from_str(json.dumps(raw)).get_vocab()
             _mark_control_tokens(raw, vocabulary, about)
-            # Settings of somebody's training run: they would cut or vary texts without a word.
+            # Left over from a training run; they would silently cut or pad texts.
             raw["truncation"] = raw["padding"] = None
             self._json = json.dumps(raw)
             continuing = json.dumps(_without_prefix(raw))
@@ -45,23 +46,18 @@ class HuggingFaceTokenizer(Tokenizer):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{source}: damaged tokenizer ({error!r}); download it again") from None
         except Exception as error:
-            # The library raises Exception itself for a file that it cannot read.
-            raise UserError(f"{source}: no tokenizer.json that can be read: {error}") from None
-        self._control = {t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]}
+            # The library raises plain Exception for a file that it cannot read.
+            raise UserError(f"{source}: not a readable tokenizer.json: {error}") from None
+        self.control_tokens = {
+            t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]
+        }
         self._added = {vocabulary[t["content"]]: t["content"].encode() for t in raw["added_tokens"]}
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._byte_level, self.strips_space = _decoding(raw, source)
         first_only = any(node.get("prepend_scheme") == "first" for node in _nodes(raw["pre_tokenizer"]))
         self.space_after_control = self._continuing_json is not None and not first_only
-        spelled_bos = _post_processor_bos(raw, self._control)
-        describe(
-            self,
-            about,
-            bos_id=spelled_bos,
-            eos_id=None,
-            add_bos=spelled_bos is not None,
-            source=source,
-        )
+        spelled_bos = _post_processor_bos(raw, self.control_tokens)
+        describe(self, about, bos_id=spelled_bos, eos_id=None, add_bos=spelled_bos is not None, source=source)
         unknown = raw["model"].get("unk_id", vocabulary.get(raw["model"].get("unk_token") or ""))
         self._refuse_leaks(unknown, source)
 
@@ -70,7 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._continuing = _backend(self._continuing_json) if self._continuing_json else self._backend
 
     def __getstate__(self) -> dict[str, Any]:
-        # The library's own pickling forgets encode_special_tokens.
+        # The library's own pickling loses encode_special_tokens.
         return {k: v for k, v in self.__dict__.items() if k not in ("_backend", "_continuing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,12 +74,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._load()
 
     def _refuse_leaks(self, unknown_id: int | None, source: object) -> None:
-        """Make sure of what every caller relies on: text never becomes a control token."""
-        for spelling, id_ in self._control.items():
+        """Refuse a tokenizer that turns text into control tokens: every caller relies on this."""
+        for spelling, id_ in self.control_tokens.items():
             if id_ != unknown_id and id_ in self._encode_text(spelling, False):
                 raise UserError(
                     f"{source}: the text '{spelling}' becomes control token {id_}; "
-                    "tokenizers of this kind are not supported"
+                    "such tokenizers are not supported"
                 )
 
     def _encode_text(self, text: str, continuation: bool) -> list[int]:
@@ -91,7 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return backend.encode(text, add_special_tokens=False).ids
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; none for control tokens and unused ids."""
+        """Return a token's bytes; none for control tokens and unused ids."""
         if token in self._added:
             return b"" if token in self._control_ids else self._added[token]
         text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
@@ -105,18 +101,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._control.values())
-
-    @property
-    def control_tokens(self) -> dict[str, int]:
-        """Return every control token's spelling and id."""
-        return dict(self._control)
+        return frozenset(self.control_tokens.values())
 
 
 def byte_letters() -> dict[int, str]:
-    """Return the letter by which byte-level vocabularies spell each byte.
+    """Return the character that stands for each byte in byte-level vocabularies, as in GPT-2.
 
-    Printable Latin-1 bytes spell themselves; the others take the letters from U+0100 on, in order.
+    Printable Latin-1 bytes stand for themselves; the others get the characters from U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -125,7 +116,7 @@ def byte_letters() -> dict[int, str]:
 
 BYTE_OF = {letter: byte for byte, letter in byte_letters().items()}
 if BYTE_OF.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
-    raise ImportError("the installed tokenizers package spells bytes in another way than GPT-2")
+    raise ImportError("the installed tokenizers package maps bytes to characters differently from GPT-2")
 
 
 def _backend(content: str) -> tokenizers.Tokenizer:
@@ -135,7 +126,7 @@ def _backend(content: str) -> tokenizers.Tokenizer:
 
 
 def _mark_control_tokens(raw: dict[str, Any], vocabulary: dict[str, int], about: Description) -> None:
-    """Mark as special what acts as control token: named BOS and EOS, and ``<|...|>``."""
+    """Mark as special what acts as a control token: BOS, EOS and ``<|...|>``."""
     added = raw["added_tokens"] = list(raw.get("added_tokens") or [])
     listed = {token["content"] for token in added}
     for spelling in (about.bos, about.eos):
@@ -154,7 +145,7 @@ def added_token(content: str, id_: int, *, special: bool) -> dict[str, Any]:
 
 
 def _nodes(part: Any) -> Iterator[dict[str, Any]]:
-    """Walk a normalizer, pre-tokenizer or decoder, and what its sequences hold."""
+    """Yield a normalizer, pre-tokenizer, processor or decoder and the members of its sequences."""
     if not isinstance(part, dict):
         return
     yield part
@@ -164,7 +155,7 @@ def _nodes(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _without_prefix(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the same tokenizer without the space it puts before a text."""
+    """Return the same tokenizer without the space that it puts before a text."""
     copy = {key: json.loads(json.dumps(raw.get(key))) for key in ("normalizer", "pre_tokenizer")}
     for node in _nodes(copy["normalizer"]):
         if node["type"] == "Prepend":
@@ -178,7 +169,7 @@ def _without_prefix(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
-    """Return whether tokens spell bytes, and whether decoding drops the first space."""
+    """Return whether tokens are byte-level, and whether decoding drops the first space."""
     decoders = list(_nodes(raw.get("decoder")))
     kinds = {node["type"] for node in decoders} or {node["type"] for node in _nodes(raw["pre_tokenizer"])}
     if "ByteLevel" in kinds:
@@ -186,7 +177,7 @@ def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
     spaces = any(node["type"] == "Replace" and node.get("pattern") == {"String": SPACE} for node in decoders)
     if not spaces and "Metaspace" not in kinds:
         raise UserError(
-            f"{source}: decoder {', '.join(sorted(kinds)) or 'none'} is not known; "
+            f"{source}: decoder {', '.join(sorted(kinds)) or 'none'} is unknown; "
             "expected a byte-level or a sentencepiece tokenizer"
         )
     strips = any(node["type"] == "Strip" and node.get("start") for node in decoders)
@@ -199,7 +190,7 @@ def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
 
 
 def _post_processor_bos(raw: dict[str, Any], control: dict[str, int]) -> int | None:
-    """Return the control token that the post-processor puts before a text, if it puts one."""
+    """Return the id of the control token that the post-processor puts before a text, or None."""
     for node in _nodes(raw.get("post_processor")):
         template = node.get("single") if node["type"] == "TemplateProcessing" else None
         first = template[0].get("SpecialToken") if template else None

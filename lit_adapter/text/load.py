@@ -1,4 +1,4 @@
-"""The choice among tokenizers by what a folder holds."""
+"""Loading the tokenizer that a folder contains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading, refuse_stand_in
+from lit_adapter.files.read import read_json, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
 from lit_adapter.text.description import Description, read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer
@@ -17,10 +17,10 @@ from lit_adapter.text.tokenizer import Tokenizer
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a model folder.
 
-    ``tokenizer.json`` goes before ``tokenizer.model``, because only it holds tokens added later.
+    ``tokenizer.json`` takes precedence over ``tokenizer.model``: only it contains tokens added later.
 
     Raises:
-        UserError: there is none, or its file is empty, damaged or of an unknown kind.
+        UserError: there is no tokenizer, or its file is empty, damaged or of an unknown kind.
     """
     folder = Path(folder)
     found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
@@ -29,7 +29,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder}: no tokenizer.json or tokenizer.model there; expected the folder of a converted base"
         )
     path = found[0]
-    content = _content(path)
+    with reading(path):
+        refuse_stand_in(path)
+        content = path.read_bytes()
     about = read_description(folder)
     if path.suffix == ".json":
         raw = read_json(path)
@@ -45,12 +47,6 @@ def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
     raw = llama3_json(content, path)
     tokenizer = HuggingFaceTokenizer(raw, replace(about, eos=about.eos or LLAMA3_STOPS[0]), path)
     stops = {tokenizer.control_id(stop) for stop in LLAMA3_STOPS} - {None}
-    # Meta writes the ends of a turn into no file.
+    # Meta's files do not list the tokens that end a turn.
     tokenizer.stop_ids |= {stop for stop in stops if stop is not None}
     return tokenizer
-
-
-def _content(path: Path) -> bytes:
-    with reading(path):
-        refuse_stand_in(path)
-        return path.read_bytes()

@@ -10,28 +10,30 @@ from lit_adapter.text.description import Description, describe
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-"""Types of pieces, as sentencepiece numbers them."""
+"""Types of pieces in sentencepiece's numbering."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model. Tokens that other files add to it are control tokens.
+    """A sentencepiece model; tokens that other files add to it are control tokens.
 
     Args:
         content: the serialised model.
-        about: what the files beside it say.
+        about: settings from the files next to it.
         source: the file, for messages.
 
     Raises:
-        UserError: it is no sentencepiece model, or lacks a named token.
+        UserError: it is not a sentencepiece model, or lacks a token that ``about`` names.
     """
 
     def __init__(self, content: bytes, about: Description, source: object) -> None:
         model = parse_model(content, source)
         size = len(model.pieces)
         _mark_control_tokens(model, about)
-        self._control = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
-        self._control |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
-        self.vocab_size = max(size, *(id_ + 1 for id_ in self._control.values())) if self._control else size
+        self.control_tokens = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
+        self.control_tokens |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
+        self.vocab_size = (
+            max(size, *(id_ + 1 for id_ in self.control_tokens.values())) if self.control_tokens else size
+        )
         self._size = size
         self._processor = _processor(model, source)
         self.strips_space = bool(model.normalizer_spec.add_dummy_prefix)
@@ -48,7 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
         return (self._continuing if continuation else self._processor).encode(text)
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; none for control tokens and unused ids."""
+        """Return a token's bytes; none for control tokens and unused ids."""
         processor = self._processor
         if not 0 <= token < self._size or processor.is_control(token) or processor.is_unused(token):
             return b""
@@ -59,22 +61,17 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes.fromhex(text[3:5])
         return text.replace("\u2581", " ").encode()
 
-    @property
-    def control_tokens(self) -> dict[str, int]:
-        """Return every control token's spelling and id."""
-        return dict(self._control)
-
 
 def parse_model(content: bytes, source: object) -> ModelProto:
     """Read a serialised sentencepiece model.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not one, or it has no pieces.
     """
     try:
         size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     except RuntimeError as error:
-        what = str(error).partition("]")[2].strip() or "not its format"
+        what = str(error).partition("]")[2].strip() or "unknown format"
         raise UserError(
             f"{source}: neither a sentencepiece model nor LLaMA 3's list of ranks ({what}); download it again"
         ) from None
@@ -91,7 +88,7 @@ def _processor(model: ModelProto, source: object) -> sentencepiece.SentencePiece
 
 
 def _mark_control_tokens(model: ModelProto, about: Description) -> None:
-    """Retype as control token what acts as one: named BOS and EOS, special pieces, and ``<|...|>``."""
+    """Give the type CONTROL to what acts as a control token: BOS, EOS, special pieces and ``<|...|>``."""
     named = {about.bos, about.eos, *about.special}
     for piece in model.pieces:
         told = piece.piece in named and piece.type in (1, USER_DEFINED)

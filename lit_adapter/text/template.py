@@ -1,7 +1,7 @@
 """Prompt templates: a record of instruction, input and output becomes token ids.
 
-A template is plain text with places for the record's fields. Control tokens in its own text become
-control tokens; the record's text never does.
+A template is plain text with placeholders for the record's fields. Control tokens in the template's own text
+are encoded as such; in the record's text they stay text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest
-from lit_adapter.files import read_text
+from lit_adapter.errors import UserError, nearest, shorten
+from lit_adapter.files.read import read_text
 from lit_adapter.text.chat import control_pattern, render_chat
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -40,27 +40,27 @@ class Template:
     kind: str
     """alpaca, alpaca-newline, chat or custom."""
     text: str
-    """The prompt, with ``{instruction}`` and ``{input}`` where the record's texts go. In ``chat``,
+    """The prompt, with ``{instruction}`` and ``{input}`` for the record's texts. In ``chat``,
     ``{instruction}`` is the whole message: the instruction, an empty line and the input."""
     text_without_input: str | None = None
-    """Another text for records without input."""
+    """The prompt for records without input; None to use ``text``."""
     end: str | None = None
     """The control token that ends an answer; None for EOS."""
     lead: str = ""
-    """A space between prompt and answer that belongs to the answer's first token."""
+    """A space between prompt and answer that is part of the answer's first token."""
     trim: bool = False
-    """Whether white space around the message goes, as in many chat templates."""
+    """Whether white space around the message is stripped, as in many chat templates."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             hint = nearest(str(self.kind), list(KINDS)) or f"; expected {', '.join(KINDS)}"
-            raise UserError(f"template kind '{self.kind}' is not known{hint}")
+            raise UserError(f"template kind '{self.kind}' is unknown{hint}")
         for text in (self.text, self.text_without_input):
             if text is not None and INSTRUCTION not in text:
-                raise UserError(f"template {_shown(text)}: no {INSTRUCTION} in it")
+                raise UserError(f"template {shorten(text)}: {INSTRUCTION} is missing")
             if text is not None and self.kind == "custom" and "{output}" in text:
                 raise UserError(
-                    f"template {_shown(text)}: leave out {{output}}; the answer follows the prompt by itself"
+                    f"template {shorten(text)}: leave out {{output}}; the answer is added after the prompt"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class Template:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Template:
-        """Return the template that `to_dict` described.
+        """Return the template of a dict made by `to_dict`.
 
         Raises:
-            ValueError: a missing or unknown key, or a value that no template has.
+            ValueError: a key is missing or unknown, or a value is not valid.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(raw, dict) or sorted(raw) != sorted(names):
@@ -111,29 +111,25 @@ class Template:
         return tokenizer.stop_ids | {self.end_id(tokenizer)}
 
     def encode_prompt(self, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
-        """Return the ids to continue with an answer.
+        """Return the ids of a prompt, which an answer is to continue.
 
-        BOS is put first if the base was trained with it, unless the template's own text begins with it.
+        BOS comes first if the base was trained with it, unless the template's own text begins with it.
 
         Raises:
-            UserError: a text with half of a surrogate pair, an input that the template has no place for,
-                or a prompt without any token.
+            UserError: a text has a lone surrogate, there is an input but no placeholder for it, or the
+                prompt has no tokens.
         """
         return self._prompt(tokenizer, instruction, input).ids
 
     def encode_example(
-        self,
-        tokenizer: Tokenizer,
-        instruction: str,
-        input: str,
-        output: str,
+        self, tokenizer: Tokenizer, instruction: str, input: str, output: str
     ) -> tuple[list[int], int]:
-        """Return the ids of prompt, answer and end token, and how many of them are the prompt's.
+        """Return the ids of prompt, answer and end token, and the number of the prompt's.
 
-        The prompt's ids are exactly `encode_prompt`'s. Prompt and answer are tokenised together; where
-        that would change the prompt's ids, the answer is encoded as its continuation, which is what a
-        model sees when it generates. Decoding the rest gives ``output`` to the letter, except that a
-        sentencepiece tokenizer drops one space at its start (`Tokenizer.strips_space`).
+        The prompt's ids are exactly those of `encode_prompt`. Prompt and answer are tokenized together;
+        where that would change the prompt's ids, the answer is encoded separately as a continuation, as a
+        model generates it. Decoding the answer gives exactly ``output``, except that a sentencepiece
+        tokenizer drops one space at its start (`Tokenizer.strips_space`).
 
         Raises:
             UserError: as `encode_prompt`.
@@ -162,11 +158,11 @@ class Template:
             else:
                 run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
         if not ids:
-            raise UserError("the prompt is empty, and this base starts no text with BOS; write something")
+            raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
         return _Prompt(ids, run, run_start, continuation)
 
     def _filled(self, instruction: str, input: str) -> list[tuple[str, bool]]:
-        """Return the prompt's parts, each with whether it is the template's own text."""
+        """Return the pieces of the prompt, each with whether it is the template's own text."""
         if self.kind == "chat":
             instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
         if self.trim:
@@ -176,7 +172,7 @@ class Template:
             text = self.text_without_input
         if input and INPUT not in text:
             raise UserError(
-                f"template {_shown(text)}: no place for the input that a record has; add {INPUT} to it"
+                f"template {shorten(text)}: a record has an input, but the template no {INPUT}; add it"
             )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
         return [values.get(part, (part, True)) for part in _FIELD.split(text)]
@@ -188,13 +184,13 @@ class _Prompt:
     run: str
     """The text after the last control token."""
     run_start: int
-    """Where its ids start."""
+    """Index of its first id."""
     continuation: bool
     """Whether it was encoded without a space at its start."""
 
 
 def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str | int]:
-    """Return runs of text, as long as possible, and the ids of the control tokens between them."""
+    """Return the longest runs of text, and the ids of the control tokens between them."""
     pattern, control = control_pattern(tokenizer), tokenizer.control_tokens
     segments: list[str | int] = []
     run = ""
@@ -213,12 +209,11 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
 
     Args:
         name_or_text: ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a text with
-            ``{instruction}``, or the path of a file with such a text (one line break at its end is not
-            part of it).
-        tokenizer: of the base.
+            ``{instruction}``, or the path of a file with such a text, whose last line break is ignored.
+        tokenizer: the base's tokenizer.
 
     Raises:
-        UserError: an unknown name, an unreadable file, or a base without a chat template.
+        UserError: the name is unknown, the file cannot be read, or the base has no usable chat template.
     """
     if name_or_text == "chat":
         return _chat(tokenizer)
@@ -226,24 +221,26 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
         newline = "\n" if name_or_text == "alpaca-newline" else ""
         return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
     if INSTRUCTION in name_or_text:
-        return _custom(name_or_text, f"template {_shown(name_or_text)}")
+        return _custom(name_or_text, f"template {shorten(name_or_text)}")
     path = Path(name_or_text)
     if "\n" not in name_or_text and path.is_file():
         text = read_text(path).removesuffix("\n")
         if INSTRUCTION not in text:
-            raise UserError(f"{path}: a template needs {INSTRUCTION} in its text")
+            raise UserError(f"{path}: {INSTRUCTION} is missing")
         return _custom(text, str(path))
     hint = nearest(name_or_text, list(KINDS[:-1]))
-    expected = f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or its file"
-    raise UserError(f"template {_shown(name_or_text)} is not known{hint or expected}")
+    expected = (
+        f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or the path of a file with one"
+    )
+    raise UserError(f"template {shorten(name_or_text)} is unknown{hint or expected}")
 
 
 def _custom(text: str, where: str) -> Template:
-    """Return a user's own template; words in braces are its text, but not those that nearly name a field."""
+    """Return a user's own template; refuse misspelled placeholders, keep other words in braces as text."""
     for found in _IN_BRACES.finditer(text):
         close = difflib.get_close_matches(found[1].lower(), ("instruction", "input"), n=1, cutoff=0.88)
         if close and found[0] != f"{{{close[0]}}}":
-            raise UserError(f"{where}: {found[0]} is no field; write {{{close[0]}}}")
+            raise UserError(f"{where}: {found[0]} is not a field; write {{{close[0]}}}")
     return Template("custom", text)
 
 
@@ -253,7 +250,3 @@ def _chat(tokenizer: Tokenizer) -> Template:
         raise UserError(f"template 'chat': the base's template has {INSTRUCTION} or {INPUT} in its own text")
     text = chat.before + INSTRUCTION + chat.after
     return Template("chat", text, end=chat.end, lead=chat.lead, trim=chat.trim)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

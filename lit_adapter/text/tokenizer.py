@@ -1,4 +1,4 @@
-"""The interface every tokenizer keeps, and decoding as a stream."""
+"""The interface of all tokenizers, and decoding token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from lit_adapter.errors import UserError
 
 CONTROL_SPELLING = re.compile(r"<\|[^|]*\|>")
-"""A token spelled like this acts as a control token, also where a file forgot to mark it as one."""
+"""A token like this acts as a control token, even where a file does not mark it as one."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -18,33 +18,35 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     ``encode`` treats every character as text: ``</s>`` or ``<|eot_id|>`` typed by a user never becomes
-    a control token. Control tokens enter by id only (`control_id`).
+    a control token. Control tokens are added only by id (`control_id`).
     """
 
     vocab_size: int
-    """Ids are below this number (added and control tokens included)."""
+    """All ids, including those of added and control tokens, are below this number."""
+    control_tokens: dict[str, int]
+    """Ids of all control tokens by their text."""
     bos_id: int | None
     eos_id: int
     add_bos: bool
     """Whether the base was trained with BOS at the start of every text."""
     stop_ids: frozenset[int]
-    """Ids that end a generated text; always holds ``eos_id``."""
+    """Ids that end a generated text; always include ``eos_id``."""
     chat_template: str | None
-    """The base's own Jinja template, where it has one."""
+    """The base's own Jinja template, or None."""
     strips_space: bool = False
-    """Whether `decode` drops one space at the very start, because `encode` puts one there."""
+    """Whether `encode` adds a space at the start of a text and `decode` drops it."""
     space_after_control: bool = False
-    """Whether text after a control token gets that space too, as the base's own library does it."""
+    """Whether text after a control token gets that space too, as in the base's own library."""
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
         """Return the ids of ``text``; nothing in it becomes a control token.
 
         Args:
             text: any text, NUL included.
-            continuation: the text continues an earlier one, so it gets no space at its start.
+            continuation: the text continues another one, so no space is added at its start.
 
         Raises:
-            UserError: the text has half of a surrogate pair.
+            UserError: the text has a lone surrogate.
         """
         broken = _SURROGATE.search(text)
         if broken:
@@ -59,32 +61,27 @@ class Tokenizer(ABC):
         """Return the ids of well-formed text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ``ids``, control tokens left out.
+        """Return the text of ``ids`` without control tokens.
 
-        Bytes that are no UTF-8 become U+FFFD, one for each broken sequence as in `bytes.decode`.
+        Invalid UTF-8 becomes U+FFFD, one for each broken sequence, as in `bytes.decode`.
         """
         decoder = StreamDecoder(self)
         return "".join([decoder.push(token) for token in ids]) + decoder.flush()
 
     @abstractmethod
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; none for control tokens and unused ids."""
+        """Return a token's bytes; none for control tokens and unused ids."""
 
     def control_id(self, text: str) -> int | None:
-        """Return the id of the control token spelled ``text``, or None."""
+        """Return the id of the control token ``text``, or None."""
         return self.control_tokens.get(text)
-
-    @property
-    @abstractmethod
-    def control_tokens(self) -> dict[str, int]:
-        """Return every control token's spelling and id."""
 
 
 class StreamDecoder:
-    """Decodes one token at a time: what all `push` calls and `flush` return is `Tokenizer.decode`'s text.
+    """Decodes token by token: what all `push` calls and `flush` return is `Tokenizer.decode`'s text.
 
-    A token that ends inside a character gives nothing until the character is whole. The work for a token
-    does not depend on how many came before.
+    A character whose bytes are spread over several tokens is returned with the last of them. The cost of a
+    token does not depend on how many came before.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -100,22 +97,22 @@ class StreamDecoder:
         return self._utf8.decode(piece)
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD for a character that was never finished."""
+        """Return what is left at the end: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with ids that the embedding has no row for.
+    """Refuse a tokenizer with ids beyond the embedding.
 
     Args:
-        tokenizer: of the base.
-        rows: rows of the base's embedding.
+        tokenizer: the base's tokenizer.
+        rows: number of rows of the base's embedding.
 
     Raises:
-        UserError: names both numbers.
+        UserError: an id has no row.
     """
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding {rows:,} rows; "
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding has {rows:,} rows; "
             "the tokenizer belongs to another model"
         )

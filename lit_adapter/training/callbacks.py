@@ -20,9 +20,10 @@ from torch import Tensor
 from lit_adapter.config import TrainerConfig
 from lit_adapter.data.records import Records
 from lit_adapter.errors import UserError
-from lit_adapter.generation.decoder import NonFiniteLogitsError
-from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import GatedPrefix, adapter_state
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.request import NonFiniteLogitsError
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.training.notices import Notices
 from lit_adapter.training.processes import agree
 from lit_adapter.training.run_folder import RunFolder

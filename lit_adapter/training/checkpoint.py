@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import check_adapter_state
 
 METADATA_KEY = "lit_adapter_checkpoint"
@@ -49,7 +49,7 @@ class DurableCheckpointIO(CheckpointIO):
                     "lower optim.lr and go on with --resume last"
                 )
         metadata = {METADATA_KEY: structure, "sha256": _checksum(structure, tensors)}
-        files.write_bytes(Path(path), save(tensors, metadata=metadata))
+        write_bytes(Path(path), save(tensors, metadata=metadata))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict:
         """Read and verify a checkpoint; see `read_checkpoint`."""

@@ -14,15 +14,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_adapter import files
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError, counted
-from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.model.adapter import adapter_state, attach, load_adapter_state
-from lit_adapter.model.adapter import expected_shapes as adapter_shapes
+from lit_adapter.files.write import write_text
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.model.adapter import adapter_shapes, adapter_state, attach, load_adapter_state
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -154,8 +153,8 @@ class _Run:
         if self.config.init_from is None:
             return Start()
         path, saved = Path(self.config.init_from), self.saved.get("init_from")
-        form, layers = self.config.adapter, self.base_config.n_layer
-        return read_start(path, self.base, form, layers, self.template, saved, self.say)
+        form, model = self.config.adapter, self.base_config
+        return read_start(path, self.base, form, model, self.template, saved, self.say)
 
     def _precision(self) -> str:
         """Resolve auto: as the resumed run did, else by measuring."""
@@ -247,7 +246,7 @@ class _Run:
     def _begin_writing(self, step: int) -> None:
         """Make the folder that of a run which goes on from ``step``."""
         self.folder.set_aside(step, self.say)
-        files.write_text(self.folder.config, saved_config(self.config))
+        write_text(self.folder.config, saved_config(self.config))
 
     def _finish(self, trainer: pl.Trainer, module: LitAdapter, data: AlpacaDataModule, start: float) -> int:
         step = trainer.global_step

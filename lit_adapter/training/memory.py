@@ -49,12 +49,12 @@ from typing import Literal
 
 import torch
 
-from lit_adapter.model.adapter import expected_shapes as adapter_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentGroup, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
-from lit_adapter.weights.base_folder import expected_shapes as base_shapes
 
 Path = Literal["plain", "fused"]
 """How blocks are computed: by their modules, or by the CUDA kernels."""

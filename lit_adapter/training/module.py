@@ -1,9 +1,9 @@
 """The Lightning module: one batch is one optimizer step, whatever it takes to compute it.
 
-A `StepBatch` carries the step's rows and the number of targets of the WHOLE step, over all rows and all
-processes. Each row's summed loss is divided by that number before its backward pass, so the step is the
-same however it is cut. Optimization is manual because the rows of a step are accumulated here; clipping
-and unscaling stay where Lightning's precision plugins expect them.
+A `StepBatch` carries the step's rows and the number of targets of the whole step, over all rows and all
+processes. Each row's summed loss is divided by that number before its backward pass, so that the step
+does not depend on how it is divided into rows. Optimization is manual because the rows of a step are
+accumulated here; clipping and unscaling stay where Lightning's precision plugins expect them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from lit_adapter.config import OptimConfig
 from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError, counted
-from lit_adapter.model.adapter import adapter_parameters, adapter_state, is_of_prefix, load_adapter_state
+from lit_adapter.model.adapter import (
+    PARTS,
+    adapter_parameters,
+    adapter_state,
+    load_adapter_state,
+    trained_modules,
+)
+from lit_adapter.model.executors import Executor, choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -37,12 +44,12 @@ class LitAdapter(LightningModule):
     """Trains the adapter of a frozen model; its state is the adapter alone.
 
     Args:
-        model: the frozen base with prefixes attached.
+        model: the frozen base with its adapter attached.
         config: the optimizer's settings.
         total_steps: optimizer steps of the run, for the schedule.
         seed: of the prefix dropout.
-        signals: what this process has been asked to do; all processes hear of it with the step's loss.
-        recompute: keep little for the backward pass; see `row_loss`.
+        signals: the signals of this process; all processes learn of them with the step's loss.
+        recompute: recompute blocks in the backward pass; see `row_loss`.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class LitAdapter(LightningModule):
         self.automatic_optimization = False
         self.model, self.config, self.total_steps, self.seed = model, config, total_steps, seed
         self.recompute, self.signals = recompute, signals or Signals()
+        self._chosen: dict[bool, Executor] = {}
         self.has_dropout = any(getattr(module, "dropout", 0) for module in model.modules())
         self.bad_steps_in_a_row, self.skipped_steps = 0, 0
         self.validated_step, self.val_loss = -1, math.nan
@@ -68,12 +76,12 @@ class LitAdapter(LightningModule):
     def transfer_batch_to_device(
         self, batch: StepBatch, device: torch.device, dataloader_idx: int
     ) -> StepBatch:
-        """Leave the step on the CPU: its rows are planned there and go to the device one at a time."""
+        """Leave the step on the CPU, where its rows are planned; they go to the device one at a time."""
         return batch
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
-        if self.has_dropout:  # from the step, so that a resumed run draws what an unstopped one would
+        if self.has_dropout:  # seeded by the step, so that a resumed run draws what an unstopped run would
             place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
             torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
         self._set_learning_rate(batch.step)
@@ -81,16 +89,22 @@ class LitAdapter(LightningModule):
         _, n_shares = share_of_rows(self.trainer)
         for number, row in enumerate(batch.rows):
             with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
-                loss = row_loss(self.model, row, recompute=self.recompute)
-                # Gradients are averaged over processes; the step's loss is a sum over shares of its rows.
+                loss = row_loss(self.model, row, recompute=self.recompute, executor=self._executor())
+                # Gradients are averaged over processes, but the step's loss is a sum over their rows.
                 self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
         self.last = {"tokens": batch.n_tokens}
         self._sum_and_targets = total, batch.n_targets
         self._update(batch)
 
+    def _executor(self) -> Executor:
+        """Return the executor for training or evaluation mode, chosen once: a survey takes time."""
+        if self.training not in self._chosen:
+            self._chosen[self.training] = choose(self.model, "training")
+        return self._chosen[self.training]
+
     def _over_processes(self, loss: Tensor) -> float:
-        """Return the losses of all rows; the signals that processes have received travel along."""
+        """Return the summed losses of all processes; the same message exchanges received signals."""
         if self.trainer.world_size == 1:
             return float(loss)
         values = torch.tensor([0.0, *self.signals.flags()], device=loss.device)
@@ -101,7 +115,7 @@ class LitAdapter(LightningModule):
 
     @property
     def n_copies(self) -> int:
-        """Processes that compute the same rows."""
+        """The number of processes that compute the same rows."""
         return self.trainer.world_size // share_of_rows(self.trainer)[1]
 
     def _optimizer(self) -> Any:
@@ -129,14 +143,14 @@ class LitAdapter(LightningModule):
         self._count_bad_steps(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Measure and clip the (unscaled) gradient; drop it where it or the loss is not finite.
+        """Measure and clip the unscaled gradient; drop it where it or the loss is not finite.
 
-        Gradients are already summed over processes, and so is the loss: all processes decide alike.
+        Gradients and loss are already summed over processes, so that all of them decide alike.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bound = self.config.clip if self.config.clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
-        total, n_targets = self._sum_and_targets  # read only now, so that the host waits for a GPU once
+        total, n_targets = self._sum_and_targets  # read here, so that the host waits for the GPU once
         self.last |= {"loss": self._over_processes(total) / n_targets, "grad_norm": float(norm)}
         if not math.isfinite(self.last["grad_norm"] + self.last["loss"]):
             for parameter in parameters:
@@ -161,7 +175,7 @@ class LitAdapter(LightningModule):
 
     @torch.no_grad()
     def _culprits(self, step: int) -> str:
-        """Compute every record of the step alone, the same on all processes, and name those that fail."""
+        """Compute every record of the step alone, on all processes alike, and name those that fail."""
         records = self._data.training_steps().records(step).tolist()
         bad = {}
         for record in records:
@@ -180,58 +194,62 @@ class LitAdapter(LightningModule):
         if batch_idx == 0:
             self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
         for row in batch.rows:
-            self.val_sum += row_loss(self.model, row)
+            self.val_sum += row_loss(self.model, row, executor=self._executor())
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the held-out loss per target, unless a signal has cut the validation short."""
+        """Publish the held-out loss per target, unless a signal ended the validation early."""
         if self.trainer.should_stop:
             return
         total = float(self.trainer.strategy.reduce(self.val_sum, reduce_op="sum")) / self.n_copies
         self.validated_step, self.val_loss = self.trainer.global_step, total / self.val_targets
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was measured and counted, so that a resumed run goes on with it."""
+        """Store measurements and counts, which a resumed run continues."""
         checkpoint["measured"] = {name: getattr(self, name) for name in MEASURED}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was measured and counted."""
+        """Restore measurements and counts."""
         for name in MEASURED:
             setattr(self, name, checkpoint["measured"][name])
-        for optimizer in checkpoint["optimizer_states"]:  # of another device, perhaps
+        for optimizer in checkpoint["optimizer_states"]:  # perhaps written on another device
             for group in optimizer["param_groups"]:
                 group["fused"] = self._fused
 
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW on the adapter's parameters: prompts and gates, then what V2 adds."""
+        """Return AdamW on the adapter's parameters, grouped by rate and decay."""
         groups = self._parameter_groups()
         config, fused = self.config, self._fused
         return AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=fused)
 
     @property
     def _fused(self) -> bool | None:
-        """True for AdamW as one kernel: on a GPU, unless it would hide a scaler's scale from clipping.
+        """True for AdamW as one kernel on a GPU, unless a scaler must unscale the gradient before clipping.
 
-        Else None, which leaves the form to torch; False would mean a loop over parameters.
+        Otherwise None, which lets torch choose; False would be a loop over parameters.
         """
         if not all(parameter.is_cuda for _, parameter in adapter_parameters(self.model)):
             return None
         return True if getattr(self.trainer.precision_plugin, "scaler", None) is None else None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups that are not empty, each with its share of the rate and its decay."""
-        prefix: list[Tensor] = []
-        rest: list[Tensor] = []
-        for name, parameter in adapter_parameters(self.model):
-            (prefix if is_of_prefix(name) else rest).append(parameter)
-        groups = [
-            {"params": prefix, "lr_scale": 1.0, "weight_decay": self.config.weight_decay},
-            {"params": rest, "lr_scale": self.config.lr_scale_v2, "weight_decay": 0.0},
+        """Return the parameter groups that are not empty, each with its share of the rate and its decay."""
+        groups: dict[tuple[str | None, bool], list[Tensor]] = {}
+        of_part = {name: groups.setdefault((part.lr_share, part.decays), []) for name, part in PARTS.items()}
+        for _, module in trained_modules(self.model):
+            of_part[module.part] += [getattr(module, name) for name in module.trained]
+        return [
+            {
+                "params": parameters,
+                "lr_scale": 1.0 if lr_share is None else getattr(self.config, lr_share),
+                "weight_decay": self.config.weight_decay if decays else 0.0,
+            }
+            for (lr_share, decays), parameters in groups.items()
+            if parameters
         ]
-        return [group for group in groups if group["params"]]
 
     def on_train_start(self) -> None:
-        """Let this run's settings stand where a resumed optimizer brought its own."""
+        """Replace the settings that a resumed optimizer restored by those of this run."""
         for group, own in zip(self._optimizer().param_groups, self._parameter_groups(), strict=True):
             group["weight_decay"], group["lr_scale"] = own["weight_decay"], own["lr_scale"]
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps

@@ -9,9 +9,9 @@ from lit_adapter.config import Config
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_parameters, parameter_counts
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.training.schedule import warmup_steps
-from lit_adapter.weights.base_folder import expected_shapes
 
 
 def announce(
@@ -36,10 +36,10 @@ def announce(
     """
     optim, warmup = config.optim, warmup_steps(config.optim, steps)
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
-    frozen = sum(math.prod(shape) for shape in expected_shapes(base).values())
+    frozen = sum(math.prod(shape) for shape in base_shapes(base).values())
     say(
         f"model: {name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-        f"({parameter_counts(model)})"
+        f"({parameter_counts(config.adapter, base)})"
     )
     base_lr = optim.peak_lr * 256 / optim.batch_size
     say(

@@ -23,8 +23,8 @@ from lit_adapter.config import Config
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
-from lit_adapter.files import free_disk
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.files.space import free_disk
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
@@ -205,7 +205,7 @@ def _largest(least: int, most: int, free: int, with_value: Callable[[int], Sizes
 
 def run_bytes(model: LlamaConfig, config: Config, steps: int) -> int:
     """Return about what a run writes into its folder: checkpoints, two adapters and curves."""
-    trained = sum(math.prod(shape) for shape in expected_shapes(config.adapter, model).values())
+    trained = sum(math.prod(shape) for shape in adapter_shapes(config.adapter, model).values())
     layers = len(config.adapter.adapted_layers(model.n_layer))
     adapter = 4 * trained + HEADERS
     checkpoint = 12 * trained + HEADERS  # with AdamW's two averages

@@ -9,8 +9,6 @@ RUN/tensorboard/             curves, gates and sample texts
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,9 +18,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_adapter import files
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.files.locks import LockFile
+from lit_adapter.files.paths import free_path, without_home
+from lit_adapter.files.read import reading
+from lit_adapter.files.write import check_writable, is_temporary, sweep
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -43,7 +44,7 @@ class RunFolder:
         self.adapter = path / "adapter.safetensors"
         self.best = path / "best.safetensors"
         self.tensorboard = path / "tensorboard"
-        self._lock: int | None = None
+        self._lock = LockFile(path / LOCK, path, "--out")
 
     def open(self, *, resume: bool) -> None:
         """Take the folder for this process, and see that it can be written.
@@ -52,13 +53,13 @@ class RunFolder:
             UserError: as `check`, or it is in use.
         """
         self.check(resume=resume)
-        self._claim()
+        self._lock.acquire()
         try:
             self.check(resume=resume)  # a run may have begun and ended since the first look
         except UserError:
             self.close()
             raise
-        files.sweep(self.path)
+        sweep(self.path)
 
     def check(self, *, resume: bool) -> None:
         """See whether a run could be written there; nothing is left behind.
@@ -74,37 +75,21 @@ class RunFolder:
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
             raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
-        files.probe(self.path)
+        check_writable(self.path)
 
     def _holds_files(self) -> bool:
         """Whether there is more than a lock and what another run is writing, or was when it was killed."""
-        with files.reading(self.path), suppress(FileNotFoundError):
+        with reading(self.path), suppress(FileNotFoundError):
             return any(p.name != LOCK and not self._begins_with(p) for p in self.path.iterdir())
         return False
 
     def _begins_with(self, path: Path) -> bool:
         """Whether it is what a run writes first, not yet at its place."""
-        return files.is_temporary(path, self.config.name) or files.is_temporary(path, "probe")
-
-    def _claim(self) -> None:
-        """Take the lock, which the system gives back when this process ends, however it ends."""
-        path = self.path / LOCK
-        try:
-            while self._lock is None:
-                self.path.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # a run that ended just now has removed it
-                    self._lock = _locked(path)
-        except OSError as error:
-            raise files.write_error(path, error) from error
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        return is_temporary(path, self.config.name) or is_temporary(path, "probe")
 
     def close(self) -> None:
-        """Give the folder back; one that nothing has come into goes."""
-        if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+        """Release the folder, and remove it if it is empty."""
+        self._lock.release()
         with suppress(OSError):
             self.path.rmdir()
 
@@ -145,7 +130,7 @@ class RunFolder:
         if later and self._best_step() > step:
             later.append(self.best)
         for path in sorted(later):
-            aside = files.free_path(path.with_suffix(".aside"))
+            aside = free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
 
@@ -161,46 +146,6 @@ class RunFolder:
 
 class AnotherRunError(UserError):
     """A checkpoint that is sound, but of a run with another identity."""
-
-
-def _locked(path: Path) -> int | None:
-    """Open and lock a lock file; None if it has been removed meanwhile.
-
-    The lock is a process's own: loader workers do not inherit it, so none outlives the trainer.
-
-    Raises:
-        UserError: another process has it, or, where the file system has no locks, is named in it and alive.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    holder = os.pread(descriptor, 20, 0).decode(errors="replace")
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        in_use = False
-    except (BlockingIOError, PermissionError):
-        in_use = True
-    except OSError:
-        in_use = holder.isdigit() and int(holder) != os.getpid() and _is_training(int(holder))
-    if in_use:
-        os.close(descriptor)
-        by = f"process {holder}" if holder.isdigit() else "another process"
-        raise UserError(f"{path.parent}: in use by {by}; wait for it, or choose another --out")
-    if not files.is_at(path, descriptor):
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _is_training(process: int) -> bool:
-    """Tell a living training process from a number that something else has since been given."""
-    try:
-        command = Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        try:
-            os.kill(process, 0)
-        except OSError:
-            return False
-        return not Path("/proc").is_dir()
-    return b"python" in command
 
 
 def plain(value: Any) -> Any:
@@ -230,7 +175,7 @@ def identity(config: Config, **facts: Any) -> dict[str, Any]:
 def changeable(config: Config) -> dict[str, Any]:
     """Return the settings that a resumed run may change; changes are listed."""
     values = asdict(config)
-    found = {key: files.without_home(values[key]) for key in ("base", "out")}
+    found = {key: without_home(values[key]) for key in ("base", "out")}
     for section, keys in (
         (
             "optim",
@@ -252,5 +197,5 @@ def saved_config(config: Config) -> str:
     places = [(values, key) for key in ("base", "out", "init_from")]
     places += [(values["data"], key) for key in ("train", "val", "template")]
     for section, key in places:
-        section[key] = section[key] and files.without_home(section[key])
+        section[key] = section[key] and without_home(section[key])
     return yaml.safe_dump(values, sort_keys=False)

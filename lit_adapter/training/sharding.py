@@ -1,13 +1,14 @@
-"""A frozen base cut over the processes, each of which reads its own part of the files.
+"""A frozen base that is sharded over the processes, each of which reads only its own shard of the files.
 
-FSDP2 cuts every matrix by rows, and gathers a layer when it runs. Tensor parallelism cuts the work itself:
-a process has some of the heads and a part of the MLP's width, and what they give is added up over the group,
+FSDP2 shards every matrix by rows and gathers a layer when it runs. Tensor parallelism divides the work: a
+process computes some of the attention heads and a part of the MLP's width, and the results are summed over
+the group,
 
     y = sum over processes of W_o[:, own] attention(W_q[own] x, W_k[own] x, W_v[own] x)
 
-Each process of a group computes the same rows' loss from a copy of the hidden states. What is minimised is
-the mean of these losses, so that every gradient, of prompts, gates and all that V2 trains, is a sum over all
-processes of what each one finds, as it is without tensor parallelism.
+Each process of a group computes the loss of the same rows from a copy of the hidden states. The mean of these
+losses is minimised, so that the gradient of every trained parameter is a sum over all processes, as it is
+without tensor parallelism.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import trained_modules
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.parts import share
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.strategy import ShardedStrategy
 from lit_adapter.weights.load import fill_base
 
 
 class _Total(torch.autograd.Function):
-    """The sum over a group of processes; the gradients of its copies are summed likewise."""
+    """The sum over a group of processes; its backward pass sums the gradients of the copies."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -50,10 +54,10 @@ class _Total(torch.autograd.Function):
 
 
 def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
-    """See that a base's heads and MLP can be shared by ``trainer.tensor_parallel`` devices.
+    """Check that ``trainer.tensor_parallel`` divides a base's key/value heads and MLP width.
 
     Raises:
-        UserError: they cannot; names the numbers that could.
+        UserError: it does not; names the numbers that do.
     """
     shared = math.gcd(model.n_kv_head, model.n_hidden)
     if shared % options.tensor_parallel:
@@ -64,54 +68,46 @@ def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
         )
 
 
-def cut_heads(model: Llama, mesh: DeviceMesh) -> None:
-    """Leave an empty base this process's share of every layer's heads and MLP, of those that ``mesh`` has.
+def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
+    """Reduce the blocks of an empty base to this process's shard of the attention heads and the MLP.
 
-    Embeddings, head and norms stay whole, and so does the adapter, of which a process uses its heads' part.
+    Embeddings, output layer and norms stay whole. So does the adapter, of which a process uses its share.
     """
     model.n_parts = mesh.size()
     if mesh.size() == 1:
         return
+    layout = block_layout(model.config)
     for block in model.layers:
-        _cut_block(block, mesh.get_local_rank(), mesh.size())
+        _shard_block(block, layout, mesh.get_local_rank(), mesh.size())
         block.total = lambda y: _Total.apply(y, mesh.get_group())
-    # Groups may add in another order: all must see the same logits, to choose the same tokens.
+    # Groups may sum in another order, but all must see the same logits to choose the same tokens.
     model.lm_head.register_forward_hook(lambda module, args, logits: dist.broadcast(logits, 0))
 
 
-def _cut_block(block: Block, rank: int, n_parts: int) -> None:
-    attention, mlp = block.self_attn, block.mlp
-    linear: Any
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-        own = _share(len(linear.weight), rank, n_parts)
-        _keep(linear, linear.weight[own])
-        linear.outputs = own
-        if linear.bias is not None:
+def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) -> None:
+    """Leave a block the weights of one shard; trained modules keep whole parameters and use their share."""
+    for declared in layout.linears:
+        linear: Any = block.get_submodule(declared.name)
+        own = share(declared.n_out if declared.shard == "outputs" else declared.n_in, rank, n_shards)
+        by_outputs = declared.shard == "outputs"
+        part = linear.weight[own] if by_outputs else linear.weight[:, own]
+        whole = part.clone(memory_format=torch.contiguous_format)
+        linear.weight = torch.nn.Parameter(whole, requires_grad=False)
+        linear.out_features, linear.in_features = part.shape
+        if linear.bias is not None and by_outputs:
             linear.bias.data = linear.bias[own].clone()
-    for linear in (attention.o_proj, mlp.down_proj):
-        _keep(linear, linear.weight[:, _share(linear.weight.shape[1], rank, n_parts)])
-        linear.bias_share = float(rank == 0)  # once in the sum
-        if linear.bias is not None and rank > 0:
-            linear.bias.data.zero_()
-    if attention.prefix is not None:
-        attention.prefix.heads = _share(attention.prefix.n_head, rank, n_parts)
-
-
-def _share(length: int, rank: int, n_parts: int) -> slice:
-    return slice(rank * length // n_parts, (rank + 1) * length // n_parts)
-
-
-def _keep(linear: Any, part: torch.Tensor) -> None:
-    linear.weight = torch.nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=False)
-    linear.out_features, linear.in_features = part.shape
+        elif linear.bias is not None and rank > 0:
+            linear.bias.data.zero_()  # added once, by the first process
+    for _, module in trained_modules(block):
+        module.shard(rank, n_shards)
 
 
 def shard_base(model: Llama, mesh: DeviceMesh) -> None:
-    """Cut a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
+    """Shard a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
 
-    The adapter stays whole on every process, outside FSDP's care: its gradients are averaged by
-    `ShardedStrategy`; so do norms and biases, which are small. The head is gathered once a forward pass and
-    stays until its backward pass ends, so that the loss, which comes after the forward, finds it whole.
+    FSDP2 ignores the adapter, which stays whole on every process; `ShardedStrategy` averages its gradients.
+    Norms and biases are small and stay whole too. The output layer is gathered once per forward pass and
+    stays until the backward pass ends, because the loss reads it after the forward pass.
     """
     model.is_sharded = True
     if mesh.size() == 1:
@@ -119,29 +115,29 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     whole = {parameter for parameter in model.parameters() if not parameter.is_meta}
     for block in model.layers:
         fully_shard(block, mesh=mesh, ignored_params=whole)
-        register_fsdp_forward_method(block, "prefix_kv")
-    for block, following in pairwise(model.layers):  # asked for before its turn, not at it
+        register_fsdp_forward_method(block, "project_prefix")
+    for block, following in pairwise(model.layers):  # gathered while the block before it runs
         block.set_modules_to_forward_prefetch([following])
     learning = [*dropwhile(_is_frozen, model.layers)]
-    # The lowest names itself: else FSDP gathers the layer below it, whose backward pass never comes.
+    # The lowest block names itself; otherwise FSDP2 gathers the one below, which has no backward pass.
     for below, block in pairwise(learning[:1] + learning):
         block.set_modules_to_backward_prefetch([below])
     if not model.config.tie_embeddings:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    register_fsdp_forward_method(model, "prefix_kv")
+    register_fsdp_forward_method(model, "project_prefixes")
 
 
 def _is_frozen(block: Block) -> bool:
     return not any(parameter.requires_grad for parameter in block.parameters())
 
 
-def read_part(
+def read_shard(
     tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype, rank: int = 0
 ) -> torch.Tensor:
-    """Read the part of a tensor that this process holds of a cut parameter, and nothing else of it.
+    """Read from a tensor only the shard that this process holds.
 
-    A dimension shorter than the file's has been cut by `cut_heads`; of its parts the ``rank``-th is read.
+    A dimension that is shorter than in the file was divided by `shard_heads`; shard ``rank`` of it is read.
     """
     whole = tensors.get_slice(name)
     start = [rank * n if n < all_ else 0 for n, all_ in zip(parameter.shape, whole.get_shape(), strict=True)]
@@ -158,22 +154,22 @@ def read_part(
     )
 
 
-def read_cut_base(
+def read_sharded_base(
     model: Llama, base: Path, *, device: torch.device, dtype: torch.dtype, rank: int = 0
 ) -> None:
-    """Read what this process holds of a base that is cut, and bring the rest of the model to its device.
+    """Read this process's shard of a base, and move the rest of the model to its device.
 
     Args:
-        model: cut by `cut_heads` and `shard_base`.
-        base: the folder it is read from.
-        device: this process's.
+        model: sharded by `shard_heads` and `shard_base`.
+        base: the base folder.
+        device: of this process.
         dtype: precision of the base.
-        rank: among the processes that share a layer's heads.
+        rank: of this process among those that share the attention heads.
 
     Raises:
         UserError: as `load_base`.
     """
-    fill_base(model, base, device=device, dtype=dtype, read=partial(read_part, rank=rank))
+    fill_base(model, base, device=device, dtype=dtype, read=partial(read_shard, rank=rank))
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device)
@@ -182,14 +178,14 @@ def read_cut_base(
 
 
 class ShardedLitAdapter(LitAdapter):
-    """The same training on a base that is cut, and only then read, once the processes are connected.
+    """The same training on a base that is sharded, and then read, once the processes are connected.
 
     Args:
-        model: an empty base, its adapter attached.
-        base: the folder it is read from.
+        model: an empty base with its adapter attached.
+        base: the base folder.
         dtype: precision of the base.
-        args: as for `LitAdapter`, like ``kwargs``.
-        kwargs: as for `LitAdapter`.
+        args: of `LitAdapter`.
+        kwargs: of `LitAdapter`.
     """
 
     def __init__(self, model: Llama, *args: Any, base: Path, dtype: torch.dtype, **kwargs: Any) -> None:
@@ -203,13 +199,13 @@ class ShardedLitAdapter(LitAdapter):
         return self.trainer.strategy.root_device
 
     def configure_model(self) -> None:
-        """Cut and read the base, the first time Lightning asks."""
+        """Shard and read the base when Lightning first asks."""
         if self.is_ready:
             return
         strategy: ShardedStrategy = self.trainer.strategy  # type: ignore[assignment]
         tensor_mesh = strategy.device_mesh["tensor_parallel"]
-        cut_heads(self.model, tensor_mesh)
+        shard_heads(self.model, tensor_mesh)
         shard_base(self.model, strategy.device_mesh["data_parallel"])
         rank = tensor_mesh.get_local_rank()
-        read_cut_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
+        read_sharded_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
         self.is_ready = True

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lit_adapter.files import file_sha256
+from lit_adapter.files.read import file_sha256
 from lit_adapter.model.adapter import check_same_form
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.text.template import Template
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.weights.adapter_file import check_base, read_adapter
@@ -36,7 +36,7 @@ def read_start(
     path: Path,
     base: Path,
     adapter: AdapterConfig,
-    n_layer: int,
+    model: LlamaConfig,
     template: Template,
     saved_sha256: str | None,
     say: Callable[[str], None],
@@ -47,7 +47,7 @@ def read_start(
         path: an ``adapter.safetensors``.
         base: folder of the run's base.
         adapter: of the run.
-        n_layer: layers of the base.
+        model: the sizes of the base.
         template: of the run.
         saved_sha256: of the start of the run that is resumed, which can do without its file.
         say: gets a line for each thing worth knowing.
@@ -60,7 +60,7 @@ def read_start(
         return Start(sha256=saved_sha256)
     info, state = read_adapter(path)
     check_base(info, base, path)
-    check_same_form(info.adapter, adapter, n_layer, path)
+    check_same_form(info.adapter, adapter, model, path)
     if info.template != template:
         say(f"{path}: its template is {info.template.kind}; this run goes on with {template.kind}")
     if saved_sha256 is None:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import check_adapter_state, expected_shapes
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig, differences
+from lit_adapter.files.paths import is_unicode
+from lit_adapter.files.read import reading
+from lit_adapter.files.write import write_bytes
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
+from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
@@ -46,7 +48,7 @@ def base_identity(folder: Path) -> BaseIdentity:
         UserError: no converted base, or a folder whose name an adapter cannot hold.
     """
     fingerprint, name = read_fingerprint(folder), folder.resolve().name
-    if not files.is_text(name):
+    if not is_unicode(name):
         raise UserError(f"{name!r}: the folder's name is not UTF-8; rename it")
     return BaseIdentity(name, fingerprint["weights"], fingerprint["tokenizer"])
 
@@ -77,7 +79,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         UserError: tensors that do not fit ``info``, a number that is not finite, or a file that cannot
             be written.
     """
-    check_adapter_state(expected_shapes(info.adapter, info.model), state, str(path))
+    check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {
         "format_version": FORMAT_VERSION,
         "adapter": asdict(info.adapter),
@@ -88,7 +90,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         "training": info.training,
     }
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
-    files.write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
+    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
 
 
 def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
@@ -98,7 +100,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         UserError: missing, damaged, from another program, or not consistent with itself.
     """
     path = Path(path)
-    with files.reading(path):
+    with reading(path):
         found = path.is_file()
     if not found:
         raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
@@ -149,28 +151,11 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
             mask_prompt=raw["mask_prompt"],
             training=raw["training"],
         )
-        return info, expected_shapes(info.adapter, info.model)
+        return info, adapter_shapes(info.adapter, info.model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the adapter's metadata is damaged ({error})") from None
-
-
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "adapter.prompt_length": int,
-    "adapter.layers": (int, type(None)),
-    "adapter.gate": str,
-    "adapter.prompt_init_std": (int, float),
-    "adapter.dropout": (int, float),
-    "adapter.version": str,
-    "adapter.head": bool,
-    "base.name": str,
-    "base.weights": str,
-    "base.tokenizer": str,
-    "base_config": dict,
-    "mask_prompt": bool,
-    "training": dict,
-}
 
 
 def _check_types(raw: Any) -> None:
@@ -179,18 +164,28 @@ def _check_types(raw: Any) -> None:
     Raises:
         ValueError: names the first.
     """
-    for place, kind in _TYPES.items():
-        part, _, key = place.partition(".")
-        if part == "adapter" and key not in raw[part]:
-            continue  # a field that an older version did not have yet has its default
-        value = raw[part][key] if key else raw[part]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{place} is {value!r:.60}")
-    if raw["adapter"]["gate"] not in get_args(GateForm):
-        raise ValueError(f"adapter.gate is {raw['adapter']['gate']!r:.60}")
+    whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
+    for part, kinds in (("adapter", AdapterConfig), ("base", BaseIdentity), ("", whole)):
+        values = raw[part] if part else raw
+        for key, kind in (kinds if isinstance(kinds, dict) else get_type_hints(kinds)).items():
+            if part == "adapter" and key not in values:
+                continue  # a field that the version that wrote the file did not have has its default
+            if not _is_a(values[key], kind):
+                expected = kind.__name__ if isinstance(kind, type) else kind
+                raise ValueError(f"{part}{part and '.'}{key} is {values[key]!r:.60}; expected {expected}")
     name = raw["base"]["name"]
-    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not files.is_text(name):
-        raise ValueError(f"base.name is {name!r:.60}, no plain folder name")
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name or not is_unicode(name):
+        raise ValueError(f"base.name is {name!r:.60}; expected a plain folder name")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value from JSON is of a dataclass field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool) or bool in kinds:
+        return isinstance(value, bool) and bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
+from lit_adapter.files.read import read_text
+from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
 from lit_adapter.weights.base_folder import base_at_hand
 from lit_adapter.weights.download import fetch_files, list_files
@@ -53,7 +54,7 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
     if out.exists() and not (there and out.read_bytes() == content):
         raise UserError(f"{out}: already there and something else; choose another --out or remove it")
     if not there:
-        files.write_bytes(out, content)
+        write_bytes(out, content)
     base = f"checkpoints/{info.base.name}"
     have = "is there" if base_at_hand(info.base.name) else "is not there: fetch or convert the base"
     return [f"{out} is already there" if there else f"wrote {out}", f"its base {base} {have}"]
@@ -86,7 +87,7 @@ def push_adapter(
 
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
-    text = files.read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    text = read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
     if get_token() is None:
         raise UserError("not logged in to the Hub; run 'hf auth login', or set HF_TOKEN")
     api: Any = HfApi()

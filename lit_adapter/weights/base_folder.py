@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json, reading
+from lit_adapter.files.read import read_json, reading
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 1
@@ -33,35 +33,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-
-
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a base, under Hugging Face's LlamaForCausalLM names.
-
-    ``attention_bias`` puts a bias on q, k, v and o; with tied embeddings there is no ``lm_head.weight``.
-    """
-    C, V = config.n_embd, config.vocab_size
-    n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    attention = {"q_proj": (n_query, C), "k_proj": (n_kv, C), "v_proj": (n_kv, C), "o_proj": (C, n_query)}
-    mlp = {
-        "gate_proj": (config.n_hidden, C),
-        "up_proj": (config.n_hidden, C),
-        "down_proj": (C, config.n_hidden),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (V, C)
-    parts = (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias))
-    for layer in range(config.n_layer):
-        block = f"model.layers.{layer}"
-        shapes[f"{block}.input_layernorm.weight"] = (C,)
-        shapes[f"{block}.post_attention_layernorm.weight"] = (C,)
-        for part, linears, bias in parts:
-            for linear, shape in linears.items():
-                shapes[f"{block}.{part}.{linear}.weight"] = shape
-                if bias:
-                    shapes[f"{block}.{part}.{linear}.bias"] = shape[:1]
-    return shapes
 
 
 def find_base(name: str) -> Path:
@@ -87,6 +58,18 @@ def base_at_hand(name: str) -> Path | None:
         return folder if (folder / FINGERPRINT).is_file() else None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or holds something else.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return raw
+
+
 def read_config(folder: Path) -> LlamaConfig:
     """Read the model sizes of a Hugging Face or converted folder.
 
@@ -94,10 +77,7 @@ def read_config(folder: Path) -> LlamaConfig:
         UserError: no readable ``config.json``, or one that describes no LLaMA.
     """
     path = Path(folder) / CONFIG
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return LlamaConfig.from_hf(raw, source=str(path))
+    return LlamaConfig.from_hf(read_object(path), source=str(path))
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any]:
@@ -113,11 +93,9 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     path = Path(folder) / FINGERPRINT
     if not path.is_file():
         raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
-    fingerprint = read_json(path)
-    parts = {"format": int, "weights": str, "tokenizer": str, "files": dict, "source": dict}
-    if not isinstance(fingerprint, dict):
-        raise UserError(f"{path}: expected a JSON object; convert the base again")
-    for key, kind in parts.items():
+    fingerprint = read_object(path)
+    kinds = {"format": int, "weights": str, "tokenizer": str, "files": dict, "source": dict}
+    for key, kind in kinds.items():
         if not isinstance(fingerprint.get(key), kind):
             raise UserError(f"{path}: key '{key}' is missing or of another type; convert the base again")
     if fingerprint["format"] != FORMAT_VERSION:

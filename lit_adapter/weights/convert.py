@@ -12,7 +12,8 @@ import torch
 
 from lit_adapter.device import DTYPES
 from lit_adapter.errors import UserError, WriteError
-from lit_adapter.files import write_json
+from lit_adapter.files.write import write_json
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.weights.base_folder import (
@@ -20,7 +21,6 @@ from lit_adapter.weights.base_folder import (
     FINGERPRINT,
     FORMAT_VERSION,
     GENERATION_CONFIG,
-    expected_shapes,
     tokenizer_fingerprint,
 )
 from lit_adapter.weights.gguf_file import GGUFSource
@@ -98,7 +98,7 @@ def write_base(
     """
     entries = [
         Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
-        for name, shape in expected_shapes(checkpoint.config).items()
+        for name, shape in base_shapes(checkpoint.config).items()
     ]
     with scratch_folder(out) as scratch:
         with _naming(source, scratch):

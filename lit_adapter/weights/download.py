@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_adapter.errors import UserError, nearest
-from lit_adapter.files import file_sha256
+from lit_adapter.files.read import file_sha256
 from lit_adapter.hub import asking_hub
 from lit_adapter.weights.base_folder import (
     BIN,

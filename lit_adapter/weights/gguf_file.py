@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
-from lit_adapter.weights.base_folder import expected_shapes
 from lit_adapter.weights.shards import AGAIN, read_bytes
-from lit_adapter.weights.source import Source, check_tensors, half_split_rows, is_rotated, renamed
+from lit_adapter.weights.source import Source, check_tensors, half_split, renamed
 
 MODULES = {
     "model.embed_tokens": "token_embd",
@@ -66,12 +65,10 @@ class GGUFSource(Source):
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         with reading_sizes(str(self.path)):
             self.config = self._config(shapes)
-        expected = expected_shapes(self.config)
-        self._names = {name: renamed(name, MODULES, "blk") for name in expected}
+        self._names = renamed(self.config, MODULES, "blk")
         shapes.pop(ROPE_TABLE, None)
-        wanted = {self._names[name]: shape for name, shape in expected.items()}
         self._check_types()
-        check_tensors(shapes, wanted, lambda _: path, "its keys")
+        check_tensors(shapes, self._names, self.config, lambda _: path, "its keys")
         self.dtypes = {
             name: FLOATS.get(self._tensors[theirs].tensor_type.name, torch.float32)
             for name, theirs in self._names.items()
@@ -171,10 +168,7 @@ class GGUFSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, expanded, q and k in Hugging Face's order of rows."""
-        tensor = self._expanded(self._tensors[self._names[name]])
-        if not is_rotated(name):
-            return tensor
-        return half_split_rows(tensor, self.config.n_head if ".q_proj." in name else self.config.n_kv_head)
+        return half_split(name, self._expanded(self._tensors[self._names[name]]), self.config)
 
     def _expanded(self, tensor: Any) -> Tensor:
         import gguf

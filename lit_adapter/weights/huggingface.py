@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.base_folder import (
     BIN,
     BIN_INDEX,
@@ -18,7 +18,7 @@ from lit_adapter.weights.base_folder import (
     GENERATION_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
-    expected_shapes,
+    read_object,
 )
 from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member
 from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer
@@ -39,16 +39,16 @@ class HuggingFaceSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        raw = _read_object(member(folder, CONFIG))
+        raw = read_object(member(folder, CONFIG))
         self.config = LlamaConfig.from_hf(raw, source=str(folder / CONFIG))
         self.token_ids = _token_ids(raw, self.config.vocab_size, folder / CONFIG)
         self.generation = None
         if (folder / GENERATION_CONFIG).is_file():
-            self.generation = _read_object(member(folder, GENERATION_CONFIG))
+            self.generation = read_object(member(folder, GENERATION_CONFIG))
         self._index, self._shard_of = _open_shards(folder)
         self._check_names()
         self.dtypes = {
-            name: self._shard_of[name].dtypes[name] or torch.float32 for name in expected_shapes(self.config)
+            name: self._shard_of[name].dtypes[name] or torch.float32 for name in base_shapes(self.config)
         }
 
     def _check_names(self) -> None:
@@ -63,7 +63,7 @@ class HuggingFaceSource(Source):
                     f"{self.label(HEAD)} differs from the embedding, but {CONFIG} says "
                     "tie_word_embeddings; set it to false there to keep both"
                 )
-        check_tensors(shapes, expected_shapes(self.config), self._file_of, CONFIG)
+        check_tensors(shapes, {}, self.config, self._file_of, CONFIG)
 
     def _file_of(self, name: str) -> Path:
         return self._shard_of[name].path if name in self._shard_of else self._index
@@ -100,7 +100,7 @@ def _open_index(
     folder: Path, index: str, kind: type[SafetensorsShard] | type[TorchShard]
 ) -> tuple[Path, dict[str, Shard]]:
     path = member(folder, index)
-    weight_map = _read_object(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else []
     if not weight_map or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: no weight_map from tensors to file names")
@@ -118,13 +118,6 @@ def _open_index(
         if tensor not in shard_of or shard_of[tensor].path.name != name:
             raise UserError(f"{folder / name}: tensor {tensor} is missing, which {path.name} puts there")
     return path, shard_of
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return raw
 
 
 def _token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:

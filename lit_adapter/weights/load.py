@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
-from lit_adapter.weights.base_folder import expected_shapes, read_config
+from lit_adapter.weights.base_folder import read_config
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
 """Reads, from an open safetensors file, what a named tensor's parameter holds here, in a precision."""
@@ -86,7 +87,7 @@ def _fill(
     largest: int = 2,
 ) -> None:
     """Read the parameters that are not there yet, up to ``largest`` dimensions."""
-    wanted = expected_shapes(model.config)
+    wanted = base_shapes(model.config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: set[str] = set()
     state: dict[str, torch.Tensor] = {}

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_folder import expected_shapes, find_base
+from lit_adapter.weights.base_folder import find_base
 from lit_adapter.weights.convert import write_base
 from lit_adapter.weights.huggingface import HuggingFaceSource
 from lit_adapter.weights.measure import fixed_prompt, logits
@@ -106,7 +107,7 @@ class MergedSource(Source):
     def __init__(self, base: Path, adapter: Path, state: dict[str, Tensor]) -> None:
         self.base, self.adapter, self.state = HuggingFaceSource(base), adapter, state
         self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
-        self.dtypes = dict.fromkeys(expected_shapes(self.config), torch.float32)
+        self.dtypes = dict.fromkeys(base_shapes(self.config), torch.float32)
         self.token_ids: dict[str, Any] = self.base.token_ids
         self.generation = self.base.generation
 

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import read_json
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.weights.base_folder import expected_shapes
+from lit_adapter.weights.base_folder import read_object
 from lit_adapter.weights.shards import TorchShard, member
-from lit_adapter.weights.source import (
-    Source,
-    check_tensors,
-    copy_tokenizer,
-    half_split_rows,
-    is_rotated,
-    renamed,
-)
+from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer, half_split, renamed
 
 PARAMS = "params.json"
 MODULES = {
@@ -36,8 +28,8 @@ MODULES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-ACROSS_INPUTS = (".wo.weight", ".w2.weight")
-"""Cut along their inputs (columns) between ranks; other matrices along their outputs (rows)."""
+SHARDED_BY_INPUTS = tuple(f".{MODULES[name]}.weight" for name in ("self_attn.o_proj", "mlp.down_proj"))
+"""Matrices of which every rank holds some columns; of the others it holds some rows."""
 
 
 class MetaSource(Source):
@@ -52,9 +44,7 @@ class MetaSource(Source):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = member(folder, PARAMS)
-        params = read_json(path)
-        if not isinstance(params, dict):
-            raise UserError(f"{path}: expected a JSON object")
+        params = read_object(path)
         for key in ("quantization_args", "lora_args", "moe_args"):
             if params.get(key):
                 raise UserError(f"{path}: key '{key}': only plain LLaMA checkpoints can be converted")
@@ -71,14 +61,8 @@ class MetaSource(Source):
             n_hidden=shapes["layers.0.feed_forward.w1.weight"][0],
             source=str(path),
         )
-        expected = expected_shapes(self.config)
-        self._names = {name: renamed(name, MODULES, "layers") for name in expected}
-        check_tensors(
-            shapes,
-            {self._names[name]: shape for name, shape in expected.items()},
-            lambda _: self.shards[0].path,
-            PARAMS,
-        )
+        self._names = renamed(self.config, MODULES, "layers")
+        check_tensors(shapes, self._names, self.config, lambda _: self.shards[0].path, PARAMS)
         self.dtypes = {
             name: self.shards[0].dtypes[theirs] or torch.float32 for name, theirs in self._names.items()
         }
@@ -112,7 +96,7 @@ class MetaSource(Source):
             return None
         if name == "tok_embeddings.weight":
             return 0 if shape[1] == dim else 1  # LLaMA 3 cuts the vocabulary, before it the width
-        return 1 if name.endswith(ACROSS_INPUTS) else 0
+        return 1 if name.endswith(SHARDED_BY_INPUTS) else 0
 
     def _merged_shape(self, name: str) -> tuple[int, ...]:
         shapes = [shard.shapes[name] for shard in self.shards]
@@ -133,9 +117,7 @@ class MetaSource(Source):
             tensor = self.shards[0].tensor(theirs)
         else:
             tensor = torch.cat([shard.tensor(theirs) for shard in self.shards], dim)
-        if not is_rotated(name):
-            return tensor
-        return half_split_rows(tensor, self.config.n_head if ".q_proj." in name else self.config.n_kv_head)
+        return half_split(name, tensor, self.config)
 
     def label(self, name: str) -> str:
         """Return file and Meta's name."""

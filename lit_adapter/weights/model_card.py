@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.base_folder import read_fingerprint
 
@@ -66,7 +66,7 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
 
 def _what(info: AdapterInfo) -> str:
     config, model = info.adapter, info.model
-    count = sum(math.prod(shape) for shape in expected_shapes(config, model).values())
+    count = sum(math.prod(shape) for shape in adapter_shapes(config, model).values())
     layers = len(config.adapted_layers(model.n_layer))
     text = f"A LLaMA-Adapter {config.version.upper()}: {count:,} trained numbers beside a frozen base."
     if layers:
@@ -74,7 +74,7 @@ def _what(info: AdapterInfo) -> str:
             f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
             f"gates of form `{config.gate}`."
         )
-    if config.version == "v2":
+    if "linears" in config.parts:
         text += (
             f" Norms, and a bias and scale on every linear layer{', the head too' if config.head else ''}."
         )

@@ -1,40 +1,33 @@
 """A folder that appears whole or not at all, whatever kills the process that builds it.
 
-It is built as ``.name.*.tmp`` beside its final place and renamed. A kill leaves only that leftover,
-which the next run for the same place sweeps; a lock tells a leftover from a folder still being built.
+It is built as ``.NAME.*.tmp`` in the same parent folder and then renamed. A kill leaves only that folder,
+which the next run for the same output removes; a lock marks a folder that is still being built.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lit_adapter.errors import UserError, WriteError
-from lit_adapter.files import (
-    LEFTOVER_SECONDS,
-    TEMPORARY_SUFFIX,
-    UMASK,
-    existing_parent,
-    is_temporary,
-    sync_folder,
-    write_error,
-)
+from lit_adapter.files.locks import LockFile, is_locked
+from lit_adapter.files.space import free_disk, write_error
+from lit_adapter.files.write import LEFTOVER_SECONDS, TEMPORARY_SUFFIX, UMASK, is_temporary, sync_folder
 from lit_adapter.weights.base_folder import FINGERPRINT
 
 LOCK = ".lock"
-"""Empty until its lock has been taken."""
+"""Empty until its lock is taken."""
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse an output folder that must not be written.
 
     Raises:
-        UserError: it is there and ``overwrite`` is off; or it is no converted base, so replacing it
+        UserError: it exists and ``overwrite`` is off; it is not a converted base, so that replacing it
             would delete something else; or it and the source lie inside each other.
     """
     if source is not None:
@@ -56,48 +49,46 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
 
 
 def check_free(out: Path, needed: int) -> None:
-    """Refuse to start writing what cannot fit.
+    """Refuse to start writing what will not fit.
 
     Raises:
-        UserError: fewer than ``needed`` bytes are free; names both numbers.
+        UserError: fewer than ``needed`` bytes are free.
     """
-    free = shutil.disk_usage(existing_parent(out)).free
+    free = free_disk(out.parent)
     if free < needed:
         raise UserError(
             f"{out}: needs {needed:,} bytes, but {free:,} are free; free some space or choose another --out"
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``out``, removed at the end unless `move_into_place` took it.
+    """Yield an empty folder next to ``out``, removed at the end unless `move_into_place` took it.
 
     Raises:
-        UserError: the folder above ``out`` cannot be written; or a file inside, which is named as in ``out``.
+        WriteError: the folder above ``out`` or a file inside cannot be written; the latter is named by its
+            final path.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         name = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX, dir=out.parent)
         scratch = Path(name)
         scratch.chmod(0o777 & ~UMASK)
-        lock = (scratch / LOCK).open("wb", buffering=0)
-        # Without locks on this file system two simultaneous runs for one place would meet; one alone is safe.
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.write(b"locked")
     except OSError as error:
         raise write_error(out, error) from error
-    with lock:
-        try:
-            yield scratch
-        except WriteError as error:
-            raise WriteError(str(error).replace(str(scratch), str(out))) from error.__cause__
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    lock = LockFile(scratch / LOCK, out, "--out")
+    try:
+        lock.acquire()
+        yield scratch
+    except WriteError as error:
+        raise WriteError(str(error).replace(str(scratch), str(out))) from error.__cause__
+    finally:
+        lock.release()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def move_into_place(scratch: Path, out: Path) -> None:
-    """Give a finished scratch folder its name; what was there goes only now."""
+    """Rename a finished scratch folder to ``out``; only then is an earlier ``out`` deleted."""
     previous = _previous(out)
     try:
         sync_folder(scratch)
@@ -112,10 +103,10 @@ def move_into_place(scratch: Path, out: Path) -> None:
 
 
 def sweep_leftovers(out: Path) -> None:
-    """Remove what killed runs for ``out`` left beside it, and undo a half-done replacement.
+    """Remove what killed runs for ``out`` left behind, and undo a half-done replacement.
 
     Raises:
-        UserError: the root of the file system, which cannot be replaced.
+        UserError: ``out`` is the root of the file system.
     """
     if not out.parent.is_dir():
         return
@@ -132,21 +123,18 @@ def sweep_leftovers(out: Path) -> None:
 
 def _previous(out: Path) -> Path:
     if not out.name:
-        raise UserError(f"{out}: has no name; choose another --out")
+        raise UserError(f"{out}: is the root of the file system; choose another --out")
     return out.with_name(f".{out.name}.previous")
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether another process builds the folder: it has the lock, or may not have come so far yet."""
+    """Whether another process builds the folder, or has created it and is about to lock it."""
     is_young = False
     try:
         is_young = time.time() - folder.stat().st_mtime < LEFTOVER_SECONDS
-        with (folder / LOCK).open("r+") as lock:
-            if is_young and not lock.read():
-                return True
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = folder / LOCK
+        return (is_young and not lock.stat().st_size) or is_locked(lock) is not False
     except FileNotFoundError:
         return is_young
     except OSError:
         return True
-    return False

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.precision import FLOATS
 
 AGAIN = "fetch it again"
@@ -127,6 +127,20 @@ OF_DAMAGE = (
 """What PyTorch and zipfile raise on changed bytes."""
 
 
+def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return what a file holds, if that is tensors by name.
+
+    Raises:
+        UserError: it is something else, or empty.
+    """
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected named tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: '{name}' is not a tensor; expected named tensors only")
+    return dict(content)
+
+
 def refuse_odd_tensor(tensor: Tensor, where: str) -> None:
     """Refuse a tensor of a ``torch.save`` file that is not all there.
 
@@ -197,13 +211,10 @@ class TorchShard:
 
     def _load(self) -> dict[str, Tensor]:
         content = load_tensors(self.path, "use the safetensors version of this checkpoint")
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path}: holds a {type(content).__name__}; expected named tensors")
-        for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor):
-                raise UserError(f"{self.path}: '{name}' is no dense tensor; expected named tensors only")
-            refuse_odd_tensor(value, f"{self.path}: '{name}'")
-        return content
+        tensors = named_tensors(content, self.path)
+        for name, tensor in tensors.items():
+            refuse_odd_tensor(tensor, f"{self.path}: '{name}'")
+        return tensors
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor; it is a view of the mapped file."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in, write_bytes
+from lit_adapter.files.read import refuse_stand_in
+from lit_adapter.files.write import write_bytes
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import base_shapes, block_layout
 from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
 from lit_adapter.weights.shards import member
 
@@ -47,21 +49,24 @@ class Source(ABC):
 
 def check_tensors(
     found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    config: LlamaConfig,
     file_of: Callable[[str], Path],
     sizes: str,
 ) -> None:
-    """Compare tensors by name and shape, in the source's own names.
+    """Compare a source's tensors with what its configuration asks for, by name and shape.
 
     Args:
-        found: shapes in the source.
-        expected: shapes that the configuration asks for.
-        file_of: the file that holds, or should hold, a tensor.
-        sizes: where the expected sizes come from.
+        found: shapes in the source, by its own names.
+        names: its name of every tensor of a base, by Hugging Face's name; empty if they are the same.
+        config: sizes of the base.
+        file_of: the file that holds, or should hold, a tensor, by the source's name.
+        sizes: where the sizes come from, for messages.
 
     Raises:
         UserError: missing, unknown or misshapen tensors; the first few are named.
     """
+    expected = {names.get(name, name): shape for name, shape in base_shapes(config).items()}
     missing = [name for name in expected if name not in found]
     if missing:
         raise UserError(
@@ -87,43 +92,42 @@ def _listed(names: list[str]) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def renamed(name: str, modules: Mapping[str, str], layers: str) -> str:
-    """Return another format's spelling of a Hugging Face tensor name.
+def renamed(config: LlamaConfig, modules: Mapping[str, str], layers: str) -> dict[str, str]:
+    """Return another format's name of every tensor of a base, by Hugging Face's name.
 
     Args:
-        name: such as ``model.layers.3.mlp.up_proj.weight``.
-        modules: from Hugging Face's module, as within a layer or at the top, to the other's.
-        layers: what the other format calls the list of layers.
+        config: sizes of the base.
+        modules: the format's name of each module, by Hugging Face's name within a layer or at the top.
+        layers: what the format calls the list of layers.
     """
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return f"{modules[module]}.{kind}"
-    _, _, layer, inner = module.split(".", 3)
-    return f"{layers}.{layer}.{modules[inner]}.{kind}"
+    names = {}
+    for name in base_shapes(config):
+        module, _, kind = name.rpartition(".")
+        if module in modules:
+            names[name] = f"{modules[module]}.{kind}"
+        else:
+            _, _, layer, inner = module.split(".", 3)
+            names[name] = f"{layers}.{layer}.{modules[inner]}.{kind}"
+    return names
 
 
-def half_split_rows(tensor: Tensor, n_head: int) -> Tensor:
-    """Reorder the rows of a q or k projection (or its bias) for Hugging Face's rotary layout.
+def half_split(name: str, tensor: Tensor, config: LlamaConfig, *, undo: bool = False) -> Tensor:
+    """Reorder the rows of a q or k tensor for Hugging Face's rotary layout; return others as they are.
 
-    Meta rotates neighbours (2i, 2i + 1) of a head, Hugging Face the pair (i, i + D/2).
+    Meta rotates neighbours (2i, 2i + 1) of an attention head, Hugging Face the pair (i, i + D/2).
 
     Args:
-        tensor: [n_head * D, ...], in Meta's order.
-        n_head: heads in the tensor.
+        name: in our spelling or Hugging Face's, such as ``layers.3.self_attn.q_proj.weight``.
+        tensor: ``[H * D, ...]`` or ``[G * D, ...]``, in Meta's order.
+        config: sizes of the base.
+        undo: reorder from Hugging Face's order to Meta's instead.
     """
-    pairs = tensor.reshape(n_head, -1, 2, *tensor.shape[1:])  # [H, D/2, 2, ...]
-    return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def neighbour_rows(tensor: Tensor, n_head: int) -> Tensor:
-    """Undo `half_split_rows`: reorder rows of Hugging Face's rotary layout for Meta's."""
-    halves = tensor.reshape(n_head, 2, -1, *tensor.shape[1:])  # [H, 2, D/2, ...]
-    return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def is_rotated(name: str) -> bool:
-    """Whether a tensor's rows follow the rotary layout."""
-    return ".q_proj." in name or ".k_proj." in name
+    linears = block_layout(config).linears
+    n_head = next((linear.rotated_heads for linear in linears if f".{linear.name}." in name), 0)
+    if not n_head:
+        return tensor
+    pairs = (n_head, 2, -1) if undo else (n_head, -1, 2)
+    return tensor.reshape(*pairs, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:

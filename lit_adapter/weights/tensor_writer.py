@@ -7,6 +7,7 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import durable_path, safetensors_header, write_json
+from lit_adapter.files.write import durable_path, write_json
 from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
@@ -125,5 +126,12 @@ class TensorWriter:
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    tensors = [(entry.name, FLOAT_NAMES[entry.dtype], entry.shape, entry.n_bytes) for entry in entries]
-    return safetensors_header(tensors, {"format": "pt"})
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        dtype, offsets = FLOAT_NAMES[entry.dtype], [offset, offset + entry.n_bytes]
+        header[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        offset += entry.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -15,9 +15,10 @@ from benchmarks.methods import attach_ours
 from benchmarks.models import Base, causal_model
 from benchmarks.report import Report, Row, failure, progress_bar
 from benchmarks.rivals import adapted
-from lit_adapter.generation.decode import decode
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cpu_decode import DecodeWeights
 
 Generate = Callable[[Tensor, int], None]
 """Answers prompts ``[B, T]`` with that many new tokens each, greedily."""
@@ -27,12 +28,11 @@ def ours(base: Base, seed: int) -> Generate:
     """Return our decoding, with our default adapter."""
     attach_ours(base, seed)
     base.model.eval().requires_grad_(False)
-    if base.device.type == "cpu":
-        base.model.decode_weights = DecodeWeights(base.model)
+    engine, adapter = Engine(), Adapter.of(base.model)
 
     def generate(ids: Tensor, n_new: int) -> None:
-        settings, prompts = Sampling(max_new_tokens=n_new), ids.tolist()
-        events = decode(base.model, prompts, settings, frozenset(), batch_size=len(prompts))
+        requests = [Request(ids, Sampling(max_new_tokens=n_new), adapter) for ids in ids.tolist()]
+        events = engine.run(requests, batch_size=len(requests))
         n_tokens = sum(token is not None for _, token in events)
         _expect(n_tokens, ids.shape[0] * n_new)
 

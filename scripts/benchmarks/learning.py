@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from benchmarks.families import Batch, Ours, Peft, Run, all_methods
-from lit_adapter import files
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer, TrainingSteps, shared_preambles
 from lit_adapter.data.records import read_records, split
 from lit_adapter.device import DTYPES, choose_device
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files.write import write_json
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.schedule import learning_rate, total_steps
@@ -133,7 +133,7 @@ class Report:
             line = f"[{len(self.rows)}/{n_runs}] {result.method}, lr {result.lr:g}, {result.seconds:.1f} s"
         print(f"{line}: held-out loss {_shown(result.held_out_loss)}", file=sys.stderr, flush=True)
         if path is not None:
-            files.write_json(Path(path), asdict(self))
+            write_json(Path(path), asdict(self))
 
     def table(self) -> str:
         """Return the results as Markdown, best first."""

@@ -20,6 +20,7 @@ from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters, attach
 from lit_adapter.model.attention import CausalView, PackedRow
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.loss import row_loss
 
 
@@ -88,7 +89,9 @@ class Packed:
         if float8:
             from lit_adapter.model import fused
 
-            self.weights = [fused.float8_weights(block) for block in base.model.layers]
+            self.weights = [
+                fused.float8_weights(block, block_layout(base.model.config)) for block in base.model.layers
+            ]
         heads = shared_preambles(work.encoded)
         self.packer = Packer(work.encoded, heads, mask_prompt=True, row_tokens=row_tokens)
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lit_adapter import files
+from lit_adapter.files.write import write_json
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -32,7 +32,7 @@ class Report:
         """Add or replace a row."""
         self.rows[row["name"]] = {**row, "machine": self.machine}
         if self.path is not None:
-            files.write_json(Path(self.path), list(self.rows.values()))
+            write_json(Path(self.path), list(self.rows.values()))
 
     def markdown(self, columns: Sequence[Column]) -> str:
         """Return header and table, fastest first; a method that failed says why in its row."""

@@ -11,10 +11,10 @@ import torch
 from benchmarks import generation, machine, training, workload
 from benchmarks.models import Base, read_base
 from benchmarks.report import Column, Report, number, spread
-from lit_adapter import files
 from lit_adapter.data.encode import Encoded
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.files.write import write_text
 
 TRAINING: tuple[Column, ...] = (
     ("useful tokens/s (spread)", spread),
@@ -138,6 +138,6 @@ def _chosen(names: list[str] | None, known: dict[str, Any], usual: Iterable[str]
 def _finish(options: Any, report: Report, columns: tuple[Column, ...]) -> tuple[str, bool]:
     table = report.markdown(columns)
     if options.markdown:
-        files.write_text(Path(options.markdown), table + "\n")
+        write_text(Path(options.markdown), table + "\n")
     ours = [row for name, row in report.rows.items() if name.startswith("ours")]
     return table, not any("error" in row for row in ours)

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from finetune_runs import TINY
 
-from lit_adapter import command
-from lit_adapter.cli import finetune_main, generate_main
+from lit_adapter.cli import command
+from lit_adapter.cli.convert import main as convert_main
+from lit_adapter.cli.convert_adapter import main as convert_adapter_main
+from lit_adapter.cli.finetune import main as finetune_main
+from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.errors import UserError
-from lit_adapter.weights.cli import convert_main
-from lit_adapter.weights.foreign.cli import convert_adapter_main
 
 ROOT = Path(__file__).parents[2]
 OK = {"instruction": "a", "output": "b"}

@@ -9,7 +9,7 @@ from bench import Bench
 from finetune_runs import TINY, Stopper
 from generation_fixtures import save_random_adapter
 
-from lit_adapter.cli import parse_finetune
+from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.training.finetune import finetune
 
 

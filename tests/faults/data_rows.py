@@ -293,7 +293,7 @@ ROWS = [
         0,
     ),
     Row(21, "empty file", refused("d.json", ""), r"d\.json: the file is empty"),
-    Row(21, "no record", refused("d.json", "[]"), r"d\.json: no usable record: it holds none"),
+    Row(21, "no record", refused("d.json", "[]"), r"d\.json: no usable record: it is empty"),
     Row(21, "folder", folder, r"folder\.json: is a folder; name one data file"),
     Row(21, "missing", lambda b: b.finetune(data=b.folder / "no.json"), r"no\.json: file not found; check"),
     Row(
@@ -341,12 +341,12 @@ ROWS = [
         0,
         writes=True,
     ),
-    Row(33, "flipped cache", cached_again(flip), r"1 kept.* 1 files; \['.*tokens-.*damaged cache", 0),
+    Row(33, "flipped cache", cached_again(flip), r"1 kept.* 1 files; \['.*tokens-.*damaged token cache", 0),
     Row(
         33,
         "truncated cache",
         cached_again(lambda bench, path: path.write_bytes(path.read_bytes()[:90]) and None),
-        r"1 kept.* 1 files; \['.*damaged cache of tokens; encoding again'\]",
+        r"1 kept.* 1 files; \['.*damaged token cache; encoding again'\]",
         0,
     ),
     Row(34, "data changed before a resume", data_changed_before_resume, r"data.records was '\w+', now '\w+'"),

@@ -7,7 +7,7 @@ from bench import Bench, Outcome, Row
 from safetensors.torch import load_file, save_file
 
 import lit_adapter
-from lit_adapter.generation.engine import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.text.tokenizer import StreamDecoder
 
 
@@ -119,7 +119,7 @@ ROWS = [
         ),
         r"^error: stop_ids holds 99999, but",
     ),
-    Row(84, "empty template", empty_template, r"template '' is not known; expected alpaca"),
+    Row(84, "empty template", empty_template, r"template '' is unknown; expected alpaca"),
     Row(84, "empty prompt", empty_prompt, r"prompt"),
     Row(
         85,
@@ -131,7 +131,7 @@ ROWS = [
         86,
         "logits nan",
         call(with_base_numbers, value=torch.nan),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),
@@ -139,7 +139,7 @@ ROWS = [
         86,
         "logits inf",
         call(with_base_numbers, value=torch.inf),
-        r"logits are not numbers; the base",
+        r"logits are NaN or infinite; the base",
         2,
         True,
     ),

@@ -392,7 +392,7 @@ ROWS = [
         47,
         "more ids than rows",
         base(lambda f: edit(f / "config.json", vocab_size=50)),
-        r"the tokenizer has \d+ ids, but the embedding 50 rows",
+        r"the tokenizer has \d+ ids, but the embedding has 50 rows",
     ),
     Row(
         48, "EOS beyond the vocabulary", source(lambda f: edit(f / "config.json", eos_token_id=9999)), r"9999"

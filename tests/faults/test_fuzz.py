@@ -25,7 +25,7 @@ from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer
 from lit_adapter.data.records import Record, Records, read_records
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import expected_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter
 from lit_adapter.weights.base_folder import read_config
@@ -153,7 +153,7 @@ def test_damaged_adapter_files(tmp_path: Path, tiny_adapter: Path, examples: lis
         path.write_bytes(edited(whole, edits))
         with one_line(path):
             info, state = read_adapter(path)
-            shapes = expected_shapes(info.adapter, info.model)
+            shapes = adapter_shapes(info.adapter, info.model)
             assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
             assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 

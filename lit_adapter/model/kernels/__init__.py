@@ -1,5 +1,5 @@
-"""Triton kernels of the CUDA path.
+"""Triton kernels of the CUDA executors.
 
-`attention` with the gated prefix, `rows` between the products and `loss` serve training and prompts;
-`decode_attention`, `decode_products` and `greedy` a decode step. `sizes` has the arithmetic of launches.
+Training and reading prompts use `attention` with the gated prefix, `rows` between the matrix products, and
+`loss`. Decode steps use `decode_attention`, `decode_products` and `greedy`. `sizes` computes launch sizes.
 """

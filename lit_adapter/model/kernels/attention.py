@@ -1,12 +1,12 @@
-"""Attention over a packed row, the gated prefix in the same pass, and their gradients.
+"""Attention over a packed row with the gated prefix in the same pass, and their gradients.
 
 Per query tile, with q already rotated and c the prefix's strength,
 
     o = softmax(q k^T / sqrt(D) where seen) v  +  c * softmax(q pk^T / sqrt(D)) pv
 
-The queries are in registers when the prompt's few keys are added, so that the prefix reads and writes
-nothing of the row's size. The backward pass recomputes all weights from the log-sum-exp (arXiv 2205.14135)
-and the prefix's part of ``o`` from the prompt, so that nothing but q, k, v, o is kept.
+The prefix branch is computed while the queries are in registers, so that it reads and writes no tensor of the
+row's size. The backward pass recomputes the attention weights from the log-sum-exp (arXiv 2205.14135) and the
+prefix's contribution to ``o`` from the prompt, so that only q, k, v, o are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAN = tuple(field.name for field in fields(TilePlan))
 
 
 def _kernel(function: Any) -> Any:
-    """Compile once for all rows: their lengths, and where parts of a plan lie, differ with every row."""
+    """Compile once for all rows, whose lengths and plan addresses all differ."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         do_not_specialize=[name for name in names if name in LENGTHS],
@@ -40,10 +40,10 @@ def _kernel(function: Any) -> Any:
 
 @dataclass
 class Prefix:
-    """A layer's prompt, projected, and its strength."""
+    """A layer's projected prompt and its strength."""
 
     kv: Tensor
-    """Keys beside values ``[K, 2 G D]``; rows may be strided."""
+    """Keys and values, joined, ``[K, 2 G D]``; rows may be strided."""
     strength: Tensor
     """c(g) for every channel, fp32 ``[H, D]``."""
 
@@ -52,7 +52,7 @@ class Prefix:
 def _load_queries(place, first, preamble_start, preamble_end, m, n_queries, TILE: tl.constexpr):
     n = m * TILE + tl.arange(0, TILE)
     live = n < n_queries
-    # A place of -1 sees nothing: the tile's surplus rows.
+    # Surplus queries of a tile have position -1, which sees nothing.
     return (
         n,
         live,
@@ -65,13 +65,13 @@ def _load_queries(place, first, preamble_start, preamble_end, m, n_queries, TILE
 
 @triton.jit
 def _sees(j, i, low, preamble_low, preamble_high):
-    """Return whether queries at ``i`` see keys at ``j`` (both shaped to broadcast)."""
+    """Return whether queries at ``i`` see keys at ``j``; the two broadcast."""
     return (j <= i) & ((j >= low) | ((j >= preamble_low) & (j < preamble_high)))
 
 
 @triton.jit
 def _rotated_back(x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.constexpr):
-    """Return ``x [ROWS, D]``, a gradient, rotated by the opposite angles of the positions ``place``."""
+    """Return the gradient ``x [ROWS, D]`` rotated by the opposite angles of its positions ``place``."""
     HALF: tl.constexpr = D // 2
     at = place[:, None] * HALF + tl.arange(0, HALF)[None, :]
     cos = tl.load(cos_at + at, mask=live[:, None], other=0.0)
@@ -83,7 +83,7 @@ def _rotated_back(x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
-    """Return softmax(q pk^T / sqrt(D)), fp32, ``[queries, ROWS]``; rows beyond the prompt weigh nothing."""
+    """Return softmax(q pk^T / sqrt(D)), fp32, ``[queries, ROWS]``; rows beyond the prompt have weight 0."""
     score = tl.dot(q, tl.trans(pk)) * scale
     score = tl.where((tl.arange(0, ROWS) < n_prompt)[None, :], score, -float("inf"))
     weight = tl.exp2(score - tl.max(score, 1)[:, None])
@@ -147,7 +147,7 @@ def _query_gradient_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of queries (if ROW: of the row's part of attention) and, in parts, of the prefix."""
+    """Compute partial gradients of the prefix and, if ROW, the gradients of the queries."""
     m, h = tl.program_id(0), tl.program_id(1)
     g, H = h // GROUP, tl.num_programs(1)
     n, live, i, low, preamble_low, preamble_high = _load_queries(
@@ -176,7 +176,7 @@ def _query_gradient_kernel(
         tl.store(part + H * ROWS * D, summed * strength, mask=(r < n_prompt)[:, None])
         dshare = tl.dot(do, tl.trans((pv.to(tl.float32) * strength).to(pv.dtype)))
         prefix_delta = tl.sum(share * dshare, 1)
-        delta -= prefix_delta  # o less the prefix's part is the row's own
+        delta -= prefix_delta  # what is left of o is the row's own attention
         dshare = (share * (dshare - prefix_delta[:, None])).to(pv.dtype)
         tl.store(part, tl.dot(tl.trans(dshare), q) * softmax_scale, mask=(r < n_prompt)[:, None])
         if ROW:
@@ -207,7 +207,7 @@ def _key_gradient_kernel(
     n_queries, n_keys, q_stride, kv_stride, o_stride, dkv_stride, scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys and values, over all query heads that share them, or one part of their sum."""
+    """Compute the gradients of keys and values over the query heads that share them, or one partial sum."""
     part, g = tl.program_id(0), tl.program_id(1)
     j = tl.load(part_tile + part) * N + tl.arange(0, N)
     inside = j < n_keys
@@ -260,7 +260,7 @@ def _sum_key_gradient_kernel(
     sums_at, dk_at, dv_at, cos_at, sin_at, sum_tile, sum_from, n_keys, dkv_stride,
     D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of a key tile that has several, in their order."""
+    """Sum the parts of a key tile that has several, in order."""
     number, g = tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, N)[:, None] * D + tl.arange(0, D)[None, :]
     dk = tl.zeros([N, D], tl.float32)
@@ -279,7 +279,7 @@ def _sum_prefix_gradient_kernel(
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the query tiles' parts: a program owns BLOCK channels of one group's pk or pv, or a strength."""
+    """Sum over query tiles; a program owns BLOCK channels of one group's pk or pv, or one strength."""
     H: tl.constexpr = G * GROUP
     block, which = tl.program_id(0), tl.program_id(1)
     if which < 2 * G:
@@ -315,17 +315,17 @@ def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY
 
 @cache
 def _registers(device: torch.device, prompt_rows: int) -> int | None:
-    """Return how many a thread of the forward kernel may have; None leaves it to the compiler.
+    """Return how many registers a thread of the forward kernel may use; None leaves it to the compiler.
 
-    With 168, a multiprocessor of a Hopper GPU runs three programs; elsewhere, or for long prompts, more of
-    them would be kept in memory than that gains.
+    With 168, a multiprocessor of a Hopper GPU runs three programs. On other GPUs, or with long prompts,
+    spilled registers would cost more than that gains.
     """
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     return 168 if hopper and prompt_rows <= 16 else None
 
 
 def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
-    """Return the prompt's length and the tile that holds it, none for no prompt."""
+    """Return the prompt's length and the size of the tile that holds it; 0 and 0 without a prompt."""
     if prefix is None:
         return 0, 0
     K = prefix.kv.shape[0]
@@ -335,13 +335,13 @@ def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, D: int, prefix: Prefix | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend over a packed row, and to the prompt.
+    """Attend over a packed row and to the prompt.
 
     Args:
         q: rotated queries ``[M, H * D]``; rows may be strided.
         k: rotated keys ``[T, G * D]``; rows may be strided.
-        v: values, laid out like ``k``.
-        plan: who sees whom.
+        v: values, in the same layout as ``k``.
+        plan: which keys each query sees.
         D: head size.
         prefix: the layer's prompt, or None.
 
@@ -377,14 +377,14 @@ class Gradients:
 
 @dataclass
 class PrefixGradients:
-    """Where it writes those of the prefix; rows may be strided."""
+    """Where `attend_backward` writes the gradients of the prefix; rows may be strided."""
 
     kv: Tensor
-    """Of the projected prompt ``[K, 2 G D]``."""
+    """For the projected prompt, ``[K, 2 G D]``."""
     q: Tensor | None
-    """Rows ``[K, H D]`` beside them that are to be zeros: prompts ask nothing. None if there are none."""
+    """Query rows ``[K, H D]`` next to ``kv``, to be set to 0: prompts have no queries. None without them."""
     strength: Tensor
-    """Of c(g), fp32 ``[H, D]``."""
+    """For c(g), fp32 ``[H, D]``."""
 
 
 def attend_backward(
@@ -400,20 +400,20 @@ def attend_backward(
     into: Gradients | None,
     into_prefix: PrefixGradients | None,
 ) -> None:
-    """Compute the gradients of `attend`, and of the rotation before it.
+    """Compute the gradients of `attend` and of the rotation before it.
 
     Args:
         do: gradient of ``o``, contiguous.
-        q: as given to `attend`, like the next two.
-        k: keys.
-        v: values.
+        q: as given to `attend`.
+        k: as given to `attend`.
+        v: as given to `attend`.
         o: what `attend` returned.
         lse: what `attend` returned.
-        plan: who sees whom.
+        plan: which keys each query sees.
         D: head size.
         prefix: the layer's prompt, or None.
-        into: where the gradients of q, k and v go; None if nobody needs them.
-        into_prefix: where the prefix's go; None where there is none.
+        into: receives the gradients of q, k and v; None if they are not needed.
+        into_prefix: receives the gradients of the prefix; None without one.
     """
     H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, ceil_div(q.shape[0], QUERY_TILE)
     n_prompt, prompt_rows = _prompt_rows(prefix)

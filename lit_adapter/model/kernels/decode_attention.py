@@ -1,7 +1,7 @@
-"""Attention of one decode step: one query a slot, keys in the cache, and the gated prefix branch.
+"""Attention of one decode step: one query per slot, keys in the cache, and each slot's own gated prefix.
 
-With few slots, several programs share the keys of one, and another does its prefix; the last of them to
-finish adds up their parts.
+With few slots, several programs share the keys of one slot, and one more computes its prefix; the last of
+them to finish adds up their parts.
 
 Letters: B slots, T tokens, H query heads, G key/value heads, D head size, S cache length, K prompt length.
 """
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.kernels.decode_products import starts_early
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+from lit_adapter.model.prefix import PrefixState
 
 KEYS = 32
 """Keys that a program looks at in one go."""
@@ -25,7 +25,7 @@ HEADS = 8
 
 
 class Parts:
-    """Where the programs that share one text's keys leave their parts.
+    """Where the programs that share one slot's keys leave their parts.
 
     Args:
         n_slots: B.
@@ -53,7 +53,8 @@ def attend(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
     position: Tensor,
-    prefix: Prefix | None,
+    prefix: PrefixState | None,
+    source: Tensor,
     parts: Parts,
     y: Tensor,
 ) -> None:
@@ -63,17 +64,19 @@ def attend(
         q: rotated queries ``[B, H * D]``; rows may be strided.
         cache: the layer's keys and values ``[B, G, S, D]``.
         position: of the newest key ``[B]``.
-        prefix: of the layer, or None.
+        prefix: the layer's, a row for each slot: ``k`` and ``v [B, G, K, D]``, ``strength [B, H, 1, D]`` and
+            ``hidden [B, 1, K, 1]``, contiguous; None if no slot has one.
+        source: the slot whose row of ``prefix`` a slot uses ``[B]``; one row is read for all that are equal.
         parts: room for them; overwritten.
-        y: is given the result ``[B, H * D]``.
+        y: receives the result ``[B, H * D]``.
     """
     B, G, S, D = cache[0].shape
     H = y.shape[1] // D
-    K = len(prefix.kv) if prefix else 0
-    some = (prefix.kv, prefix.strength) if prefix else (q, parts.y)
+    K = prefix.k.shape[2] if prefix else 0
+    some = (prefix.k, prefix.v, prefix.strength, prefix.hidden) if prefix else (q, q, parts.y, parts.y)
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
     _attention_kernel[B * G, n_programs](
-        q, *cache, position, *some, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
+        q, *cache, position, *some, source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
         GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
         K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
         WIDTH=power_of_two(H // G * D), EARLY=parts.early,
@@ -133,7 +136,7 @@ def _keep_kernel(
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, prompt_ptr, strength_ptr, y_ptr,
+    q_ptr, k_ptr, v_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr, source_ptr, y_ptr,
     part_ptr, weight_ptr, arrived_ptr, q_stride, S, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
@@ -159,9 +162,12 @@ def _attention_kernel(
     )
     if K > 0:  # noqa: SIM102 (decided when compiling)
         if SPLITS == 1 or split == SPLITS:
-            strength = tl.load(strength_ptr + channel, mask=real[:, None], other=0.0)
-            prompt = prompt_ptr + group * D
-            y += strength * _attend_prompt(q, prompt, prompt + G * D, scale, 2 * G * D, D, K, K_PADDED)
+            row = tl.load(source_ptr + slot)
+            strength = tl.load(strength_ptr + row * G * GROUP * D + channel, mask=real[:, None], other=0.0)
+            place = (row * G + group).to(tl.int64) * K * D
+            y += strength * _attend_prompt(
+                q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, scale, D, K, K_PADDED
+            )
     if SPLITS == 1:
         tl.store(y_ptr + slot * G * GROUP * D + channel, y, mask=real[:, None])
     else:
@@ -200,14 +206,15 @@ def _attend_keys(q, k_ptr, v_ptr, begin, end, scale, D: tl.constexpr, KEYS: tl.c
 
 @triton.jit
 def _attend_prompt(
-    q, pk_ptr, pv_ptr, scale, stride, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr
+    q, pk_ptr, pv_ptr, hidden_ptr, scale, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr
 ):
-    """Return the attention of ``q [HEADS, D]`` over the prompt's K keys."""
+    """Return the attention of ``q [HEADS, D]`` over the keys of a prompt that are not hidden, of K."""
     key = tl.arange(0, K_PADDED)
-    place = key[:, None] * stride + tl.arange(0, D)[None, :]
+    place = key[:, None] * D + tl.arange(0, D)[None, :]
     pk = tl.load(pk_ptr + place, mask=(key < K)[:, None], other=0.0)
     pv = tl.load(pv_ptr + place, mask=(key < K)[:, None], other=0.0)
-    score = tl.where((key < K)[None, :], tl.dot(q, tl.trans(pk)) * scale, float("-inf"))
+    hidden = tl.load(hidden_ptr + key, mask=key < K, other=float("-inf"))
+    score = tl.dot(q, tl.trans(pk)) * scale + hidden[None, :]
     p = tl.exp(score - tl.max(score, 1)[:, None])
     return tl.dot((p / tl.sum(p, 1)[:, None]).to(pv.dtype), pv)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits that stay in their precision: each is read twice and overwritten once."""
+"""Cross-entropy of logits in their own precision: each is read twice and overwritten once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 4096
-"""Of the vocabulary that a program handles at a time."""
+"""Vocabulary entries that a program handles at a time."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["target_at"])  # a slice of a row's targets
@@ -41,7 +41,7 @@ def cross_entropy_(logits: Tensor, target_id: Tensor, *, gradient: bool) -> Tens
     Args:
         logits: contiguous; with ``gradient`` they are overwritten by the gradient of the sum.
         target_id: ``[M]``.
-        gradient: whether that is wanted.
+        gradient: whether to compute it.
     """
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(len(logits),)](

@@ -1,6 +1,6 @@
-"""What is done to a row's tokens between the matrix products: norms, rotation, SwiGLU, and gradients.
+"""The operations on tokens between the matrix products: norms, rotation, SwiGLU, and their gradients.
 
-What goes into a product next comes out in the form that product takes, see `Operand`.
+A result that a matrix product reads next is returned in the form that the product takes; see `Operand`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
 
 ELEMENTS = 1024
-"""Of the SwiGLU's width that one program handles, where the result needs no scale for the whole row."""
+"""Channels of SwiGLU that one program handles, unless the result needs one scale for a whole row."""
 LARGEST = 448.0
 """The largest number of fp8 (e4m3)."""
 
 
 @dataclass
 class Quantised:
-    """Rows in fp8, each with its scale."""
+    """A matrix in fp8 with a scale for each row."""
 
     data: Tensor
     """``[T, C]``"""
@@ -34,7 +34,7 @@ class Quantised:
 
 
 Operand = Tensor | Quantised
-"""Rows on their way into a product: in the base's precision, or in fp8."""
+"""An operand of a matrix product: in the base's precision, or in fp8."""
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _swiglu_gradient_kernel(
 
 
 def _room(T: int, C: int, like: Tensor, quantised: bool) -> tuple[Operand, Tensor, Tensor]:
-    """Return room for rows on their way into a product, its data, and its scales."""
+    """Return an empty operand, its data, and its scales."""
     if not quantised:
         plain = like.new_empty(T, C)
         return plain, plain, plain
@@ -159,7 +159,7 @@ def _room(T: int, C: int, like: Tensor, quantised: bool) -> tuple[Operand, Tenso
 
 
 def quantise(x: Tensor) -> Quantised:
-    """Return ``x [T, C]`` in fp8; its rows may be strided."""
+    """Return ``x [T, C]``, whose rows may be strided, in fp8."""
     T, C = x.shape
     _, data, scale = _room(T, C, x, True)
     _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **whole_row(C))
@@ -169,18 +169,18 @@ def quantise(x: Tensor) -> Quantised:
 def norm(
     x: Tensor, weight: Tensor, eps: float, below: Tensor | None, *, quantised: bool = False
 ) -> tuple[Operand, Tensor]:
-    """Norm a row's tokens.
+    """Normalise tokens.
 
     Args:
         x: ``[T, C]``.
         weight: of the norm ``[C]``.
         eps: of the norm.
-        below: rows ``[K, C]``, in any precision, that go into the next product with the normed ones.
-        quantised: whether that product takes fp8.
+        below: rows ``[K, C]`` in any precision that are appended to the normalised ones, unchanged.
+        quantised: whether the next product takes fp8.
 
     Returns:
-        The RMS norm of ``x`` above ``below``, ``[T + K, C]``, and the reciprocal of its root mean square,
-        fp32 ``[T]``.
+        The RMS norm of ``x`` with ``below`` appended, ``[T + K, C]``, and the reciprocal root mean square of
+        ``x``, fp32 ``[T]``.
     """
     n_below = 0 if below is None else below.shape[0]
     room, data, scale = _room(x.shape[0] + n_below, x.shape[1], x, quantised)
@@ -190,7 +190,7 @@ def norm(
 def add_and_norm(
     x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool = False, twice: bool = True
 ) -> tuple[Tensor, Tensor, Operand, Tensor]:
-    """Return ``x + plus`` and, if wanted, a copy of it, and what `norm` returns for it."""
+    """Return ``x + plus``, a copy of it if ``twice``, and what `norm` returns for it."""
     T, C = x.shape
     total = torch.empty_like(x)
     twin = torch.empty_like(x) if twice else total
@@ -222,18 +222,18 @@ def _norm(
 def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, beside: Tensor, *, quantised: bool = False
 ) -> tuple[Tensor, Operand]:
-    """Return the gradient of a norm's input plus ``beside``, the residual's, twice.
+    """Return the gradient of a norm's input plus ``beside``, the gradient of the residual.
 
     Args:
         dy: gradient of the norm's output ``[T, C]``.
         x: the norm's input ``[T, C]``.
         weight: the norm's ``[C]``.
         rstd: what `norm` returned ``[T]``.
-        beside: gradient that reaches the input past the norm ``[T, C]``.
-        quantised: whether the second is to be in fp8.
+        beside: gradient that reaches the input through the residual ``[T, C]``.
+        quantised: whether the next product takes fp8.
 
     Returns:
-        The gradient, and the same on its way into a product.
+        The gradient, and the same as an operand.
     """
     T, C = x.shape
     dx = torch.empty_like(x)
@@ -260,7 +260,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
 
 
 def swiglu(gate_up: Tensor, *, quantised: bool = False) -> Operand:
-    """Return silu(gate) * up ``[T, M]`` of both side by side ``[T, 2 M]``."""
+    """Return ``silu(gate) * up [T, M]`` of joined ``gate_up [T, 2 M]``."""
     T, M = gate_up.shape[0], gate_up.shape[1] // 2
     room, data, scale = _room(T, M, gate_up, quantised)
     _swiglu_kernel[_grid(T, M, quantised)](

@@ -1,4 +1,4 @@
-"""Sizes of launches. Triton's functions for them work inside kernels too, and take long for the host."""
+"""Launch sizes. Triton's own functions for them also work inside kernels, but are slow on the host."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ def ceil_div(n: int, size: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """Return the smallest power of two that is ``n`` or more."""
+    """Return the smallest power of two that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def whole_row(width: int) -> dict[str, int]:
-    """Return the options of a launch whose programs take a whole row each: BLOCK, its width, and warps."""
+    """Return the launch options of a kernel whose programs handle a whole row each."""
     block = power_of_two(width)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}

@@ -1,7 +1,6 @@
 """Adapters of other code bases in, ours out.
 
-`official`, `lit` (lit-llama and litgpt) and `peft` map one format each between its own tensors and our names,
-as pure dict to dict; `gates` turns one form of gate into another; `pickles` looks through torch.save files;
-`recognise` tells the formats apart; `convert` puts them together, with a report; `cli` is the command line of
-``scripts/convert_adapter.py``.
+`format` says what an adapter format has to do; `official`, `lit` (lit-llama and litgpt), `peft` and `ours`
+do it for one each; `recognise` lists them, opens a file and finds its format; `gates` converts gate forms;
+`pickles` reads torch.save files without running code; `convert` puts them together, with a report.
 """

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from lit_adapter import files
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.files.paths import refuse_input
+from lit_adapter.files.read import reading
+from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS, GateName
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import (
-    AdapterInfo,
-    base_identity,
-    check_base,
-    read_adapter,
-    save_adapter,
-)
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base
 from lit_adapter.weights.base_folder import base_at_hand, read_config
-from lit_adapter.weights.foreign import lit, official, peft
+from lit_adapter.weights.foreign.format import Format, Opened
 from lit_adapter.weights.foreign.gates import with_gates
-from lit_adapter.weights.foreign.recognise import OURS, Opened, open_adapter
+from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
 from lit_adapter.weights.measure import difference
-from lit_adapter.weights.plain import PlainAdapter, State
+from lit_adapter.weights.plain import PlainAdapter
 
-TEMPLATES = {official.NAME: "alpaca", lit.LIT_LLAMA.name: "alpaca", lit.LITGPT.name: "alpaca-newline"}
-"""What each code base's own Alpaca script trains with."""
+OURS = FORMATS["ours"]
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What the command line asks for."""
 
-    to: str = OURS
+    to: str = OURS.name
     given: str = "auto"
+    """The source's format, or auto."""
     base: Path | None = None
     template: str | None = None
-    gate: GateForm | None = None
-    to_gate: GateForm | None = None
+    gate: GateName | None = None
+    to_gate: GateName | None = None
     allow_lossy: bool = False
     overwrite: bool = False
 
@@ -53,197 +48,130 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
         UserError: a source that is not understood or does not fit its base, a conversion that loses
             something without ``allow_lossy``, or an output that is in the way.
     """
-    _check_output(source, out, wishes)
-    opened = open_adapter(source, wishes.given)
-    _check_wishes(opened, wishes)
-    info, adapter, base = _read(opened, wishes)
+    target = FORMATS[wishes.to]
+    _check_output(source, out, target, overwrite=wishes.overwrite)
+    opened = open_adapter(source)
+    origin, why = recognise(opened, wishes.given)
+    _check_wishes(source, origin, target, wishes)
+    info, adapter, base = _read(opened, origin, wishes)
     if base is not None:
-        _refuse_inputs(out, wishes.to, [base])
+        _refuse_inputs(out, target, [base])
     model = info.model
-    adapter.check(model, str(source))
-    if wishes.to == peft.NAME:
-        peft.check_writable(adapter.config, model)
-    elif wishes.to != OURS:
-        lit.check_writable(model, _dialect(wishes.to))
-    form = wishes.to_gate or _FORMS.get(wishes.to, adapter.config.gate)
-    target, worst = with_gates(adapter, form, model)
+    check_adapter_state(adapter_shapes(adapter.config, model), adapter.state, str(source))
+    target.check_writable(adapter.config, model)
+    form = wishes.to_gate or target.gate or adapter.config.gate
+    changed, worst = with_gates(adapter, form, model)
     if worst and not wishes.allow_lossy:
         raise UserError(
-            f"{source}: {wishes.to} has {'one gate a layer' if form == 'layer' else 'one gate a head'}, and "
-            f"these differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
+            f"{source}: {target.name} has one gate {_named(form).partition(' ')[2]}, and the gates "
+            f"differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
         )
-    written = _foreign(target, model, wishes.to)
-    again = target if written is None else _understood(written, model, wishes.to)
-    report = _report(opened, adapter, target, worst, model, wishes.to)
+    info = replace(info, adapter=changed.config)
+    tensors = target.write(changed, model)
+    again = target.read(Opened(out, tensors, info if target is OURS else None), model)
+    report = [f"source    {source}: {origin.name}, recognised by {why}", _found(adapter, model)]
+    report += [f"decided   {note}" for note in adapter.notes]
+    report += _exactness(adapter, changed, worst)
+    report += [line for used in dict.fromkeys((origin, target)) for line in used.remarks(adapter.config)]
     if base is None:
         report.append("logits    not compared: the base is not at hand (--base)")
     else:
         report.append(f"logits    {difference(base, adapter, again)}")
-    _write(out, target, written, info, wishes)
+    target.save(out, tensors, info)
     return [*report, f"wrote     {out}"]
 
 
-_FORMS: dict[str, GateForm] = {
-    lit.LIT_LLAMA.name: "identity",
-    lit.LITGPT.name: "identity",
-    peft.NAME: "layer",
-}
-
-
-def _check_output(source: Path, out: Path, wishes: Wishes) -> None:
-    with files.reading(source):
+def _check_output(source: Path, out: Path, target: Format, *, overwrite: bool) -> None:
+    with reading(source):
         source.exists()
-    with files.reading(out):
+    with reading(out):
         taken, is_folder = out.exists(), out.is_dir()
-        _refuse_inputs(out, wishes.to, [source, source.parent / peft.CONFIG])
-    if taken and not wishes.overwrite:
+        beside = [source.parent / form.companion for form in FORMATS.values() if form.companion is not None]
+        _refuse_inputs(out, target, [source, *beside])
+    if taken and not overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
-    if taken and is_folder != (wishes.to == peft.NAME):
+    if taken and is_folder != (target.companion is not None):
         kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
-        raise UserError(f"{out}: is {kinds[0]}; with --to {wishes.to} --out names {kinds[1]}")
+        raise UserError(f"{out}: is {kinds[0]}; with --to {target.name} --out names {kinds[1]}")
 
 
-def _refuse_inputs(out: Path, to: str, inputs: list[Path]) -> None:
-    written = (out / peft.WEIGHTS, out / peft.CONFIG) if to == peft.NAME else (out,)
-    for path in written:
-        files.refuse_input(path, inputs, "--out")
+def _refuse_inputs(out: Path, target: Format, inputs: list[Path]) -> None:
+    for path in target.outputs(out):
+        refuse_input(path, inputs, "--out")
 
 
-def _check_wishes(opened: Opened, wishes: Wishes) -> None:
+def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) -> None:
     """Refuse options that would have no effect."""
     checks = (
-        (wishes.gate, "--gate", opened.format == official.NAME, "an official source, which cannot say it"),
+        (wishes.gate, "--gate", origin.asks_gate, "an official source, whose file does not say it"),
         (
             wishes.template,
             "--template",
-            opened.format != OURS and wishes.to == OURS,
-            "making ours of others'",
+            origin is not OURS and target is OURS,
+            "a source of another format and --to ours",
         ),
-        (wishes.to_gate, "--to-gate", wishes.to == OURS, "--to ours; the others have one form each"),
+        (wishes.to_gate, "--to-gate", target is OURS, "--to ours; every other format has one gate form"),
     )
     for given, option, applies, where in checks:
         if given is not None and not applies:
             raise UserError(f"{option} is for {where}; leave it out")
-    if opened.format == OURS == wishes.to and wishes.to_gate is None:
-        raise UserError(f"{opened.path}: is in our format already; name another with --to, or a --to-gate")
+    if origin is OURS is target and wishes.to_gate is None:
+        raise UserError(f"{source}: is in our format already; add --to with another, or --to-gate")
 
 
-def _read(opened: Opened, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
-    """Return what is known of the adapter, its tensors, and its base's folder where it is at hand."""
-    source = str(opened.path)
-    if opened.format == OURS:
-        info, state = read_adapter(opened.path)
-        base = wishes.base or base_at_hand(info.base.name)
+def _read(opened: Opened, origin: Format, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
+    """Return what is known of the adapter, its tensors, and its base's folder if it is at hand."""
+    base = wishes.base
+    if opened.info is not None:
+        base = base or base_at_hand(opened.info.base.name)
         if base is not None:
-            check_base(info, base, opened.path)
-        return info, PlainAdapter(info.adapter, state), base
-    if wishes.base is None:
-        raise UserError(f"{source}: does not say which base it belongs to; name its folder with --base")
-    model = read_config(wishes.base)
-    adapter = _understood(opened.tensors, model, opened.format, opened, wishes.gate)
-    usual = TEMPLATES.get(opened.format, "alpaca")
-    template = usual if wishes.template is None else wishes.template
+            check_base(opened.info, base, opened.path)
+        return opened.info, origin.read(opened, opened.info.model), base
+    if base is None:
+        raise UserError(f"{opened.path}: does not say which base it belongs to; name its folder with --base")
+    model = read_config(base)
+    adapter = origin.read(opened, model, wishes.gate)
+    template = wishes.template
+    if template is not None:
+        reason = "as --template says"
+    elif origin.template is not None:
+        template, reason = origin.template, f"which {origin.name} trains with; the file does not say"
+    else:
+        template = "alpaca"
+        reason = f"a guess, because neither {origin.name} nor the file says; --template names another"
+    adapter.notes.append(f"template: {template}, {reason}")
     info = AdapterInfo(
         adapter=adapter.config,
-        base=base_identity(wishes.base),
+        base=base_identity(base),
         base_config=model.to_hf(),
-        template=resolve_template(template, load_tokenizer(wishes.base)),
-        training={"converted_from": opened.format},
+        template=resolve_template(template, load_tokenizer(base)),
+        training={"converted_from": origin.name},
     )
-    adapter.notes.append(f"template: {template}, {_origin_of_template(opened.format, wishes)}")
-    return info, adapter, wishes.base
+    return info, adapter, base
 
 
-def _origin_of_template(format: str, wishes: Wishes) -> str:
-    if wishes.template is not None:
-        return "as --template says"
-    if format in TEMPLATES:
-        return f"which {format} trains with; the file does not say"
-    return f"as a guess: {format} has none of its own, and the file does not say; --template names another"
-
-
-def _understood(
-    tensors: State,
-    model: LlamaConfig,
-    name: str,
-    opened: Opened | None = None,
-    gate: GateForm | None = None,
-) -> PlainAdapter:
-    """Return the adapter that a format's tensors are."""
-    source = str(opened.path) if opened else name
-    if name == official.NAME:
-        return official.read(tensors, model, gate, opened.args if opened else None, source)
-    if name == peft.NAME:
-        return peft.read(tensors, model, source)
-    dialect = _dialect(name)
-    if dialect is lit.LITGPT and any(f".{lit.LITGPT_BEFORE_055.fused}.adapter_" in key for key in tensors):
-        dialect = lit.LITGPT_BEFORE_055
-    return lit.read(tensors, model, dialect, source)
-
-
-def _dialect(name: str) -> lit.Dialect:
-    return lit.LITGPT if name == lit.LITGPT.name else lit.LIT_LLAMA
-
-
-def _foreign(adapter: PlainAdapter, model: LlamaConfig, name: str) -> State | None:
-    """Return the target format's tensors; None for ours."""
-    if name == OURS:
-        return None
-    return peft.write(adapter, model) if name == peft.NAME else lit.write(adapter, model, _dialect(name))
-
-
-def _write(
-    out: Path, adapter: PlainAdapter, tensors: State | None, info: AdapterInfo, wishes: Wishes
-) -> None:
-    if tensors is None:
-        own = AdapterInfo(
-            adapter.config, info.base, info.base_config, info.template, info.mask_prompt, info.training
-        )
-        save_adapter(out, adapter.state, own)
-    elif wishes.to == peft.NAME:
-        files.write_bytes(out / peft.WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        files.write_json(out / peft.CONFIG, peft.settings(adapter, info.model, info.base.name))
-    else:
-        stream = io.BytesIO()
-        torch.save({"model": tensors} if wishes.to == lit.LITGPT.name else tensors, stream)
-        files.write_bytes(out, stream.getvalue())
-
-
-def _report(
-    opened: Opened, adapter: PlainAdapter, target: PlainAdapter, worst: float, model: LlamaConfig, to: str
-) -> list[str]:
-    """Say what was found, what was decided, what is exact and what is not."""
+def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
     config = adapter.config
     layers = config.adapted_layers(model.n_layer)
-    found = f"{config.version.upper()}, {len(layers)} of {model.n_layer} layers"
+    found = f"found     {config.version.upper()}, {len(layers)} of {model.n_layer} layers"
     if layers:
         found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {_named(config.gate)}"
-    if config.version == "v2":
-        found += f"; norms, biases and scales of all layers, {'with' if config.head else 'without'} the head"
-    lines = [f"source    {opened.path}: {opened.format}, recognised by {opened.why}", f"found     {found}"]
-    lines += [f"decided   {note}" for note in adapter.notes]
-    same = [name for name, tensor in adapter.state.items() if torch.equal(tensor, target.state[name])]
-    changed = len(adapter.state) - len(same)
-    lines.append(f"exact     {len(same)} of {len(adapter.state)} tensors, bit for bit")
-    if changed:
-        how = (
-            f"LOSSY: means of gates that differ from them by up to {worst:.3g}"
-            if worst
-            else "the same function"
-        )
-        lines.append(
-            f"changed   {changed} gates, {_named(config.gate)} to {_named(target.config.gate)}: {how}"
-        )
-    if config.version == "v2" and lit.LIT_LLAMA.name in (opened.format, to):
-        lines.append(
-            "reordered rows of query and key biases and scales, between Meta's and Hugging Face's order"
-        )
-    if layers and lit.LITGPT.name in (opened.format, to):
-        lines.append(f"note      {lit.WRONG_ROWS}")
+    if "linears" in config.parts:
+        with_output = "with" if config.head else "without"
+        found += f"; norms, biases and scales of all layers, {with_output} the output layer"
+    return found
+
+
+def _exactness(adapter: PlainAdapter, changed: PlainAdapter, worst: float) -> list[str]:
+    """Say how many tensors stay bit for bit, and what happens to the others, which are gates."""
+    n_same = sum(torch.equal(tensor, changed.state[name]) for name, tensor in adapter.state.items())
+    lines = [f"exact     {n_same} of {len(adapter.state)} tensors, bit for bit"]
+    if n_same < len(adapter.state):
+        forms = f"{_named(adapter.config.gate)} to {_named(changed.config.gate)}"
+        how = f"LOSSY: means, from which gates differ by up to {worst:.3g}" if worst else "the same function"
+        lines.append(f"changed   {len(adapter.state) - n_same} gates, {forms}: {how}")
     return lines
 
 
-def _named(form: GateForm) -> str:
-    return {"tanh": "tanh a head", "identity": "identity a head", "layer": "identity a layer"}.get(
-        form, "identity a channel"
-    )
+def _named(gate: GateName) -> str:
+    return GATE_FORMS[gate].description

@@ -1,4 +1,4 @@
-"""Gates from one form into another: exact where that can be, with the size of the error where it cannot."""
+"""Conversion of gates between forms: exact if possible, otherwise with the size of the error."""
 
 from __future__ import annotations
 
@@ -8,55 +8,66 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import GateForm, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS, GateName
+from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.plain import PlainAdapter
 
 
-def with_gates(adapter: PlainAdapter, wanted: GateForm, model: LlamaConfig) -> tuple[PlainAdapter, float]:
+def our_gates(gates: list[Tensor], function: GateName, n_head: int) -> tuple[list[Tensor], GateName]:
+    """Return a file's gates in one of our forms.
+
+    Args:
+        gates: of all layers, each ``[H]`` or ``[1]``.
+        function: ``tanh``, ``identity`` or ``layer``.
+        n_head: query heads of the base.
+    """
+    if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
+        return [gate.expand(n_head).clone() for gate in gates], function
+    is_layer = bool(gates) and n_head > 1 and len(gates[0]) == 1
+    return gates, "layer" if is_layer else function
+
+
+def with_gates(adapter: PlainAdapter, wanted: GateName, model: LlamaConfig) -> tuple[PlainAdapter, float]:
     """Return the adapter with its gates in another form, and the largest error in any c(g).
 
     Args:
         adapter: in any form.
-        wanted: ``tanh`` or ``identity`` (a gate per head), or ``layer``.
+        wanted: ``tanh`` or ``identity`` (one gate per head), or ``layer``.
         model: the base's sizes.
 
     Returns:
-        The adapter, and the largest difference between a gate's strength before and after: 0 where nothing
-        but rounding to fp32 happens.
+        The adapter, and the largest difference between a strength before and after: 0 if nothing but
+        rounding to fp32 happens.
 
     Raises:
-        UserError: a strength that no tanh reaches.
+        UserError: a strength that is not a tanh of any gate.
     """
     given = adapter.config.gate
     if given == wanted:
         return adapter, 0.0
     state, worst = dict(adapter.state), 0.0
-    for name, gate in adapter.state.items():
-        if not name.endswith(".gate"):
-            continue
-        before = strength(gate, given, model)  # [H, D or 1]
-        shared = _shared(before, per_layer=wanted == "layer")
-        worst = max(worst, float((before - shared[:, None]).abs().max()))
-        if wanted == "tanh" and bool((shared.abs() >= 1).any()):
+    form, target = GATE_FORMS[given], GATE_FORMS[wanted]
+    sizes = (model.n_head, adapter.config.prompt_length, model.head_dim)
+    for layer in adapter.config.adapted_layers(model.n_layer):
+        name = f"{prefix_name(layer)}.gate"
+        before = form.strength(adapter.state[name].double(), form.axes(*sizes))
+        joined = _joined(before, target.axes(*sizes))
+        worst = max(worst, float((before - joined).abs().max()))
+        raw = target.raw(joined)
+        if not bool(torch.isfinite(raw).all()):
             raise UserError(
-                f"{name} scales its prefix by {float(shared.abs().max()):.3g}, which no tanh reaches; "
-                "keep --to-gate identity"
+                f"{name} scales its prefix by {float(joined.abs().max()):.3g}, but a tanh stays below 1; "
+                "use --to-gate identity"
             )
-        raw = shared.atanh() if wanted == "tanh" else shared
         state[name] = raw.float()
     return PlainAdapter(replace(adapter.config, gate=wanted), state, adapter.notes), worst
 
 
-def strength(gate: Tensor, form: GateForm, model: LlamaConfig) -> Tensor:
-    """Return c(g) in fp64, ``[H, 1]``, or ``[H, D]`` for gates per channel."""
-    wide = gate.double()
-    if form == "channel":
-        return wide.view(model.n_head, model.head_dim)
-    return (wide.tanh() if form == "tanh" else wide).expand(model.n_head).view(-1, 1)
-
-
-def _shared(before: Tensor, *, per_layer: bool) -> Tensor:
-    """Return the one value, ``[1]`` or ``[H]``, that is nearest to all it stands for; equal ones exactly."""
-    rows = before.reshape(1 if per_layer else len(before), -1)
-    equal = (rows == rows[:, :1]).all(-1)
-    return torch.where(equal, rows[:, 0], rows.mean(-1))
+def _joined(strength: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return c(g) with the given axes: its mean along those that become 1; equal values stay bit for bit."""
+    shared = [axis for axis, size in enumerate(axes) if size < strength.shape[axis]]
+    if shared:
+        least, most = strength.amin(shared, keepdim=True), strength.amax(shared, keepdim=True)
+        strength = torch.where(least == most, least, strength.mean(shared, keepdim=True))
+    return strength.expand(axes)

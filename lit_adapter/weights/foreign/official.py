@@ -1,85 +1,76 @@
 """The adapter of the official LLaMA-Adapter code: one table of prompts, and a gate in every layer.
 
-``adapter_query.weight`` holds the prompts of the lowest adapted layer first, and gates exist below it too
-(they stay 0). The file says neither how many layers are adapted nor what form its gates have; a training
-checkpoint's ``args`` say the first.
+``adapter_query.weight`` ``[L * K, C]`` holds the prompts of the lowest adapted layer first. The layers below
+it have gates too, which stay 0. The file says neither how many layers are adapted nor which form its gates
+have; the ``args`` of a training checkpoint say the first.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-from typing import Any
-
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, GateForm, LlamaConfig
-from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
+from lit_adapter.weights.foreign.format import (
+    Format,
+    Opened,
+    our_prefixes,
+    refuse_rest,
+    take_gates,
+    take_rows,
+)
+from lit_adapter.weights.plain import PlainAdapter
 
-NAME = "official"
 QUERY = "adapter_query.weight"
-_GATE = re.compile(rf"layers\.{LAYER}\.attention\.gate")
+GATE = "layers.{}.attention.gate"
 
 
-def adapter_tensors(tensors: State) -> State:
-    """Return the adapter's tensors of a checkpoint that holds its base too."""
-    return {name: tensor for name, tensor in tensors.items() if name == QUERY or _GATE.fullmatch(name)}
+class Official(Format):
+    """LLaMA-Adapter V1, which is only read."""
+
+    name = "official"
+    template = "alpaca"
+    asks_gate = True
+
+    def recognise(self, opened: Opened) -> str | None:
+        """By the table of prompts."""
+        if QUERY not in opened.tensors:
+            return None
+        return f"{QUERY}; a training checkpoint" if opened.wrapped else QUERY
+
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
+        """Return the adapter.
+
+        Raises:
+            UserError: as `Format.read`; or ``gate`` is None, or nothing says how many layers are adapted.
+        """
+        source, left = opened.path, dict(opened.tensors)
+        if gate is None:
+            raise UserError(
+                f"{source}: an official adapter does not say how its gates act; add --gate tanh (as in the "
+                "official training code) or --gate identity (as in its example script)"
+            )
+        if opened.wrapped:  # a training checkpoint holds the base too
+            left = {name: left[name] for name in left if name == QUERY or name.endswith(".attention.gate")}
+        names = [GATE.format(layer) for layer in range(model.n_layer)]
+        gates, form, single = take_gates(left, names, gate, model, source)
+        table = take_rows(left, QUERY, model.n_embd, source)
+        refuse_rest(left, source, "the official code")
+        n_layers, note = _count_layers(len(table), [bool(one.any()) for one in gates], opened)
+        prompts = [prompt.clone() for prompt in table.chunk(n_layers)]
+        state = our_prefixes(prompts, gates[-n_layers:], model.n_layer)
+        config = AdapterConfig(prompt_length=len(prompts[0]), layers=n_layers, gate=form)
+        age = "; one per layer, as before April 2023" if single else ""
+        return PlainAdapter(config, state, [note, f"gates: {gate}, as --gate says{age}"])
 
 
-def read(
-    tensors: State, model: LlamaConfig, gate: GateForm | None, args: argparse.Namespace | None, source: str
-) -> PlainAdapter:
-    """Return the adapter.
-
-    Args:
-        tensors: of the file.
-        model: the base's sizes.
-        gate: ``tanh`` or ``identity``, which the file cannot say.
-        args: of a training checkpoint.
-        source: its name, for messages.
-
-    Raises:
-        UserError: no choice of gate, a number of layers that cannot be found out, tensors that are
-            missing, unknown, or not of this base's sizes.
-    """
-    left = dict(tensors)
-    if gate is None:
-        raise UserError(
-            f"{source}: an official adapter does not say how its gates act; add --gate tanh (as in the "
-            "official training code) or --gate identity (as in its example script)"
-        )
-    single = all(left[name].numel() == 1 for name in left if _GATE.fullmatch(name)) and model.n_head > 1
-    form: GateForm = "layer" if single and gate == "identity" else gate
-    gates = [
-        take(left, f"layers.{layer}.attention.gate", (1 if single else model.n_head,), source)
-        for layer in range(model.n_layer)
-    ]
-    n_rows = left[QUERY].numel() // model.n_embd if QUERY in left else 0
-    table = take(left, QUERY, (n_rows, model.n_embd), source)
-    if left:
-        raise UserError(f"{source}: tensor {min(left)} is not one of an official LLaMA-Adapter")
-    opened = [bool(gate.any()) for gate in gates]
-    n_layers, note = _count(n_rows, opened, args, source)
-    state: State = {}
-    first = model.n_layer - n_layers
-    for layer, prompt in zip(range(first, model.n_layer), table.chunk(n_layers), strict=True):
-        state[f"{prefix(layer)}.prompt"] = prompt.clone()
-        # One tanh a layer is the same tanh in every head; our form `layer` has none.
-        own = gates[layer].expand(model.n_head) if form == "tanh" else gates[layer]
-        state[f"{prefix(layer)}.gate"] = own.clone()
-    config = AdapterConfig(prompt_length=n_rows // n_layers, layers=n_layers, gate=form)
-    said = f"gates: {gate}, as --gate says" + ("; one a layer, as before April 2023" if single else "")
-    return PlainAdapter(config, state, [note, said])
-
-
-def _count(n_rows: int, opened: list[bool], args: Any, source: str) -> tuple[int, str]:
-    """Return how many layers are adapted, and how that was found out."""
-    told = getattr(args, "adapter_layer", None)
-    if isinstance(told, int) and 0 < told <= len(opened) and n_rows % told == 0:
+def _count_layers(n_rows: int, is_open: list[bool], opened: Opened) -> tuple[int, str]:
+    """Return how many layers are adapted, and a line that says how that is known."""
+    told = getattr(opened.args, "adapter_layer", None)
+    if isinstance(told, int) and 0 < told <= len(is_open) and n_rows % told == 0:
         return told, f"layers: {told}, as the checkpoint's args say"
-    count = len(opened) - opened.index(True) if any(opened) else 0
-    if not count or n_rows % count or not all(opened[len(opened) - count :]):
+    count = len(is_open) - is_open.index(True) if any(is_open) else 0
+    if not count or n_rows % count or not all(is_open[len(is_open) - count :]):
         raise UserError(
-            f"{source}: {n_rows} prompt rows, and gates open in {sum(opened)} of {len(opened)} layers: "
-            "how many layers are adapted cannot be told; give the training checkpoint, whose args say it"
+            f"{opened.path}: {n_rows} prompt rows and {sum(is_open)} open gates in {len(is_open)} layers do "
+            "not say how many layers are adapted; give the training checkpoint, whose args say it"
         )
     return count, f"layers: the top {count}, whose gates are open"

@@ -1,88 +1,97 @@
 """PEFT's AdaptionPrompt: a folder of ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-One gate a layer, without tanh. PEFT projects the prefix part through the output projection by itself, which
-equals our sum only where that projection has no bias.
+One gate per layer, without tanh. PEFT sends the prefix's sum through the output projection on its own, which
+equals ours only if that projection has no bias.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from pathlib import Path
+
+from safetensors.torch import save
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.weights.plain import LAYER, PlainAdapter, State, prefix, take, top_layers
+from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_bytes, write_json
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
+from lit_adapter.model.prefix import prefix_name
+from lit_adapter.weights.adapter_file import AdapterInfo
+from lit_adapter.weights.foreign.format import Format, Opened, refuse_rest, take_prefixes
+from lit_adapter.weights.plain import PlainAdapter, State
+from lit_adapter.weights.shards import member
 
-NAME = "peft"
-WEIGHTS, WEIGHTS_BIN, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_TYPE = "ADAPTION_PROMPT"
-_STEM = "base_model.model.model.layers"
-_PROMPT = re.compile(rf"{re.escape(_STEM)}\.{LAYER}\.self_attn\.adaption_prompt")
+PROMPT = "base_model.model.model.layers.{}.self_attn.adaption_prompt"
+GATE = "base_model.model.model.layers.{}.self_attn.adaption_gate"
 
 
-def read(tensors: State, model: LlamaConfig, source: str) -> PlainAdapter:
-    """Return the adapter.
+class Peft(Format):
+    """AdaptionPrompt."""
 
-    Raises:
-        UserError: tensors that are missing, unknown, or not of this base's sizes.
-    """
-    _refuse_bias(model)
-    left = dict(tensors)
-    layers = sorted(int(m[1]) for m in map(_PROMPT.fullmatch, tensors) if m)
-    if not layers:
-        raise UserError(f"{source}: tensor {_STEM}.N.self_attn.adaption_prompt is missing in every layer")
-    count = top_layers(layers, model.n_layer, source)
-    length = left[f"{_STEM}.{layers[0]}.self_attn.adaption_prompt"].numel() // model.n_embd
-    state: State = {}
-    for layer in layers:
-        stem = f"{_STEM}.{layer}.self_attn.adaption"
-        state[f"{prefix(layer)}.prompt"] = take(left, f"{stem}_prompt", (length, model.n_embd), source)
-        state[f"{prefix(layer)}.gate"] = take(left, f"{stem}_gate", (1,), source)
-    if left:
-        raise UserError(f"{source}: tensor {min(left)} is not one of PEFT's {PEFT_TYPE}")
-    return PlainAdapter(AdapterConfig(prompt_length=length, layers=count, gate="layer"), state)
+    name = "peft"
+    gate: GateName | None = "layer"
+    weights = (WEIGHTS, "adapter_model.bin")
+    companion = CONFIG
+    is_certain = True
 
+    def recognise(self, opened: Opened) -> str | None:
+        """By the configuration in the folder or, for a file, by the names of the gates."""
+        is_folder = opened.path.is_dir()
+        if not is_folder and not any(name.endswith(".self_attn.adaption_gate") for name in opened.tensors):
+            return None
+        path = member(opened.path if is_folder else opened.path.parent, CONFIG)
+        config = read_json(path)
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        if kind != PEFT_TYPE:
+            raise UserError(f"{path}: peft_type is {kind!r}; expected {PEFT_TYPE}")
+        return CONFIG if is_folder else "adaption_gate"
 
-def write(adapter: PlainAdapter, model: LlamaConfig) -> State:
-    """Return PEFT's tensors of an adapter whose gates are of form ``layer``."""
-    found: State = {}
-    for layer in adapter.config.adapted_layers(model.n_layer):
-        stem = f"{_STEM}.{layer}.self_attn.adaption"
-        found[f"{stem}_prompt"] = adapter.state[f"{prefix(layer)}.prompt"][None].contiguous()
-        found[f"{stem}_gate"] = adapter.state[f"{prefix(layer)}.gate"]
-    return found
+    def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
+        """Return the adapter."""
+        _refuse_bias(model)
+        source, left = opened.path, dict(opened.tensors)
+        state, sizes, _ = take_prefixes(left, PROMPT, GATE, "layer", model, source)
+        if not state:
+            raise UserError(f"{source}: tensor {PROMPT.format('N')} is missing in every layer")
+        refuse_rest(left, source, f"PEFT's {PEFT_TYPE}")
+        return PlainAdapter(AdapterConfig(**sizes), state)
 
+    def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        """Refuse a V2 adapter, and a base with biases in attention."""
+        if "linears" in config.parts:
+            raise UserError(
+                "PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold a V2 adapter; "
+                "use --to litgpt, or scripts/merge.py if the adapter has no prompts"
+            )
+        _refuse_bias(model)
 
-def check_writable(config: AdapterConfig, model: LlamaConfig) -> None:
-    """Refuse what PEFT has no place for.
+    def write(self, adapter: PlainAdapter, model: LlamaConfig) -> State:
+        """Return prompts ``[1, K, C]`` and gates ``[1]``."""
+        found: State = {}
+        for layer in adapter.config.adapted_layers(model.n_layer):
+            found[PROMPT.format(layer)] = adapter.state[f"{prefix_name(layer)}.prompt"][None].contiguous()
+            found[GATE.format(layer)] = adapter.state[f"{prefix_name(layer)}.gate"]
+        return found
 
-    Raises:
-        UserError: a V2 adapter, or a base with biases.
-    """
-    if config.version == "v2":
-        raise UserError(
-            "PEFT's AdaptionPrompt has no norms, biases and scales, so a V2 adapter cannot be written for "
-            "it; write litgpt, or a plain LLaMA with scripts/merge.py if it has no prompts"
-        )
-    _refuse_bias(model)
+    def save(self, out: Path, tensors: State, info: AdapterInfo) -> None:
+        """Write the folder's files."""
+        write_bytes(out / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        settings = {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": info.base.name,
+            "inference_mode": True,
+            "adapter_len": info.adapter.prompt_length,
+            "adapter_layers": len(info.adapter.adapted_layers(info.model.n_layer)),
+            "target_modules": None,
+        }
+        write_json(out / CONFIG, settings)
 
 
 def _refuse_bias(model: LlamaConfig) -> None:
     if model.attention_bias:
         raise UserError(
-            "PEFT adds the output projection's bias once more for the prefix, so on a base with "
-            "attention_bias its adapters and ours are different functions; convert from and to other formats"
+            "PEFT adds the bias of the output projection a second time for the prefix, so on a base with "
+            "attention_bias its adapters and ours compute different functions; use another format"
         )
-
-
-def settings(adapter: PlainAdapter, model: LlamaConfig, base: str) -> dict[str, Any]:
-    """Return the content of ``adapter_config.json``."""
-    return {
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "adapter_len": adapter.config.prompt_length,
-        "adapter_layers": len(adapter.config.adapted_layers(model.n_layer)),
-        "target_modules": None,
-    }

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.files import refuse_stand_in
+from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.weights.shards import load_tensors, refuse_odd_tensor
 
 PLAIN = (str, int, float, bool, type(None))

@@ -17,11 +17,13 @@ from tiny_models import random_ids
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.generation import decode as decoding
-from lit_adapter.generation import graph_decoder
-from lit_adapter.generation.decoder import Decoder
-from lit_adapter.generation.graph_decoder import GraphDecoder
+from lit_adapter.generation import graph_lane
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.graph_lane import GraphLane
+from lit_adapter.generation.lane import Lane
+from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.llama import Llama
 
 
@@ -49,16 +51,16 @@ def _capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_decoder, "Landing", _LateLanding)
-    monkeypatch.setattr(graph_decoder, "capture", _capture)
-    monkeypatch.setattr(graph_decoder, "fused_decoder", lambda model, cache: None)
-    monkeypatch.setattr(graph_decoder, "LEAST_USED", 8)  # so that a few captures come to pass
+    monkeypatch.setattr(graph_lane, "Landing", _LateLanding)
+    monkeypatch.setattr(graph_lane, "capture", _capture)
+    monkeypatch.setattr(GraphLane, "executor_class", lambda self: ModuleDecode)
+    monkeypatch.setattr(graph_lane, "LEAST_USED", 8)  # so that a few captures come to pass
     captured.clear()
 
 
 def ahead(model: Llama, asked: list[list[int]], how: Sampling, batch_size: int = 1) -> list[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "Decoder", GraphDecoder)
+        patch.setattr(graph_lane, "unsupported", lambda model: None)
         return answers(model, asked, how, batch_size)
 
 
@@ -89,30 +91,31 @@ def test_batches_of_any_shape_and_length_of_answer(lengths: list[int], batch_siz
     assert ahead(model, asked, how, batch_size) == answers(model, asked, how, batch_size)
 
 
-def test_no_step_is_started_that_no_text_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_started_that_no_request_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    advance = GraphDecoder._advance
-    monkeypatch.setattr(
-        GraphDecoder, "_advance", lambda self, used: steps.append(used) or advance(self, used)
-    )
-    decoder = GraphDecoder(tiny(), 1, 30, Sampling(max_new_tokens=9))
+    advance = GraphLane._advance
+    monkeypatch.setattr(GraphLane, "_advance", lambda self, kind: steps.append(kind) or advance(self, kind))
+    model = tiny()
     with torch.inference_mode():
-        slots = decoder.prefill([[5, 6, 7]], [0], [0])
-        for n_new in range(1, 9):
-            slots[0].n_new = n_new
-            assert decoder.step(list(slots)) == [0]
+        request = Request([5, 6, 7], Sampling(max_new_tokens=9), Adapter.of(model))
+        lane = GraphLane(model)
+        lane.waiting.append(request)
+        for n_new in range(1, 10):
+            lane.advance()
+            assert request.n_new == n_new
+    assert request.ended
+    assert lane.idle
     assert len(steps) == 8  # the first of nine tokens came with the prompt
 
 
-def test_logits_that_are_no_numbers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_nan_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    step = Decoder.prefill
+    read = Lane._read
 
-    def then_break(self: Decoder, *args: object) -> object:
-        new = step(self, *args)  # type: ignore[arg-type]
+    def then_break(self: Lane, new: list[Request]) -> None:
+        read(self, new)
         model.norm.weight.data[0] = float("nan")
-        return new
 
-    monkeypatch.setattr(Decoder, "prefill", then_break)
-    with pytest.raises(UserError, match="logits are not numbers"):
+    monkeypatch.setattr(Lane, "_read", then_break)
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
         ahead(model, [[1, 2]], Sampling())

@@ -1,0 +1,68 @@
+"""The command ``finetune``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_adapter.cli.command import command_parser, parse
+from lit_adapter.cli.config_file import check_config_file
+from lit_adapter.cli.main import COMMANDS
+from lit_adapter.config import Config
+from lit_adapter.streams import output_is_no_result
+
+
+def main(argv: Sequence[str], program: str | None = None) -> int:
+    """Parse a run's configuration and train."""
+    request = parse_finetune(argv, program)
+    output_is_no_result()
+    from lit_adapter.training.signals import Signals
+
+    signals = Signals()
+    signals.install()  # before the next import, which takes seconds
+    if isinstance(sys.stdout, TextIOWrapper):  # so that the log of a killed run shows its last step
+        sys.stdout.reconfigure(line_buffering=True)
+    from lit_adapter.training.finetune import finetune
+
+    return finetune(request.config, request.resume, signals=signals, dry_run=request.dry_run)
+
+
+class FinetuneRequest(NamedTuple):
+    """What the command line asks for."""
+
+    config: Config
+    resume: str | None
+    dry_run: bool
+
+
+def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneRequest:
+    """Return the configuration, what to resume, and whether this is a dry run.
+
+    Raises:
+        UserError: a file, key or value that is wrong; names the file, line and key.
+    """
+    import jsonargparse
+
+    class CheckedConfigFile(jsonargparse.ActionConfigFile):
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+            check_config_file(Path(values))
+            super().__call__(parser, cfg, values, option_string)
+
+    parser = command_parser(COMMANDS["finetune"], program)
+    parser.add_argument("--config", action=CheckedConfigFile, help="YAML file of the fields below")
+    # Suppressed, so that --print_config prints a configuration and nothing else.
+    absent = {"default": argparse.SUPPRESS}
+    parser.add_argument("--resume", type=str | None, help="'last', or a checkpoint of the run", **absent)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, try three steps, leave no run", **absent
+    )
+    parser.add_class_arguments(Config, nested_key=None)
+    parsed = parse(parser, argv)
+    values = parser.instantiate(parsed)
+    values = {field.name: values[field.name] for field in fields(Config)}
+    return FinetuneRequest(Config(**values), parsed.get("resume"), parsed.get("dry_run", False))

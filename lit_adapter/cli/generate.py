@@ -1,0 +1,124 @@
+"""The command ``generate``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TextIO, get_args, get_type_hints
+
+from lit_adapter.cli.command import check_least, command_parser, parse
+from lit_adapter.cli.main import COMMANDS
+from lit_adapter.errors import UserError, counted
+from lit_adapter.generation.settings import Sampling
+
+BATCH_SIZE = 16
+
+
+def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
+    """Parse and answer, on ``out`` (standard output) or into the file of ``--output``.
+
+    Raises:
+        UserError: options that contradict each other, or anything that loading and generating refuse.
+    """
+    options = _parse(argv, program)
+    out = out or sys.stdout
+    given: Any = {field.name: options[field.name] for field in fields(Sampling)}
+    sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
+    task = (_instruction(options), options.input or "") if options.prompts is None else None
+    from lit_adapter.generation import answering
+
+    choice = answering.ModelChoice(
+        **{field.name: options[field.name] for field in fields(answering.ModelChoice)}
+    )
+    if task is None:
+        target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
+        number = answering.answer_file(
+            choice, Path(options.prompts), target, sampling, batch_size, overwrite=options.overwrite
+        )
+        out.write(f"wrote {target} ({counted(number, 'answer')})\n")
+        return 0
+    write = answering.compare if options.compare else answering.stream
+    write(choice.load(), task, sampling, out)
+    return 0
+
+
+def _parse(argv: Sequence[str], program: str | None) -> Any:
+    parser = command_parser(COMMANDS["generate"], program)
+    parser.add_argument("--adapter", metavar="FILE", help="adapter.safetensors of a run")
+    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
+    parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL of instruction and input")
+    parser.add_argument("--output", metavar="FILE", help="JSONL for the answers of --prompts")
+    parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output")
+    parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
+    parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
+    parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
+    parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
+    _add_sampling(parser)
+    options = parse(parser, argv)
+    _check(options)
+    return options
+
+
+def _add_sampling(parser: Any) -> None:
+    """Add the fields of `Sampling` with their defaults; their docstrings are the help."""
+    from docstring_parser import parse_from_object
+
+    described = {item.arg_name: item.description for item in parse_from_object(Sampling).params}
+    types = get_type_hints(Sampling)
+    defaults = asdict(Sampling())
+    for field in fields(Sampling):
+        several = get_args(types[field.name])
+        more = {"nargs": "+", "metavar": "ID" if several[0] is int else "TEXT"} if several else {}
+        parser.add_argument(
+            f"--{field.name}",
+            type=several[0] if several else types[field.name],
+            default=list(defaults[field.name]) if several else defaults[field.name],
+            help=described[field.name],
+            **more,
+        )
+
+
+def _check(options: Any) -> None:
+    """Refuse options that would have no effect, or that exclude each other."""
+    if options.adapter is None and options.base is None:
+        raise UserError("give --adapter FILE, or --base FOLDER for a plain base")
+    excluded = [
+        (options.prompts is not None, "--prompts", ("prompt", "input", "compare")),
+        (options.prompts is None, "without --prompts", ("output", "batch_size", "overwrite")),
+        (options.adapter is None, "without --adapter", ("no_adapter", "compare")),
+        (options.adapter is not None, "--adapter, which brings its template", ("template",)),
+        (options.no_adapter, "--no-adapter", ("compare",)),
+    ]
+    for applies, reason, names in excluded:
+        given = next((name for name in names if options[name] not in (None, False)), None)
+        if applies and given is not None:
+            option = "--no-adapter" if given == "no_adapter" else f"--{given}"
+            joint = reason if reason.startswith("without") else f"together with {reason}"
+            raise UserError(f"{option} {joint} has no meaning; leave one of them out or see --help")
+    if options.prompts is not None and options.output is None:
+        raise UserError("--prompts needs --output FILE for the answers")
+    check_least(options, 1, "batch_size")
+
+
+def _instruction(options: Any) -> str:
+    """Return the prompt, or all of standard input without the line break at its end."""
+    if options.prompt is not None:
+        text, source = options.prompt, "--prompt"
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("nothing to answer: give --prompt TEXT, --prompts FILE, or text on standard input")
+    else:
+        content = sys.stdin.buffer.read()
+        try:
+            text, source = content.decode("utf-8-sig"), "standard input"
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 text (byte {error.start})") from None
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise UserError(f"{source} is empty; write an instruction")
+    return text

@@ -1,0 +1,46 @@
+"""The console script ``lit-adapter COMMAND ...``: the commands of ``scripts/`` in an installed package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from lit_adapter.cli.command import run
+from lit_adapter.errors import UserError, nearest
+
+COMMANDS = {
+    "quickstart": "Fine-tune and score the embedded default, from nothing.",
+    "download": "Fetch a LLaMA and convert it into a base folder, or fetch an adapter.",
+    "convert": "Turn a LLaMA checkpoint into a base folder.",
+    "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
+    "generate": "Prompt a base with its adapter, or a plain base.",
+    "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
+    "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
+    "push": "Put an adapter and its model card on the Hugging Face Hub.",
+}
+"""What each command does; its module has its name."""
+
+
+def main(argv: Sequence[str], program: str = "lit-adapter") -> int:
+    """Run the command that ``argv`` begins with.
+
+    Raises:
+        UserError: there is no such command, or what the command raises.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {program} COMMAND ...\n\ncommands ({program} COMMAND --help says more):")
+        print(*(f"  {name:<16} {line}" for name, line in COMMANDS.items()), sep="\n")
+        return 0
+    name = argv[0].replace("_", "-")
+    if name not in COMMANDS:
+        hint = nearest(argv[0], list(COMMANDS)) or f"; see {program} --help"
+        raise UserError(f"unknown command '{argv[0]}'{hint}")
+    module = import_module(f"lit_adapter.cli.{name.replace('-', '_')}")
+    status: int = module.main(argv[1:], f"{program} {name}")
+    return status
+
+
+def console_script() -> NoReturn:
+    """Be the console script."""
+    run(main)

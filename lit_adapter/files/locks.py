@@ -1,0 +1,172 @@
+"""Locks on files, released by the system when the process that holds them ends, however it ends.
+
+`flock` ties a lock to an open file, so it also keeps two threads apart. A forked child shares the open file:
+it closes what it inherits, so that loader workers do not keep the lock of a killed trainer.
+
+The filelock package does not serve here: it leaves its lock file behind, does not say who holds the lock, and
+fails on file systems without locks (ENOLCK).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lit_adapter.errors import UserError, WriteError
+from lit_adapter.files.space import write_error
+
+_descriptors: set[int] = set()
+"""Files that this process holds open for their locks."""
+
+
+def _close_inherited() -> None:
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file until `unlock` closes it.
+
+    Returns:
+        False if another open file holds the lock, None if the file system has no locks.
+    """
+    _descriptors.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Close a file that was given to `lock`; does nothing in a forked child, where it is closed already."""
+    if descriptor in _descriptors:
+        _descriptors.remove(descriptor)
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether anybody holds the lock of a file; None if the file system has no locks.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR)  # network file systems lock only what is open for writing
+    free = lock(descriptor)
+    unlock(descriptor)
+    return None if free is None else not free
+
+
+class LockFile:
+    """A file that exists while its lock is held, with the number of the process that holds it.
+
+    Where the file system has no locks, a living Python process of that number counts as the holder.
+
+    Args:
+        path: the lock file.
+        guarded: the file or folder that one process at a time may write, for messages.
+        option: the command-line option that names it, for messages.
+    """
+
+    def __init__(self, path: Path, guarded: Path, option: str) -> None:
+        self.path, self.guarded, self.option = path, guarded, option
+        self._descriptor: int | None = None
+
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the lock, creating the folder of the lock file if needed.
+
+        Raises:
+            UserError: another process holds it and ``wait`` is off.
+            WriteError: the lock file cannot be created, or is a symbolic link.
+        """
+        try:
+            while self._descriptor is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # a holder that ended just now has removed the folder
+                    self._descriptor = self._open(wait=wait)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        with suppress(OSError):  # a full disk: the lock holds without the number
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def _open(self, *, wait: bool) -> int | None:
+        """Open and lock the file; return None if its last holder has removed it meanwhile."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        locked = lock(descriptor, wait=wait)
+        holder = os.pread(descriptor, 20, 0).decode(errors="replace")
+        if locked is False or (locked is None and not wait and _is_running(holder)):
+            unlock(descriptor)
+            by = f"process {holder}" if holder.isdigit() else "another process"
+            raise UserError(f"{self.guarded}: in use by {by}; wait for it, or choose another {self.option}")
+        if _is_at(self.path, descriptor):
+            return descriptor
+        unlock(descriptor)
+        return None
+
+    def release(self) -> None:
+        """Remove the lock file and release the lock; does nothing if it is not held."""
+        if self._descriptor in _descriptors:
+            with suppress(OSError):
+                self.path.unlink()
+            unlock(self._descriptor)
+        self._descriptor = None
+
+
+@contextmanager
+def one_at_a_time(path: Path, *, wait: bool = True, option: str = "path") -> Iterator[None]:
+    """Keep other processes from writing ``path`` meanwhile.
+
+    Where no lock file can be created next to ``path``, nobody is kept out.
+
+    Args:
+        path: a file.
+        wait: wait for a process that is writing it.
+        option: the command-line option that names ``path``, for the message.
+
+    Raises:
+        UserError: another process is writing it and ``wait`` is off.
+    """
+    lock_file = LockFile(path.with_name(f".{path.name}.lock"), path, option)
+    with suppress(WriteError):
+        lock_file.acquire(wait=wait)
+    try:
+        yield
+    finally:
+        lock_file.release()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one with this name; network file systems answer ESTALE."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
+
+
+def _is_running(holder: str) -> bool:
+    """Whether a process number belongs to another Python process, not to a program started since."""
+    if not holder.isdigit() or int(holder) == os.getpid():
+        return False
+    try:
+        return b"python" in Path(f"/proc/{holder}/cmdline").read_bytes()
+    except OSError:
+        if Path("/proc").is_dir():
+            return False
+    try:
+        os.kill(int(holder), 0)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""Names of files: where they lead, whether they are free, and how they are saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lit_adapter.errors import UserError
+
+MAX_LINKS = 40
+"""Symbolic links followed from one name, as in Linux."""
+
+
+def existing_folder(path: Path) -> Path:
+    """Return ``path`` if it is a folder, else the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def free_path(path: Path) -> Path:
+    """Return ``path`` or, if it is taken, the first free ``NAME-2``, ``NAME-3``; a file keeps its suffix."""
+    free, number = path, 2
+    suffix = "" if path.is_dir() else path.suffix
+    while free.exists():
+        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
+        number += 1
+    return free
+
+
+def write_target(path: Path) -> Path:
+    """Return the file that a write to ``path`` replaces: the target of a symbolic link, else ``path``.
+
+    Raises:
+        UserError: it is a pipe, socket or device, or a link to an open file such as /dev/stdout.
+    """
+    target = _link_target(path) if path.is_symlink() else path
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        # A rename would replace the device itself, such as /dev/null, for every program.
+        raise UserError(f"{target}: a pipe, socket or device; name a regular file to write")
+    return target
+
+
+def _link_target(path: Path) -> Path:
+    steps = [path]
+    while steps[-1].is_symlink() and len(steps) <= MAX_LINKS:
+        steps.append(steps[-1].parent / steps[-1].readlink())
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to("/dev") or any(step.is_relative_to("/proc") for step in steps[1:]):
+        raise UserError(f"{path}: a link to an open file or a device; name a regular file to write")
+    return target
+
+
+def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
+    """Refuse an output that would replace an input.
+
+    Args:
+        out: a file to write.
+        inputs: files, and folders all of whose files are read.
+        option: the command-line option that names the output.
+
+    Raises:
+        UserError: ``out`` exists and is one of ``inputs`` or lies inside one.
+    """
+    if not out.exists():
+        return
+    real = out.resolve()
+    for path in inputs:
+        if path.resolve() in (real, *real.parents):
+            raise UserError(f"{out}: {option} is also an input ({path}); choose another")
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name is valid Unicode; Python reads file names that are not UTF-8 as lone surrogates."""
+    return name.encode(errors="ignore").decode() == name
+
+
+def without_home(path: str) -> str:
+    """Return ``path`` with ``~`` for the user's home folder, so that saved files name no user."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # a user without one
+        return path
+    return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path

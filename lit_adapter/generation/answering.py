@@ -1,0 +1,162 @@
+"""Answers for the command line: one as it is generated, two side by side, or a file of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_adapter.device import choose_device, choose_dtype
+from lit_adapter.errors import UserError
+from lit_adapter.files.paths import refuse_input
+from lit_adapter.files.read import file_sha256
+from lit_adapter.generation.adapted import AdaptedLlama, Task, load
+from lit_adapter.generation.prompt_file import (
+    BATCHES_PER_GROUP,
+    Answers,
+    Prompt,
+    check_target,
+    earlier_dtype,
+    read_prompts,
+)
+from lit_adapter.generation.request import check_prompt, check_stop_ids
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.progress import count_progress
+from lit_adapter.weights.adapter_file import base_identity, read_adapter
+from lit_adapter.weights.base_folder import find_base
+
+COLUMN_WIDTH = 48
+"""Below this width of a column, two answers stand one under the other."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to load, as `load` takes it, and whether its adapter answers."""
+
+    adapter: str | None
+    base: str | None
+    device: str | None
+    dtype: str | None
+    template: str | None
+    no_adapter: bool
+
+    def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
+        """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
+        dtype = dtype if self.dtype in (None, "auto") else self.dtype
+        model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
+        return model.base if self.no_adapter else model
+
+    def base_folder(self) -> Path:
+        """Return the chosen base, or the one that the adapter names."""
+        if self.base:
+            return Path(self.base)
+        return find_base(read_adapter(Path(str(self.adapter)))[0].base.name)
+
+    def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
+        """Return everything but the prompts that answers depend on; not paths, and not the batch size."""
+        base = base_identity(self.base_folder())
+        weight = model.model.embed_tokens.weight
+        return {
+            "sampling": asdict(sampling),
+            "adapter": file_sha256(Path(self.adapter)) if self.adapter and not self.no_adapter else None,
+            "base": [base.weights, base.tokenizer],
+            "template": model.template.to_dict(),
+            "dtype": str(weight.dtype),
+            "device": weight.device.type,
+        }
+
+
+def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
+    """Write an answer to ``out`` as it is generated.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+    """
+    for piece in model.stream(*task, **asdict(sampling)):
+        out.write(piece)
+        out.flush()
+    out.write("\n")
+    out.flush()
+
+
+def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
+    """Write the answers of the plain base and of the adapted model: in columns on a wide terminal."""
+    console = Console(file=out)
+    sides = (("plain base", model.base), ("with adapter", model))
+    if not console.is_terminal or console.width < 2 * COLUMN_WIDTH:
+        for number, (title, side) in enumerate(sides):
+            out.write("\n" * bool(number) + f"--- {title} ---\n")
+            stream(side, task, sampling, out)
+        return
+    table = Table(expand=True)
+    answers = []
+    for title, side in sides:
+        table.add_column(title, ratio=1)
+        # As Text: rich reads square brackets in a plain string as markup.
+        answers.append(Text(side.generate(*task, **asdict(sampling))))
+    table.add_row(*answers)
+    console.print(table)
+
+
+def answer_file(
+    choice: ModelChoice,
+    path: Path,
+    target: Path,
+    sampling: Sampling,
+    batch_size: int,
+    *,
+    overwrite: bool,
+) -> int:
+    """Answer the prompts of ``path`` into ``target`` and return how many there are.
+
+    Raises:
+        UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
+            a batch that does not fit the GPU.
+    """
+    prompts = read_prompts(path)
+    if target.exists() and target.samefile(path):
+        raise UserError(f"{target}: --output is the file of --prompts; choose another")
+    check_target(target, overwrite=overwrite)
+    inputs = [choice.base_folder(), *([Path(choice.adapter)] if choice.adapter else [])]
+    refuse_input(target, inputs, "--output")
+    device = choose_device(choice.device)
+    dtype: Any = earlier_dtype(target, prompts, device.type)
+    if dtype is None and min(batch_size, len(prompts)) > 1:  # batches are bound by products, not by memory
+        dtype = choose_dtype(choice.dtype, device)
+    model = choice.load(dtype)
+    _check_prompts(model, prompts, sampling)
+    identity, group = choice.identity(model, sampling), BATCHES_PER_GROUP * batch_size
+    answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
+    with count_progress("answering", len(prompts), answers.n_done) as finished:
+
+        def answer_group(group: Sequence[Prompt]) -> list[str]:
+            tasks = [(prompt.instruction, prompt.input) for prompt in group]
+            try:
+                return model.generate_batch(
+                    tasks, batch_size=batch_size, finished=finished, **asdict(sampling)
+                )
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"out of GPU memory with --batch_size {batch_size}; run again with a smaller one: "
+                    "finished answers are kept"
+                ) from None
+
+        answers.run(answer_group)
+    return len(prompts)
+
+
+def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    """Refuse a prompt or stop id that does not fit before the first answer: the rest may take hours."""
+    check_stop_ids(model.model.config, sampling)
+    for prompt in prompts:
+        try:
+            ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
+            check_prompt(model.model.config, ids, sampling)
+        except UserError as error:
+            raise UserError(f"{prompt.origin}: {error}") from None

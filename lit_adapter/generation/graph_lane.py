@@ -1,0 +1,219 @@
+"""A lane on CUDA: a whole step is one captured graph, and the device runs ahead of whoever reads.
+
+Tokens, positions and everything else that a step needs stay on the device. While the host hands on the
+tokens of one step, the device computes the next; what it computes for a request that had ended is discarded.
+Capturing a step takes no longer than launching its kernels once, so that no answer is too short for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.generation.lane import Lane, enlarged
+from lit_adapter.generation.request import Request
+from lit_adapter.generation.sampling import Choice, choose
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.cache import ModuleDecode
+from lit_adapter.model.executors import choose as choose_executor
+from lit_adapter.model.llama import Llama
+
+LONG = 4 * 10**12
+"""Prompt tokens times weights that keep the device busy for longer than the host needs to capture a step."""
+LEAST_USED = 256
+"""Fewest keys that a graph of the modules attends to; larger numbers are its doubles."""
+
+
+def unsupported(model: Llama) -> str | None:
+    """Say why the steps of ``model`` cannot be captured, or return None if they can."""
+    if model.embed_tokens.weight.device.type != "cuda":
+        return "the model is not on a CUDA device"
+    if model.is_sharded:  # a graph keeps the addresses of matrices, which are gathered elsewhere each time
+        return "the model is sharded"
+    return None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What distinguishes one captured step from another."""
+
+    used: int
+    """Keys that it attends to."""
+    sampled: bool
+    """Whether a request draws random numbers."""
+    penalised: bool
+    """Whether a request has a repetition penalty."""
+
+
+class GraphLane(Lane):
+    """A `Lane` whose steps are captured and run ahead; the arguments are the same."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__(model)
+        new = torch.zeros
+        self.token = new(0, dtype=torch.long, device=self.device)
+        self.chosen = self.token
+        self.place = new(2, 0, dtype=torch.long, device=self.device)
+        """Of the newest tokens, in their texts and in their answers."""
+        self.last_place = new(2, 1, dtype=torch.long, device=self.device)
+        self.numbers = new(0, 0, device=self.device)
+        """The random numbers of every slot's answer."""
+        self.choice: Choice
+        self.landings: list[Landing] = []
+        self.graphs: dict[_Kind, Callable[[], None]] = {}
+        self.version = 0  # of the prefixes' tensors that the graphs read
+        self.ahead: _Ahead | None = None
+
+    def executor_class(self) -> Callable[[Llama, int, int], Any]:
+        """Return what computes this lane's model."""
+        if choose_executor(self.model, "decoding").name == "modules":
+            return ModuleDecode
+        from lit_adapter.model.fused_decode import (
+            FusedDecode,  # needs Triton, which CUDA builds of torch bring
+        )
+
+        return FusedDecode
+
+    def _grow(self, n_slots: int, length: int) -> None:
+        super()._grow(n_slots, length)
+        self.graphs.clear()
+        self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
+        self.place = enlarged(self.place, 2, n_slots)
+        self.last_place = torch.full_like(self.last_place, length - 1)
+        self.numbers = enlarged(self.numbers, n_slots, length)
+        self.landings = [Landing(n_slots), Landing(n_slots)]
+        settings = [Sampling() if request is None else request.settings for request in self.slots]
+        self.choice = Choice.of(settings, self.device)
+
+    def _prompts_are_read(self, slots: Sequence[int]) -> None:
+        """Give the device what it needs of new requests, and capture the step while it reads long prompts."""
+        requests = [self._at(slot) for slot in slots]
+        where = torch.tensor(slots, device=self.device)
+        self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
+        for slot, request in zip(slots, requests, strict=True):
+            if not request.settings.greedy:
+                self.numbers[slot, : len(request.numbers)] = request.numbers.to(self.device)
+        n_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        n_tokens = sum(len(request.prompt) for request in requests)
+        if n_tokens * n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in requests):
+            self._graph()
+
+    def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Choose the first tokens of new requests, from which their steps go on."""
+        super()._choose(logits, slots)
+        state = [(request.token, request.length, 1) for request in map(self._at, slots)]
+        where = torch.tensor(slots, device=self.device)
+        token, position, drawn = torch.tensor(state, device=self.device).T
+        self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
+
+    def _step(self) -> None:
+        """Hand on the tokens of one step, and start the step after it."""
+        read = self.ahead or self._launch()
+        wanted = any(r.n_new + r.under_way < r.settings.max_new_tokens for r in self.live)
+        self.ahead = self._launch() if wanted else None
+        tokens = read.landing.wait()
+        for slot, request in read.requests:
+            if self.slots[slot] is request:  # otherwise a new request has taken its place
+                request.under_way -= 1
+                request.receive(tokens[slot])
+
+    def _launch(self) -> _Ahead:
+        """Start one step of all slots and the transfer of its tokens to the host."""
+        self._graph()()
+        live = [(slot, r) for slot, r in enumerate(self.slots) if r is not None and not r.ended]
+        for _, request in live:
+            request.length += 1
+            request.under_way += 1
+        self.landings.reverse()
+        self.landings[0].send(self.chosen)
+        return _Ahead(live, self.landings[0])
+
+    def _graph(self) -> Callable[[], None]:
+        """Return the step that the live requests need, captured the first time."""
+        live = self.live
+        if self.version != self.executor.prefixes.version:
+            self.graphs.clear()
+            self.version = self.executor.prefixes.version
+        kind = _Kind(
+            self._used(max(request.length for request in live) + 1),
+            sampled=not all(request.settings.greedy for request in live),
+            penalised=any(request.settings.penalised for request in live),
+        )
+        if kind not in self.graphs:
+            self.graphs[kind] = capture(lambda: self._advance(kind))
+        return self.graphs[kind]
+
+    def _used(self, needed: int) -> int:
+        """Return how many keys a graph attends to, of which ``needed`` are there."""
+        if self.executor.has_kernels:
+            return self.executor.cache.length
+        size = LEAST_USED
+        while size < needed:
+            size *= 2
+        return min(size, self.executor.cache.length)
+
+    def _advance(self, kind: _Kind) -> None:
+        """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
+        logits = self.executor.captured_step(self.token, self.place[0], kind.used)
+        if self.executor.has_kernels and not (kind.sampled or kind.penalised):
+            from lit_adapter.model.kernels import greedy  # needs Triton, see `executor_class`
+
+            greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
+            return
+        uniform = self.numbers.gather(1, self.place[1:].T)[:, 0] if kind.sampled else None
+        seen = self.seen if kind.penalised else None
+        token = choose(logits, self.choice, uniform, seen)
+        self.chosen.copy_(token)
+        torch.clamp(token, min=0, out=self.token)
+        if seen is not None:
+            seen.scatter_(1, self.token[:, None], True)
+        # Slots without a request go on counting, within their room, until they are filled.
+        torch.minimum(self.place + 1, self.last_place, out=self.place)
+
+
+def capture(body: Callable[[], None]) -> Callable[[], None]:
+    """Record what ``body`` launches, without running it, and return what runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # Not `torch.cuda.graph`, which first gives all unused memory back to the driver. Relaxed: kernels
+        # used here for the first time are loaded meanwhile.
+        graph.capture_begin(capture_error_mode="relaxed")
+        try:
+            body()
+        finally:
+            graph.capture_end()
+    return graph.replay
+
+
+class Landing:
+    """Host memory for the tokens of one step.
+
+    Args:
+        n_slots: B.
+    """
+
+    def __init__(self, n_slots: int) -> None:
+        self.tokens = torch.empty(n_slots, dtype=torch.long, pin_memory=True)
+        self.landed = torch.cuda.Event()
+
+    def send(self, tokens: Tensor) -> None:
+        """Start the copy, after the work that makes the tokens."""
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.landed.record()
+
+    def wait(self) -> list[int]:
+        """Return the tokens as soon as they have arrived."""
+        self.landed.synchronize()
+        return self.tokens.tolist()
+
+
+@dataclass
+class _Ahead:
+    """A step that the device takes while the host hands on the tokens of the step before."""
+
+    requests: list[tuple[int, Request]]
+    landing: Landing

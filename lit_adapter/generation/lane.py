@@ -1,0 +1,176 @@
+"""The requests that one model answers together: prompts are read into slots, steps give each slot a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.generation.request import Request
+from lit_adapter.generation.sampling import Choice, choose
+from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.model.executors import choose as choose_executor
+from lit_adapter.model.llama import Llama
+
+
+class Lane:
+    """Takes the steps of a model's requests one by one.
+
+    Args:
+        model: computes all of them; what distinguishes their adapters belongs to the slots.
+    """
+
+    executor: Any = None
+    """Has the cache; None before the first request."""
+    seen: Tensor | None = None
+    """Which tokens a slot holds already ``[B, V]``; None before a request with a repetition penalty."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.device = model.embed_tokens.weight.device
+        self.waiting: list[Request] = []
+        self.slots: list[Request | None] = []
+
+    @property
+    def live(self) -> list[Request]:
+        """The requests that are being answered."""
+        return [request for request in self.slots if request is not None and not request.ended]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not self.live and all(request.ended for request in self.waiting)
+
+    def advance(self) -> None:
+        """Read the waiting prompts, or give every live request its next token.
+
+        An error ends the requests that were being computed; it is left to their owners.
+        """
+        new = [request for request in self.waiting if not request.ended]
+        self.waiting = []
+        try:
+            if new:
+                self._read(new)
+            elif self.live:
+                self._step()
+        except BaseException as error:
+            for request in new or self.live:
+                request.fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _read(self, new: list[Request]) -> None:
+        """Read prompts into free slots, those with the same adapter together, and choose the first tokens."""
+        free = [slot for slot, request in enumerate(self.slots) if request is None or request.ended]
+        n_slots = max(len(self.slots), len(self.slots) + len(new) - len(free))
+        free += range(len(self.slots), n_slots)
+        self._enlarge(n_slots, max(request.room for request in new))
+        order: list[int] = []
+        hidden: list[Tensor] = []
+        for prefixes, group in _by_adapter(new):
+            slots = free[len(order) : len(order) + len(group)]
+            for slot, request in zip(slots, group, strict=True):
+                self.slots[slot] = request
+                request.length = len(request.prompt)
+            hidden.append(self.executor.read([request.prompt for request in group], slots, prefixes))
+            order += slots
+        self._see_prompts(order)
+        self._prompts_are_read(order)
+        self._choose(self.model.logits(torch.cat(hidden)), order)
+
+    def _enlarge(self, n_slots: int, length: int) -> None:
+        """Make room for ``n_slots`` requests of ``length`` tokens; what had to grow before grows twofold."""
+        old = self.executor
+        if old is not None:
+            n_old, old_length = old.cache.n_slots, old.cache.length
+            if n_slots <= n_old and length <= old_length:
+                return
+            n_slots = n_old if n_slots <= n_old else max(n_slots, 2 * n_old)
+            context = self.model.config.context_length
+            length = old_length if length <= old_length else max(length, min(2 * old_length, context))
+        self._grow(n_slots, length)
+
+    def _grow(self, n_slots: int, length: int) -> None:
+        executor = self.executor_class()(self.model, n_slots, length)
+        if self.executor is not None:
+            executor.take(self.executor)
+        self.executor = executor
+        self.slots += [None] * (n_slots - len(self.slots))
+        self.seen = None if self.seen is None else enlarged(self.seen, n_slots)
+
+    def executor_class(self) -> Callable[[Llama, int, int], Any]:
+        """Return what computes this lane's model."""
+        return CpuDecode if choose_executor(self.model, "decoding").name == "CPU decoding" else ModuleDecode
+
+    def _see_prompts(self, slots: Sequence[int]) -> None:
+        """Note the prompts' tokens, if any request has a repetition penalty."""
+        if self.seen is None and not any(request.settings.penalised for request in self.live):
+            return
+        if self.seen is None:
+            shape = (len(self.slots), self.model.config.vocab_size)
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for slot in slots:
+            self.seen[slot] = False
+            self.seen[slot, torch.tensor(self._at(slot).prompt, device=self.device)] = True
+
+    def _prompts_are_read(self, slots: Sequence[int]) -> None:
+        """Prepare the steps of slots that were just filled."""
+
+    def _step(self) -> None:
+        """Put every live request's newest token into the cache and choose the next."""
+        self._close_gaps()
+        live = self.live
+        logits = self.executor.step([r.token for r in live], [r.length for r in live])
+        for request in live:
+            request.length += 1
+        self._choose(logits, range(len(live)))
+
+    def _close_gaps(self) -> None:
+        """Move requests to the first slots, so that no step computes a free one."""
+        live = [slot for slot, request in enumerate(self.slots) if request is not None and not request.ended]
+        for target in sorted(set(range(len(live))) - set(live)):
+            source = live.pop()
+            request = self._at(source)
+            self.executor.move(source, target, request.length)
+            if self.seen is not None:
+                self.seen[target] = self.seen[source]
+            self.slots[target], self.slots[source] = request, None
+
+    def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Choose a token for each of ``slots`` from its ``logits [B, V]``."""
+        requests = [self._at(slot) for slot in slots]
+        settings = [request.settings for request in requests]
+        where = torch.tensor(list(slots), device=self.device)
+        sampled = not all(how.greedy for how in settings)
+        penalised = any(how.penalised for how in settings)
+        choice = Choice.of(settings, self.device) if sampled or penalised else None
+        uniform = torch.stack([r.numbers[r.n_new] for r in requests]).to(self.device) if sampled else None
+        seen = self.seen[where] if penalised and self.seen is not None else None
+        token = choose(logits, choice, uniform, seen)
+        if self.seen is not None:
+            self.seen[where, token.clamp(min=0)] = True
+        for request, chosen in zip(requests, token.tolist(), strict=True):
+            request.receive(chosen)
+
+    def _at(self, slot: int) -> Request:
+        request = self.slots[slot]
+        assert request is not None
+        return request
+
+
+def _by_adapter(requests: Iterable[Request]) -> Iterable[tuple[Prefixes, list[Request]]]:
+    """Group requests by adapter, in their order."""
+    groups: dict[Prefixes, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(request.adapter.prefixes, []).append(request)
+    return groups.items()
+
+
+def enlarged(x: Tensor, *shape: int) -> Tensor:
+    """Return ``x`` with its first dimensions enlarged to ``shape`` by zeros."""
+    new = x.new_zeros(*shape, *x.shape[len(shape) :])
+    new[tuple(map(slice, x.shape))] = x
+    return new

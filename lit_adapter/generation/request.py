@@ -1,0 +1,117 @@
+"""A request: one prompt to answer, with its own adapter, settings and stop rules."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.config import LlamaConfig
+
+
+class NonFiniteLogitsError(UserError):
+    """NaN or infinite logits: of a damaged file, or of an adapter whose training has failed."""
+
+
+def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling) -> None:
+    """Check that prompt and answer fit the context.
+
+    Raises:
+        UserError: too long, or empty; names the numbers.
+    """
+    context = config.context_length
+    if not prompt:
+        raise UserError("the prompt has no token; give some text")
+    if len(prompt) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, but the base's context is {context}; shorten it"
+        )
+    if len(prompt) + settings.max_new_tokens > context:
+        raise UserError(
+            f"the prompt's {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the "
+            f"base's context of {context}; lower max_new_tokens to {context - len(prompt)} or less"
+        )
+
+
+def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:
+    """Check that the ids that end an answer are in the vocabulary.
+
+    Raises:
+        UserError: one is beyond it.
+    """
+    most = max(settings.stop_ids, default=0)
+    if most >= config.vocab_size:
+        raise UserError(f"stop_ids holds {most}, but the base's vocabulary ends at {config.vocab_size - 1}")
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt to answer.
+
+    Raises:
+        UserError: a prompt or stop id that does not fit the model.
+    """
+
+    prompt: Sequence[int]
+    """Token ids."""
+    settings: Sampling
+    adapter: Adapter
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, in addition to those of the settings."""
+    news: deque[int] = field(default_factory=deque, init=False)
+    """Tokens of the answer that its owner has not taken yet."""
+    ended: bool = field(default=False, init=False)
+    """Whether no token will follow; its slot is then free."""
+    error: BaseException | None = field(default=None, init=False)
+    """Why it ended without its whole answer."""
+    token: int = field(default=0, init=False)
+    """The newest token; it is not in the cache yet."""
+    length: int = field(default=0, init=False)
+    """Tokens in the cache."""
+    n_new: int = field(default=0, init=False)
+    """Tokens of the answer so far."""
+    under_way: int = field(default=0, init=False)
+    """Tokens asked of the device and not read yet."""
+
+    def __post_init__(self) -> None:
+        check_stop_ids(self.adapter.model.config, self.settings)
+        check_prompt(self.adapter.model.config, self.prompt, self.settings)
+        self.stop_ids = self.stop_ids | frozenset(self.settings.stop_ids)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the prompt with the longest answer."""
+        return len(self.prompt) + self.settings.max_new_tokens
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """The random numbers of its tokens: the n-th token is drawn with the n-th, alone or in a batch."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        return torch.rand(self.settings.max_new_tokens, generator=generator)
+
+    def receive(self, token: int) -> None:
+        """Take the token chosen for it; -1 says that its logits are NaN or infinite."""
+        if self.ended:  # cancelled meanwhile
+            return
+        if token < 0:
+            what = "the model's logits are NaN or infinite; the base or the adapter is damaged"
+            self.fail(NonFiniteLogitsError(what))
+            return
+        self.token = token
+        if token in self.stop_ids:
+            self.ended = True
+            return
+        self.n_new += 1
+        self.news.append(token)
+        self.ended = self.n_new >= self.settings.max_new_tokens
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which its owner will be given."""
+        self.error, self.ended = error, True

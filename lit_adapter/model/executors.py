@@ -1,0 +1,72 @@
+"""The executors: ways to compute the blocks of a model, and the one place that chooses among them.
+
+    modules       `Block.compute`: every model on every device
+    fused         `fused`: training on CUDA, a block as one autograd node
+    CUDA decoding `fused_decode`: prompts and decode steps on CUDA
+    CPU decoding  `cpu_decode`: decode steps on a CPU
+
+A fast executor's module has a function ``unsupported(model, setting)``, which returns why it cannot compute a
+model exactly as its modules would. It names what it knows; `survey.obstacle` finds everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+import torch
+
+from lit_adapter.model.llama import Llama
+
+Purpose = Literal["training", "reading", "decoding"]
+"""Training computes packed rows with gradients; reading puts prompts into a cache; decoding adds a token."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which precision a model is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the base's weights."""
+
+    @classmethod
+    def of(cls, model: Llama) -> Setting:
+        """Return the setting of a loaded model."""
+        weight = model.embed_tokens.weight
+        return cls(weight.device, weight.dtype)
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A choice: an executor, and why it is not the fast one of the device."""
+
+    name: Literal["modules", "fused", "CUDA decoding", "CPU decoding"]
+    why_not_fast: str | None = None
+
+
+_FAST: dict[tuple[str, Purpose], tuple[Executor, str]] = {
+    ("cuda", "training"): (Executor("fused"), "fused"),
+    ("cuda", "reading"): (Executor("CUDA decoding"), "fused_decode"),
+    ("cuda", "decoding"): (Executor("CUDA decoding"), "fused_decode"),
+    ("cpu", "decoding"): (Executor("CPU decoding"), "cpu_decode"),
+}
+
+
+def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Executor:
+    """Return the executor for a model.
+
+    Args:
+        model: with its adapter attached; on the meta device for a choice before loading.
+        purpose: what is computed.
+        setting: of the model when it is loaded; by default where it is now.
+    """
+    setting = Setting.of(model) if setting is None else setting
+    fast = _FAST.get((setting.device.type, purpose))
+    if fast is None:
+        return Executor("modules")
+    executor, module = fast
+    # Imported here: the modules for CUDA need Triton, which only CUDA builds of torch bring.
+    why = import_module(f"lit_adapter.model.{module}").unsupported(model, setting)
+    return executor if why is None else Executor("modules", why)

@@ -1,0 +1,71 @@
+"""Trained parts: the kinds of parameters that an adapter can consist of.
+
+A part is described by sizes alone (`TrainedPart`); attached to a model, its parameters live in modules
+(`TrainedModule`). Freezing, counting, saving, loading, the optimizer and tensor parallelism go through these
+two and know no part by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Generator, nn
+
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import Shape
+
+if TYPE_CHECKING:
+    from lit_adapter.model.llama import Llama
+
+
+class TrainedModule(nn.Module):
+    """A module that holds trained parameters of one part, in fp32 under every precision."""
+
+    part: ClassVar[str]
+    """The name of its part."""
+    trained: ClassVar[tuple[str, ...]]
+    """The names of its trained parameters."""
+    active = True
+    """Off, the module computes what the frozen base computes."""
+
+    def shard(self, rank: int, n_shards: int) -> None:
+        """Use the share of process ``rank`` under tensor parallelism; the parameters stay whole."""
+
+
+class TrainedPart(Protocol):
+    """One kind of trained parameters, of the sizes that an `AdapterConfig` gives it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `AdapterConfig.parts`."""
+
+    @property
+    def lr_share(self) -> str | None:
+        """The field of `OptimConfig` by which the learning rate is multiplied; None for the rate itself."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return the settings that give the part its shapes and meaning, by configuration key."""
+
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the name and shape of every tensor of the part."""
+
+    def attach(self, model: Llama, generator: Generator) -> None:
+        """Give a frozen model the part's modules, initialised with ``generator``."""
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Describe the part in words.
+
+        Args:
+            model: the base's sizes.
+            count: how many numbers are trained, by the last component of a tensor's name.
+        """
+
+
+def share(length: int, rank: int, n_shards: int) -> slice:
+    """Return the range of ``length`` that shard ``rank`` of ``n_shards`` covers."""
+    return slice(rank * length // n_shards, (rank + 1) * length // n_shards)

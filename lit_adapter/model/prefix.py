@@ -1,0 +1,157 @@
+"""LLaMA-Adapter's gated prefix attention (arXiv 2303.16199, section 3).
+
+An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's own frozen projections,
+
+    pk = P Wk, pv = P Wv                               no norm, no rotation, no mask
+    y  = softmax(q k^T / sqrt(D) + causal) v  +  softmax(q pk^T / sqrt(D)) (c(g) * pv)
+
+and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
+adapted model is the base model; the prompt's gradient is then exactly zero, so gates open first.
+
+Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.gates import GATE_FORMS
+from lit_adapter.model.layout import Shape
+from lit_adapter.model.parts import TrainedModule, share
+from lit_adapter.model.precision import widen
+
+if TYPE_CHECKING:
+    from lit_adapter.model.llama import Llama
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixState:
+    """One layer's prefix as queries meet it. It depends on weights alone, so decoding computes it once."""
+
+    k: Tensor
+    """The prompt's keys ``[G, K, D]``."""
+    v: Tensor
+    """The prompt's values ``[G, K, D]``."""
+    strength: Tensor
+    """c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+    hidden: Tensor | None = None
+    """With a prefix for each row, all tensors ``[B, ...]``: minus infinity beyond a row's prompt, else 0
+    ``[B, 1, K, 1]``."""
+
+
+def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor:
+    """Attend to a prompt.
+
+    Args:
+        q: rotated queries ``[B, H, T, D]``.
+        state: the layer's prefix.
+        dropout: share of the attention weights that is dropped.
+
+    Returns:
+        ``softmax(q pk^T / sqrt(D)) (c(g) * pv)``, ``[B, H, T, D]`` in q's dtype.
+    """
+    n_group = q.shape[1] // state.k.shape[-3]
+    pk = (state.k * q.shape[-1] ** -0.5).repeat_interleave(n_group, dim=-3)
+    pv = state.v.repeat_interleave(n_group, dim=-3)
+    # [B, H, K, T]: a CPU takes the softmax over so few numbers for many positions at once.
+    score = widen(pk @ q.mT)
+    score = score if state.hidden is None else score + state.hidden
+    weight = F.dropout(score.softmax(dim=-2), dropout, dropout > 0).to(q.dtype).mT
+    if q.dtype == torch.float16 and state.strength.shape[-2] == 1:  # c(g) * pv may underflow in fp16
+        return ((weight @ pv) * state.strength).to(q.dtype)
+    # The few values are multiplied by c(g), not the many results.
+    return weight @ (widen(pv) * state.strength).to(q.dtype)
+
+
+class GatedPrefix(TrainedModule):
+    """The prompt and gate of one attention layer, fp32 under every precision.
+
+    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
+    """
+
+    part = "prefix"
+    trained = ("prompt", "gate")
+    heads = slice(None)
+    """The query heads that this process computes; all of them without tensor parallelism."""
+
+    def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        super().__init__()
+        self.form, self.dropout = GATE_FORMS[config.gate], config.dropout
+        sizes = (model.n_head, config.prompt_length, model.head_dim)
+        self.n_head, self.axes = model.n_head, self.form.axes(*sizes)
+        self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(self.form.shape(*sizes), dtype=torch.float32))
+
+    def shard(self, rank: int, n_shards: int) -> None:
+        """Compute the query heads of one shard."""
+        self.heads = share(self.n_head, rank, n_shards)
+
+    def strength(self) -> Tensor:
+        """Return c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+        return self.form.strength(self.gate, self.axes)
+
+    def state(self, k: Tensor, v: Tensor) -> PrefixState:
+        """Return the prefix of this process's heads, given the prompt's keys and values ``[G, K, D]``."""
+        strength = self.strength()
+        return PrefixState(k, v, strength[self.heads] if self.form.per_head else strength)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from rotated ``q [B, H, T, D]`` to the prompt's keys and values ``[G, K, D]``."""
+        return attend_prefix(q, self.state(k, v), self.dropout if self.training else 0.0)
+
+
+class PrefixPart:
+    """A gated prefix in each of the top layers (`TrainedPart`); none with a prompt length of 0."""
+
+    name = "prefix"
+    lr_share = None
+    decays = True
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return prompt length, adapted layers and gate form."""
+        layers = len(self.config.adapted_layers(model.n_layer))
+        return {"prompt_length": self.config.prompt_length, "layers": layers, "gate": self.config.gate}
+
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the shapes of prompts ``[K, C]`` and raw gates."""
+        length = self.config.prompt_length
+        gate = GATE_FORMS[self.config.gate].shape(model.n_head, length, model.head_dim)
+        shapes: dict[str, Shape] = {}
+        for index in self.config.adapted_layers(model.n_layer):
+            shapes |= {
+                f"{prefix_name(index)}.prompt": (length, model.n_embd),
+                f"{prefix_name(index)}.gate": gate,
+            }
+        return shapes
+
+    def attach(self, model: Llama, generator: torch.Generator) -> None:
+        """Attach prefixes with normally distributed prompts and gates of 0."""
+        for index in self.config.adapted_layers(model.config.n_layer):
+            attention = model.layers[index].self_attn
+            device = attention.o_proj.weight.device
+            with torch.device("cpu"):
+                prefix = GatedPrefix(self.config, model.config)
+            with torch.no_grad():
+                prefix.prompt.normal_(0.0, self.config.prompt_init_std, generator=generator)
+            # On the meta device the base is not loaded yet, but the adapter has its values.
+            attention.prefix = prefix if device.type == "meta" else prefix.to(device)
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Return the numbers of prompts and gates, and their sizes."""
+        sizes = f"K {self.config.prompt_length}, L {self.form(model)['layers']} of {model.n_layer}"
+        return f"prompts {count['prompt']:,} and gates {count['gate']:,}, {sizes}"
+
+
+def prefix_name(layer: int) -> str:
+    """Return the name of a layer's prefix in the module tree, the checkpoint and the adapter file."""
+    return f"layers.{layer}.self_attn.prefix"

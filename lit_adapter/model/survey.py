@@ -1,0 +1,87 @@
+"""Compares a model with its declaration, so that no executor skips what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    block_layout,
+    block_names,
+    model_shapes,
+)
+from lit_adapter.model.llama import MLP, Attention, Block, Llama, RMSNorm
+from lit_adapter.model.parts import TrainedModule
+
+FROZEN: frozenset[type] = frozenset(
+    {Llama, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}
+)
+"""The modules of a base."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def obstacle(model: Llama, known: Collection[type] = FROZEN) -> str | None:
+    """Return the first thing in ``model`` that is not declared or not of a known kind; None if all is known.
+
+    Args:
+        model: with or without an adapter; sharded by FSDP2 or not.
+        known: exact types of modules.
+
+    Returns:
+        A phrase about a module, parameter, buffer, hook or replaced forward method, such as
+        ``layers.0.self_attn.q_norm is a RMSNorm that no LLaMA has``.
+    """
+    modules, tensors = _declared(model.config)
+    for name, module in model.named_modules():
+        kind, where = _kind(module), name or "the model"
+        if kind not in known:
+            return f"{where} is {_article(kind.__name__)}"
+        if name not in modules and not issubclass(kind, TrainedModule):
+            return f"{where} is {_article(kind.__name__)} that no LLaMA has"
+        trained = getattr(kind, "trained", ())
+        own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for tensor, _ in own:
+            if f"{name}.{tensor}".removeprefix(".") not in tensors and tensor not in trained:
+                return f"{where} has a tensor '{tensor}' that no LLaMA has"
+        if "forward" in vars(module) or any(_is_foreign(hook) for hook in _hooks(module)):
+            return f"{where} has a hook"
+    return None
+
+
+@cache
+def _declared(config: LlamaConfig) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of all modules and of all tensors."""
+    modules = {"", EMBEDDING, FINAL_NORM, OUTPUT_LAYER, "layers"}
+    layout = block_layout(config)
+    for block in block_names(config):
+        names = [norm.name for norm in layout.norms] + [linear.name for linear in layout.linears]
+        parents = {name.partition(".")[0] for name in names}
+        modules |= {block, *(f"{block}.{name}" for name in (*parents, *names))}
+    tensors = {*model_shapes(config), f"{OUTPUT_LAYER}.weight", "inverse_frequency"}
+    return frozenset(modules), frozenset(tensors)
+
+
+def _kind(module: nn.Module) -> type:
+    """Return the module's class; FSDP2 gives what it shards a subclass of its own."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Tell a hook from those with which FSDP2 gathers weights."""
+    return not str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIO' or name.startswith(('MLP', 'RMS')) else 'a'} {name}"

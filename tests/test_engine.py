@@ -1,0 +1,277 @@
+"""Requests of one batch, each with its own adapter and settings, are answered as each alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generation_fixtures import save_random_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import open_adapter, random_ids, random_llama
+
+import lit_adapter
+from lit_adapter.errors import UserError
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import NonFiniteLogitsError, Request
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model import cpu_decode
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.model.cache import ModuleDecode
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.model.executors import Setting
+from lit_adapter.model.llama import Llama
+
+KINDS: list[AdapterConfig | None] = [
+    AdapterConfig(layers=2, prompt_length=4),
+    AdapterConfig(layers=1, prompt_length=7, gate="channel"),
+    None,
+    AdapterConfig(layers=3, prompt_length=1, gate="layer"),
+    AdapterConfig(layers=2, prompt_length=9, gate="identity"),
+    AdapterConfig(layers=3, prompt_length=5),
+    AdapterConfig(layers=2, prompt_length=4),
+    AdapterConfig(layers=1, prompt_length=2),
+]
+V2 = AdapterConfig(version="v2", layers=2, prompt_length=3, head=True)
+HOW = [
+    Sampling(max_new_tokens=9),
+    Sampling(max_new_tokens=14, temperature=1.2, seed=3),
+    Sampling(max_new_tokens=11, temperature=0.8, top_p=0.9, top_k=30, seed=4),
+    Sampling(max_new_tokens=17, repetition_penalty=1.4),
+    Sampling(max_new_tokens=6, temperature=1.0, min_p=0.05, repetition_penalty=0.8, seed=5),
+    Sampling(max_new_tokens=12, stop_ids=(3, 9, 20, 41, 55)),
+    Sampling(max_new_tokens=1),
+    Sampling(max_new_tokens=10, temperature=1.5, seed=3),
+]
+PROMPTS = [random_ids(length, seed=length).tolist() for length in (5, 1, 17, 9, 10, 2, 30, 6)]
+
+
+def base_of(dtype: torch.dtype = torch.float32, **sizes: Any) -> Llama:
+    return random_llama(1, dtype, **{"n_kv_head": 2, **sizes}).eval()
+
+
+def adapter_of(base: Llama, config: AdapterConfig | None, seed: int) -> Adapter:
+    if config is None:
+        return Adapter.of(base)
+    state = adapter_state(open_adapter(copy.deepcopy(base), config, seed=seed))
+    return Adapter.of(attached(base, config, state, "it"), base)
+
+
+def eight(base: Llama) -> list[Adapter]:
+    return [adapter_of(base, config, seed) for seed, config in enumerate(KINDS)]
+
+
+def alone(number: int, adapters: list[Adapter]) -> list[int]:
+    request = Request(PROMPTS[number], HOW[number], adapters[number])
+    return [token for _, token in Engine().run([request]) if token is not None]
+
+
+def together(adapters: list[Adapter], batch_size: int = 8) -> list[list[int]]:
+    requests = [Request(*each) for each in zip(PROMPTS, HOW, adapters, strict=True)]
+    found: list[list[int]] = [[] for _ in requests]
+    for index, token in Engine().run(requests, batch_size):
+        if token is not None:
+            found[index].append(token)
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"n_kv_head": 4}, {"attention_bias": True}], ids=["gqa", "mha", "biased"]
+)
+def test_eight_requests_with_eight_adapters_and_settings(sizes: dict[str, Any]) -> None:
+    """By joined matrices, and by the modules where biases need them."""
+    adapters = eight(base_of(**sizes))
+    assert len({adapter.model for adapter in adapters}) == 1
+    wanted = [alone(number, adapters) for number in range(8)]
+    assert len({tuple(tokens) for tokens in wanted}) == 8
+    for batch_size in (8, 3):
+        assert together(adapters, batch_size) == wanted
+
+
+@pytest.mark.parametrize("executor", [CpuDecode, ModuleDecode])
+def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., Any]) -> None:
+    base = base_of(torch.float64)
+    adapters = eight(base)
+    with torch.inference_mode():
+        mixed = executor(base, 8, 40)
+        singles = [executor(base, 1, 40) for _ in adapters]
+        for slot, (adapter, prompt, single) in enumerate(zip(adapters, PROMPTS, singles, strict=True)):
+            found = mixed.read([prompt], [slot], adapter.prefixes)
+            assert torch.equal(found, single.read([prompt], [0], adapter.prefixes))
+        for n in range(4):
+            token, position = [7 + n] * 8, [len(prompt) + n for prompt in PROMPTS]
+            found = mixed.step(token, position)
+            wanted = torch.cat(
+                [single.step(token[:1], [at]) for single, at in zip(singles, position, strict=True)]
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        mixed.move(5, 2, 2)  # a slot that another request took over
+        found = mixed.step([7] * 3, [len(PROMPTS[n]) for n in (0, 1, 5)])
+        wanted = torch.cat([singles[n].step([7], [len(PROMPTS[n])]) for n in (0, 1, 5)])
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_joining_and_leaving_in_any_order_changes_nobodys_answer(data: st.DataObject) -> None:
+    base = base_of()
+    adapters = [*eight(base)[:7], adapter_of(base, V2, 7)]
+    waiting = data.draw(st.permutations(range(8)))
+    requests = {number: Request(PROMPTS[number], HOW[number], adapters[number]) for number in waiting}
+    found: dict[int, list[int]] = {number: [] for number in waiting}
+    engine, cancelled, running = Engine(), set(), []
+    while waiting or running:
+        for _ in range(data.draw(st.integers(0 if running else 1, 3))):
+            if waiting:
+                running.append(waiting.pop())
+                engine.add(requests[running[-1]])
+        if running and data.draw(st.integers(0, 9)) == 0:
+            cancelled.add(data.draw(st.sampled_from(running)))
+            engine.cancel(requests[max(cancelled & set(running))])
+        engine.step()
+        for number in list(running):
+            while requests[number].news:
+                found[number].append(requests[number].news.popleft())
+            if requests[number].ended:
+                running.remove(number)
+    assert not engine._lanes
+    for number, tokens in found.items():
+        wanted = alone(number, adapters)
+        assert tokens == (wanted[: len(tokens)] if number in cancelled else wanted)
+
+
+def test_a_cancelled_request_frees_its_slot_and_the_last_one_the_cache() -> None:
+    base, engine = base_of(), Engine()
+    adapters = eight(base)
+    first, second, third = (Request(PROMPTS[n], Sampling(max_new_tokens=8), adapters[n]) for n in range(3))
+    engine.add(first)
+    engine.add(second)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    engine.cancel(first)
+    assert lane.live == [second]
+    engine.add(third)
+    engine.step()
+    assert lane.slots == [third, second]
+    assert lane.executor.cache.n_slots == 2
+    engine.cancel(second)
+    engine.step()
+    assert lane.live == [third]
+    assert not second.news
+    engine.cancel(third)
+    assert not engine._lanes
+
+
+def test_an_error_ends_one_request_alone() -> None:
+    base, engine = base_of(), Engine()
+    state = adapter_state(open_adapter(copy.deepcopy(base), KINDS[0] or V2))
+    model = attached(base, KINDS[0] or V2, state, "it")
+    model.layers[2].self_attn.prefix.gate.fill_(float("nan"))
+    how, adapters = Sampling(max_new_tokens=8), eight(base)
+    good, bad = Request(PROMPTS[0], how, adapters[1]), Request(PROMPTS[0], how, Adapter.of(model, base))
+    engine.add(good)
+    engine.add(bad)
+    while not good.ended:
+        engine.step()
+    assert isinstance(bad.error, NonFiniteLogitsError)
+    assert good.error is None
+    assert (
+        list(good.news) == [token for _, token in Engine().run([Request(PROMPTS[0], how, adapters[1])])][:-1]
+    )
+    with pytest.raises(UserError, match="NaN or infinite"):
+        list(Engine().run([Request(PROMPTS[0], how, adapters[1]), Request(PROMPTS[0], how, bad.adapter)], 2))
+
+
+def test_prompts_that_cannot_be_read_are_their_owners_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, engine = base_of(), Engine()
+    adapters = eight(base)
+    first = Request(PROMPTS[0], HOW[0], adapters[0])
+    engine.add(first)
+    engine.step()
+    second = Request(PROMPTS[1], HOW[1], adapters[1])
+    engine.add(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuDecode, "read", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        engine.step()
+    assert isinstance(second.error, MemoryError)
+    while not first.ended:
+        engine.step()
+    assert list(first.news) == alone(0, adapters)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdaptedLlama]:
+    """The plain base, two adapters, and one that trains norms, biases and scales, on one base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    paths = [save_random_adapter(tiny_base, folder / f"{seed}.safetensors", seed) for seed in range(2)]
+    paths.append(save_random_adapter(tiny_base, folder / "v2.safetensors", 2, AdapterConfig(version="v2")))
+    first = lit_adapter.load(paths[0], tiny_base, device="cpu", dtype="float32")
+    return [first.base, first, *(first.with_adapter(path) for path in paths[1:])]
+
+
+def test_threads_and_a_half_read_stream_keep_their_own_adapters(models: list[AdaptedLlama]) -> None:
+    how = {"max_new_tokens": 30}
+    wanted = [model.generate("Say it back.", **how) for model in models]
+    assert len(set(wanted)) == len(models)
+    frozen = {name: (id(p), p.clone()) for name, p in models[0].model.named_parameters()}
+    streams = [model.stream("Say it back.", **how) for model in models]
+    begun = [next(stream) for stream in streams]
+    found: dict[int, list[str]] = {number: [] for number in range(len(models))}
+
+    def ask(number: int) -> None:
+        for _ in range(3):
+            found[number].append(models[number].generate("Say it back.", **how))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [text] * 3 for number, text in enumerate(wanted)}
+    assert [first + "".join(rest) for first, rest in zip(begun, streams, strict=True)] == wanted
+    for name, parameter in models[0].model.named_parameters():
+        assert id(parameter) == frozen[name][0]
+        assert torch.equal(parameter, frozen[name][1])
+
+
+def test_closing_a_half_read_stream_cancels_its_request(models: list[AdaptedLlama]) -> None:
+    engine = models[0]._engine
+    stream = models[1].stream("Say it back.", max_new_tokens=30)
+    next(stream)
+    assert engine._lanes
+    stream.close()
+    assert not engine._lanes
+
+
+def test_other_adapters_share_every_weight(models: list[AdaptedLlama]) -> None:
+    """Also after decoding has moved them side by side."""
+    for model in models:
+        model.generate("x", max_new_tokens=3)
+    assert cpu_decode.unsupported(models[0].model, Setting.of(models[0].model)) is None
+    own = {p.untyped_storage().data_ptr() for p in models[0].model.parameters()}
+    for model in models[1:]:
+        frozen = {
+            n: p for n, p in model.model.named_parameters() if "prefix." not in n and "adapter_" not in n
+        }
+        assert {p.untyped_storage().data_ptr() for p in frozen.values()} == own
+
+
+def test_a_model_that_is_trained_on_answers_with_what_it_has_learned(models: list[AdaptedLlama]) -> None:
+    model = copy.deepcopy(models[1].model).requires_grad_(True)
+    own = AdaptedLlama(model, models[1].tokenizer, models[1].template)
+    assert own.generate("x", max_new_tokens=12) == models[1].generate("x", max_new_tokens=12)
+    with torch.no_grad():
+        for block in model.layers:
+            if block.self_attn.prefix is not None:
+                block.self_attn.prefix.gate.zero_()
+    assert own.generate("x", max_new_tokens=12) == models[0].generate("x", max_new_tokens=12)
+    with pytest.raises(ValueError, match="plain base"):
+        _ = own.base
