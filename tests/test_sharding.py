@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from convert_sources import random_llama, write_hf
+from warm_runs import Run
 
 from lit_adapter.weights.convert import convert
 
@@ -21,22 +19,24 @@ SCRIPT = Path(__file__).parent / "sharded_process.py"
 def processes(
     base: Path, dtype: str, store: Path, n: int = 2, tensor_parallel: int = 1, **adapter: Any
 ) -> list[dict[str, Any]]:
-    started = []
     adapter.setdefault("layers", 2)
-    for rank in range(n):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, str(SCRIPT), str(base), dtype, str(store)]
-        arguments += [str(tensor_parallel), json.dumps(adapter)]
-        started.append(
-            subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    arguments = [str(base), dtype, str(store), str(tensor_parallel), json.dumps(adapter)]
+    runs = [
+        Run(
+            arguments,
+            store.with_suffix(f".{rank}"),
+            {"RANK": str(rank), "WORLD_SIZE": str(n)},
+            script=SCRIPT,
+            errors=store.with_suffix(f".{rank}.err"),
         )
+        for rank in range(n)
+    ]
     try:
-        outputs = [process.communicate(timeout=250) for process in started]
+        assert [run.wait(250) for run in runs] == [0] * n, [run.errors.read_text() for run in runs]
     finally:
-        for process in started:
-            process.kill()
-    assert not any(process.returncode for process in started), outputs
-    return [json.loads(output) for output, _ in outputs]
+        for run in runs:
+            run.process.kill()
+    return [json.loads(run.output) for run in runs]
 
 
 def test_a_sharded_base_computes_what_the_whole_one_does(tmp_path: Path) -> None:

@@ -217,10 +217,11 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU encodes without worker processes")
 @pytest.mark.parametrize(
     ("number", "status", "seconds"),
-    [(signal.SIGINT, 130, 0), pytest.param(signal.SIGTERM, 143, 1.5, marks=pytest.mark.slow)],
+    [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1.5)],
 )
 def test_while_worker_processes_encode(
     tiny_base: Path,

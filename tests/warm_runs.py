@@ -57,10 +57,10 @@ class Run:
         folder: Path | None = None,
         errors: Path | None = None,
     ) -> None:
-        self.log = log
+        self.log, self.errors = log, errors or log
         self.offset = log.stat().st_size if log.is_file() else 0
         environment = os.environ | environment
-        what = (SCRIPT.parent / script, arguments, log, errors or log, environment, folder, prepare)
+        what = (SCRIPT.parent / script, arguments, self.log, self.errors, environment, folder, prepare)
         self.process = CONTEXT.Process(target=_script, args=what)
         self.process.start()
 

@@ -1,13 +1,11 @@
-"""The bench on which faults are tried: a script's ``main`` run as the script runs it, and what it left."""
+"""A bench to try faults on: it runs a script's ``main`` as the script does and sees what that left."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -108,17 +106,11 @@ class Bench:
             return Outcome(error.exit_status, "", f"error: {error}\n")
 
     def process(self, script: str, *argv: object, **environment: str) -> Outcome:
-        """A script as a process of its own."""
+        """A script in a process of its own."""
         self.before = self.snapshot()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / script), *map(str, argv)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=self.folder,
-        )
+        from warm_runs import run_script  # only here: it imports Lightning
+
+        done = run_script(script, *argv, folder=self.folder, **environment)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     def bomb(self, name: str) -> Path:
@@ -184,3 +176,5 @@ class Row:
     status: int = 2
     writes: bool = False
     """Whether the trial may leave new files: it succeeds, or fails after it has written some."""
+    slow: bool = False
+    """Whether only the whole suite runs it."""

@@ -31,7 +31,17 @@ NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILIN
 """A fault on the page: its number, and what it is tested by."""
 
 
-@pytest.mark.parametrize("row", TABLE, ids=[f"{row.fault}-{row.what.replace(' ', '-')}" for row in TABLE])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id=f"{row.fault}-{row.what.replace(' ', '-')}",
+            marks=[pytest.mark.slow] if row.slow else [],
+        )
+        for row in TABLE
+    ],
+)
 def test_fault(row: Row, bench: Bench, record_property: Callable[[str, object], None]) -> None:
     record_property("fault", row.fault)
     outcome = row.tried(bench)
