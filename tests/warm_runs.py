@@ -23,6 +23,7 @@ from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_adapter import files
+from lit_adapter.data import module as data_module
 from lit_adapter.generation.engine import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
@@ -119,7 +120,8 @@ def _script(
 ) -> None:
     os.setpgid(0, 0)
     end_with_parent()
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
+    # A fork server for the loader's workers would import torch again, which costs seconds.
+    data_module.start_server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)

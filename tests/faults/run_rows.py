@@ -274,7 +274,12 @@ ROWS = [
         0,
         True,
     ),
-    Row(77, "nan in a checkpoint", not_finite, r"step-0000001\.ckpt: not written: .* is not finite"),
+    Row(
+        77,
+        "nan in a checkpoint",
+        not_finite,
+        r"step-0000001\.ckpt: not written: .* has NaN or infinite values",
+    ),
     Row(
         77,
         "nan while training",
