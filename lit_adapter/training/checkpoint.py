@@ -105,9 +105,7 @@ def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tup
     }
     odd = Counter(tuple(moment.shape) for moment in moments.values()) - Counter([*shapes.values()] * 2)
     if odd:
-        raise UserError(
-            f"{path}: the optimizer has a tensor of shape {list(next(iter(odd)))}, the adapter none"
-        )
+        raise UserError(f"{path}: the optimizer has a moment of shape {list(next(iter(odd)))} too many")
     for name, tensor in (checkpoint["state_dict"] | moments).items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: {name} is not fp32, or has NaN or infinite values")
