@@ -23,14 +23,14 @@ from lit_adapter.training import finetune as finetune_module
 from lit_adapter.training import preflight
 from lit_adapter.training.dry_run import Stopwatch, duration, forecast
 from lit_adapter.training.finetune import finetune
-from lit_adapter.training.memory import RowShape
 from lit_adapter.training.preflight import Sizes, check_disk, check_memory, enough_memory, remedies, run_bytes
 
+ROW, LONGEST = packed(60), packed(1)
 MODEL = LlamaConfig(vocab_size=1000, n_layer=6, n_head=8, n_kv_head=2, n_embd=256, head_dim=32, n_hidden=700)
 
 
 def needs(precision: str = "32-true") -> Sizes:
-    return Sizes(MODEL, AdapterConfig(), RowShape.of(packed(60)), 80, precision)
+    return Sizes(MODEL, AdapterConfig(), ROW, LONGEST, precision)
 
 
 def with_setting(needed: Sizes, setting: str) -> Sizes:
@@ -97,8 +97,7 @@ LLAMA_70B = LlamaConfig(
 )
 def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: list[str]) -> None:
     """141 GB of weights in bf16, on GPUs of 80, 141 and 50 GB, and on one too small for three layers."""
-    row = RowShape.of(packed(60))
-    needed = Sizes(LLAMA_70B, AdapterConfig(), row, 80, "bf16-true", device="cuda", may_be_cut_over=gpus)
+    needed = Sizes(LLAMA_70B, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda", shardable_over=gpus)
     assert remedies(needed, free * 10**9) == advice
     for setting in advice:
         shards = 1
@@ -110,9 +109,9 @@ def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: l
 
 def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None:
     model = replace(LLAMA_70B, n_head=60, n_kv_head=6, n_hidden=28_674)
-    needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
+    needed = Sizes(model, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda")
     for shares, devices in ((1, 2), (2, 4), (3, None)):
-        layout = replace(needed, shards=shares, tensor_parallel=shares, may_be_cut_over=8)
+        layout = replace(needed, shards=shares, tensor_parallel=shares, shardable_over=8)
         advice = [line for line in remedies(layout, layout.memory.total * 4 // 5) if "fsdp2" in line]
         assert advice == ([f"trainer.strategy fsdp2 with trainer.devices {devices}"] if devices else [])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 KeyValue = tuple[Tensor, Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class PackedRow:
     """Records laid end to end in one row, and the positions whose next token is learned.
 

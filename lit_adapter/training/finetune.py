@@ -42,7 +42,16 @@ from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
 from lit_adapter.training.memory import unfused_because
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
-from lit_adapter.training.preflight import FirstRecords, Sizes, check_records, check_space, enough_memory
+from lit_adapter.training.preflight import (
+    FirstRecords,
+    Sizes,
+    check_disk,
+    check_memory,
+    check_records,
+    enough_memory,
+    free_memory,
+    sizes,
+)
 from lit_adapter.training.processes import (
     StopOnSignal,
     end_run,
@@ -198,7 +207,9 @@ class _Run:
         if begin.step >= steps and is_written(self.folder.adapter, begin.path):
             self.say(f"{self.folder.path}: already complete, {counted(begin.step, 'step')}; nothing to do")
             return 0
-        needed = check_space(config, self.base_config, data, steps, self.precision, self.device, self.say)
+        needed = sizes(config, self.base_config, data, self.precision, self.device)
+        self.say(check_memory(needed, *free_memory(config, self.device)))
+        self.say(check_disk(Path(config.out), self.base_config, config, steps))
         model = self._model(self.start.tensors(begin.path))
         first: list[pl.Callback] = []
         if is_sharded(config.trainer):
