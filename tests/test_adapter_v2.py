@@ -114,7 +114,7 @@ def test_a_7b_adapter_has_the_published_count() -> None:
     attach(model, config)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_279_744
     assert sum(math.prod(shape) for shape in expected_shapes(config, sizes).values()) == 4_279_744
-    assert parameter_counts(model) == (
+    assert parameter_counts(config, sizes) == (
         "prompts 1,228,800 and gates 960, K 10, L 30 of 32; "
         "norms 266,240, biases 1,391,872, scales 1,391,872, with head"
     )

@@ -19,8 +19,7 @@ from test_memory import packed
 from lit_adapter.config import Config, OptimConfig, TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.training import finetune as finetune_module
-from lit_adapter.training import preflight
+from lit_adapter.training import load, preflight
 from lit_adapter.training.dry_run import Stopwatch, duration, forecast
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.preflight import Sizes, check_disk, check_memory, enough_memory, remedies, run_bytes
@@ -147,7 +146,7 @@ def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr(finetune_module, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(load, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=r"memory: about .* MB on the cpu .* but 1.0 MB are free; "):
         finetune(tiny(), say=Stopper())
     assert not Path(tiny().out).exists()
@@ -198,7 +197,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
         r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 step;",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
-        r"^dry run: no run was begun",
+        r"^dry run: no run was started",
     ):
         assert re.search(part, said, re.MULTILINE), part
     assert not Path(tiny().out).exists()
@@ -228,7 +227,7 @@ def test_a_signal_ends_a_dry_run_with_its_status(
     monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: None)
     lines = Stopper()
     assert finetune(tiny(), say=lines, dry_run=True) == 143
-    assert lines.lines[-1] == "dry run: stopped by a signal; no run was begun"
+    assert lines.lines[-1] == "dry run: stopped by a signal; no run was started"
     assert not Path(tiny().out).exists()
 
 

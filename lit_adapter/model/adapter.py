@@ -15,6 +15,7 @@ Letters: B batch, T positions, C width, H query heads, G key/value heads, D head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,21 +138,21 @@ def is_of_prefix(name: str) -> bool:
     return ".prefix." in name
 
 
-def parameter_counts(model: Llama) -> str:
+def parameter_counts(config: AdapterConfig, model: LlamaConfig) -> str:
     """Say what is trained, in numbers: prompts, gates, and V2's norms, biases and scales."""
-    prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
-    kinds = ["prompt", "gate", "adapter_weight", "adapter_bias", "adapter_scale"]
-    count = dict.fromkeys(kinds, 0)
-    for name, parameter in adapter_parameters(model):
-        count[name.rpartition(".")[2]] += parameter.numel()
+    count = dict.fromkeys(("prompt", "gate", "adapter_weight", "adapter_bias", "adapter_scale"), 0)
+    for name, shape in expected_shapes(config, model).items():
+        count[name.rpartition(".")[2]] += math.prod(shape)
     parts = []
-    if prefixes:
-        sizes = f"K {len(prefixes[0].prompt)}, L {len(prefixes)} of {model.config.n_layer}"
+    if config.prompt_length:
+        n_adapted = len(config.adapted_layers(model.n_layer))
+        sizes = f"K {config.prompt_length}, L {n_adapted} of {model.n_layer}"
         parts.append(f"prompts {count['prompt']:,} and gates {count['gate']:,}, {sizes}")
     if count["adapter_scale"]:
         per_linear = f"biases {count['adapter_bias']:,}, scales {count['adapter_scale']:,}"
-        head = "with" if isinstance(model.lm_head, AdaptedLinear) else "without"
-        parts.append(f"norms {count['adapter_weight']:,}, {per_linear}, {head} head")
+        parts.append(
+            f"norms {count['adapter_weight']:,}, {per_linear}, {'with' if config.head else 'without'} head"
+        )
     return "; ".join(parts)
 
 
