@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from random_records import encoded
-from test_memory import kept_for_backward
+from test_memory import estimate, kept_for_backward
 from tiny_models import open_adapter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -35,7 +35,6 @@ from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.memory import estimate
 from lit_adapter.training.sharding import cut_heads, read_cut_base, shard_base
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base

@@ -20,11 +20,11 @@ from lit_adapter.device import free_bytes
 from lit_adapter.model import loss
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training import memory
-from lit_adapter.training.memory import estimate, path_of, unfused_because
+from lit_adapter.training.memory import Memory, Sizes, path_of, unfused_because
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 
@@ -33,6 +33,10 @@ def packed(n_records: int = 20, longest: int = 40) -> PackedRow:
     records = encoded(0, n_records, longest=longest)
     packer = Packer(records, shared_preambles(records), mask_prompt=True, row_tokens=100_000)
     return packer.row(list(range(n_records)))
+
+
+def estimate(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, **layout: Any) -> Memory:
+    return Sizes(model, adapter, row, row, **layout).memory
 
 
 def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) -> int:
@@ -181,18 +185,18 @@ def test_free_memory_of_this_machine_is_a_plausible_number() -> None:
 
 def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
     """6 C + 2 M numbers a token with as many key as query heads; C when the rest is computed again."""
-    model = replace(random_llama().config, n_kv_head=4)
+    model = replace(random_llama().config, n_kv_head=4, head_dim=16, n_embd=64)
     row, config = packed(), AdapterConfig()
     plain = len(row.ids) * model.n_embd
     one, two = (
-        estimate(replace(model, n_layer=n), config, row, precision="bf16-true", path="fused").activations
+        estimate(replace(model, n_layer=n), config, row, precision="bf16-true", device="cuda").activations
         for n in (2, 3)
     )
     C, M, H = model.n_embd, model.n_hidden, model.n_head
     assert two - one == len(row.ids) * (2 * (6 * C + 2 * M) + 8 * H)
     one, two = (
         estimate(
-            replace(model, n_layer=n), config, row, precision="bf16-true", path="fused", recompute=True
+            replace(model, n_layer=n), config, row, precision="bf16-true", device="cuda", recompute=True
         ).activations
         for n in (2, 3)
     )

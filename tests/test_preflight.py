@@ -19,10 +19,18 @@ from test_memory import packed
 from lit_adapter.config import Config, OptimConfig, TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.training import load, preflight
+from lit_adapter.training import base, preflight
 from lit_adapter.training.dry_run import Stopwatch, duration, forecast
 from lit_adapter.training.finetune import finetune
-from lit_adapter.training.preflight import Sizes, check_disk, check_memory, enough_memory, remedies, run_bytes
+from lit_adapter.training.memory import Sizes
+from lit_adapter.training.preflight import (
+    check_disk,
+    check_memory,
+    enough_memory,
+    remedies,
+    run_bytes,
+    with_layers,
+)
 
 ROW, LONGEST = packed(60), packed(1)
 MODEL = LlamaConfig(vocab_size=1000, n_layer=6, n_head=8, n_kv_head=2, n_embd=256, head_dim=32, n_hidden=700)
@@ -37,9 +45,9 @@ def with_setting(needed: Sizes, setting: str) -> Sizes:
     for part in setting.split(" with "):
         name, value = part.split()
         if name == "optim.row_tokens":
-            needed = needed.with_tokens(int(value))
+            needed = replace(needed, tokens=int(value))
         elif name == "adapter.layers":
-            needed = needed.with_layers(int(value))
+            needed = with_layers(needed, int(value))
         elif name == "trainer.recompute":
             needed = replace(needed, recompute=value == "true")
         else:
@@ -146,7 +154,7 @@ def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr(load, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(base, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=r"memory: about .* MB on the cpu .* but 1.0 MB are free; "):
         finetune(tiny(), say=Stopper())
     assert not Path(tiny().out).exists()

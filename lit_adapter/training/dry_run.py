@@ -41,10 +41,13 @@ def try_steps(
     validations = (
         sum(validation.due(step, plan.steps) for step in left) if data.val_encoded is not None else 0
     )
-    say(forecast(watch, data, plan.steps - point.step, validations, _forward_share(module)))
+    # A forward pass as a share of forward and backward, which has no gradients of weights.
+    layers = plan.base.config.n_layer
+    share = layers / (layers + len(plan.config.adapter.adapted_layers(layers)))
+    say(forecast(watch, data, plan.steps - point.step, validations, share))
     if module.skipped_steps:
         say(f"warning: the loss or gradient of {module.skipped_steps} of them was not finite; lower optim.lr")
-    say("dry run: no run was started; start it without --dry-run")
+    say("dry run: no run was started; leave out --dry-run to start it")
     return 0
 
 
@@ -70,13 +73,6 @@ class Stopwatch(Callback):
         """Mean over the steps after the first, which includes the warm-up of the device."""
         timed = self.steps[1:] or self.steps
         return sum(seconds for seconds, _ in timed) / sum(tokens for _, tokens in timed)
-
-
-def _forward_share(module: LitAdapter) -> float:
-    """Return the cost of a forward pass as a share of forward and backward, which has no weight gradients."""
-    layers = module.model.layers
-    adapted = sum(layer.self_attn.prefix is not None for layer in layers)
-    return len(layers) / (len(layers) + adapted)
 
 
 def forecast(

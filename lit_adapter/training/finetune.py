@@ -7,7 +7,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
@@ -15,15 +14,13 @@ from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.text.template import resolve_template
-from lit_adapter.training.adapter_writer import AdapterWriter
-from lit_adapter.training.base import read_base
+from lit_adapter.training.adapter_writer import write_adapter
+from lit_adapter.training.base import load_model, read_base
 from lit_adapter.training.dry_run import try_steps
-from lit_adapter.training.fit import train
+from lit_adapter.training.fit import make_module, train
 from lit_adapter.training.initial_adapter import read_initial_adapter
-from lit_adapter.training.load import load_module
-from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.placement import choose_placement
-from lit_adapter.training.plan import Plan, make_plan, plan_lines
+from lit_adapter.training.plan import make_plan, plan_lines
 from lit_adapter.training.processes import follow, quiet_lightning, rank
 from lit_adapter.training.resume import Say, find_resume_point, is_written, saved_identity
 from lit_adapter.training.run_folder import RunFolder
@@ -62,7 +59,7 @@ def finetune(
     try:
         with quiet_lightning():
             if rank() > 0:
-                return follow(partial(run, _say_nothing), signals)
+                return follow(partial(run, lambda line: None), signals)
             if dry_run:
                 folder.check(resume=resume is not None)
                 return run(say)
@@ -108,7 +105,8 @@ def _run(
     for line in plan_lines(plan):
         say(line)
 
-    module = load_module(plan, initial.tensors(point.path), signals)
+    model = load_model(config, base, placement, initial.tensors(point.path))
+    module = make_module(plan, model, signals)
     if dry_run:
         return try_steps(plan, point, module, data, folder, signals, say)
     trainer = train(plan, point, module, data, folder, signals, say)
@@ -116,7 +114,10 @@ def _run(
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
         say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; --resume last continues")
     elif trainer.is_global_zero:
-        _write_adapter(plan, module, folder.adapter, trainer.global_step)
+        summary = {"steps": trainer.global_step, "train_loss": module.last["loss"]}
+        if data.val_packer is not None:
+            summary["val_loss"] = module.val_loss
+        write_adapter(plan, folder.adapter, adapter_state(model), summary)
         took = f"after {counted(trainer.global_step, 'step')}, {time.perf_counter() - started:.0f} s in all"
         say(f"wrote {folder.adapter} ({folder.adapter.stat().st_size:,} bytes) {took}")
     return signals.exit_status
@@ -127,14 +128,3 @@ def _row_tokens(config: Config, device: str) -> int:
     if config.optim.row_tokens is not None:
         return config.optim.row_tokens
     return max(config.data.max_length, 8192 if device == "cuda" else 2048)
-
-
-def _write_adapter(plan: Plan, module: LitAdapter, path: Path, steps: int) -> None:
-    summary: dict[str, Any] = {"steps": steps, "train_loss": module.last["loss"]}
-    if module.validated_step >= 0:
-        summary["val_loss"] = module.val_loss
-    AdapterWriter(plan).write(path, adapter_state(module.model), summary)
-
-
-def _say_nothing(line: str) -> None:
-    """Keep the other processes silent."""

@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from lit_adapter import files
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.generation.engine import AdaptedLlama
-from lit_adapter.training.adapter_writer import AdapterWriter
+from lit_adapter.model.llama import Llama
+from lit_adapter.training.adapter_writer import write_adapter
 from lit_adapter.training.callbacks import (
     Bar,
     BestAdapter,
@@ -27,9 +28,20 @@ from lit_adapter.training.preflight import FirstRecords, check_records, enough_m
 from lit_adapter.training.processes import StopOnSignal, end_run, last_words, take_over
 from lit_adapter.training.resume import ResumePoint, Say
 from lit_adapter.training.run_folder import RunFolder, saved_config
+from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import Signals
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.training.trainer import make_trainer
+
+
+def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
+    """Return what Lightning trains."""
+    config, dtype = plan.config, plan.placement.dtype
+    arguments = (model, config.optim, plan.steps, config.seed, signals)
+    recompute = config.trainer.recompute
+    if is_sharded(config.trainer):
+        return ShardedLitAdapter(*arguments, base=plan.base.folder, dtype=dtype, recompute=recompute)
+    return LitAdapter(*arguments, recompute=recompute)
 
 
 def train(
@@ -42,7 +54,7 @@ def train(
     say: Say,
 ) -> pl.Trainer:
     """Train from the resume point to the last step, or until a signal; return the trainer."""
-    options, writer = plan.config.trainer, AdapterWriter(plan)
+    options = plan.config.trainer
     validation, repeats = validation_of(plan, point)
     assistant = AdaptedLlama(module.model, plan.base.tokenizer, plan.template)
 
@@ -52,7 +64,7 @@ def train(
 
     callbacks: list[pl.Callback] = [
         Report(options, say, lr=plan.config.optim.peak_lr, redraw=repeats),
-        BestAdapter(folder.best, writer.write),
+        BestAdapter(folder.best, partial(write_adapter, plan)),
         Samples(assistant, data.val_records, options, signals),
         StopOnSignal(signals),  # before the checkpoints: a stop is saved at once
         Checkpoints(folder, asdict(plan.identity), options, begin_writing),
@@ -86,21 +98,18 @@ def fit(
     point: ResumePoint | None = None,
     n_steps: int | None = None,
 ) -> pl.Trainer:
-    """Check the first records, then let Lightning train.
+    """Check the first records, then train with Lightning, and return the trainer.
 
     Args:
         plan: the run.
         module: what is trained.
         data: its records.
         callbacks: what happens around the steps.
-        folder: the run's, named if another process dies.
-        signals: from here on they wait for the end of a step.
+        folder: names its checkpoints if another process dies.
+        signals: a signal waits for the end of the step once training starts.
         curves: the logger, if any.
         point: where to start; step 0 by default.
         n_steps: stop after so many; None for the whole run.
-
-    Returns:
-        The trainer, after its last step.
 
     Raises:
         UserError: a loss that is not finite, too little memory, or a file that cannot be written.

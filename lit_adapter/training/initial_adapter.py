@@ -38,12 +38,8 @@ def read_initial_adapter(
 ) -> InitialAdapter:
     """Read the file that ``init_from`` names and check that it fits the run.
 
-    Args:
-        config: the run.
-        base: its base.
-        template: its template; another one in the file is only noted.
-        saved_sha256: of the initial adapter of the run that is resumed, which does not need the file again.
-        say: gets a line for each thing worth knowing.
+    A resumed run, whose checkpoint has the file's ``saved_sha256``, does not need the file again. Another
+    template in the file is only noted.
 
     Raises:
         UserError: there is no such file, it is not an adapter of ours, or it does not fit.

@@ -24,7 +24,7 @@ states is summed over the group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -59,61 +59,78 @@ class Memory:
     @property
     def total(self) -> int:
         """Their sum."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
-def estimate(
-    model: LlamaConfig,
-    adapter: AdapterConfig,
-    row: PackedRow,
-    *,
-    precision: str,
-    path: Path = "plain",
-    recompute: bool = False,
-    shards: int = 1,
-    tensor_parallel: int = 1,
-) -> Memory:
-    """Return what one device needs at the peak of a step.
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a step depends on; a setting is tried by replacing its field."""
 
-    Args:
-        model: the base's sizes.
-        adapter: the adapter's.
-        row: the row that needs most.
-        precision: Lightning's name for it: ``32-true``, ``bf16-true``, ``bf16-mixed`` or ``16-mixed``.
-        path: how blocks are computed.
-        recompute: whether the backward pass computes them again.
-        shards: devices that the frozen weights are sharded over.
-        tensor_parallel: devices that share the heads of one row.
-    """
-    stored = 2 if precision == "bf16-true" else 4
-    computed = 4 if precision == "32-true" else 2
-    tokens, targets = len(row.ids), len(row.target_index)
-    base = {name: math.prod(shape) for name, shape in base_shapes(model).items()}
-    layer = sum(size for name, size in base.items() if name.startswith("model.layers.0."))
-    weights = sum(base.values()) - model.n_layer * layer
-    layer //= tensor_parallel
-    weights = (weights + model.n_layer * layer) * stored
-    if shards > tensor_parallel:
+    model: LlamaConfig
+    adapter: AdapterConfig
+    row: PackedRow
+    """The row that needs most."""
+    longest: PackedRow
+    """The longest record in a row of its own: no row can be shorter."""
+    precision: str
+    """Lightning's name: ``32-true``, ``bf16-true``, ``bf16-mixed`` or ``16-mixed``."""
+    device: str = "cpu"
+    recompute: bool = False
+    shards: int = 1
+    tensor_parallel: int = 1
+    shardable_over: int = 1
+    """GPUs of a node that the base could be sharded over; 1 where it has to be whole."""
+    tokens: int | None = None
+    """Another length of ``row``, not below that of ``longest``."""
+
+    @property
+    def memory(self) -> Memory:
+        """What one device needs at the peak of a step."""
+        whole = self._memory(self.row)
+        if self.tokens is None:
+            return whole
+        least, n_least = self._memory(self.longest), len(self.longest.ids)
+        share = (self.tokens - n_least) / (len(self.row.ids) - n_least)
+        pairs = zip(astuple(least), astuple(whole), strict=True)
+        return Memory(*(math.ceil(low + share * (high - low)) for low, high in pairs))
+
+    def _memory(self, row: PackedRow) -> Memory:
+        adapter, tokens, targets = self.adapter, len(row.ids), len(row.target_index)
+        stored = 2 if self.precision == "bf16-true" else 4
+        computed = 4 if self.precision == "32-true" else 2
+        path = path_of(self.model, adapter, self.precision, self.device, self.tensor_parallel)
+        model = self.model.part(self.tensor_parallel)  # what this device computes
+        if path == "fused":
+            each, first = kept_per_token(model, computed), adapter.adapted_layers(model.n_layer).start
+            layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
+            rest = targets * model.n_embd * stored + 4 * tokens * model.head_dim  # final norm, rotation
+        else:
+            layers, rest = _measure(model, adapter, row, self.precision)
+        if self.recompute:
+            layers = [max(layers), len(layers) * tokens * model.n_embd * stored]
+        rest += targets * model.n_embd * stored  # the loss keeps the gradient of the hidden states
+        workspace = _workspace(model, adapter, row, computed, path)
+        if self.tensor_parallel > 1:
+            workspace += computed * tokens * model.n_embd
+        trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, self.model).values())
+        return Memory(self._weights(stored), 16 * trained, sum(layers) + rest, workspace)
+
+    def _weights(self, stored: int) -> int:
+        """Return the bytes of the base, with ``stored`` for each number."""
+        model, parallel = self.model, self.tensor_parallel
+        base = {name: math.prod(shape) for name, shape in base_shapes(model).items()}
+        layer = sum(size for name, size in base.items() if name.startswith("model.layers.0."))
+        rest = sum(base.values()) - model.n_layer * layer
+        layer //= parallel
+        weights = (rest + model.n_layer * layer) * stored
+        if self.shards <= parallel:
+            return weights
         gathered = 3 * layer + model.vocab_size * model.n_embd
-        weights = math.ceil(weights / (shards // tensor_parallel)) + gathered * stored
-    trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, model).values())
-    model = model.part(tensor_parallel)
-    if path == "fused":
-        each, first = kept_per_token(model, computed), adapter.adapted_layers(model.n_layer).start
-        layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
-        rest = targets * model.n_embd * stored + 4 * tokens * model.head_dim  # final norm's input, rotation
-    else:
-        layers, rest = _measure(model, adapter, row, precision)
-    if recompute:
-        layers = [max(layers), len(layers) * tokens * model.n_embd * stored]
-    # The loss keeps the gradient of the hidden states.
-    kept = sum(layers) + rest + targets * model.n_embd * stored
-    copied = computed * tokens * model.n_embd if tensor_parallel > 1 else 0
-    return Memory(weights, 16 * trained, kept, _workspace(model, adapter, row, computed, path) + copied)
+        return math.ceil(weights / (self.shards // parallel)) + gathered * stored
 
 
 class _Kind(NamedTuple):
-    """What distinguishes a block from others, as far as autograd is concerned."""
+    """A kind of block: blocks of one kind keep equally much."""
 
     passes_gradient: bool
     """A layer below it learns."""
@@ -122,23 +139,18 @@ class _Kind(NamedTuple):
     """It computes the target positions only."""
 
 
-FINAL_NORM = None
-
-
 def _measure(
     model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, precision: str
 ) -> tuple[list[int], int]:
-    """Return what each layer keeps, from the first that learns on, and what is kept beside the layers."""
+    """Return the bytes that each layer keeps, from the first that learns on, and all other bytes kept."""
     prefixes = adapter.adapted_layers(model.n_layer)
     first = 0 if adapter.version == "v2" else prefixes.start
     kinds = [_Kind(i > first, i in prefixes, i == model.n_layer - 1) for i in range(first, model.n_layer)]
     form = replace(adapter, layers=1 if prefixes else None)
-    saved = {
-        kind: _saved(replace(model, n_layer=2, vocab_size=1), form, row, precision, kind)
-        for kind in {*kinds, FINAL_NORM}
-    }
-    shared = frozenset().union(*(of_row for _, of_row in saved.values()))
-    rest = saved[FINAL_NORM][0] + sum(storage.nbytes() for storage in shared)
+    sizes = replace(model, n_layer=2, vocab_size=1)
+    saved = {kind: _saved(sizes, form, row, precision, kind) for kind in {*kinds, None}}
+    shared = frozenset().union(*(of_plan for _, of_plan in saved.values()))
+    rest = saved[None][0] + sum(storage.nbytes() for storage in shared)
     return [saved[kind][0] for kind in kinds], rest
 
 
@@ -146,14 +158,9 @@ def _measure(
 def _saved(
     sizes: LlamaConfig, adapter: AdapterConfig, row: PackedRow, precision: str, kind: _Kind | None
 ) -> tuple[int, frozenset[UntypedStorage]]:
-    """Return the bytes that one block, or the final norm, keeps, and what it keeps of the row's own plan.
+    """Return the bytes that a block keeps, or without ``kind`` the final norm, and what it keeps of the plan.
 
-    Args:
-        sizes: of a model of two layers.
-        adapter: of one adapted layer, the upper one, or of none.
-        row: the packed row.
-        precision: Lightning's name for it.
-        kind: of the block; None for the final norm.
+    ``sizes`` have two layers, of which the upper one has a prefix, if any has.
     """
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     with META:
@@ -185,8 +192,7 @@ def _saved(
 @lru_cache(maxsize=4)
 def _plan(row: PackedRow, head_dim: int) -> tuple[SegmentView, Tensor]:
     """Return the row's view and target positions on the meta device."""
-    rotation = (torch.empty(1, len(row.ids), head_dim // 2, device=META) for _ in range(2))
-    cos, sin = rotation
+    cos, sin = (torch.empty(1, len(row.ids), head_dim // 2, device=META) for _ in range(2))
     return SegmentView(row, (cos, sin)), row.inputs(META)[2]
 
 
@@ -201,16 +207,15 @@ class _AsOnCpu(TorchFunctionMode):
         if self.mixed and func.__name__ in ("linear", "matmul", "__matmul__", "scaled_dot_product_attention"):
             args = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         if func is F.scaled_dot_product_attention:
-            mask = kwargs["attn_mask"]
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return attend(*args, attn_mask=mask, scale=kwargs["scale"])[0]
+            func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return func(*args, attn_mask=kwargs["attn_mask"], scale=kwargs["scale"])[0]
         return func(*args, **(kwargs or {}))
 
 
 def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: int, path: Path) -> int:
-    """Return the largest of what is held for a moment: logits, scores, a layer's own tensors.
+    """Return the largest of what is held for a moment: logits, scores, or a layer's own tensors.
 
-    ``s`` is the size of a number in the precision that is computed in, in bytes.
+    ``s`` is the size in bytes of a number in the precision of the computation.
     """
     tokens, targets = len(row.ids), len(row.target_index)
     logits = min(targets, max(1, CHUNK_LOGITS // model.vocab_size)) * model.vocab_size

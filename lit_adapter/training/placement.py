@@ -37,11 +37,7 @@ def choose_placement(
 ) -> Placement:
     """Choose device and precision, and make the device CUDA's current one.
 
-    Args:
-        config: the run.
-        base: the base's sizes.
-        saved_precision: that of the run that is resumed; auto keeps it.
-        say: gets a line about what auto has chosen.
+    Precision auto keeps that of a resumed run, ``saved_precision``; ``say`` gets a line about its choice.
 
     Raises:
         UserError: settings that the machine, its devices or the base cannot satisfy.

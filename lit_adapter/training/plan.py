@@ -52,18 +52,10 @@ def make_plan(
     initial: InitialAdapter,
     data: AlpacaDataModule,
 ) -> Plan:
-    """Plan a run.
-
-    Args:
-        config: the run, with its learning rate.
-        base: its base.
-        placement: its device and precision.
-        template: its template.
-        initial: what it starts from.
-        data: its records, read.
+    """Plan a run from what has been read.
 
     Raises:
-        UserError: epochs or a warm-up that do not go with the number of records.
+        UserError: the epochs or the warm-up do not fit the number of records.
     """
     steps = total_steps(config.optim, data.training_steps().steps_per_epoch)
     facts = {
@@ -94,7 +86,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         UserError: memory or disk do not suffice.
     """
     config, optim, base, steps = plan.config, plan.config.optim, plan.base.config, plan.steps
-    yield check_memory(plan.needed, *free_memory(config, plan.placement.device))
+    yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
     yield check_disk(Path(config.out), base, config, steps)
     frozen, trained = (
         sum(math.prod(shape) for shape in shapes.values())

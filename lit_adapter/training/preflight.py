@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import signal
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,76 +21,22 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from lit_adapter.config import Config
+from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.files import free_disk
 from lit_adapter.model.adapter import expected_shapes
-from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.memory import Memory, estimate, path_of
+from lit_adapter.training.memory import Sizes
 from lit_adapter.training.strategy import is_sharded, n_processes, whole_because
 
 STEPS_LOOKED_AT = 3
 HEADERS = 65_536
 """Most bytes of a checkpoint or adapter file that are not tensors."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the memory of a step depends on; a setting is tried by replacing its field."""
-
-    model: LlamaConfig
-    adapter: AdapterConfig
-    row: PackedRow
-    """The row that needs most memory."""
-    longest: PackedRow
-    """The longest record in a row of its own: no limit on rows can make them shorter."""
-    precision: str
-    device: str = "cpu"
-    recompute: bool = False
-    shards: int = 1
-    tensor_parallel: int = 1
-    shardable_over: int = 1
-    """GPUs of a node that the base could be sharded over; 1 where it has to be whole."""
-    tokens: int | None = None
-    """Another length of ``row``, from that of ``longest`` on."""
-
-    @property
-    def memory(self) -> Memory:
-        """What a step needs."""
-        whole = self._with(self.row)
-        if self.tokens is None:
-            return whole
-        least, n_least = self._with(self.longest), len(self.longest.ids)
-        share = (self.tokens - n_least) / (len(self.row.ids) - n_least)
-        pairs = zip(astuple(least), astuple(whole), strict=True)
-        return Memory(*(math.ceil(low + share * (high - low)) for low, high in pairs))
-
-    def _with(self, row: PackedRow) -> Memory:
-        path = path_of(self.model, self.adapter, self.precision, self.device, self.tensor_parallel)
-        return estimate(
-            self.model,
-            self.adapter,
-            row,
-            precision=self.precision,
-            path=path,
-            recompute=self.recompute,
-            shards=self.shards,
-            tensor_parallel=self.tensor_parallel,
-        )
-
-    def with_tokens(self, tokens: int) -> Sizes:
-        """Return the same with a row of ``tokens``."""
-        return replace(self, tokens=tokens)
-
-    def with_layers(self, layers: int) -> Sizes:
-        """Return the same with ``layers`` adapted layers."""
-        return replace(self, adapter=replace(self.adapter, layers=layers))
 
 
 def sizes(
@@ -118,14 +64,11 @@ def sizes(
     return max(needed, replace(needed, row=longest), key=lambda one: one.memory.total)
 
 
-def free_memory(config: Config, device: torch.device) -> tuple[int | None, int]:
-    """Return the bytes that each process of a run can still have, and how many processes share a memory.
-
-    The bytes are None where the system does not say.
-    """
+def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | None, int]:
+    """Return the bytes that each process can still have, None if unknown, and how many share the memory."""
     free, sharing = free_bytes(own_device(device)), 1
     if free is not None and device.type == "cpu":
-        sharing = n_processes(config.trainer, device) // config.trainer.num_nodes
+        sharing = n_processes(options, device) // options.num_nodes
         free //= sharing
     return free, sharing
 
@@ -175,14 +118,15 @@ def _fitting(needed: Sizes, free: int) -> Iterator[str]:
         together = f" with {other}" if other else ""
         if other and start.memory.total <= free:
             yield other
-        if n := _n_fitting(tokens, start.with_tokens, free):
+        if n := bisect_right(tokens, free, key=lambda n: replace(start, tokens=n).memory.total):
             yield f"optim.row_tokens {tokens[n - 1]}{together}"
-        if n := _n_fitting(layers, start.with_layers, free):
+        if n := bisect_right(layers, free, key=lambda n: with_layers(start, n).memory.total):
             yield f"adapter.layers {layers[n - 1]}{together}"
 
 
-def _n_fitting(values: range, with_value: Callable[[int], Sizes], free: int) -> int:
-    return bisect_right(values, free, key=lambda value: with_value(value).memory.total)
+def with_layers(needed: Sizes, layers: int) -> Sizes:
+    """Return the same sizes with ``layers`` adapted layers."""
+    return replace(needed, adapter=replace(needed.adapter, layers=layers))
 
 
 def _sharding(needed: Sizes, free: int) -> str | None:
@@ -190,13 +134,16 @@ def _sharding(needed: Sizes, free: int) -> str | None:
     per_node = needed.shardable_over
     if per_node < 2:
         return None
-    for shards in (*(n for n in (2, 4, 8) if n < per_node), *(n * per_node for n in (1, 2, 4, 8))):
-        devices = min(shards, per_node)
-        if devices % needed.tensor_parallel:
-            continue
-        if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
-            nodes = f" with trainer.num_nodes {shards // devices}" if shards > devices else ""
-            return f"trainer.strategy fsdp2 with trainer.devices {devices}{nodes}"
+    layouts = [(n, 1) for n in (2, 4, 8) if n < per_node] + [(per_node, nodes) for nodes in (1, 2, 4, 8)]
+    for devices, nodes in layouts:
+        more = replace(needed, shards=devices * nodes)
+        if (
+            devices % needed.tensor_parallel == 0
+            and more.shards > needed.shards
+            and more.memory.total <= free
+        ):
+            on_nodes = f" with trainer.num_nodes {nodes}" if nodes > 1 else ""
+            return f"trainer.strategy fsdp2 with trainer.devices {devices}{on_nodes}"
     return None
 
 

@@ -30,11 +30,7 @@ LOCK = ".lock"
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        path: the folder.
-    """
+    """The files of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,12 +75,10 @@ class RunFolder:
     def _holds_files(self) -> bool:
         """Tell whether there are files other than the lock and temporary files of a run that is starting."""
         with files.reading(self.path), suppress(FileNotFoundError):
-            return any(p.name != LOCK and not self._is_of_a_start(p) for p in self.path.iterdir())
+            found = [path for path in self.path.iterdir() if path.name != LOCK]
+            starting = (self.config.name, "probe")
+            return not all(any(files.is_temporary(path, name) for name in starting) for path in found)
         return False
-
-    def _is_of_a_start(self, path: Path) -> bool:
-        """Tell whether a file is a temporary one of those that a run writes first."""
-        return files.is_temporary(path, self.config.name) or files.is_temporary(path, "probe")
 
     def _claim(self) -> None:
         """Take the lock, which the system gives back when this process ends, however it ends."""

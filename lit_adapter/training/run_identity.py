@@ -24,8 +24,23 @@ class RunIdentity:
 
 
 def run_identity(config: Config, steps: int = 0, **facts: Any) -> RunIdentity:
-    """Return the identity of a run; ``facts`` are what it must share beside its configuration."""
-    return RunIdentity(plain(_identity(config) | facts), plain(_changeable(config)), steps)
+    """Return the identity of a run; ``facts`` are what it must share besides its configuration."""
+    values = asdict(config)
+    shared: dict[str, Any] = {"seed": config.seed}
+    shared |= {f"adapter.{key}": value for key, value in values["adapter"].items()}
+    shared |= _section(values, "data", "mask_prompt", "max_length")
+    shared |= _section(values, "optim", "batch_size", "schedule", "warmup", "min_lr_ratio")
+    shared |= {"base_precision": config.trainer.base_precision}
+    changeable = {key: files.without_home(values[key]) for key in ("base", "out")}
+    changeable |= _section(values, "optim", "epochs", "max_steps", "lr", "base_lr", "lr_scale_v2")
+    changeable |= _section(values, "optim", "weight_decay", "betas", "eps", "clip", "row_tokens")
+    changeable |= _section(values, "data", "workers")
+    changeable |= _section(values, "trainer", *values["trainer"])
+    return RunIdentity(plain(shared | facts), plain(changeable), steps)
+
+
+def _section(values: dict[str, Any], section: str, *keys: str) -> dict[str, Any]:
+    return {f"{section}.{key}": values[section][key] for key in keys}
 
 
 def plain(value: Any) -> Any:
@@ -35,27 +50,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    data = {f"data.{key}": values["data"][key] for key in ("mask_prompt", "max_length")}
-    optim = {
-        f"optim.{key}": values["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
-    }
-    adapter = {f"adapter.{key}": value for key, value in values["adapter"].items()}
-    base_precision = {"base_precision": config.trainer.base_precision}
-    return {"seed": config.seed, **adapter, **data, **optim, **base_precision}
-
-
-def _changeable(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    found = {key: files.without_home(values[key]) for key in ("base", "out")}
-    optim = ("epochs", "max_steps", "lr", "base_lr", "lr_scale_v2", "weight_decay", "betas", "eps", "clip")
-    for section, keys in (
-        ("optim", (*optim, "row_tokens")),
-        ("data", ("workers",)),
-        ("trainer", tuple(values["trainer"])),
-    ):
-        found |= {f"{section}.{key}": values[section][key] for key in keys}
-    return found
