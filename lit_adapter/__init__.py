@@ -1,4 +1,4 @@
-"""Fine-tune LLaMA models cheaply: a frozen base and a few trained numbers in gated prefix attention.
+"""Fine-tune LLaMA models cheaply: a frozen base, and a few trained parameters in gated prefix attention.
 
 import lit_adapter
 model = lit_adapter.load(adapter="out/run/adapter.safetensors")
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when a model is asked for: scripts answer --help without it."""
+    """Import torch only when it is needed: the commands print --help without it."""
     if name in ("AdaptedLlama", "load"):
         from lit_adapter.generation import adapted
 

@@ -1,9 +1,6 @@
-"""``python -m lit_adapter COMMAND ...``: the console script by another door."""
+"""``python -m lit_adapter COMMAND ...``: the same as the console script."""
 
-from functools import partial
-
-from lit_adapter.cli.command import run
-from lit_adapter.cli.main import main
+from lit_adapter.cli.main import console_script
 
 if __name__ == "__main__":
-    run(partial(main, program="python -m lit_adapter"))
+    console_script("python -m lit_adapter")

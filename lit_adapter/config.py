@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run: typed dataclasses, read before torch or lightning is imported."""
+"""The configuration of a fine-tuning run: typed dataclasses, read before torch and lightning are imported."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from lit_adapter.model.config import VERSIONS, AdapterConfig, check_fp32
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
 MOST_WORKERS = 64
-"""Each holds pipes open; some hundreds exhaust what a process may open, and it dies without a word."""
+"""Each worker holds pipes open; some hundreds reach the limit of open files, which ends a run silently."""
 DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not least <= value < float("inf"):
-        raise UserError(f"{name} is {value}; expected {least} or more")
+def _at_least(least: float, section: object, prefix: str, *names: str) -> None:
+    """Check the numbers of a section; None passes."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not least <= value < float("inf"):
+            raise UserError(f"{prefix}{name} is {value}; expected {least} or more")
 
 
 def _expand_home(config: object, *names: str) -> None:
-    """Let ``~`` stand for the user's home folder, as saved configurations have it."""
+    """Replace ``~`` by the user's home folder, so that saved configurations name it in full."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
@@ -32,14 +35,14 @@ def _expand_home(config: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Columns:
-    """What the data calls the three fields of a record."""
+    """The data's names for the three fields of a record."""
 
     instruction: str = "instruction"
-    """Must be there; an empty one is an error."""
+    """Required; an empty instruction is an error."""
     input: str = "input"
-    """May be absent from the data under its usual name: every input is then empty."""
+    """Data may lack the column of the default name: every input is then empty."""
     output: str = "output"
-    """Must be there; records without text in it are left out."""
+    """Required; records whose output is empty are left out."""
 
     def __post_init__(self) -> None:
         names = [getattr(self, item.name) for item in fields(self)]
@@ -49,34 +52,33 @@ class Columns:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which records are learned, and how they become tokens."""
+    """The training records, and how they become tokens."""
 
     train: str = ""
-    """A JSON, JSONL, CSV or Parquet file, or a Hub data set as org/name."""
+    """A JSON, JSONL, CSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
     val: str | None = None
-    """A file of held-out records; without it val_size records are split off, chosen by the seed."""
+    """A file of held-out records; without one, val_size records are split off, chosen by the seed."""
     val_size: int | float = 0.1
-    """Records to hold out when there is no val file: a count, or a fraction below 1. 0: no validation."""
+    """Records to hold out if there is no val file: a number, or a fraction below 1. 0: no validation."""
     columns: Columns = field(default_factory=Columns)
     """Names of the instruction, input and output columns."""
     template: str = "alpaca"
     """alpaca, alpaca-newline, chat (the base's own), a text with {instruction} and {input}, or its file."""
     mask_prompt: bool = True
-    """Learn the answer only, not the prompt."""
+    """Train on the answer only, not on the prompt."""
     max_length: int = 512
-    """Longest record in tokens; longer ones lose the start of their prompt, never their answer."""
+    """Longest record, in tokens. A longer one loses the start of its prompt, never any of its answer."""
     workers: int = 0
-    """Loader processes that pack batches ahead of the training process."""
+    """Processes that pack batches ahead of training; 0: the training process packs them."""
 
     def __post_init__(self) -> None:
         _expand_home(self, "train", "val", "template")
         if self.val == "":
             raise UserError("data.val is empty; name a file, or leave it out to split off data.val_size")
-        _at_least("data.max_length", self.max_length, 8)
-        _at_least("data.workers", self.workers, 0)
+        _at_least(8, self, "data.", "max_length")
+        _at_least(0, self, "data.", "workers", "val_size")
         if self.workers > MOST_WORKERS:
             raise UserError(f"data.workers is {self.workers}; expected {MOST_WORKERS} or less")
-        _at_least("data.val_size", self.val_size, 0)
         if isinstance(self.val_size, float) and self.val_size >= 1:
             raise UserError(
                 f"data.val_size is {self.val_size}; expected a whole number of records, or a fraction below 1"
@@ -85,46 +87,44 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW on the adapter's parameters, warm-up, then a decay."""
+    """AdamW on the adapter's parameters, with a warm-up and then a decay of the learning rate."""
 
     batch_size: int = 64
-    """Records in one optimizer step, over all devices together."""
+    """Records in one optimizer step, summed over all devices."""
     row_tokens: int | None = None
-    """Longest packed row: the size of a micro-batch in tokens. null chooses by device. It changes memory
-    and speed, not results (but what adapter.dropout draws)."""
+    """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
+    speed, and results only through what adapter.dropout draws."""
     epochs: float = 3.0
     """Passes over the training records."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever epochs says."""
+    """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
-    """Peak learning rate; where neither lr nor base_lr is given 2e-2, for adapter.version v2 1e-2."""
+    """Peak learning rate. Without lr and base_lr it is 2e-2, or 1e-2 for adapter.version v2."""
     base_lr: float | None = None
-    """Peak learning rate as in the paper: lr = base_lr * batch_size / 256."""
+    """Peak learning rate in the paper's form: lr = base_lr * batch_size / 256."""
     lr_scale_v2: float = 0.1
-    """adapter.version v2: the rate of its norms, biases and scales, as a share of lr. They do not decay."""
+    """adapter.version v2: learning rate of norms, biases and scales, as a share of lr. No weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up."""
     warmup: int | float = 0.05
-    """Warm-up: optimizer steps, or a fraction of the run if below 1."""
+    """Length of the warm-up: optimizer steps, or a fraction of the run if below 1."""
     min_lr_ratio: float = 0.0
-    """The schedule's last rate, as a share of the peak."""
+    """Last learning rate of the schedule, as a share of the peak."""
     weight_decay: float = 0.02
-    """AdamW's, of prompts and gates."""
+    """AdamW's weight decay of prompts and gates."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's: how much of its two averages stays at each step."""
+    """AdamW's decay rates of its two running averages."""
     eps: float = 1e-8
-    """AdamW's: what is added to the root of the second average."""
+    """AdamW's epsilon, added to the root of the second average."""
     clip: float | None = 1.0
-    """Largest gradient norm; null switches clipping off."""
+    """Largest gradient norm; null: no clipping."""
     max_bad_steps: int = 5
-    """Stop after this many skipped steps (loss or gradient not finite) in a row."""
+    """End the run after this many steps in a row were skipped for a NaN or infinite loss or gradient."""
 
     def __post_init__(self) -> None:
-        _at_least("optim.batch_size", self.batch_size, 1)
-        _at_least("optim.row_tokens", self.row_tokens, 8)
-        _at_least("optim.max_steps", self.max_steps, 1)
-        _at_least("optim.warmup", self.warmup, 0)
-        _at_least("optim.max_bad_steps", self.max_bad_steps, 1)
+        _at_least(1, self, "optim.", "batch_size", "max_steps", "max_bad_steps")
+        _at_least(8, self, "optim.", "row_tokens")
+        _at_least(0, self, "optim.", "warmup")
         if not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
         check_fp32("optim.eps", self.eps)
@@ -145,7 +145,7 @@ class OptimConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate, from whichever of lr and base_lr is given."""
+        """The peak learning rate, from lr or base_lr, whichever is given."""
         if self.base_lr is not None:
             return self.base_lr * self.batch_size / 256
         return DEFAULT_LR["v1"] if self.lr is None else self.lr
@@ -156,55 +156,50 @@ class TrainerConfig:
     """Where and how Lightning's Trainer runs, and how often it reports."""
 
     accelerator: Literal["auto", "cpu", "cuda", "gpu"] = "auto"
-    """cuda and gpu are one; CUDA_VISIBLE_DEVICES chooses among several GPUs."""
+    """cuda and gpu mean the same; CUDA_VISIBLE_DEVICES chooses among several GPUs."""
     devices: int | str = 1
-    """Devices per node: a number, or auto for all."""
+    """Devices per node: a number, or auto for all of them."""
     num_nodes: int = 1
-    """Nodes, each started by torchrun or SLURM."""
+    """Number of nodes; torchrun or SLURM starts each of them."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """ddp: the base whole on every device. fsdp2: cut over the devices, for bases that do not fit one.
-    auto: ddp where there are several devices."""
+    """ddp: every device holds the whole base. fsdp2: the base is sharded over the devices, if it does not fit
+    one. auto: ddp if there are several devices."""
     tensor_parallel: int = 1
-    """fsdp2: devices of a node that share the work of every row, each with some of the heads. They divide
-    devices, and the base's key/value heads and MLP width."""
+    """fsdp2: number of devices in a node that share the work of every row, each with some of the attention
+    heads. It must divide devices, and the base's key/value heads and MLP width."""
     precision: Precision = "auto"
-    """auto: bf16-true where the processor multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
+    """auto: bf16-true if the device multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
     base_precision: Literal["full", "fp8"] = "full"
-    """fp8: the frozen linear layers in 8-bit floats, on Hopper GPUs and later, with precision bf16-true.
+    """fp8: the frozen linear layers in 8-bit floats, on Hopper and later GPUs, with precision bf16-true.
     Faster, and no longer exact."""
     recompute: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, slower."""
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, slower."""
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None
-    """Optimizer steps between validations; null: a tenth of the run's. The first is before any step."""
+    """Optimizer steps between validations; null: a tenth of the run. The first one is before any step."""
     save_every: int = 50
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Number of checkpoints kept, the newest ones."""
     samples: int = 3
-    """Held-out records answered as text at each validation."""
+    """Held-out records answered in text at each validation."""
     sample_tokens: int = 64
-    """Longest sample answer."""
+    """Longest answer to such a record, in tokens."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """A progress bar on a terminal, lines elsewhere."""
+    """auto: a progress bar on a terminal, lines elsewhere."""
 
     def __post_init__(self) -> None:
-        _at_least("trainer.num_nodes", self.num_nodes, 1)
-        _at_least("trainer.tensor_parallel", self.tensor_parallel, 1)
-        _at_least("trainer.log_every", self.log_every, 1)
-        _at_least("trainer.val_every", self.val_every, 1)
-        _at_least("trainer.save_every", self.save_every, 1)
-        _at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1)
-        _at_least("trainer.samples", self.samples, 0)
-        _at_least("trainer.sample_tokens", self.sample_tokens, 1)
+        _at_least(1, self, "trainer.", "num_nodes", "tensor_parallel", "log_every", "val_every", "save_every")
+        _at_least(1, self, "trainer.", "keep_checkpoints", "sample_tokens")
+        _at_least(0, self, "trainer.", "samples")
         if self.precision == "16-true":
             raise UserError(
                 "trainer.precision is 16-true; fp16 gradients underflow without a scaler: "
                 "use 16-mixed, or bf16-true where the device has bf16"
             )
         if isinstance(self.devices, int):
-            _at_least("trainer.devices", self.devices, 1)
+            _at_least(1, self, "trainer.", "devices")
         elif self.devices != "auto":
             raise UserError(f"trainer.devices is {self.devices!r}; expected a number or auto")
 
@@ -218,9 +213,9 @@ class Config:
     out: str = "out/finetune"
     """Run folder: configuration, checkpoints, curves and the adapter."""
     seed: int = 1337
-    """Seeds the prompts, the order of the records and the split."""
+    """Seed of the initial prompts, of the order of the records and of the split."""
     init_from: str | None = None
-    """An adapter.safetensors on the same base to start from, of the same sizes and gate form."""
+    """Initial adapter: an adapter.safetensors of the same base, sizes and gate form."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -231,12 +226,12 @@ class Config:
         if not self.base:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
-            raise UserError(f"out is {self.out!r}; expected a folder of this machine")
+            raise UserError(f"out is {self.out!r}; expected a folder on this machine")
         if not is_unicode(self.out):
             raise UserError(
                 f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
             )
-        _at_least("seed", self.seed, 0)
+        _at_least(0, self, "", "seed")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
         has_v2_parts = self.adapter.parts != VERSIONS["v1"]
@@ -244,13 +239,13 @@ class Config:
             raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
         if has_v2_parts:
             rate = with_learning_rate(self).optim.peak_lr * self.optim.lr_scale_v2
-            check_fp32("the rate of V2, lr * lr_scale_v2,", rate, zero=True)
+            check_fp32("the learning rate of V2, lr * lr_scale_v2,", rate, zero=True)
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")
 
 
 def with_learning_rate(config: Config) -> Config:
-    """Return the run with its adapter's default learning rate where none is given."""
+    """Return the configuration with its adapter's default learning rate if none is given."""
     default = DEFAULT_LR[config.adapter.version]
     is_given = config.optim.lr is not None or config.optim.base_lr is not None
     if is_given or default == config.optim.peak_lr:

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: a real 135M LLaMA learns to turn requests into JSON commands."""
+"""The main job on an embedded default: a real LLaMA of 135M learns to turn requests into JSON commands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ANSWER_TOKENS = 48
-"""Longest answer while scoring; the longest reference has half as many tokens."""
+"""Longest answer when scoring; the longest reference has half as many tokens."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model does on the held-out records."""
+    """A model's scores on the held-out records."""
 
     exact_match: float
     """Share of answers that are the right JSON value."""
@@ -64,12 +64,12 @@ def quickstart(config: Config, seed: int) -> int:
     if status == 0:
         report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
     elif out.exists():
-        print(f"to go on: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
+        print(f"to continue: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
     return status
 
 
 def _python() -> str:
-    """Return what this Python is called in the user's shell."""
+    """Return the name of this Python in the user's shell."""
     if os.environ.get("VIRTUAL_ENV") == sys.prefix:
         return "python"
     relative = os.path.relpath(sys.executable)
@@ -77,7 +77,7 @@ def _python() -> str:
 
 
 def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
-    """Score base and adapted model on the held-out records and print the table."""
+    """Score the base and the adapted model on the held-out records and print a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -90,7 +90,7 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     before = score(model.base, held_out, "scoring the base")
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
     table = Table(
-        title=f"{len(held_out)} held-out requests, every name, place and time in them never seen before"
+        title=f"{len(held_out)} held-out requests, whose names, places and times do not occur in training"
     )
     for column in ("", "base", "adapted"):
         table.add_column(column, justify="left" if not column else "right")
@@ -98,7 +98,7 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     table.add_row("held-out loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row("trained parameters", "0", f"{trained:,}")
     table.add_row("adapter file", "", f"{adapter.stat().st_size / 1e6:.2f} MB")
-    table.add_row("time, all in all", "", f"{time.perf_counter() - start:.0f} s")
+    table.add_row("total time", "", f"{time.perf_counter() - start:.0f} s")
     console.print(table)
     for index in range(3):
         _show_example(console, held_out[index], before.answers[index], after.answers[index])
@@ -117,7 +117,7 @@ def _show_example(console: Any, record: Any, before: str, after: str) -> None:
 
 
 def score(model: AdaptedLlama, records: Records, title: str) -> Score:
-    """Answer the records greedily, compare with their outputs, and measure the loss of those outputs."""
+    """Answer the records greedily, compare the answers with their outputs, and measure the outputs' loss."""
     tasks = [(record.instruction, record.input) for record in records]
     with count_progress(title, len(records)) as finished:
         answers = model.generate_batch(tasks, batch_size=50, finished=finished, max_new_tokens=ANSWER_TOKENS)

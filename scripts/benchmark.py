@@ -1,9 +1,9 @@
-"""Measure training or decoding beside the libraries a user would pick instead, in one run, in turn.
+"""Measure training or decoding against the libraries a user would pick instead, taking turns in one run.
 
     python scripts/benchmark.py train --model 7b --json train.json --markdown train.md
     python scripts/benchmark.py generate --model checkpoints/smollm2-135m --json generate.json
 
-A method that fails has a row that says so.
+A method that fails gets a row that says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ONLY_FOR = {
     "train": ("steps", "batch", "row_tokens", "peft_batch"),
     "generate": ("batches", "new_tokens", "prompt_tokens", "first_token_prompt"),
 }
-"""What can be measured, and the options that mean nothing to the other."""
+"""What can be measured, and the options that apply to nothing else."""
 
 
 def read_options(argv: Sequence[str]) -> Any:
@@ -28,30 +28,36 @@ def read_options(argv: Sequence[str]) -> Any:
     Raises:
         UserError: a mistake in it.
     """
-    parser = command_parser("scripts/benchmark.py", "Measure training or decoding beside other libraries.")
+    parser = command_parser("Measure training or decoding against other libraries.")
     parser.add_argument("work", choices=list(ONLY_FOR), help="what to measure")
-    parser.add_argument("--model", required=True, help="folder of a converted base, or 7b: random weights")
+    parser.add_argument("--model", required=True, help="folder of a converted base, or 7b for random weights")
     parser.add_argument("--data", help="a file of records (default: random tokens of Alpaca's lengths)")
     parser.add_argument("--tokenizer", help="folder of a tokenizer for --data (default: the model's)")
-    parser.add_argument("--json", required=True, metavar="FILE", help="write the rows there, as they come")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there too")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these; ours-N is rows of N tokens")
+    parser.add_argument(
+        "--json", required=True, metavar="FILE", help="write the rows to this file as they come"
+    )
+    parser.add_argument("--markdown", metavar="FILE", help="write the table to this file too")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="only these; ours-N packs rows of N tokens"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each method")
     parser.add_argument("--steps", type=int, help="optimizer steps in a pass (default: 4; 1 on a CPU)")
     parser.add_argument("--batch", type=int, help="records in an optimizer step (default: 64; 32 on a CPU)")
     parser.add_argument(
-        "--row-tokens", nargs="+", type=int, help="longest rows (default: 8192 2048; CPU 2048)"
+        "--row-tokens", nargs="+", type=int, help="longest packed rows (default: 8192 2048; 2048 on a CPU)"
     )
-    parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batches to choose the best from")
+    parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batch sizes to choose the best from")
     parser.add_argument("--batches", nargs="+", type=int, help="texts decoded together (default: 1 32)")
     parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256)")
-    parser.add_argument("--prompt-tokens", type=int, help="prompt of a decoded text (default: 64)")
+    parser.add_argument("--prompt-tokens", type=int, help="prompt length for decoding (default: 64)")
     parser.add_argument(
-        "--first-token-prompt", type=int, help="prompt timed to its first token (512; CPU 200)"
+        "--first-token-prompt",
+        type=int,
+        help="prompt length for the time to the first token (default: 512; 200 on a CPU)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--base-precision", default="auto", help="of the frozen base: auto or a dtype's name")
-    parser.add_argument("--seed", type=int, default=1337, help="of weights, records and adapters")
+    parser.add_argument("--base-precision", default="auto", help="dtype of the frozen base (default: auto)")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of weights, records and adapters")
     options = parse(parser, argv)
     check_least(options, 1, "repeats", "steps", "batch", "row_tokens", "peft_batch", "batches", "new_tokens")
     check_least(options, 1, "prompt_tokens", "first_token_prompt")

@@ -1,4 +1,4 @@
-"""What decides whether the demo is learned: one change at a time, scored on its held-out requests.
+"""What decides whether the demo is learned: one change at a time, scored on the held-out requests.
 
 python scripts/measure_demo.py --base checkpoints/smollm2-135m --json OUT.json
 """
@@ -37,13 +37,11 @@ NEEDS_GPU = "fp8 base"
 
 def main(argv: Sequence[str]) -> int:
     """Train and score every variant."""
-    parser = command_parser("measure_demo.py", "Ablation of the demo.")
+    parser = command_parser("Ablation of the demo.")
     parser.add_argument("--base", type=str, default="checkpoints/smollm2-135m")
     parser.add_argument("--json", type=str, required=True, help="where the rows go")
     names = [name for name, *_ in VARIANTS]
-    parser.add_argument(
-        "--variants", nargs="+", choices=names, help="all that this machine can run if left out"
-    )
+    parser.add_argument("--variants", nargs="+", choices=names, help="default: all this machine can run")
     args = parse(parser, argv)
     import torch
 
@@ -65,18 +63,9 @@ def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> d
     from lit_adapter.training.finetune import finetune
 
     train, val = demo.write(folder, 0, n_train)
-    fixed = [
-        "--base",
-        str(base),
-        "--out",
-        str(folder / "run"),
-        "--data.train",
-        str(train),
-        "--data.val",
-        str(val),
-    ]
+    paths = [f"--base={base}", f"--out={folder / 'run'}", f"--data.train={train}", f"--data.val={val}"]
     quiet = ["--trainer.val_every", "100000", "--trainer.samples", "0"]
-    config = parse_finetune(["--config", str(CONFIG), *fixed, *quiet, *options]).config
+    config = parse_finetune([f"--config={CONFIG}", *paths, *quiet, *options]).config
     start = time.perf_counter()
     finetune(config, say=lambda line: print(line, file=sys.stderr))
     seconds = time.perf_counter() - start

@@ -3,9 +3,9 @@
     python scripts/measure_scaling.py --tokenizer checkpoints/smollm2-135m --shape 7b \
         --layouts ddp:1 ddp:2 fsdp2:2 --data my_records.json
 
-Every layout is a real run of scripts/finetune.py on a base of random weights, which is written once below
---out. The step grows with the devices (--records each), so that every device has the same work. Options after
-`--` are given to the runs, for example `-- --trainer.recompute true`.
+Every layout is a real run of scripts/finetune.py on a base of random weights, which is written once, below
+--out. A step has --records records per device, so that every device does the same work. Options after `--`
+are passed to the runs, for example `-- --trainer.recompute true`.
 """
 
 from __future__ import annotations
@@ -30,32 +30,17 @@ from lit_adapter.errors import UserError
 
 RESULT = "LIT_ADAPTER_MEASURED"
 """Environment variable of the runs: the folder where each process writes what it measured."""
-SHAPES: dict[str, dict[str, int | float]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13_824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
+SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+SHAPES = {
+    "tiny": (64, 96, 4, 4, 4),
+    "7b": (4096, 11_008, 32, 32, 32),
+    "13b": (5120, 13_824, 40, 40, 40),
+    "70b": (8192, 28_672, 80, 64, 8),
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the base, run every layout, print the table."""
+    """Write the base, run every layout and print the table."""
     asked = read_options(argv)
     base = random_base(asked.shape, asked.tokenizer, asked.out / asked.shape)
     reference: float | None = None
@@ -77,18 +62,18 @@ def read_options(argv: Sequence[str]) -> Any:
     Raises:
         UserError: a mistake in it, or a layout that this machine cannot run.
     """
-    parser = command_parser("scripts/measure_scaling.py", "Measure runs on several devices of this machine.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a converted base, for its tokenizer")
+    parser = command_parser("Measure runs on several devices of this machine.")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="a converted base whose tokenizer to use"
+    )
     parser.add_argument("--data", type=Path, required=True, help="a file of records")
     parser.add_argument("--shape", choices=list(SHAPES), default="7b", help="sizes of the random base")
     parser.add_argument(
-        "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES, the reference first"
+        "--layouts", nargs="+", default=["ddp:1"], help="STRATEGY:DEVICES each; the first is the reference"
     )
-    parser.add_argument("--records", type=int, default=64, help="records of a step for each device")
-    parser.add_argument(
-        "--steps", type=int, default=30, help="steps; the median of the last two thirds counts"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="bases and runs go there")
+    parser.add_argument("--records", type=int, default=64, help="records per step and device")
+    parser.add_argument("--steps", type=int, default=30, help="steps; the last two thirds are measured")
+    parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="folder for bases and runs")
     words = list(argv)
     own = words.index("--") if "--" in words else len(words)
     asked = parse(parser, words[:own])
@@ -97,17 +82,17 @@ def read_options(argv: Sequence[str]) -> Any:
     check_least(asked, 3, "steps")
     for path, kind in ((asked.tokenizer / "config.json", "--tokenizer"), (asked.data, "--data")):
         if not path.is_file():
-            raise UserError(f"{kind}: {path} is not there")
+            raise UserError(f"{kind}: {path} not found")
     for layout in asked.layouts:
         check_this_layout(layout, asked.rest)
     return asked
 
 
 def check_this_layout(layout: str, rest: list[str]) -> None:
-    """See that this machine can run a layout, before anything is written.
+    """Check that this machine can run a layout, before anything is written.
 
     Raises:
-        UserError: it cannot, or the layout or an option of the runs is not understood.
+        UserError: it cannot, or the layout or an option of the runs is wrong.
     """
     from lit_adapter.device import choose_device
     from lit_adapter.training.strategy import check_layout
@@ -121,7 +106,7 @@ def check_this_layout(layout: str, rest: list[str]) -> None:
 
 
 def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
-    """Write a converted base of random bf16 weights, a layer a file; drawn on the GPU if there is one."""
+    """Write a converted base of random bf16 weights, one file a layer, drawn on the GPU if there is one."""
     import torch
     from safetensors.torch import save_file
 
@@ -136,7 +121,8 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, out)
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    described: dict[str, Any] = {"model_type": "llama", "vocab_size": vocabulary, **SHAPES[shape]}
+    described: dict[str, Any] = {"model_type": "llama", "vocab_size": vocabulary}
+    described |= zip(SIZES, SHAPES[shape], strict=True)
     described |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     (out / "config.json").write_text(json.dumps(described))
     files: dict[str, dict[str, torch.Tensor]] = {}
@@ -155,7 +141,7 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
 
 
 def train(asked: Any, base: Path, strategy: str, devices: int) -> list[dict[str, float]]:
-    """Train a few steps on a layout; return what each process measured."""
+    """Train a few steps on a layout and return what each process measured."""
     folder = asked.out / f"{asked.shape}-{strategy}-{devices}"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "measured").mkdir(parents=True)

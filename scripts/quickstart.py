@@ -1,4 +1,4 @@
-"""Everything at once on the embedded default: python scripts/quickstart.py."""
+"""Fetch, train, score and show the embedded default: python scripts/quickstart.py."""
 
 from lit_adapter.cli.command import run
 from lit_adapter.cli.quickstart import main

@@ -56,7 +56,7 @@ def test_pushed_and_fetched_it_is_the_same_file(tmp_path: Path, hub: type[Hub], 
     other = script(tmp_path, hub.address, "me/my-adapter", "--adapter")
     assert other.returncode == 2
     assert (
-        "out/my-adapter.safetensors: already there and something else; choose another --out" in other.stderr
+        "out/my-adapter.safetensors: already there with other content; choose another --out" in other.stderr
     )
 
 
@@ -69,13 +69,13 @@ def test_the_card_says_what_the_file_says(tmp_path: Path, hub: type[Hub], adapte
     assert "# license: yours to fill in" in head
     for part in (
         "# my-adapter",
-        "A LLaMA-Adapter V1: 732 trained numbers",
+        "A LLaMA-Adapter V1: 732 trained parameters",
         "Prompts of 5 rows in the top 3 of 4 layers, gates of form `tanh`",
         "`tiny`",
         info.base.weights,
         "    ### Instruction:\n    {instruction}",
         "| data | my\\|records.json |",
-        "| held-out loss (nats a token) | 2.66 |",
+        "| held-out loss (nats per token) | 2.66 |",
         "python scripts/download.py me/my-adapter --adapter",
     ):
         assert part in body

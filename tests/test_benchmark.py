@@ -128,7 +128,7 @@ def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
     done = sum(
         n for op, n in counter.get_flop_counts()["Global"].items() if op.__name__.split(".")[0] in products
     )
-    work = Work(tokens=40, pairs=0, last_tokens=len(rows), last_pairs=0, head_tokens=len(rows))
+    work = Work(tokens=40, pairs=0, last_tokens=len(rows), last_pairs=0)
     assert step_operations(model.config, work, layers, prompt_length=5) == pytest.approx(done, rel=0.02)
 
 

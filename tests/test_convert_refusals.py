@@ -262,7 +262,7 @@ def test_pickles_of_something_else(tmp_path: Path) -> None:
 META: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last shard absent": (
         lambda p: (p / "consolidated.01.pth").unlink(),
-        r"cut into 2 files consolidated.*\.pth, but 1 are there",
+        r"sharded into 2 files consolidated.*\.pth, but 1 are there",
     ),
     "first shard absent": (
         lambda p: (p / "consolidated.00.pth").unlink(),
@@ -282,7 +282,10 @@ META: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: edit_json(p / "params.json", n_kv_heads=4),
         r"layers.0.attention.wk.weight has shape \[32, 64\], but the sizes in params.json ask for \[64, 64\]",
     ),
-    "no width": (lambda p: edit_json(p / "params.json", dim="-"), r"no part of params.json's dim None"),
+    "no width": (
+        lambda p: edit_json(p / "params.json", dim="-"),
+        r"rows that divides params.json's dim None",
+    ),
     "no heads": (
         lambda p: edit_json(p / "params.json", n_heads="-"),
         "params.json: key 'n_heads' is missing",
@@ -341,7 +344,7 @@ GGUF: dict[str, tuple[dict[str, Any], str]] = {
         "tensor blk.1.attn_k.weight is of type Q8_K, which cannot be expanded",
     ),
     "rope table": ({"rope_freqs": np.linspace(1, 9, 8)}, "rope_freqs.weight follows no LLaMA 3 scaling"),
-    "rope table of another size": ({"rope_freqs": np.ones(5)}, "rope_freqs.weight: expected 8 numbers"),
+    "rope table of another size": ({"rope_freqs": np.ones(5)}, "rope_freqs.weight: expected 8 float32"),
     "no tokenizer": ({"tokens": False}, "no tokenizer; key 'tokenizer.ggml.tokens' is missing"),
 }
 

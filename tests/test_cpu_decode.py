@@ -74,7 +74,7 @@ def test_it_is_what_answers_and_the_texts_are_the_same(monkeypatch: pytest.Monke
     for dtype in (torch.float32, torch.bfloat16):
         model, settings = model_of("gqa-top-layer", dtype), Sampling.of(max_new_tokens=6)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_decode, "unsupported", lambda model: "not now")
+            patch.setattr(cpu_decode, "unsupported", lambda model, setting: "not now")
             plain = list(decode(model, PROMPTS, settings, frozenset(), batch_size=2))
         assert model.decode_weights is None
         monkeypatch.setattr(cache, "DecodeView", None)
@@ -86,8 +86,8 @@ def test_it_is_what_answers_and_the_texts_are_the_same(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("sizes", "adapter", "reason"),
     [
-        ({"attention_bias": True}, AdapterConfig(), "layers other than"),
-        ({}, AdapterConfig(version="v2"), "layers other than"),
+        ({"attention_bias": True}, AdapterConfig(), "has biases"),
+        ({}, AdapterConfig(version="v2"), "an AdaptedNorm"),
         ({}, None, "being trained"),
     ],
 )

@@ -12,6 +12,10 @@ from tiny_models import open_adapter, random_ids, random_llama
 from torch import nn
 
 from lit_adapter.data.packing import Packer, shared_preambles
+from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
+from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import Setting, choose
@@ -86,6 +90,29 @@ def test_every_base_of_the_declaration_is_known(bias: bool, tie: bool) -> None:
     assert obstacle(model) is None
 
 
+@pytest.mark.parametrize("unknown", UNKNOWN, ids=lambda add: add.__name__)
+@pytest.mark.parametrize("place", PLACES)
+def test_decoding_on_a_cpu_leaves_an_unknown_model_to_its_modules(
+    place: str, unknown: Callable[[nn.Module], None]
+) -> None:
+    """With their logits: a lane whose executor did not step aside would answer as if nothing were added."""
+    model = adapted().requires_grad_(False)
+    assert choose(model, "decoding").name == "CPU decoding"
+    unknown(PLACES[place](model))
+    executor = choose(model, "decoding")
+    assert executor.name == "modules"
+    assert executor.why_not_fast
+    with torch.inference_mode():
+        request = Request(random_ids(6).tolist(), Sampling(max_new_tokens=4), Adapter.of(model))
+        engine = Engine()
+        tokens = [token for _, token in engine.run([request]) if token is not None]
+        text = list(request.prompt)
+        for token in tokens:
+            view = CausalView(model.rotation(torch.arange(len(text))[None]))
+            assert token == int(model.logits(model(torch.tensor([text]), view))[0, -1].argmax())
+            text.append(token)
+
+
 def test_training_on_a_cpu_has_no_fast_executor() -> None:
     assert choose(adapted(), "training").name == "modules"
     assert choose(adapted(), "training").why_not_fast is None
@@ -113,8 +140,8 @@ def test_a_hook_changes_the_loss_on_cuda_too() -> None:
     row = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=1000).row(list(range(6)))
     model = adapted(torch.bfloat16).cuda()
     add_hook(model.layers[1].mlp)
-    ours = float(row_loss(model, row))
-    on_cpu = float(row_loss(model.cpu().float(), row))
+    ours = float(row_loss(model, row).detach())
+    on_cpu = float(row_loss(model.cpu().float(), row).detach())
     assert ours == pytest.approx(on_cpu, rel=2e-2)
 
 

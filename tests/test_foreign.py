@@ -18,6 +18,7 @@ from tiny_models import transformers_llama
 from torch import Tensor
 
 import lit_adapter
+from lit_adapter.cli.convert_adapter import SOURCES, TARGETS
 from lit_adapter.cli.convert_adapter import main as convert_adapter_main
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
@@ -27,6 +28,8 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
+from lit_adapter.weights.foreign.format import Format
+from lit_adapter.weights.foreign.recognise import FORMATS
 
 FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
 
@@ -428,6 +431,11 @@ def test_mistakes(
     with pytest.raises(UserError, match=message):
         converted(tmp_path / name, out, base, overwrite=out.exists(), **asked)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_command_line_offers_every_format() -> None:
+    assert set(SOURCES) == {"auto", *FORMATS}
+    assert set(TARGETS) == {name for name, form in FORMATS.items() if type(form).write is not Format.write}
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]) -> None:

@@ -198,9 +198,9 @@ STRANGE = {
     "0-d": (PROMPT, torch.tensor(1.0), r"has shape \[\]; expected K x 16"),
     "leading zero": (PROMPT.replace("1", "01"), WHOLE, r"tensor \S+01\S+ does not belong to an adapter"),
     "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ does not belong to an adapter"),
-    "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "says to be larger than what the file holds"),
-    "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is no dense tensor"),
-    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is no dense tensor"),
+    "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "is declared larger than the file's data"),
+    "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is not a dense tensor"),
+    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is not a dense tensor"),
     "float4": (PROMPT, WHOLE.byte().view(torch.float4_e2m1fn_x2), r"is torch\.float4_\S+; expected floating"),
     "peft": (QUERY.format("01"), WHOLE, "adaption_prompt is missing in every layer"),
 }

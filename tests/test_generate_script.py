@@ -242,6 +242,6 @@ def test_what_is_read_is_not_replaced(
     prompts.write_text('{"instruction": "x"}\n')
     for taken in (adapter, tiny_base / "model.safetensors"):
         before = taken.read_bytes()
-        with pytest.raises(UserError, match=f"{taken.name}: --output is read from too"):
+        with pytest.raises(UserError, match=f"{taken.name}: --output is also an input"):
             script(*common, "--prompts", prompts, "--output", taken, "--overwrite")
         assert taken.read_bytes() == before

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import HOW, PROMPTS, alone, base_of, eight, together
 from test_generate import answers, prompts, tiny
 from tiny_models import random_ids
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.generation import graph_lane
 from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
@@ -119,3 +121,23 @@ def test_logits_that_are_nan_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Lane, "_read", then_break)
     with pytest.raises(UserError, match="logits are NaN or infinite"):
         ahead(model, [[1, 2]], Sampling())
+
+
+def test_requests_with_their_own_adapters_and_settings() -> None:
+    """Also where a longer prompt than any before joins, and where the lane has to grow."""
+    base = base_of()
+    adapters = eight(base)
+    wanted = [alone(number, adapters) for number in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_lane, "unsupported", lambda model: None)
+        for batch_size in (8, 3):
+            assert together(adapters, batch_size) == wanted
+        engine = Engine()
+        requests = [Request(*each) for each in zip(PROMPTS, HOW, adapters, strict=True)]
+        waiting = list(requests)
+        while waiting or not all(request.ended for request in requests):
+            if waiting:
+                engine.add(waiting.pop(0))
+            engine.step()
+        assert [list(request.news) for request in requests] == wanted
+        assert not engine._lanes

@@ -282,7 +282,7 @@ def test_each_process_of_a_node_has_its_own_gpu(
         ),
         (
             {"tensor_parallel": 2, "devices": 3, "num_nodes": 2},
-            "tensor_parallel is 2, which does not divide the 3 of trainer.devices",
+            "tensor_parallel is 2, which does not divide trainer.devices, 3",
         ),
     ],
 )

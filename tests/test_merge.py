@@ -103,7 +103,7 @@ def test_it_is_a_base_like_others(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         (
             AdapterConfig(version="v2", prompt_length=0, head=True),
-            "adapts the output head, which has no bias",
+            "adapts the output layer, which has no bias",
         ),
     ],
 )
@@ -124,8 +124,8 @@ def test_what_cannot_be_merged_says_why_and_what_to_do(
             1e6,
             r"adapter\.safetensors: merged tensor \S+ holds values beyond the range of float16; use",
         ),
-        ("float32", 3e38, r"adapter\.safetensors: its logits are not numbers; train"),
-        ("bfloat16", 3e38, r"adapter\.safetensors: its logits are not numbers; train"),
+        ("float32", 3e38, r"adapter\.safetensors: its logits are NaN or infinite; train"),
+        ("bfloat16", 3e38, r"adapter\.safetensors: its logits are NaN or infinite; train"),
     ],
 )
 def test_what_overflows_is_an_error_and_leaves_nothing(
@@ -157,7 +157,7 @@ def test_a_merged_model_that_computes_no_numbers_is_not_left(
 
     logits = merging.logits
     monkeypatch.setattr(merging, "logits", broken)
-    with pytest.raises(UserError, match=r"merged: its logits are not numbers in float16; use --dtype"):
+    with pytest.raises(UserError, match=r"merged: its logits are NaN or infinite in float16; use --dtype"):
         merge(adapter, out, base=base, dtype="float16", overwrite=True)
     assert {path: path.read_bytes() for path in out.iterdir()} == older
     assert not list(tmp_path.glob(".*"))

@@ -68,15 +68,15 @@ from lit_adapter.files.write import write_text
         ),
         (
             "--adapter.version v2 --optim.lr 1e20 --optim.lr_scale_v2 1e20",
-            r"the rate of V2, lr \* lr_scale_v2, is 1e\+40; expected a number from",
+            r"the learning rate of V2, lr \* lr_scale_v2, is 1e\+40; expected a number from",
         ),
         ("--optim.lr_scale_v2 0.5", "optim.lr_scale_v2 is 0.5; it needs adapter.version v2"),
         ("--optim.epochs 1e308", "optim.epochs makes .* steps, more than 9,999,999"),
         ("--optim.max_steps 10000000", "optim.max_steps makes 10,000,000 steps, more than 9,999,999"),
         ("--trainer.devices 9999", r"trainer.devices is 9999, but this machine has \d+ "),
         ("--data.val=", "data.val is empty; name a file"),
-        ("--out=", "out is ''; expected a folder of this machine"),
-        ("--out https://x/y", "out is 'https://x/y'; expected a folder of this machine"),
+        ("--out=", "out is ''; expected a folder on this machine"),
+        ("--out https://x/y", "out is 'https://x/y'; expected a folder on this machine"),
         ("--out run\udcff", r"out is 'run\\udcff', which is not UTF-8; choose another name"),
         ("--data.workers 9999", "data.workers is 9999; expected 64 or less"),
         (

@@ -204,6 +204,12 @@ def children(process: int) -> list[int]:
     return [int(child) for child in found]
 
 
+def second_processes(process: int) -> list[int]:
+    """The processes of a run that its first one has started, but not the server of its loader workers."""
+    variables = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children(process)}
+    return [child for child, text in variables.items() if b"LOCAL_RANK=1" in text]
+
+
 def processes_of(folder: Path) -> list[str]:
     """Processes whose command line names a folder of this test."""
     found = []
@@ -267,12 +273,12 @@ def test_two_processes_that_lightning_starts(
     command += ["--trainer.devices", "2"]
     with launch(command, environment, log) as process:
         wait_for(log, "run: ")
-        while not children(process.pid):
+        while not (others := second_processes(process.pid)):
             time.sleep(0.01)
         if target == "group":
             os.killpg(process.pid, signal.SIGTERM)
         else:
-            os.kill(children(process.pid)[0], signal.SIGTERM)
+            os.kill(others[0], signal.SIGTERM)
         assert process.wait(240) == 143, log.read_text()
     assert saved_and_said(out, log.read_text()) == 0
     with launch([*command, "--resume", "last"], environment, log) as process:
@@ -297,11 +303,7 @@ def test_a_process_that_dies_is_named(
     command += ["--trainer.devices", "2", "--trainer.strategy", strategy]
     with launch(command, environment, log) as process:
         wait_for(log, "step 5/")
-        other = next(
-            child
-            for child in children(process.pid)
-            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()
-        )
+        (other,) = second_processes(process.pid)
         os.kill(other, signal.SIGKILL)
         killed = time.monotonic()
         assert process.wait(60) == 1, log.read_text()

@@ -24,6 +24,7 @@ from typing import Any
 from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_adapter.data import module as data_module
 from lit_adapter.files import write
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
@@ -138,7 +139,8 @@ def _script(
 ) -> None:
     os.setpgid(0, 0)
     end_with_parent()
-    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as it is in a real start
+    # A fork server for the loader's workers would import torch again, which costs seconds.
+    data_module.start_server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
     for descriptor, path in ((1, log), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()

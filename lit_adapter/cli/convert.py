@@ -1,5 +1,3 @@
-"""The command ``convert``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,10 +11,8 @@ from lit_adapter.progress import byte_progress
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse and convert."""
     parser = command_parser(COMMANDS["convert"], program)
-    parser.add_argument("source", type=Path, help="a Hugging Face folder, a Meta folder, or a GGUF file")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="base folder, checkpoints/NAME"
-    )
+    parser.add_argument("source", help="a Hugging Face folder, a Meta folder, or a GGUF file")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="base folder, checkpoints/NAME")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -27,9 +23,8 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     from lit_adapter.weights.convert import convert
 
+    choices = {name: options[name] for name in ("dtype", "overwrite")}
     with byte_progress("converting") as progress:
-        out = convert(
-            options.source, options.out, dtype=options.dtype, overwrite=options.overwrite, progress=progress
-        )
+        out = convert(Path(options.source), Path(options.out), progress=progress, **choices)
     print(f"wrote {shown(out)}")
     return 0

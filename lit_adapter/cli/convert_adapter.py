@@ -1,5 +1,3 @@
-"""The command ``convert_adapter``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,28 +14,20 @@ SOURCES = ("auto", "official", *TARGETS)
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, convert, and print the report."""
     parser = command_parser(COMMANDS["convert-adapter"], program)
-    parser.add_argument("source", type=Path, help="an adapter file, or a PEFT adapter's folder")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="the file, for peft the folder"
-    )
+    parser.add_argument("source", help="an adapter file, or a PEFT adapter's folder")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the file, for peft the folder")
     parser.add_argument("--from", dest="given", choices=SOURCES, default="auto", help="default: by its keys")
     parser.add_argument("--to", choices=TARGETS, default="ours", help="default: ours")
     parser.add_argument(
         "--base",
-        type=Path,
+        type=Path | None,
         metavar="FOLDER",
-        help="the converted base that the adapter belongs to; needed for an adapter of another code base, "
-        "and to compare logits",
+        help="the adapter's converted base; needed for other code bases' adapters, and to compare logits",
     )
     parser.add_argument(
-        "--gate",
-        choices=["tanh", "identity"],
-        help="the gate form of an official adapter, which its file does not say",
+        "--gate", choices=["tanh", "identity"], help="gate form of an official adapter: its file has none"
     )
-    parser.add_argument(
-        "--template",
-        help="the prompt template to record in ours; default: alpaca, for a litgpt adapter alpaca-newline",
-    )
+    parser.add_argument("--template", help="for ours; default: alpaca, for a litgpt adapter alpaca-newline")
     parser.add_argument(
         "--to-gate", choices=["tanh", "identity", "layer"], help="convert the gates of ours to this form"
     )
@@ -50,6 +40,6 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 
     wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
-    for line in convert_adapter(options.source, options.out, wishes):
+    for line in convert_adapter(Path(options.source), Path(options.out), wishes):
         print(line)
     return 0

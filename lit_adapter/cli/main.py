@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
@@ -41,6 +42,6 @@ def main(argv: Sequence[str], program: str = "lit-adapter") -> int:
     return status
 
 
-def console_script() -> NoReturn:
-    """Be the console script."""
-    run(main)
+def console_script(program: str = "lit-adapter") -> NoReturn:
+    """Run `main` on the command line and exit with its status."""
+    run(partial(main, program=program))

@@ -1,5 +1,3 @@
-"""The command ``merge``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,10 +11,10 @@ from lit_adapter.progress import byte_progress
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, merge, and print the report."""
     parser = command_parser(COMMANDS["merge"], program)
-    parser.add_argument("adapter", type=Path, help="a run's adapter.safetensors; prompt_length must be 0")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("adapter", help="a run's adapter.safetensors; prompt_length must be 0")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     parser.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="by default the base that the adapter names"
+        "--base", type=Path | None, metavar="FOLDER", help="by default the base that the adapter names"
     )
     parser.add_argument(
         "--dtype",
@@ -31,6 +29,6 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     choices = {name: options[name] for name in ("base", "dtype", "overwrite")}
     with byte_progress("merging") as progress:
-        report = merge(options.adapter, options.out, progress=progress, **choices)
-    print(f"wrote {shown(options.out)}: {report}")
+        report = merge(Path(options.adapter), Path(options.out), progress=progress, **choices)
+    print(f"wrote {shown(Path(options.out))}: {report}")
     return 0

@@ -1,5 +1,3 @@
-"""The command ``push``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,20 +10,17 @@ from lit_adapter.cli.main import COMMANDS
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, push, and say where to."""
     parser = command_parser(COMMANDS["push"], program)
-    parser.add_argument("adapter", type=Path, help="adapter.safetensors of a run")
+    parser.add_argument("adapter", help="adapter.safetensors of a run")
     parser.add_argument("name", help="org/name of the repository, which is created if need be")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
-        "--card",
-        type=Path,
-        metavar="FILE",
-        help="the model card; default: written from the adapter's metadata if the repository has none",
+        "--card", type=Path | None, metavar="FILE", help="model card; default: write one if missing"
     )
     options = parse(parser, argv)
 
     from lit_adapter.weights.adapter_hub import push_adapter
 
-    adapter, card = options.adapter, options.card
+    adapter, card = Path(options.adapter), options.card
     address, text = push_adapter(adapter, options.name, private=options.private, card=card)
     print(f"pushed {shown(adapter)}: {address}")
     if text is None:

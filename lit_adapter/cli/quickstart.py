@@ -1,5 +1,3 @@
-"""The command ``quickstart``."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

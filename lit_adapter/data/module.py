@@ -1,15 +1,13 @@
-"""The Lightning data module: files of instructions in, packed steps out, position kept."""
+"""The Lightning data module: reads records, gives packed optimizer steps, and keeps the position in them."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Sampler
@@ -19,30 +17,18 @@ from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.hub import is_hub_name, read_hub
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
 from lit_adapter.data.records import Records, overlap, read_records, split
-from lit_adapter.data.worker import follow_parent
+from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
-REST = 0.05
-"""Seconds for which a process with others starts no loader workers after a collective."""
-
-
-class _Loader(DataLoader[StepBatch]):
-    """Starts its workers once the thread that has done a collective is at rest.
-
-    CPython 3.11 hangs in a fork where another thread is just entering or leaving Python, as gloo does
-    when a collective ends; Lightning has a barrier right before it asks for the workers.
-    """
-
-    def __iter__(self) -> Any:
-        if self.num_workers and dist.is_available() and dist.is_initialized():
-            time.sleep(REST)
-        return super().__iter__()
-
 
 def cache_folder() -> Path:
-    """Return where encoded data is kept: ``$LIT_ADAPTER_CACHE``, else the user's cache folder."""
+    """Return the folder for encoded records: ``$LIT_ADAPTER_CACHE``, else in the user's cache folder.
+
+    Raises:
+        UserError: neither is known.
+    """
     own = os.environ.get("LIT_ADAPTER_CACHE")
     if own:
         return Path(own)
@@ -55,34 +41,34 @@ def cache_folder() -> Path:
 
 
 def load_records(source: str, columns: Columns) -> Records:
-    """Read a file or, for a name like org/name that is no file, a Hub data set."""
+    """Read a file, or a Hub data set if ``source`` is a name like org/name and not a file."""
     return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
 
 
 def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
-    """Return which share of a step's rows this process computes, and of how many."""
+    """Return the number of this process's share of a step's rows, and the number of shares."""
     strategy = trainer.strategy if trainer is not None else None
     if not isinstance(strategy, ParallelStrategy):
         return 0, 1
-    share = strategy.distributed_sampler_kwargs  # processes that share heads have the same rows
+    share = strategy.distributed_sampler_kwargs  # tensor-parallel processes have the same rows
     return share["rank"], share["num_replicas"]
 
 
 class AlpacaDataModule(LightningDataModule):
     """Instruction records as packed optimizer steps.
 
-    The position (finished optimizer steps) lives in this module's state, not in the loader: a resumed run
-    asks its sampler for the steps after the last finished one, whatever was prefetched when it stopped.
+    The position, in finished optimizer steps, is in this module's state and not in the loader: a resumed run
+    starts its sampler after the last finished step, whatever had been prefetched when it stopped.
 
     Args:
-        config: files, template, lengths.
+        config: files, template, lengths, number of loader workers.
         tokenizer: of the base.
         template: the resolved template.
         tokenizer_key: the tokenizer's fingerprint, for the cache.
         batch_size: records in an optimizer step, over all processes.
-        row_tokens: longest packed row.
-        seed: of order and split.
-        say: gets a line of text worth printing.
+        row_tokens: length of the longest packed row, in tokens.
+        seed: decides the order of the records and the split.
+        say: gets lines to print.
     """
 
     def __init__(
@@ -103,6 +89,8 @@ class AlpacaDataModule(LightningDataModule):
         self.batch_size, self.row_tokens, self.seed = batch_size, row_tokens, seed
         self.finished_steps = 0
         self.total_steps = 0
+        # Started here, so that its imports are done by the time a loader needs a worker.
+        self.worker_context = start_server() if config.workers else None
         self._read()
 
     def _read(self) -> None:
@@ -149,7 +137,7 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
-        """Return the run's optimizer steps, as process ``rank`` of ``n_processes`` sees them."""
+        """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
         return TrainingSteps(
             self.train_packer,
             batch_size=self.batch_size,
@@ -159,7 +147,7 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
-        """Return the loader of the steps that are still to do."""
+        """Return the loader of the steps that are not finished."""
         steps = self.training_steps(*share_of_rows(self.trainer))
         return self._loader(steps, _Remaining(self))
 
@@ -174,14 +162,14 @@ class AlpacaDataModule(LightningDataModule):
         return self._loader(steps, range(len(steps)))
 
     def _loader(self, steps: torch.utils.data.Dataset, sampler: Any) -> DataLoader[StepBatch]:
-        return _Loader(
+        return DataLoader(
             steps,
             sampler=sampler,
             batch_size=None,
             num_workers=self.config.workers,
-            persistent_workers=False,
+            multiprocessing_context=self.worker_context,
             worker_init_fn=follow_parent,
-            # Its own generator: else every iteration would draw a seed from the global one.
+            # A generator of its own, so that an iteration draws no seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -190,15 +178,15 @@ class AlpacaDataModule(LightningDataModule):
         return {"finished_steps": self.finished_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the position's last finished step."""
+        """Continue after the last finished step."""
         self.finished_steps = state_dict["finished_steps"]
 
     def origin(self, record: int) -> str:
-        """Name where a training record comes from, for messages."""
+        """Return the file and line of a training record, for messages."""
         return self.train_records[int(self.train_encoded.source_row[record])].origin
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides which records a step, and a validation, holds."""
+        """Return the data's part of the run identity: what decides the records of steps and validations."""
         return {
             "records": self.train_records.sha256[:16],
             "n_records": len(self.train_encoded),
@@ -207,7 +195,7 @@ class AlpacaDataModule(LightningDataModule):
 
 
 class _Remaining(Sampler[int]):
-    """The numbers of the run's steps that are not finished; its length is the whole run's."""
+    """The indices of the run's steps that are not finished; its length is that of the whole run."""
 
     def __init__(self, module: AlpacaDataModule) -> None:
         self.module = module

@@ -1,4 +1,4 @@
-"""What worker processes share: a signal to the group is their parent's to answer, and they end with it."""
+"""Worker processes: how they start, that they leave signals to their parent, and that they end with it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_sharer
+from multiprocessing import forkserver, get_context, parent_process, resource_sharer
+from multiprocessing.context import BaseContext
 from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def start_server() -> BaseContext:
+    """Start importing what loader workers need, in a process that they are forked from.
+
+    A fork of the trainer itself can hang: CPython 3.11 waits for ever if another thread, such as the
+    communication library's, is entering or leaving Python at that moment. This process has one thread.
+
+    Returns:
+        The start method to give to a loader.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["lit_adapter.data.packing"])
+    with holding_signals():
+        forkserver.ensure_running()
+    return context
+
+
 @contextmanager
 def holding_signals() -> Iterator[None]:
-    """Hold signals back: processes started meanwhile do so for good, also before `follow_parent` runs."""
+    """Block signals; processes started meanwhile keep them blocked, even before `follow_parent` runs."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -26,29 +42,28 @@ def holding_signals() -> Iterator[None]:
 
 
 def follow_parent(worker: int = 0) -> None:
-    """Let this worker live until its parent ends, and no longer.
+    """Keep this worker process alive until its parent ends, and no longer.
 
-    A signal to the process group would kill it before the parent has saved. Where the parent is killed, a
-    worker with half a result in its pipe would wait for ever for somebody to read the rest, and one whose
-    tensors the parent was fetching would print that its connection is gone.
+    A signal to the process group would kill it before the parent has saved. If the parent is killed, a worker
+    would wait for ever for somebody to read its pipe, or print that a connection is gone.
 
     Args:
-        worker: its number, which loaders tell.
+        worker: its number, which loaders pass.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
+    parent = parent_process()
+    assert parent is not None, "not a worker process"
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
     shown = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # The parent was killed while this worker's thread gave it a tensor, which the run reports.
+        # The parent was killed while a thread of this worker gave it a tensor; the run reports the death.
         giving = trace is not None and trace.tb_frame.f_code.co_filename == resource_sharer.__file__
         if not (giving and issubclass(kind, (ConnectionError, EOFError))):
             shown(kind, error, trace)

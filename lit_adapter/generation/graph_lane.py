@@ -112,6 +112,8 @@ class GraphLane(Lane):
 
     def _step(self) -> None:
         """Hand on the tokens of one step, and start the step after it."""
+        if not self.live:
+            return
         read = self.ahead or self._launch()
         wanted = any(r.n_new + r.under_way < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
@@ -139,7 +141,7 @@ class GraphLane(Lane):
             self.graphs.clear()
             self.version = self.executor.prefixes.version
         kind = _Kind(
-            self._used(max(request.length for request in live) + 1),
+            self._used(max((request.length for request in live), default=0) + 1),
             sampled=not all(request.settings.greedy for request in live),
             penalised=any(request.settings.penalised for request in live),
         )

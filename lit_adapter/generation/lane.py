@@ -54,7 +54,7 @@ class Lane:
         try:
             if new:
                 self._read(new)
-            elif self.live:
+            else:
                 self._step()
         except BaseException as error:
             for request in new or self.live:
@@ -82,16 +82,14 @@ class Lane:
         self._choose(self.model.logits(torch.cat(hidden)), order)
 
     def _enlarge(self, n_slots: int, length: int) -> None:
-        """Make room for ``n_slots`` requests of ``length`` tokens; what had to grow before grows twofold."""
-        old = self.executor
-        if old is not None:
-            n_old, old_length = old.cache.n_slots, old.cache.length
-            if n_slots <= n_old and length <= old_length:
+        """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
+        if self.executor is not None:
+            old_slots, old_length = self.executor.cache.n_slots, self.executor.cache.length
+            if n_slots <= old_slots and length <= old_length:
                 return
-            n_slots = n_old if n_slots <= n_old else max(n_slots, 2 * n_old)
-            context = self.model.config.context_length
-            length = old_length if length <= old_length else max(length, min(2 * old_length, context))
-        self._grow(n_slots, length)
+            n_slots = max(n_slots, old_slots + old_slots // 4) if n_slots > old_slots else old_slots
+            length = max(length, old_length + old_length // 4) if length > old_length else old_length
+        self._grow(n_slots, min(length, self.model.config.context_length))
 
     def _grow(self, n_slots: int, length: int) -> None:
         executor = self.executor_class()(self.model, n_slots, length)
@@ -121,23 +119,29 @@ class Lane:
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""
-        self._close_gaps()
-        live = self.live
+        live = self._first_slots()
+        if not live:
+            return
         logits = self.executor.step([r.token for r in live], [r.length for r in live])
         for request in live:
             request.length += 1
         self._choose(logits, range(len(live)))
 
-    def _close_gaps(self) -> None:
-        """Move requests to the first slots, so that no step computes a free one."""
+    def _first_slots(self) -> list[Request]:
+        """Move live requests to the first slots, so that no step computes a free one, and return them.
+
+        One that is cancelled from now on is computed once more: the step's slots stay as they are.
+        """
         live = [slot for slot, request in enumerate(self.slots) if request is not None and not request.ended]
-        for target in sorted(set(range(len(live))) - set(live)):
+        n_live = len(live)
+        for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
             request = self._at(source)
             self.executor.move(source, target, request.length)
             if self.seen is not None:
                 self.seen[target] = self.seen[source]
             self.slots[target], self.slots[source] = request, None
+        return [self._at(slot) for slot in range(n_live)]
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose a token for each of ``slots`` from its ``logits [B, V]``."""

@@ -1,7 +1,7 @@
-"""A file of prompts in, a file of answers out; a run that was killed goes on where it stopped.
+"""A file of prompts in, a file of answers out; a run that was killed continues where it stopped.
 
-Finished answers are appended to ``.NAME.partial`` beside the output, in the order of the prompts, and
-synced group by group. Its first line says which prompts and settings they belong to.
+Finished answers are appended to ``.NAME.partial`` in the output's folder, in the order of the prompts, and
+synced group by group. The first line of that file says which prompts and settings they belong to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lit_adapter.files.space import write_error
 from lit_adapter.files.write import write_bytes
 
 BATCHES_PER_GROUP = 4
-"""More leaves fewer slots idle at a group's end, and loses more."""
+"""More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read the tasks of a JSONL, JSON, CSV or Parquet file; an output that stands there is ignored.
+    """Read the tasks of a JSONL, JSON, CSV or Parquet file; outputs in it are ignored.
 
     Raises:
-        UserError: not a readable file, malformed, or a record that is no task; names file and line.
+        UserError: the file is unreadable or malformed, or a record is not a task; names file and line.
     """
     name = str(path)
     prompts = [
@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value; the order of its keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -74,12 +74,12 @@ def _partial(out: Path) -> Path:
 def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | None:
     """Return the precision of an unfinished run of these prompts on this kind of device, or None.
 
-    Where it was chosen by a timing, another timing may choose another.
+    A precision chosen by timing might otherwise differ from run to run.
     """
     try:
         with _partial(out).open("rb") as stream:
             found = json.loads(stream.readline())
-    except (OSError, ValueError):  # none, or `Answers` will say what is wrong with it
+    except (OSError, ValueError):  # there is none, or `Answers` will say what is wrong with it
         return None
     if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
         return None
@@ -91,8 +91,8 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
     Raises:
-        UserError: a folder, a pipe or device, or a file that is not to be replaced; or something else stands
-            where an unfinished run is kept.
+        UserError: it is a folder, a pipe or device, or a file that must not be replaced; or the path of the
+            unfinished run is not a regular file.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
@@ -101,23 +101,23 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
     partial = _partial(out)
     with reading(partial):
-        if partial.exists() and not partial.is_file():  # to read a pipe would be to wait for ever
+        if partial.exists() and not partial.is_file():  # reading a pipe would wait for ever
             raise UserError(f"{partial}: not a regular file; remove it, or choose another --output")
 
 
 class Answers:
-    """The answers so far, kept beside the output until it is whole.
+    """The answers so far, kept in a file of their own until the output is complete.
 
     Args:
-        out: the file to make.
+        out: the file to write.
         prompts: of the whole run.
         settings: everything else that the answers depend on, as JSON values by name.
-        group: prompts answered, written and synced together. A group always starts at a multiple of this,
-            so a resumed run repeats the batches, and with them the roundings, of one never stopped.
-        overwrite: replace ``out``, and leave aside an unfinished run of other prompts or settings.
+        group: prompts answered, written and synced together. A group always starts at a multiple of this
+            number, so a resumed run repeats the batches, and with them the rounding, of an uninterrupted one.
+        overwrite: replace ``out``, and discard an unfinished run of other prompts or settings.
 
     Raises:
-        UserError: ``out`` is in the way, or the unfinished run is another one or damaged.
+        UserError: ``out`` must not be replaced, or the unfinished run is a different one or damaged.
     """
 
     def __init__(
@@ -143,20 +143,20 @@ class Answers:
 
     @property
     def n_done(self) -> int:
-        """How many prompts, from the first on, have their answer."""
+        """How many prompts, from the first one, have their answer."""
         return len(self.lines)
 
     def run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
-        """Answer what is left, group by group, and write the output.
+        """Answer the remaining prompts, group by group, and write the output.
 
         Raises:
-            UserError: a file that cannot be written, or that another run writes too.
+            UserError: a file cannot be written, or another run is writing it.
         """
         with one_at_a_time(self.out, wait=False, option="--output"):
             self._run(answer)
 
     def _run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
-        # Written anew, so that a line cut short by the kill is gone before anything follows it.
+        # Rewritten, so that a line cut short by a kill is gone before another line follows it.
         write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
         while self.n_done < len(self.prompts):
             part = self.prompts[self.n_done : self.n_done + self.group]
@@ -177,19 +177,19 @@ class Answers:
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
-            with suppress(OSError):  # the half written line would only keep the disk full
+            with suppress(OSError):  # half a line would only keep the disk full
                 os.truncate(self.path, size)
             raise write_error(self.path, error, needed=len(content)) from error
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
-        """Return the whole lines of an unfinished run of these prompts and settings."""
+        """Return the complete lines of an unfinished run of these prompts and settings."""
         with reading(self.path):
             try:
                 content = self.path.read_bytes()
             except FileNotFoundError:
                 return []
         if b"\n" not in content:
-            return []  # not even the first line is whole: there is nothing to lose
+            return []  # not even the first line is complete: there is nothing to lose
         header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short
         other = self._difference(header)
         if other and keep_other:
@@ -207,7 +207,7 @@ class Answers:
         return [line + b"\n" for line in lines[: len(self.prompts)]]
 
     def _difference(self, header: bytes) -> str:
-        """Return what differs between this run and the one of ``header``; nothing if it is the same."""
+        """Return what differs between this run and the one of ``header``; empty if nothing does."""
         try:
             found = json.loads(header)
         except ValueError:
@@ -218,7 +218,7 @@ class Answers:
 
 
 def _answers(prompt: Prompt, line: bytes) -> bool:
-    """Whether ``line`` is what `Prompt.line` writes for some answer."""
+    """Whether ``line`` is one that `Prompt.line` writes for some answer."""
     try:
         return prompt.line(json.loads(line)["output"]) == line + b"\n"
     except (ValueError, KeyError, TypeError):

@@ -154,9 +154,8 @@ def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
     assert isinstance(x, Quantised)
-    return torch._scaled_mm(
-        x.data, matrix.T, scale_a=x.scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    rows = F.ScalingType.RowWise
+    return F.scaled_mm(x.data, matrix.T, x.scale, rows, scale, rows, use_fast_accum=True)
 
 
 class Float8Linear(nn.Module):

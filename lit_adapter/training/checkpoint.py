@@ -1,8 +1,8 @@
 """Checkpoint files: Lightning's checkpoint dictionary in one safetensors file, without pickle.
 
-Tensors are stored as tensors; the rest (loops, callbacks, optimizer groups, position) is JSON in the
-header's metadata, beside a SHA-256 over all of it. A file appears whole or not at all, and a damaged one
-is recognised when it is read.
+Tensors are stored as tensors. The rest (loops, callbacks, optimizer groups, position) is JSON in the
+header's metadata, with a SHA-256 of both. A file appears whole or not at all, and damage is found when it is
+read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import check_adapter_state
+from lit_adapter.training.lightning_internals import CHECKPOINT_KEYS
 
 METADATA_KEY = "lit_adapter_checkpoint"
-PARTS = frozenset(
-    {"state_dict", "optimizer_states", "global_step", "loops", "callbacks", "lit_adapter", "measured"}
-)
-"""What a checkpoint holds at least."""
+PARTS = CHECKPOINT_KEYS | {"lit_adapter", "measured"}
+"""The keys that every checkpoint has: Lightning's, and what `Checkpoints` and `LitAdapter` add."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -38,15 +37,15 @@ class DurableCheckpointIO(CheckpointIO):
         """Write a checkpoint, whole or not at all.
 
         Raises:
-            UserError: the file cannot be written, or the adapter holds a number that is not finite.
+            UserError: the file cannot be written, or the adapter has NaN or infinite values.
         """
         tensors: dict[str, Tensor] = {}
         structure = json.dumps(_encode(checkpoint, tensors, ""), sort_keys=True, allow_nan=False)
         for name, tensor in checkpoint["state_dict"].items():
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(
-                    f"{path}: not written: {name} is not finite; earlier checkpoints are unaffected; "
-                    "lower optim.lr and go on with --resume last"
+                    f"{path}: not written: {name} has NaN or infinite values; earlier checkpoints are "
+                    "unaffected; lower optim.lr and go on with --resume last"
                 )
         metadata = {METADATA_KEY: structure, "sha256": _checksum(structure, tensors)}
         write_bytes(Path(path), save(tensors, metadata=metadata))
@@ -64,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint and verify its checksum.
 
     Raises:
-        UserError: missing, cut short, changed, or not a checkpoint of ours.
+        UserError: the file is missing, damaged, or not a checkpoint written by this package.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; use --resume last, or a file of RUN_FOLDER/checkpoints")
@@ -75,7 +74,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a usable checkpoint: {error}") from None
     if METADATA_KEY not in metadata:
-        raise UserError(f"{path}: not a checkpoint of a training run; an adapter file cannot be resumed")
+        raise UserError(
+            f"{path}: not a checkpoint of a training run; a run cannot be resumed from an adapter file"
+        )
     if metadata.get("sha256") != _checksum(metadata[METADATA_KEY], tensors):
         raise UserError(f"{path}: the checkpoint is damaged (its checksum differs)")
     checkpoint = _decode(json.loads(metadata[METADATA_KEY]), tensors)
@@ -86,15 +87,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """See that a checkpoint holds this adapter and its optimizer's moments: names, shapes, fp32, finite.
+    """Check that a checkpoint holds this adapter and its optimizer's moments: names, shapes, fp32, finite.
 
     Args:
         path: the file, for messages.
         checkpoint: what `read_checkpoint` returned.
-        shapes: of every adapter tensor.
+        shapes: of every adapter tensor, by name.
 
     Raises:
-        UserError: names the first tensor that is not what it should be.
+        UserError: a tensor is missing, unexpected, of another shape or type, or not finite; names it.
     """
     check_adapter_state(shapes, checkpoint["state_dict"], str(path))
     moments = {
@@ -104,10 +105,10 @@ def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tup
     }
     odd = Counter(tuple(moment.shape) for moment in moments.values()) - Counter([*shapes.values()] * 2)
     if odd:
-        raise UserError(f"{path}: the optimizer holds a tensor {list(next(iter(odd)))}, not the adapter's")
+        raise UserError(f"{path}: the optimizer has a moment of shape {list(next(iter(odd)))} too many")
     for name, tensor in (checkpoint["state_dict"] | moments).items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path}: {name} is not fp32, or holds values that are not finite numbers")
+            raise UserError(f"{path}: {name} is not fp32, or has NaN or infinite values")
 
 
 def _checksum(structure: str, tensors: dict[str, Tensor]) -> str:
@@ -118,11 +119,13 @@ def _checksum(structure: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """Return ``value`` as JSON, its tensors moved to ``tensors`` under the name of their place.
+    """Return ``value`` as JSON; its tensors move to ``tensors``, named by their path in the checkpoint.
 
-    JSON has lists, objects with text keys, and plain values. What else a checkpoint holds becomes a list
-    that starts with a tag: ["tensor", name], ["tuple", items], ["dict", [key, value] pairs], ["list", items],
-    ["float", "nan"].
+    Plain values stay as they are. Everything else becomes a list that starts with a tag: ["tensor", name],
+    ["tuple", items], ["dict", [key, value] pairs], ["list", items], ["float", "nan"].
+
+    Raises:
+        TypeError: a value of any other type.
     """
     if isinstance(value, Tensor):
         tensors[place] = value.detach().cpu().contiguous()

@@ -1,10 +1,8 @@
-"""TensorBoard's event files. They are appended to, not renamed into place, and a run does not need them."""
+"""TensorBoard's event files, which are appended to, not renamed into place; a run can do without them."""
 
 from __future__ import annotations
 
-import re
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +13,12 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
 class Curves(TensorBoardLogger):
-    """Writes RUN/tensorboard; a disk that is full ends the curves, with one line, and not the run.
+    """Writes ``RUN/tensorboard``; if it cannot, for example on a full disk, warns once and the run goes on.
 
     Args:
         folder: the run folder.
-        purge_step: the first step of a resumed run: points from it on are drawn anew.
-        say: gets the line.
+        purge_step: the first step that a resumed run draws; earlier starts' points from it on are hidden.
+        say: gets the warning.
     """
 
     def __init__(self, folder: Path, purge_step: int | None, say: Callable[[str], None]) -> None:
@@ -29,31 +27,21 @@ class Curves(TensorBoardLogger):
         )
         self.say = say
         self._guarded: _Guarded | None = None
+        # TensorBoard writes in a thread, whose traceback would precede the one-line warning.
         if getattr(threading.excepthook, "func", None) is not _quiet:
             threading.excepthook = partial(_quiet, threading.excepthook)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, made when it is first needed."""
+        """The writer, made on first use."""
         if self._guarded is None:
-            self._guarded = _Guarded(self._open, self.log_dir, self.say)
+            self._guarded = _Guarded(lambda: super(Curves, self).experiment, self.log_dir, self.say)
         return self._guarded
-
-    def _open(self) -> Any:
-        _wait_for_a_later_name(Path(self.log_dir))
-        return super().experiment
-
-
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Event files are read in the order of their names, which begin with the second they were opened in."""
-    names = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.*"))
-    newest = max((int(name[1]) for name in names if name), default=0)
-    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
 def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
-    """TensorBoard's thread reports what it could not write to its next caller too; once is enough."""
+    """Pass a thread's failure to ``hook``, unless TensorBoard's thread could not write."""
     if not (
         isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")
     ):
@@ -61,7 +49,7 @@ def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
 
 
 class _Guarded:
-    """A `SummaryWriter` whose methods do nothing once one of them could not write."""
+    """A `SummaryWriter` whose methods do nothing after a write has failed."""
 
     def __init__(self, make: Callable[[], Any], folder: str, say: Callable[[str], None]) -> None:
         self._make, self._folder, self._say = make, folder, say

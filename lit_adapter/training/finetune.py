@@ -27,38 +27,25 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.training.adapter_writer import AdapterWriter
-from lit_adapter.training.callbacks import (
-    Bar,
-    BestAdapter,
-    Checkpoints,
-    Report,
-    Samples,
-    Validation,
-    shows_bar,
-)
+from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Validation
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.dry_run import N_TRIED, Stopwatch, foretell
+from lit_adapter.training.lightning_internals import Bar, rank
 from lit_adapter.training.memory import unfused_because
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import announce
 from lit_adapter.training.preflight import FirstRecords, Sizes, check_records, check_space, enough_memory
-from lit_adapter.training.processes import (
-    StopOnSignal,
-    end_run,
-    follow,
-    last_words,
-    quiet_lightning,
-    rank,
-    take_over,
-)
+from lit_adapter.training.processes import StopOnSignal, end_run, follow, last_words, start_processes
+from lit_adapter.training.report import Report, shows_bar
 from lit_adapter.training.resume import Beginning, find_beginning, is_written, saved_identity
 from lit_adapter.training.run_folder import RunFolder, changeable, identity, plain, saved_config
+from lit_adapter.training.samples import Samples
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.sharding import ShardedLitAdapter, check_heads
 from lit_adapter.training.signals import Signals
 from lit_adapter.training.start import Start, read_start
 from lit_adapter.training.strategy import check_layout, is_sharded
-from lit_adapter.training.trainer import make_trainer
+from lit_adapter.training.trainer import make_trainer, quiet_lightning
 from lit_adapter.weights.adapter_file import base_identity
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import empty_base, load_base
@@ -217,7 +204,6 @@ class _Run:
         begin_writing = partial(self._begin_writing, begin.step)
         callbacks = first + self._callbacks(data, model, record, validation, repeats, begin_writing)
         trainer = self._trainer(data, callbacks, begin.step + (not repeats) if resume else None)
-        self.signals.only_note()
         # At step 0 there is nothing to restore: the start follows from the seed.
         path = str(begin.path) if begin.step else None
         with last_words(several=trainer.world_size > 1), enough_memory(needed):
@@ -235,7 +221,6 @@ class _Run:
         """Take a few steps and say how long the run's steps and validations ``to_do`` would take."""
         callbacks: list[pl.Callback] = [*first, Stopwatch(), StopOnSignal(self.signals)]
         trainer = self._trainer(data, callbacks, None, n_steps=min(N_TRIED, data.total_steps))
-        self.signals.only_note()
         with last_words(several=trainer.world_size > 1), enough_memory(needed):
             trainer.fit(module, data)
         if self.signals.agreed:
@@ -342,13 +327,13 @@ class _Run:
         n_steps: int | None = None,
     ) -> pl.Trainer:
         """Return a trainer; with ``n_steps`` it stops after so many and draws nothing."""
+        self.signals.only_note()
+        start_processes(self.config.trainer, self.device, self._on_death)
         curves = Curves(self.folder.path, purge_step, self.say) if n_steps is None else None
         validates = data.val_packer is not None
-        trainer = make_trainer(
+        return make_trainer(
             self.config.trainer, self.device, self.precision, callbacks, curves, validates, n_steps
         )
-        take_over(trainer, self._on_death)
-        return trainer
 
     def _callbacks(
         self,

@@ -286,7 +286,8 @@ def enough_memory(needed: Sizes) -> Iterator[None]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise UserError(
                 f"a loader process was killed, perhaps for want of memory ({text[:120]}); "
-                "lower data.workers or free memory; --resume last goes on from the last checkpoint"
+                "lower data.workers or free memory; --resume last goes on from the last checkpoint "
+                '(a Python script that calls this needs `if __name__ == "__main__":`)'
             ) from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
             raise

@@ -1,56 +1,49 @@
-"""Several processes: all stop after the same step, and one that dies ends the run and is named.
-
-Two habits of Lightning 2.6 are replaced. Its SIGTERM handler starts a broadcast from inside the handler, and
-its training loop broadcasts a flag before every step: the first hangs, the second makes a GPU wait for the
-CPU. Its observer of child processes kills everything five seconds later without a word.
-"""
+"""Several processes: all stop after the same step, and a process that dies is named and ends the run."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from subprocess import Popen
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback
 
+from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
+from lit_adapter.training.lightning_internals import leave_validation, rank
 from lit_adapter.training.signals import EXIT_STATUS, Signals
+from lit_adapter.training.strategy import launched, n_processes, processes_per_node
 
 POLL_SECONDS = 0.5
 LAST_WORDS_SECONDS = 3.0
-"""How long a failing process waits for the one that knows the cause."""
+"""How long a failing process waits for another one that knows the cause."""
 FIRST_PROCESS = "LIT_ADAPTER_FIRST_PROCESS"
-"""Environment variable: the process that started this one."""
+"""Environment variable: the id of the process that started this one."""
 
 
 class StopOnSignal(Callback):
-    """Ends training after the step, or within the validation batch, in which a signal came."""
+    """Ends training after the step, or validation before the batch, in which a signal came."""
 
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Agree once more: until here a signal was only noted."""
+        """Agree on signals that came before the first step."""
         agree(trainer, pl_module.device, self.signals)
         trainer.should_stop = bool(self.signals.agreed)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop where all processes know of a signal; several have agreed with the step's loss."""
+        """Stop once all processes know of a signal; several have agreed with the step's loss."""
         if trainer.world_size == 1:
             agree(trainer, pl_module.device, self.signals)
         trainer.should_stop = trainer.should_stop or bool(self.signals.agreed)
@@ -58,19 +51,15 @@ class StopOnSignal(Callback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Leave the validation.
-
-        Raises:
-            StopIteration: ends Lightning's evaluation loop.
-        """
+        """Leave the validation, and stop training too."""
         agree(trainer, pl_module.device, self.signals)
         if self.signals.agreed:
             trainer.should_stop = True
-            raise StopIteration
+            leave_validation()
 
 
 def agree(trainer: Any, device: torch.device, signals: Signals) -> None:
-    """Tell all processes of the signals that any of them has received; all must ask together."""
+    """Tell all processes of the signals that any of them has received; all must call this together."""
     flags = signals.flags()
     if trainer.world_size > 1:
         summed = torch.tensor(flags, device=device)
@@ -78,77 +67,55 @@ def agree(trainer: Any, device: torch.device, signals: Signals) -> None:
     signals.agree(flags)
 
 
-class _NoHandlers(_SignalConnector):
-    def register_signal_handlers(self) -> None:
-        """Leave the signals to `Signals`."""
+def start_processes(options: TrainerConfig, device: torch.device, on_death: Callable[[str], None]) -> None:
+    """Start this node's other processes and watch them, unless a launcher has started them.
 
-
-class _WatchingLauncher(_SubprocessScriptLauncher):
-    """Starts the other processes of this machine and watches them."""
-
-    def __init__(self, launcher: _SubprocessScriptLauncher, on_death: Callable[[str], None]) -> None:
-        super().__init__(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-        self.on_death = on_death
-
-    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the processes, then call ``function`` in this one."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
-            os.environ[FIRST_PROCESS] = str(os.getpid())
-            # They inherit the mask: a signal waits until their own handlers are set, and kills none of them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_STATUS)
-            try:
-                self._call_children_scripts()
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
-            first = self.cluster_environment.node_rank() * self.num_processes
-            _in_background(_wait_for_death, self.procs, first, self.on_death)
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
-
-
-def rank() -> int:
-    """Return this process's number; launchers announce it before Lightning starts."""
-    return int(getattr(rank_zero_only, "rank", 0))
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's hints out of the output; our own lines say what a user can act on."""
-    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*mid-epoch.*")
-        # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
-        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def take_over(trainer: Trainer, on_death: Callable[[str], None]) -> None:
-    """Put our signal handling and our watch over processes in the place of Lightning's.
+    They run this command again, up to where a Trainer connects all of them. The Trainer takes the variables
+    set here for a launcher's and starts nothing. Its own launcher would kill every process five seconds after
+    one has died, without a word.
 
     Args:
-        trainer: a new trainer.
-        on_death: called from a thread of the first process with a sentence about the process that died.
+        options: devices, nodes, strategy.
+        device: of the run.
+        on_death: called from a thread of this process with a sentence about the process that has died.
     """
-    trainer._signal_connector = _NoHandlers(trainer)
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        trainer.strategy._launcher = _WatchingLauncher(launcher, on_death)
+    total, local = n_processes(options, device), processes_per_node(options, device)
+    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // local))  # Lightning does it for ddp alone
+    if total == 1 or launched() is not None:
+        return
+    network = LightningEnvironment()
+    os.environ |= {
+        "MASTER_ADDR": network.main_address,
+        "MASTER_PORT": str(network.main_port),
+        "NODE_RANK": str(network.node_rank()),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(total),
+    }
+    command = [sys.executable, *sys.orig_argv[1:]]
+    # The processes inherit the mask: a signal waits until their own handlers are set instead of killing them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_STATUS)
+    try:
+        children = [
+            subprocess.Popen(
+                command, env={**os.environ, "LOCAL_RANK": str(number), FIRST_PROCESS: str(os.getpid())}
+            )
+            for number in range(1, local)
+        ]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
+    _in_background(_wait_for_death, children, network.node_rank() * local + 1, on_death)
 
 
 def follow(train: Callable[[], int], signals: Signals) -> int:
-    """Be one of the other processes: gone when the first one is, and silent about what that one says."""
+    """Run ``train`` as one of the other processes, which ends with the first and leaves the printing to it.
+
+    Returns:
+        The exit status; 0 also after a signal, because a launcher would take any other for a failure.
+
+    Raises:
+        UserError: as ``train``, with this process's rank; not after a signal.
+    """
     _leave_with_parent()
     try:
         with last_words(several=True):
@@ -157,14 +124,15 @@ def follow(train: Callable[[], int], signals: Signals) -> int:
         if signals.received:
             return signals.exit_status
         raise UserError(f"process {rank()}: {error}") from error
-    return 0  # the status of a stop is the first process's; any other than 0 would count as a failure here
+    return 0
 
 
 @contextmanager
 def last_words(*, several: bool) -> Iterator[None]:
-    """Let an error in one of several processes wait for one that knows the cause, says it and ends this one.
+    """Delay an error, so that a process that knows its cause can report it and end this one first.
 
-    What concerns all processes is said by the first; a connection that breaks, by the watch over them.
+    The first process reports errors that concern all of them. A broken connection means that one has died,
+    which the watch in `start_processes`, or a launcher, reports.
     """
     try:
         yield
@@ -175,7 +143,7 @@ def last_words(*, several: bool) -> Iterator[None]:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the one that started it is gone: it would wait for it for half an hour."""
+    """End this process when the one that started it is gone, instead of waiting for it for half an hour."""
     parent = int(os.environ.get(FIRST_PROCESS, os.getppid()))
     if FIRST_PROCESS not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return  # started by hand or by a queue, which may leave its processes alone
@@ -189,14 +157,17 @@ def _leave_with_parent() -> None:
 
 
 def end_run(sentence: str, status: int) -> None:
-    """Say why and end this process at once, also out of a collective operation; the others follow."""
+    """Print the reason and end this process at once, even inside a collective; the others follow."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)
 
 
-def _wait_for_death(children: Sequence[Popen], first: int, on_death: Callable[[str], None]) -> None:
+def _wait_for_death(
+    children: Sequence[subprocess.Popen[bytes]], first: int, on_death: Callable[[str], None]
+) -> None:
+    """Report the first of ``children`` that fails; they are the processes from rank ``first`` on."""
     while True:
-        for number, child in enumerate(children, start=first + 1):
+        for number, child in enumerate(children, start=first):
             status = child.poll()
             if status:
                 how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"

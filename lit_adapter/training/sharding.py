@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
@@ -144,8 +143,9 @@ def read_shard(
     length = tuple(parameter.shape)
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
-        length, within = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-        start = [first + offset for first, offset in zip(start, within, strict=True)]
+        length = tuple(parameter.to_local().shape)
+        # `fully_shard` divides the first dimension as `torch.chunk` does.
+        start[0] += min(mesh.get_local_rank() * -(-parameter.shape[0] // mesh.size()), parameter.shape[0])
     part = whole[tuple(slice(s, s + n) for s, n in zip(start, length, strict=True))].to(dtype).contiguous()
     if not isinstance(parameter, DTensor):
         return part

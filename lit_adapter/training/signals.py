@@ -1,9 +1,9 @@
-"""Signals: finish the optimizer step, save, say where, leave with the right status.
+"""Signals: finish the optimizer step, save, print where, exit with the right status.
 
-Before training there is nothing to save, and a signal ends the program at once. From then on a handler only
-sets a flag, which is looked at after every optimizer step, validation batch and token of a sample. The flags
-of several processes are summed with the loss, so that all of them stop after the same step and none waits
-in a collective operation for one that has left. No torch here: handlers are set before it is imported.
+Before training there is nothing to save, and a signal ends the program at once. During training a handler
+only sets a flag, which is checked after every optimizer step, validation batch and sampled token. The flags
+of several processes are summed with the loss, so that all of them stop after the same step and none waits in
+a collective operation for one that has left. Nothing here imports torch: handlers are set before that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from lit_adapter.errors import UserError
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
-"""What the script leaves with, by signal."""
+"""The script's exit status, by signal."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal before the first step."""
+    """A signal came before the first step."""
 
     def __init__(self, number: int) -> None:
         self.exit_status = EXIT_STATUS[signal.Signals(number)]
@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The handlers of one run and what they have noted.
+    """The signal handlers of one run, and the signals they have received.
 
     Raises:
         UserError: as `check_launcher`.
@@ -38,11 +38,11 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = 0
-        """The signal that this process has got, 0 for none."""
+        """The first signal that this process has received; 0 if none."""
         self.agreed = 0
-        """The signal that all processes know of."""
+        """The signal that all processes know of; 0 if none."""
         check_launcher()
-        # Where a launcher started this process, others wait for it: it may not leave before they know.
+        # The other processes of a launcher wait for this one, which therefore may not leave before they know.
         self.only_notes = is_launched()
         self.earlier: dict[signal.Signals, Any] = {}
 
@@ -53,40 +53,40 @@ class Signals:
         return EXIT_STATUS[signal.Signals(number)] if number else 0
 
     def install(self) -> None:
-        """Take the signals over, and let through those that were held back at this process's start."""
+        """Set the handlers, and unblock the signals that were blocked when this process started."""
         self.earlier = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
-        # torch's loaders take this one during the run; once given back, they see a death when they look.
+        # torch's loaders set a handler for this one during the run, and notice dead workers without it too.
         self.earlier[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them before the run."""
+        """Set the handlers that were there before the run."""
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
 
     def only_note(self) -> None:
-        """From here on let a signal wait for the end of the step.
+        """From now on, only note a signal, to be acted on at the end of the step.
 
         Raises:
-            Interrupted: there has been one.
+            Interrupted: a signal has been received already.
         """
         if self.received and not self.only_notes:
             raise Interrupted(self.received)
         self.only_notes = True
 
     def flags(self) -> list[float]:
-        """Return a 1 in the place of the received signal; such lists are summed over processes."""
+        """Return a number per signal, 1.0 for the received one, else 0.0, to be summed over processes."""
         return [float(self.received == number) for number in EXIT_STATUS]
 
     def agree(self, flags: Sequence[float]) -> None:
-        """Take up what any process has received: ``flags`` summed over processes."""
+        """Note a signal that any process has received, from the `flags` summed over processes."""
         for number, count in zip(EXIT_STATUS, flags, strict=True):
             if count and not self.agreed:
                 self.agreed = number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
-            os._exit(EXIT_STATUS[signal.SIGINT])  # files are renamed into place whole, so none is harmed
+            os._exit(EXIT_STATUS[signal.SIGINT])  # safe: files are renamed into place whole
         self.received = self.received or number
         if not self.only_notes:
             raise Interrupted(number)
@@ -96,14 +96,14 @@ NUMBERS = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "JSM_NAMESPACE_RANK"),
 )
-"""Environment variables in which launchers say a number, and which Lightning reads when it is imported."""
+"""Environment variables with which launchers pass numbers, and which Lightning reads when it is imported."""
 
 
 def check_launcher() -> None:
-    """Refuse variables of a launcher that did not start this process: it would train as another's follower.
+    """Refuse a launcher's variables without a launcher: this process would wait for others that do not exist.
 
     Raises:
-        UserError: a number that is none, or a rank without what a launcher sets with it.
+        UserError: a variable is not a number, or a rank comes without the variables that belong to it.
     """
     for name in NUMBERS:
         value = os.environ.get(name)
@@ -120,7 +120,7 @@ def check_launcher() -> None:
 
 
 def is_launched() -> bool:
-    """Tell a process of several, started by torchrun, SLURM or Lightning, from one started by hand."""
+    """Return whether this is one of several processes that torchrun, SLURM or `start_processes` started."""
     return "LOCAL_RANK" in os.environ or _is_one_of_slurms()
 
 

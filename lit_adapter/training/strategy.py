@@ -1,9 +1,9 @@
-"""Where a run's processes come from, and what they exchange.
+"""How many processes a run has, and what they exchange.
 
-ddp: the base is whole on every device, read there by each process itself; the adapter's gradients are
-averaged while the backward pass goes on. fsdp2: the base is cut over the devices and gathered a layer at
-a time; the adapter, some MB, is whole everywhere, and its gradients are averaged once a step. With
-tensor_parallel groups of devices share the heads and the rows; data parallelism is over the groups.
+ddp: every process reads the whole base; the adapter's gradients are averaged during the backward pass. fsdp2:
+the base is sharded over the devices and gathered one layer at a time; the adapter, some MB, is whole on every
+device, and its gradients are averaged once a step. With tensor_parallel, each group of devices computes the
+same rows with the heads divided among them; data parallelism is over the groups.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from lit_adapter.errors import UserError, counted
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """A frozen base cut over all processes by FSDP2, under an adapter that every process has whole.
+    """A frozen base sharded over all processes by FSDP2, with an adapter that is whole on every process.
 
-    What is trained is no sharded tensor: clipping, optimizer, checkpoints and the adapter file are those
-    of one process, and nothing of the base is ever gathered to save it.
+    No trained parameter is sharded, so clipping, optimizer, checkpoints and adapter file are those of one
+    process, and saving gathers nothing. The methods taken from `Strategy` replace ones for sharded
+    parameters.
     """
 
     lightning_restore_optimizer = True
@@ -36,7 +37,7 @@ class ShardedStrategy(ModelParallelStrategy):
     load_checkpoint = Strategy.load_checkpoint
 
     def model_to_device(self) -> None:
-        """Leave everything where `configure_model` has put it: torch cannot move a cut parameter in use."""
+        """Do nothing: `configure_model` has placed everything, and a sharded parameter in use cannot move."""
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Average the gradients over the processes, then step as usual."""
@@ -45,7 +46,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace the parameters' gradients by their mean over all processes, in one message."""
+    """Replace the parameters' gradients by their mean over all processes, with one collective."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together)
@@ -57,12 +58,12 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def is_sharded(options: TrainerConfig) -> bool:
-    """Tell whether the base is cut over the devices."""
+    """Return whether the base is sharded over the devices."""
     return options.strategy == "fsdp2"
 
 
 def whole_because(options: TrainerConfig) -> str | None:
-    """Return the setting for which the base has to be whole on every device; None where it may be cut."""
+    """Return the setting that does not allow a sharded base, or None."""
     if options.precision == "16-mixed":
         return "precision 16-mixed"
     return "base_precision fp8" if options.base_precision == "fp8" else None
@@ -79,18 +80,17 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
         )
     several = options.num_nodes > 1 or options.devices != 1
     if options.strategy == "ddp" or (options.strategy == "auto" and several):
-        # Every process reads the frozen base itself: without init_sync the first would send it to all.
+        # Every process reads the frozen base itself; with init_sync the first would send it to the others.
         return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, init_sync=False)
     return "auto"
 
 
 def check_layout(options: TrainerConfig, device: torch.device) -> None:
-    """Compare the wanted processes with the machine and with what a launcher has started.
+    """Check the number of processes against the machine and the launcher, and the settings that depend on it.
 
     Raises:
-        UserError: settings that do not go with the device or with a cut base, more devices than there are,
-            a launcher that started another number of processes, or several nodes and nothing that would
-            start the others.
+        UserError: settings that the device or a sharded base does not allow, more devices than there are, a
+            launcher that started another number of processes, or several nodes without a launcher.
     """
     _check_precision(options, device)
     whole = whole_because(options)
@@ -98,16 +98,16 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
         raise UserError(
             f"trainer.strategy is fsdp2, which does not go with trainer.{whole}; use bf16-true, or ddp"
         )
-    _check_tensor_parallel(options, _per_node(options, device))
+    _check_tensor_parallel(options, processes_per_node(options, device))
     gpu = device.type == "cuda"
-    # Two processes can share a core, as a trial of several devices; many would only starve it.
+    # Two processes may share a core, to try several devices; more would only be slow.
     available = torch.cuda.device_count() if gpu else max(2, os.cpu_count() or 1)
     if isinstance(options.devices, int) and options.devices > available:
-        kind = "GPUs" if gpu else "processor cores at most"
+        kind = "GPUs" if gpu else "CPU cores"
         raise UserError(
             f"trainer.devices is {options.devices}, but this machine has {available} {kind}; lower it"
         )
-    started = _launched()
+    started = launched()
     if started is None:
         missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if name not in os.environ]
         if options.num_nodes > 1 and missing:
@@ -117,7 +117,7 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
             )
         return
     launcher, processes = started
-    per_node = _per_node(options, device)
+    per_node = processes_per_node(options, device)
     if processes != n_processes(options, device):
         raise UserError(
             f"{launcher} started {counted(processes, 'process')}, but "
@@ -132,8 +132,8 @@ def _check_tensor_parallel(options: TrainerConfig, per_node: int) -> None:
         raise UserError(f"{wanted}, which needs trainer.strategy fsdp2, not {options.strategy}")
     if per_node % options.tensor_parallel:
         raise UserError(
-            f"{wanted}, which does not divide the {per_node} of trainer.devices; "
-            "devices that share heads are of one node"
+            f"{wanted}, which does not divide trainer.devices, {per_node}; "
+            "tensor parallelism stays within a node"
         )
 
 
@@ -150,24 +150,24 @@ def _check_precision(options: TrainerConfig, device: torch.device) -> None:
 
 
 def launcher_plugins() -> list[Any]:
-    """Return what Lightning must know of the launcher: on SLURM, that a run resumes by itself."""
+    """Return the plugin that keeps Lightning from requeueing a SLURM job, which the job's script does."""
     return [SLURMEnvironment(auto_requeue=False)] if _launched_by_slurm() else []
 
 
 def n_processes(options: TrainerConfig, device: torch.device) -> int:
-    """Return the processes of a run, on all its nodes."""
-    return options.num_nodes * _per_node(options, device)
+    """Return the number of processes of a run, on all its nodes."""
+    return options.num_nodes * processes_per_node(options, device)
 
 
-def _per_node(options: TrainerConfig, device: torch.device) -> int:
-    """Return the processes of one node."""
+def processes_per_node(options: TrainerConfig, device: torch.device) -> int:
+    """Return the number of processes of one node."""
     if options.devices == "auto":
         return torch.cuda.device_count() if device.type == "cuda" else 1
     return int(options.devices)
 
 
-def _launched() -> tuple[str, int] | None:
-    """Return a launcher's name and how many processes it started, or None without one."""
+def launched() -> tuple[str, int] | None:
+    """Return the launcher's name and the number of processes it started, or None without a launcher."""
     if TorchElasticEnvironment.detect():
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if _launched_by_slurm():

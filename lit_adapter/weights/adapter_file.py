@@ -1,4 +1,4 @@
-"""``adapter.safetensors``: the trained tensors in fp32, and all that using them takes, as metadata.
+"""``adapter.safetensors``: the trained tensors in fp32, with all that is needed to use them as metadata.
 
 The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version,
 gate form and sizes, prompt template and masking, the base's name, sizes and fingerprint, and a summary
@@ -42,10 +42,10 @@ class BaseIdentity:
 
 
 def base_identity(folder: Path) -> BaseIdentity:
-    """Return how a converted base is recognised.
+    """Return what identifies a converted base.
 
     Raises:
-        UserError: no converted base, or a folder whose name an adapter cannot hold.
+        UserError: not a converted base, or the folder's name is not UTF-8.
     """
     fingerprint, name = read_fingerprint(folder), folder.resolve().name
     if not is_unicode(name):
@@ -64,7 +64,7 @@ class AdapterInfo:
     template: Template
     mask_prompt: bool = True
     training: dict[str, Any] = field(default_factory=dict)
-    """Steps, records, losses and the like, for people; of the best adapter the run reads ``steps`` back."""
+    """Steps, records, losses and the like, for people; a resumed run reads the best adapter's ``steps``."""
 
     @property
     def model(self) -> LlamaConfig:
@@ -76,8 +76,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
     """Write an adapter, whole or not at all.
 
     Raises:
-        UserError: tensors that do not fit ``info``, a number that is not finite, or a file that cannot
-            be written.
+        UserError: tensors that do not fit ``info`` or are not finite, or a file that cannot be written.
     """
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {
@@ -97,7 +96,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """Read and check an adapter file.
 
     Raises:
-        UserError: missing, damaged, from another program, or not consistent with itself.
+        UserError: missing, damaged, from another program, or tensors that its metadata does not describe.
     """
     path = Path(path)
     with reading(path):
@@ -121,7 +120,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
 
 
 def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Compare the header with the described sizes before any tensor is read."""
+    """Compare names, shapes and types with the metadata before any tensor is read."""
     names = set(file.keys())
     if names != shapes.keys():
         odd = sorted(names ^ shapes.keys())
@@ -189,15 +188,15 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
-    """Refuse an adapter on a base that it was not trained on.
+    """Refuse an adapter on another base than it was trained on.
 
     Args:
         info: of the adapter.
-        folder: of the base.
+        folder: the base's.
         path: the adapter's, for messages.
 
     Raises:
-        UserError: no base, or another one; names both.
+        UserError: not a base, or another one, with both names.
     """
     base = base_identity(folder)
     if info.base.weights != base.weights:

@@ -1,4 +1,4 @@
-"""Adapters to and from the Hugging Face Hub: one file and its model card in a repository."""
+"""Adapters on the Hugging Face Hub: a repository holds one file and its model card."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
 
     Args:
         name: ``org/name`` on the Hub.
-        out: the file to make; one that is there already stays if it is the same.
+        out: the file to write; if it is there already, it has to be the same.
         revision: branch, tag or commit.
 
     Returns:
-        What to tell the user.
+        Lines for the user.
 
     Raises:
-        UserError: no such repository, no adapter of ours in it, a damaged one, or another file at ``out``.
+        UserError: no such repository, none or a damaged adapter in it, or another file at ``out``.
     """
     check_name(name)
     names, commit = list_files(name, revision)
@@ -52,7 +52,7 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         content = path.read_bytes()
     there = out.is_file()
     if out.exists() and not (there and out.read_bytes() == content):
-        raise UserError(f"{out}: already there and something else; choose another --out or remove it")
+        raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
     base = f"checkpoints/{info.base.name}"
@@ -63,22 +63,21 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
 def push_adapter(
     adapter: Path, name: str, *, private: bool = False, card: Path | None = None
 ) -> tuple[str, str | None]:
-    """Put an adapter into a repository of the Hub, which is made if need be.
+    """Upload an adapter to a repository of the Hub, which is created if necessary.
 
-    A card that the repository has already is left alone unless ``card`` is given: its author may have filled
-    in the licence.
+    A model card that is already there stays unless ``card`` is given: its author may have completed it.
 
     Args:
         adapter: an ``adapter.safetensors``.
         name: ``org/name``.
-        private: make the repository private, where it is new.
+        private: make a new repository private.
         card: a file with the model card; by default one is written from the adapter's metadata.
 
     Returns:
-        The commit's address, and the card that was written; None where the repository keeps its own.
+        The commit's address, and the card that was written, or None if the repository keeps its own.
 
     Raises:
-        UserError: a file that is no adapter, no login, or a refusal by the Hub.
+        UserError: a file that is not an adapter, no login, or a refusal by the Hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 

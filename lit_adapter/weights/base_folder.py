@@ -21,10 +21,10 @@ FINGERPRINT = "fingerprint.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
-"""In sources only; what is converted is always safetensors."""
+"""In sources only; a converted base is always safetensors."""
 BIN_INDEX = "pytorch_model.bin.index.json"
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
-"""At least one of them is there."""
+"""A folder holds at least one of them."""
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "added_tokens.json",
@@ -39,7 +39,7 @@ def find_base(name: str) -> Path:
     """Return the folder of the base that an adapter names.
 
     Raises:
-        UserError: not below ``checkpoints/`` of the working folder.
+        UserError: it is not in ``checkpoints/`` of the working directory.
     """
     folder = Path("checkpoints") / name
     with reading(folder):
@@ -52,7 +52,7 @@ def find_base(name: str) -> Path:
 
 
 def base_at_hand(name: str) -> Path | None:
-    """Return the folder of the base that an adapter names, or None where it is not there."""
+    """Return the folder of the base that an adapter names, or None if it is not there."""
     folder = Path("checkpoints") / name
     with reading(folder):
         return folder if (folder / FINGERPRINT).is_file() else None
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> LlamaConfig:
     """Read the model sizes of a Hugging Face or converted folder.
 
     Raises:
-        UserError: no readable ``config.json``, or one that describes no LLaMA.
+        UserError: no readable ``config.json``, or one that does not describe a LLaMA.
     """
     path = Path(folder) / CONFIG
     return LlamaConfig.from_hf(read_object(path), source=str(path))
@@ -107,7 +107,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def missing_part(folder: Path) -> str | None:
-    """Return which file of a converted base is absent or of another size, or None when it is whole.
+    """Return what is wrong with a file of a converted base that is absent or of another size, or None.
 
     Raises:
         UserError: no readable fingerprint.

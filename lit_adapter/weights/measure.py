@@ -1,4 +1,4 @@
-"""The largest logit difference between two forms of an adapter, on a fixed prompt."""
+"""The largest difference in logits between two forms of an adapter, on a fixed prompt."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ INSTRUCTION = "Give three tips for staying healthy."
 
 
 def fixed_prompt(base: Path) -> Tensor:
-    """Return the ids ``[1, T]`` of one Alpaca prompt."""
+    """Return the token ids ``[1, T]`` of one Alpaca prompt."""
     tokenizer = load_tokenizer(base)
     return torch.tensor([resolve_template("alpaca", tokenizer).encode_prompt(tokenizer, INSTRUCTION)])
 
 
 @torch.inference_mode()
 def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
-    """Return logits ``[1, T, V]`` of the base with an adapter, in fp32 on the CPU."""
+    """Return logits ``[1, T, V]`` of the base, with an adapter if one is given, in fp32 on the CPU."""
     model = load_base(base, device="cpu", dtype=torch.float32).eval()
     if adapter is not None:
         attach(model, replace(adapter.config, dropout=0.0))
@@ -36,7 +36,7 @@ def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
 
 
 def difference(base: Path, source: PlainAdapter, target: PlainAdapter) -> str:
-    """Say how far apart the two are."""
+    """Say how far the logits of two adapters are apart, and how far the first is from the base."""
     ids = fixed_prompt(base)
     one, other, plain = (logits(base, ids, adapter) for adapter in (source, target, None))
     worst, effect = float((one - other).abs().max()), float((one - plain).abs().max())

@@ -1,7 +1,7 @@
-"""A base and a V2 adapter without prompts become one plain Hugging Face LLaMA with biases.
+"""Merge a base and a V2 adapter without prompts into one plain Hugging Face LLaMA with biases.
 
-``s * (W x + b)`` is a linear layer of its own: its weight is ``diag(s) W``, its bias ``s * b``. A gated
-prefix has a softmax of its own beside the layer's, which no weights of a plain LLaMA compute.
+``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and bias ``s * b``. A gated prefix cannot
+be merged: it has a second softmax, which no weights of a plain LLaMA can express.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def merge(
 
     Args:
         adapter: an ``adapter.safetensors`` of version v2 without prompts.
-        out: the folder to make; it is a base folder too.
-        base: the adapter's base; by default the one it names, under ``checkpoints/``.
+        out: the folder to write, which is a base folder too.
+        base: the adapter's base; by default the one that it names, in ``checkpoints/``.
         dtype: float32, bfloat16 or float16; the last two round the merged weights.
         overwrite: replace a base folder that is already there.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        UserError: an adapter that cannot be merged, another base, or an output in the way.
+        UserError: an adapter that cannot be merged, another base, or an output that must not be replaced.
     """
     info, state = read_adapter(adapter)
     refuse_unmergeable(info, adapter)
@@ -59,12 +59,12 @@ def merge(
     origin = {"format": "merged", "base": info.base.name, "adapter": adapter.name}
     ids = fixed_prompt(folder)
     before = logits(folder, ids, PlainAdapter(info.adapter, state))
-    _check_numbers(before, f"{adapter}: its logits are not numbers; train it again")
+    _check_finite(before, f"{adapter}: its logits are NaN or infinite; train it again")
     differences: list[float] = []
 
     def compare(written: Path) -> None:
         after = logits(written, ids, None)
-        _check_numbers(after, f"{out}: its logits are not numbers in {dtype}; use --dtype float32")
+        _check_finite(after, f"{out}: its logits are NaN or infinite in {dtype}; use --dtype float32")
         differences.append(float((before - after).abs().max()))
 
     merged = MergedSource(folder, adapter, state)
@@ -75,32 +75,32 @@ def merge(
     )
 
 
-def _check_numbers(found: Tensor, message: str) -> None:
+def _check_finite(found: Tensor, message: str) -> None:
     if not bool(torch.isfinite(found).all()):
         raise UserError(message)
 
 
 def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
-    """Refuse what no plain LLaMA computes.
+    """Refuse an adapter that a plain LLaMA cannot express.
 
     Raises:
-        UserError: the adapter has prompts, or adapts the output head.
+        UserError: the adapter has prompts, or adapts the output layer.
     """
     if info.adapter.prompt_length:
         raise UserError(
-            f"{path}: has prompts, whose attention has a softmax of its own that no plain LLaMA computes, "
+            f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
             "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
             "--adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
-            f"{path}: adapts the output head, which has no bias in a plain LLaMA, so it cannot be merged; "
+            f"{path}: adapts the output layer, which has no bias in a plain LLaMA, so it cannot be merged; "
             "train one with --adapter.head false"
         )
 
 
 class MergedSource(Source):
-    """A base folder whose tensors come out merged with an adapter's, in fp32."""
+    """A base folder whose tensors are merged with an adapter's, in fp32."""
 
     format = "merged"
 
@@ -136,7 +136,7 @@ class MergedSource(Source):
         return scale * (own + self.state[f"{module}.adapter_bias"])
 
     def label(self, name: str) -> str:
-        """Return file and name."""
+        """Return the file and the name."""
         return f"{self.adapter}: merged tensor {name}"
 
     def write_tokenizer(self, out: Path) -> None:

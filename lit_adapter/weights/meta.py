@@ -1,4 +1,4 @@
-"""Meta's folders: ``params.json`` and ``consolidated.NN.pth``, one file for each model-parallel rank."""
+"""Meta's folders: ``params.json`` and one ``consolidated.NN.pth`` for each tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class MetaSource(Source):
                 raise UserError(f"{path}: key '{key}': only plain LLaMA checkpoints can be converted")
         self.shards = _open_shards(folder)
         self._check_count(params, path)
-        self._dims = {name: self._cut_dim(name, params["dim"]) for name in self.shards[0].shapes}
-        shapes = {name: self._merged_shape(name) for name in self._dims if name != "rope.freqs"}
+        self._dims = {name: self._sharded_dim(name, params["dim"]) for name in self.shards[0].shapes}
+        shapes = {name: self._whole_shape(name) for name in self._dims if name != "rope.freqs"}
         for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
             if len(shapes.get(name, ())) != 2:
-                raise UserError(f"{self.shards[0].path}: tensor {name} is missing or no matrix")
+                raise UserError(f"{self.shards[0].path}: tensor {name} is missing or not a matrix")
         self.config = LlamaConfig.from_meta(
             params,
             vocab_size=shapes["output.weight"][0],
@@ -69,17 +69,17 @@ class MetaSource(Source):
         self._read_token_ids()
 
     def _check_count(self, params: dict[str, object], path: Path) -> None:
-        """Find out by the rows of a query matrix how many ranks the model was cut for."""
+        """Compare the number of files with the number of ranks, which the rows of a query matrix tell."""
         first, dim = self.shards[0], params.get("dim")
         shape = first.shapes.get("layers.0.attention.wq.weight", ())
         if not isinstance(dim, int) or len(shape) != 2 or not shape[0] or dim % shape[0]:
             raise UserError(
-                f"{first.path}: tensor layers.0.attention.wq.weight has shape {list(shape)}, "
-                f"which is no part of {path.name}'s dim {dim}"
+                f"{first.path}: tensor layers.0.attention.wq.weight has shape {list(shape)}; "
+                f"expected a number of rows that divides {path.name}'s dim {dim}"
             )
         if dim // shape[0] != len(self.shards):
             raise UserError(
-                f"{self.folder}: the model is cut into {dim // shape[0]} files consolidated.*.pth, "
+                f"{self.folder}: the model is sharded into {dim // shape[0]} files consolidated.*.pth, "
                 f"but {len(self.shards)} are there"
             )
         for shard in self.shards[1:]:
@@ -89,16 +89,16 @@ class MetaSource(Source):
                     f"{shard.path}: tensor {odd[0]} is not in both this file and {first.path.name}"
                 )
 
-    def _cut_dim(self, name: str, dim: int) -> int | None:
-        """Return along which dimension a tensor is cut, or None where every rank holds it whole."""
+    def _sharded_dim(self, name: str, dim: int) -> int | None:
+        """Return along which dimension a tensor is sharded, or None if every rank holds it whole."""
         shape = self.shards[0].shapes[name]
         if len(self.shards) == 1 or len(shape) < 2:
             return None
         if name == "tok_embeddings.weight":
-            return 0 if shape[1] == dim else 1  # LLaMA 3 cuts the vocabulary, before it the width
+            return 0 if shape[1] == dim else 1  # LLaMA 3 shards the vocabulary, LLaMA 1 and 2 the width
         return 1 if name.endswith(SHARDED_BY_INPUTS) else 0
 
-    def _merged_shape(self, name: str) -> tuple[int, ...]:
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
         shapes = [shard.shapes[name] for shard in self.shards]
         odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
         if odd is not None:
@@ -110,7 +110,7 @@ class MetaSource(Source):
         return tuple(size * len(shapes) if i == dim else size for i, size in enumerate(shapes[0]))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor merged from all ranks, q and k in Hugging Face's order of rows."""
+        """Return a tensor joined from all ranks, with q and k rows in Hugging Face's order."""
         theirs = self._names[name]
         dim = self._dims[theirs]
         if dim is None:
@@ -120,7 +120,7 @@ class MetaSource(Source):
         return half_split(name, tensor, self.config)
 
     def label(self, name: str) -> str:
-        """Return file and Meta's name."""
+        """Return the file and Meta's name."""
         return f"{self.shards[0].path}: tensor {self._names[name]}"
 
     def _tokenizer_folder(self) -> Path:
@@ -135,7 +135,7 @@ class MetaSource(Source):
         copy_tokenizer(self._tokenizer_folder(), out)
 
     def _read_token_ids(self) -> None:
-        """Read BOS and EOS from the tokenizer; Meta writes them nowhere else."""
+        """Read BOS and EOS from the tokenizer, the only file of Meta's that has them."""
         path = self._tokenizer_folder() / "tokenizer.model"
         self.generation = None
         n_ranks = _count_ranks(path)
@@ -178,5 +178,5 @@ def _sentencepiece_ids(path: Path) -> dict[str, int]:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: no sentencepiece model or list of ranks: {error}") from None
+        raise UserError(f"{path}: neither a sentencepiece model nor a list of ranks: {error}") from None
     return {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}

@@ -1,4 +1,4 @@
-"""The page that stands beside an adapter on the Hub, written from what its file says."""
+"""An adapter's model card on the Hub, written from what its file says."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LICENSE_LINE = "# license: yours to fill in; base and data have terms of their o
 _TRAINING = {
     "data": "data",
     "epochs": "epochs",
-    "batch_size": "records a step",
+    "batch_size": "records per step",
     "lr": "peak learning rate",
     "steps": "optimizer steps",
     "train_loss": "training loss of the last step",
-    "val_loss": "held-out loss (nats a token)",
-    "converted_from": "converted from the format of",
+    "val_loss": "held-out loss (nats per token)",
+    "converted_from": "converted from the format",
 }
 
 
@@ -29,15 +29,15 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
     Args:
         info: what the adapter says of itself.
         repository: ``org/name``.
-        base: the base's folder where it is at hand; it may know where the base came from.
+        base: the base's folder if it is at hand; its fingerprint may say where the base came from.
     """
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
-    head = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
-    head += [f"base_model: {json.dumps(known)}"] if known else []
-    head += [LICENSE_LINE, "---"]
+    header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
+    header += [f"base_model: {json.dumps(known)}"] if known else []
+    header += [LICENSE_LINE, "---"]
     parts = [
-        "\n".join(head),
+        "\n".join(header),
         f"# {repository.rpartition('/')[2]}",
         _what(info),
         f"## Base\n\n`{info.base.name}`{f' ({origin})' if origin else ''}\n\n"
@@ -68,16 +68,15 @@ def _what(info: AdapterInfo) -> str:
     config, model = info.adapter, info.model
     count = sum(math.prod(shape) for shape in adapter_shapes(config, model).values())
     layers = len(config.adapted_layers(model.n_layer))
-    text = f"A LLaMA-Adapter {config.version.upper()}: {count:,} trained numbers beside a frozen base."
+    text = f"A LLaMA-Adapter {config.version.upper()}: {count:,} trained parameters on a frozen base."
     if layers:
         text += (
             f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
             f"gates of form `{config.gate}`."
         )
     if "linears" in config.parts:
-        text += (
-            f" Norms, and a bias and scale on every linear layer{', the head too' if config.head else ''}."
-        )
+        output = ", and on the output layer" if config.head else ""
+        text += f" Norms, and a bias and scale on every linear layer{output}."
     return text
 
 
@@ -87,5 +86,5 @@ def _shown(value: object) -> str:
 
 
 def _indented(text: str) -> str:
-    """Indent a text, so that Markdown shows it to the letter."""
+    """Indent a text, so that Markdown shows it as it is."""
     return "\n".join(f"    {line}" for line in text.split("\n"))

@@ -1,6 +1,6 @@
-"""Tensor files of others, read with suspicion: no code runs, every fault names the file.
+"""Safe reading of other people's tensor files: no code runs, and every error names the file.
 
-Both kinds of shard list shapes and dtypes without reading tensors, and read one tensor at a time.
+Both kinds of file list shapes and dtypes without reading tensors, and are read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_adapter.model.precision import FLOATS
 
 AGAIN = "fetch it again"
 REMAP_BYTES = 33_554_432
-"""How much of a mapped file may be touched before its pages are given back."""
+"""Bytes of a mapped file that may be read before its pages are released."""
 
 
 class Shard(Protocol):
@@ -42,12 +42,12 @@ class Shard(Protocol):
 
 
 def member(folder: Path, name: str) -> Path:
-    """Return the path of a file that must lie inside ``folder``.
+    """Return the path of a file that has to be in ``folder``.
 
-    Links may lead into the blobs of the Hugging Face cache the folder is part of, and nowhere else.
+    A link may lead only into the blobs of the Hugging Face cache that the folder is part of.
 
     Raises:
-        UserError: ``name`` is a path or a URL, or the file is absent, no regular file, or elsewhere.
+        UserError: ``name`` is a path or a URL, or the file is absent, not a regular file, or elsewhere.
     """
     if not name or name in (".", "..") or any(mark in name for mark in ("/", "\\", ":", "\0")):
         raise UserError(f"{folder}: file name {name!r} leads out of the folder; expected a plain name")
@@ -62,10 +62,10 @@ def member(folder: Path, name: str) -> Path:
 
 
 def is_zipped(path: Path) -> bool:
-    """Tell whether a ``torch.save`` file is an archive, as since PyTorch 1.6, that can be mapped.
+    """Tell whether a ``torch.save`` file is a zip archive, as since PyTorch 1.6, which can be mapped.
 
     Raises:
-        UserError: it begins like neither kind.
+        UserError: it is of neither kind.
     """
     with path.open("rb") as stream:
         start = stream.read(4)
@@ -77,22 +77,22 @@ def is_zipped(path: Path) -> bool:
 
 
 def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) -> Any:
-    """Return what PyTorch's restricted unpickler makes of a ``torch.save`` file, mapped where it can be.
+    """Return what PyTorch's restricted unpickler reads from a ``torch.save`` file, mapped if possible.
 
     Args:
         path: the file.
-        instead: what to do where it holds types that could run code.
-        safe_globals: types that it may build beside PyTorch's own.
+        instead: what the user can do if the file holds types that could run code.
+        safe_globals: types that it may build besides PyTorch's own.
 
     Raises:
-        UserError: damaged, or holding another type; nothing of it has run.
+        UserError: damaged, or holding another type; no code of the file has run.
     """
     mapped = is_zipped(path)
     try:
         if mapped and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: truncated or damaged; {AGAIN}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(safe_globals)):
-            warnings.simplefilter("ignore")  # of pickle protocols, which damage can change
+            warnings.simplefilter("ignore")  # about pickle protocols, in damaged files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -104,14 +104,14 @@ def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) ->
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line of PyTorch's text that says what is wrong."""
+    """Return the line of PyTorch's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
     telling = [line for line in lines if any(word in line for word in ("GLOBAL", "instruction", "operand"))]
     return (telling or [line for line in lines if line] or [type(error).__name__])[0][:160]
 
 
 def read_bytes(path: Path, offset: int, count: int) -> bytearray:
-    """Read ``count`` bytes by plain reads: pages of a memory map would stay in memory with the map."""
+    """Read ``count`` bytes without a memory map, whose pages would stay in memory."""
     content = bytearray(count)
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -124,7 +124,7 @@ OF_DAMAGE = (
     *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
     *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
 )
-"""What PyTorch and zipfile raise on changed bytes."""
+"""What PyTorch and zipfile raise on damaged files."""
 
 
 def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def refuse_odd_tensor(tensor: Tensor, where: str) -> None:
-    """Refuse a tensor of a ``torch.save`` file that is not all there.
+    """Refuse a tensor of a ``torch.save`` file that is not dense and complete.
 
     Args:
         tensor: as read, on the CPU.
@@ -153,9 +153,9 @@ def refuse_odd_tensor(tensor: Tensor, where: str) -> None:
     """
     odd = tensor.is_nested or tensor.is_quantized or tensor.is_meta
     if odd or tensor.layout != torch.strided:
-        raise UserError(f"{where} is no dense tensor; convert it to one")
+        raise UserError(f"{where} is not a dense tensor; convert it to one")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"{where} says to be larger than what the file holds; {AGAIN}")
+        raise UserError(f"{where} is declared larger than the file's data; {AGAIN}")
 
 
 class SafetensorsShard:
@@ -166,7 +166,7 @@ class SafetensorsShard:
         refuse_stand_in(path)
         try:
             with safe_open(path, framework="pt"):
-                pass  # the library checks sizes, offsets, overlaps and types of the header
+                pass  # the library checks the header's sizes, offsets, overlaps and types
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated or damaged ({error}); {AGAIN}") from None
         length = int.from_bytes(read_bytes(path, 0, 8), "little")
@@ -200,8 +200,8 @@ class TorchShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_stand_in(path)
-        self._mapped = is_zipped(path)  # files of before PyTorch 1.6 cannot be mapped and are held whole
-        self._n_touched = 0
+        self._mapped = is_zipped(path)  # older files cannot be mapped and are held in memory
+        self._n_read = 0
         self._tensors = self._load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {
@@ -217,13 +217,13 @@ class TorchShard:
         return tensors
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor; it is a view of the mapped file."""
+        """Read one tensor, as a view of the mapped file."""
         if self.dtypes[name] is None:
             raise UserError(f"{self.path}: tensor {name} is {self._tensors[name].dtype}; {_EXPECTED}")
-        if self._mapped and self._n_touched > REMAP_BYTES:
-            self._tensors = self._load()  # touched pages of the old map are given back with it
-            self._n_touched = 0
-        self._n_touched += math.prod(self.shapes[name]) * self._tensors[name].element_size()
+        if self._mapped and self._n_read > REMAP_BYTES:
+            self._tensors = self._load()  # the pages of the old map are released with it
+            self._n_read = 0
+        self._n_read += math.prod(self.shapes[name]) * self._tensors[name].element_size()
         return self._tensors[name]
 
 

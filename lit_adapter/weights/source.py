@@ -1,4 +1,4 @@
-"""What the readers of every format share: the names of a LLaMA's tensors, and the checks on them."""
+"""What the readers of all checkpoint formats share: names, checks and the order of rows of tensors."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lit_adapter.weights.base_folder import TOKENIZER_FILES, VOCABULARY_FILES
 from lit_adapter.weights.shards import member
 
 N_NAMED = 3
-"""How many of the tensors at fault a message names."""
+"""Tensors that a message names at most."""
 
 
 class Source(ABC):
-    """A checkpoint, checked but not read: `tensor` reads one at a time under Hugging Face's names."""
+    """A checkpoint whose tensors are checked but not read; `tensor` reads one, by Hugging Face's name."""
 
     format: str
     config: LlamaConfig
     dtypes: dict[str, torch.dtype]
-    """Of every tensor of the base, as `tensor` returns it."""
+    """Of every tensor of the base, as `tensor` returns it, by Hugging Face's name."""
     token_ids: dict[str, Any]
-    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` where known, for ``config.json``."""
+    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` if known, for ``config.json``."""
     generation: dict[str, Any] | None
-    """Content of ``generation_config.json``, where known."""
+    """Content of ``generation_config.json``, if known."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -44,7 +44,7 @@ class Source(ABC):
 
     @abstractmethod
     def write_tokenizer(self, out: Path) -> None:
-        """Put the tokenizer's files into ``out``."""
+        """Write the tokenizer's files into ``out``."""
 
 
 def check_tensors(
@@ -134,7 +134,7 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copy the tokenizer's files of a source folder.
 
     Raises:
-        UserError: there is no vocabulary, or something else stands in its place.
+        UserError: there is no vocabulary, or a file is not what its name says.
     """
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise UserError(f"{folder}: no tokenizer; expected {' or '.join(VOCABULARY_FILES)} there")

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that the peak of memory is one tensor and not one file.
+"""Safetensors files written tensor by tensor, so that peak memory is one tensor and not one file.
 
 Format: 8 bytes length of the header (little endian), the JSON header, then the raw tensors in order.
 https://huggingface.co/docs/safetensors
@@ -24,7 +24,7 @@ from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
 CHUNK = 4_194_304
-"""Elements that are checked, cast, hashed and written at a time."""
+"""Elements that are checked, cast, hashed and written together."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Entry:
 
 
 class TensorWriter:
-    """Writes entries, in name order, into one file or several, hashing as it goes.
+    """Writes entries in the order of their names into one or several files, and hashes them.
 
     Args:
         folder: an existing folder.
         load: returns a tensor by name; it is called once for each entry.
         label: returns where a tensor comes from, for messages.
-        max_file_bytes: above this much, shards and an index are written.
+        max_file_bytes: above this size, several files and an index are written.
         progress: called with (bytes done, bytes in all).
     """
 
@@ -76,7 +76,7 @@ class TensorWriter:
             The SHA-256 over name, dtype, shape and bytes of every tensor in name order.
 
         Raises:
-            UserError: a tensor that is not finite, also after the cast; or a write that failed.
+            UserError: a tensor that is not finite, before or after the cast; or a write that failed.
         """
         entries = sorted(entries, key=lambda entry: entry.name)
         self.n_total = sum(entry.n_bytes for entry in entries)
@@ -109,7 +109,7 @@ class TensorWriter:
                 self.progress(self.n_done, self.n_total)
 
     def _chunks(self, entry: Entry) -> Iterator[Tensor]:
-        """Yield a tensor's elements in order, cast and known to be finite."""
+        """Yield a tensor's elements in order, cast and checked to be finite."""
         for chunk in self.load(entry.name).contiguous().view(-1).split(CHUNK):
             if not torch.isfinite(chunk).all():
                 raise UserError(

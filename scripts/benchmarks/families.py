@@ -1,4 +1,4 @@
-"""The two families that scripts/measure_learning.py compares: our adapters and PEFT's."""
+"""The two families of adapters that scripts/measure_learning.py compares: our adapters and PEFT's."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lit_adapter.weights.load import load_base
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter and its optimizer's settings, run once for each learning rate."""
+    """An adapter and its optimizer settings, trained once for each learning rate."""
 
     name: str
     rates: tuple[float, ...]
     quick: float | None = None
-    """The one rate of the quick subset; None leaves the method out of it."""
+    """The learning rate of the quick subset; None leaves the method out of it."""
     family: str = "ours"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """Of our family only."""
+    """For our family only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -70,14 +70,14 @@ class Batch:
 
 
 class Ours:
-    """This package: packed rows with shared starts."""
+    """This package: packed rows with shared preambles."""
 
     def __init__(self, base: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.model = load_base(base, device=device, dtype=dtype)
 
     def prepare(self, packer: Packer, records: NDArray[np.int64]) -> Batch:
-        """Pack ``records`` and plan their attention, once for all runs."""
+        """Pack ``records`` and prepare their attention, once for all runs."""
         parts = []
         for members in packer.assign(records):
             row = packer.row(members)
@@ -88,7 +88,7 @@ class Ours:
         return Batch(parts, sum(len(row.target_id) for row, _ in parts))
 
     def start(self, method: Method, seed: int) -> list[nn.Parameter]:
-        """Attach new prefixes in place of the last run's; return what is trained."""
+        """Attach new prefixes in place of the last run's and return their parameters."""
         attach(self.model, method.adapter, seed)
         return [parameter for _, parameter in adapter_parameters(self.model)]
 
@@ -112,7 +112,7 @@ class Peft:
         self.initial = [parameter.detach().clone() for parameter in self.trained]
 
     def prepare(self, packer: Packer, records: NDArray[np.int64]) -> Batch:
-        """Pad ``records``, similar lengths together, at most a packed row's tokens in one part."""
+        """Pad ``records``, grouped by length, at most a packed row's tokens in a micro-batch."""
         length, groups = packer.encoded.length, [[]]  # type: tuple[NDArray[np.int64], list[list[int]]]
         for record in records[np.argsort(-length[records], kind="stable")].tolist():
             if groups[-1] and length[groups[-1][0]] * (len(groups[-1]) + 1) > packer.row_tokens:
@@ -122,15 +122,15 @@ class Peft:
         return Batch(parts, sum(len(target_id) for _, _, target_id in parts))
 
     def _padded(self, packer: Packer, records: list[int]) -> tuple[Tensor, ...]:
-        """Return ids padded on the right ``[B, T]``, flat places that predict a target, and the targets."""
+        """Return right-padded ids ``[B, T]``, the flat positions that predict a target, and the targets."""
         padded = padded_batch(packer.encoded, np.array(records), torch.device("cpu"))
-        # Found here, so that a step need not ask the device how many targets there are.
+        # Found here, so that a step need not wait for the device to count them.
         next_label = padded.labels.roll(-1, 1).flatten()  # no record's first token is a target
         place = (next_label != -100).nonzero()[:, 0]
         return tuple(part.to(self.device) for part in (padded.ids, place, next_label[place]))
 
     def start(self, method: Method, seed: int) -> list[nn.Parameter]:
-        """Put the adapter back to where it started; return what is trained."""
+        """Reset the adapter to its initial values and return its parameters."""
         with torch.no_grad():
             for parameter, initial in zip(self.trained, self.initial, strict=True):
                 parameter.copy_(initial)
@@ -139,7 +139,7 @@ class Peft:
     def loss(self, part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the summed cross-entropy of a padded batch."""
         ids, place, target_id = part
-        # No attention mask: under the causal one, nothing that counts sees what is padded on the right.
+        # No padding mask: under the causal mask, no target sees the padding on its right.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.causal.model(input_ids=ids, use_cache=False).last_hidden_state
             logits = self.causal.lm_head(hidden.flatten(0, 1).index_select(0, place))

@@ -1,4 +1,4 @@
-"""The comparison of decoding: the first token of a long prompt, and tokens a second after it."""
+"""The comparison of decoding: time to the first token of a long prompt, and tokens per second after it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 
 Generate = Callable[[Tensor, int], None]
-"""Answers prompts ``[B, T]`` with that many new tokens each, greedily."""
+"""Answers prompts ``[B, T]`` greedily with the given number of new tokens each."""
 
 
 def ours(base: Base, seed: int) -> Generate:
@@ -47,7 +47,7 @@ def rival(base: Base, kind: str | None, seed: int, cache: str | None = None) -> 
     settings = causal.generation_config
     settings.do_sample, settings.eos_token_id, settings.pad_token_id = False, None, 0
 
-    @torch.inference_mode(cache is None)  # compiled code of a static cache is made outside inference mode
+    @torch.inference_mode(cache is None)  # torch.compile needs it off for a static cache
     @torch.no_grad()
     def generate(ids: Tensor, n_new: int) -> None:
         mask = torch.ones_like(ids)
@@ -65,7 +65,7 @@ def _expect(found: int, wanted: int) -> None:
 
 
 def makers(base: Base, options: Any) -> dict[str, tuple[str, Callable[[], Generate]]]:
-    """Return the methods' names and makers by the name of the option that chooses them."""
+    """Return each method's name and maker by the name that --methods gives it."""
     seed = options.seed
     return {
         "ours": ("ours", lambda: ours(base, seed)),
@@ -98,11 +98,11 @@ class Decoding:
     """Runs cases in turn.
 
     Args:
-        base: what all methods share.
+        base: shared by all methods.
         cases: the methods at their batch sizes.
-        report: gets the rows.
+        report: receives the rows.
         options: repeats, n_new, prompt_tokens and first_token_prompt.
-        ids: of prompts, as many and as long as the largest case takes, on the base's device.
+        ids: prompt ids for the largest case, on the base's device.
     """
 
     def __init__(
@@ -123,13 +123,11 @@ class Decoding:
                     bar.advance(task)
 
     def _guarded(self, case: Case, work: Callable[[Case], None]) -> None:
-        """Do a part of a case's work; what fails ends that case, not the comparison."""
+        """Do part of a case's work; an exception ends that case, not the comparison."""
         if case.error is None:
             try:
                 work(case)
-            except (
-                Exception
-            ) as error:  # other people's code on unknown machines: what it raises is the result
+            except Exception as error:  # whatever other libraries raise here is their result
                 case.error = failure(error)
         self.report.put(self._row(case))
 
@@ -178,7 +176,7 @@ class Decoding:
 
 
 def limit(base: Base, batch: int, copy_rate: float) -> Row:
-    """Return the row of what reading the weights once a token would give."""
+    """Return the row of the limit: every token reads the weights once."""
     rate = batch * copy_rate / base.n_bytes
     name = f"limit: the weights' bytes at the measured bandwidth, batch {batch}"
     return {"name": name, "useful_tokens_per_s": rate, "useful_tokens_per_s_spread": [rate, rate]}

@@ -30,7 +30,7 @@ MAX_LENGTH = 512
 SAME_BASE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference in held-out loss between untrained implementations, by precision of the base."""
 MARGINS = {"peft-adaption-prompt": 0.0, "peft-lora": 0.03}
-"""By how much our default may end above each."""
+"""By how much our default's held-out loss may end above each."""
 
 Family = Ours | Peft
 
@@ -62,15 +62,15 @@ def read_course(options: Any, device: torch.device) -> Course:
     template = resolve_template("alpaca", tokenizer)
     sides = split(read_records(options.data), val_size=options.held_out, seed=options.seed)
     train, held_out = (encode_records(side, tokenizer, template, max_length=MAX_LENGTH) for side in sides)
-    heads, row_tokens = shared_preambles(train), 8192 if device.type == "cuda" else 2048
-    packers = [Packer(side, heads, mask_prompt=True, row_tokens=row_tokens) for side in (train, held_out)]
+    preambles, row_tokens = shared_preambles(train), 8192 if device.type == "cuda" else 2048
+    packers = [Packer(side, preambles, mask_prompt=True, row_tokens=row_tokens) for side in (train, held_out)]
     steps = TrainingSteps(packers[0], batch_size=options.batch, seed=options.seed)
     plan = OptimConfig(batch_size=options.batch, epochs=options.epochs, max_steps=options.max_steps)
     return Course(steps, packers[1], total_steps(plan, steps.steps_per_epoch))
 
 
 def train(family: Family, parameters: list[nn.Parameter], optim: OptimConfig, batches: list[Batch]) -> None:
-    """Train one adapter; nothing here waits for the device."""
+    """Train one adapter, without waiting for the device."""
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.peak_lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
@@ -94,7 +94,7 @@ def evaluate(family: Family, batches: list[Batch]) -> float:
 
 @dataclass
 class Start:
-    """What a family shows before training; the same in all families if the comparison is fair."""
+    """A family's state before training; the same in all families if the comparison is fair."""
 
     family: str
     held_out_loss: float
@@ -110,9 +110,9 @@ class Row:
     lr: float
     trained: int
     held_out_loss: float | None
-    """None where the run diverged."""
+    """None if the run diverged."""
     seconds: float
-    """Training and one evaluation; loading and laying out the data are not in it."""
+    """Training and one evaluation, without loading and packing the data."""
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, result: Start | Row, n_runs: int, path: str | None) -> None:
-        """Keep a result, say it on standard error, and write all of them to ``path``."""
+        """Add a result, print it on standard error, and write all results to ``path``."""
         if isinstance(result, Start):
             self.starts.append(result)
             line = f"{result.family}, before training"
@@ -159,7 +159,7 @@ class Report:
         return lines
 
     def fairness(self, tolerance: float) -> tuple[str, bool]:
-        """Say whether all families start from the same loss on the same targets."""
+        """Return whether all families start from the same loss on the same targets: a line, the verdict."""
         losses = [start.held_out_loss for start in self.starts]
         seen = ", ".join(f"{start.family} {start.held_out_loss:.6f}" for start in self.starts)
         if len(losses) == 1:
@@ -220,7 +220,7 @@ def chosen_runs(names: list[str] | None, subset: str) -> list[Run]:
 
 
 def compare(options: Any) -> int:
-    """Run the comparison; the status is 1 if it was not a fair one."""
+    """Run the comparison; the status is 1 if it was not fair."""
     runs = chosen_runs(options.methods, options.subset)
     device, dtype, base = choose_device(options.device), DTYPES[options.dtype], Path(options.base)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -236,7 +236,7 @@ def compare(options: Any) -> int:
         mine = [(method, rate) for method, rate in runs if method.family == name]
         measure(family, mine, course, options, lambda result: report.add(result, len(runs), options.json))
         del family
-        gc.collect()  # so that the next family's base has its place on the device
+        gc.collect()  # frees the device for the next family's base
     check, fair = report.fairness(SAME_BASE[options.dtype])
     print(report.table(), "", *report.verdicts(), check, sep="\n")
     return 0 if fair else 1

@@ -1,4 +1,4 @@
-"""What the machine is and can do: names, versions, its matrix products and its copies, measured."""
+"""The machine: names and versions, and the measured rates of its matrix products and copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "peft", "liger-kernel", "triton", "lightnin
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that take part."""
+    """Return the versions of the installed packages that are compared or used."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -35,18 +35,18 @@ def device_name(device: torch.device) -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux: the architecture alone
+        pass  # not Linux: only the architecture is known
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return how long ``work`` takes, the device's part included."""
+    """Return how long ``work`` takes, including its work on the device."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -70,7 +70,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the best measured bandwidth of a copy in bytes/s, reading and writing counted."""
+    """Return the best measured bandwidth of a copy in bytes/s, counting reads and writes."""
     n_bytes = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -94,7 +94,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def release() -> None:
-    """Give back memory that nothing holds any more."""
+    """Return unused memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a training method is, and ours: packed rows, and the same model without any saving."""
+"""The protocol of a training method, and ours: packed rows, and the same model without any saving."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Part:
 
 
 Steps = Iterator[list[Part]]
-"""Optimizer steps, each with its micro-batches, made as they are asked for."""
+"""The micro-batches of each optimizer step, made on demand."""
 
 
 class Method(Protocol):
@@ -46,14 +46,14 @@ class Method(Protocol):
     parameters: list[nn.Parameter]
 
     def steps(self, records: list[NDArray[np.int64]]) -> Steps:
-        """Lay out a pass of records."""
+        """Make the micro-batches of a pass of records."""
 
     def loss(self, part: Part) -> Tensor:
         """Return the summed cross-entropy of a micro-batch's targets."""
 
 
 def attach_ours(base: Base, seed: int) -> list[nn.Parameter]:
-    """Give the base our default adapter; return what is trained."""
+    """Attach our default adapter to the base and return its parameters."""
     attach(base.model, AdapterConfig(layers=base.adapted), seed)
     if base.device.type == "cuda":
         from lit_adapter.model import fused
@@ -63,15 +63,15 @@ def attach_ours(base: Base, seed: int) -> list[nn.Parameter]:
 
 
 class Packed:
-    """This package as users get it: packed rows, shared starts, targets alone where they are enough.
+    """This package as users run it: packed rows, shared preambles, only targets where they are enough.
 
     Args:
         base: what all methods share.
         work: the records.
         parameters: the adapter's.
         row_tokens: longest row.
-        float8: the frozen matrices in fp8, beside the base's own, which the other methods read.
-        recompute: keep little for the backward pass.
+        float8: use a copy of the frozen matrices in fp8; other methods still use the base's own.
+        recompute: keep only the layers' inputs for the backward pass.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Packed:
             self.weights = [
                 fused.float8_weights(block, block_layout(base.model.config)) for block in base.model.layers
             ]
-        heads = shared_preambles(work.encoded)
-        self.packer = Packer(work.encoded, heads, mask_prompt=True, row_tokens=row_tokens)
+        preambles = shared_preambles(work.encoded)
+        self.packer = Packer(work.encoded, preambles, mask_prompt=True, row_tokens=row_tokens)
 
     def steps(self, records: list[NDArray[np.int64]]) -> Steps:
         """Pack each step's records as training does."""
@@ -107,7 +107,6 @@ class Packed:
             pairs=int(seen.sum()),
             last_tokens=len(row.target_index),
             last_pairs=int(seen[row.target_index].sum()),
-            head_tokens=len(row.target_index),
         )
         return Part(row, len(row.target_id), len(row.ids), _operations(self.base, work))
 
@@ -126,7 +125,7 @@ class Packed:
 
 @dataclass
 class PaddedBatch:
-    """Records side by side, padded on the right: ``ids``, ``labels`` and ``mask`` are ``[B, T]``."""
+    """Records padded on the right: ``ids``, ``labels`` and ``mask`` are ``[B, T]``."""
 
     ids: Tensor
     labels: Tensor
@@ -147,14 +146,14 @@ def padded_batch(encoded: Encoded, records: NDArray[np.int64], device: torch.dev
 def padded_steps(
     work: Workload, records: list[NDArray[np.int64]], size: int, *, grouped: bool
 ) -> Iterator[list[NDArray[np.int64]]]:
-    """Cut a pass into micro-batches of ``size`` records.
+    """Split a pass into micro-batches of ``size`` records.
 
     Args:
         work: the records.
         records: a pass.
         size: records in a micro-batch; at most those of an optimizer step.
-        grouped: similar lengths together over the whole pass, in random order of the micro-batches, as
-            trainers group by length; else the records as they come.
+        grouped: group similar lengths over the whole pass, then shuffle the micro-batches, as trainers
+            that group by length do; otherwise keep the records' order.
     """
     order = np.concatenate(records)
     parts = np.split(order, range(size, len(order), size))
@@ -168,10 +167,11 @@ def padded_steps(
 
 
 def padded_part(base: Base, encoded: Encoded, records: NDArray[np.int64], prompt_length: int) -> Part:
-    """Return a micro-batch and what it costs where nothing is left out."""
+    """Return a micro-batch, and what it costs if nothing is left out."""
     batch = padded_batch(encoded, records, base.device)
     B, T = batch.ids.shape
-    work = Work(B * T, B * T * (T + 1) // 2, B * T, B * T * (T + 1) // 2, B * T)
+    pairs = B * T * (T + 1) // 2
+    work = Work(B * T, pairs, B * T, pairs)
     n_targets = int((encoded.length[records] - encoded.n_prompt[records]).sum())
     return Part(batch, n_targets, B * T, _operations(base, work, prompt_length))
 
@@ -182,13 +182,13 @@ def _operations(base: Base, work: Work, prompt_length: int = AdapterConfig().pro
 
 
 class PaddedOurs:
-    """Our model without a saving: a record a row, padded; all positions, all logits, PyTorch's loss."""
+    """Our model without any saving: one padded record per row, all positions, all logits, PyTorch's loss."""
 
     def __init__(self, base: Base, work: Workload, parameters: list[nn.Parameter], size: int) -> None:
         self.base, self.work, self.parameters, self.size = base, work, parameters, size
 
     def steps(self, records: list[NDArray[np.int64]]) -> Steps:
-        """Pad records in the order they come: the same steps as the packed ones."""
+        """Pad records in their order, in the same optimizer steps as the packed ones."""
         for step in padded_steps(self.work, records, self.size, grouped=False):
             length = AdapterConfig().prompt_length
             yield [padded_part(self.base, self.work.encoded, part, length) for part in step]

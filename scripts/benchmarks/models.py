@@ -1,4 +1,4 @@
-"""The one frozen base that every method of a benchmark shares, in our words and in transformers'."""
+"""The one frozen base that all methods of a benchmark share, as our model and as transformers'."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.weights.load import load_base
 
-LLAMA_7B: dict[str, Any] = {
+LLAMA_7B = {
     "model_type": "llama",
     "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
 }
-SHAPES = {"7b": LLAMA_7B}
+LLAMA_7B |= {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+LLAMA_7B |= {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {"7b": LLAMA_7B}
 ADAPTED = {"7b": 30}
-"""Adapted layers (L) as in the paper; of other models all are."""
+"""Adapted layers (L) as in the paper; in other models, all layers are adapted."""
 
 
 @dataclass
@@ -42,12 +38,12 @@ class Base:
 
     @property
     def adapted(self) -> int:
-        """How many of the top layers an adapter goes into (L)."""
+        """How many of the top layers are adapted (L)."""
         return ADAPTED.get(self.name, self.model.config.n_layer)
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Its device."""
         return self.model.embed_tokens.weight.device
 
     @property
@@ -57,13 +53,13 @@ class Base:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the frozen weights, a tied head once."""
+        """Bytes of the frozen weights, a tied output layer counted once."""
         own = [p for name, p in self.model.named_parameters() if ".prefix." not in name]
         return sum(parameter.numel() * parameter.element_size() for parameter in own)
 
 
 def read_base(name: str, device: torch.device, dtype: torch.dtype, seed: int) -> Base:
-    """Load a converted base folder, or make a known shape with random weights on the device.
+    """Load a converted base folder, or make a base of a known shape with random weights.
 
     Raises:
         UserError: neither a shape nor a folder.
@@ -78,7 +74,7 @@ def read_base(name: str, device: torch.device, dtype: torch.dtype, seed: int) ->
 
 
 def random_base(hf: dict[str, Any], device: torch.device, dtype: torch.dtype, seed: int) -> Llama:
-    """Return a frozen model of random weights, made where it stays."""
+    """Return a frozen model of random weights, made on its device."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_hf(hf))
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A benchmark's rows: written as they come, shown as a table, with a progress bar meanwhile."""
+"""A benchmark's rows, written as they come and shown as a table, and its progress bar."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 class Report:
-    """Rows by name; the file is rewritten whenever one changes, so that an ended run leaves what it had.
+    """Rows by name; the file is rewritten whenever one changes, so that an interrupted run leaves its rows.
 
     Args:
-        machine: what every row carries under ``machine``.
-        path: of the JSON file, or None.
+        machine: stored in every row under ``machine``.
+        path: the JSON file, or None.
     """
 
     def __init__(self, machine: dict[str, Any], path: str | None) -> None:
@@ -35,7 +35,7 @@ class Report:
             write_json(Path(self.path), list(self.rows.values()))
 
     def markdown(self, columns: Sequence[Column]) -> str:
-        """Return header and table, fastest first; a method that failed says why in its row."""
+        """Return header and table, fastest first, and below it why methods failed."""
         machine = self.machine
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         lines = [
@@ -57,7 +57,7 @@ class Report:
 
 
 def number(key: str, form: str = ",.0f", factor: float = 1.0) -> Callable[[Row], str]:
-    """Return what shows a row's number, empty where it was not measured."""
+    """Return a function that formats a row's number; empty if it was not measured."""
 
     def show(row: Row) -> str:
         value = row.get(key)
@@ -67,7 +67,7 @@ def number(key: str, form: str = ",.0f", factor: float = 1.0) -> Callable[[Row],
 
 
 def spread(row: Row) -> str:
-    """Show the median and, where there is more than one repeat, the slowest and fastest."""
+    """Format the median and, in brackets, the slowest and fastest repeat."""
     low, high = row["useful_tokens_per_s_spread"]
     return f"{row['useful_tokens_per_s']:,.1f} ({low:,.1f} to {high:,.1f})"
 

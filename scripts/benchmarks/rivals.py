@@ -21,13 +21,13 @@ PROMPT_LENGTH = 10
 
 
 def adapted(causal: Any, kind: str, layers: int, *, autocast_adapter: bool = False) -> Any:
-    """Put PEFT's ``adaption-prompt`` or ``lora`` (r 8 on q, v) into a LlamaForCausalLM; return it.
+    """Attach PEFT's ``adaption-prompt`` or ``lora`` (r 8 on q, v) to a LlamaForCausalLM and return it.
 
     Args:
         causal: transformers' model.
-        kind: which adapter.
+        kind: ``adaption-prompt`` or ``lora``.
         layers: how many of the top layers an adaption prompt goes into; LoRA goes into all.
-        autocast_adapter: leave it to PEFT to widen the adapter to fp32.
+        autocast_adapter: let PEFT convert the adapter to fp32.
     """
     from peft import AdaptionPromptConfig, LoraConfig, PeftConfig, get_peft_model
 
@@ -38,11 +38,11 @@ def adapted(causal: Any, kind: str, layers: int, *, autocast_adapter: bool = Fal
     if kind == "lora":
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     wrapped: Any = get_peft_model(causal, config, autocast_adapter_dtype=autocast_adapter)
-    return wrapped.base_model.model.eval()  # there is no dropout anywhere to lose
+    return wrapped.base_model.model.eval()  # no part of it has dropout
 
 
 class Shell:
-    """One of PEFT's adapters on the shared weights, perhaps with liger-kernel or torch.compile."""
+    """One of PEFT's adapters on the shared weights, optionally with liger-kernel or torch.compile."""
 
     def __init__(self, base: Base, kind: str, seed: int, *, liger: bool, compiled: bool) -> None:
         self.kind, self.patches = kind, {}
@@ -58,7 +58,7 @@ class Shell:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Have liger's module-wide patches in place, which would else reach the other methods."""
+        """Keep liger's module-wide patches away from the other methods: they hold inside the block only."""
         module = importlib.import_module("transformers.models.llama.modeling_llama")
         original = {name: getattr(module, name) for name in self.patches}
         try:
@@ -71,7 +71,7 @@ class Shell:
 
 
 def _with_liger(causal: Any) -> dict[str, Any]:
-    """Patch a model with liger-kernel; return, and undo, what it changed for all models."""
+    """Patch a model with liger-kernel; undo and return what it changed for all models."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     module = importlib.import_module("transformers.models.llama.modeling_llama")
@@ -97,7 +97,7 @@ class Rival:
             yield [padded_part(self.base, self.work.encoded, part, length) for part in step]
 
     def loss(self, part: Part) -> Tensor:
-        """Return the loss that the model itself computes, as a trainer asks for it."""
+        """Return the loss that the model itself computes, as trainers call it."""
         batch = part.data
         with self.shell.active():
             return self.shell.causal(

@@ -1,4 +1,4 @@
-"""The two benchmarks from options to table."""
+"""The two benchmarks, from options to table."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _workload(options: Any, base: Base, cuda: bool) -> workload.Workload:
 
 
 def prompt_ids(options: Any, vocab: int, n_texts: int, length: int) -> torch.Tensor:
-    """Return ids of prompts ``[n_texts, length]``: random ones, or those of the data's records end to end."""
+    """Return prompt ids ``[n_texts, length]``: random, or those of the data's records end to end."""
     if not options.data:
         draw = torch.Generator().manual_seed(options.seed)
         return torch.randint(min(10, vocab - 1), vocab, (n_texts, length), generator=draw)

@@ -1,7 +1,7 @@
-"""Our training step on a CPU with its savings taken in one after the other, to see what each brings.
+"""Our training step with its savings added one after the other, to see what each brings.
 
-`PaddedOurs` has none of them; then come the head at targets alone, packing, the last layer at targets
-alone, and, in `Packed`, the shared starts.
+`PaddedOurs` has none of them; then come the output layer at targets only, packing, the last layer at targets
+only, and, in `Packed`, shared preambles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_adapter.model.loss import row_loss, target_loss
 
 
 class TargetHead(PaddedOurs):
-    """Padded, but only targets meet the output head."""
+    """Padded, with the output layer at targets only."""
 
     def loss(self, part: Part) -> Tensor:
         """Return a padded batch's loss."""
@@ -31,7 +31,7 @@ class TargetHead(PaddedOurs):
 
 
 class Unshared(Packed):
-    """Packed, each record with its whole start; perhaps the last layer at all positions too."""
+    """Packed, with a preamble for every record; optionally with the last layer at all positions."""
 
     def __init__(
         self,

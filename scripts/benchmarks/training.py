@@ -1,4 +1,4 @@
-"""The comparison of training: all methods in turn on the same records, in one process."""
+"""The comparison of training: all methods take turns on the same records, in one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,18 @@ from lit_adapter.config import OptimConfig
 
 RATES = {"ours": OptimConfig().peak_lr, "adaption-prompt": 3e-2, "lora": 2e-3}
 RECIPE_RECORDS = 52_002 * 5
-"""Of the paper: five epochs of Alpaca."""
+"""The paper's: five epochs of Alpaca."""
 
 
 @dataclass
 class Entry:
-    """A method with its own adapter and optimizer; methods may share the tensors that these are put into."""
+    """A method with its own adapter and optimizer; methods may share the tensors that hold the adapter."""
 
     name: str
     make: Callable[[int], Method]
-    """Makes the method with a micro-batch of that many records."""
+    """Makes the method, given the records in a micro-batch."""
     sizes: list[int]
-    """Micro-batches to choose from; one that says nothing where the method has no such choice."""
+    """Micro-batches to choose from, in records; ``[0]`` if the method has no such choice."""
     rate: float
     method: Method | None = None
     values: list[Tensor] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Entry:
     error: str | None = None
 
     def start(self, method: Method, initial: list[Tensor]) -> None:
-        """Begin training anew with ``method``."""
+        """Restart training with ``method``."""
         self.method = method
         self.values = [value.clone() for value in initial]
         fused = method.parameters[0].is_cuda
@@ -55,7 +56,7 @@ class Entry:
 
     @contextmanager
     def in_place(self) -> Iterator[Method]:
-        """Have this entry's adapter in the tensors that it may share with others; yield the method."""
+        """Yield the method with this entry's adapter in the tensors it may share with others."""
         assert self.method is not None
         self._exchange(self.method)
         try:
@@ -85,7 +86,7 @@ class Pass:
 
 
 def entries(base: Base, work: Workload, options: Any) -> dict[str, Entry]:
-    """Return the chosen methods by the name of the option that chose them."""
+    """Return all methods by the name that --methods gives them."""
     ours, shells = attach_ours(base, options.seed), {}  # type: ignore[var-annotated]
     sizes = [size for size in options.peft_batch if size <= work.batch] or [work.batch]
 
@@ -110,25 +111,18 @@ def entries(base: Base, work: Workload, options: Any) -> dict[str, Entry]:
     longest = max(options.row_tokens)
     found["ours-recompute"] = packed(longest, recompute=True)
     found["ours-float8"] = packed(longest, float8=True)
-    found["ours-padded"] = Entry(
-        "ours, padded, no saving", lambda size: PaddedOurs(base, work, ours, size), sizes, RATES["ours"]
-    )
-    found["saving-head"] = Entry(
-        "saving 1: the head at targets alone",
-        lambda size: TargetHead(base, work, ours, size),
-        sizes,
-        RATES["ours"],
-    )
-    for number, whole, key in ((2, True, "packing"), (3, False, "last-layer")):
-        what = "packed rows" if whole else "the last layer at targets alone"
-        found[f"saving-{key}"] = Entry(
-            f"saving {number}: and {what}",
-            lambda size, whole=whole: Unshared(
-                base, work, ours, options.row_tokens[0], whole_last_layer=whole
-            ),
-            [0],
-            RATES["ours"],
-        )
+    for key, name, kind in (
+        ("ours-padded", "ours, padded, no saving", PaddedOurs),
+        ("saving-head", "saving 1: the output layer at targets only", TargetHead),
+    ):
+        found[key] = Entry(name, lambda size, kind=kind: kind(base, work, ours, size), sizes, RATES["ours"])
+    row_tokens = options.row_tokens[0]
+    for key, name, whole in (
+        ("saving-packing", "saving 2: and packed rows", True),
+        ("saving-last-layer", "saving 3: and the last layer at targets only", False),
+    ):
+        make = partial(Unshared, base, work, ours, row_tokens, whole_last_layer=whole)
+        found[key] = Entry(name, lambda size, make=make: make(), [0], RATES["ours"])
     for kind in ("adaption-prompt", "lora"):
         found[kind] = rival(kind, grouped=False)
         found[f"{kind}-grouped"] = rival(kind, grouped=True)
@@ -141,10 +135,10 @@ class Comparison:
     """Runs entries in turn.
 
     Args:
-        base: what all methods share.
+        base: shared by all methods.
         work: the records.
         chosen: the entries.
-        report: gets the rows.
+        report: receives the rows.
         repeats: timed passes of each.
     """
 
@@ -174,13 +168,11 @@ class Comparison:
                 bar.advance(task)
 
     def _guarded(self, entry: Entry, work: Callable[[Entry], None]) -> None:
-        """Do a part of an entry's work; what fails ends that entry, not the comparison."""
+        """Do part of an entry's work; an exception ends that entry, not the comparison."""
         if entry.error is None:
             try:
                 work(entry)
-            except (
-                Exception
-            ) as error:  # other people's code on unknown machines: whatever it raises is the result
+            except Exception as error:  # whatever other libraries raise here is their result
                 entry.error = failure(error)
                 if entry.method is not None:
                     entry.method.parameters[0].grad = None
@@ -188,7 +180,7 @@ class Comparison:
         self.report.put(self._row(entry))
 
     def _prepare(self, entry: Entry) -> None:
-        """Warm every micro-batch up, take the fastest, and begin anew with it."""
+        """Warm up every micro-batch size, choose the fastest, and restart with it."""
         best, initial = float("inf"), None
         started = time.perf_counter()
         for size in entry.sizes:
@@ -199,7 +191,7 @@ class Comparison:
             seconds = self._try(entry)
             if seconds is None:
                 entry.tried[size] = "out of memory"
-                machine.release()  # after the exception, which held the tensors of its frames
+                machine.release()  # only now: the exception held the tensors of its frames
                 continue
             entry.tried[size] = f"{self.work.tokens(self.work.records(0)) / seconds:.1f}"
             if seconds < best:
@@ -211,7 +203,7 @@ class Comparison:
         entry.facts["loss_before"] = self._evaluate(entry)
 
     def _try(self, entry: Entry) -> float | None:
-        """Return the seconds of pass 0 once what compiles or allocates has done so; None: out of memory."""
+        """Return the seconds of pass 0 after compilation and allocation; None: out of memory."""
         with entry.in_place() as method:
             try:
                 self._fill_memory(method, self.work.records(0))
@@ -225,7 +217,7 @@ class Comparison:
             entry.passes.append(self._pass(entry, records))
 
     def _fill_memory(self, method: Method, records: list[NDArray[np.int64]]) -> None:
-        """Compute a pass and forget it, lest getting memory be timed: each entry gives all of its back."""
+        """Compute a pass and discard it, so that allocation is not timed: each entry frees all its memory."""
         for parts in method.steps(records):
             for part in parts:
                 method.loss(part).backward()
@@ -233,7 +225,7 @@ class Comparison:
             parameter.grad = None
 
     def _pass(self, entry: Entry, records: list[NDArray[np.int64]]) -> Pass:
-        """Train on a pass of records, laying them out included."""
+        """Train on a pass of records, including packing or padding them."""
         method, optimizer = entry.method, entry.optimizer
         assert method is not None
         assert optimizer is not None
@@ -258,7 +250,7 @@ class Comparison:
         return Pass(seconds, operations, n_tokens, longest, values, peak, compiled)
 
     def _step(self, method: Method, optimizer: torch.optim.Optimizer, parts: list[Part]) -> Tensor:
-        """Do one optimizer step; return its loss per target, without waiting for the device."""
+        """Do one optimizer step and return its loss per target, without waiting for the device."""
         n_targets = sum(part.n_targets for part in parts)
         total = torch.zeros((), device=self.device)
         for part in parts:
@@ -280,7 +272,7 @@ class Comparison:
         return total / n_targets
 
     def _finish(self, entry: Entry) -> None:
-        """Measure what the timed passes should not be slowed by."""
+        """Measure what would slow the timed passes."""
         method = entry.method
         assert method is not None
         entry.facts["loss_after"] = self._evaluate(entry)
@@ -294,7 +286,7 @@ class Comparison:
                 entry.facts["gpu_idle_share"] = idle_share(lambda: self._pass(entry, records))
 
     def _row(self, entry: Entry) -> Row:
-        """Return what is known of an entry so far."""
+        """Return an entry's results so far."""
         row: Row = {"name": entry.name, "useful_tokens_per_s": None}
         if any(entry.sizes):
             row |= {"micro_batch": getattr(entry.method, "size", None), "by_micro_batch": entry.tried}
@@ -324,7 +316,7 @@ class Comparison:
 
 
 def activation_bytes(method: Method, part: Part, device: torch.device) -> int:
-    """Return what a forward pass keeps for its backward pass, in bytes, the weights excepted."""
+    """Return the bytes that a forward pass keeps for its backward pass, without the weights."""
     if device.type == "cuda":
         machine.synchronise(device)
         held = torch.cuda.memory_allocated(device)
@@ -352,7 +344,7 @@ def _all_parameters(method: Any) -> list[nn.Parameter]:
 
 
 def idle_share(work: Callable[[], Any]) -> float:
-    """Return the share of a pass in which the GPU has no kernel, between its first and its last one."""
+    """Return the share of time without a running kernel, between a pass's first and last kernel."""
     activity = torch.profiler.ProfilerActivity.CUDA
     with torch.profiler.profile(activities=[activity]) as profile:
         work()

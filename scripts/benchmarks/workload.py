@@ -14,18 +14,18 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 
 MAX_LENGTH = 512
-HEADS = (38, 33)
-"""Tokens of the template's two common starts, without and with input."""
+PREAMBLES = (38, 33)
+"""Tokens of the template's two preambles, without and with input."""
 SHARE_WITH_INPUT = 0.43
 PROMPT, ANSWER = (3.33, 0.45), (3.05, 1.03)
 """Mean and deviation of the logarithm of a record's own prompt tokens and of its answer's tokens."""
 
 
 def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
-    """Return random tokens in records of about 103 tokens, 36 of them a shared start and 36 the answer."""
+    """Return random tokens in records of about 103 tokens, 36 of them the preamble and 36 the answer."""
     draw = np.random.default_rng(seed)
     low = min(10, vocab - 1)
-    heads = [draw.integers(low, vocab, length) for length in HEADS]
+    preambles = [draw.integers(low, vocab, length) for length in PREAMBLES]
     variant = (draw.random(n_records) < SHARE_WITH_INPUT).astype(np.int8)
     prompt, answer = (
         np.exp(draw.normal(*shape, n_records)).round().clip(2, 200).astype(np.int32)
@@ -33,8 +33,8 @@ def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
     )
     ids, n_prompt = [], []
     for kind, own, learned in zip(variant.tolist(), prompt.tolist(), answer.tolist(), strict=True):
-        ids.append(np.concatenate([heads[kind], draw.integers(low, vocab, own + learned)]))
-        n_prompt.append(HEADS[kind] + own)
+        ids.append(np.concatenate([preambles[kind], draw.integers(low, vocab, own + learned)]))
+        n_prompt.append(PREAMBLES[kind] + own)
     return Encoded(
         ids=np.concatenate(ids).astype(np.int32),
         start=np.cumsum([0, *map(len, ids)], dtype=np.int64),
@@ -47,7 +47,7 @@ def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
 
 
 def from_file(path: str, tokenizer_folder: Path, vocab: int) -> Encoded:
-    """Return the records of a file under the Alpaca template; ids beyond ``vocab`` are folded into it."""
+    """Return the records of a file under the Alpaca template; ids are taken modulo ``vocab``."""
     tokenizer = load_tokenizer(tokenizer_folder)
     template = resolve_template("alpaca", tokenizer)
     encoded = encode_records(read_records(path), tokenizer, template, max_length=MAX_LENGTH)
@@ -57,7 +57,7 @@ def from_file(path: str, tokenizer_folder: Path, vocab: int) -> Encoded:
 
 @dataclass(frozen=True)
 class Workload:
-    """Records and how they are asked for: a pass is ``steps`` optimizer steps of ``batch`` records."""
+    """Records and their order: a pass is ``steps`` optimizer steps of ``batch`` records."""
 
     encoded: Encoded
     source: str
@@ -77,11 +77,11 @@ class Workload:
         return list(chosen.reshape(self.steps, self.batch))
 
     def tokens(self, records: list[NDArray[np.int64]]) -> int:
-        """Return the records' tokens: no padding, a shared start with every record."""
+        """Return the records' tokens, without padding and with a preamble for every record."""
         return int(sum(self.encoded.length[step].sum() for step in records))
 
     def describe(self) -> dict[str, float | str | int]:
-        """Return the mean lengths, for the header."""
+        """Return the source and the mean lengths, for the header."""
         length = self.encoded.length
         return {
             "source": self.source,

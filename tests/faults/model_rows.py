@@ -268,9 +268,7 @@ ROWS = [
         ),
         r"model\.safetensors: ('a' appears twice|truncated)",
     ),
-    Row(
-        38, "tensor larger than its file", larger_than_its_file, r"says to be larger than what the file holds"
-    ),
+    Row(38, "tensor larger than its file", larger_than_its_file, r"is declared larger than the file's data"),
     Row(39, "shard above the folder", shard_named("../b.safetensors"), r"'../b.safetensors' leads out of"),
     Row(
         39,

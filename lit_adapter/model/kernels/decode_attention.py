@@ -18,10 +18,10 @@ from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.prefix import PrefixState
 
 KEYS = 32
-"""Keys that a program looks at in one go."""
+"""Keys that a program reads at a time."""
 MOST_SPLITS = 64
 HEADS = 8
-"""Heads that one program rotates or keeps."""
+"""Heads that one program rotates or stores."""
 
 
 class Parts:

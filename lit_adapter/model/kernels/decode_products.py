@@ -1,10 +1,10 @@
 """Products of the newest tokens of a few texts with the weights, each with what surrounds it.
 
-Such a step is bound by reading weights. Rotation, cache write, SiLU or residual after a product are done by
-the product's own kernel, and for a single text RMSNorm before it: with its attention a layer is five
-launches, for several texts seven. A program owns ROWS rows of one weight and as many of a second one (or of
-the same, half a head or half a matrix on). On compute capability 9 a launch begins while the one before it
-ends.
+Such a step is bound by reading weights. What follows a product (rotation, cache write, SiLU or residual) is
+computed by the product's own kernel, and for a single text so is the RMSNorm before it: a layer with its
+attention takes five launches, for several texts seven. A program owns ROWS rows of one weight and as many of
+a second one (or of the same one, half a head or half a matrix further on). On compute capability 9 a launch
+begins while the one before it ends.
 
 Tensors are contiguous and on one CUDA device.
 
@@ -29,15 +29,15 @@ MOST_TEXTS = 32
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut."""
+    """How a product is divided among programs."""
 
     rows: int
-    """Of either weight that a program owns."""
+    """Rows of either weight that a program owns."""
     depth: int
-    """Columns that it reads at a time."""
+    """Columns that a program reads at a time."""
     warps: int
     stages: int = 1
-    """Such parts under way."""
+    """Such reads in flight."""
     splits: int = 1
     """Programs that share the columns of the same rows."""
 
@@ -50,9 +50,9 @@ ONE_ADDED = Tiling(rows=4, depth=512, warps=8)
 SEVERAL_QKV = Tiling(rows=16, depth=256, warps=2, stages=3)
 """For several texts' queries, keys and values."""
 SEVERAL_WIDE = Tiling(rows=64, depth=64, warps=8, stages=4)
-"""For several texts and a weight of many rows: the MLP's gate and up, the output head."""
+"""For several texts and a weight of many rows: the MLP's gate and up, the output layer."""
 SEVERAL_ADDED = Tiling(rows=64, depth=128, warps=4, stages=3, splits=4)
-"""For several texts whose product is added to the residual: few rows, so that programs share columns."""
+"""For several texts whose product is added to the residual: few rows, so programs share columns."""
 
 
 def starts_early(device: torch.device) -> bool:
@@ -61,9 +61,9 @@ def starts_early(device: torch.device) -> bool:
 
 
 def computes(n_texts: int, head_dim: int, device: torch.device) -> bool:
-    """Return whether `Products` has steps of ``n_texts`` texts.
+    """Return whether `Products` can take steps of ``n_texts`` texts.
 
-    Several take a head's half in tiles of `SEVERAL_QKV`, and matrix units that compute capability 8 brought.
+    Several texts take half a head in tiles of `SEVERAL_QKV`, and need matrix units of compute capability 8.
     """
     fit = n_texts <= MOST_TEXTS and head_dim >= 2 * SEVERAL_QKV.rows
     return n_texts == 1 or (fit and torch.cuda.get_device_capability(device) >= (8, 0))
@@ -73,7 +73,7 @@ class Products:
     """The products of the steps of B texts.
 
     Args:
-        x: hidden states ``[B, C]`` like those it is to compute with; `computes` must allow them.
+        x: hidden states ``[B, C]`` of the shape, dtype and device of later ones; `computes` must allow them.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -128,7 +128,7 @@ class Products:
             eps: the norm's.
             gate: ``[M, C]``.
             up: ``[M, C]``.
-            hidden: is given the result ``[B, M]``.
+            hidden: receives the result ``[B, M]``.
         """
         M, how = len(gate), self._tiling(ONE_NORMED, SEVERAL_WIDE)
         _gate_up_kernel[(ceil_div(M, how.rows),)](
@@ -160,7 +160,7 @@ class Products:
         return one if self.n_texts == 1 else several
 
     def _ready(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        """Return normed states; those of a single text as they are, which its product norms itself."""
+        """Return normed states; those of a single text unchanged, as its product applies the norm itself."""
         if self.n_texts == 1:
             return x
         _norm_kernel[(self.n_texts,)](
@@ -221,7 +221,7 @@ def _products(
 
 @triton.jit
 def _weights(place, inside):
-    """Read what no other program reads, before what all of them do leaves the caches."""
+    """Read what no other program reads, without displacing from the caches what all of them read."""
     return tl.load(place, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
@@ -230,7 +230,7 @@ def _products_of_one(
     x_ptr, norm_ptr, first_part, second_part, eps,
     C: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Return a single text's products, fp32 ``[ROWS]`` each; its norm is known at the end of the rows."""
+    """Return a single text's products, fp32 ``[ROWS]`` each; the norm is known only after the last column."""
     column = tl.arange(0, DEPTH)
     first_part += column[None, :]
     second_part += column[None, :]

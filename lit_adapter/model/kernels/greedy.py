@@ -1,4 +1,4 @@
-"""The likeliest token of each text, and what its next step begins with, in one launch.
+"""The likeliest token of each text, and what its next step starts from, in one launch.
 
 Tensors are contiguous and on one CUDA device.
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_adapter.model.kernels.decode_products import starts_early
 
 BLOCK = 4096
-"""Logits that a program looks at in one go."""
+"""Logits that a program reads at a time."""
 
 
 def advance(logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_place: Tensor) -> None:
@@ -22,10 +22,10 @@ def advance(logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_p
 
     Args:
         logits: ``[B, V]``.
-        chosen: is given the likeliest tokens ``[B]``, the first of equals; -1 where logits are not numbers.
-        token: is given the same, but 0 for -1 ``[B]``.
-        place: counters of the texts ``[2, B]``, which go on by one.
-        last_place: where they stop ``[2, 1]``.
+        chosen: receives the likeliest tokens ``[B]``, the first of equals; -1 if logits are NaN or infinite.
+        token: receives the same, but 0 for -1 ``[B]``.
+        place: counters of the texts ``[2, B]``; each is increased by one.
+        last_place: their largest values ``[2, 1]``.
     """
     B, V = logits.shape
     early = starts_early(logits.device)

@@ -132,7 +132,7 @@ def take_prefixes(
             f"{source}: prompts on {len(layers)} layers from {layers[0]} to {layers[-1]}, but they belong to "
             f"the top layers and the base has {model.n_layer}; give the adapter's own base with --base"
         )
-    prompts = [take_rows(left, prompt.format(layer), model.n_embd, source) for layer in layers]
+    prompts = [take(left, prompt.format(layer), (-1, model.n_embd), source) for layer in layers]
     gates, form, single = take_gates(left, [gate.format(layer) for layer in layers], function, model, source)
     sizes = {"prompt_length": len(prompts[0]) if prompts else 0, "layers": len(layers) or None, "gate": form}
     return our_prefixes(prompts, gates, model.n_layer), sizes, single
@@ -154,34 +154,24 @@ def take_gates(
     return *our_gates(gates, function, model.n_head), single
 
 
-def take_rows(left: State, name: str, width: int, source: Path) -> Tensor:
-    """Remove prompts from ``left`` and return them as ``[K, C]``.
-
-    Raises:
-        UserError: they are missing or not of the base's width.
-    """
-    tensor = left.get(name)
-    if tensor is not None and (tensor.ndim < 2 or tensor.shape[-1] != width):
-        raise UserError(
-            f"{source}: {name} has shape {list(tensor.shape)}; expected K x {width}; "
-            "give the adapter's own base with --base"
-        )
-    return take(left, name, (0 if tensor is None else tensor.numel() // width, width), source)
-
-
 def take(left: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor:
-    """Remove a tensor from ``left`` and return a copy in fp32, reshaped to ``shape``.
+    """Remove a tensor from ``left`` and return a copy in fp32, reshaped to ``shape``; -1 in it is any size.
 
     Raises:
-        UserError: it is missing or holds another number of values.
+        UserError: it is missing or does not fit the base.
     """
     if name not in left:
         raise UserError(f"{source}: tensor {name} is missing")
     tensor = left.pop(name)
-    if tensor.numel() != math.prod(shape):
+    if -1 in shape:
+        fits = tensor.ndim > 1 and tensor.shape[-1] == shape[-1]
+    else:
+        fits = tensor.numel() == math.prod(shape)
+    if not fits:
+        expected = " x ".join("K" if size == -1 else str(size) for size in shape)
         raise UserError(
-            f"{source}: {name} has shape {list(tensor.shape)}; the base asks for {math.prod(shape)} values "
-            f"({' x '.join(map(str, shape))}); give the adapter's own base with --base"
+            f"{source}: {name} has shape {list(tensor.shape)}; expected {expected} values; "
+            "give the adapter's own base with --base"
         )
     return tensor.detach().float().reshape(shape).clone()
 

@@ -15,13 +15,7 @@ from lit_adapter.weights.plain import PlainAdapter
 
 
 def our_gates(gates: list[Tensor], function: GateName, n_head: int) -> tuple[list[Tensor], GateName]:
-    """Return a file's gates in one of our forms.
-
-    Args:
-        gates: of all layers, each ``[H]`` or ``[1]``.
-        function: ``tanh``, ``identity`` or ``layer``.
-        n_head: query heads of the base.
-    """
+    """Return a file's gates, each ``[H]`` or ``[1]``, in one of our forms (see `take_gates`)."""
     if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
         return [gate.expand(n_head).clone() for gate in gates], function
     is_layer = bool(gates) and n_head > 1 and len(gates[0]) == 1
@@ -29,16 +23,9 @@ def our_gates(gates: list[Tensor], function: GateName, n_head: int) -> tuple[lis
 
 
 def with_gates(adapter: PlainAdapter, wanted: GateName, model: LlamaConfig) -> tuple[PlainAdapter, float]:
-    """Return the adapter with its gates in another form, and the largest error in any c(g).
+    """Return the adapter with gates of the form ``wanted`` (not channel), and the largest error in any c(g).
 
-    Args:
-        adapter: in any form.
-        wanted: ``tanh`` or ``identity`` (one gate per head), or ``layer``.
-        model: the base's sizes.
-
-    Returns:
-        The adapter, and the largest difference between a strength before and after: 0 if nothing but
-        rounding to fp32 happens.
+    The error is the difference between strengths before and after, apart from rounding to fp32.
 
     Raises:
         UserError: a strength that is not a tanh of any gate.

@@ -14,8 +14,8 @@ from lit_adapter.weights.foreign.format import (
     Opened,
     our_prefixes,
     refuse_rest,
+    take,
     take_gates,
-    take_rows,
 )
 from lit_adapter.weights.plain import PlainAdapter
 
@@ -52,7 +52,7 @@ class Official(Format):
             left = {name: left[name] for name in left if name == QUERY or name.endswith(".attention.gate")}
         names = [GATE.format(layer) for layer in range(model.n_layer)]
         gates, form, single = take_gates(left, names, gate, model, source)
-        table = take_rows(left, QUERY, model.n_embd, source)
+        table = take(left, QUERY, (-1, model.n_embd), source)
         refuse_rest(left, source, "the official code")
         n_layers, note = _count_layers(len(table), [bool(one.any()) for one in gates], opened)
         prompts = [prompt.clone() for prompt in table.chunk(n_layers)]

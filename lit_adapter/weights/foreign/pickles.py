@@ -1,8 +1,8 @@
-"""``torch.save`` files of strangers: tensors, plain containers and a Namespace of plain values, no code.
+"""Safe reading of ``torch.save`` files: tensors, plain containers and a Namespace of plain values, no code.
 
-PyTorch's restricted unpickler builds the objects, and may build one type more than by itself, the
-`argparse.Namespace` that training scripts keep their options in. What it returns is then looked through,
-since PyTorch allows some types (parameters, sparse and quantised tensors) that no adapter needs.
+PyTorch's restricted unpickler builds the objects. It may build one additional type, the `argparse.Namespace`
+that training scripts keep their options in. What it returns is checked again, since PyTorch allows types
+(sparse and quantised tensors, for example) that no adapter needs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ DEEPEST = 20
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return what a ``torch.save`` file holds; tensors stay mapped on disk where the file allows it.
+    """Return what a ``torch.save`` file holds; tensors stay mapped on disk if the file allows it.
 
     Raises:
         UserError: damaged, or holding anything but tensors, plain containers and a Namespace of plain
-            values; nothing of it has run.
+            values; no code of the file has run.
     """
     refuse_stand_in(path)
     content = load_tensors(path, "ask for the adapter's tensors alone", [argparse.Namespace])
@@ -37,7 +37,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _check(value: Any, source: str, place: str, depth: int) -> None:
-    """Look through what was read.
+    """Check what was read.
 
     Raises:
         UserError: names the first object that is not allowed, and its place.
@@ -58,13 +58,10 @@ def _check(value: Any, source: str, place: str, depth: int) -> None:
             _check(item, source, f"{place}[{number}]", depth + 1)
     elif kind is argparse.Namespace:
         for key, item in vars(value).items():
-            _check_plain(item, f"{where}.{key}")
+            for one in item if type(item) in (list, tuple) else [item]:
+                if type(one) not in PLAIN:
+                    raise UserError(
+                        f"{where}.{key} holds a {type(one).__name__}; expected plain values in a Namespace"
+                    )
     elif kind not in PLAIN:
         raise UserError(f"{where} is a {kind.__name__}; expected tensors and plain values")
-
-
-def _check_plain(value: Any, where: str) -> None:
-    values = value if type(value) in (list, tuple) else [value]
-    for item in values:
-        if type(item) not in PLAIN:
-            raise UserError(f"{where} holds a {type(item).__name__}; expected plain values in a Namespace")

@@ -1,0 +1,148 @@
+"""What a run shows of its steps: TensorBoard curves, printed lines, warnings."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from lit_adapter.config import TrainerConfig
+from lit_adapter.model.prefix import GatedPrefix
+from lit_adapter.training.notices import Notices
+
+Say = Callable[[str], None]
+
+
+class Report(Callback):
+    """Draws curves for TensorBoard, prints lines where there is no progress bar, and warns.
+
+    Args:
+        options: how often to report, and whether to print a line each time.
+        say: gets a line of text.
+        lr: the peak learning rate.
+        redraw: whether the resume point's own step is to be drawn again.
+    """
+
+    def __init__(self, options: TrainerConfig, say: Say, *, lr: float, redraw: bool) -> None:
+        self.every, self.say, self.redraw = options.log_every, say, redraw
+        self.lines = options.progress == "lines" or (options.progress == "auto" and not shows_bar(options))
+        self.tokens, self.seconds, self.since = 0.0, 0.0, 0.0
+        self.tokens_per_s = 0.0
+        self.notices = Notices(say, lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed run's report continues from."""
+        return {"tokens_per_s": self.tokens_per_s, "notices": self.notices.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from an earlier report's state."""
+        self.tokens_per_s = state_dict["tokens_per_s"]
+        self.notices.load(state_dict["notices"])
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Draw the resume point's step again if it was removed from the curves."""
+        if self.redraw and self._is_point(trainer):
+            self._draw(trainer, pl_module, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock, which leaves out validations, samples and checkpoints between steps."""
+        self.since = time.perf_counter()
+
+    def _is_point(self, trainer: Any) -> bool:
+        step, total = trainer.global_step, trainer.datamodule.total_steps
+        return step > 0 and (step % self.every == 0 or step == total)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step's tokens and time; report every ``log_every`` steps."""
+        last, step = pl_module.last, trainer.global_step
+        self.tokens += last["tokens"]
+        self.seconds += time.perf_counter() - self.since
+        self.tokens_per_s = self.tokens / self.seconds
+        self.notices.step(last["loss"], last["grad_norm"], step)
+        shown = {"loss": last["loss"], "tokens/s": self.tokens_per_s}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        if not self._is_point(trainer):
+            return
+        self.tokens, self.seconds = 0.0, 0.0
+        self._draw(trainer, pl_module, step)
+        if self.lines:
+            total = trainer.datamodule.total_steps
+            remaining = (total - step) * last["tokens"] / self.tokens_per_s
+            self.say(
+                f"step {step}/{total}  loss {last['loss']:.4f}  lr {last['lr']:.2e}  "
+                f"{self.tokens_per_s:,.0f} tokens/s  {remaining:,.0f} s left"
+            )
+
+    def _draw(self, trainer: Any, pl_module: Any, step: int) -> None:
+        last = pl_module.last
+        values = {
+            "train/loss": last["loss"],
+            "train/perplexity": _perplexity(last["loss"]),
+            "train/tokens_per_s": self.tokens_per_s,
+            "train/epoch": step / trainer.datamodule.training_steps().steps_per_epoch,
+            "optim/lr": last["lr"],
+            "optim/grad_norm": last["grad_norm"],
+        }
+        _log(trainer, values, step)
+        has_prefix = any(block.self_attn.prefix is not None for block in pl_module.model.layers)
+        if has_prefix and trainer.is_global_zero:
+            self._draw_gates(trainer, pl_module, step)
+
+    def _draw_gates(self, trainer: Any, pl_module: Any, step: int) -> None:
+        """Draw every layer's mean strength and prompt norm, and one picture of layers by heads."""
+        rows, values = {}, {}
+        for index, block in enumerate(pl_module.model.layers):
+            prefix = block.self_attn.prefix
+            if isinstance(prefix, GatedPrefix):
+                strength = prefix.strength().detach().abs().mean(-1).flatten().cpu()
+                rows[index] = strength
+                values[f"gates/layer_{index:02d}"] = float(strength.mean())
+                values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())
+        self.notices.gates({layer: bool(strength.any()) for layer, strength in rows.items()}, step)
+        if trainer.logger is None:
+            return
+        _log(trainer, values, step)
+        # Strengths that have diverged, or are NaN, must not spoil the picture.
+        heat = torch.stack(list(rows.values())).nan_to_num(0.0).clamp(max=1e6)
+        picture = heat / heat.max().clamp(min=1e-8)
+        picture = picture.repeat_interleave(12, 0).repeat_interleave(12, 1)[None]
+        writer = trainer.logger.experiment
+        writer.add_image("gates/layers_by_heads", picture, step)
+        writer.add_histogram("gates/strength", heat, step)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Report the held-out loss."""
+        if trainer.should_stop:
+            return
+        loss, step = pl_module.val_loss, trainer.global_step
+        _log(trainer, {"val/perplexity": _perplexity(loss), "val/loss": loss}, step)
+        self.notices.held_out(loss, step)
+        self.say(f"step {step}: held-out loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the warnings that need the whole run, and the number of skipped steps."""
+        if trainer.global_step >= trainer.datamodule.total_steps:
+            self.notices.end(trainer.global_step)
+        if pl_module.skipped_steps:
+            self.say(f"{pl_module.skipped_steps} of {trainer.global_step} steps were skipped")
+
+
+def shows_bar(options: TrainerConfig) -> bool:
+    """Return whether to show a progress bar: as the settings say, by default on a terminal."""
+    return options.progress == "bar" or (options.progress == "auto" and sys.stdout.isatty())
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0)) if math.isfinite(loss) else math.inf
+
+
+def _log(trainer: Any, values: dict[str, float], step: int) -> None:
+    if trainer.logger is not None:
+        trainer.logger.log_metrics(values, step=step)

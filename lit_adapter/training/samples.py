@@ -1,0 +1,87 @@
+"""Answers to a few held-out records at each validation, as text in TensorBoard."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lit_adapter.config import TrainerConfig
+from lit_adapter.data.records import Records
+from lit_adapter.errors import UserError
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.request import NonFiniteLogitsError
+from lit_adapter.training.processes import agree
+from lit_adapter.training.signals import Signals
+
+
+class Samples(Callback):
+    """Generates the sample answers.
+
+    Args:
+        assistant: the model in training, with its tokenizer and template.
+        records: the held-out records. Ones too long for the base's context are passed over.
+        options: how many samples, and of how many tokens.
+        signals: what has been received; a signal ends the generation.
+
+    Raises:
+        UserError: `sample_tokens` leaves no room for a prompt.
+    """
+
+    def __init__(
+        self, assistant: AdaptedLlama, records: Records | None, options: TrainerConfig, signals: Signals
+    ) -> None:
+        self.assistant, self.signals, self.max_new_tokens = assistant, signals, options.sample_tokens
+        room = assistant.model.config.context_length - options.sample_tokens
+        if options.samples and room < 1:
+            raise UserError(
+                f"trainer.sample_tokens is {options.sample_tokens}, but the base's context is "
+                f"{assistant.model.config.context_length}; lower it"
+            )
+        encode, tokenizer = assistant.template.encode_prompt, assistant.tokenizer
+        fitting = (
+            record
+            for record in records or ()
+            if len(encode(tokenizer, record.instruction, record.input)) <= room
+        )
+        chosen = islice(fitting, options.samples)
+        self.tasks = [(record.instruction, record.input, record.output) for record in chosen]
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Generate until a signal comes: on the first process, while the others wait in the next step.
+
+        If the base is sharded, all processes generate the same tokens together.
+        """
+        together = isinstance(trainer.strategy, ModelParallelStrategy)
+        if not self.tasks or not (trainer.is_global_zero or together):
+            return
+        if trainer.logger is None or trainer.should_stop:
+            return
+
+        def stopped() -> bool:
+            if together:
+                agree(trainer, pl_module.device, self.signals)
+            return bool(self.signals.agreed if together else self.signals.received)
+
+        pairs = [(instruction, input) for instruction, input, _ in self.tasks]
+        try:
+            answers = self.assistant.generate_batch(
+                pairs, max_new_tokens=self.max_new_tokens, stopped=stopped
+            )
+        except NonFiniteLogitsError:  # training counts such steps itself, and stops when there are too many
+            answers = ["(no answer: the logits are NaN or infinite)"] * len(pairs)
+        if stopped():
+            return
+        for number, ((instruction, input, wanted), answer) in enumerate(
+            zip(self.tasks, answers, strict=True)
+        ):
+            parts = {"Instruction": instruction, "Input": input, "Answer": answer, "Reference": wanted}
+            text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
+            trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
+
+
+def _quoted(text: str) -> str:
+    """Indent a text so that Markdown shows it unchanged."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
