@@ -186,7 +186,7 @@ def test_adapters_that_say_anything_of_themselves(
         with one_line(path):
             info, tensors = read_adapter(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-            assert shapes == expected_shapes(info.adapter, info.model)
+            assert shapes == adapter_shapes(info.adapter, info.model)
 
     check()
 
