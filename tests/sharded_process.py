@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from generation_fixtures import decode
 from random_records import encoded
-from test_memory import kept_for_backward
+from test_memory import estimate, kept_for_backward
 from tiny_models import open_adapter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -35,7 +35,6 @@ from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.memory import RowShape, estimate
 from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
@@ -96,10 +95,11 @@ def losses(model: Llama, share: int, n_shares: int) -> float:
 def memory(model: Llama, adapter: AdapterConfig, tensor_parallel: int) -> dict[str, list[int]]:
     """Return the bytes that a process has of weights and keeps for a row, each with its estimate."""
     row = Packer(encoded(0, 20, longest=40), {}, mask_prompt=True, row_tokens=10_000).row(list(range(20)))
-    shape = RowShape.of(row)
-    kept = kept_for_backward(model, row) + shape.targets * model.config.n_embd * 4  # of the loss itself
+    kept = (
+        kept_for_backward(model, row) + len(row.target_index) * model.config.n_embd * 4
+    )  # of the loss itself
     layout = {"shards": tensor_parallel, "tensor_parallel": tensor_parallel}
-    estimated = estimate(model.config, adapter, shape, precision="32-true", **layout)
+    estimated = estimate(model.config, adapter, row, precision="32-true", **layout)
     trained = {name for name, _ in adapter_parameters(model)}
     weights = sum(4 * p.numel() for name, p in model.named_parameters() if name not in trained)
     return {"activations": [kept, estimated.activations], "weights": [weights, estimated.weights]}

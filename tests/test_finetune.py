@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_had_found(
     monkeypatch.setattr(device, "_bf16_pays", lambda _: False)
     lines = Stopper()
     assert finetune(config, resume="last", say=lines) == 0
-    assert "precision: bf16-true, as the run that is resumed has it" in lines.lines
+    assert "precision: bf16-true, that of the resumed run" in lines.lines
 
 
 def test_held_out_records_too_long_to_answer_are_not_sampled(
@@ -256,7 +256,7 @@ def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Conf
     options = ["--optim.max_steps", "12", "--optim.lr", "0.001", "--optim.weight_decay", "0.5"]
     (Path(tiny().out) / "adapter.safetensors").unlink()
     assert finetune(tiny(*options), resume=older, say=stopped) == 143
-    assert any("step-0000012.ckpt: not part of the run that goes on from step 8" in x for x in stopped.lines)
+    assert any("step-0000012.ckpt: not part of the run resumed from step 8" in x for x in stopped.lines)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["step-0000008.ckpt", "step-0000009.ckpt", "step-0000012.aside"]
     best, aside = folder.parent / "best.safetensors", folder.parent / "best.aside"
@@ -292,7 +292,7 @@ def test_a_longer_run_says_what_happens_to_its_schedule(tiny: Callable[..., Conf
     lines = Stopper()
     finetune(tiny("--optim.max_steps", "4"), resume="last", say=lines)
     assert any("optim.max_steps changed from 2 to 4" in line for line in lines.lines)
-    assert any("the cosine schedule laid over 4 steps instead of 2" in line for line in lines.lines)
+    assert any("the cosine schedule over 4 steps instead of 2" in line for line in lines.lines)
 
 
 def test_a_second_run_does_not_touch_the_first(tiny: Callable[..., Config]) -> None:

@@ -336,7 +336,7 @@ def test_a_run_starts_from_an_imported_adapter(
     lines: list[str] = []
     finetune(config, say=lines.append)
     assert f"starting from {start}" in lines
-    assert f"{start}: its template is alpaca-newline; this run goes on with custom" in lines
+    assert f"{start}: its template is alpaca-newline; this run uses custom" in lines
     before, after = read_adapter(start)[1], read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -1,4 +1,4 @@
-"""The memory estimate against what autograd really keeps, and against the tensors of real models."""
+"""The memory estimate compared with what autograd really keeps, and with the tensors of real models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from lit_adapter.device import free_bytes
 from lit_adapter.model import loss
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.executors import Setting, choose_for_training
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training import memory
-from lit_adapter.training.memory import RowShape, estimate, path_of, unfused_because
+from lit_adapter.training.memory import Memory, Sizes
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 
@@ -35,8 +36,12 @@ def packed(n_records: int = 20, longest: int = 40) -> PackedRow:
     return packer.row(list(range(n_records)))
 
 
+def estimate(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, **layout: Any) -> Memory:
+    return Sizes(model, adapter, row, row, **layout).memory
+
+
 def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) -> int:
-    """Bytes of every storage that autograd holds on to, parameters apart."""
+    """Bytes of every storage that autograd keeps, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}
 
@@ -53,34 +58,31 @@ def kept_for_backward(model: Llama, row: PackedRow, *, recompute: bool = False) 
     return total
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize(("layers", "longest"), [(1, 40), (2, 12), (2, 40), (3, 40)])
-def test_activations_are_what_autograd_keeps(precision: str, layers: int, longest: int) -> None:
-    """Grouped queries, two preambles, records of uneven length, also with a layer that is not adapted."""
-    sizes = {"n_embd": 96, "head_dim": 24, "n_hidden": 160}
-    model = random_llama(dtype=DTYPES[precision], **sizes)
-    config = AdapterConfig(prompt_length=5, layers=layers)
-    open_adapter(model, config)
-    row = packed(longest=longest)
-    with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
-        kept = kept_for_backward(model, row)
-    shape = RowShape.of(row)
-    kept += shape.targets * model.config.n_embd * DTYPES[precision].itemsize  # the loss keeps its gradient
-    found = estimate(model.config, config, shape, precision=precision).activations
-    assert found == pytest.approx(kept, rel=0.06)
+ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"layers": 1},
+    {"layers": 2, "dropout": 0.1},
+    {},
+    {"version": "v2"},
+    {"version": "v2", "layers": 2, "head": True},
+    {"version": "v2", "prompt_length": 0},
+)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("prompts", [(5, 2), (0, None)])
-def test_v2_keeps_more_and_in_every_layer(precision: str, prompts: tuple[int, int | None]) -> None:
+@pytest.mark.parametrize("longest", [40, 700])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_activations_are_what_autograd_keeps(adapter: dict[str, Any], longest: int, precision: str) -> None:
+    """To the byte: grouped queries, two shared preambles, records of uneven length, also very long ones."""
     model = random_llama(dtype=DTYPES[precision], n_embd=96, head_dim=24, n_hidden=160)
-    config = AdapterConfig(prompt_length=prompts[0], layers=prompts[1], version="v2")
+    config = AdapterConfig(**{"prompt_length": 5} | adapter)
     open_adapter(model, config)
-    row = packed()
+    row = packed(4 if longest > 100 else 20, longest=longest)
     with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
         kept = kept_for_backward(model, row)
-    found = estimate(model.config, config, RowShape.of(row), precision=precision).activations
-    assert found == pytest.approx(kept, rel=0.1)
+    kept += (
+        len(row.target_index) * model.config.n_embd * DTYPES[precision].itemsize
+    )  # the loss keeps its gradient
+    assert estimate(model.config, config, row, precision=precision).activations == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,7 +104,7 @@ def test_the_peak_of_a_step_stays_within(
     events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
     precision = "32-true" if dtype == torch.float32 else "bf16-true"
-    found = estimate(model.config, config, RowShape.of(row), precision=precision)
+    found = estimate(model.config, config, row, precision=precision)
     assert most <= found.activations + found.workspace < 1.5 * most
 
 
@@ -113,8 +115,8 @@ def test_recomputed_layers_keep_their_input_and_one_layer_at_a_time(precision: s
     open_adapter(model, config)
     with torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
         inputs = kept_for_backward(model, row, recompute=True)
-    found = estimate(model.config, config, RowShape.of(row), precision=precision, recompute=True).activations
-    whole = estimate(model.config, config, RowShape.of(row), precision=precision).activations
+    found = estimate(model.config, config, row, precision=precision, recompute=True).activations
+    whole = estimate(model.config, config, row, precision=precision).activations
     assert inputs < found < whole / 2
     assert found == pytest.approx(inputs + whole / 6, rel=0.25)
 
@@ -126,32 +128,30 @@ def test_weights_and_adapter_are_counted_to_the_byte() -> None:
         config = AdapterConfig(prompt_length=7, layers=2, gate="channel")
         open_adapter(model, config)
         trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
-        shape = RowShape.of(packed())
+        row = packed()
         for precision, size in (("32-true", 4), ("bf16-true", 2), ("bf16-mixed", 4), ("16-mixed", 4)):
-            found = estimate(model.config, config, shape, precision=precision)
+            found = estimate(model.config, config, row, precision=precision)
             assert (found.weights, found.adapter) == (base * size, trained * 16)
 
 
-def test_weights_that_are_cut_are_a_share_a_head_and_three_layers() -> None:
+def test_weights_that_are_sharded_are_a_shard_an_output_layer_and_three_layers() -> None:
     model = random_llama(dtype=torch.float32)
     layer = sum(parameter.numel() for parameter in model.layers[0].parameters())
-    config, shape = AdapterConfig(), RowShape.of(packed())
-    whole = estimate(model.config, config, shape, precision="32-true")
-    shared = estimate(model.config, config, shape, precision="32-true", shards=4)
+    config, row = AdapterConfig(), packed()
+    whole = estimate(model.config, config, row, precision="32-true")
+    shared = estimate(model.config, config, row, precision="32-true", shards=4)
     assert shared.weights == -(-whole.weights // 4) + 4 * (3 * layer + model.lm_head.weight.numel())
     assert replace(shared, weights=0) == replace(whole, weights=0)
-    grouped = estimate(model.config, config, shape, precision="32-true", shards=4, tensor_parallel=2)
+    grouped = estimate(model.config, config, row, precision="32-true", shards=4, tensor_parallel=2)
     held = whole.weights - 4 * 3 * layer // 2  # of a group; of three layers each has half
     assert grouped.weights == -(-held // 2) + 4 * (3 * layer // 2 + model.lm_head.weight.numel())
 
 
 def test_activations_grow_with_row_and_layers() -> None:
-    model, shape = random_llama().config, RowShape.of(packed())
-    one, two = (
-        estimate(model, AdapterConfig(), shape.scaled(n * shape.tokens), precision="32-true") for n in (1, 2)
-    )
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.01)
-    fewer = estimate(model, AdapterConfig(layers=1), shape, precision="32-true")
+    model = random_llama().config
+    one, two = (estimate(model, AdapterConfig(), packed(n), precision="32-true") for n in (20, 40))
+    assert two.activations > 1.5 * one.activations
+    fewer = estimate(model, AdapterConfig(layers=1), packed(), precision="32-true")
     assert fewer.activations < one.activations / 3
     assert two.weights == one.weights
 
@@ -186,31 +186,34 @@ def test_free_memory_of_this_machine_is_a_plausible_number() -> None:
 
 def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
     """6 C + 2 M numbers a token with as many key as query heads; C when the rest is computed again."""
-    model = replace(random_llama().config, n_kv_head=4)
-    shape, config = RowShape.of(packed()), AdapterConfig()
-    plain = shape.tokens * model.n_embd
+    model = replace(random_llama().config, n_kv_head=4, head_dim=16, n_embd=64)
+    row, config = packed(), AdapterConfig()
+    plain = len(row.ids) * model.n_embd
     one, two = (
-        estimate(replace(model, n_layer=n), config, shape, precision="bf16-true", path="fused").activations
+        estimate(replace(model, n_layer=n), config, row, precision="bf16-true", device="cuda").activations
         for n in (2, 3)
     )
     C, M, H = model.n_embd, model.n_hidden, model.n_head
-    assert two - one == shape.tokens * (2 * (6 * C + 2 * M) + 8 * H)
+    assert two - one == len(row.ids) * (2 * (6 * C + 2 * M) + 8 * H)
     one, two = (
         estimate(
-            replace(model, n_layer=n), config, shape, precision="bf16-true", path="fused", recompute=True
+            replace(model, n_layer=n), config, row, precision="bf16-true", device="cuda", recompute=True
         ).activations
         for n in (2, 3)
     )
     assert two - one == 2 * plain
 
 
-def test_fused_blocks_are_expected_where_they_apply() -> None:
+def test_the_fused_executor_is_planned_where_it_applies() -> None:
     model, config = replace(random_llama().config, head_dim=16), AdapterConfig()
-    assert path_of(model, config, "bf16-true", "cuda") == "fused"
-    for other in (("32-true", "cuda"), ("bf16-mixed", "cuda"), ("bf16-true", "cpu")):
-        assert path_of(model, config, *other) == "plain"
-    assert path_of(model, replace(config, dropout=0.1), "bf16-true", "cuda") == "plain"
-    assert path_of(replace(model, mlp_bias=True), config, "bf16-true", "cuda") == "plain"
-    assert unfused_because(model, config, "bf16-true") is None
-    odd = replace(model, head_dim=80)
-    assert unfused_because(odd, config, "bf16-true") == "the base's heads have 80 channels"
+    gpu = Setting(torch.device("cuda"), torch.bfloat16)
+    assert choose_for_training(model, config, gpu).name == "fused"
+    for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
+        assert choose_for_training(model, config, setting).name == "modules"
+    for other, adapter, why in (
+        (model, replace(config, dropout=0.1), "the prefix has dropout"),
+        (model, replace(config, version="v2"), "the adapter trains norms and linears"),
+        (replace(model, mlp_bias=True), config, "the base has biases"),
+        (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
+    ):
+        assert choose_for_training(other, adapter, gpu).why_not_fast == why

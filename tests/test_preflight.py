@@ -19,18 +19,25 @@ from test_memory import packed
 from lit_adapter.config import Config, OptimConfig, TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.training import finetune as finetune_module
-from lit_adapter.training import preflight
+from lit_adapter.training import base, preflight
 from lit_adapter.training.dry_run import Stopwatch, duration, forecast
 from lit_adapter.training.finetune import finetune
-from lit_adapter.training.memory import RowShape
-from lit_adapter.training.preflight import Sizes, check_disk, check_memory, enough_memory, remedies, run_bytes
+from lit_adapter.training.memory import Sizes
+from lit_adapter.training.preflight import (
+    check_disk,
+    check_memory,
+    enough_memory,
+    remedies,
+    run_bytes,
+    with_layers,
+)
 
+ROW, LONGEST = packed(60), packed(1)
 MODEL = LlamaConfig(vocab_size=1000, n_layer=6, n_head=8, n_kv_head=2, n_embd=256, head_dim=32, n_hidden=700)
 
 
 def needs(precision: str = "32-true") -> Sizes:
-    return Sizes(MODEL, AdapterConfig(), RowShape.of(packed(60)), 80, precision)
+    return Sizes(MODEL, AdapterConfig(), ROW, LONGEST, precision)
 
 
 def with_setting(needed: Sizes, setting: str) -> Sizes:
@@ -38,9 +45,9 @@ def with_setting(needed: Sizes, setting: str) -> Sizes:
     for part in setting.split(" with "):
         name, value = part.split()
         if name == "optim.row_tokens":
-            needed = needed.with_tokens(int(value))
+            needed = replace(needed, tokens=int(value))
         elif name == "adapter.layers":
-            needed = needed.with_layers(int(value))
+            needed = with_layers(needed, int(value))
         elif name == "trainer.recompute":
             needed = replace(needed, recompute=value == "true")
         else:
@@ -97,8 +104,7 @@ LLAMA_70B = LlamaConfig(
 )
 def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: list[str]) -> None:
     """141 GB of weights in bf16, on GPUs of 80, 141 and 50 GB, and on one too small for three layers."""
-    row = RowShape.of(packed(60))
-    needed = Sizes(LLAMA_70B, AdapterConfig(), row, 80, "bf16-true", device="cuda", may_be_cut_over=gpus)
+    needed = Sizes(LLAMA_70B, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda", shardable_over=gpus)
     assert remedies(needed, free * 10**9) == advice
     for setting in advice:
         shards = 1
@@ -110,9 +116,9 @@ def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: l
 
 def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None:
     model = replace(LLAMA_70B, n_head=60, n_kv_head=6, n_hidden=28_674)
-    needed = Sizes(model, AdapterConfig(), RowShape.of(packed(60)), 80, "bf16-true", device="cuda")
+    needed = Sizes(model, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda")
     for shares, devices in ((1, 2), (2, 4), (3, None)):
-        layout = replace(needed, shards=shares, tensor_parallel=shares, may_be_cut_over=8)
+        layout = replace(needed, shards=shares, tensor_parallel=shares, shardable_over=8)
         advice = [line for line in remedies(layout, layout.memory.total * 4 // 5) if "fsdp2" in line]
         assert advice == ([f"trainer.strategy fsdp2 with trainer.devices {devices}"] if devices else [])
 
@@ -148,7 +154,7 @@ def test_what_cannot_fit_is_refused_before_the_base_is_loaded(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000_000)
-    monkeypatch.setattr(finetune_module, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(base, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=r"memory: about .* MB on the cpu .* but 1.0 MB are free; "):
         finetune(tiny(), say=Stopper())
     assert not Path(tiny().out).exists()
@@ -199,7 +205,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
         r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 step;",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
-        r"^dry run: no run was begun",
+        r"^dry run: no run was started",
     ):
         assert re.search(part, said, re.MULTILINE), part
     assert not Path(tiny().out).exists()
@@ -229,7 +235,7 @@ def test_a_signal_ends_a_dry_run_with_its_status(
     monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: None)
     lines = Stopper()
     assert finetune(tiny(), say=lines, dry_run=True) == 143
-    assert lines.lines[-1] == "dry run: stopped by a signal; no run was begun"
+    assert lines.lines[-1] == "dry run: stopped by a signal; no run was started"
     assert not Path(tiny().out).exists()
 
 

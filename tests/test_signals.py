@@ -39,7 +39,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def saved_and_said(out: Path, output: str) -> int:
     """Return the step that the last line names, whose checkpoint is the newest and can be read."""
-    found = re.search(r"stopped by SIG\w+ after step (\d+): (\S+); --resume last goes on", output)
+    found = re.search(r"stopped by SIG\w+ after step (\d+): (\S+); --resume last continues", output)
     assert found, output
     path = Path(found[2])
     assert path == sorted(out.glob("checkpoints/*.ckpt"))[-1]
@@ -312,7 +312,7 @@ def test_a_process_that_dies_is_named(
     newest = sorted(out.glob("checkpoints/*.ckpt"))[-1]
     assert last == (
         f"error: process 1 (pid {other}) was killed by signal 9; the run ends; "
-        f"{newest} is complete, --resume last goes on"
+        f"{newest} is complete, --resume last continues"
     )
     assert "Traceback" not in log.read_text()
     read_checkpoint(newest)

@@ -32,7 +32,7 @@ def module(base: Path, config: DataConfig, row_tokens: int = 1000) -> AlpacaData
     template = resolve_template("alpaca", tokenizer)
     return AlpacaDataModule(
         config, tokenizer=tokenizer, template=template, tokenizer_key="", batch_size=2, row_tokens=row_tokens
-    )
+    ).read()
 
 
 def notes(base: Path, config: DataConfig) -> list[str]:

@@ -89,11 +89,15 @@ class AlpacaDataModule(LightningDataModule):
         self.batch_size, self.row_tokens, self.seed = batch_size, row_tokens, seed
         self.finished_steps = 0
         self.total_steps = 0
-        # Started here, so that its imports are done by the time a loader needs a worker.
-        self.worker_context = start_server() if config.workers else None
-        self._read()
 
-    def _read(self) -> None:
+    def read(self) -> AlpacaDataModule:
+        """Read, split and encode the records, which everything else needs; return this module.
+
+        Raises:
+            UserError: no file, records that cannot be read, or none that fits ``data.max_length``.
+        """
+        # Started first, so that its imports are done by the time a loader needs a worker.
+        self.worker_context = start_server() if self.config.workers else None
         if not self.config.train:
             raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
         self.train_records = load_records(self.config.train, self.config.columns)
@@ -110,6 +114,7 @@ class AlpacaDataModule(LightningDataModule):
         self.train_packer = self._packer(self.train_encoded)
         self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
         self.n_overlap = overlap(self.train_records, self.val_records) if self.val_records else 0
+        return self
 
     def _encode(self, records: Records) -> Encoded:
         encoded = encode_records(

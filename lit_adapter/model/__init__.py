@@ -1,8 +1,9 @@
-"""The model: one LLaMA, and the gated prefix that composes with it.
+"""The model: one LLaMA, what an adapter trains, and the executors that compute it.
 
-`config` holds the sizes (no torch), `llama` the frozen base, `rope` its positions, `attention` who may see
-whom, `precision` where arithmetic is wider, `loss` the cross-entropy, `cache` keys and values while decoding.
-`adapter` is the trained part and `affine` what V2 adds to it. `cpu_decode` is the CPU's path of decoding;
-`fused` and `fused_decode` are the CUDA paths, on the `matrices` and the plan of `tiles`, with `kernels`. Both
-devices' paths lay weights side by side by `joining`.
+`config` holds sizes (no torch), `layout` declares every layer, and `llama` has the modules. `attention` says
+which keys a query sees, `rope` rotates, `precision` widens, `loss` is the cross-entropy. What is trained:
+`parts` says what a part is; `prefix` with the forms of `gates`, and `affine`, are parts; `adapter` lists them.
+What computes: `executors` chooses, after a `survey` of the model; `fused` and `fused_decode` are for CUDA, within
+the limits of `cuda_support`, on `matrices`, `tiles` and `kernels`; `cpu_decode` is for CPUs, on matrices from
+`joining`; `cache` keeps keys and values.
 """

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 KeyValue = tuple[Tensor, Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class PackedRow:
     """Records laid end to end in one row, and the positions whose next token is learned.
 

@@ -5,19 +5,21 @@
     CUDA decoding `fused_decode`: prompts and decode steps on CUDA
     CPU decoding  `cpu_decode`: decode steps on a CPU
 
-A fast executor's module has a function ``unsupported(model, setting)``, which returns why it cannot compute a
-model exactly as its modules would. It names what it knows; `survey.obstacle` finds everything else.
+A fast executor has a function ``unsupported(model, setting)``, which returns why it cannot compute a model
+exactly as the modules would. It names what it knows; `survey.obstacle` finds everything else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Literal
 
 import torch
 
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.adapter import attach
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.llama import Llama, empty_llama
 
 Purpose = Literal["training", "reading", "decoding"]
 """Training computes packed rows with gradients; reading puts prompts into a cache; decoding adds a token."""
@@ -47,9 +49,9 @@ class Executor:
 
 
 _FAST: dict[tuple[str, Purpose], tuple[Executor, str]] = {
-    ("cuda", "training"): (Executor("fused"), "fused"),
-    ("cuda", "reading"): (Executor("CUDA decoding"), "fused_decode"),
-    ("cuda", "decoding"): (Executor("CUDA decoding"), "fused_decode"),
+    ("cuda", "training"): (Executor("fused"), "cuda_support"),
+    ("cuda", "reading"): (Executor("CUDA decoding"), "cuda_support"),
+    ("cuda", "decoding"): (Executor("CUDA decoding"), "cuda_support"),
     ("cpu", "decoding"): (Executor("CPU decoding"), "cpu_decode"),
 }
 
@@ -67,6 +69,24 @@ def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Ex
     if fast is None:
         return Executor("modules")
     executor, module = fast
-    # Imported here: the modules for CUDA need Triton, which only CUDA builds of torch bring.
+    # Imported here: these modules import this one.
     why = import_module(f"lit_adapter.model.{module}").unsupported(model, setting)
     return executor if why is None else Executor("modules", why)
+
+
+def choose_for_training(
+    config: LlamaConfig, adapter: AdapterConfig, setting: Setting, tensor_parallel: int = 1
+) -> Executor:
+    """Return the executor that will train a model which is not loaded yet.
+
+    Args:
+        config: sizes of the base.
+        adapter: sizes and form of the adapter.
+        setting: device and precision of the run.
+        tensor_parallel: processes that share the attention heads.
+    """
+    # All blocks of a base are alike, and so are all that are adapted: one of them decides.
+    model = empty_llama(replace(config, n_layer=1))
+    attach(model, replace(adapter, layers=1 if adapter.prompt_length else None))
+    model.n_parts = tensor_parallel
+    return choose(model, "training", setting)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model import survey
-from lit_adapter.model.adapter import adapter_parameters, trained_modules
 from lit_adapter.model.attention import KeyValue, PackedRow
+from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
@@ -27,33 +26,7 @@ from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, side_by_side
 from lit_adapter.model.prefix import GatedPrefix
-from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT, TilePlan, plan_tiles
-
-KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear}
-
-
-def unsupported(model: Llama, setting: Setting) -> str | None:
-    """Return why these kernels cannot compute ``model``; None where they can."""
-    config = model.config
-    modules = [module for _, module in trained_modules(model)]
-    prefixes = [module for module in modules if isinstance(module, GatedPrefix)]
-    others = dict.fromkeys(module.part for module in modules if not isinstance(module, GatedPrefix))
-    trained = {id(parameter) for _, parameter in adapter_parameters(model)}
-    unfrozen = any(p.requires_grad and id(p) not in trained for p in model.parameters())
-    reasons = (
-        (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is computed in {setting.dtype}"),
-        (torch.is_autocast_enabled(), "precision is mixed"),
-        (model.n_parts > 1, f"{model.n_parts} processes share the attention heads"),
-        (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
-        (config.attention_bias or config.mlp_bias, "the base has biases"),
-        (bool(others), f"the adapter trains {' and '.join(others)}"),
-        (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
-        (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
-        (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
-        (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
-        (unfrozen, "the base is not frozen"),
-    )
-    return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
+from lit_adapter.model.tiles import TilePlan, plan_tiles
 
 
 def prepare(model: Llama, *, float8: bool = False) -> None:

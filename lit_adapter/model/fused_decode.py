@@ -18,7 +18,6 @@ from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cache import ModuleDecode, Prefixes
-from lit_adapter.model.executors import Setting
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
@@ -29,16 +28,11 @@ LONGEST_ROW = 32_768
 """Prompt tokens read together, unless one prompt is longer: more would take memory and save no time."""
 
 
-def unsupported(model: Llama, setting: Setting) -> str | None:
-    """Return why `FusedDecode` cannot compute ``model``; None where it can."""
-    return fused.unsupported(model, setting)
-
-
 class FusedDecode(ModuleDecode):
     """Reads prompts and takes decode steps with kernels of its own.
 
     Args:
-        model: one that `unsupported` has nothing against; its projections are moved side by side.
+        model: one that `cuda_support.unsupported` accepts; its projections are moved side by side.
         n_slots: B.
         length: longest prompt with its answer, in tokens (S).
     """

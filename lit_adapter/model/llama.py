@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import BlockLayout, block_layout
@@ -218,3 +219,18 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""
         return self.lm_head(hidden)
+
+
+def empty_llama(config: LlamaConfig) -> Llama:
+    """Return a frozen model without values: its tensors are on the meta device."""
+    with torch.device("meta"), _WithoutValues():
+        return Llama(config).requires_grad_(False)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialisation of parameters: on the meta device, torch would import its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -17,7 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.model.joining import as_one, lie_side_by_side, weights_of
-from lit_adapter.model.kernels.rows import LARGEST, Operand, Quantised, quantise
+
+LARGEST = 448.0
+"""The largest number of fp8 (e4m3)."""
+
+
+@dataclass
+class Quantised:
+    """A matrix in fp8 with a scale for each row."""
+
+    data: Tensor
+    """``[T, C]``"""
+    scale: Tensor
+    """fp32 ``[T, 1]``"""
+
+    def __getitem__(self, places: Tensor) -> Quantised:
+        return Quantised(self.data[places], self.scale[places])
+
+
+Operand = Tensor | Quantised
+"""An operand of a matrix product: in the base's precision, or in fp8."""
 
 
 class Matrix(Protocol):
@@ -168,6 +187,8 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
+        from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring
+
         return self.matrix(quantise(x.reshape(-1, self.in_features))).view(*x.shape[:-1], -1)
 
 

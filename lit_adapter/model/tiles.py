@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.config import LlamaConfig
 
 HEAD_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels compute."""
@@ -26,6 +27,15 @@ OWNED_KEYS, VISITING_TILE = 64, 32
 VISITS = 16
 """Query tiles that one program sums into the gradient of a key tile. A preamble has hundreds of them, and
 a single program that summed them all would keep the device waiting."""
+
+
+def kept_per_token(model: LlamaConfig, size: int) -> int:
+    """Return the bytes that a fused block keeps of each token for its backward pass (see `fused`).
+
+    ``size`` is that of a number, in bytes; norms and log-sum-exps are kept in fp32.
+    """
+    heads = 2 * (model.n_head + model.n_kv_head) * model.head_dim
+    return size * (2 * model.n_embd + heads + 2 * model.n_hidden) + 8 * model.n_head
 
 
 @dataclass

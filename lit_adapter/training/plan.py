@@ -1,58 +1,112 @@
-"""The plan of a run, said before it starts: what is trained, how long, at which rate."""
+"""The plan of a run: what is known of it before its base is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from lit_adapter.config import Config
+from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.errors import counted
-from lit_adapter.model.adapter import adapter_parameters, parameter_counts
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.adapter import adapter_shapes, parameter_counts
 from lit_adapter.model.layout import base_shapes
-from lit_adapter.model.llama import Llama
-from lit_adapter.training.schedule import warmup_steps
+from lit_adapter.text.template import Template
+from lit_adapter.training.base import Base
+from lit_adapter.training.initial_adapter import InitialAdapter
+from lit_adapter.training.placement import Placement
+from lit_adapter.training.preflight import Sizes, check_disk, check_memory, free_memory, sizes
+from lit_adapter.training.run_identity import RunIdentity, run_identity
+from lit_adapter.training.schedule import total_steps, warmup_steps
 
 
-def announce(
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be loaded and started."""
+
+    config: Config
+    base: Base
+    placement: Placement
+    template: Template
+    steps: int
+    """Optimizer steps of the run."""
+    warmup: int
+    """Those in which the learning rate rises."""
+    needed: Sizes
+    """What the memory of a step depends on."""
+    identity: RunIdentity
+
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every trained tensor."""
+        return adapter_shapes(self.config.adapter, self.base.config)
+
+
+def make_plan(
     config: Config,
-    base: LlamaConfig,
-    name: str,
-    model: Llama,
-    steps: int,
-    unfused: str | None,
-    say: Callable[[str], None],
-) -> None:
-    """Say parameters, steps and schedule, and warn of a rate of 0, a long warm-up, or slow blocks.
+    base: Base,
+    placement: Placement,
+    template: Template,
+    initial: InitialAdapter,
+    data: AlpacaDataModule,
+) -> Plan:
+    """Plan a run from what has been read.
 
-    Args:
-        config: the run.
-        base: the base's sizes.
-        name: the base's name.
-        model: the base with its adapter.
-        steps: optimizer steps of the run.
-        unfused: why the CUDA kernels are not used on a GPU, if so.
-        say: gets the lines.
+    Raises:
+        UserError: the epochs or the warm-up do not fit the number of records.
     """
-    optim, warmup = config.optim, warmup_steps(config.optim, steps)
-    trained = sum(parameter.numel() for _, parameter in adapter_parameters(model))
-    frozen = sum(math.prod(shape) for shape in base_shapes(base).values())
-    say(
-        f"model: {name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
+    steps = total_steps(config.optim, data.training_steps().steps_per_epoch)
+    facts = {
+        "base": base.identity.weights[:16],
+        "tokenizer": base.identity.tokenizer[:16],
+        "template": template.to_dict(),
+        "precision": placement.precision,
+        "init_from": initial.sha256,
+        **{f"base.{key}": value for key, value in base.config.computed().items()},
+        **{f"data.{key}": value for key, value in data.identity().items()},
+    }
+    return Plan(
+        config,
+        base,
+        placement,
+        template,
+        steps,
+        warmup_steps(config.optim, steps),
+        sizes(config, base.config, data, placement.precision, placement.device),
+        run_identity(config, steps, **facts),
+    )
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Yield the lines that tell a user the plan, with warnings.
+
+    Raises:
+        UserError: memory or disk do not suffice.
+    """
+    config, optim, base, steps = plan.config, plan.config.optim, plan.base.config, plan.steps
+    yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
+    yield check_disk(Path(config.out), base, config, steps)
+    frozen, trained = (
+        sum(math.prod(shape) for shape in shapes.values())
+        for shapes in (base_shapes(base), plan.adapter_shapes)
+    )
+    yield (
+        f"model: {plan.base.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
         f"({parameter_counts(config.adapter, base)})"
     )
-    base_lr = optim.peak_lr * 256 / optim.batch_size
-    say(
+    yield (
         f"run: {counted(steps, 'step')} of {counted(optim.batch_size, 'record')}; "
-        f"lr {optim.peak_lr:g} (base_lr {base_lr:g}), {optim.schedule}, "
-        f"warm-up {counted(warmup, 'step')}; {config.out}"
+        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / optim.batch_size:g}), {optim.schedule}, "
+        f"warm-up {counted(plan.warmup, 'step')}; {config.out}"
     )
     if optim.peak_lr == 0:
-        say("warning: the learning rate is 0, so nothing will be learned; set optim.lr")
-    elif warmup > steps / 2:
-        say(
-            f"warning: the warm-up takes {warmup} of the run's {counted(steps, 'step')}; "
+        yield "warning: the learning rate is 0, so nothing will be learned; set optim.lr"
+    elif plan.warmup > steps / 2:
+        yield (
+            f"warning: the warm-up takes {plan.warmup} of the run's {counted(steps, 'step')}; "
             "lower optim.warmup (0.05 is usual) or train longer"
         )
-    if unfused is not None:
-        say(f"note: {unfused}: the layers are computed without the kernels made for them, and slower")
+    why = plan.placement.executor.why_not_fast
+    if why is not None:
+        yield f"note: {why}: the layers run without the fused kernels, and more slowly"

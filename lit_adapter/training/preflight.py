@@ -1,141 +1,88 @@
-"""What can be known before the first step: whether memory, disk and data suffice. A few seconds at most.
+"""What is checked before the first step: memory, disk and data. It takes a few seconds at most.
 
-What cannot work is refused here, with the two settings that would make it work. Memory and disk are asked
-by arithmetic before the base is loaded (see `memory`); the data by running its first and its longest record
-through the loaded model. A base that is cut over processes is loaded when they are connected: its records
-wait until then, and still run before anything is written.
+A run that cannot work is refused here, with settings that would work. Memory and disk are compared with what
+is free before the base is loaded (see `memory`); of the data, the first and the longest record run through
+the loaded model. A sharded base is loaded once the processes are connected, so its records run then, still
+before anything is written.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
-from lit_adapter.config import Config
+from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.files.space import free_disk
 from lit_adapter.model.adapter import adapter_shapes
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.memory import Memory, RowShape, estimate, path_of
+from lit_adapter.training.memory import Sizes
 from lit_adapter.training.strategy import is_sharded, n_processes, whole_because
 
 STEPS_LOOKED_AT = 3
 HEADERS = 65_536
-"""Bytes of a checkpoint or adapter beside its tensors, at most."""
+"""Most bytes of a checkpoint or adapter file that are not tensors."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the memory of a step depends on; a setting is tried by replacing one of them."""
-
-    model: LlamaConfig
-    adapter: AdapterConfig
-    row: RowShape
-    longest: int
-    """Tokens of the longest record: no row can be shorter."""
-    precision: str
-    device: str = "cpu"
-    recompute: bool = False
-    shards: int = 1
-    tensor_parallel: int = 1
-    may_be_cut_over: int = 1
-    """Devices of each node that could share the base; 1 where it has to be whole."""
-
-    @property
-    def memory(self) -> Memory:
-        """What a step needs."""
-        path = path_of(self.model, self.adapter, self.precision, self.device, self.tensor_parallel)
-        return estimate(
-            self.model,
-            self.adapter,
-            self.row,
-            precision=self.precision,
-            path=path,
-            recompute=self.recompute,
-            shards=self.shards,
-            tensor_parallel=self.tensor_parallel,
-        )
-
-    def with_tokens(self, tokens: int) -> Sizes:
-        """Return the same with a row of ``tokens``."""
-        return replace(self, row=self.row.scaled(tokens))
-
-    def with_layers(self, layers: int) -> Sizes:
-        """Return the same with ``layers`` adapted layers."""
-        return replace(self, adapter=replace(self.adapter, layers=layers))
-
-
 def sizes(
-    model: LlamaConfig,
-    config: Config,
-    data: AlpacaDataModule,
-    precision: str,
-    device: str,
-    shards: int = 1,
+    config: Config, model: LlamaConfig, data: AlpacaDataModule, precision: str, device: torch.device
 ) -> Sizes:
-    """Return the sizes of the hungriest row of the first steps, or of the longest record alone."""
-    steps, packer = data.training_steps(), data.train_packer
-    longest = int(packer.encoded.length.argmax())
-    rows = [[longest]]
-    for step in range(min(STEPS_LOOKED_AT, steps.steps_per_epoch)):
-        rows.append(max(packer.assign(steps.records(step)), key=packer.row_length))
-    shapes = [RowShape.of(packer.row(row)) for row in rows]
-    n_tokens, options = int(packer.encoded.length[longest]), config.trainer
-    whole = device != "cuda" or whole_because(options)
-    layout = (options.recompute, shards, options.tensor_parallel, 1 if whole else torch.cuda.device_count())
-    found = [Sizes(model, config.adapter, shape, n_tokens, precision, device, *layout) for shape in shapes]
-    return max(found, key=lambda one: one.memory.total)
+    """Return the sizes of the first steps' longest row, or of the longest record's if that needs more."""
+    steps, packer, options = data.training_steps(), data.train_packer, config.trainer
+    alone = [int(packer.encoded.length.argmax())]
+    first_steps = range(min(STEPS_LOOKED_AT, steps.steps_per_epoch))
+    rows = [row for step in first_steps for row in packer.assign(steps.records(step))]
+    longest, fullest = packer.row(alone), packer.row(max([alone, *rows], key=packer.row_length))
+    whole = device.type != "cuda" or whole_because(options)
+    needed = Sizes(
+        model,
+        config.adapter,
+        fullest,
+        longest,
+        precision,
+        device.type,
+        recompute=options.recompute,
+        shards=n_processes(options, device) if is_sharded(options) else 1,
+        tensor_parallel=options.tensor_parallel,
+        shardable_over=1 if whole else torch.cuda.device_count(),
+    )
+    return max(needed, replace(needed, row=longest), key=lambda one: one.memory.total)
 
 
-def check_space(
-    config: Config,
-    model: LlamaConfig,
-    data: AlpacaDataModule,
-    steps: int,
-    precision: str,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> Sizes:
-    """Compare memory and disk with what a run of ``steps`` needs, and say both.
-
-    Raises:
-        UserError: as `check_memory` and `check_disk`.
-    """
-    options = config.trainer
-    processes = n_processes(options, device)
-    needed = sizes(model, config, data, precision, device.type, processes if is_sharded(options) else 1)
+def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | None, int]:
+    """Return the bytes that each process can still have, None if unknown, and how many share the memory."""
     free, sharing = free_bytes(own_device(device)), 1
-    if free is not None and device.type == "cpu":  # the processes of a machine share its memory
-        sharing = processes // options.num_nodes
+    if free is not None and device.type == "cpu":
+        sharing = n_processes(options, device) // options.num_nodes
         free //= sharing
-    say(check_memory(needed, free, sharing))
-    say(check_disk(Path(config.out), model, config, steps))
-    return needed
+    return free, sharing
 
 
 def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
     """Return a line about the memory of a step.
 
     Args:
-        needed: of one process.
+        needed: what one process needs.
         free: bytes that it can still have; None if the system does not say.
-        sharing: processes that share a memory, each with so many bytes of it.
+        sharing: processes that share a memory, each of which can have ``free`` bytes.
 
     Raises:
-        UserError: more than is free; names two settings that would fit.
+        UserError: more is needed than is free; names two settings that would fit.
     """
     each = f" for each of {sharing} processes" if sharing > 1 else ""
     memory = needed.memory
@@ -152,65 +99,62 @@ def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
 def remedies(needed: Sizes, free: int) -> list[str]:
     """Return two settings that bring a step below ``free`` bytes, alone or in pairs.
 
-    Where there are several GPUs, the second is to cut the base over more of them.
+    Where there are several GPUs, the second is to shard the base over more of them.
     """
+    found, sharding = list(islice(_fitting(needed, free), 2)), _sharding(needed, free)
+    return [*found[:1], sharding] if sharding else found
+
+
+def _fitting(needed: Sizes, free: int) -> Iterator[str]:
+    """Yield settings that fit, the mildest first; memory grows with tokens and with layers."""
+    tokens = range(len(needed.longest.ids), len(needed.row.ids))
+    layers = range(1, len(needed.adapter.adapted_layers(needed.model.n_layer)))
     others = {"": needed}
     if not needed.recompute:
         others["trainer.recompute true"] = replace(needed, recompute=True)
     if needed.precision != "bf16-true":
         others["trainer.precision bf16-true"] = replace(needed, precision="bf16-true")
-    most_layers = len(needed.adapter.adapted_layers(needed.model.n_layer)) - 1
-    found: list[str] = []
     for other, start in others.items():
         together = f" with {other}" if other else ""
         if other and start.memory.total <= free:
-            found.append(other)
-        tokens = _largest(needed.longest, needed.row.tokens - 1, free, start.with_tokens)
-        if tokens is not None:
-            found.append(f"optim.row_tokens {tokens}{together}")
-        layers = _largest(1, most_layers, free, start.with_layers)
-        if layers is not None:
-            found.append(f"adapter.layers {layers}{together}")
-    cut = _cut(needed, free)
-    return [*found[:1], cut] if cut else found[:2]
+            yield other
+        if n := bisect_right(tokens, free, key=lambda n: replace(start, tokens=n).memory.total):
+            yield f"optim.row_tokens {tokens[n - 1]}{together}"
+        if n := bisect_right(layers, free, key=lambda n: with_layers(start, n).memory.total):
+            yield f"adapter.layers {layers[n - 1]}{together}"
 
 
-def _cut(needed: Sizes, free: int) -> str | None:
-    """Return the fewest devices that a base can be cut over so that a step fits, as settings."""
-    if needed.may_be_cut_over < 2:
+def with_layers(needed: Sizes, layers: int) -> Sizes:
+    """Return the same sizes with ``layers`` adapted layers."""
+    return replace(needed, adapter=replace(needed.adapter, layers=layers))
+
+
+def _sharding(needed: Sizes, free: int) -> str | None:
+    """Return the fewest devices over which the base can be sharded so that a step fits, as settings."""
+    per_node = needed.shardable_over
+    if per_node < 2:
         return None
-    most = needed.may_be_cut_over
-    for shards in (*(n for n in (2, 4, 8) if n < most), most, 2 * most, 4 * most, 8 * most):
-        devices = min(shards, most)
-        if devices % needed.tensor_parallel:
-            continue
-        if shards > needed.shards and replace(needed, shards=shards).memory.total <= free:
-            nodes = f" with trainer.num_nodes {shards // devices}" if shards > devices else ""
-            return f"trainer.strategy fsdp2 with trainer.devices {devices}{nodes}"
+    layouts = [(n, 1) for n in (2, 4, 8) if n < per_node] + [(per_node, nodes) for nodes in (1, 2, 4, 8)]
+    for devices, nodes in layouts:
+        more = replace(needed, shards=devices * nodes)
+        if (
+            devices % needed.tensor_parallel == 0
+            and more.shards > needed.shards
+            and more.memory.total <= free
+        ):
+            on_nodes = f" with trainer.num_nodes {nodes}" if nodes > 1 else ""
+            return f"trainer.strategy fsdp2 with trainer.devices {devices}{on_nodes}"
     return None
 
 
-def _largest(least: int, most: int, free: int, with_value: Callable[[int], Sizes]) -> int | None:
-    """Return the largest value from ``least`` to ``most`` that fits; memory grows with it."""
-    if most < least or with_value(least).memory.total > free:
-        return None
-    while least < most:
-        middle = (least + most + 1) // 2
-        if with_value(middle).memory.total <= free:
-            least = middle
-        else:
-            most = middle - 1
-    return least
-
-
 def run_bytes(model: LlamaConfig, config: Config, steps: int) -> int:
-    """Return about what a run writes into its folder: checkpoints, two adapters and curves."""
+    """Return approximately the bytes of a run's checkpoints, adapters and curves."""
     trained = sum(math.prod(shape) for shape in adapter_shapes(config.adapter, model).values())
     layers = len(config.adapter.adapted_layers(model.n_layer))
     adapter = 4 * trained + HEADERS
-    checkpoint = 12 * trained + HEADERS  # with AdamW's two averages
+    checkpoint = 12 * trained + HEADERS  # the adapter and AdamW's two averages
     point = 100 * (12 + 2 * layers) + 4 * layers * model.n_head  # numbers, and a picture of the gates
-    # A new checkpoint or adapter lies beside the old one until it is whole.
+    # The old checkpoint or adapter file stays until the new one is complete.
     return (
         (config.trainer.keep_checkpoints + 1) * checkpoint
         + 3 * adapter
@@ -219,10 +163,10 @@ def run_bytes(model: LlamaConfig, config: Config, steps: int) -> int:
 
 
 def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> str:
-    """Return a line about the disk space of a run.
+    """Return a line about the disk space that a run needs.
 
     Raises:
-        UserError: more than is free; names two settings that would fit.
+        UserError: more is needed than is free; names two settings that would fit.
     """
     needed = run_bytes(model, config, steps)
     free = free_disk(folder)
@@ -242,7 +186,7 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
     """Run the data's first and longest record through the model.
 
     Raises:
-        UserError: a loss that is not finite, or memory that does not suffice after all.
+        UserError: the loss is not finite, or the memory does not suffice after all.
     """
     encoded, precision = data.train_encoded, needed.precision
     device = model.embed_tokens.weight.device.type
@@ -260,7 +204,7 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
 
 
 class FirstRecords(Callback):
-    """`check_records` for a base that is loaded when the processes are connected; all of them run it."""
+    """Runs `check_records` on all processes for a base that is loaded once they are connected."""
 
     def __init__(self, data: AlpacaDataModule, needed: Sizes) -> None:
         self.data, self.needed = data, needed
@@ -272,22 +216,21 @@ class FirstRecords(Callback):
 
 @contextmanager
 def enough_memory(needed: Sizes) -> Iterator[None]:
-    """Turn an allocation that fails, here or in a loader process, into one line with settings that need less.
+    """Turn an allocation that fails, here or in a loader process, into one line that names smaller settings.
 
     Raises:
-        UserError: instead of torch's own error.
+        UserError: in place of torch's own error.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = str(error)
         if "DataLoader worker" in text:
-            # torch's handler raises for every one that dies, wherever the run is; `Signals` puts it back.
+            # torch's handler would raise again for the next worker that dies; `Signals` restores it.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise UserError(
-                f"a loader process was killed, perhaps for want of memory ({text[:120]}); "
-                "lower data.workers or free memory; --resume last goes on from the last checkpoint "
-                '(a Python script that calls this needs `if __name__ == "__main__":`)'
+                f"a loader process was killed, perhaps because memory ran out ({text[:120]}); "
+                "lower data.workers or free memory; --resume last continues from the last checkpoint"
             ) from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
             raise
@@ -297,5 +240,5 @@ def enough_memory(needed: Sizes) -> Iterator[None]:
 
 
 def gigabytes(size: int) -> str:
-    """Return a size as people read it."""
+    """Return a size in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it must have in common with it."""
+"""The checkpoint that a run resumes from, and what both must have in common."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch
 from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
-from lit_adapter.training.run_folder import AnotherRunError, RunFolder, changeable, identity, plain
+from lit_adapter.training.run_folder import AnotherRunError, RunFolder
+from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.weights.adapter_file import read_adapter
 
 RATES = ("optim.lr", "optim.base_lr")
 ADDED = ("base.", "data.val_records")
-"""Facts that the first checkpoints do not hold."""
+"""Prefixes of what the oldest checkpoints do not store."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a run begins: at step 0, or after a checkpoint's step."""
+class ResumePoint:
+    """The checkpoint that a run starts from, or step 0."""
 
     path: Path | None = None
     step: int = 0
@@ -32,26 +33,28 @@ class Beginning:
     """The held-out loss of that step has been measured."""
 
 
-def find_beginning(
-    resume: str, folder: RunFolder, record: dict[str, Any], shapes: dict[str, tuple[int, ...]], say: Say
-) -> Beginning:
-    """Find the checkpoint, compare it with this run, check it, and list the settings that change.
+def find_resume_point(
+    resume: str | None, folder: RunFolder, own: RunIdentity, shapes: dict[str, tuple[int, ...]], say: Say
+) -> ResumePoint:
+    """Find a checkpoint, check that it is this run's and usable, and list the settings that change.
 
     Args:
-        resume: ``last``, or a checkpoint file.
-        folder: of the run.
-        record: ``identity``, ``changeable`` and ``steps`` of this run, in plain values as JSON has them.
-        shapes: of every adapter tensor.
+        resume: ``last``, a checkpoint file, or None to start at step 0.
+        folder: the run's.
+        own: the run's identity.
+        shapes: name and shape of every adapter tensor.
         say: gets a line for each thing worth knowing.
 
     Raises:
-        UserError: there is none, it is not usable, or it is another run's (then both values are named).
+        UserError: there is no checkpoint, it is not usable, or it is another run's; both values are named.
     """
+    if resume is None:
+        return ResumePoint()
     if "://" in resume:
         raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
 
     def check(path: Path, checkpoint: dict[str, Any]) -> None:
-        _compare(path, checkpoint["lit_adapter"]["identity"], record["identity"])
+        _compare(path, RunIdentity(**checkpoint["lit_adapter"]), own)
         check_contents(path, checkpoint, shapes)
 
     if resume == "last":
@@ -59,65 +62,67 @@ def find_beginning(
     else:
         path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         check(path, checkpoint)
-    for line in _changes(checkpoint["lit_adapter"], record):
+    for line in _changes(RunIdentity(**checkpoint["lit_adapter"]), own):
         say(f"resuming with {line}")
     step = checkpoint["global_step"]
-    return Beginning(path, step, checkpoint["measured"]["validated_step"] == step)
+    return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
 
 
-def saved_identity(resume: str, folder: RunFolder) -> dict[str, Any]:
-    """Return what identifies the run that is resumed; empty where no checkpoint of it can be read."""
+def saved_identity(resume: str | None, folder: RunFolder) -> dict[str, Any]:
+    """Return the identity of the run that is resumed; empty where no checkpoint of it can be read."""
+    if resume is None:
+        return {}
     paths = (
         sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True) if resume == "last" else [Path(resume)]
     )
     for path in paths:
-        with suppress(UserError):  # `find_beginning` will say what is wrong with it
+        with suppress(UserError):  # `find_resume_point` will say what is wrong with it
             return dict(read_checkpoint(path)["lit_adapter"]["identity"])
     return {}
 
 
 def is_written(adapter: Path, checkpoint: Path | None) -> bool:
-    """Tell whether an adapter file holds what a checkpoint holds, and not what an earlier run ended with."""
+    """Tell whether an adapter file holds the same tensors as a checkpoint."""
     if checkpoint is None or not adapter.is_file():
         return False
     try:
         state = read_adapter(adapter)[1]
     except UserError:
-        return False  # it is written again
+        return False  # it will be written again
     saved = read_checkpoint(checkpoint)["state_dict"]
     return state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
 
 
-def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    saved = plain(identity(Config())) | saved  # what an earlier version did not know had its default
+def _compare(path: Path, saved: RunIdentity, own: RunIdentity) -> None:
+    known = run_identity(Config()).identity | saved.identity  # a setting of a later version had its default
     differences = [
-        f"{key} was {saved.get(key)!r}, now {value!r}"
-        for key, value in own.items()
-        if saved.get(key) != value and (key in saved or not key.startswith(ADDED))
+        f"{key} was {known.get(key)!r}, now {value!r}"
+        for key, value in own.identity.items()
+        if known.get(key) != value and (key in known or not key.startswith(ADDED))
     ]
     if differences:
         raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(differences)}")
 
 
-def _changes(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
+def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
     before, now = _peak_lr(saved), _peak_lr(own)
     if before != now:
         yield f"optim.lr changed from {before:g} to {now:g}"
-    settings = plain(changeable(Config())) | saved["changeable"]  # as in `_compare`
-    for key, value in own["changeable"].items():
+    settings = run_identity(Config()).changeable | saved.changeable  # as in `_compare`
+    for key, value in own.changeable.items():
         if key not in RATES and settings[key] != value:
             yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"
-    schedule, warmup = own["identity"]["optim.schedule"], own["identity"]["optim.warmup"]
-    if saved["steps"] != own["steps"] and (schedule != "constant" or 0 < warmup < 1):
+    schedule, warmup = own.identity["optim.schedule"], own.identity["optim.warmup"]
+    if saved.steps != own.steps and (schedule != "constant" or 0 < warmup < 1):
         yield (
-            f"the {schedule} schedule laid over {counted(own['steps'], 'step')} instead of {saved['steps']}: "
-            f"not the run that {counted(own['steps'], 'step')} from the start would be"
+            f"the {schedule} schedule over {counted(own.steps, 'step')} instead of {saved.steps}: "
+            f"not the run that {counted(own.steps, 'step')} from the start would be"
         )
 
 
-def _peak_lr(record: dict[str, Any]) -> float:
-    """Return the rate that a run has, whichever of its settings says it."""
-    settings, same = record["changeable"], record["identity"]
+def _peak_lr(run: RunIdentity) -> float:
+    """Return a run's peak learning rate, whichever of its settings gives it."""
+    settings, same = run.changeable, run.identity
     optim = OptimConfig(
         lr=settings["optim.lr"], base_lr=settings["optim.base_lr"], batch_size=same["optim.batch_size"]
     )

@@ -1,9 +1,9 @@
-"""A run's folder: its files, its lock, and what identifies it.
+"""A run's folder: its files and its lock.
 
 RUN/config.yaml              the resolved configuration
 RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
 RUN/best.safetensors         the adapter with the lowest held-out loss
-RUN/adapter.safetensors      the adapter at the end: the deliverable
+RUN/adapter.safetensors      the adapter at the end
 RUN/tensorboard/             curves, gates and sample texts
 """
 
@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from lit_adapter.config import Config
@@ -25,17 +24,14 @@ from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import check_writable, is_temporary, sweep
 from lit_adapter.training.checkpoint import read_checkpoint
+from lit_adapter.training.run_identity import plain
 from lit_adapter.weights.adapter_file import read_adapter
 
 LOCK = ".lock"
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        path: the folder.
-    """
+    """The files of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,22 +43,22 @@ class RunFolder:
         self._lock = LockFile(path / LOCK, path, "--out")
 
     def open(self, *, resume: bool) -> None:
-        """Take the folder for this process, and see that it can be written.
+        """Lock the folder for this process, and check that it can be written.
 
         Raises:
-            UserError: as `check`, or it is in use.
+            UserError: as `check`, or another process uses it.
         """
         self.check(resume=resume)
         self._lock.acquire()
         try:
-            self.check(resume=resume)  # a run may have begun and ended since the first look
+            self.check(resume=resume)  # a run may have started and ended since the first check
         except UserError:
             self.close()
             raise
         sweep(self.path)
 
     def check(self, *, resume: bool) -> None:
-        """See whether a run could be written there; nothing is left behind.
+        """Check that a run can be written there; leave nothing behind.
 
         Raises:
             UserError: it holds another run, is not a folder, or cannot be written.
@@ -78,14 +74,12 @@ class RunFolder:
         check_writable(self.path)
 
     def _holds_files(self) -> bool:
-        """Whether there is more than a lock and what another run is writing, or was when it was killed."""
+        """Tell whether there are files other than the lock and temporary files of a run that is starting."""
         with reading(self.path), suppress(FileNotFoundError):
-            return any(p.name != LOCK and not self._begins_with(p) for p in self.path.iterdir())
+            found = [path for path in self.path.iterdir() if path.name != LOCK]
+            starting = (self.config.name, "probe")
+            return not all(any(is_temporary(path, name) for name in starting) for path in found)
         return False
-
-    def _begins_with(self, path: Path) -> bool:
-        """Whether it is what a run writes first, not yet at its place."""
-        return is_temporary(path, self.config.name) or is_temporary(path, "probe")
 
     def close(self) -> None:
         """Release the folder, and remove it if it is empty."""
@@ -100,14 +94,14 @@ class RunFolder:
     def newest_checkpoint(
         self, check: Callable[[Path, dict[str, Any]], None], say: Callable[[str], None]
     ) -> tuple[Path, dict[str, Any]]:
-        """Return the newest usable checkpoint and what it holds; name those that are not usable.
+        """Return the newest usable checkpoint and what it holds; report newer ones that are not usable.
 
         Args:
-            check: raises UserError for one that is not usable, AnotherRunError for one of another run.
-            say: gets a line for each that is not usable, and one for the choice.
+            check: raises UserError for an unusable checkpoint, AnotherRunError for another run's.
+            say: gets a line for each checkpoint that is not usable, and one for the chosen one.
 
         Raises:
-            UserError: there is none.
+            UserError: no checkpoint is usable.
         """
         found = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
         for path in found:
@@ -117,7 +111,7 @@ class RunFolder:
             except AnotherRunError:
                 raise
             except UserError as error:
-                say(f"{error}; trying the one before")
+                say(f"{error}; trying the one before it")
                 continue
             say(f"resuming from {path}: step {checkpoint['global_step']}, the newest complete checkpoint")
             return path, checkpoint
@@ -125,14 +119,14 @@ class RunFolder:
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
     def set_aside(self, step: int, say: Callable[[str], None]) -> None:
-        """Rename what comes after ``step``: a run that goes on from there is not mixed with it."""
+        """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         if later and self._best_step() > step:
             later.append(self.best)
         for path in sorted(later):
             aside = free_path(path.with_suffix(".aside"))
             path.rename(aside)
-            say(f"{path}: not part of the run that goes on from step {step}; kept as {aside.name}")
+            say(f"{path}: not part of the run resumed from step {step}; kept as {aside.name}")
 
     def _best_step(self) -> int:
         """Return the step of the best adapter; -1 if there is none that can be read."""
@@ -145,57 +139,14 @@ class RunFolder:
 
 
 class AnotherRunError(UserError):
-    """A checkpoint that is sound, but of a run with another identity."""
-
-
-def plain(value: Any) -> Any:
-    """Return nested values with lists for tuples, as YAML and JSON have them."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def identity(config: Config, **facts: Any) -> dict[str, Any]:
-    """Return what a resumed run must share with the run it continues, by configuration key.
-
-    Learning rate, weight decay, epochs, devices, logging and the like may change; they are in `changeable`.
-    """
-    values = asdict(config)
-    data = {f"data.{key}": values["data"][key] for key in ("mask_prompt", "max_length")}
-    optim = {
-        f"optim.{key}": values["optim"][key] for key in ("batch_size", "schedule", "warmup", "min_lr_ratio")
-    }
-    adapter = {f"adapter.{key}": value for key, value in values["adapter"].items()}
-    base_precision = {"base_precision": config.trainer.base_precision}
-    return {"seed": config.seed, **adapter, **data, **optim, **base_precision, **facts}
-
-
-def changeable(config: Config) -> dict[str, Any]:
-    """Return the settings that a resumed run may change; changes are listed."""
-    values = asdict(config)
-    found = {key: without_home(values[key]) for key in ("base", "out")}
-    for section, keys in (
-        (
-            "optim",
-            (
-                *("epochs", "max_steps", "lr", "base_lr", "lr_scale_v2"),
-                *("weight_decay", "betas", "eps", "clip", "row_tokens"),
-            ),
-        ),
-        ("data", ("workers",)),
-        ("trainer", tuple(values["trainer"])),
-    ):
-        found |= {f"{section}.{key}": values[section][key] for key in keys}
-    return found
+    """The checkpoint is usable, but its run has another identity."""
 
 
 def saved_config(config: Config) -> str:
-    """Return a configuration as YAML that `parse_finetune` reads again, without the name of a home folder."""
+    """Return a configuration as YAML that `parse_finetune` reads, with ``~`` for the home folder."""
     values = plain(asdict(config))
-    places = [(values, key) for key in ("base", "out", "init_from")]
-    places += [(values["data"], key) for key in ("train", "val", "template")]
-    for section, key in places:
+    fields = [(values, key) for key in ("base", "out", "init_from")]
+    fields += [(values["data"], key) for key in ("train", "val", "template")]
+    for section, key in fields:
         section[key] = section[key] and without_home(section[key])
     return yaml.safe_dump(values, sort_keys=False)

@@ -1,4 +1,4 @@
-"""The learning rate as a plain function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a function of the step; it has no state to save."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from lit_adapter.config import OptimConfig
 from lit_adapter.errors import UserError, counted
 
 MOST_STEPS = 9_999_999
-"""Checkpoints have seven digits: the newest is the last by name."""
+"""Names of checkpoints have seven digits, so that the newest is the last by name."""
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Return the run's optimizer steps.
+    """Return the number of optimizer steps of a run.
 
     Raises:
-        UserError: epochs that do not make one step, or more steps than checkpoints can number.
+        UserError: the epochs make less than one step, or more steps than checkpoint names can number.
     """
     steps = config.epochs * steps_per_epoch if config.max_steps is None else config.max_steps
     if steps > MOST_STEPS:
         key = "epochs" if config.max_steps is None else "max_steps"
         raise UserError(f"optim.{key} makes {steps:,} steps, more than {MOST_STEPS:,}; lower it")
     if steps < 1:
+        epoch = counted(steps_per_epoch, "step")
         raise UserError(
-            f"optim.epochs is {config.epochs}: less than one of {counted(steps_per_epoch, 'step')}; raise it"
+            f"optim.epochs is {config.epochs}: less than one step (an epoch has {epoch}); raise it"
         )
     return int(steps)
 
@@ -32,7 +33,7 @@ def warmup_steps(config: OptimConfig, total: int) -> int:
     """Return the warm-up in optimizer steps.
 
     Raises:
-        UserError: a warm-up longer than the run.
+        UserError: the warm-up is longer than the run.
     """
     steps = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if steps > total:

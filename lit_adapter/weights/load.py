@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.overrides import TorchFunctionMode
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.layout import base_shapes
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.weights.base_folder import read_config
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
@@ -38,7 +37,7 @@ def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         UserError: a tensor that is missing, unexpected, misshapen or unreadable.
     """
-    model = _skeleton(folder)
+    model = empty_llama(read_config(folder))
     fill_base(model, folder, device=device, dtype=dtype)
     return model.to(device)
 
@@ -48,23 +47,9 @@ def empty_base(folder: Path, *, dtype: torch.dtype) -> Llama:
 
     The matrices can then be sharded before `fill_base` reads them.
     """
-    model = _skeleton(folder)
+    model = empty_llama(read_config(folder))
     fill_base(model, folder, device="cpu", dtype=dtype, largest=1)
     return model
-
-
-class _WithoutValues(TorchFunctionMode):
-    """Skips the initialisation of parameters: on the meta device, torch would import its compiler for it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _skeleton(folder: Path) -> Llama:
-    with torch.device("meta"), _WithoutValues():
-        return Llama(read_config(folder)).requires_grad_(False)
 
 
 def fill_base(

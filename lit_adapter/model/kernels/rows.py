@@ -5,36 +5,16 @@ A result that a matrix product reads next is returned in the form that the produ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
+from lit_adapter.model.matrices import Operand, Quantised
 
 ELEMENTS = 1024
 """Channels of SwiGLU that one program handles, unless the result needs one scale for a whole row."""
-LARGEST = 448.0
-"""The largest number of fp8 (e4m3)."""
-
-
-@dataclass
-class Quantised:
-    """A matrix in fp8 with a scale for each row."""
-
-    data: Tensor
-    """``[T, C]``"""
-    scale: Tensor
-    """fp32 ``[T, 1]``"""
-
-    def __getitem__(self, places: Tensor) -> Quantised:
-        return Quantised(self.data[places], self.scale[places])
-
-
-Operand = Tensor | Quantised
-"""An operand of a matrix product: in the base's precision, or in fp8."""
 
 
 @triton.jit
