@@ -232,7 +232,7 @@ V2 = ("--adapter.version", "v2")
 KINDS = {"whole": [*V2, "--adapter.head", "true"], "bare": [*V2, "--adapter.prompt_length", "0"]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["whole", pytest.param("bare", marks=pytest.mark.slow)])
 def test_a_run_learns_resumes_to_the_byte_and_answers(
     tiny: Callable[..., Config], tiny_base: Path, kind: str
 ) -> None:

@@ -157,10 +157,11 @@ def test_reordered_rows_give_the_attention_scores_of_metas_complex_rotation() ->
 
     expected = torch.einsum("thd,shd->hts", meta(wq), meta(wk))
     config = LlamaConfig(vocab_size=1, n_layer=1, n_head=H, n_kv_head=H, n_embd=C, head_dim=D, n_hidden=1)
-    q, k = half_split("q_proj.weight", wq, config), half_split("k_proj.weight", wk, config)
+    name = "layers.0.self_attn.{}_proj.weight"
+    q, k = half_split(name.format("q"), wq, config), half_split(name.format("k"), wk, config)
     torch.testing.assert_close(torch.einsum("thd,shd->hts", hugging_face(q), hugging_face(k)), expected)
     assert torch.equal(interleaved(q, H), wq)
-    assert torch.equal(half_split("q_proj.weight", q, config, undo=True), wq)
+    assert torch.equal(half_split(name.format("q"), q, config, undo=True), wq)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0", "Q5_1"])
