@@ -100,8 +100,8 @@ def fit(
 ) -> pl.Trainer:
     """Check the first records, then train with Lightning, and return the trainer.
 
-    Training starts at ``point``, by default at step 0, and stops after ``n_steps``, by default after the whole
-    run. Once it has started, a signal waits for the end of the step.
+    Training starts at ``point``, by default at step 0, and stops after ``n_steps``, by default at the run's
+    end. Once it has started, a signal waits for the end of the step.
 
     Raises:
         UserError: a loss that is not finite, too little memory, or a file that cannot be written.

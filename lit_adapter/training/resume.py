@@ -38,8 +38,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Find a checkpoint, check that it is this run's and usable, and list the settings that change.
 
-    ``resume`` is ``last``, a checkpoint file, or None to start at step 0; ``own`` is the identity of this run,
-    and ``shapes`` has every adapter tensor.
+    ``resume`` is ``last``, a checkpoint file, or None to start at step 0; ``own`` is this run's identity, and
+    ``shapes`` has every adapter tensor.
 
     Raises:
         UserError: there is no checkpoint, it is not usable, or it is another run's; both values are named.
