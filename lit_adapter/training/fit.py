@@ -95,16 +95,8 @@ def fit(
 ) -> pl.Trainer:
     """Check the first records, then train with Lightning, and return the trainer.
 
-    Args:
-        plan: the run.
-        module: what is trained.
-        data: its records.
-        callbacks: what happens around the steps.
-        folder: names its checkpoints if another process dies.
-        signals: a signal waits for the end of the step once training starts.
-        curves: the logger, if any.
-        point: where to start; step 0 by default.
-        n_steps: stop after so many; None for the whole run.
+    Training starts at ``point``, by default at step 0, and stops after ``n_steps``, by default at the run's
+    end. Once it has started, a signal waits for the end of the step.
 
     Raises:
         UserError: a loss that is not finite, too little memory, or a file that cannot be written.

@@ -38,12 +38,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Find a checkpoint, check that it is this run's and usable, and list the settings that change.
 
-    Args:
-        resume: ``last``, a checkpoint file, or None to start at step 0.
-        folder: the run's.
-        own: the run's identity.
-        shapes: name and shape of every adapter tensor.
-        say: gets a line for each thing worth knowing.
+    ``resume`` is ``last``, a checkpoint file, or None to start at step 0; ``own`` is this run's identity, and
+    ``shapes`` has every adapter tensor.
 
     Raises:
         UserError: there is no checkpoint, it is not usable, or it is another run's; both values are named.
