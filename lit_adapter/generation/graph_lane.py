@@ -89,17 +89,21 @@ class GraphLane(Lane):
         settings = [Sampling() if request is None else request.settings for request in self.slots]
         self.choice = Choice.of(settings, self.device)
 
-    def _prompts_are_read(self, slots: Sequence[int]) -> None:
-        """Give the device what it needs of new requests, and capture the step while it reads long prompts."""
+    def _prepare(self, slots: Sequence[int]) -> None:
+        """Give the device what its steps need to know of the new requests, before it is busy with them."""
+        super()._prepare(slots)
         requests = [self._at(slot) for slot in slots]
         where = torch.tensor(slots, device=self.device)
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
             if not request.settings.greedy:
                 self.numbers[slot, : len(request.numbers)] = request.numbers.to(self.device)
+
+    def _meanwhile(self, new: Sequence[Request]) -> None:
+        """Capture the next step while the device reads long prompts."""
         n_weights = sum(parameter.numel() for parameter in self.model.parameters())
-        n_tokens = sum(len(request.prompt) for request in requests)
-        if n_tokens * n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in requests):
+        n_tokens = sum(len(request.prompt) for request in new)
+        if n_tokens * n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in new):
             self._graph()
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:

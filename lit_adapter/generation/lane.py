@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,17 +68,18 @@ class Lane:
         n_slots = max(len(self.slots), len(self.slots) + len(new) - len(free))
         free += range(len(self.slots), n_slots)
         self._enlarge(n_slots, max(request.room for request in new))
-        order: list[int] = []
-        hidden: list[Tensor] = []
-        for prefixes, group in _by_adapter(new):
-            slots = free[len(order) : len(order) + len(group)]
-            for slot, request in zip(slots, group, strict=True):
-                self.slots[slot] = request
-                request.length = len(request.prompt)
-            hidden.append(self.executor.read([request.prompt for request in group], slots, prefixes))
-            order += slots
-        self._see_prompts(order)
-        self._prompts_are_read(order)
+        groups: dict[Prefixes, list[int]] = {}
+        for request, slot in zip(new, free, strict=False):
+            self.slots[slot] = request
+            request.length = len(request.prompt)
+            groups.setdefault(request.adapter.prefixes, []).append(slot)
+        self._prepare(free[: len(new)])
+        hidden = [
+            self.executor.read([self._at(slot).prompt for slot in slots], slots, prefixes)
+            for prefixes, slots in groups.items()
+        ]
+        self._meanwhile(new)
+        order = [slot for slots in groups.values() for slot in slots]
         self._choose(self.model.logits(torch.cat(hidden)), order)
 
     def _enlarge(self, n_slots: int, length: int) -> None:
@@ -103,8 +104,8 @@ class Lane:
         """Return what computes this lane's model."""
         return CpuDecode if choose_executor(self.model, "decoding").name == "CPU decoding" else ModuleDecode
 
-    def _see_prompts(self, slots: Sequence[int]) -> None:
-        """Note the prompts' tokens, if any request has a repetition penalty."""
+    def _prepare(self, slots: Sequence[int]) -> None:
+        """Set up slots for the prompts that will be read: their tokens, if a request has a penalty."""
         if self.seen is None and not any(request.settings.penalised for request in self.live):
             return
         if self.seen is None:
@@ -114,8 +115,8 @@ class Lane:
             self.seen[slot] = False
             self.seen[slot, torch.tensor(self._at(slot).prompt, device=self.device)] = True
 
-    def _prompts_are_read(self, slots: Sequence[int]) -> None:
-        """Prepare the steps of slots that were just filled."""
+    def _meanwhile(self, new: Sequence[Request]) -> None:
+        """Use the time in which a device reads the prompts."""
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""
@@ -163,14 +164,6 @@ class Lane:
         request = self.slots[slot]
         assert request is not None
         return request
-
-
-def _by_adapter(requests: Iterable[Request]) -> Iterable[tuple[Prefixes, list[Request]]]:
-    """Group requests by adapter, in their order."""
-    groups: dict[Prefixes, list[Request]] = {}
-    for request in requests:
-        groups.setdefault(request.adapter.prefixes, []).append(request)
-    return groups.items()
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:
