@@ -18,6 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_adapter.model import torch_internals
 from lit_adapter.training import lightning_internals
 from lit_adapter.training.lightning_internals import (
     CHECKPOINT_KEYS,
@@ -98,7 +99,8 @@ def own_names(tree: ast.AST) -> set[str]:
 
 def test_private_parts_of_libraries_are_touched_in_one_module() -> None:
     trees = {path: ast.parse(path.read_text()) for path in (ROOT / "lit_adapter").rglob("*.py")}
-    assert private_touches(trees.pop(Path(lightning_internals.__file__)), set())
+    for module in (lightning_internals, torch_internals):
+        assert private_touches(trees.pop(Path(module.__file__)), set())
     own = set().union(*map(own_names, trees.values()))
     touches = {path.name: private_touches(tree, own) for path, tree in trees.items()}
     assert {name: found for name, found in touches.items() if found} == {}

@@ -42,7 +42,7 @@ from lit_adapter.files.write import write_text
         ("--optim.batch_size 8.5", "optim.batch_size is '8.5'; expected a whole number"),
         ("--optim.batch_size 64", "optim.batch_size is 64, but there are only 40 training records"),
         ("--optim.row_tokens 20", r"optim.row_tokens is 20, but the longest record takes \d+ tokens"),
-        ("--optim.epochs 0.01", "optim.epochs is 0.01: less than one step (an epoch has 5 steps)"),
+        ("--optim.epochs 0.01", r"optim.epochs is 0.01: less than one step \(an epoch has 5 steps\)"),
         ("--optim.betas 0.9,0.95", "optim.betas is '0.9,0.95'; expected a list such as"),
         ("--optim.betas [2,3]", "optim.betas is "),
         ("--optim.lrr 3", "unknown option '--optim.lrr'; did you mean '--optim.lr'"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache
 from itertools import chain
-from typing import Any
 
 from torch import nn
 
@@ -20,12 +19,12 @@ from lit_adapter.model.layout import (
 )
 from lit_adapter.model.llama import MLP, Attention, Block, Llama, RMSNorm
 from lit_adapter.model.parts import TrainedModule
+from lit_adapter.model.torch_internals import hooks, is_fsdp_part
 
 FROZEN: frozenset[type] = frozenset(
     {Llama, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}
 )
 """The modules of a base."""
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def obstacle(model: Llama, known: Collection[type] = FROZEN) -> str | None:
@@ -51,7 +50,7 @@ def obstacle(model: Llama, known: Collection[type] = FROZEN) -> str | None:
         for tensor, _ in own:
             if f"{name}.{tensor}".removeprefix(".") not in tensors and tensor not in trained:
                 return f"{where} has a tensor '{tensor}' that no LLaMA has"
-        if "forward" in vars(module) or any(_is_foreign(hook) for hook in _hooks(module)):
+        if "forward" in vars(module) or not all(is_fsdp_part(hook) for hook in hooks(module)):
             return f"{where} has a hook"
     return None
 
@@ -71,16 +70,7 @@ def _declared(config: LlamaConfig) -> tuple[frozenset[str], frozenset[str]]:
 
 def _kind(module: nn.Module) -> type:
     """Return the module's class; FSDP2 gives what it shards a subclass of its own."""
-    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for hooks in _HOOKS for hook in getattr(module, hooks).values()]
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Tell a hook from those with which FSDP2 gathers weights."""
-    return not str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+    return next(kind for kind in type(module).__mro__ if not is_fsdp_part(kind))
 
 
 def _article(name: str) -> str:

@@ -41,6 +41,7 @@ from lit_adapter.model.layout import base_shapes, n_block_parameters
 from lit_adapter.model.llama import empty_llama
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import kept_per_token
+from lit_adapter.model.torch_internals import flash_attention_on_cpu
 
 META = torch.device("meta")
 
@@ -203,8 +204,7 @@ class _AsOnCpu(TorchFunctionMode):
         if self.mixed and func.__name__ in ("linear", "matmul", "__matmul__", "scaled_dot_product_attention"):
             args = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         if func is F.scaled_dot_product_attention:
-            func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return func(*args, attn_mask=kwargs["attn_mask"], scale=kwargs["scale"])[0]
+            return flash_attention_on_cpu(*args[:3], kwargs["attn_mask"], kwargs["scale"])
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,43 @@
+"""Every private part of torch that this package touches, and why no public one serves.
+
+`tests/test_torch_internals.py` has a test for each; it names the function when an upgrade moves a part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks of a module, which torch lets users register but not list."""
+    registries = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return [hook for registry in registries for hook in registry.values()]
+
+
+def is_fsdp_part(part: Any) -> bool:
+    """Tell a class or hook that FSDP2 adds to what it shards; torch has no public list of them."""
+    return str(getattr(part, "__module__", "")).startswith("torch.distributed")
+
+
+def flash_attention_on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attend with the kernel of CPUs also on the meta device, where the public function takes another one.
+
+    Args:
+        q: ``[B, H, T, D]``.
+        k: ``[B, H, S, D]``.
+        v: ``[B, H, S, D]``.
+        mask: added to the scores.
+        scale: of the scores.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, attn_mask=mask, scale=scale)[0]
