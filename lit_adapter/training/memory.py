@@ -204,7 +204,8 @@ class _AsOnCpu(TorchFunctionMode):
         if self.mixed and func.__name__ in ("linear", "matmul", "__matmul__", "scaled_dot_product_attention"):
             args = [x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         if func is F.scaled_dot_product_attention:
-            return flash_attention_on_cpu(*args[:3], kwargs["attn_mask"], kwargs["scale"])
+            q, k, v = args
+            return flash_attention_on_cpu(q, k, v, kwargs["attn_mask"], kwargs["scale"])
         return func(*args, **(kwargs or {}))
 
 
