@@ -22,7 +22,7 @@ from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
-from lit_adapter.model.executors import choose
+from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +104,7 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     asked = [random_ids(length, seed=n, vocab=VOCAB).tolist() for n, length in enumerate(lengths)]
     wide, device = widened(model), copy.deepcopy(model).cuda()
     exact, plain = Plain(wide, len(slots)), Plain(copy.deepcopy(device), len(slots))
-    assert choose(device, "decoding").name == "CUDA decoding"
+    assert choose_executor(device, "decoding").name == "CUDA decoding"
     fused = FusedDecode(device, len(slots), 320)
     assert (fused.few is not None) == few
     with torch.inference_mode():
@@ -392,7 +392,7 @@ def test_what_is_not_plain_takes_the_path_of_the_model() -> None:
     other.layers[1].mlp.up_proj.__class__ = Scaled
     biased = random_llama(0, torch.bfloat16, attention_bias=True, head_dim=16).cuda()
     odd = random_llama(0, torch.bfloat16, head_dim=24).cuda()
-    assert choose(plain, "decoding").name == "CUDA decoding"
+    assert choose_executor(plain, "decoding").name == "CUDA decoding"
     for model in (wide, other, biased, odd):
-        assert choose(model, "decoding").why_not_fast
+        assert choose_executor(model, "decoding").why_not_fast
         assert list(decode(model, [[1, 2, 3]], Sampling(max_new_tokens=5), frozenset()))[-1] == (0, None)
