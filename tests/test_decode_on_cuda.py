@@ -73,6 +73,11 @@ def prefixes_of(model: Llama) -> Prefixes:
         return Adapter.of(model).prefixes
 
 
+def bound(base: Llama, model: Llama) -> Adapter:
+    """The adapter of ``model``, answered by ``base``."""
+    return Adapter(base, prefixes_of(model), choose_executor(base, "decoding"))
+
+
 @pytest.mark.parametrize(
     ("heads", "gate", "K", "lengths", "few"),
     [
@@ -223,14 +228,14 @@ def join_one_by_one(asked: list[list[int]], how: list[Sampling], adapters: list[
 def test_mixed_requests_in_fp32_get_the_tokens_of_the_cpu() -> None:
     base = adapted(4, 2, 32, None).float()
     models, device = eight(base), copy.deepcopy(base).cuda()
-    adapters = [Adapter(device, prefixes_of(copy.deepcopy(model).cuda())) for model in models]
+    adapters = [bound(device, copy.deepcopy(model).cuda()) for model in models]
     asked = [random_ids(5 + 11 * n, seed=n, vocab=VOCAB).tolist() for n in range(len(models))]
     how = [Sampling(max_new_tokens=20 + 3 * n) for n in range(len(models))]
     how[1] = Sampling(max_new_tokens=30, temperature=1.0, seed=1)
     how[5] = Sampling(max_new_tokens=25, temperature=0.8, top_k=20, repetition_penalty=1.3, seed=5)
     found = join_one_by_one(asked, how, adapters)
     for prompt, its, model, tokens in zip(asked, how, models, found, strict=True):
-        request = Request(prompt, its, Adapter(base, prefixes_of(model)))
+        request = Request(prompt, its, bound(base, model))
         assert [token for _, token in Engine().run([request])] == [*tokens, None]
 
 
@@ -238,7 +243,7 @@ def test_mixed_requests_follow_each_its_own_model() -> None:
     """Fused steps: every token is the likeliest with the request's adapter, or as likely within rounding."""
     base = adapted(4, 2, 32, None)
     models, device = eight(base), copy.deepcopy(base).cuda()
-    adapters = [Adapter(device, prefixes_of(copy.deepcopy(model).cuda())) for model in models]
+    adapters = [bound(device, copy.deepcopy(model).cuda()) for model in models]
     asked = [random_ids(5 + 11 * n, seed=n, vocab=VOCAB).tolist() for n in range(len(models))]
     how = [Sampling(max_new_tokens=20 + 3 * n) for n in range(len(models))]
     for prompt, model, tokens in zip(asked, models, join_one_by_one(asked, how, adapters), strict=True):

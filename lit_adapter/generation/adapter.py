@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_adapter.model.adapter import attach, load_adapter_state
 from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.executors import Executor, choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.tiles import LONGEST_PROMPT
 
@@ -23,6 +24,8 @@ class Adapter:
     """Computes its requests; requests with the same model are answered together."""
     prefixes: Prefixes
     """Projected once; a slot is given them with the request."""
+    executor: Executor
+    """Decodes the model. It is chosen once, because the survey of a large model takes milliseconds."""
 
     @classmethod
     def of(cls, model: Llama, base: Llama | None = None) -> Adapter:
@@ -34,7 +37,8 @@ class Adapter:
         """
         prefixes = Prefixes.of(model.project_prefixes(model.embed_tokens.weight.dtype))
         shared = base is not None and prefixes.length <= LONGEST_PROMPT and _kinds(base) == _kinds(model)
-        return cls(base if base is not None and shared else model, prefixes)
+        model = base if base is not None and shared else model
+        return cls(model, prefixes, choose(model, "decoding"))
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:

@@ -12,6 +12,7 @@ from lit_adapter.generation import graph_lane
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
+from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
@@ -59,7 +60,7 @@ class Engine:
             request = self._added.popleft()
             model = request.adapter.model
             if model not in self._lanes:
-                self._lanes[model] = lane_class(model)(model)
+                self._lanes[model] = lane_class(model)(model, request.adapter.executor)
             self._lanes[model].waiting.append(request)
         for lane in self._lanes.values():
             lane.advance()
@@ -116,6 +117,6 @@ class Engine:
         self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle}
 
 
-def lane_class(model: Llama) -> Callable[[Llama], Lane]:
+def lane_class(model: Llama) -> Callable[[Llama, Executor], Lane]:
     """Return what takes a model's steps."""
     return GraphLane if graph_lane.unsupported(model) is None else Lane

@@ -19,7 +19,7 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import ModuleDecode
-from lit_adapter.model.executors import choose as choose_executor
+from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 LONG = 4 * 10**12
@@ -52,8 +52,8 @@ class _Kind:
 class GraphLane(Lane):
     """A `Lane` whose steps are captured and run ahead; the arguments are the same."""
 
-    def __init__(self, model: Llama) -> None:
-        super().__init__(model)
+    def __init__(self, model: Llama, kind: Executor) -> None:
+        super().__init__(model, kind)
         new = torch.zeros
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
@@ -70,7 +70,7 @@ class GraphLane(Lane):
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
-        if choose_executor(self.model, "decoding").name == "modules":
+        if self.kind.name == "modules":
             return ModuleDecode
         from lit_adapter.model.fused_decode import (
             FusedDecode,  # needs Triton, which CUDA builds of torch bring

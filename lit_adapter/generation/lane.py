@@ -12,7 +12,7 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
-from lit_adapter.model.executors import choose as choose_executor
+from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 
@@ -21,6 +21,7 @@ class Lane:
 
     Args:
         model: computes all of them; what distinguishes their adapters belongs to the slots.
+        kind: the executor that decodes the model.
     """
 
     executor: Any = None
@@ -28,8 +29,8 @@ class Lane:
     seen: Tensor | None = None
     """Which tokens a slot holds already ``[B, V]``; None before a request with a repetition penalty."""
 
-    def __init__(self, model: Llama) -> None:
-        self.model = model
+    def __init__(self, model: Llama, kind: Executor) -> None:
+        self.model, self.kind = model, kind
         self.device = model.embed_tokens.weight.device
         self.waiting: list[Request] = []
         self.slots: list[Request | None] = []
@@ -102,7 +103,7 @@ class Lane:
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
-        return CpuDecode if choose_executor(self.model, "decoding").name == "CPU decoding" else ModuleDecode
+        return CpuDecode if self.kind.name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
         """Set up slots for the prompts that will be read: their tokens, if a request has a penalty."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lit_adapter.model import survey
-from lit_adapter.model.adapter import adapter_parameters, trained_modules
+from lit_adapter.model.adapter import trained_modules
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.matrices import Float8Linear
@@ -18,25 +18,21 @@ KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear}
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why the kernels cannot compute ``model``; None where they can."""
     config, dtype = model.config, str(setting.dtype).removeprefix("torch.")
-    modules = [module for _, module in trained_modules(model)]
-    prefixes = [module for module in modules if isinstance(module, GatedPrefix)]
-    others = dict.fromkeys(module.part for module in modules if not isinstance(module, GatedPrefix))
-    trained = {id(parameter) for _, parameter in adapter_parameters(model)}
-    unfrozen = any(p.requires_grad and id(p) not in trained for p in model.parameters())
+    prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
     reasons = (
-        (
-            setting.dtype not in (torch.bfloat16, torch.float16),
-            f"the base is in {dtype}, not bfloat16",
-        ),
+        (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
         (model.n_parts > 1, f"{model.n_parts} processes share the attention heads"),
         (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
         (config.attention_bias or config.mlp_bias, "the base has biases"),
-        (bool(others), f"the adapter trains {' and '.join(others)}"),
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
         (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
         (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
-        (unfrozen, "the base is not frozen"),
     )
-    return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
+    why = next((why for applies, why in reasons if applies), None)
+    why = why or survey.obstacle(model, KNOWN, frozen=True)
+    if why is None:
+        return None
+    others = dict.fromkeys(m.part for _, m in trained_modules(model) if not isinstance(m, GatedPrefix))
+    return f"the adapter trains {' and '.join(others)}" if others else why

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cache
-from itertools import chain
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from lit_adapter.model.layout import (
 )
 from lit_adapter.model.llama import MLP, Attention, Block, Llama, RMSNorm
 from lit_adapter.model.parts import TrainedModule
-from lit_adapter.model.torch_internals import hooks, is_fsdp_part
+from lit_adapter.model.torch_internals import hooks, is_fsdp_part, own_children, own_tensors
 
 FROZEN: frozenset[type] = frozenset(
     {Llama, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList}
@@ -27,31 +26,38 @@ FROZEN: frozenset[type] = frozenset(
 """The modules of a base."""
 
 
-def obstacle(model: Llama, known: Collection[type] = FROZEN) -> str | None:
+def obstacle(model: Llama, known: Collection[type] = FROZEN, *, frozen: bool = False) -> str | None:
     """Return the first thing in ``model`` that is not declared or not of a known kind; None if all is known.
 
     Args:
         model: with or without an adapter; sharded by FSDP2 or not.
         known: exact types of modules.
+        frozen: whether a tensor of the base that requires a gradient is an obstacle, too.
 
     Returns:
         A phrase about a module, parameter, buffer, hook or replaced forward method, such as
         ``layers.0.self_attn.q_norm is a RMSNorm that no LLaMA has``.
     """
     modules, tensors = _declared(model.config)
-    for name, module in model.named_modules():
-        kind, where = _kind(module), name or "the model"
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    while found:
+        name, module = found.pop()
+        kind, where, stem = _kind(module), name or "the model", f"{name}." if name else ""
         if kind not in known:
             return f"{where} is {_article(kind.__name__)}"
-        if name not in modules and not issubclass(kind, TrainedModule):
+        is_trained = kind not in FROZEN and issubclass(kind, TrainedModule)
+        if name not in modules and not is_trained:
             return f"{where} is {_article(kind.__name__)} that no LLaMA has"
-        trained = getattr(kind, "trained", ())
-        own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        for tensor, _ in own:
-            if f"{name}.{tensor}".removeprefix(".") not in tensors and tensor not in trained:
+        for tensor, value in own_tensors(module):
+            if is_trained and tensor in getattr(module, "trained", ()):
+                continue
+            if stem + tensor not in tensors:
                 return f"{where} has a tensor '{tensor}' that no LLaMA has"
+            if frozen and value.requires_grad:
+                return f"{where} is not frozen"
         if "forward" in vars(module) or not all(is_fsdp_part(hook) for hook in hooks(module)):
             return f"{where} has a hook"
+        found += [(stem + child, part) for child, part in reversed(own_children(module))]
     return None
 
 
@@ -70,7 +76,8 @@ def _declared(config: LlamaConfig) -> tuple[frozenset[str], frozenset[str]]:
 
 def _kind(module: nn.Module) -> type:
     """Return the module's class; FSDP2 gives what it shards a subclass of its own."""
-    return next(kind for kind in type(module).__mro__ if not is_fsdp_part(kind))
+    kind = type(module)
+    return kind if kind in FROZEN else next(kind for kind in kind.__mro__ if not is_fsdp_part(kind))
 
 
 def _article(name: str) -> str:

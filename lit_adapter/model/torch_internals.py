@@ -11,15 +11,29 @@ import torch
 from torch import Tensor, nn
 
 
+def own_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module's children by name; with the public iterators a survey takes longer."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's own parameters and buffers by name, for the same reason."""
+    return [
+        (name, tensor)
+        for registry in (module._parameters, module._buffers)
+        for name, tensor in registry.items()
+        if tensor is not None
+    ]
+
+
 def hooks(module: nn.Module) -> list[Any]:
     """Return the hooks of a module, which torch lets users register but not list."""
-    registries = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return [hook for registry in registries for hook in registry.values()]
+    return [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
 
 
 def is_fsdp_part(part: Any) -> bool:

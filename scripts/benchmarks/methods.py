@@ -20,6 +20,7 @@ from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters, attach
 from lit_adapter.model.attention import CausalView, PackedRow
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.executors import choose
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.loss import row_loss
 
@@ -85,6 +86,7 @@ class Packed:
         recompute: bool = False,
     ) -> None:
         self.base, self.parameters, self.recompute = base, parameters, recompute
+        self.executor = choose(base.model, "training")
         self.weights: list[Any] | None = None
         if float8:
             from lit_adapter.model import fused
@@ -117,7 +119,7 @@ class Packed:
         try:
             for block, weights in zip(blocks, self.weights or own, strict=True):
                 block.fused_weights = weights
-            return row_loss(self.base.model, part.data, recompute=self.recompute)
+            return row_loss(self.base.model, part.data, recompute=self.recompute, executor=self.executor)
         finally:
             for block, weights in zip(blocks, own, strict=True):
                 block.fused_weights = weights
