@@ -55,7 +55,11 @@ class GateForm:
         """
         shared = [axis for axis, size in enumerate(strength.shape) if size < dstrength.shape[axis]]
         dgate = dstrength.sum(shared, keepdim=True) if shared else dstrength
-        return (dgate * (1 - strength * strength) if self.bounded else dgate).flatten()
+        if not self.bounded:
+            return dgate.flatten()
+        import torch
+
+        return torch.ops.aten.tanh_backward(dgate, strength).flatten()
 
     def raw(self, strength: Tensor) -> Tensor:
         """Return the raw gate ``[n]`` whose c(g) is ``strength``; not finite where no gate reaches it."""
