@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.model.parts import TrainedModule, TrainedPart
 from lit_adapter.model.prefix import PrefixPart
 
-PARTS: dict[str, Any] = {part.name: part for part in (PrefixPart, NormPart, LinearPart)}
-"""The class of every kind of trained part, by name; it makes a `TrainedPart` of an `AdapterConfig`."""
+PARTS: dict[str, type[TrainedPart]] = {part.name: part for part in (PrefixPart, NormPart, LinearPart)}
 
 
 def parts_of(config: AdapterConfig) -> list[TrainedPart]:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama, RMSNorm
-from lit_adapter.model.parts import TrainedModule, share
+from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 
 
 class AdaptedLinear(TrainedModule):
@@ -81,19 +81,12 @@ class AdaptedNorm(RMSNorm, TrainedModule):
         return self.scaled(x, self.adapter_weight if self.active else self.weight)
 
 
-class NormPart:
-    """Every norm of the model (`TrainedPart`)."""
+class NormPart(TrainedPart):
+    """Every norm of the model."""
 
     name = "norms"
     lr_share = "lr_scale_v2"
     decays = False
-
-    def __init__(self, config: AdapterConfig) -> None:
-        pass
-
-    def form(self, model: LlamaConfig) -> dict[str, Any]:
-        """Return nothing: the part has no settings."""
-        return {}
 
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the shape ``[C]`` of every weight."""
@@ -113,23 +106,20 @@ class NormPart:
         return f"norms {count['adapter_weight']:,}"
 
 
-class LinearPart:
-    """A bias and a scale on the outputs of every linear layer (`TrainedPart`)."""
+class LinearPart(TrainedPart):
+    """A bias and a scale on the outputs of every linear layer."""
 
     name = "linears"
     lr_share = "lr_scale_v2"
     decays = False
 
-    def __init__(self, config: AdapterConfig) -> None:
-        self.with_output_layer = config.head
-
     def form(self, model: LlamaConfig) -> dict[str, Any]:
         """Return whether the output layer is adapted."""
-        return {"head": self.with_output_layer}
+        return {"head": self.config.head}
 
     def _axes(self, model: LlamaConfig) -> dict[str, tuple[int, str]]:
         """Return the number of outputs and the shard axis of each adapted layer, by name."""
-        found = {OUTPUT_LAYER: (model.vocab_size, "outputs")} if self.with_output_layer else {}
+        found = {OUTPUT_LAYER: (model.vocab_size, "outputs")} if self.config.head else {}
         for block in block_names(model):
             for linear in block_layout(model).linears:
                 found[f"{block}.{linear.name}"] = (linear.n_out, linear.shard)
@@ -150,6 +140,6 @@ class LinearPart:
 
     def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
         """Return how many numbers are trained."""
-        output = "with" if self.with_output_layer else "without"
+        output = "with" if self.config.head else "without"
         biases, scales = count["adapter_bias"], count["adapter_scale"]
         return f"biases {biases:,} and scales {scales:,}, {output} the output layer's"

@@ -7,12 +7,13 @@ two and know no part by name.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, nn
 
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import Shape
 
 if TYPE_CHECKING:
@@ -33,37 +34,34 @@ class TrainedModule(nn.Module):
         """Use the share of process ``rank`` under tensor parallelism; the parameters stay whole."""
 
 
-class TrainedPart(Protocol):
+class TrainedPart(ABC):
     """One kind of trained parameters, of the sizes that an `AdapterConfig` gives it."""
 
-    @property
-    def name(self) -> str:
-        """Its name in `AdapterConfig.parts`."""
+    name: ClassVar[str]
+    """Its name in `AdapterConfig.parts`."""
+    lr_share: ClassVar[str | None] = None
+    """The field of `OptimConfig` by which the learning rate is multiplied; None for the rate itself."""
+    decays: ClassVar[bool] = True
+    """Whether weight decay applies."""
 
-    @property
-    def lr_share(self) -> str | None:
-        """The field of `OptimConfig` by which the learning rate is multiplied; None for the rate itself."""
-
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay applies."""
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
 
     def form(self, model: LlamaConfig) -> dict[str, Any]:
         """Return the settings that give the part its shapes and meaning, by configuration key."""
+        return {}
 
+    @abstractmethod
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the name and shape of every tensor of the part."""
 
+    @abstractmethod
     def attach(self, model: Llama, generator: Generator) -> None:
         """Give a frozen model the part's modules, initialised with ``generator``."""
 
+    @abstractmethod
     def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
-        """Describe the part in words.
-
-        Args:
-            model: the base's sizes.
-            count: how many numbers are trained, by the last component of a tensor's name.
-        """
+        """Describe the part; ``count`` says how many numbers it has, by the last component of their names."""
 
 
 def share(length: int, rank: int, n_shards: int) -> slice:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.model.layout import Shape
-from lit_adapter.model.parts import TrainedModule, share
+from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 from lit_adapter.model.precision import widen
 
 if TYPE_CHECKING:
@@ -107,15 +107,10 @@ class GatedPrefix(TrainedModule):
         return attend_prefix(q, self.state(k, v), self.dropout if self.training else 0.0)
 
 
-class PrefixPart:
-    """A gated prefix in each of the top layers (`TrainedPart`); none with a prompt length of 0."""
+class PrefixPart(TrainedPart):
+    """A gated prefix in each of the top layers; none with a prompt length of 0."""
 
     name = "prefix"
-    lr_share = None
-    decays = True
-
-    def __init__(self, config: AdapterConfig) -> None:
-        self.config = config
 
     def form(self, model: LlamaConfig) -> dict[str, Any]:
         """Return prompt length, adapted layers and gate form."""
