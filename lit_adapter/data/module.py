@@ -35,9 +35,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
     except RuntimeError:
-        raise UserError(
-            "no home folder to keep encoded data in; name a folder in LIT_ADAPTER_CACHE"
-        ) from None
+        raise UserError("no home folder for encoded data; name a folder in LIT_ADAPTER_CACHE") from None
 
 
 def load_records(source: str, columns: Columns) -> Records:
@@ -60,15 +58,9 @@ class AlpacaDataModule(LightningDataModule):
     The position, in finished optimizer steps, is in this module's state and not in the loader: a resumed run
     starts its sampler after the last finished step, whatever had been prefetched when it stopped.
 
-    Args:
-        config: files, template, lengths, number of loader workers.
-        tokenizer: of the base.
-        template: the resolved template.
-        tokenizer_key: the tokenizer's fingerprint, for the cache.
-        batch_size: records in an optimizer step, over all processes.
-        row_tokens: length of the longest packed row, in tokens.
-        seed: decides the order of the records and the split.
-        say: gets lines to print.
+    ``tokenizer_key``, the tokenizer's fingerprint, is for the cache. ``batch_size`` counts the records of an
+    optimizer step over all processes, ``row_tokens`` the tokens of the longest packed row. ``seed`` decides
+    the order of the records and the split.
     """
 
     def __init__(
@@ -135,20 +127,13 @@ class AlpacaDataModule(LightningDataModule):
 
     def _packer(self, encoded: Encoded) -> Packer:
         return Packer(
-            encoded,
-            self.preambles,
-            mask_prompt=self.config.mask_prompt,
-            row_tokens=self.row_tokens,
+            encoded, self.preambles, mask_prompt=self.config.mask_prompt, row_tokens=self.row_tokens
         )
 
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
         """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
         return TrainingSteps(
-            self.train_packer,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rank=rank,
-            n_processes=n_processes,
+            self.train_packer, batch_size=self.batch_size, seed=self.seed, rank=rank, n_processes=n_processes
         )
 
     def train_dataloader(self) -> DataLoader[StepBatch]:

@@ -16,13 +16,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_server() -> BaseContext:
-    """Start importing what loader workers need, in a process that they are forked from.
+    """Start importing what loader workers need, in a process that they are forked from; return its context.
 
     A fork of the trainer itself can hang: CPython 3.11 waits for ever if another thread, such as the
     communication library's, is entering or leaving Python at that moment. This process has one thread.
-
-    Returns:
-        The start method to give to a loader.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["lit_adapter.data.packing"])
@@ -46,9 +43,6 @@ def follow_parent(worker: int = 0) -> None:
 
     A signal to the process group would kill it before the parent has saved. If the parent is killed, a worker
     would wait for ever for somebody to read its pipe, or print that a connection is gone.
-
-    Args:
-        worker: its number, which loaders pass.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

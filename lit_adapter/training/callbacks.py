@@ -32,15 +32,10 @@ class Validation(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate before the first step, unless the resume point already has its held-out loss."""
-        self._run(trainer, pl_module)
+        self.on_train_batch_end(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Validate after the step's checkpoint."""
-        self._run(trainer, pl_module)
-
-    def _run(self, trainer: Any, pl_module: Any) -> None:
         step = trainer.global_step
         done = pl_module.validated_step == step
         if not done and not trainer.should_stop and self.due(step, trainer.datamodule.total_steps):
@@ -50,11 +45,8 @@ class Validation(Callback):
 class Checkpoints(Callback):
     """Saves before the first step, every ``save_every`` steps, after the last one and at a stop.
 
-    Args:
-        folder: the run folder.
-        record: the run identity and the settings that a resume may change.
-        options: how often to save, and how many checkpoints to keep.
-        begin: called on the first process before anything else is written.
+    ``record`` is stored with each checkpoint: the run identity and the settings that a resume may change.
+    ``begin`` is called on the first process before anything else is written.
     """
 
     def __init__(
@@ -81,24 +73,22 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Save step 0, so that a run can be resumed however early it is stopped."""
         if trainer.global_step == 0:
-            self.save(trainer, 0)
+            self.save(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Save at the end of an optimizer step, where no step is half done."""
-        step = trainer.global_step
-        last = step >= trainer.datamodule.total_steps
-        if step % self.every == 0 or last or trainer.should_stop:
-            self.save(trainer, step)
+        last = trainer.global_step >= trainer.datamodule.total_steps
+        if trainer.global_step % self.every == 0 or last or trainer.should_stop:
+            self.save(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Save if a signal has cut the validation short."""
         if trainer.should_stop:
-            self.save(trainer, trainer.global_step)
+            self.save(trainer)
 
-    def save(self, trainer: Any, step: int) -> None:
+    def save(self, trainer: Any) -> None:
         """Save the step, unless it is saved already, and delete the oldest checkpoints."""
+        step = trainer.global_step
         if step == self.saved_step:
             return
         if trainer.is_global_zero and trainer.logger is not None:
@@ -113,9 +103,7 @@ class Checkpoints(Callback):
 class BestAdapter(Callback):
     """Writes the adapter whenever the held-out loss is the lowest so far; the lowest loss survives a resume.
 
-    Args:
-        path: the file to write. If it is gone when training starts, the lowest loss is forgotten.
-        write: called with the path, the adapter's tensors, and the step and loss reached.
+    ``write`` is called with ``path``, the adapter's tensors, and the step and loss reached.
     """
 
     def __init__(self, path: Path, write: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]) -> None:
@@ -142,6 +130,5 @@ class BestAdapter(Callback):
             return
         self.loss = loss
         if trainer.is_global_zero:
-            self.write(
-                self.path, adapter_state(pl_module.model), {"steps": trainer.global_step, "val_loss": loss}
-            )
+            reached = {"steps": trainer.global_step, "val_loss": loss}
+            self.write(self.path, adapter_state(pl_module.model), reached)

@@ -74,9 +74,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a usable checkpoint: {error}") from None
     if METADATA_KEY not in metadata:
-        raise UserError(
-            f"{path}: not a checkpoint of a training run; a run cannot be resumed from an adapter file"
-        )
+        raise UserError(f"{path}: not a checkpoint of a run; a run cannot be resumed from an adapter file")
     if metadata.get("sha256") != _checksum(metadata[METADATA_KEY], tensors):
         raise UserError(f"{path}: the checkpoint is damaged (its checksum differs)")
     checkpoint = _decode(json.loads(metadata[METADATA_KEY]), tensors)
@@ -89,10 +87,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Check that a checkpoint holds this adapter and its optimizer's moments: names, shapes, fp32, finite.
 
-    Args:
-        path: the file, for messages.
-        checkpoint: what `read_checkpoint` returned.
-        shapes: of every adapter tensor, by name.
+    ``shapes`` has every adapter tensor, by name.
 
     Raises:
         UserError: a tensor is missing, unexpected, of another shape or type, or not finite; names it.
@@ -131,10 +126,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
         tensors[place] = value.detach().cpu().contiguous()
         return ["tensor", place]
     if isinstance(value, dict):
-        return [
-            "dict",
-            [[_encode(k, tensors, ""), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()],
-        ]
+        pairs = [[_encode(k, tensors, ""), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()]
+        return ["dict", pairs]
     if isinstance(value, list | tuple):
         items = [_encode(item, tensors, f"{place}.{number}") for number, item in enumerate(value)]
         return ["tuple" if isinstance(value, tuple) else "list", items]

@@ -11,17 +11,16 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from lit_adapter.training.notices import Say
+
 
 class Curves(TensorBoardLogger):
     """Writes ``RUN/tensorboard``; if it cannot, for example on a full disk, warns once and the run goes on.
 
-    Args:
-        folder: the run folder.
-        purge_step: the first step that a resumed run draws; earlier starts' points from it on are hidden.
-        say: gets the warning.
+    ``purge_step`` is the first step that a resumed run draws; earlier starts' points from it on are hidden.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, purge_step: int | None, say: Say) -> None:
         super().__init__(
             str(folder), name="", version="tensorboard", default_hp_metric=False, purge_step=purge_step
         )
@@ -42,16 +41,15 @@ class Curves(TensorBoardLogger):
 
 def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
     """Pass a thread's failure to ``hook``, unless TensorBoard's thread could not write."""
-    if not (
-        isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")
-    ):
+    by_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
+    if not (by_tensorboard and isinstance(failure.exc_value, OSError)):
         hook(failure)
 
 
 class _Guarded:
     """A `SummaryWriter` whose methods do nothing after a write has failed."""
 
-    def __init__(self, make: Callable[[], Any], folder: str, say: Callable[[str], None]) -> None:
+    def __init__(self, make: Callable[[], Any], folder: str, say: Say) -> None:
         self._make, self._folder, self._say = make, folder, say
         self._writer: Any = None
         self._failed = False

@@ -11,36 +11,27 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.errors import counted
 from lit_adapter.training.fit import fit, validation_of
 from lit_adapter.training.module import LitAdapter
+from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.processes import StopOnSignal
-from lit_adapter.training.resume import ResumePoint, Say
+from lit_adapter.training.resume import ResumePoint
 from lit_adapter.training.run_folder import RunFolder
-from lit_adapter.training.signals import Signals
 
 N_TRIED = 3
 
 
 def try_steps(
-    plan: Plan,
-    point: ResumePoint,
-    module: LitAdapter,
-    data: AlpacaDataModule,
-    folder: RunFolder,
-    signals: Signals,
-    say: Say,
+    plan: Plan, point: ResumePoint, module: LitAdapter, data: AlpacaDataModule, folder: RunFolder, say: Say
 ) -> int:
     """Take `N_TRIED` steps, say how long the rest of the run would take, and return the exit status."""
     watch = Stopwatch()
-    n_steps = min(N_TRIED, plan.steps)
-    fit(plan, module, data, [watch, StopOnSignal(signals)], folder, signals, n_steps=n_steps)
-    if signals.agreed:
+    fit(plan, module, data, [watch, StopOnSignal()], folder, n_steps=min(N_TRIED, plan.steps))
+    if module.signals.agreed:
         say("dry run: stopped by a signal; no run was started")
-        return signals.exit_status
+        return module.signals.exit_status
     validation, repeats = validation_of(plan, point)
-    left = range(point.step + (not repeats), plan.steps + 1)
-    validations = (
-        sum(validation.due(step, plan.steps) for step in left) if data.val_encoded is not None else 0
-    )
+    left = range(point.step + (not repeats), plan.steps + 1) if data.val_encoded is not None else ()
+    validations = sum(validation.due(step, plan.steps) for step in left)
     # A forward pass as a share of forward and backward, which has no gradients of weights.
     layers = plan.base.config.n_layer
     share = layers / (layers + len(plan.config.adapter.adapted_layers(layers)))
@@ -58,13 +49,11 @@ class Stopwatch(Callback):
         self.steps: list[tuple[float, int]] = []
         self.since = 0.0
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Start the clock."""
         self.since = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Stop the clock; the step has read its loss, so the device is done."""
         self.steps.append((time.perf_counter() - self.since, int(pl_module.last["tokens"])))
 

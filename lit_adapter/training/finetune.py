@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +15,17 @@ from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.text.template import resolve_template
-from lit_adapter.training.adapter_writer import write_adapter
-from lit_adapter.training.base import load_model, read_base
+from lit_adapter.training.base import load_model, read_base, read_initial_adapter
 from lit_adapter.training.dry_run import try_steps
-from lit_adapter.training.fit import make_module, train
-from lit_adapter.training.initial_adapter import read_initial_adapter
+from lit_adapter.training.fit import make_module, quiet_lightning, train
 from lit_adapter.training.lightning_internals import rank
+from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import choose_placement
-from lit_adapter.training.plan import make_plan, plan_lines
+from lit_adapter.training.plan import make_plan, plan_lines, write_adapter
 from lit_adapter.training.processes import follow
-from lit_adapter.training.resume import Say, find_resume_point, is_written, saved_identity
+from lit_adapter.training.resume import find_resume_point, is_written, saved_identity
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.signals import Signals
-from lit_adapter.training.trainer import quiet_lightning
 
 
 def finetune(
@@ -66,10 +65,8 @@ def finetune(
                 folder.check(resume=resume is not None)
                 return run(say)
             folder.open(resume=resume is not None)
-            try:
+            with closing(folder):
                 return run(say)
-            finally:
-                folder.close()
     finally:
         signals.restore()
 
@@ -86,21 +83,22 @@ def _run(
     template = resolve_template(config.data.template, base.tokenizer)
     initial = read_initial_adapter(config, base, template, saved.get("init_from"), say)
 
+    busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
     data = AlpacaDataModule(
         config.data,
         tokenizer=base.tokenizer,
         template=template,
         tokenizer_key=base.identity.tokenizer,
         batch_size=config.optim.batch_size,
-        row_tokens=_row_tokens(config, placement.device.type),
+        row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
         seed=config.seed,
         say=say,
     ).read()
-    plan = make_plan(config, base, placement, template, initial, data)
+    plan = make_plan(config, base, placement, initial, data)
     data.total_steps = plan.steps
     for line in describe(data, color=sys.stdout.isatty()):
         say(line)
-    point = find_resume_point(resume, folder, plan.identity, plan.adapter_shapes, say)
+    point = find_resume_point(resume, folder, plan, say)
     if point.step >= plan.steps and is_written(folder.adapter, point.path):
         say(f"{folder.path}: already complete, {counted(point.step, 'step')}; nothing to do")
         return 0
@@ -110,8 +108,8 @@ def _run(
     model = load_model(config, base, placement, initial.tensors(point.path))
     module = make_module(plan, model, signals)
     if dry_run:
-        return try_steps(plan, point, module, data, folder, signals, say)
-    trainer = train(plan, point, module, data, folder, signals, say)
+        return try_steps(plan, point, module, data, folder, say)
+    trainer = train(plan, point, module, data, folder, say)
     if signals.agreed:
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
         say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; --resume last continues")
@@ -123,10 +121,3 @@ def _run(
         took = f"after {counted(trainer.global_step, 'step')}, {time.perf_counter() - started:.0f} s in all"
         say(f"wrote {folder.adapter} ({folder.adapter.stat().st_size:,} bytes) {took}")
     return signals.exit_status
-
-
-def _row_tokens(config: Config, device: str) -> int:
-    """Return a length of rows that keeps the device busy and fits its memory, unless one is given."""
-    if config.optim.row_tokens is not None:
-        return config.optim.row_tokens
-    return max(config.data.max_length, 8192 if device == "cuda" else 2048)

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LambdaCallback
 
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.files.write import write_text
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.llama import Llama
-from lit_adapter.training.adapter_writer import write_adapter
 from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Validation
+from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.curves import Curves
-from lit_adapter.training.lightning_internals import Bar
+from lit_adapter.training.lightning_internals import Bar, leave_signals_alone
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.plan import Plan
-from lit_adapter.training.preflight import FirstRecords, check_records, enough_memory
+from lit_adapter.training.notices import Say
+from lit_adapter.training.plan import Plan, write_adapter
+from lit_adapter.training.preflight import check_records, enough_memory
 from lit_adapter.training.processes import StopOnSignal, end_run, last_words, start_processes
 from lit_adapter.training.report import Report, shows_bar
-from lit_adapter.training.resume import ResumePoint, Say
+from lit_adapter.training.resume import ResumePoint
 from lit_adapter.training.run_folder import RunFolder, saved_config
 from lit_adapter.training.samples import Samples
 from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import Signals
-from lit_adapter.training.strategy import is_sharded
-from lit_adapter.training.trainer import make_trainer
+from lit_adapter.training.strategy import choose_strategy, is_sharded, launcher_plugins
 
 
 def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
@@ -40,13 +45,7 @@ def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
 
 
 def train(
-    plan: Plan,
-    point: ResumePoint,
-    module: LitAdapter,
-    data: AlpacaDataModule,
-    folder: RunFolder,
-    signals: Signals,
-    say: Say,
+    plan: Plan, point: ResumePoint, module: LitAdapter, data: AlpacaDataModule, folder: RunFolder, say: Say
 ) -> pl.Trainer:
     """Train from the resume point to the last step, or until a signal; return the trainer."""
     options = plan.config.trainer
@@ -60,8 +59,8 @@ def train(
     callbacks: list[pl.Callback] = [
         Report(options, say, lr=plan.config.optim.peak_lr, redraw=repeats),
         BestAdapter(folder.best, partial(write_adapter, plan)),
-        Samples(assistant, data.val_records, options, signals),
-        StopOnSignal(signals),  # before the checkpoints: a stop is saved at once
+        Samples(assistant, data.val_records, options),
+        StopOnSignal(),  # before the checkpoints: a stop is saved at once
         Checkpoints(folder, asdict(plan.identity), options, begin_writing),
     ]
     if data.val_packer is not None:
@@ -69,7 +68,7 @@ def train(
     if shows_bar(options):
         callbacks.insert(0, Bar(leave=True))
     curves = Curves(folder.path, point.step + (not repeats) if point.path else None, say)
-    return fit(plan, module, data, callbacks, folder, signals, curves=curves, point=point)
+    return fit(plan, module, data, callbacks, folder, curves=curves, point=point)
 
 
 def validation_of(plan: Plan, point: ResumePoint) -> tuple[Validation, bool]:
@@ -87,7 +86,6 @@ def fit(
     data: AlpacaDataModule,
     callbacks: list[pl.Callback],
     folder: RunFolder,
-    signals: Signals,
     *,
     curves: Curves | None = None,
     point: ResumePoint | None = None,
@@ -104,15 +102,35 @@ def fit(
     """
     options, placement = plan.config.trainer, plan.placement
     if is_sharded(options):
-        callbacks = [FirstRecords(data, plan.needed), *callbacks]
+        # The base is loaded once the processes are connected.
+        first = LambdaCallback(on_fit_start=lambda *_: check_records(module.model, data, plan.needed))
+        callbacks = [first, *callbacks]
     else:
         check_records(module.model, data, plan.needed)
-    signals.only_note()
-    start_processes(options, placement.device, partial(_end_with_dead_process, folder, signals))
-    validates = data.val_packer is not None
-    trainer = make_trainer(
-        options, placement.device, placement.precision, callbacks, curves, validates, n_steps
+    module.signals.only_note()
+    start_processes(options, placement.device, partial(_end_with_dead_process, folder, module.signals))
+    trainer = pl.Trainer(
+        accelerator=placement.device.type,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=choose_strategy(options, placement.device),
+        precision=placement.precision if "mixed" in placement.precision else "32-true",  # type: ignore[arg-type]
+        max_epochs=1,  # the sampler's one pass is the whole run, with all its epochs
+        check_val_every_n_epoch=2,  # never: `Validation` does it
+        limit_val_batches=None if data.val_packer is not None else 0,
+        limit_train_batches=n_steps,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=curves if curves is not None else False,
+        callbacks=callbacks,
+        plugins=[DurableCheckpointIO(), *launcher_plugins()],
+        inference_mode=not is_sharded(options),  # weights gathered in it could not be trained with later
+        enable_checkpointing=False,
+        enable_progress_bar=shows_bar(options) and n_steps is None,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
     )
+    leave_signals_alone(trainer)
     # At step 0 there is nothing to restore: it follows from seed and initial adapter.
     checkpoint = str(point.path) if point is not None and point.step else None
     with last_words(several=trainer.world_size > 1), enough_memory(plan.needed):
@@ -126,3 +144,24 @@ def _end_with_dead_process(folder: RunFolder, signals: Signals, sentence: str) -
     rest = f"{newest} is complete, --resume last continues" if newest else "nothing is saved yet"
     folder.close()
     end_run(f"{sentence}; the run ends; {rest}", signals.exit_status or 1)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's hints out of the output; a run prints what a user can act on."""
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*mid-epoch.*")
+        # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

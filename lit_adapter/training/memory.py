@@ -115,7 +115,6 @@ class Sizes:
         return Memory(self._weights(stored), 16 * trained, sum(layers) + rest, workspace)
 
     def _weights(self, stored: int) -> int:
-        """Return the bytes of the base, with ``stored`` for each number."""
         model, parallel = self.model, self.tensor_parallel
         layer = n_block_parameters(model)
         rest = sum(math.prod(shape) for shape in base_shapes(model).values()) - model.n_layer * layer

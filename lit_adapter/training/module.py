@@ -43,13 +43,9 @@ MEASURED = ("last", "bad_steps_in_a_row", "skipped_steps", "validated_step", "va
 class LitAdapter(LightningModule):
     """Trains the adapter of a frozen model; its state is the adapter alone.
 
-    Args:
-        model: the frozen base with its adapter attached.
-        config: the optimizer's settings.
-        total_steps: optimizer steps of the run, for the schedule.
-        seed: of the prefix dropout.
-        signals: the signals of this process; all processes learn of them with the step's loss.
-        recompute: recompute blocks in the backward pass; see `row_loss`.
+    ``model`` is the frozen base with its adapter attached; ``seed`` is that of the prefix dropout. All
+    processes learn of ``signals`` with the step's loss. With ``recompute``, the backward pass recomputes the
+    blocks; see `row_loss`.
     """
 
     def __init__(
@@ -73,9 +69,7 @@ class LitAdapter(LightningModule):
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
 
-    def transfer_batch_to_device(
-        self, batch: StepBatch, device: torch.device, dataloader_idx: int
-    ) -> StepBatch:
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, *unused: Any) -> StepBatch:
         """Leave the step on the CPU, where its rows are planned; they go to the device one at a time."""
         return batch
 
@@ -84,18 +78,27 @@ class LitAdapter(LightningModule):
         if self.has_dropout:  # seeded by the step, so that a resumed run draws what an unstopped run would
             place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
             torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
-        self._set_learning_rate(batch.step)
+        optimizer: Any = self.optimizers()
+        rate = learning_rate(self.config, batch.step, self.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
         total = torch.zeros((), device=self.device)
         _, n_shares = share_of_rows(self.trainer)
-        for number, row in enumerate(batch.rows):
-            with nullcontext() if number == len(batch.rows) - 1 else self._without_sync():
+        strategy: Any = self.trainer.strategy
+        for number, row in enumerate(batch.rows, start=1):
+            waits = number < len(batch.rows) and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if waits else nullcontext():
                 loss = row_loss(self.model, row, recompute=self.recompute, executor=self._executor())
                 # Gradients are averaged over processes, but the step's loss is a sum over their rows.
                 self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
         self.last = {"tokens": batch.n_tokens}
         self._sum_and_targets = total, batch.n_targets
-        self._update(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.last["lr"] = optimizer.param_groups[0]["lr"]
+        self._data.finished_steps = batch.step + 1
+        self._count_bad_steps(batch.step)
 
     def _executor(self) -> Executor:
         """Return the executor for training or evaluation mode, chosen once: a survey takes time."""
@@ -118,29 +121,9 @@ class LitAdapter(LightningModule):
         """The number of processes that compute the same rows."""
         return self.trainer.world_size // share_of_rows(self.trainer)[1]
 
-    def _optimizer(self) -> Any:
-        return self.optimizers()
-
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    def _without_sync(self) -> Any:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-
-    def _set_learning_rate(self, step: int) -> None:
-        rate = learning_rate(self.config, step, self.total_steps)
-        for group in self._optimizer().param_groups:
-            group["lr"] = rate * group["lr_scale"]
-
-    def _update(self, batch: StepBatch) -> None:
-        optimizer = self._optimizer()
-        optimizer.step()
-        optimizer.zero_grad()
-        self.last["lr"] = optimizer.param_groups[0]["lr"]
-        self._data.finished_steps = batch.step + 1
-        self._count_bad_steps(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Measure and clip the unscaled gradient; drop it where it or the loss is not finite.
@@ -156,7 +139,7 @@ class LitAdapter(LightningModule):
             for parameter in parameters:
                 parameter.grad = None
 
-    def _count_bad_steps(self, batch: StepBatch) -> None:
+    def _count_bad_steps(self, step: int) -> None:
         if math.isfinite(self.last["grad_norm"] + self.last["loss"]):
             self.bad_steps_in_a_row = 0
             return
@@ -168,9 +151,9 @@ class LitAdapter(LightningModule):
             return
         if self.bad_steps_in_a_row >= self.config.max_bad_steps:
             raise UserError(
-                f"step {batch.step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
+                f"step {step + 1}: loss {self.last['loss']}, gradient norm {self.last['grad_norm']}; "
                 f"skipped {counted(self.bad_steps_in_a_row, 'step')} in a row, so training stops; "
-                f"{self._culprits(batch.step)}; the last checkpoint is unaffected"
+                f"{self._culprits(step)}; the last checkpoint is unaffected"
             )
 
     @torch.no_grad()
@@ -218,9 +201,8 @@ class LitAdapter(LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW on the adapter's parameters, grouped by rate and decay."""
-        groups = self._parameter_groups()
-        config, fused = self.config, self._fused
-        return AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=fused)
+        config, groups = self.config, self._parameter_groups()
+        return AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=self._fused)
 
     @property
     def _fused(self) -> bool | None:
@@ -228,9 +210,8 @@ class LitAdapter(LightningModule):
 
         Otherwise None, which lets torch choose; False would be a loop over parameters.
         """
-        if not all(parameter.is_cuda for _, parameter in adapter_parameters(self.model)):
-            return None
-        return True if getattr(self.trainer.precision_plugin, "scaler", None) is None else None
+        on_gpu = all(parameter.is_cuda for _, parameter in adapter_parameters(self.model))
+        return True if on_gpu and getattr(self.trainer.precision_plugin, "scaler", None) is None else None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups that are not empty, each with its share of the rate and its decay."""
@@ -250,7 +231,8 @@ class LitAdapter(LightningModule):
 
     def on_train_start(self) -> None:
         """Replace the settings that a resumed optimizer restored by those of this run."""
-        for group, own in zip(self._optimizer().param_groups, self._parameter_groups(), strict=True):
+        optimizer: Any = self.optimizers()
+        for group, own in zip(optimizer.param_groups, self._parameter_groups(), strict=True):
             group["weight_decay"], group["lr_scale"] = own["weight_decay"], own["lr_scale"]
             group["betas"], group["eps"] = tuple(self.config.betas), self.config.eps
 

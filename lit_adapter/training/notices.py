@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+Say = Callable[[str], None]
 GATES_AFTER = 10
 """Steps after which a gate that is still 0 is reported."""
 MEAN_OVER = 20
@@ -15,7 +16,7 @@ MEAN_OVER = 20
 class Notices:
     """The warnings given so far, and the losses from the run's start that later ones are compared with."""
 
-    def __init__(self, say: Callable[[str], None], lr: float) -> None:
+    def __init__(self, say: Say, lr: float) -> None:
         self.say, self.lr = say, lr
         self.said: set[str] = set()
         self.first_losses: list[float] = []
@@ -49,11 +50,8 @@ class Notices:
             return
         closed = [str(layer) for layer, has_moved in moved.items() if not has_moved]
         if closed:
-            which = (
-                "every gate is"
-                if len(closed) == len(moved)
-                else f"the gates of layers {', '.join(closed)} are"
-            )
+            every = len(closed) == len(moved)
+            which = "every gate is" if every else f"the gates of layers {', '.join(closed)} are"
             self.once(
                 "gates",
                 f"{which} still 0 after {step} steps, so the prompts there do nothing; "

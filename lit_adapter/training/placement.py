@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.executors import Executor, Setting, choose_for_training
+from lit_adapter.training.notices import Say
 from lit_adapter.training.sharding import check_heads
 from lit_adapter.training.strategy import check_layout
 
@@ -32,9 +32,7 @@ class Placement:
         return dtype_of(self.precision)
 
 
-def choose_placement(
-    config: Config, base: LlamaConfig, saved_precision: str | None, say: Callable[[str], None]
-) -> Placement:
+def choose_placement(config: Config, base: LlamaConfig, saved_precision: str | None, say: Say) -> Placement:
     """Choose device and precision, and make the device CUDA's current one.
 
     Precision auto keeps that of a resumed run, ``saved_precision``; ``say`` gets a line about its choice.
@@ -50,7 +48,10 @@ def choose_placement(
         torch.cuda.set_device(own_device(device))  # kernels use the current device, before Lightning sets it
     precision: str = options.precision
     if precision == "auto":
-        precision, why = _choose_precision(device, saved_precision)
+        faster = "bf16-true" if choose_dtype(None, device) == torch.bfloat16 else "32-true"
+        precision, why = faster, f"the faster one on this {device.type}; adapter and optimizer in fp32"
+        if saved_precision is not None:
+            precision, why = saved_precision, "that of the resumed run"
         say(f"precision: {precision}, {why}")
     setting = Setting(device, dtype_of(precision))
     executor = choose_for_training(base, config.adapter, setting, options.tensor_parallel)
@@ -64,11 +65,3 @@ def choose_placement(
 def dtype_of(precision: str) -> torch.dtype:
     """Return the precision of the base's weights; the adapter is fp32 in any case."""
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
-
-
-def _choose_precision(device: torch.device, saved: str | None) -> tuple[str, str]:
-    """Return a precision and the reason for it."""
-    if saved is not None:
-        return saved, "that of the resumed run"
-    faster = "bf16-true" if choose_dtype(None, device) == torch.bfloat16 else "32-true"
-    return faster, f"the faster one on this {device.type}; adapter and optimizer in fp32"

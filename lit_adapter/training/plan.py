@@ -1,4 +1,4 @@
-"""The plan of a run: what is known of it before its base is loaded."""
+"""The plan of a run, known before its base is loaded; it also describes the run in its adapter files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lit_adapter.config import Config
+from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_shapes, parameter_counts
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.text.template import Template
-from lit_adapter.training.base import Base
-from lit_adapter.training.initial_adapter import InitialAdapter
+from lit_adapter.training.base import Base, InitialAdapter
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.preflight import Sizes, check_disk, check_memory, free_memory, sizes
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
+from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,9 @@ class Plan:
     """What the memory of a step depends on."""
     identity: RunIdentity
 
-    @property
-    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every trained tensor."""
-        return adapter_shapes(self.config.adapter, self.base.config)
-
 
 def make_plan(
-    config: Config,
-    base: Base,
-    placement: Placement,
-    template: Template,
-    initial: InitialAdapter,
-    data: AlpacaDataModule,
+    config: Config, base: Base, placement: Placement, initial: InitialAdapter, data: AlpacaDataModule
 ) -> Plan:
     """Plan a run from what has been read.
 
@@ -60,7 +54,7 @@ def make_plan(
     facts = {
         "base": base.identity.weights[:16],
         "tokenizer": base.identity.tokenizer[:16],
-        "template": template.to_dict(),
+        "template": data.template.to_dict(),
         "precision": placement.precision,
         "init_from": initial.sha256,
         **{f"base.{key}": value for key, value in base.config.computed().items()},
@@ -70,10 +64,10 @@ def make_plan(
         config,
         base,
         placement,
-        template,
+        data.template,
         steps,
         warmup_steps(config.optim, steps),
-        sizes(config, base.config, data, placement.precision, placement.device),
+        sizes(config, base.config, data, placement),
         run_identity(config, steps, **facts),
     )
 
@@ -89,7 +83,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield check_disk(Path(config.out), base, config, steps)
     frozen, trained = (
         sum(math.prod(shape) for shape in shapes.values())
-        for shapes in (base_shapes(base), plan.adapter_shapes)
+        for shapes in (base_shapes(base), adapter_shapes(config.adapter, base))
     )
     yield (
         f"model: {plan.base.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
@@ -110,3 +104,27 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     why = plan.placement.executor.why_not_fast
     if why is not None:
         yield f"note: {why}: the layers run without the fused kernels, and more slowly"
+
+
+def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+    """Write an adapter of a run, whole or not at all; ``summary`` has the steps and losses it has reached.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    config, base, source = plan.config, plan.base, plan.config.data.train
+    training = {
+        "data": source if is_hub_name(source) else Path(source).name,
+        "epochs": config.optim.epochs,
+        "batch_size": config.optim.batch_size,
+        "lr": config.optim.peak_lr,
+    }
+    info = AdapterInfo(
+        adapter=config.adapter,
+        base=base.identity,
+        base_config=base.config.to_hf(),
+        template=plan.template,
+        mask_prompt=config.data.mask_prompt,
+        training=training | summary,
+    )
+    save_adapter(path, state, info)

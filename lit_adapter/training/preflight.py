@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 
 from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.data.module import AlpacaDataModule
@@ -31,7 +29,8 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.memory import Sizes
-from lit_adapter.training.strategy import is_sharded, n_processes, whole_because
+from lit_adapter.training.placement import Placement
+from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
 
 STEPS_LOOKED_AT = 3
 HEADERS = 65_536
@@ -39,11 +38,10 @@ HEADERS = 65_536
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def sizes(
-    config: Config, model: LlamaConfig, data: AlpacaDataModule, precision: str, device: torch.device
-) -> Sizes:
+def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement: Placement) -> Sizes:
     """Return the sizes of the first steps' longest row, or of the longest record's if that needs more."""
     steps, packer, options = data.training_steps(), data.train_packer, config.trainer
+    device = placement.device
     alone = [int(packer.encoded.length.argmax())]
     first_steps = range(min(STEPS_LOOKED_AT, steps.steps_per_epoch))
     rows = [row for step in first_steps for row in packer.assign(steps.records(step))]
@@ -54,7 +52,7 @@ def sizes(
         config.adapter,
         fullest,
         longest,
-        precision,
+        placement.precision,
         device.type,
         recompute=options.recompute,
         shards=n_processes(options, device) if is_sharded(options) else 1,
@@ -66,20 +64,15 @@ def sizes(
 
 def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | None, int]:
     """Return the bytes that each process can still have, None if unknown, and how many share the memory."""
-    free, sharing = free_bytes(own_device(device)), 1
-    if free is not None and device.type == "cpu":
-        sharing = n_processes(options, device) // options.num_nodes
-        free //= sharing
-    return free, sharing
+    free = free_bytes(own_device(device))
+    sharing = 1 if free is None or device.type != "cpu" else processes_per_node(options, device)
+    return free and free // sharing, sharing
 
 
 def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
     """Return a line about the memory of a step.
 
-    Args:
-        needed: what one process needs.
-        free: bytes that it can still have; None if the system does not say.
-        sharing: processes that share a memory, each of which can have ``free`` bytes.
+    Each of ``sharing`` processes can have ``free`` bytes, which are None if the system does not say.
 
     Raises:
         UserError: more is needed than is free; names two settings that would fit.
@@ -137,11 +130,8 @@ def _sharding(needed: Sizes, free: int) -> str | None:
     layouts = [(n, 1) for n in (2, 4, 8) if n < per_node] + [(per_node, nodes) for nodes in (1, 2, 4, 8)]
     for devices, nodes in layouts:
         more = replace(needed, shards=devices * nodes)
-        if (
-            devices % needed.tensor_parallel == 0
-            and more.shards > needed.shards
-            and more.memory.total <= free
-        ):
+        possible = devices % needed.tensor_parallel == 0 and more.shards > needed.shards
+        if possible and more.memory.total <= free:
             on_nodes = f" with trainer.num_nodes {nodes}" if nodes > 1 else ""
             return f"trainer.strategy fsdp2 with trainer.devices {devices}{on_nodes}"
     return None
@@ -177,9 +167,8 @@ def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> 
     rarer = replace(config, trainer=replace(config.trainer, log_every=max(10, steps // 10)))
     tries = {"trainer.keep_checkpoints 1": fewer, f"trainer.log_every {rarer.trainer.log_every}": rarer}
     found = [name for name, other in tries.items() if run_bytes(model, other, steps) <= free]
-    raise UserError(
-        f"{line}, but {free:,} are free; {' or '.join([*found[:1], '--out on another disk'])} would do"
-    )
+    advice = " or ".join([*found[:1], "--out on another disk"])
+    raise UserError(f"{line}, but {free:,} are free; {advice} would do")
 
 
 def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
@@ -201,17 +190,6 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
                     f"{data.origin(record)}: the loss on this record is {loss} under trainer.precision "
                     f"{precision}; {wider}convert the base again"
                 )
-
-
-class FirstRecords(Callback):
-    """Runs `check_records` on all processes for a base that is loaded once they are connected."""
-
-    def __init__(self, data: AlpacaDataModule, needed: Sizes) -> None:
-        self.data, self.needed = data, needed
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Run the records."""
-        check_records(pl_module.model, self.data, self.needed)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,39 +32,32 @@ FIRST_PROCESS = "LIT_ADAPTER_FIRST_PROCESS"
 class StopOnSignal(Callback):
     """Ends training after the step, or validation before the batch, in which a signal came."""
 
-    def __init__(self, signals: Signals) -> None:
-        self.signals = signals
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Agree on signals that came before the first step."""
-        agree(trainer, pl_module.device, self.signals)
-        trainer.should_stop = bool(self.signals.agreed)
+        agree(trainer, pl_module)
+        trainer.should_stop = bool(pl_module.signals.agreed)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Stop once all processes know of a signal; several have agreed with the step's loss."""
         if trainer.world_size == 1:
-            agree(trainer, pl_module.device, self.signals)
-        trainer.should_stop = trainer.should_stop or bool(self.signals.agreed)
+            agree(trainer, pl_module)
+        trainer.should_stop = trainer.should_stop or bool(pl_module.signals.agreed)
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Leave the validation, and stop training too."""
-        agree(trainer, pl_module.device, self.signals)
-        if self.signals.agreed:
+        agree(trainer, pl_module)
+        if pl_module.signals.agreed:
             trainer.should_stop = True
             leave_validation()
 
 
-def agree(trainer: Any, device: torch.device, signals: Signals) -> None:
+def agree(trainer: Any, pl_module: Any) -> None:
     """Tell all processes of the signals that any of them has received; all must call this together."""
-    flags = signals.flags()
+    flags = pl_module.signals.flags()
     if trainer.world_size > 1:
-        summed = torch.tensor(flags, device=device)
+        summed = torch.tensor(flags, device=pl_module.device)
         flags = trainer.strategy.reduce(summed, reduce_op="sum").tolist()
-    signals.agree(flags)
+    pl_module.signals.agree(flags)
 
 
 def start_processes(options: TrainerConfig, device: torch.device, on_death: Callable[[str], None]) -> None:
@@ -72,12 +65,8 @@ def start_processes(options: TrainerConfig, device: torch.device, on_death: Call
 
     They run this command again, up to where a Trainer connects all of them. The Trainer takes the variables
     set here for a launcher's and starts nothing. Its own launcher would kill every process five seconds after
-    one has died, without a word.
-
-    Args:
-        options: devices, nodes, strategy.
-        device: of the run.
-        on_death: called from a thread of this process with a sentence about the process that has died.
+    one has died, without a word. ``on_death`` is called from a thread of this process with a sentence about
+    the process that has died.
     """
     total, local = n_processes(options, device), processes_per_node(options, device)
     if local > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -96,11 +85,9 @@ def start_processes(options: TrainerConfig, device: torch.device, on_death: Call
     # The processes inherit the mask: a signal waits until their own handlers are set instead of killing them.
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_STATUS)
     try:
+        own = {**os.environ, FIRST_PROCESS: str(os.getpid())}
         children = [
-            subprocess.Popen(
-                command, env={**os.environ, "LOCAL_RANK": str(number), FIRST_PROCESS: str(os.getpid())}
-            )
-            for number in range(1, local)
+            subprocess.Popen(command, env=own | {"LOCAL_RANK": str(number)}) for number in range(1, local)
         ]
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
@@ -162,9 +149,7 @@ def end_run(sentence: str, status: int) -> None:
     os._exit(status)
 
 
-def _wait_for_death(
-    children: Sequence[subprocess.Popen[bytes]], first: int, on_death: Callable[[str], None]
-) -> None:
+def _wait_for_death(children: list[subprocess.Popen], first: int, on_death: Callable[[str], None]) -> None:
     """Report the first of ``children`` that fails; they are the processes from rank ``first`` on."""
     while True:
         for number, child in enumerate(children, start=first):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,19 +12,13 @@ from lightning.pytorch import Callback
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.model.prefix import GatedPrefix
-from lit_adapter.training.notices import Notices
-
-Say = Callable[[str], None]
+from lit_adapter.training.notices import Notices, Say
 
 
 class Report(Callback):
     """Draws curves for TensorBoard, prints lines where there is no progress bar, and warns.
 
-    Args:
-        options: how often to report, and whether to print a line each time.
-        say: gets a line of text.
-        lr: the peak learning rate.
-        redraw: whether the resume point's own step is to be drawn again.
+    ``lr`` is the peak learning rate; with ``redraw`` the resume point's own step is drawn again.
     """
 
     def __init__(self, options: TrainerConfig, say: Say, *, lr: float, redraw: bool) -> None:
@@ -49,7 +42,7 @@ class Report(Callback):
         if self.redraw and self._is_point(trainer):
             self._draw(trainer, pl_module, trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Start the clock, which leaves out validations, samples and checkpoints between steps."""
         self.since = time.perf_counter()
 
@@ -57,9 +50,7 @@ class Report(Callback):
         step, total = trainer.global_step, trainer.datamodule.total_steps
         return step > 0 and (step % self.every == 0 or step == total)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Count the step's tokens and time; report every ``log_every`` steps."""
         last, step = pl_module.last, trainer.global_step
         self.tokens += last["tokens"]
@@ -91,8 +82,7 @@ class Report(Callback):
             "optim/grad_norm": last["grad_norm"],
         }
         _log(trainer, values, step)
-        has_prefix = any(block.self_attn.prefix is not None for block in pl_module.model.layers)
-        if has_prefix and trainer.is_global_zero:
+        if trainer.is_global_zero:
             self._draw_gates(trainer, pl_module, step)
 
     def _draw_gates(self, trainer: Any, pl_module: Any, step: int) -> None:
@@ -106,15 +96,14 @@ class Report(Callback):
                 values[f"gates/layer_{index:02d}"] = float(strength.mean())
                 values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())
         self.notices.gates({layer: bool(strength.any()) for layer, strength in rows.items()}, step)
-        if trainer.logger is None:
+        if trainer.logger is None or not rows:
             return
         _log(trainer, values, step)
         # Strengths that have diverged, or are NaN, must not spoil the picture.
         heat = torch.stack(list(rows.values())).nan_to_num(0.0).clamp(max=1e6)
-        picture = heat / heat.max().clamp(min=1e-8)
-        picture = picture.repeat_interleave(12, 0).repeat_interleave(12, 1)[None]
+        picture = (heat / heat.max().clamp(min=1e-8)).repeat_interleave(12, 0).repeat_interleave(12, 1)
         writer = trainer.logger.experiment
-        writer.add_image("gates/layers_by_heads", picture, step)
+        writer.add_image("gates/layers_by_heads", picture[None], step)
         writer.add_histogram("gates/strength", heat, step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,10 @@ import torch
 
 from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
 from lit_adapter.errors import UserError, counted
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
+from lit_adapter.training.notices import Say
+from lit_adapter.training.plan import Plan
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.weights.adapter_file import read_adapter
@@ -20,7 +23,6 @@ from lit_adapter.weights.adapter_file import read_adapter
 RATES = ("optim.lr", "optim.base_lr")
 ADDED = ("base.", "data.val_records")
 """Prefixes of what the oldest checkpoints do not store."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,10 @@ class ResumePoint:
     """The held-out loss of that step has been measured."""
 
 
-def find_resume_point(
-    resume: str | None, folder: RunFolder, own: RunIdentity, shapes: dict[str, tuple[int, ...]], say: Say
-) -> ResumePoint:
+def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Say) -> ResumePoint:
     """Find a checkpoint, check that it is this run's and usable, and list the settings that change.
 
-    ``resume`` is ``last``, a checkpoint file, or None to start at step 0; ``own`` is this run's identity, and
-    ``shapes`` has every adapter tensor.
+    ``resume`` is ``last``, a checkpoint file, or None to start at step 0.
 
     Raises:
         UserError: there is no checkpoint, it is not usable, or it is another run's; both values are named.
@@ -50,15 +49,15 @@ def find_resume_point(
         raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
 
     def check(path: Path, checkpoint: dict[str, Any]) -> None:
-        _compare(path, RunIdentity(**checkpoint["lit_adapter"]), own)
-        check_contents(path, checkpoint, shapes)
+        _compare(path, RunIdentity(**checkpoint["lit_adapter"]), plan.identity)
+        check_contents(path, checkpoint, adapter_shapes(plan.config.adapter, plan.base.config))
 
     if resume == "last":
         path, checkpoint = folder.newest_checkpoint(check, say)
     else:
         path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         check(path, checkpoint)
-    for line in _changes(RunIdentity(**checkpoint["lit_adapter"]), own):
+    for line in _changes(RunIdentity(**checkpoint["lit_adapter"]), plan.identity):
         say(f"resuming with {line}")
     step = checkpoint["global_step"]
     return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
@@ -68,10 +67,8 @@ def saved_identity(resume: str | None, folder: RunFolder) -> dict[str, Any]:
     """Return the identity of the run that is resumed; empty where no checkpoint of it can be read."""
     if resume is None:
         return {}
-    paths = (
-        sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True) if resume == "last" else [Path(resume)]
-    )
-    for path in paths:
+    newest_first = sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True)
+    for path in newest_first if resume == "last" else [Path(resume)]:
         with suppress(UserError):  # `find_resume_point` will say what is wrong with it
             return dict(read_checkpoint(path)["lit_adapter"]["identity"])
     return {}
@@ -118,12 +115,10 @@ def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
 
 def _peak_lr(run: RunIdentity) -> float:
     """Return a run's peak learning rate, whichever of its settings gives it."""
-    settings, same = run.changeable, run.identity
-    optim = OptimConfig(
-        lr=settings["optim.lr"], base_lr=settings["optim.base_lr"], batch_size=same["optim.batch_size"]
-    )
-    given = optim.lr is not None or optim.base_lr is not None
-    return optim.peak_lr if given else DEFAULT_LR[same["adapter.version"]]
+    lr, base_lr = (run.changeable[key] for key in RATES)
+    if lr is None and base_lr is None:
+        return DEFAULT_LR[run.identity["adapter.version"]]
+    return OptimConfig(lr=lr, base_lr=base_lr, batch_size=run.identity["optim.batch_size"]).peak_lr
 
 
 def _shown(value: Any) -> str:

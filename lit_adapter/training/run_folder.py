@@ -24,6 +24,7 @@ from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import check_writable, is_temporary, sweep
 from lit_adapter.training.checkpoint import read_checkpoint
+from lit_adapter.training.notices import Say
 from lit_adapter.training.run_identity import plain
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -92,13 +93,11 @@ class RunFolder:
         return self.checkpoints / f"step-{step:07d}.ckpt"
 
     def newest_checkpoint(
-        self, check: Callable[[Path, dict[str, Any]], None], say: Callable[[str], None]
+        self, check: Callable[[Path, dict[str, Any]], None], say: Say
     ) -> tuple[Path, dict[str, Any]]:
         """Return the newest usable checkpoint and what it holds; report newer ones that are not usable.
 
-        Args:
-            check: raises UserError for an unusable checkpoint, AnotherRunError for another run's.
-            say: gets a line for each checkpoint that is not usable, and one for the chosen one.
+        ``check`` raises UserError for an unusable checkpoint, AnotherRunError for another run's.
 
         Raises:
             UserError: no checkpoint is usable.
@@ -118,7 +117,7 @@ class RunFolder:
         reason = f"none of its {len(found)} checkpoints is usable" if found else "it holds no checkpoint"
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
-    def set_aside(self, step: int, say: Callable[[str], None]) -> None:
+    def set_aside(self, step: int, say: Say) -> None:
         """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
         if later and self._best_step() > step:

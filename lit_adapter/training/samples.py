@@ -14,26 +14,17 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.request import NonFiniteLogitsError
 from lit_adapter.training.processes import agree
-from lit_adapter.training.signals import Signals
 
 
 class Samples(Callback):
-    """Generates the sample answers.
-
-    Args:
-        assistant: the model in training, with its tokenizer and template.
-        records: the held-out records. Ones too long for the base's context are passed over.
-        options: how many samples, and of how many tokens.
-        signals: what has been received; a signal ends the generation.
+    """Generates the sample answers; passes over records that are too long for the base's context.
 
     Raises:
         UserError: `sample_tokens` leaves no room for a prompt.
     """
 
-    def __init__(
-        self, assistant: AdaptedLlama, records: Records | None, options: TrainerConfig, signals: Signals
-    ) -> None:
-        self.assistant, self.signals, self.max_new_tokens = assistant, signals, options.sample_tokens
+    def __init__(self, assistant: AdaptedLlama, records: Records | None, options: TrainerConfig) -> None:
+        self.assistant, self.max_new_tokens = assistant, options.sample_tokens
         room = assistant.model.config.context_length - options.sample_tokens
         if options.samples and room < 1:
             raise UserError(
@@ -46,8 +37,7 @@ class Samples(Callback):
             for record in records or ()
             if len(encode(tokenizer, record.instruction, record.input)) <= room
         )
-        chosen = islice(fitting, options.samples)
-        self.tasks = [(record.instruction, record.input, record.output) for record in chosen]
+        self.records = list(islice(fitting, options.samples))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Generate until a signal comes: on the first process, while the others wait in the next step.
@@ -55,29 +45,27 @@ class Samples(Callback):
         If the base is sharded, all processes generate the same tokens together.
         """
         together = isinstance(trainer.strategy, ModelParallelStrategy)
-        if not self.tasks or not (trainer.is_global_zero or together):
+        if not self.records or not (trainer.is_global_zero or together):
             return
         if trainer.logger is None or trainer.should_stop:
             return
 
         def stopped() -> bool:
             if together:
-                agree(trainer, pl_module.device, self.signals)
-            return bool(self.signals.agreed if together else self.signals.received)
+                agree(trainer, pl_module)
+            return bool(pl_module.signals.agreed if together else pl_module.signals.received)
 
-        pairs = [(instruction, input) for instruction, input, _ in self.tasks]
+        pairs = [(record.instruction, record.input) for record in self.records]
         try:
-            answers = self.assistant.generate_batch(
-                pairs, max_new_tokens=self.max_new_tokens, stopped=stopped
-            )
+            size = self.max_new_tokens
+            answers = self.assistant.generate_batch(pairs, max_new_tokens=size, stopped=stopped)
         except NonFiniteLogitsError:  # training counts such steps itself, and stops when there are too many
             answers = ["(no answer: the logits are NaN or infinite)"] * len(pairs)
         if stopped():
             return
-        for number, ((instruction, input, wanted), answer) in enumerate(
-            zip(self.tasks, answers, strict=True)
-        ):
-            parts = {"Instruction": instruction, "Input": input, "Answer": answer, "Reference": wanted}
+        for number, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
+            parts = {"Instruction": record.instruction, "Input": record.input}
+            parts |= {"Answer": answer, "Reference": record.output}
             text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
             trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -41,14 +42,14 @@ class _Total(torch.autograd.Function):
     """The sum over a group of processes; its backward pass sums the gradients of the copies."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, y: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         total = y.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _Total.apply(dy, ctx.group), None
 
 
@@ -117,7 +118,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(block, "project_prefix")
     for block, following in pairwise(model.layers):  # gathered while the block before it runs
         block.set_modules_to_forward_prefetch([following])
-    learning = [*dropwhile(_is_frozen, model.layers)]
+    learning = [*dropwhile(lambda block: not any(p.requires_grad for p in block.parameters()), model.layers)]
     # The lowest block names itself; otherwise FSDP2 gathers the one below, which has no backward pass.
     for below, block in pairwise(learning[:1] + learning):
         block.set_modules_to_backward_prefetch([below])
@@ -127,13 +128,7 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(model, "project_prefixes")
 
 
-def _is_frozen(block: Block) -> bool:
-    return not any(parameter.requires_grad for parameter in block.parameters())
-
-
-def read_shard(
-    tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.dtype, rank: int = 0
-) -> torch.Tensor:
+def read_shard(tensors: Any, name: str, parameter: Tensor, dtype: torch.dtype, rank: int = 0) -> Tensor:
     """Read from a tensor only the shard that this process holds.
 
     A dimension that is shorter than in the file was divided by `shard_heads`; shard ``rank`` of it is read.
@@ -159,12 +154,7 @@ def read_sharded_base(
 ) -> None:
     """Read this process's shard of a base, and move the rest of the model to its device.
 
-    Args:
-        model: sharded by `shard_heads` and `shard_base`.
-        base: the base folder.
-        device: of this process.
-        dtype: precision of the base.
-        rank: of this process among those that share the attention heads.
+    ``rank`` is this process's among those that share the attention heads.
 
     Raises:
         UserError: as `load_base`.
@@ -178,15 +168,7 @@ def read_sharded_base(
 
 
 class ShardedLitAdapter(LitAdapter):
-    """The same training on a base that is sharded, and then read, once the processes are connected.
-
-    Args:
-        model: an empty base with its adapter attached.
-        base: the base folder.
-        dtype: precision of the base.
-        args: of `LitAdapter`.
-        kwargs: of `LitAdapter`.
-    """
+    """The same training on an empty ``model``, sharded and then read once the processes are connected."""
 
     def __init__(self, model: Llama, *args: Any, base: Path, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)

@@ -51,9 +51,8 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together)
     together /= dist.get_world_size()
-    for gradient, mean in zip(
-        gradients, together.split([gradient.numel() for gradient in gradients]), strict=True
-    ):
+    means = together.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -95,9 +94,7 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
     _check_precision(options, device)
     whole = whole_because(options)
     if is_sharded(options) and whole:
-        raise UserError(
-            f"trainer.strategy is fsdp2, which does not go with trainer.{whole}; use bf16-true, or ddp"
-        )
+        raise UserError(f"trainer.strategy is fsdp2, which excludes trainer.{whole}; use bf16-true, or ddp")
     _check_tensor_parallel(options, processes_per_node(options, device))
     gpu = device.type == "cuda"
     # Two processes may share a core, to try several devices; more would only be slow.

@@ -107,7 +107,7 @@ def folder_deleted(bench: Bench) -> Outcome:
 def _deleting(folder: Path) -> Callable[..., None]:
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         shutil.rmtree(folder, ignore_errors=True)
-        self.save(trainer, trainer.global_step)
+        self.save(trainer)
 
     return on_train_batch_end
 
