@@ -98,7 +98,6 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     Raises:
         UserError: missing, damaged, from another program, or tensors that its metadata does not describe.
     """
-    path = Path(path)
     with reading(path):
         found = path.is_file()
     if not found:
@@ -121,16 +120,14 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
 
 def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """Compare names, shapes and types with the metadata before any tensor is read."""
-    names = set(file.keys())
-    if names != shapes.keys():
-        odd = sorted(names ^ shapes.keys())
-        raise UserError(f"{path}: tensors and metadata disagree, first at {odd[0]}")
+    odd = set(file.keys()) ^ shapes.keys()
+    if odd:
+        raise UserError(f"{path}: tensors and metadata disagree, first at {min(odd)}")
     for name, shape in shapes.items():
         entry = file.get_slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(entry.get_shape())}; its metadata says {list(shape)}"
-            )
+        given = entry.get_shape()
+        if tuple(given) != shape:
+            raise UserError(f"{path}: {name} has shape {list(given)}; its metadata says {list(shape)}")
         if entry.get_dtype() != "F32":
             raise UserError(f"{path}: {name} is {entry.get_dtype()}; an adapter is kept in F32")
 
@@ -158,11 +155,7 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
 
 
 def _check_types(raw: Any) -> None:
-    """Refuse metadata whose values are of other types than `save_adapter` writes.
-
-    Raises:
-        ValueError: names the first.
-    """
+    """Refuse, by ValueError, metadata whose values are of other types than `save_adapter` writes."""
     whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
     for part, kinds in (("adapter", AdapterConfig), ("base", BaseIdentity), ("", whole)):
         values = raw[part] if part else raw
@@ -188,15 +181,10 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
-    """Refuse an adapter on another base than it was trained on.
-
-    Args:
-        info: of the adapter.
-        folder: the base's.
-        path: the adapter's, for messages.
+    """Refuse the adapter at ``path`` on another base than it was trained on.
 
     Raises:
-        UserError: not a base, or another one, with both names.
+        UserError: ``folder`` is not a base, or another one, with both names.
     """
     base = base_identity(folder)
     if info.base.weights != base.weights:

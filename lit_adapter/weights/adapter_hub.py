@@ -36,10 +36,10 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
     names, commit = list_files(name, revision)
     if ADAPTER not in names:
         theirs = next((file for file in PEFT_WEIGHTS if file in names), None)
-        hint = f"; it has {theirs}: fetch its files and use scripts/convert_adapter.py" if theirs else ""
-        raise UserError(
-            f"{name}: has no {ADAPTER}{hint or '; only adapters pushed by lit_adapter are fetched'}"
-        )
+        hint = "only adapters pushed by lit_adapter are fetched"
+        if theirs:
+            hint = f"it has {theirs}: fetch its files and use scripts/convert_adapter.py"
+        raise UserError(f"{name}: has no {ADAPTER}; {hint}")
     with tempfile.TemporaryDirectory() as scratch:
         fetch_files(name, commit, [ADAPTER], Path(scratch))
         from lit_adapter.weights.adapter_file import read_adapter

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> LlamaConfig:
     Raises:
         UserError: no readable ``config.json``, or one that does not describe a LLaMA.
     """
-    path = Path(folder) / CONFIG
+    path = folder / CONFIG
     return LlamaConfig.from_hf(read_object(path), source=str(path))
 
 
@@ -90,7 +90,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder was not made by ``scripts/convert.py``, or by a newer version of it.
     """
-    path = Path(folder) / FINGERPRINT
+    path = folder / FINGERPRINT
     if not path.is_file():
         raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
     fingerprint = read_object(path)
@@ -113,7 +113,7 @@ def missing_part(folder: Path) -> str | None:
         UserError: no readable fingerprint.
     """
     for name, size in read_fingerprint(folder)["files"].items():
-        path = Path(folder) / name
+        path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -125,7 +125,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over names, sizes and contents of the folder's tokenizer files."""
     digest = hashlib.sha256()
     for name in sorted(TOKENIZER_FILES):
-        path = Path(folder) / name
+        path = folder / name
         if path.is_file():
             content = path.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode())

@@ -31,7 +31,7 @@ class Source(ABC):
     """Of every tensor of the base, as `tensor` returns it, by Hugging Face's name."""
     token_ids: dict[str, Any]
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` if known, for ``config.json``."""
-    generation: dict[str, Any] | None
+    generation: dict[str, Any] | None = None
     """Content of ``generation_config.json``, if known."""
 
     @abstractmethod
