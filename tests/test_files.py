@@ -143,7 +143,7 @@ def of_base(path: Path, size: int) -> None:
     """The weights of a converted base, streamed tensor by tensor."""
     tensor = torch.zeros(size // 4)
     entries = [Entry("a", (size // 4,), torch.float32)]
-    write_tensors(path.parent, entries, lambda _: tensor, str, max_file_bytes=10**9)
+    write_tensors(path.parent, entries, lambda _: tensor, str)
 
 
 def of_answers(path: Path, size: int) -> None:

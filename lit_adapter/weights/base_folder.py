@@ -43,12 +43,9 @@ def find_base(name: str) -> Path:
     """
     folder = Path("checkpoints") / name
     with reading(folder):
-        found = folder.is_dir()
-    if not found:
-        raise UserError(
-            f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
-        )
-    return folder
+        if folder.is_dir():
+            return folder
+    raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
 
 
 def base_at_hand(name: str) -> Path | None:
@@ -59,11 +56,7 @@ def base_at_hand(name: str) -> Path | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        UserError: it cannot be read, is not JSON, or holds something else.
-    """
+    """Read a JSON file; a UserError says that it cannot be read, is not JSON, or does not hold an object."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object")

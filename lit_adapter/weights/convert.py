@@ -36,8 +36,6 @@ from lit_adapter.weights.output_folder import (
 from lit_adapter.weights.source import Source
 from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
-MAX_FILE_BYTES = 5_000_000_000
-
 
 def convert(
     source: Path,
@@ -46,7 +44,6 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     origin: dict[str, Any] | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Convert a checkpoint, into a base folder that appears whole or not at all, and return ``out``.
@@ -58,7 +55,6 @@ def convert(
             quantised GGUF types become float32, which holds their values exactly.
         overwrite: replace a converted base that is already there, once the new one is complete.
         origin: what the fingerprint says of the source; by default its format and file name.
-        max_file_bytes: above this size, the weights are split into numbered files.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -72,7 +68,7 @@ def convert(
     with _naming(source):
         checkpoint = _open_source(source)
     origin = origin or {"format": checkpoint.format, "name": source.resolve().name}
-    write_base(checkpoint, source, out, dtype, origin, max_file_bytes, progress)
+    write_base(checkpoint, source, out, dtype, origin, progress)
     return out
 
 
@@ -82,7 +78,6 @@ def write_base(
     out: Path,
     dtype: str | None,
     origin: dict[str, Any],
-    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
@@ -102,15 +97,14 @@ def write_base(
             checkpoint.write_tokenizer(scratch)
             check_vocabulary(load_tokenizer(scratch), checkpoint.config.vocab_size)
         check_free(out, sum(entry.n_bytes for entry in entries))
-        weights = write_tensors(
-            scratch,
-            entries,
-            checkpoint.tensor,
-            checkpoint.label,
-            max_file_bytes=max_file_bytes,
-            progress=progress,
-        )
-        _write_configs(scratch, checkpoint, entries)
+        weights = write_tensors(scratch, entries, checkpoint.tensor, checkpoint.label, progress)
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in entries:
+            sizes[entry.dtype] += entry.n_bytes
+        main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+        write_json(scratch / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
+        if checkpoint.generation is not None:
+            write_json(scratch / GENERATION_CONFIG, checkpoint.generation)
         fingerprint = {
             "format": FORMAT_VERSION,
             "weights": weights,
@@ -155,13 +149,3 @@ def _naming(source: Path, copy: Path | None = None) -> Iterator[None]:
     except UserError as error:
         message = str(error) if copy is None else str(error).replace(str(copy), str(source))
         raise UserError(message if str(source) in message else f"{source}: {message}") from None
-
-
-def _write_configs(folder: Path, checkpoint: Source, entries: list[Entry]) -> None:
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in entries:
-        sizes[entry.dtype] += entry.n_bytes
-    main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
-    write_json(folder / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
-    if checkpoint.generation is not None:
-        write_json(folder / GENERATION_CONFIG, checkpoint.generation)

@@ -67,13 +67,11 @@ def _is_zipped(path: Path) -> bool:
 def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) -> Any:
     """Return what PyTorch's restricted unpickler reads from a ``torch.save`` file, mapped if possible.
 
-    Args:
-        path: the file.
-        instead: what the user can do if the file holds types that could run code.
-        safe_globals: types that it may build besides PyTorch's own.
+    It may build ``safe_globals`` besides PyTorch's own types.
 
     Raises:
-        UserError: damaged, or holding another type; no code of the file has run.
+        UserError: damaged, or holding another type, with ``instead``, what the user can do then; no code of
+            the file has run.
     """
     mapped = _is_zipped(path)
     try:

@@ -22,6 +22,7 @@ from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
+MAX_FILE_BYTES = 5_000_000_000
 CHUNK = 4_194_304
 """Elements that are checked, cast, hashed and written together."""
 
@@ -45,19 +46,13 @@ def write_tensors(
     entries: Sequence[Entry],
     load: Callable[[str], Tensor],
     label: Callable[[str], str],
-    *,
-    max_file_bytes: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """Write entries in the order of their names into one or several files.
+    """Write entries in the order of their names into an existing folder.
 
-    Args:
-        folder: an existing folder.
-        entries: what to write.
-        load: returns a tensor by name; it is called once for each entry.
-        label: returns where a tensor comes from, for messages.
-        max_file_bytes: above this size, several files and an index are written.
-        progress: called with (bytes done, bytes in all).
+    Above `MAX_FILE_BYTES`, these are several files and an index. ``load`` returns a tensor by name and is
+    called once for each, ``label`` says where one comes from, for messages, and ``progress`` is called with
+    (bytes done, bytes in all).
 
     Returns:
         The SHA-256 over name, dtype, shape and bytes of every tensor in name order.
@@ -68,7 +63,7 @@ def write_tensors(
     entries = sorted(entries, key=lambda entry: entry.name)
     n_total, n_done = sum(entry.n_bytes for entry in entries), 0
     digest = hashlib.sha256()
-    groups = grouped(entries, lambda entry: entry.n_bytes, max_file_bytes)
+    groups = grouped(entries, lambda entry: entry.n_bytes, MAX_FILE_BYTES)
     weight_map = {}
     for number, group in enumerate(groups, 1):
         name = WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
