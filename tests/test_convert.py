@@ -22,6 +22,7 @@ from warm_runs import run_code
 
 from lit_adapter.model.config import LlamaConfig, RopeConfig
 from lit_adapter.model.layout import base_shapes
+from lit_adapter.weights import tensor_writer
 from lit_adapter.weights.base_folder import missing_part, read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
@@ -204,10 +205,11 @@ def test_gguf_rope_table_becomes_llama3_scaling(tmp_path: Path) -> None:
     assert_same_model(out, model)
 
 
-def test_large_models_are_cut_into_indexed_files(tmp_path: Path) -> None:
+def test_large_models_are_cut_into_indexed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_llama()
     source = write_hf(model, tmp_path / "source")
-    out = convert(source, tmp_path / "out", max_file_bytes=150_000)
+    monkeypatch.setattr(tensor_writer, "MAX_FILE_BYTES", 150_000)
+    out = convert(source, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2
@@ -325,9 +327,12 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = random_llama(seed=1)
-    out = convert(write_hf(random_llama(), tmp_path / "a"), tmp_path / "out", max_file_bytes=150_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_writer, "MAX_FILE_BYTES", 150_000)
+        out = convert(write_hf(random_llama(), tmp_path / "a"), tmp_path / "out")
+    assert (out / "model.safetensors.index.json").is_file()
     convert(write_hf(new, tmp_path / "b"), out, overwrite=True)
     assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
     assert_same_model(out, new)

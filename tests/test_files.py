@@ -32,7 +32,7 @@ from lit_adapter.files.write import check_writable, durable_path, sweep, write_b
 from lit_adapter.generation.prompt_file import Answers, read_prompts
 from lit_adapter.training.checkpoint import METADATA_KEY, PARTS, DurableCheckpointIO, read_checkpoint
 from lit_adapter.weights.adapter_file import read_adapter, save_adapter
-from lit_adapter.weights.tensor_writer import Entry, TensorWriter
+from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
 KILLS = 50
 
@@ -142,8 +142,8 @@ def of_checkpoint(path: Path, size: int) -> None:
 def of_base(path: Path, size: int) -> None:
     """The weights of a converted base, streamed tensor by tensor."""
     tensor = torch.zeros(size // 4)
-    writer = TensorWriter(path.parent, lambda _: tensor, str, max_file_bytes=10**9)
-    writer.write([Entry("a", (size // 4,), torch.float32)])
+    entries = [Entry("a", (size // 4,), torch.float32)]
+    write_tensors(path.parent, entries, lambda _: tensor, str)
 
 
 def of_answers(path: Path, size: int) -> None:

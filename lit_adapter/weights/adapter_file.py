@@ -79,15 +79,7 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
         UserError: tensors that do not fit ``info`` or are not finite, or a file that cannot be written.
     """
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
-    described = {
-        "format_version": FORMAT_VERSION,
-        "adapter": asdict(info.adapter),
-        "base": asdict(info.base),
-        "base_config": info.base_config,
-        "template": info.template.to_dict(),
-        "mask_prompt": info.mask_prompt,
-        "training": info.training,
-    }
+    described = {"format_version": FORMAT_VERSION, **asdict(info)}
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
     write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
 
@@ -98,11 +90,9 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     Raises:
         UserError: missing, damaged, from another program, or tensors that its metadata does not describe.
     """
-    path = Path(path)
     with reading(path):
-        found = path.is_file()
-    if not found:
-        raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
+        if not path.is_file():
+            raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get(METADATA_KEY)
@@ -121,22 +111,19 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
 
 def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """Compare names, shapes and types with the metadata before any tensor is read."""
-    names = set(file.keys())
-    if names != shapes.keys():
-        odd = sorted(names ^ shapes.keys())
-        raise UserError(f"{path}: tensors and metadata disagree, first at {odd[0]}")
+    odd = set(file.keys()) ^ shapes.keys()
+    if odd:
+        raise UserError(f"{path}: tensors and metadata disagree, first at {min(odd)}")
     for name, shape in shapes.items():
         entry = file.get_slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(entry.get_shape())}; its metadata says {list(shape)}"
-            )
+        given = entry.get_shape()
+        if tuple(given) != shape:
+            raise UserError(f"{path}: {name} has shape {list(given)}; its metadata says {list(shape)}")
         if entry.get_dtype() != "F32":
             raise UserError(f"{path}: {name} is {entry.get_dtype()}; an adapter is kept in F32")
 
 
 def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int, ...]]]:
-    """Return what an adapter file says of itself, and the shapes that follow from it."""
     try:
         raw = json.loads(metadata)
         if raw["format_version"] != FORMAT_VERSION:
@@ -158,15 +145,12 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
 
 
 def _check_types(raw: Any) -> None:
-    """Refuse metadata whose values are of other types than `save_adapter` writes.
-
-    Raises:
-        ValueError: names the first.
-    """
+    """Refuse, by ValueError, metadata whose values are of other types than `save_adapter` writes."""
     whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
-    for part, kinds in (("adapter", AdapterConfig), ("base", BaseIdentity), ("", whole)):
+    adapter, base = get_type_hints(AdapterConfig), get_type_hints(BaseIdentity)
+    for part, kinds in (("adapter", adapter), ("base", base), ("", whole)):
         values = raw[part] if part else raw
-        for key, kind in (kinds if isinstance(kinds, dict) else get_type_hints(kinds)).items():
+        for key, kind in kinds.items():
             if part == "adapter" and key not in values:
                 continue  # a field that the version that wrote the file did not have has its default
             if not _is_a(values[key], kind):
@@ -188,15 +172,10 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
-    """Refuse an adapter on another base than it was trained on.
-
-    Args:
-        info: of the adapter.
-        folder: the base's.
-        path: the adapter's, for messages.
+    """Refuse the adapter at ``path`` on another base than it was trained on.
 
     Raises:
-        UserError: not a base, or another one, with both names.
+        UserError: ``folder`` is not a base, or another one, with both names.
     """
     base = base_identity(folder)
     if info.base.weights != base.weights:

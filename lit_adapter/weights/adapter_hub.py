@@ -19,15 +19,9 @@ PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[str]:
-    """Fetch an adapter, check it, and put it at ``out``.
+    """Fetch the adapter ``org/name``, check it, put it at ``out``, and return lines for the user.
 
-    Args:
-        name: ``org/name`` on the Hub.
-        out: the file to write; if it is there already, it has to be the same.
-        revision: branch, tag or commit.
-
-    Returns:
-        Lines for the user.
+    ``revision`` is a branch, tag or commit.
 
     Raises:
         UserError: no such repository, none or a damaged adapter in it, or another file at ``out``.
@@ -36,10 +30,10 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
     names, commit = list_files(name, revision)
     if ADAPTER not in names:
         theirs = next((file for file in PEFT_WEIGHTS if file in names), None)
-        hint = f"; it has {theirs}: fetch its files and use scripts/convert_adapter.py" if theirs else ""
-        raise UserError(
-            f"{name}: has no {ADAPTER}{hint or '; only adapters pushed by lit_adapter are fetched'}"
-        )
+        hint = "only adapters pushed by lit_adapter are fetched"
+        if theirs:
+            hint = f"it has {theirs}: fetch its files and use scripts/convert_adapter.py"
+        raise UserError(f"{name}: has no {ADAPTER}; {hint}")
     with tempfile.TemporaryDirectory() as scratch:
         fetch_files(name, commit, [ADAPTER], Path(scratch))
         from lit_adapter.weights.adapter_file import read_adapter
@@ -65,13 +59,8 @@ def push_adapter(
 ) -> tuple[str, str | None]:
     """Upload an adapter to a repository of the Hub, which is created if necessary.
 
-    A model card that is already there stays unless ``card`` is given: its author may have completed it.
-
-    Args:
-        adapter: an ``adapter.safetensors``.
-        name: ``org/name``.
-        private: make a new repository private.
-        card: a file with the model card; by default one is written from the adapter's metadata.
+    A new repository can be ``private``. The file ``card`` is its model card; by default, one is written from
+    the adapter's metadata, unless a card is already there: its author may have completed it.
 
     Returns:
         The commit's address, and the card that was written, or None if the repository keeps its own.

@@ -43,12 +43,9 @@ def find_base(name: str) -> Path:
     """
     folder = Path("checkpoints") / name
     with reading(folder):
-        found = folder.is_dir()
-    if not found:
-        raise UserError(
-            f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base"
-        )
-    return folder
+        if folder.is_dir():
+            return folder
+    raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
 
 
 def base_at_hand(name: str) -> Path | None:
@@ -59,11 +56,7 @@ def base_at_hand(name: str) -> Path | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        UserError: it cannot be read, is not JSON, or holds something else.
-    """
+    """Read a JSON file; a UserError says that it cannot be read, is not JSON, or does not hold an object."""
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -76,7 +69,7 @@ def read_config(folder: Path) -> LlamaConfig:
     Raises:
         UserError: no readable ``config.json``, or one that does not describe a LLaMA.
     """
-    path = Path(folder) / CONFIG
+    path = folder / CONFIG
     return LlamaConfig.from_hf(read_object(path), source=str(path))
 
 
@@ -90,7 +83,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder was not made by ``scripts/convert.py``, or by a newer version of it.
     """
-    path = Path(folder) / FINGERPRINT
+    path = folder / FINGERPRINT
     if not path.is_file():
         raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
     fingerprint = read_object(path)
@@ -113,7 +106,7 @@ def missing_part(folder: Path) -> str | None:
         UserError: no readable fingerprint.
     """
     for name, size in read_fingerprint(folder)["files"].items():
-        path = Path(folder) / name
+        path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -125,7 +118,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over names, sizes and contents of the folder's tokenizer files."""
     digest = hashlib.sha256()
     for name in sorted(TOKENIZER_FILES):
-        path = Path(folder) / name
+        path = folder / name
         if path.is_file():
             content = path.read_bytes()
             digest.update(f"{name} {len(content)}\n".encode())

@@ -34,9 +34,7 @@ from lit_adapter.weights.output_folder import (
     sweep_leftovers,
 )
 from lit_adapter.weights.source import Source
-from lit_adapter.weights.tensor_writer import Entry, TensorWriter
-
-MAX_FILE_BYTES = 5_000_000_000
+from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
 
 def convert(
@@ -46,10 +44,9 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     origin: dict[str, Any] | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Convert a checkpoint into a base folder, which appears whole or not at all.
+    """Convert a checkpoint, into a base folder that appears whole or not at all, and return ``out``.
 
     Args:
         source: a Hugging Face folder, a Meta folder, or a GGUF file.
@@ -58,24 +55,20 @@ def convert(
             quantised GGUF types become float32, which holds their values exactly.
         overwrite: replace a converted base that is already there, once the new one is complete.
         origin: what the fingerprint says of the source; by default its format and file name.
-        max_file_bytes: above this size, the weights are split into numbered files.
         progress: called with (bytes written, bytes in all).
-
-    Returns:
-        ``out``.
 
     Raises:
         UserError: a damaged or unknown source, an output that must not be replaced, or a full disk.
     """
-    source, out = Path(source), Path(out).absolute()
+    out = out.absolute()
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     sweep_leftovers(out)
     check_output(out, source, overwrite=overwrite)
     with _naming(source):
-        checkpoint = open_source(source)
+        checkpoint = _open_source(source)
     origin = origin or {"format": checkpoint.format, "name": source.resolve().name}
-    write_base(checkpoint, source, out, dtype, origin, max_file_bytes, progress)
+    write_base(checkpoint, source, out, dtype, origin, progress)
     return out
 
 
@@ -85,7 +78,6 @@ def write_base(
     out: Path,
     dtype: str | None,
     origin: dict[str, Any],
-    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
@@ -105,23 +97,33 @@ def write_base(
             checkpoint.write_tokenizer(scratch)
             check_vocabulary(load_tokenizer(scratch), checkpoint.config.vocab_size)
         check_free(out, sum(entry.n_bytes for entry in entries))
-        writer = TensorWriter(
-            scratch, checkpoint.tensor, checkpoint.label, max_file_bytes=max_file_bytes, progress=progress
-        )
-        weights = writer.write(entries)
-        _write_configs(scratch, checkpoint, entries)
-        _write_fingerprint(scratch, weights, origin)
+        weights = write_tensors(scratch, entries, checkpoint.tensor, checkpoint.label, progress)
+        sizes: Counter[torch.dtype] = Counter()
+        for entry in entries:
+            sizes[entry.dtype] += entry.n_bytes
+        main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+        write_json(scratch / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
+        if checkpoint.generation is not None:
+            write_json(scratch / GENERATION_CONFIG, checkpoint.generation)
+        fingerprint = {
+            "format": FORMAT_VERSION,
+            "weights": weights,
+            "tokenizer": tokenizer_fingerprint(scratch),
+            "files": {
+                path.name: path.stat().st_size
+                for path in sorted(scratch.iterdir())
+                if not path.name.startswith(".")
+            },
+            "source": origin,
+        }
+        write_json(scratch / FINGERPRINT, fingerprint)
         if check is not None:
             check(scratch)
         move_into_place(scratch, out)
 
 
-def open_source(source: Path) -> Source:
-    """Recognise a checkpoint and check everything about it except the values of its tensors.
-
-    Raises:
-        UserError: nothing there, an unknown format, or a damaged checkpoint.
-    """
+def _open_source(source: Path) -> Source:
+    """Recognise a checkpoint and check everything about it except the values of its tensors."""
     if source.is_file():
         if source.suffix in (".safetensors", ".bin", ".pth", ".pt"):
             raise UserError(f"{source}: give the folder that holds it, with its {CONFIG} or {PARAMS}")
@@ -147,27 +149,3 @@ def _naming(source: Path, copy: Path | None = None) -> Iterator[None]:
     except UserError as error:
         message = str(error) if copy is None else str(error).replace(str(copy), str(source))
         raise UserError(message if str(source) in message else f"{source}: {message}") from None
-
-
-def _write_configs(folder: Path, checkpoint: Source, entries: list[Entry]) -> None:
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in entries:
-        sizes[entry.dtype] += entry.n_bytes
-    main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
-    write_json(folder / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
-    if checkpoint.generation is not None:
-        write_json(folder / GENERATION_CONFIG, checkpoint.generation)
-
-
-def _write_fingerprint(folder: Path, weights: str, origin: dict[str, Any]) -> None:
-    files = {
-        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-    }
-    fingerprint = {
-        "format": FORMAT_VERSION,
-        "weights": weights,
-        "tokenizer": tokenizer_fingerprint(folder),
-        "files": files,
-        "source": origin,
-    }
-    write_json(folder / FINGERPRINT, fingerprint)

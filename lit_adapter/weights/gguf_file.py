@@ -46,10 +46,6 @@ class GGUFSource(Source):
     """One GGUF file.
 
     F32, F16 and BF16 keep their type; quantised types become float32, which holds their values exactly.
-
-    Raises:
-        UserError: another architecture, a type that cannot be dequantised, a truncated file, or tensors
-            that do not fit the file's own keys.
     """
 
     format = "gguf"
@@ -158,8 +154,7 @@ class GGUFSource(Source):
             kind = tensor.tensor_type
             try:
                 # One block of zeros tells whether the package can expand the type, without reading any.
-                n_bytes = gguf.GGML_QUANT_SIZES[kind][1]
-                gguf.quants.dequantize(np.zeros((1, n_bytes), np.uint8), kind)
+                gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
             except NotImplementedError:
                 raise UserError(
                     f"{self.path}: tensor {name} is of type {kind.name}, which cannot be expanded; "
@@ -168,22 +163,21 @@ class GGUFSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, dequantised, with q and k rows in Hugging Face's order."""
-        return half_split(name, self._dequantised(self._tensors[self._names[name]]), self.config)
-
-    def _dequantised(self, tensor: Any) -> Tensor:
         import gguf
 
+        tensor = self._tensors[self._names[name]]
         shape = tuple(int(n) for n in reversed(tensor.shape))
         content = read_bytes(self.path, int(tensor.data_offset), int(tensor.n_bytes))
         if tensor.tensor_type.name in FLOATS:
-            return torch.frombuffer(content, dtype=FLOATS[tensor.tensor_type.name]).view(shape)
+            plain = torch.frombuffer(content, dtype=FLOATS[tensor.tensor_type.name]).view(shape)
+            return half_split(name, plain, self.config)
         n_rows = math.prod(shape[:-1])
         packed = np.frombuffer(content, np.uint8).reshape(n_rows, -1)
         expanded = np.empty((n_rows, shape[-1]), np.float32)
         for start in range(0, n_rows, ROWS):
             block = slice(start, start + ROWS)
             expanded[block] = gguf.quants.dequantize(packed[block], tensor.tensor_type)
-        return torch.from_numpy(expanded).view(shape)
+        return half_split(name, torch.from_numpy(expanded).view(shape), self.config)
 
     def label(self, name: str) -> str:
         """Return the file and GGUF's name."""
@@ -204,7 +198,7 @@ class GGUFSource(Source):
         for key, value in ids.items():
             if not 0 <= value < self.config.vocab_size:
                 raise UserError(f"{self.path}: {key} is {value}; expected below {self.config.vocab_size}")
-        self.token_ids, self.generation = ids, None
+        self.token_ids = ids
         end_of_turn = self.fields.get("tokenizer.ggml.eot_token_id")
         if end_of_turn is not None and end_of_turn != ids.get("eos_token_id"):
             stops = [value for value in (ids.get("eos_token_id"), end_of_turn) if value is not None]

@@ -28,12 +28,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class HuggingFaceSource(Source):
-    """A folder as transformers writes it.
-
-    Raises:
-        UserError: another architecture, a file that is absent, damaged or outside the folder, or
-            tensors that do not fit ``config.json``.
-    """
+    """A folder as transformers writes it, checked against its ``config.json``."""
 
     format = "huggingface"
 
@@ -42,7 +37,6 @@ class HuggingFaceSource(Source):
         raw = read_object(member(folder, CONFIG))
         self.config = LlamaConfig.from_hf(raw, source=str(folder / CONFIG))
         self.token_ids = _token_ids(raw, self.config.vocab_size, folder / CONFIG)
-        self.generation = None
         if (folder / GENERATION_CONFIG).is_file():
             self.generation = read_object(member(folder, GENERATION_CONFIG))
         self._index, self._shard_of = _open_shards(folder)
@@ -52,9 +46,11 @@ class HuggingFaceSource(Source):
         }
 
     def _check_names(self) -> None:
-        shapes = {name: shard.shapes[name] for name, shard in self._shard_of.items()}
-        # Old checkpoints hold RoPE's frequencies, which follow from the configuration.
-        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+        shapes = {
+            name: shard.shapes[name]
+            for name, shard in self._shard_of.items()
+            if not name.endswith("rotary_emb.inv_freq")  # in old checkpoints; follows from the configuration
+        }
         if self.config.tie_embeddings and OUTPUT_LAYER in shapes and EMBEDDING in shapes:
             del shapes[OUTPUT_LAYER]
             output, embedding = self.tensor(OUTPUT_LAYER), self.tensor(EMBEDDING)
@@ -83,11 +79,8 @@ class HuggingFaceSource(Source):
 
 def _open_shards(folder: Path) -> tuple[Path, dict[str, Shard]]:
     """Return the file that lists the tensors, and the shard of each of them."""
-    kinds: tuple[tuple[str, str, type[SafetensorsShard] | type[TorchShard]], ...] = (
-        (WEIGHTS, WEIGHTS_INDEX, SafetensorsShard),
-        (BIN, BIN_INDEX, TorchShard),
-    )
-    for single, index, kind in kinds:
+    kinds: tuple[type[Shard], ...] = (SafetensorsShard, TorchShard)
+    for single, index, kind in zip((WEIGHTS, BIN), (WEIGHTS_INDEX, BIN_INDEX), kinds, strict=True):
         if (folder / single).is_file():
             shard = kind(member(folder, single))
             return shard.path, dict.fromkeys(shard.shapes, shard)
@@ -96,9 +89,7 @@ def _open_shards(folder: Path) -> tuple[Path, dict[str, Shard]]:
     raise UserError(f"{folder}: no weights; expected {WEIGHTS}, {WEIGHTS_INDEX}, {BIN} or {BIN_INDEX} there")
 
 
-def _open_index(
-    folder: Path, index: str, kind: type[SafetensorsShard] | type[TorchShard]
-) -> tuple[Path, dict[str, Shard]]:
+def _open_index(folder: Path, index: str, kind: type[Shard]) -> tuple[Path, dict[str, Shard]]:
     path = member(folder, index)
     weight_map = read_object(path).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else []
@@ -121,12 +112,9 @@ def _open_index(
 
 
 def _token_ids(raw: dict[str, Any], vocab_size: int, path: Path) -> dict[str, Any]:
-    ids = {}
-    for key in ("bos_token_id", "eos_token_id"):
-        if raw.get(key) is None:
-            continue
-        ids[key] = raw[key]
-        for value in raw[key] if isinstance(raw[key], list) else [raw[key]]:
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
+    for key, given in ids.items():
+        for value in given if isinstance(given, list) else [given]:
             if not isinstance(value, int) or not 0 <= value < vocab_size:
                 raise UserError(f"{path}: {key} is {value!r}; expected an id below vocab_size {vocab_size}")
     pad = raw.get("pad_token_id")

@@ -24,15 +24,10 @@ def _read_whole(tensors: Any, name: str, parameter: torch.Tensor, dtype: torch.d
 
 
 def load_base(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Llama:
-    """Load a frozen base.
+    """Load a frozen base from a converted folder, ``checkpoints/<name>``.
 
     Tensors are read, moved and cast one at a time. On a CPU, a tensor that is stored in ``dtype`` stays in
     the memory map and takes no memory of its own.
-
-    Args:
-        folder: a converted base, ``checkpoints/<name>``.
-        device: where its tensors go.
-        dtype: their precision there.
 
     Raises:
         UserError: a tensor that is missing, unexpected, misshapen or unreadable.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ def merge(
         UserError: an adapter that cannot be merged, another base, or an output that must not be replaced.
     """
     info, state = read_adapter(adapter)
-    refuse_unmergeable(info, adapter)
+    _refuse_unmergeable(info, adapter)
     folder = find_base(info.base.name) if base is None else base
     check_base(info, folder, adapter)
     out = out.absolute()
@@ -67,7 +66,7 @@ def merge(
         _check_finite(after, f"{out}: its logits are NaN or infinite in {dtype}; use --dtype float32")
         differences.append(float((before - after).abs().max()))
 
-    merged = MergedSource(folder, adapter, state)
+    merged = _MergedSource(folder, adapter, state)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
     return (
         f"largest logit difference {differences[0]:.3g} between adapter and merged model "
@@ -80,12 +79,7 @@ def _check_finite(found: Tensor, message: str) -> None:
         raise UserError(message)
 
 
-def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
-    """Refuse an adapter that a plain LLaMA cannot express.
-
-    Raises:
-        UserError: the adapter has prompts, or adapts the output layer.
-    """
+def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
     if info.adapter.prompt_length:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
@@ -99,7 +93,7 @@ def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
         )
 
 
-class MergedSource(Source):
+class _MergedSource(Source):
     """A base folder whose tensors are merged with an adapter's, in fp32."""
 
     format = "merged"
@@ -108,15 +102,10 @@ class MergedSource(Source):
         self.base, self.adapter, self.state = HuggingFaceSource(base), adapter, state
         self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
         self.dtypes = dict.fromkeys(base_shapes(self.config), torch.float32)
-        self.token_ids: dict[str, Any] = self.base.token_ids
+        self.token_ids = self.base.token_ids
         self.generation = self.base.generation
 
     def tensor(self, name: str) -> Tensor:
-        """Return a merged tensor.
-
-        Raises:
-            UserError: the adapter makes it infinite.
-        """
         merged = self._merged(name)
         if not bool(torch.isfinite(merged).all()):
             raise UserError(f"{self.label(name)} is beyond the range of float32; train the adapter again")
@@ -136,9 +125,7 @@ class MergedSource(Source):
         return scale * (own + self.state[f"{module}.adapter_bias"])
 
     def label(self, name: str) -> str:
-        """Return the file and the name."""
         return f"{self.adapter}: merged tensor {name}"
 
     def write_tokenizer(self, out: Path) -> None:
-        """Copy the base's tokenizer."""
         self.base.write_tokenizer(out)

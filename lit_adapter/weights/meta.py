@@ -33,11 +33,7 @@ SHARDED_BY_INPUTS = tuple(f".{MODULES[name]}.weight" for name in ("self_attn.o_p
 
 
 class MetaSource(Source):
-    """A folder as Meta ships it.
-
-    Raises:
-        UserError: a shard that is absent or damaged, or tensors that do not fit ``params.json``.
-    """
+    """A folder as Meta ships it, checked against its ``params.json``."""
 
     format = "meta"
 
@@ -99,33 +95,31 @@ class MetaSource(Source):
         return 1 if name.endswith(SHARDED_BY_INPUTS) else 0
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
-        shapes = [shard.shapes[name] for shard in self.shards]
-        odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-        if odd is not None:
-            raise UserError(
-                f"{self.shards[odd].path}: tensor {name} has shape {list(shapes[odd])}, "
-                f"but {list(shapes[0])} in {self.shards[0].path.name}"
-            )
-        dim = self._dims[name]
-        return tuple(size * len(shapes) if i == dim else size for i, size in enumerate(shapes[0]))
+        first = self.shards[0]
+        shape, dim = first.shapes[name], self._dims[name]
+        for shard in self.shards[1:]:
+            if shard.shapes[name] != shape:
+                raise UserError(
+                    f"{shard.path}: tensor {name} has shape {list(shard.shapes[name])}, "
+                    f"but {list(shape)} in {first.path.name}"
+                )
+        return tuple(size * len(self.shards) if i == dim else size for i, size in enumerate(shape))
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor joined from all ranks, with q and k rows in Hugging Face's order."""
         theirs = self._names[name]
         dim = self._dims[theirs]
         if dim is None:
-            tensor = self.shards[0].tensor(theirs)
-        else:
-            tensor = torch.cat([shard.tensor(theirs) for shard in self.shards], dim)
-        return half_split(name, tensor, self.config)
+            return half_split(name, self.shards[0].tensor(theirs), self.config)
+        joined = torch.cat([shard.tensor(theirs) for shard in self.shards], dim)
+        return half_split(name, joined, self.config)
 
     def label(self, name: str) -> str:
         """Return the file and Meta's name."""
         return f"{self.shards[0].path}: tensor {self._names[name]}"
 
     def _tokenizer_folder(self) -> Path:
-        folders = (self.folder, self.folder.absolute().parent)
-        for folder in folders:
+        for folder in (self.folder, self.folder.absolute().parent):
             if (folder / "tokenizer.model").is_file():
                 return folder
         raise UserError(f"{self.folder}: no tokenizer.model there or in the folder above")
@@ -137,7 +131,6 @@ class MetaSource(Source):
     def _read_token_ids(self) -> None:
         """Read BOS and EOS from the tokenizer, the only file of Meta's that has them."""
         path = self._tokenizer_folder() / "tokenizer.model"
-        self.generation = None
         n_ranks = _count_ranks(path)
         if n_ranks is None:
             self.token_ids = _sentencepiece_ids(path)
@@ -162,14 +155,9 @@ def _open_shards(folder: Path) -> list[TorchShard]:
 
 def _count_ranks(path: Path) -> int | None:
     """Return how many ranks a LLaMA 3 tokenizer lists, or None for a sentencepiece model."""
-    n_ranks = 0
     with path.open("rb") as stream:
-        for line in stream:
-            parts = line.split()
-            if len(parts) != 2 or not parts[1].isdigit():
-                return None
-            n_ranks += 1
-    return n_ranks
+        lines = [line.split() for line in stream]
+    return len(lines) if all(len(parts) == 2 and parts[1].isdigit() for parts in lines) else None
 
 
 def _sentencepiece_ids(path: Path) -> dict[str, int]:

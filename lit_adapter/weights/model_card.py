@@ -10,7 +10,6 @@ from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.base_folder import read_fingerprint
 
-LICENSE_LINE = "# license: yours to fill in; base and data have terms of their own"
 _TRAINING = {
     "data": "data",
     "epochs": "epochs",
@@ -24,21 +23,19 @@ _TRAINING = {
 
 
 def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
-    """Return the card's Markdown.
+    """Return the card's Markdown for the repository ``org/name``.
 
-    Args:
-        info: what the adapter says of itself.
-        repository: ``org/name``.
-        base: the base's folder if it is at hand; its fingerprint may say where the base came from.
+    The fingerprint of the base's folder ``base``, if that is at hand, may say where the base came from.
     """
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
     header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
     header += [f"base_model: {json.dumps(known)}"] if known else []
-    header += [LICENSE_LINE, "---"]
+    header += ["# license: yours to fill in; base and data have terms of their own", "---"]
+    name = repository.rpartition("/")[2]
     parts = [
         "\n".join(header),
-        f"# {repository.rpartition('/')[2]}",
+        f"# {name}",
         _what(info),
         f"## Base\n\n`{info.base.name}`{f' ({origin})' if origin else ''}\n\n"
         f"- weights: SHA-256 `{info.base.weights}`\n- tokenizer: SHA-256 `{info.base.tokenizer}`",
@@ -46,14 +43,10 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
     ]
     if info.template.text_without_input is not None:
         parts.append(f"Without input:\n\n{_indented(info.template.text_without_input)}")
-    rows = [
-        f"| {text} | {_shown(info.training[key])} |"
-        for key, text in _TRAINING.items()
-        if key in info.training
-    ]
-    if rows:
-        parts.append("## Training\n\n| | |\n|---|---|\n" + "\n".join(rows))
-    name = repository.rpartition("/")[2]
+    told = {text: _shown(info.training[key]) for key, text in _TRAINING.items() if key in info.training}
+    if told:
+        rows = "\n".join(f"| {text} | {value} |" for text, value in told.items())
+        parts.append(f"## Training\n\n| | |\n|---|---|\n{rows}")
     parts.append(
         "## Use\n\nWith lit_adapter, and the base converted to "
         f"`checkpoints/{info.base.name}`:\n\n"
@@ -86,5 +79,4 @@ def _shown(value: object) -> str:
 
 
 def _indented(text: str) -> str:
-    """Indent a text, so that Markdown shows it as it is."""
     return "\n".join(f"    {line}" for line in text.split("\n"))

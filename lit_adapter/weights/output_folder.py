@@ -49,11 +49,7 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
 
 
 def check_free(out: Path, needed: int) -> None:
-    """Refuse to start writing what will not fit.
-
-    Raises:
-        UserError: fewer than ``needed`` bytes are free.
-    """
+    """Raise a UserError if fewer than ``needed`` bytes are free."""
     free = free_disk(out.parent)
     if free < needed:
         raise UserError(

@@ -6,14 +6,13 @@ Both kinds of file list shapes and dtypes without reading tensors, and are read 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import struct
 import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,21 +23,14 @@ from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.precision import FLOATS
 
 AGAIN = "fetch it again"
+_EXPECTED = "expected float32, float16 or bfloat16"
+OF_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
+    *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
+)
+"""What PyTorch and zipfile raise on damaged files."""
 REMAP_BYTES = 33_554_432
 """Bytes of a mapped file that may be read before its pages are released."""
-
-
-class Shard(Protocol):
-    """One file of named tensors."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype | None]
-    """None for a type other than float32, float16 and bfloat16."""
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor."""
-        ...
 
 
 def member(folder: Path, name: str) -> Path:
@@ -61,12 +53,8 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
-def is_zipped(path: Path) -> bool:
-    """Tell whether a ``torch.save`` file is a zip archive, as since PyTorch 1.6, which can be mapped.
-
-    Raises:
-        UserError: it is of neither kind.
-    """
+def _is_zipped(path: Path) -> bool:
+    """Tell whether a ``torch.save`` file is a zip archive, as since PyTorch 1.6, which can be mapped."""
     with path.open("rb") as stream:
         start = stream.read(4)
     if start == b"PK\x03\x04":
@@ -79,15 +67,13 @@ def is_zipped(path: Path) -> bool:
 def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) -> Any:
     """Return what PyTorch's restricted unpickler reads from a ``torch.save`` file, mapped if possible.
 
-    Args:
-        path: the file.
-        instead: what the user can do if the file holds types that could run code.
-        safe_globals: types that it may build besides PyTorch's own.
+    It may build ``safe_globals`` besides PyTorch's own types.
 
     Raises:
-        UserError: damaged, or holding another type; no code of the file has run.
+        UserError: damaged, or holding another type, with ``instead``, what the user can do then; no code of
+            the file has run.
     """
-    mapped = is_zipped(path)
+    mapped = _is_zipped(path)
     try:
         if mapped and not zipfile.is_zipfile(path):
             raise UserError(f"{path}: truncated or damaged; {AGAIN}")
@@ -120,13 +106,6 @@ def read_bytes(path: Path, offset: int, count: int) -> bytearray:
     return content
 
 
-OF_DAMAGE = (
-    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
-    *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
-)
-"""What PyTorch and zipfile raise on damaged files."""
-
-
 def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """Return what a file holds, if that is tensors by name.
 
@@ -142,11 +121,7 @@ def named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def refuse_odd_tensor(tensor: Tensor, where: str) -> None:
-    """Refuse a tensor of a ``torch.save`` file that is not dense and complete.
-
-    Args:
-        tensor: as read, on the CPU.
-        where: file and name, for the message.
+    """Refuse a tensor of a ``torch.save`` file that is not dense and complete; messages name it ``where``.
 
     Raises:
         UserError: sparse, nested, quantised or without data, or larger than its storage.
@@ -170,28 +145,28 @@ class SafetensorsShard:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated or damaged ({error}); {AGAIN}") from None
         length = int.from_bytes(read_bytes(path, 0, 8), "little")
-        pairs = json.loads(read_bytes(path, 8, length), object_pairs_hook=self._unique)
-        self._header = {name: value for name, value in pairs.items() if name != "__metadata__"}
+        self._header = json.loads(read_bytes(path, 8, length), object_pairs_hook=self._unique)
+        self._header.pop("__metadata__", None)
         self._start = 8 + length
         self.shapes = {name: tuple(value["shape"]) for name, value in self._header.items()}
         self.dtypes = {name: FLOATS.get(value["dtype"]) for name, value in self._header.items()}
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{self.path}: '{twice}' appears twice in the header; {AGAIN}")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{self.path}: '{name}' appears twice in the header; {AGAIN}")
+            found[name] = value
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
-        dtype, shape = self.dtypes[name], self.shapes[name]
+        dtype = self.dtypes[name]
         if dtype is None:
             raise UserError(f"{self.path}: tensor {name} is {self._header[name]['dtype']}; {_EXPECTED}")
         begin, end = self._header[name]["data_offsets"]
-        return torch.frombuffer(read_bytes(self.path, self._start + begin, end - begin), dtype=dtype).view(
-            shape
-        )
+        content = read_bytes(self.path, self._start + begin, end - begin)
+        return torch.frombuffer(content, dtype=dtype).view(self.shapes[name])
 
 
 class TorchShard:
@@ -200,14 +175,12 @@ class TorchShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_stand_in(path)
-        self._mapped = is_zipped(path)  # older files cannot be mapped and are held in memory
+        self._mapped = _is_zipped(path)  # older files cannot be mapped and are held in memory
         self._n_read = 0
         self._tensors = self._load()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes = {
-            name: tensor.dtype if tensor.dtype in FLOATS.values() else None
-            for name, tensor in self._tensors.items()
-        }
+        floats = {dtype: dtype for dtype in FLOATS.values()}
+        self.dtypes = {name: floats.get(tensor.dtype) for name, tensor in self._tensors.items()}
 
     def _load(self) -> dict[str, Tensor]:
         content = load_tensors(self.path, "use the safetensors version of this checkpoint")
@@ -223,8 +196,9 @@ class TorchShard:
         if self._mapped and self._n_read > REMAP_BYTES:
             self._tensors = self._load()  # the pages of the old map are released with it
             self._n_read = 0
-        self._n_read += math.prod(self.shapes[name]) * self._tensors[name].element_size()
+        self._n_read += self._tensors[name].nbytes
         return self._tensors[name]
 
 
-_EXPECTED = "expected float32, float16 or bfloat16"
+Shard = SafetensorsShard | TorchShard
+"""One file of named tensors; a type other than float32, float16 and bfloat16 is None in its ``dtypes``."""

@@ -31,7 +31,7 @@ class Source(ABC):
     """Of every tensor of the base, as `tensor` returns it, by Hugging Face's name."""
     token_ids: dict[str, Any]
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` if known, for ``config.json``."""
-    generation: dict[str, Any] | None
+    generation: dict[str, Any] | None = None
     """Content of ``generation_config.json``, if known."""
 
     @abstractmethod
@@ -54,14 +54,10 @@ def check_tensors(
     file_of: Callable[[str], Path],
     sizes: str,
 ) -> None:
-    """Compare a source's tensors with what its configuration asks for, by name and shape.
+    """Compare the shapes ``found`` in a source, by its own names, with what its configuration asks for.
 
-    Args:
-        found: shapes in the source, by its own names.
-        names: its name of every tensor of a base, by Hugging Face's name; empty if they are the same.
-        config: sizes of the base.
-        file_of: the file that holds, or should hold, a tensor, by the source's name.
-        sizes: where the sizes come from, for messages.
+    ``names`` holds its names by Hugging Face's (see `renamed`), or nothing if they are the same. ``file_of``
+    returns the file that holds, or should hold, a tensor, and ``sizes`` is where the sizes come from.
 
     Raises:
         UserError: missing, unknown or misshapen tensors; the first few are named.
@@ -95,10 +91,8 @@ def _listed(names: list[str]) -> str:
 def renamed(config: LlamaConfig, modules: Mapping[str, str], layers: str) -> dict[str, str]:
     """Return another format's name of every tensor of a base, by Hugging Face's name.
 
-    Args:
-        config: sizes of the base.
-        modules: the format's name of each module, by Hugging Face's name within a layer or at the top.
-        layers: what the format calls the list of layers.
+    ``modules`` holds its names of modules by Hugging Face's, within a layer or at the top, and ``layers`` is
+    its name of the list of layers.
     """
     names = {}
     for name in base_shapes(config):

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
 
+MAX_FILE_BYTES = 5_000_000_000
 CHUNK = 4_194_304
 """Elements that are checked, cast, hashed and written together."""
 
@@ -41,88 +41,62 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorWriter:
-    """Writes entries in the order of their names into one or several files, and hashes them.
+def write_tensors(
+    folder: Path,
+    entries: Sequence[Entry],
+    load: Callable[[str], Tensor],
+    label: Callable[[str], str],
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Write entries in the order of their names into an existing folder.
 
-    Args:
-        folder: an existing folder.
-        load: returns a tensor by name; it is called once for each entry.
-        label: returns where a tensor comes from, for messages.
-        max_file_bytes: above this size, several files and an index are written.
-        progress: called with (bytes done, bytes in all).
+    Above `MAX_FILE_BYTES`, these are several files and an index. ``load`` returns a tensor by name and is
+    called once for each, ``label`` says where one comes from, for messages, and ``progress`` is called with
+    (bytes done, bytes in all).
+
+    Returns:
+        The SHA-256 over name, dtype, shape and bytes of every tensor in name order.
+
+    Raises:
+        UserError: a tensor that is not finite, before or after the cast; or a write that failed.
     """
+    entries = sorted(entries, key=lambda entry: entry.name)
+    n_total, n_done = sum(entry.n_bytes for entry in entries), 0
+    digest = hashlib.sha256()
+    groups = grouped(entries, lambda entry: entry.n_bytes, MAX_FILE_BYTES)
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        name = WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        with durable_path(folder / name) as temporary, temporary.open("wb") as stream:
+            stream.write(_header(group))
+            for entry in group:
+                weight_map[entry.name] = name
+                digest.update(f"{entry.name} {FLOAT_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
+                for chunk in _chunks(load(entry.name), entry.dtype, label(entry.name)):
+                    content = chunk.view(torch.uint8).numpy().data
+                    digest.update(content)
+                    stream.write(content)
+                    n_done += len(content)
+                    if progress is not None:
+                        progress(n_done, n_total)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": n_total}, "weight_map": weight_map}
+        write_json(folder / WEIGHTS_INDEX, index)
+    return digest.hexdigest()
 
-    def __init__(
-        self,
-        folder: Path,
-        load: Callable[[str], Tensor],
-        label: Callable[[str], str],
-        *,
-        max_file_bytes: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self.folder = folder
-        self.load = load
-        self.label = label
-        self.max_file_bytes = max_file_bytes
-        self.progress = progress
-        self.n_done = 0
-        self.n_total = 0
 
-    def write(self, entries: Sequence[Entry]) -> str:
-        """Write all entries.
-
-        Returns:
-            The SHA-256 over name, dtype, shape and bytes of every tensor in name order.
-
-        Raises:
-            UserError: a tensor that is not finite, before or after the cast; or a write that failed.
-        """
-        entries = sorted(entries, key=lambda entry: entry.name)
-        self.n_total = sum(entry.n_bytes for entry in entries)
-        digest = hashlib.sha256()
-        groups = grouped(entries, lambda entry: entry.n_bytes, self.max_file_bytes)
-        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-        if len(groups) == 1:
-            names = [WEIGHTS]
-        for name, group in zip(names, groups, strict=True):
-            with durable_path(self.folder / name) as temporary, temporary.open("wb") as stream:
-                stream.write(_header(group))
-                for entry in group:
-                    self._write_tensor(stream, entry, digest)
-        if len(groups) > 1:
-            weight_map = {
-                entry.name: name for name, group in zip(names, groups, strict=True) for entry in group
-            }
-            index = {"metadata": {"total_size": self.n_total}, "weight_map": weight_map}
-            write_json(self.folder / WEIGHTS_INDEX, index)
-        return digest.hexdigest()
-
-    def _write_tensor(self, stream: BinaryIO, entry: Entry, digest: hashlib._Hash) -> None:
-        digest.update(f"{entry.name} {FLOAT_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
-        for chunk in self._chunks(entry):
-            content = chunk.view(torch.uint8).numpy().data
-            digest.update(content)
-            stream.write(content)
-            self.n_done += len(content)
-            if self.progress is not None:
-                self.progress(self.n_done, self.n_total)
-
-    def _chunks(self, entry: Entry) -> Iterator[Tensor]:
-        """Yield a tensor's elements in order, cast and checked to be finite."""
-        for chunk in self.load(entry.name).contiguous().view(-1).split(CHUNK):
-            if not torch.isfinite(chunk).all():
-                raise UserError(
-                    f"{self.label(entry.name)} holds NaN or infinite values; fetch the source again"
-                )
-            cast = chunk.to(entry.dtype)
-            if cast.dtype != chunk.dtype and not torch.isfinite(cast).all():
-                name = str(entry.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"{self.label(entry.name)} holds values beyond the range of {name}; "
-                    "use --dtype bfloat16 or float32"
-                )
-            yield cast
+def _chunks(tensor: Tensor, dtype: torch.dtype, label: str) -> Iterator[Tensor]:
+    """Yield a tensor's elements in order, cast and checked to be finite."""
+    for chunk in tensor.contiguous().view(-1).split(CHUNK):
+        if not torch.isfinite(chunk).all():
+            raise UserError(f"{label} holds NaN or infinite values; fetch the source again")
+        cast = chunk.to(dtype)
+        if cast.dtype != chunk.dtype and not torch.isfinite(cast).all():
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{label} holds values beyond the range of {name}; use --dtype bfloat16 or float32"
+            )
+        yield cast
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -86,11 +86,11 @@ def _check_output(source: Path, out: Path, target: Format, *, overwrite: bool) -
         source.exists()
     with reading(out):
         taken, is_folder = out.exists(), out.is_dir()
-        beside = [source.parent / form.companion for form in FORMATS.values() if form.companion is not None]
+        beside = [source.parent / form.companion for form in FORMATS.values() if form.companion]
         _refuse_inputs(out, target, [source, *beside])
     if taken and not overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
-    if taken and is_folder != (target.companion is not None):
+    if taken and is_folder != bool(target.companion):
         kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
         raise UserError(f"{out}: is {kinds[0]}; with --to {target.name} --out names {kinds[1]}")
 

@@ -22,7 +22,6 @@ from lit_adapter.files.write import write_bytes
 from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
 from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
-from lit_adapter.weights.foreign.gates import our_gates
 from lit_adapter.weights.plain import PlainAdapter, State
 
 
@@ -51,7 +50,7 @@ class Format(ABC):
     """The gate form that is written; None if the format holds every form."""
     weights: tuple[str, ...] = ()
     """If an adapter is a folder: its file of tensors as written, and other names that are read."""
-    companion: str | None = None
+    companion = ""
     """If an adapter is a folder: the JSON file that describes it."""
     is_certain = False
     """Whether its files cannot be mistaken for another format's, so that ``--from`` cannot overrule that."""
@@ -68,12 +67,7 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
-        """Return the adapter.
-
-        Args:
-            opened: the file.
-            model: the base's sizes.
-            gate: ``tanh`` or ``identity``, for a format that `asks_gate`.
+        """Return the adapter; ``gate`` is ``tanh`` or ``identity``, for a format that `asks_gate`.
 
         Raises:
             UserError: tensors that are missing, unknown or of other sizes than the base's.
@@ -92,7 +86,7 @@ class Format(ABC):
 
     def outputs(self, out: Path) -> tuple[Path, ...]:
         """Return the files that `save` writes."""
-        return (out,) if self.companion is None else (out / self.weights[0], out / self.companion)
+        return (out / self.weights[0], out / self.companion) if self.companion else (out,)
 
     def save(self, out: Path, tensors: dict[str, Any], info: AdapterInfo) -> None:
         """Write the tensors that `write` returned, by default as a ``torch.save`` file."""
@@ -151,7 +145,10 @@ def take_gates(
     single = bool(names) and model.n_head > 1 and all(left[n].numel() == 1 for n in names if n in left)
     size = 1 if single or function == "layer" else model.n_head
     gates = [take(left, name, (size,), source) for name in names]
-    return *our_gates(gates, function, model.n_head), single
+    if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
+        gates = [gate.expand(model.n_head).clone() for gate in gates]
+        return gates, function, single
+    return gates, "layer" if single else function, single
 
 
 def take(left: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor:
@@ -177,10 +174,6 @@ def take(left: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor
 
 
 def refuse_rest(left: State, source: Path, owner: str) -> None:
-    """Refuse a file with tensors that reading has not taken.
-
-    Raises:
-        UserError: names the first.
-    """
+    """Refuse, by a UserError that names the first, tensors that reading has not taken."""
     if left:
         raise UserError(f"{source}: tensor {min(left)} does not belong to an adapter of {owner}")

@@ -14,14 +14,6 @@ from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.plain import PlainAdapter
 
 
-def our_gates(gates: list[Tensor], function: GateName, n_head: int) -> tuple[list[Tensor], GateName]:
-    """Return a file's gates, each ``[H]`` or ``[1]``, in one of our forms (see `take_gates`)."""
-    if function == "tanh":  # we have no form "tanh per layer"; the same tanh in every head is equal to it
-        return [gate.expand(n_head).clone() for gate in gates], function
-    is_layer = bool(gates) and n_head > 1 and len(gates[0]) == 1
-    return gates, "layer" if is_layer else function
-
-
 def with_gates(adapter: PlainAdapter, wanted: GateName, model: LlamaConfig) -> tuple[PlainAdapter, float]:
     """Return the adapter with gates of the form ``wanted`` (not channel), and the largest error in any c(g).
 

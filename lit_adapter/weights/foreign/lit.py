@@ -8,10 +8,9 @@ group, its key, its value. In V2 both always train the output layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,15 @@ from lit_adapter.weights.foreign.format import Format, Opened, refuse_rest, take
 from lit_adapter.weights.plain import PlainAdapter, State
 from lit_adapter.weights.source import half_split
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+LINEARS = (
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj",),
+    ("mlp.up_proj",),
+    ("mlp.down_proj",),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)
+"""What each of a layer's linear layers joins, in the order they are written."""
 KINDS = ("bias", "scale")
 PROMPT, GATE = "transformer.h.{}.attn.adapter_wte.weight", "transformer.h.{}.attn.gating_factor"
 
@@ -41,10 +48,10 @@ class Lit(Format):
     """Whether the tensors are under the key ``model``."""
     joint: tuple[str, ...]
     """Names of the joint linear layer of queries, keys and values in V2, in this and older versions."""
-    linears: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The linear layers of ours that each of a layer's linear layers joins, in the order they are written."""
-    norms: ClassVar[Mapping[str, str]]
-    """Our names of a layer's norms."""
+    linears: tuple[str, ...]
+    """Names of `LINEARS`."""
+    norms: tuple[str, ...]
+    """Names of `NORMS`."""
     final_norm: str
     has_meta_rows = False
     """Whether query and key rows are in Meta's rotary order."""
@@ -95,12 +102,12 @@ class Lit(Format):
         names: dict[str, list[str]] = {}
         for layer in range(n_layer):
             ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
-            for name, norm in self.norms.items():
+            for name, norm in zip(self.norms, NORMS, strict=True):
                 names[f"{theirs}.{name}"] = [f"{ours}.{norm}.adapter_weight"]
             names |= {
                 f"{theirs}.{name}.adapter_{kind}": [f"{ours}.{linear}.adapter_{kind}" for linear in own]
                 for kind in KINDS
-                for name, own in self.linears.items()
+                for name, own in zip(self.linears, LINEARS, strict=True)
             }
         names[self.final_norm] = ["norm.adapter_weight"]
         return names | {f"lm_head.adapter_{kind}": [f"lm_head.adapter_{kind}"] for kind in KINDS}
@@ -136,14 +143,8 @@ class LitLlama(Lit):
     wraps = False
     has_meta_rows = True
     joint = ("attn.c_attn",)
-    linears: ClassVar = {
-        "attn.c_proj": ("self_attn.o_proj",),
-        "mlp.c_fc1": ("mlp.gate_proj",),
-        "mlp.c_fc2": ("mlp.up_proj",),
-        "mlp.c_proj": ("mlp.down_proj",),
-        "attn.c_attn": QKV,
-    }
-    norms: ClassVar = {"rms_1.scale": "input_layernorm", "rms_2.scale": "post_attention_layernorm"}
+    linears = ("attn.c_proj", "mlp.c_fc1", "mlp.c_fc2", "mlp.c_proj", "attn.c_attn")
+    norms = ("rms_1.scale", "rms_2.scale")
     final_norm = "transformer.ln_f.scale"
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
@@ -169,14 +170,8 @@ class LitGPT(Lit):
     gate_shape = (1, 1, -1, 1)
     wraps = True
     joint = ("attn.qkv", "attn.attn")
-    linears: ClassVar = {
-        "attn.proj": ("self_attn.o_proj",),
-        "mlp.fc_1": ("mlp.gate_proj",),
-        "mlp.fc_2": ("mlp.up_proj",),
-        "mlp.proj": ("mlp.down_proj",),
-        "attn.qkv": QKV,
-    }
-    norms: ClassVar = {"norm_1.weight": "input_layernorm", "norm_2.weight": "post_attention_layernorm"}
+    linears = ("attn.proj", "mlp.fc_1", "mlp.fc_2", "mlp.proj", "attn.qkv")
+    norms = ("norm_1.weight", "norm_2.weight")
     final_norm = "transformer.ln_f.weight"
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
-from lit_adapter.weights.foreign.format import (
-    Format,
-    Opened,
-    our_prefixes,
-    refuse_rest,
-    take,
-    take_gates,
-)
+from lit_adapter.weights.foreign.format import Format, Opened, our_prefixes, refuse_rest, take, take_gates
 from lit_adapter.weights.plain import PlainAdapter
 
 QUERY = "adapter_query.weight"

@@ -37,11 +37,6 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _check(value: Any, source: str, place: str, depth: int) -> None:
-    """Check what was read.
-
-    Raises:
-        UserError: names the first object that is not allowed, and its place.
-    """
     where = f"{source}: {place or 'its content'}"
     if depth > DEEPEST:
         raise UserError(f"{where} is nested more than {DEEPEST} deep; no adapter is")
@@ -60,8 +55,7 @@ def _check(value: Any, source: str, place: str, depth: int) -> None:
         for key, item in vars(value).items():
             for one in item if type(item) in (list, tuple) else [item]:
                 if type(one) not in PLAIN:
-                    raise UserError(
-                        f"{where}.{key} holds a {type(one).__name__}; expected plain values in a Namespace"
-                    )
+                    found = type(one).__name__
+                    raise UserError(f"{where}.{key} holds a {found}; expected plain values in a Namespace")
     elif kind not in PLAIN:
         raise UserError(f"{where} is a {kind.__name__}; expected tensors and plain values")

@@ -28,9 +28,7 @@ FORMATS: dict[str, Format] = {form.name: form for form in (Ours(), Official(), P
 def recognise(opened: Opened, wanted: str = "auto") -> tuple[Format, str]:
     """Return a file's format, and what it was recognised by.
 
-    Args:
-        opened: the file.
-        wanted: the name of a format, which overrules the keys if they leave a choice; or auto.
+    ``wanted`` is auto, or the name of a format, which overrules the keys if they leave a choice.
 
     Raises:
         UserError: no known format, or certainly not the wanted one.
@@ -64,7 +62,9 @@ def open_adapter(path: Path) -> Opened:
         if not path.exists():
             raise UserError(f"{path}: no such adapter file or folder")
         file = _weights_in(path) if path.is_dir() else path
-        content = _content(file)
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        content: Any = _read_safetensors(file) if start[8:9] == b"{" else read_torch_file(file)
     if content is None:
         info, tensors = read_adapter(file)
         return Opened(path, tensors, info)
@@ -81,22 +81,16 @@ def open_adapter(path: Path) -> Opened:
 
 
 def _weights_in(folder: Path) -> Path:
-    formats = [form for form in FORMATS.values() if form.companion is not None]
+    formats = [form for form in FORMATS.values() if form.companion]
     for form in formats:
-        if (folder / str(form.companion)).is_file():
+        if (folder / form.companion).is_file():
             there = [name for name in form.weights if (folder / name).is_file()]
             return member(folder, there[0] if there else form.weights[0])
-    raise UserError(f"{folder}: no {' or '.join(str(form.companion) for form in formats)} in this folder")
-
-
-def _content(path: Path) -> Any:
-    """Return what a file of another code base holds; None if it is in our format."""
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    return _read_safetensors(path) if start[8:9] == b"{" else read_torch_file(path)
+    raise UserError(f"{folder}: no {' or '.join(form.companion for form in formats)} in this folder")
 
 
 def _read_safetensors(path: Path) -> State | None:
+    """Return the tensors of another code base's file; None if it is in our format."""
     refuse_stand_in(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
