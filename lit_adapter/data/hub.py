@@ -7,6 +7,7 @@ ones: no code of the data set runs, and error messages name lines.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lit_adapter.config import Columns
@@ -105,7 +106,5 @@ def _listing(repo: str) -> tuple[list[str], str | None]:
 def _download(repo: str, file: str, commit: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    def ask() -> str:
-        return hf_hub_download(repo, file, repo_type="dataset", revision=commit)
-
+    ask = partial(hf_hub_download, repo, file, repo_type="dataset", revision=commit)
     return Path(asking_hub(f"{repo}:{file}", commit, ask))

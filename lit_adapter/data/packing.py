@@ -138,10 +138,7 @@ class Packer:
     def row(self, records: list[int]) -> PackedRow:
         """Pack ``records`` into one row."""
         segments = self._segments(records)
-        ids, position, segment, preamble, target_index, target_id = map(
-            torch.from_numpy, (*_tokens(segments), *self._targets(segments))
-        )
-        return PackedRow(ids, position, segment, preamble, target_index, target_id)
+        return PackedRow(*map(torch.from_numpy, (*_tokens(segments), *self._targets(segments))))
 
     def _segments(self, records: list[int]) -> list[_Segment]:
         """Return a row's segments: records without a preamble, then each preamble and its records."""

@@ -100,13 +100,15 @@ def read_records(
             not a string or not valid Unicode, or an instruction is empty. Names file and line.
     """
     path, name = Path(source), name or str(source)
+    advice = "add it, or name the column that holds it"
     rows: list[Record] = []
     n_empty, saw_input = 0, False
     for line, values in rows_of(path, name, (columns.instruction, columns.input, columns.output)):
-        record = _record(values, columns, name, line)
+        task = task_of(values, columns, name, line, advice)
+        output = _text(values, columns.output, name, line, advice)
         saw_input = saw_input or columns.input in values
-        if record.output.strip():
-            rows.append(record)
+        if output.strip():
+            rows.append(Record(*task, output, name, line))
         else:
             n_empty += 1
     if rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
@@ -115,12 +117,7 @@ def read_records(
 
 
 def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a file whose format its suffix tells.
-
-    Args:
-        path: the file.
-        name: its name in messages.
-        wanted: the columns that the caller uses.
+    """Yield the rows of a file, called ``name`` in messages; its suffix tells the format.
 
     Raises:
         UserError: the file cannot be read or is malformed; names file and line.
@@ -133,23 +130,10 @@ def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     return reader(path, name, wanted)
 
 
-def _record(values: Mapping[str, Any], columns: Columns, name: str, line: int) -> Record:
-    advice = "add it, or name the column that holds it"
-    instruction, input = task_of(values, columns, name, line, advice)
-    return Record(instruction, input, _text(values, columns.output, name, line, advice), name, line)
-
-
 def task_of(
     values: Mapping[str, Any], columns: Columns, name: str, line: int, advice: str
 ) -> tuple[str, str]:
-    """Return a row's instruction and input.
-
-    Args:
-        values: the row.
-        columns: its names of the fields.
-        name: the file's name, for messages.
-        line: the row's line, for messages.
-        advice: what to do about a missing field, for messages.
+    """Return a row's instruction and input; ``advice`` says in messages what to do about a missing field.
 
     Raises:
         UserError: the instruction is missing or empty, or either text is not a string or not valid Unicode.
@@ -175,13 +159,7 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int, advice: str
     value = values[key]
     if not isinstance(value, str):
         raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
-    if not value.isascii():
-        _check_unicode(value, key, name, line)
-    return value
-
-
-def _check_unicode(value: str, key: str, name: str, line: int) -> None:
-    """Refuse lone surrogates here: tokenizers would fail on them later, without a line number."""
+    # Tokenizers would fail on lone surrogates later, without a line number.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -189,6 +167,7 @@ def _check_unicode(value: str, key: str, name: str, line: int) -> None:
             f"{name}:{line}: {shorten(key)} has {value[error.start]!r}, half of a character "
             f"(a lone surrogate, character {error.start + 1}); write the whole character, or remove it"
         ) from None
+    return value
 
 
 def merge(parts: Sequence[Records], source: str) -> Records:

@@ -36,11 +36,8 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
     lines.append(f"      {_packed(data)}")
     how = "dimmed" if color else "in [[ ]]"
-    return [
-        *lines,
-        f"example ({how}: not learned)",
-        _example(data, *((DIM, PLAIN) if color else ("[[", "]]"))),
-    ]
+    marks = (DIM, PLAIN) if color else ("[[", "]]")
+    return [*lines, f"example ({how}: not learned)", _example(data, *marks)]
 
 
 def _packed(data: AlpacaDataModule) -> str:
@@ -58,7 +55,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     """Return what is worth noting: number of records, out of how many, and what happened to them."""
     train, val = data.train_records, data.val_records or ()
     n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
-    n_val_dropped = int(data.val_encoded.n_dropped[0]) if data.val_encoded else 0
+    n_val_dropped = len(val) - len(data.val_encoded or ())
     too_long = f"left out: answer longer than data.max_length {data.config.max_length}"
     cut = "lost the start of their prompt to data.max_length"
     n_skipped = len(data.train_encoded) % data.batch_size
@@ -68,7 +65,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     )
     return [
         (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
-        (int(data.train_encoded.n_dropped[0]), len(train), f"of the training records {too_long}"),
+        (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
         (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
         (train.n_duplicate, len(train), "of the training records repeat an earlier one"),

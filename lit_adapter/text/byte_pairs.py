@@ -18,7 +18,6 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-N_LLAMA3_CONTROL = 256
 LLAMA3_CONTROL = {
     0: "begin_of_text",
     1: "end_of_text",
@@ -121,7 +120,7 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
     names = llama3_control_tokens()
-    added = [added_token(name, len(ranks) + place, special=True) for place, name in enumerate(names)]
+    added = [added_token(name, id_, special=True) for id_, name in enumerate(names, len(ranks))]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     return byte_level_json(vocab, merges, added, "llama3", bos=names[0])
 
@@ -129,7 +128,7 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
 def llama3_control_tokens() -> list[str]:
     """Return LLaMA 3.1's 256 control tokens in the order of their ids."""
     reserved = (f"reserved_special_token_{number}" for number in count())
-    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(N_LLAMA3_CONTROL)]
+    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(256)]
 
 
 def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:

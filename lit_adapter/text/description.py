@@ -43,7 +43,7 @@ def read_description(folder: Path) -> Description:
     bos_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "bos_token_id")]
     stop_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "eos_token_id")]
     add_bos = main.get("add_bos_token")
-    if add_bos is not None and not isinstance(add_bos, bool):
+    if not isinstance(add_bos, bool | None):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: add_bos_token is {add_bos!r}; expected true or false"
         )
@@ -88,7 +88,6 @@ def _spelling(raw: dict[str, Any], key: str) -> str | None:
 
 
 def _chat_template(folder: Path, main: dict[str, Any]) -> str | None:
-    """Read the chat template from its own file or else from ``tokenizer_config.json``."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_text(path)
@@ -139,8 +138,7 @@ def describe(
             raise UserError(f"{source}: token '{spelling}' of tokenizer_config.json is not in the vocabulary")
     eos = tokenizer.control_id(about.eos) if about.eos else eos_id
     bos = tokenizer.control_id(about.bos) if about.bos else bos_id
-    if eos is None and about.stop_ids:
-        eos = about.stop_ids[0]
+    eos = next(iter(about.stop_ids), None) if eos is None else eos
     if eos is None:
         raise UserError(f"{source}: no EOS token; name it in tokenizer_config.json as eos_token")
     tokenizer.eos_id = eos

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -48,10 +47,10 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:
             # The library raises plain Exception for a file that it cannot read.
             raise UserError(f"{source}: not a readable tokenizer.json: {error}") from None
-        self.control_tokens = {
-            t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]
-        }
-        self._added = {vocabulary[t["content"]]: t["content"].encode() for t in raw["added_tokens"]}
+        added = raw["added_tokens"]
+        self.control_tokens = {t["content"]: vocabulary[t["content"]] for t in added if t["special"]}
+        self._added = {vocabulary[t["content"]]: t["content"].encode() for t in added}
+        self._added |= dict.fromkeys(self.control_tokens.values(), b"")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._byte_level, self.strips_space = _decoding(raw, source)
         first_only = any(node.get("prepend_scheme") == "first" for node in _nodes(raw["pre_tokenizer"]))
@@ -89,7 +88,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""
         if token in self._added:
-            return b"" if token in self._control_ids else self._added[token]
+            return self._added[token]
         text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
         if text is None:
             return b""
@@ -98,10 +97,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes.fromhex(text[3:5])
         return text.replace(SPACE, " ").encode()
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self.control_tokens.values())
 
 
 def byte_letters() -> dict[int, str]:
@@ -180,13 +175,13 @@ def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
             f"{source}: decoder {', '.join(sorted(kinds)) or 'none'} is unknown; "
             "expected a byte-level or a sentencepiece tokenizer"
         )
-    strips = any(node["type"] == "Strip" and node.get("start") for node in decoders)
-    metaspaces = [node for node in decoders if node["type"] == "Metaspace"]
-    strips |= any(
-        node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never") != "never"
-        for node in metaspaces
-    )
-    return False, strips
+    for node in decoders:
+        if node["type"] == "Strip" and node.get("start"):
+            return False, True
+        default = "always" if node.get("add_prefix_space", True) else "never"
+        if node["type"] == "Metaspace" and node.get("prepend_scheme", default) != "never":
+            return False, True
+    return False, False
 
 
 def _post_processor_bos(raw: dict[str, Any], control: dict[str, int]) -> int | None:

@@ -22,7 +22,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: there is no tokenizer, or its file is empty, damaged or of an unknown kind.
     """
-    folder = Path(folder)
     found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
     if not found:
         raise UserError(
@@ -46,7 +45,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
     raw = llama3_json(content, path)
     tokenizer = HuggingFaceTokenizer(raw, replace(about, eos=about.eos or LLAMA3_STOPS[0]), path)
-    stops = {tokenizer.control_id(stop) for stop in LLAMA3_STOPS} - {None}
     # Meta's files do not list the tokens that end a turn.
-    tokenizer.stop_ids |= {stop for stop in stops if stop is not None}
+    tokenizer.stop_ids |= {tokenizer.control_tokens[stop] for stop in LLAMA3_STOPS}
     return tokenizer

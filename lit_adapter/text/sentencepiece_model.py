@@ -31,20 +31,16 @@ class SentencePieceTokenizer(Tokenizer):
         _mark_control_tokens(model, about)
         self.control_tokens = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
         self.control_tokens |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
-        self.vocab_size = (
-            max(size, *(id_ + 1 for id_ in self.control_tokens.values())) if self.control_tokens else size
-        )
+        self.vocab_size = max([size, *(id_ + 1 for id_ in self.control_tokens.values())])
         self._size = size
         self._processor = _processor(model, source)
         self.strips_space = bool(model.normalizer_spec.add_dummy_prefix)
         self.space_after_control = self.strips_space and about.legacy
         model.normalizer_spec.add_dummy_prefix = False
         self._continuing = _processor(model, source)
-        own = {
-            name: id_ if id_ >= 0 else None
-            for name, id_ in (("bos_id", self._processor.bos_id()), ("eos_id", self._processor.eos_id()))
-        }
-        describe(self, about, **own, add_bos=own["bos_id"] is not None, source=source)
+        own = self._processor.bos_id(), self._processor.eos_id()
+        bos_id, eos_id = (id_ if id_ >= 0 else None for id_ in own)
+        describe(self, about, bos_id=bos_id, eos_id=eos_id, add_bos=bos_id is not None, source=source)
 
     def _encode_text(self, text: str, continuation: bool) -> list[int]:
         return (self._continuing if continuation else self._processor).encode(text)

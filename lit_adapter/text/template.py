@@ -167,9 +167,7 @@ class Template:
             instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
         if self.trim:
             instruction = instruction.strip()
-        text = self.text
-        if self.variant(bool(input)) and self.text_without_input is not None:
-            text = self.text_without_input
+        text = self.text if input or self.text_without_input is None else self.text_without_input
         if input and INPUT not in text:
             raise UserError(
                 f"template {shorten(text)}: a record has an input, but the template no {INPUT}; add it"
