@@ -60,13 +60,9 @@ def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
 
 
 class Packer:
-    """Packs records into rows.
+    """Packs records into rows of at most ``row_tokens`` tokens; ``mask_prompt`` learns answers only.
 
-    Args:
-        encoded: the records.
-        preambles: from `shared_preambles`; empty to pack every record whole.
-        mask_prompt: learn answers only.
-        row_tokens: the most tokens of a row.
+    Preambles are those of `shared_preambles`, or empty to pack every record whole.
 
     Raises:
         UserError: a record is longer than a row.
@@ -129,7 +125,6 @@ class Packer:
         return self._shared_length(records) + int(self.n_own[records].sum())
 
     def _shared_length(self, records: list[int]) -> int:
-        """Return the number of tokens of the preambles that ``records`` continue."""
         shared = {
             int(self.encoded.variant[r]): int(self.n_preamble[r]) for r in records if self.n_preamble[r]
         }

@@ -90,10 +90,7 @@ def read_records(
 ) -> Records:
     """Read a JSON (array), JSONL, CSV or Parquet file of records; the suffix tells which.
 
-    Args:
-        source: the file.
-        columns: the file's names of the fields; other columns are ignored.
-        name: name of the file in messages; default: its path.
+    Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
 
     Raises:
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
@@ -179,12 +176,8 @@ def merge(parts: Sequence[Records], source: str) -> Records:
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
     """Split into (train, validation), at random by ``seed``; both keep the order of the file.
 
-    Records skipped while reading are counted on the training side.
-
-    Args:
-        records: what to split.
-        val_size: number of validation records or, below 1, their fraction.
-        seed: the same seed and records give the same split on every Python version.
+    ``val_size`` is the number of validation records or, below 1, their fraction. Records skipped while
+    reading are counted on the training side. The split is the same on every Python version.
 
     Raises:
         UserError: ``val_size`` is neither a count nor a fraction, or one side would be empty.

@@ -19,9 +19,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     """Return lines about records, tokens, what was cut or dropped, packing, and one decoded example.
 
-    Args:
-        data: the data module.
-        color: dim the part that is not learned; otherwise it is put in brackets.
+    With ``color`` the part that is not learned is dimmed; otherwise it is put in brackets.
     """
     encoded, records = data.train_encoded, data.train_records
     length = encoded.length
@@ -41,7 +39,6 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
 
 
 def _packed(data: AlpacaDataModule) -> str:
-    """Return the share of the first steps' tokens that packed rows compute."""
     packer, steps, length = data.train_packer, data.training_steps(), data.train_encoded.length
     shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
     given = sum(int(length[records].sum()) for records in shown)
@@ -75,7 +72,6 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
 
 
 def _example(data: AlpacaDataModule, before: str, after: str) -> str:
-    """Decode the first record, with its masked part between two marks."""
     ids = data.train_encoded.record(0).tolist()
     n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
     raw = [data.tokenizer.piece(token) for token in ids]

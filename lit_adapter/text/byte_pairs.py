@@ -42,12 +42,8 @@ def byte_level_json(
 ) -> dict[str, Any]:
     """Return the content of a ``tokenizer.json`` for a byte-level BPE.
 
-    Args:
-        vocab: ids of tokens, which are spelled in `byte_letters`.
-        merges: pairs of tokens, highest priority first.
-        added: entries of ``added_tokens``, from `added_token`.
-        split: the pre-tokenizer.
-        bos: control token that the post-processor puts before every text; None for no post-processor.
+    Tokens are spelled in `byte_letters`, merges have the highest priority first, and ``added`` comes from
+    `added_token`. ``bos`` is what a post-processor puts before every text; None for no post-processor.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     first: dict[Split, list[dict[str, Any]]] = {
@@ -102,9 +98,7 @@ def looks_like_ranks(content: bytes) -> bool:
 def llama3_json(content: bytes, source: object) -> dict[str, Any]:
     """Return LLaMA 3's list of ranks, with its 256 control tokens, as ``tokenizer.json`` content.
 
-    Args:
-        content: the file: on each line a base64 token and its rank.
-        source: the file's path, for messages.
+    Each line of ``content`` is a base64 token and its rank.
 
     Raises:
         UserError: a line is malformed, the ranks are not 0, 1, 2 ..., each once, or a byte has no token.

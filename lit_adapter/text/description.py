@@ -120,24 +120,19 @@ def describe(
     add_bos: bool,
     source: object,
 ) -> None:
-    """Give a tokenizer its BOS, EOS, stop ids and chat template.
+    """Give a tokenizer that knows its control tokens its BOS, EOS, stop ids and chat template.
 
-    Args:
-        tokenizer: must know its control tokens already.
-        about: the files next to the vocabulary; they take precedence over the following arguments.
-        bos_id: the vocabulary's own BOS.
-        eos_id: the vocabulary's own EOS.
-        add_bos: whether the vocabulary itself puts BOS before a text.
-        source: the vocabulary's file, for messages.
+    ``about`` takes precedence over what the vocabulary itself, the file ``source``, says: its BOS and EOS,
+    and whether it puts BOS before a text.
 
     Raises:
         UserError: ``about`` names a token that the vocabulary lacks, or there is no EOS.
     """
     for spelling in (about.bos, about.eos):
-        if spelling and tokenizer.control_id(spelling) is None:
+        if spelling and spelling not in tokenizer.control_tokens:
             raise UserError(f"{source}: token '{spelling}' of tokenizer_config.json is not in the vocabulary")
-    eos = tokenizer.control_id(about.eos) if about.eos else eos_id
-    bos = tokenizer.control_id(about.bos) if about.bos else bos_id
+    eos = tokenizer.control_tokens[about.eos] if about.eos else eos_id
+    bos = tokenizer.control_tokens[about.bos] if about.bos else bos_id
     eos = next(iter(about.stop_ids), None) if eos is None else eos
     if eos is None:
         raise UserError(f"{source}: no EOS token; name it in tokenizer_config.json as eos_token")

@@ -35,11 +35,8 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     """Write the tokenizer files of a GGUF vocabulary.
 
     A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece vocabulary (``llama``)
-    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``.
-
-    Args:
-        fields: values by key: plain ones, or those of `gguf.GGUFReader.fields`.
-        out: folder to write to.
+    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``. The fields'
+    values are plain ones, or those of `gguf.GGUFReader.fields`.
 
     Raises:
         UserError: a key is missing or inconsistent with the others, or the kind of vocabulary is unknown.

@@ -20,12 +20,7 @@ SPACE = "\u2581"
 class HuggingFaceTokenizer(Tokenizer):
     """A parsed ``tokenizer.json``, byte-level or like sentencepiece.
 
-    Its post-processor is not run: the caller adds BOS and EOS.
-
-    Args:
-        raw: the parsed file; it is modified.
-        about: settings from the files next to it.
-        source: the file, for messages.
+    Its post-processor is not run: the caller adds BOS and EOS. The parsed file, ``raw``, is modified.
 
     Raises:
         UserError: the library cannot read the file, its kind is unknown, or it lacks a token that ``about``

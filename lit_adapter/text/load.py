@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
-from lit_adapter.text.description import Description, read_description
+from lit_adapter.text.description import read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer
 from lit_adapter.text.sentencepiece_model import SentencePieceTokenizer
 from lit_adapter.text.tokenizer import Tokenizer
@@ -37,14 +37,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if not isinstance(raw, dict):
             raise UserError(f"{path}: expected a JSON object")
         return HuggingFaceTokenizer(raw, about, path)
-    if looks_like_ranks(content):
-        return _load_ranks(content, about, path)
-    return SentencePieceTokenizer(content, about, path)
-
-
-def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
-    raw = llama3_json(content, path)
-    tokenizer = HuggingFaceTokenizer(raw, replace(about, eos=about.eos or LLAMA3_STOPS[0]), path)
+    if not looks_like_ranks(content):
+        return SentencePieceTokenizer(content, about, path)
+    about = replace(about, eos=about.eos or LLAMA3_STOPS[0])
+    tokenizer = HuggingFaceTokenizer(llama3_json(content, path), about, path)
     # Meta's files do not list the tokens that end a turn.
     tokenizer.stop_ids |= {tokenizer.control_tokens[stop] for stop in LLAMA3_STOPS}
     return tokenizer

@@ -14,19 +14,14 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; tokens that other files add to it are control tokens.
-
-    Args:
-        content: the serialised model.
-        about: settings from the files next to it.
-        source: the file, for messages.
+    """A serialised sentencepiece model; tokens that other files add to it are control tokens.
 
     Raises:
         UserError: it is not a sentencepiece model, or lacks a token that ``about`` names.
     """
 
     def __init__(self, content: bytes, about: Description, source: object) -> None:
-        model = parse_model(content, source)
+        model = _parse(content, source)
         size = len(model.pieces)
         _mark_control_tokens(model, about)
         self.control_tokens = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
@@ -58,12 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text.replace("\u2581", " ").encode()
 
 
-def parse_model(content: bytes, source: object) -> ModelProto:
-    """Read a serialised sentencepiece model.
-
-    Raises:
-        UserError: it is not one, or it has no pieces.
-    """
+def _parse(content: bytes, source: object) -> ModelProto:
     try:
         size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     except RuntimeError as error:
