@@ -25,8 +25,6 @@ INSTRUCTION = "Turn the request into a JSON command."
 N_TRAIN = 2000
 N_VAL = 200
 
-_HELD_OUT_SHARE = 6
-"""One in this many words is held out."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -196,11 +194,6 @@ ORDER_FRAMES = (
 STATEMENT_FRAMES = ("{}", "Hi! {}", "Hello. {}", "{} Thanks.")
 
 
-def is_held_out(value: str | int) -> bool:
-    """Whether a word, time or number is used in held-out records only."""
-    return zlib.crc32(str(value).lower().encode()) % _HELD_OUT_SHARE == 0
-
-
 class _Decks:
     """Random draws that use every choice of a pool before they repeat one."""
 
@@ -216,8 +209,11 @@ class _Decks:
         return self._decks[name].pop()
 
     def word(self, pool: str) -> Any:
-        words = GLUE.get(pool) or [word for word in POOLS[pool] if is_held_out(word) is self._held_out]
-        return self.draw(pool, words)
+        if pool in GLUE:
+            return self.draw(pool, GLUE[pool])
+        # One word, time or number in six is held out.
+        side = [w for w in POOLS[pool] if (zlib.crc32(str(w).lower().encode()) % 6 == 0) is self._held_out]
+        return self.draw(pool, side)
 
     def shuffled(self, choices: Sequence[Any]) -> list[Any]:
         return sorted(choices, key=lambda _: self._random())

@@ -89,14 +89,9 @@ def encode_records(
     A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS. One
     whose answer does not fit after one token of its prompt is dropped.
 
-    Args:
-        records: what to encode.
-        tokenizer: the base's tokenizer; worker processes get a pickle of it.
-        template: turns a record into prompt and answer.
-        max_length: the most tokens of a record.
-        cache: folder of cache files, or None for no caching.
-        tokenizer_key: fingerprint of the tokenizer, for the cache's key.
-        say: gets a line when a damaged cache file is replaced, or a cache file cannot be written.
+    Worker processes get a pickle of the tokenizer. Its fingerprint, ``tokenizer_key``, is part of the key of
+    the cache files in the folder ``cache``. ``say`` gets a line when a damaged cache file is replaced, or a
+    cache file cannot be written.
 
     Raises:
         UserError: a worker process died, or a record cannot be encoded (see `Template.encode_example`).

@@ -156,10 +156,10 @@ class Packer:
 
     def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the row's indices whose next token is learned, ascending, and those tokens, each ``[M]``."""
-        own = [segment for segment in segments if segment.record is not None]
         rows = [
             (s.record, s.position, s.start, 0 if s.preamble is None else segments[s.preamble].start)
-            for s in own
+            for s in segments
+            if s.record is not None
         ]
         records, n_preamble, start, preamble_start = np.array(rows, np.int64).reshape(-1, 4).T
         first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)

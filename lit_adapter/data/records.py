@@ -62,8 +62,14 @@ class Records(Sequence[Record]):
             raise UserError(
                 f"{self.source}: no usable record: {why}; expected records of instruction, input and output"
             )
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for text in (row.instruction, row.input, row.output):
+                content = text.encode()
+                # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+                digest.update(len(content).to_bytes(8, "little") + content)
         object.__setattr__(self, "n_duplicate", len(self.rows) - len(set(self.rows)))
-        object.__setattr__(self, "sha256", _content_sha256(self.rows))
+        object.__setattr__(self, "sha256", digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,16 +79,6 @@ class Records(Sequence[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.rows)
-
-
-def _content_sha256(rows: Iterable[Record]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for text in (row.instruction, row.input, row.output):
-            content = text.encode()
-            # The length in front keeps ("ab", "c") and ("a", "bc") apart.
-            digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 def read_records(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -24,20 +23,14 @@ USER, ANSWER = "LitAdapterUserWords", "LitAdapterAnswerWords"
 """Stand-ins for message and answer; no template contains these words."""
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """A chat of one user message and its answer, without the two."""
+class RenderedChat(NamedTuple):
+    """The text before and after a user's message, and the end, lead and trim of its `Template`."""
 
     before: str
-    """Text before the message."""
     after: str
-    """Text between message and answer."""
     lead: str
-    """A space that the template puts before an answer, but not at the end of a prompt."""
     end: str | None
-    """The control token after an answer, or None."""
     trim: bool
-    """Whether the template strips white space around the message."""
 
 
 def render_chat(tokenizer: Tokenizer) -> RenderedChat:

@@ -119,10 +119,9 @@ def _mark_control_tokens(raw: dict[str, Any], vocabulary: dict[str, int], about:
     """Mark as special what acts as a control token: BOS, EOS and ``<|...|>``."""
     added = raw["added_tokens"] = list(raw.get("added_tokens") or [])
     listed = {token["content"] for token in added}
-    for spelling in (about.bos, about.eos):
+    for spelling in dict.fromkeys((about.bos, about.eos)):
         if spelling in vocabulary and spelling not in listed:
             added.append(added_token(spelling, vocabulary[spelling], special=True))
-            listed.add(spelling)
     for token in added:
         named = token["content"] in (about.bos, about.eos)
         token["special"] = bool(token["special"] or named or CONTROL_SPELLING.fullmatch(token["content"]))
@@ -147,15 +146,10 @@ def _nodes(part: Any) -> Iterator[dict[str, Any]]:
 def _without_prefix(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the same tokenizer without the space that it puts before a text."""
     copy = {key: json.loads(json.dumps(raw.get(key))) for key in ("normalizer", "pre_tokenizer")}
-    for node in _nodes(copy["normalizer"]):
-        if node["type"] == "Prepend":
-            node["prepend"] = ""
-    for node in _nodes(copy["pre_tokenizer"]):
-        if "prepend_scheme" in node:
-            node["prepend_scheme"] = "never"
-        if "add_prefix_space" in node:
-            node["add_prefix_space"] = False
-    return {**raw, **copy}
+    without = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+    for node in (*_nodes(copy["normalizer"]), *_nodes(copy["pre_tokenizer"])):
+        node |= {key: value for key, value in without.items() if key in node}
+    return raw | copy
 
 
 def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
