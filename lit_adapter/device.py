@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import timeit
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,12 +76,8 @@ def _bf16_pays(device: torch.device) -> bool:
 def _product_seconds(dtype: torch.dtype) -> float:
     """Return the best of five timings of a small matrix product, in this thread's CPU time."""
     a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.thread_time()
-        torch.nn.functional.linear(a, b)
-        best = min(best, time.thread_time() - start)
-    return best
+    product = partial(torch.nn.functional.linear, a, b)
+    return min(timeit.repeat(product, timer=time.thread_time, repeat=5, number=1))
 
 
 def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:

@@ -9,26 +9,16 @@ from lit_adapter.errors import UserError
 
 
 def check_name(name: str) -> None:
-    """Check that a name is a repository's full name.
-
-    Raises:
-        UserError: it does not have the form org/name.
-    """
+    """Refuse a name that does not have the form org/name."""
     if name.count("/") != 1:
         raise UserError(f"'{name}' is not a name on the Hub; expected org/name")
 
 
 def asking_hub(name: str, revision: str | None, ask: Callable[[], Any], *, absent: str = "") -> Any:
-    """Return the result of a request.
-
-    Args:
-        name: repository, or repository and file, as the user named it.
-        revision: branch, tag or commit; None for the default.
-        ask: sends the request.
-        absent: what to add to the message if there is no such repository.
+    """Return the result of a request about a repository, or a repository and file.
 
     Raises:
-        UserError: the request failed.
+        UserError: the request failed; if there is no such repository, the message adds ``absent``.
     """
     from huggingface_hub import errors
 

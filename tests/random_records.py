@@ -32,5 +32,4 @@ def encoded(
         variant=np.array(variant, np.int8),
         whole=np.array(whole),
         source_row=np.arange(n_records, dtype=np.int32),
-        n_dropped=np.zeros(1, np.int32),
     )

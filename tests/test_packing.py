@@ -184,7 +184,6 @@ def test_a_head_never_reaches_into_an_answer() -> None:
         start=np.array([0, 10, 20, 30]),
         n_prompt=np.array([7, 9, 8], np.int32),
         whole=np.ones(3, np.bool_),
-        n_dropped=np.zeros(1, np.int32),
         **same,
     )
     assert shared_preambles(data)[0].tolist() == list(range(2, 9))

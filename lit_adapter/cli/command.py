@@ -60,9 +60,7 @@ def _status(main: Callable[[Sequence[str]], int]) -> Any:
 def command_parser(description: str, program: str | None = None) -> Any:
     """Return a jsonargparse parser for `parse`: whole option names only, no exit on error.
 
-    Args:
-        description: the first line of the help.
-        program: the command as its user typed it; None: the script's own name, as argparse has it.
+    ``program`` is the command as its user typed it; None: the script's own name, as argparse has it.
     """
     import jsonargparse
 

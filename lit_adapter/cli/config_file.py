@@ -61,7 +61,6 @@ def _check_section(node: yaml.MappingNode, section: Any, path: Path, prefix: str
 
 
 def _all_keys(section: Any, prefix: str = "") -> list[str]:
-    """Return the full names of all keys below a section."""
     found = []
     for name, kind in get_type_hints(section).items():
         found += _all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [f"{prefix}{name}"]

@@ -12,10 +12,11 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.data import demo_words as words
+from lit_adapter.data.demo_words import WORDS
 from lit_adapter.data.formats import parse_json
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_json
@@ -24,8 +25,6 @@ INSTRUCTION = "Turn the request into a JSON command."
 N_TRAIN = 2000
 N_VAL = 200
 
-_HELD_OUT_SHARE = 6
-"""One in this many words is held out."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -43,19 +42,7 @@ class Kind:
 
 
 POOLS: dict[str, Sequence[str] | Sequence[int]] = {
-    "first_name": words.FIRST_NAMES.split(),
-    "last_name": words.LAST_NAMES.split(),
-    "subject": words.SUBJECTS.split(),
-    "event": words.EVENTS.split(),
-    "adjective": words.ADJECTIVES.split(),
-    "noun": words.NOUNS.split(),
-    "state": words.STATES.split(),
-    "room_name": words.ROOM_NAMES.split(),
-    "room_kind": words.ROOM_KINDS.split(),
-    "home_place": words.HOME_PLACES.split(),
-    "home_room": words.HOME_ROOMS.split(),
-    "title_adjective": words.TITLE_ADJECTIVES.split(),
-    "title_word": words.TITLE_WORDS.split(),
+    **{pool: words.split() for pool, words in WORDS.items()},
     "time": [f"{hour}:{minute:02d}" for hour in range(5, 24) for minute in range(0, 60, 5)],
     "people": range(2, 91),
     "quantity": range(2, 61),
@@ -207,11 +194,6 @@ ORDER_FRAMES = (
 STATEMENT_FRAMES = ("{}", "Hi! {}", "Hello. {}", "{} Thanks.")
 
 
-def is_held_out(value: str | int) -> bool:
-    """Whether a word, time or number is used in held-out records only."""
-    return zlib.crc32(str(value).lower().encode()) % _HELD_OUT_SHARE == 0
-
-
 class _Decks:
     """Random draws that use every choice of a pool before they repeat one."""
 
@@ -222,15 +204,16 @@ class _Decks:
         self._decks: dict[str, list[Any]] = {}
 
     def draw(self, name: str, choices: Sequence[Any]) -> Any:
-        deck = self._decks.setdefault(name, [])
-        if not deck:
-            deck.extend(self.shuffled(choices))
-        return deck.pop()
+        if not self._decks.get(name):
+            self._decks[name] = self.shuffled(choices)
+        return self._decks[name].pop()
 
     def word(self, pool: str) -> Any:
         if pool in GLUE:
             return self.draw(pool, GLUE[pool])
-        return self.draw(pool, [value for value in POOLS[pool] if is_held_out(value) is self._held_out])
+        # One word, time or number in six is held out.
+        side = [w for w in POOLS[pool] if (zlib.crc32(str(w).lower().encode()) % 6 == 0) is self._held_out]
+        return self.draw(pool, side)
 
     def shuffled(self, choices: Sequence[Any]) -> list[Any]:
         return sorted(choices, key=lambda _: self._random())
@@ -280,9 +263,8 @@ def generate(
     Raises:
         UserError: a count is below 1, or higher than the words suffice for.
     """
-    for name, count in (("n_train", n_train), ("n_val", n_val)):
-        if count < 1:
-            raise UserError(f"demo: {name} is {count}; expected at least 1")
+    if n_train < 1 or n_val < 1:
+        raise UserError(f"demo: n_train is {n_train} and n_val is {n_val}; expected at least 1 each")
     return _records(n_train, _Decks(seed, held_out=False)), _records(n_val, _Decks(seed, held_out=True))
 
 
@@ -303,8 +285,5 @@ def exact_match(text: str, expected: str) -> bool:
         value = parse_json(text)
     except ValueError:
         return False
-    return _canonical(value) == _canonical(parse_json(expected))
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    canonical = partial(json.dumps, sort_keys=True)
+    return canonical(value) == canonical(parse_json(expected))

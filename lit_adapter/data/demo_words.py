@@ -6,7 +6,8 @@ thing that a small model learns is to copy a word it was not trained on.
 
 from __future__ import annotations
 
-FIRST_NAMES = """
+WORDS = {
+    "first_name": """
     Aaron Abigail Adrian Agnes Alan Albert Alice Amanda Amelia Amir Amy Andrea Andrew Angela Anna
     Anthony Arthur Astrid Audrey Barbara Beatrice Benjamin Bernard Bianca Boris Brenda Brian Bruno
     Camila Carla Carlos Caroline Cecilia Charles Charlotte Chloe Chris Clara Clement Colin Connor Cynthia
@@ -20,9 +21,8 @@ FIRST_NAMES = """
     Omar Oscar Patrick Paul Paula Peter Philip Quentin Rachel Ralph Rebecca Rita Robert Robin Roger Rosa
     Ruth Ryan Samuel Sandra Sarah Simon Sofia Sonia Stefan Stella Steven Susan Sylvia Tara Teresa Thomas
     Tina Toby Ursula Valerie Vera Victor Vincent Walter Wanda Wendy William Xavier Yara Yusuf Zoe
-"""
-
-LAST_NAMES = """
+    """,
+    "last_name": """
     Adams Allen Archer Atkins Bailey Baker Barnes Bennett Berger Bishop Blake Boyd Brooks Burton Butler
     Carter Castillo Chapman Clarke Coleman Collins Cooper Costa Cox Crawford Cruz Dawson Delgado Dixon
     Donovan Doyle Duncan Eaton Ellis Evans Farrell Ferguson Fisher Fleming Fletcher Foster Fox Franklin
@@ -33,9 +33,8 @@ LAST_NAMES = """
     Richards Rivera Roberts Russell Sanders Schmidt Sharp Shaw Silva Simpson Spencer Stevens Sullivan
     Taylor Thompson Torres Tucker Turner Vargas Wagner Walker Wallace Watson Weaver Webb Wheeler Wright
     Young Ziegler
-"""
-
-SUBJECTS = """
+    """,
+    "subject": """
     algebra archery astronomy ballet banjo baseball basketball biology botany boxing budget calligraphy
     carpentry cello ceramics chemistry chess choir climbing coding cooking cricket dance debate dentist
     design drama drawing driving economics embroidery engineering fencing film finance fishing fitness
@@ -45,17 +44,15 @@ SUBJECTS = """
     pilates planning poetry pottery product programming project rowing rugby running sailing sales
     science sculpture sewing singing skating skiing soccer spelling statistics surfing swimming tennis
     theatre travel trumpet tutoring violin volleyball weaving weightlifting wrestling writing yoga
-"""
-
-EVENTS = """
+    """,
+    "event": """
     appointment audition briefing call camp challenge class club competition conference contest course
     deadline demo dinner discussion event exam excursion exhibition fair festival final gathering
     hearing interview lecture lesson lunch match meeting meetup orientation panel party performance
     practice presentation quiz recital rehearsal retreat review seminar session show summit talk test
     tour tournament training trial trip tryout visit webinar workout workshop
-"""
-
-ADJECTIVES = """
+    """,
+    "adjective": """
     ancient antique basic big black blue bold brand-new brass bright broken bronze brown cheap clean
     clever cold colourful copper cosy cracked creamy crimson crisp curly cute damp dark deep delicate
     dented dirty dusty elegant empty enormous expensive faded famous fancy fast favourite fine flat
@@ -68,10 +65,9 @@ ADJECTIVES = """
     sticky stiff stone strange striped strong sturdy sweet tall tasty thick thin tidy tiny tough
     tropical ugly unusual useful velvet violet warm waterproof wet white wide wild wooden woollen yellow
     young
-"""
-
-# Each with a plural in -s.
-NOUNS = """
+    """,
+    # Each with a plural in -s.
+    "noun": """
     airplane album almanac anchor apron armchair backpack badge badger bag ball balloon banner barrel
     basket bathtub bell belt bicycle blanket blazer blender boat bonnet book bookcase bookmark bottle
     bowl bracelet bread brick bridge broom bucket button cabbage cabinet cable cake camera candle canoe
@@ -91,17 +87,15 @@ NOUNS = """
     table tablet tape teacup teapot telescope tent ticket tie tile toaster tool towel tripod truck tube
     turnip umbrella uniform vacuum van vase vest waffle wagon wallet walnut wardrobe wheel whistle wig
     window wire zipper
-"""
-
-STATES = """
+    """,
+    "state": """
     arriving available back blocked booked broken cancelled charged cheaper clean closed closing coming
     complete confirmed covered delayed delivered different done dry empty faulty finished fixed free
     full gone here important installed late leaking leaving locked lost missing moving nearby new open
     ordered outside over packed paid painted perfect postponed ready rented repaired replaced reserved
     returned safe scheduled shipped sold stolen stuck tested unlocked upstairs waiting working wrong
-"""
-
-ROOM_NAMES = """
+    """,
+    "room_name": """
     acorn amber apple arctic aspen atlas aurora bamboo beacon beech birch cactus canyon cedar cherry
     chestnut cobalt comet coral cosmos cottage crystal cypress daisy delta desert dolphin eagle eclipse
     elm emerald falcon fern fjord forest galaxy garden garnet glacier granite harbour hazel heron
@@ -110,27 +104,23 @@ ROOM_NAMES = """
     orchard orchid otter palm panda peach pearl penguin pine planet plum poplar poppy prairie quartz
     rainbow raven reef river robin ruby saffron sapphire saturn sequoia sparrow spruce summit sunflower
     sunset swan sycamore thistle tiger topaz tulip turquoise valley venus walnut willow zebra
-"""
-
-ROOM_KINDS = """
+    """,
+    "room_kind": """
     annex arena atrium auditorium ballroom bay booth cabin chamber den gallery hall lab library lobby
     lodge loft lounge nook office parlour pavilion room salon space stage studio suite terrace theatre
     tower wing workshop
-"""
-
-HOME_ROOMS = """
+    """,
+    "home_room": """
     attic balcony basement bathroom bedroom cellar closet conservatory corridor den entrance foyer
     garage greenhouse gym hallway kitchen landing laundry library lounge nursery office pantry playroom
     porch sauna shed stairway storeroom studio study sunroom veranda workroom
-"""
-
-HOME_PLACES = """
+    """,
+    "home_place": """
     back big blue brick central corner cosy downstairs east family front garden green grey guest inner
     large left little lower main master middle new north old outer private rear right shared side small
     south spare sunny top upper upstairs visitor west white yellow
-"""
-
-TITLE_WORDS = """
+    """,
+    "title_word": """
     Afternoon Angel Autumn Avenue Bird Blossom Breeze Candle Carnival Castle Cathedral Circle City Cloud
     Coast Colour Corner Country Crossing Dawn Daylight Dream Dust Echo Ember Empire Evening Eye Farewell
     Feather Fever Field Fire Flame Flower Fog Fortune Fountain Friend Ghost Gravity Harvest Heart
@@ -141,13 +131,13 @@ TITLE_WORDS = """
     Spring Star Station Storm Story Stranger Street Summer Sun Sunday Thunder Tide Tiger Tomorrow Town
     Train Traveller Treasure Valley Voice Voyage Waltz Water Wave Whisper Wind Window Winter Wonder
     World
-"""
-
-TITLE_ADJECTIVES = """
+    """,
+    "title_adjective": """
     Aching Bitter Blazing Blue Bright Broken Burning Careless Crazy Crystal Dancing Distant Drifting
     Electric Endless Eternal Fading Falling Fearless Final Flying Foolish Forgotten Fragile Frozen
     Gentle Golden Happy Haunted Hidden Holy Honest Humble Innocent Invisible Last Lonely Lost Lucky
     Magnetic Marble Mellow Misty Mystic Neon Nervous Northern Painted Patient Perfect Purple Quiet Rainy
     Reckless Restless Rising Rolling Running Sacred Scarlet Secret Shining Silent Silver Sleeping Slow
     Southern Starry Strange Sweet Tender Tired Velvet Wandering Western Whispering Wicked Wild Wooden
-"""
+    """,
+}

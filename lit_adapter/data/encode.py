@@ -34,7 +34,9 @@ PARALLEL_FROM = 4000
 """Number of records from which worker processes pay."""
 CHUNK = 50
 """Records sent to a worker at a time; after Ctrl-C each worker finishes two chunks."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_Example = tuple[list[int], int, int]
+"""A record's ids, the number of its prompt's, and its template variant."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,6 @@ class Encoded:
     """Whether each record was kept whole ``[records]``."""
     source_row: NDArray[np.int32]
     """Index of each record among those read ``[records]``."""
-    n_dropped: NDArray[np.int32]
-    """Number of records dropped because the answer alone is too long ``[1]``."""
 
     def __len__(self) -> int:
         return len(self.n_prompt)
@@ -74,13 +74,6 @@ class Encoded:
         return int((~self.whole).sum())
 
 
-@dataclass(frozen=True)
-class _Example:
-    ids: list[int]
-    n_prompt: int
-    variant: int
-
-
 def encode_records(
     records: Records,
     tokenizer: Tokenizer,
@@ -94,27 +87,19 @@ def encode_records(
     """Encode all records, or read them from the cache.
 
     A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS. One
-    whose answer does not fit after one token of its prompt is dropped and counted.
+    whose answer does not fit after one token of its prompt is dropped.
 
-    Args:
-        records: what to encode.
-        tokenizer: the base's tokenizer; worker processes get a pickle of it.
-        template: turns a record into prompt and answer.
-        max_length: the most tokens of a record.
-        cache: folder of cache files, or None for no caching.
-        tokenizer_key: fingerprint of the tokenizer, for the cache's key.
-        say: gets a line when a damaged cache file is replaced, or a cache file cannot be written.
+    Worker processes get a pickle of the tokenizer. Its fingerprint, ``tokenizer_key``, is part of the key of
+    the cache files in the folder ``cache``. ``say`` gets a line when a damaged cache file is replaced, or a
+    cache file cannot be written.
 
     Raises:
         UserError: a worker process died, or a record cannot be encoded (see `Template.encode_example`).
     """
-    key = _key(records, template, max_length, tokenizer_key)
-    path = cache / f"tokens-{key[:32]}.safetensors" if cache else None
-    found = _read_cache(path, key) if path else None
-    if found is not None:
-        return found
-    if path is None:
+    if cache is None:
         return _pack(_encode_all(records.rows, tokenizer, template), max_length)
+    key = _key(records, template, max_length, tokenizer_key)
+    path = cache / f"tokens-{key[:32]}.safetensors"
     with one_at_a_time(path):  # a run's processes all need this file
         found = _read_cache(path, key)
         if found is not None:
@@ -122,8 +107,9 @@ def encode_records(
         if path.is_file():
             say(f"{path}: damaged token cache; encoding again")
         encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
+        arrays = vars(encoded)
         try:
-            _write_cache(path, key, encoded)
+            write_bytes(path, save(arrays, metadata={"key": key, "checksum": _checksum(arrays)}))
         except UserError as error:  # this run goes on; the next one encodes again
             say(f"tokens are not cached: {error}; $LIT_ADAPTER_CACHE names another folder")
     return encoded
@@ -131,7 +117,9 @@ def encode_records(
 
 def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template) -> Iterable[_Example]:
     one = partial(_encode_one, tokenizer, template)
-    workers = min(8, _n_cpus())
+    # A job queue or container may allow this process only some of the CPUs.
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, n_cpus)
     if len(rows) < PARALLEL_FROM or workers == 1:
         return map(one, rows)
     # Forking a process with threads can hang; spawning cannot.
@@ -149,49 +137,32 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
         pool.shutdown(cancel_futures=True)
 
 
-def _n_cpus() -> int:
-    """Return how many CPUs this process may use; a job queue or container may allow it only some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _encode_one(tokenizer: Tokenizer, template: Template, record: Record) -> _Example:
     ids, n_prompt = template.encode_example(tokenizer, record.instruction, record.input, record.output)
-    return _Example(ids, n_prompt, template.variant(bool(record.input)))
+    return ids, n_prompt, template.variant(bool(record.input))
 
 
 def _pack(examples: Iterable[_Example], max_length: int) -> Encoded:
-    ids: list[NDArray[np.int32]] = []
-    n_prompt, variant, whole, source_row, dropped = [], [], [], [], 0
-    for row, example in enumerate(examples):
-        excess = max(0, len(example.ids) - max_length)
-        if excess >= example.n_prompt:
-            dropped += 1
-            continue
-        ids.append(np.array(example.ids[excess:], dtype=np.int32))
-        n_prompt.append(example.n_prompt - excess)
-        variant.append(example.variant)
-        whole.append(excess == 0)
-        source_row.append(row)
+    kept, facts = [], []
+    for row, (ids, n_prompt, variant) in enumerate(examples):
+        excess = max(0, len(ids) - max_length)
+        if excess < n_prompt:
+            kept.append(np.array(ids[excess:], np.int32))
+            facts.append((n_prompt - excess, variant, excess == 0, row))
+    columns = np.array(facts, np.int32).reshape(-1, 4).T.copy()
     return Encoded(
-        ids=np.concatenate(ids) if ids else np.empty(0, np.int32),
-        start=np.cumsum([0, *map(len, ids)], dtype=np.int64),
-        n_prompt=np.array(n_prompt, np.int32),
-        variant=np.array(variant, np.int8),
-        whole=np.array(whole, np.bool_),
-        source_row=np.array(source_row, np.int32),
-        n_dropped=np.array([dropped], np.int32),
+        ids=np.concatenate([np.empty(0, np.int32), *kept]),
+        start=np.cumsum([0, *map(len, kept)], dtype=np.int64),
+        n_prompt=columns[0],
+        variant=columns[1].astype(np.int8),
+        whole=columns[2].astype(np.bool_),
+        source_row=columns[3],
     )
 
 
 def _key(records: Records, template: Template, max_length: int, tokenizer_key: str) -> str:
     parts = [FORMAT_VERSION, records.sha256, template.to_dict(), max_length, tokenizer_key]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
-    arrays = {field.name: getattr(encoded, field.name) for field in fields(Encoded)}
-    metadata = {"key": key, "checksum": _checksum(arrays)}
-    write_bytes(path, save(arrays, metadata=metadata))
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:

@@ -215,8 +215,15 @@ def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     # A quoted line break is one character, whatever system wrote the file.
     text = read_text(path, name).replace("\r\n", "\n")
     limit = csv.field_size_limit(len(text) + 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, line = [], 1
     try:
-        rows = list(_csv_lines(text, name))
+        for values in reader:
+            if values:
+                rows.append((line, values))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{name}:{line}: not valid CSV: {error}; check the quotes") from None
     finally:
         csv.field_size_limit(limit)
     header_line, header = rows[0]
@@ -234,20 +241,6 @@ def _check_columns(columns: Sequence[str], where: str) -> None:
     twice = next((column for column, number in Counter(columns).items() if number > 1), None)
     if twice is not None:
         raise UserError(f"{where}: column {shorten(twice)} appears twice; rename one of them")
-
-
-def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(f"{name}:{line}: not valid CSV: {error}; check the quotes") from None
-        if values:
-            yield line, values
 
 
 def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:

@@ -7,6 +7,7 @@ ones: no code of the data set runs, and error messages name lines.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lit_adapter.config import Columns
@@ -31,9 +32,7 @@ def is_hub_name(source: str | Path) -> bool:
 def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
     """Download a Hub data set's training file, or the named file or split, and read its records.
 
-    Args:
-        name: ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
-        columns: the data's names of the fields.
+    The name is ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
 
     Raises:
         UserError: the repository is unknown or not accessible, the network is down, there is no data file
@@ -95,7 +94,6 @@ def _choice(repo: str, files: list[str]) -> str:
 
 
 def _listing(repo: str) -> tuple[list[str], str | None]:
-    """Return the repository's files and the commit they belong to."""
     from huggingface_hub import HfApi
 
     info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="and not a local file")
@@ -105,7 +103,5 @@ def _listing(repo: str) -> tuple[list[str], str | None]:
 def _download(repo: str, file: str, commit: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    def ask() -> str:
-        return hf_hub_download(repo, file, repo_type="dataset", revision=commit)
-
+    ask = partial(hf_hub_download, repo, file, repo_type="dataset", revision=commit)
     return Path(asking_hub(f"{repo}:{file}", commit, ask))

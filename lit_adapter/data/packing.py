@@ -60,13 +60,9 @@ def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
 
 
 class Packer:
-    """Packs records into rows.
+    """Packs records into rows of at most ``row_tokens`` tokens; ``mask_prompt`` learns answers only.
 
-    Args:
-        encoded: the records.
-        preambles: from `shared_preambles`; empty to pack every record whole.
-        mask_prompt: learn answers only.
-        row_tokens: the most tokens of a row.
+    Preambles are those of `shared_preambles`, or empty to pack every record whole.
 
     Raises:
         UserError: a record is longer than a row.
@@ -129,7 +125,6 @@ class Packer:
         return self._shared_length(records) + int(self.n_own[records].sum())
 
     def _shared_length(self, records: list[int]) -> int:
-        """Return the number of tokens of the preambles that ``records`` continue."""
         shared = {
             int(self.encoded.variant[r]): int(self.n_preamble[r]) for r in records if self.n_preamble[r]
         }
@@ -138,10 +133,7 @@ class Packer:
     def row(self, records: list[int]) -> PackedRow:
         """Pack ``records`` into one row."""
         segments = self._segments(records)
-        ids, position, segment, preamble, target_index, target_id = map(
-            torch.from_numpy, (*_tokens(segments), *self._targets(segments))
-        )
-        return PackedRow(ids, position, segment, preamble, target_index, target_id)
+        return PackedRow(*map(torch.from_numpy, (*_tokens(segments), *self._targets(segments))))
 
     def _segments(self, records: list[int]) -> list[_Segment]:
         """Return a row's segments: records without a preamble, then each preamble and its records."""
@@ -164,10 +156,10 @@ class Packer:
 
     def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the row's indices whose next token is learned, ascending, and those tokens, each ``[M]``."""
-        own = [segment for segment in segments if segment.record is not None]
         rows = [
             (s.record, s.position, s.start, 0 if s.preamble is None else segments[s.preamble].start)
-            for s in own
+            for s in segments
+            if s.record is not None
         ]
         records, n_preamble, start, preamble_start = np.array(rows, np.int64).reshape(-1, 4).T
         first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)

@@ -62,8 +62,14 @@ class Records(Sequence[Record]):
             raise UserError(
                 f"{self.source}: no usable record: {why}; expected records of instruction, input and output"
             )
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for text in (row.instruction, row.input, row.output):
+                content = text.encode()
+                # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+                digest.update(len(content).to_bytes(8, "little") + content)
         object.__setattr__(self, "n_duplicate", len(self.rows) - len(set(self.rows)))
-        object.__setattr__(self, "sha256", _content_sha256(self.rows))
+        object.__setattr__(self, "sha256", digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,38 +81,27 @@ class Records(Sequence[Record]):
         return iter(self.rows)
 
 
-def _content_sha256(rows: Iterable[Record]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for text in (row.instruction, row.input, row.output):
-            content = text.encode()
-            # The length in front keeps ("ab", "c") and ("a", "bc") apart.
-            digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
-
-
 def read_records(
     source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
 ) -> Records:
     """Read a JSON (array), JSONL, CSV or Parquet file of records; the suffix tells which.
 
-    Args:
-        source: the file.
-        columns: the file's names of the fields; other columns are ignored.
-        name: name of the file in messages; default: its path.
+    Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
 
     Raises:
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
             not a string or not valid Unicode, or an instruction is empty. Names file and line.
     """
     path, name = Path(source), name or str(source)
+    advice = "add it, or name the column that holds it"
     rows: list[Record] = []
     n_empty, saw_input = 0, False
     for line, values in rows_of(path, name, (columns.instruction, columns.input, columns.output)):
-        record = _record(values, columns, name, line)
+        task = task_of(values, columns, name, line, advice)
+        output = _text(values, columns.output, name, line, advice)
         saw_input = saw_input or columns.input in values
-        if record.output.strip():
-            rows.append(record)
+        if output.strip():
+            rows.append(Record(*task, output, name, line))
         else:
             n_empty += 1
     if rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
@@ -115,12 +110,7 @@ def read_records(
 
 
 def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a file whose format its suffix tells.
-
-    Args:
-        path: the file.
-        name: its name in messages.
-        wanted: the columns that the caller uses.
+    """Yield the rows of a file, called ``name`` in messages; its suffix tells the format.
 
     Raises:
         UserError: the file cannot be read or is malformed; names file and line.
@@ -133,23 +123,10 @@ def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
     return reader(path, name, wanted)
 
 
-def _record(values: Mapping[str, Any], columns: Columns, name: str, line: int) -> Record:
-    advice = "add it, or name the column that holds it"
-    instruction, input = task_of(values, columns, name, line, advice)
-    return Record(instruction, input, _text(values, columns.output, name, line, advice), name, line)
-
-
 def task_of(
     values: Mapping[str, Any], columns: Columns, name: str, line: int, advice: str
 ) -> tuple[str, str]:
-    """Return a row's instruction and input.
-
-    Args:
-        values: the row.
-        columns: its names of the fields.
-        name: the file's name, for messages.
-        line: the row's line, for messages.
-        advice: what to do about a missing field, for messages.
+    """Return a row's instruction and input; ``advice`` says in messages what to do about a missing field.
 
     Raises:
         UserError: the instruction is missing or empty, or either text is not a string or not valid Unicode.
@@ -175,13 +152,7 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int, advice: str
     value = values[key]
     if not isinstance(value, str):
         raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
-    if not value.isascii():
-        _check_unicode(value, key, name, line)
-    return value
-
-
-def _check_unicode(value: str, key: str, name: str, line: int) -> None:
-    """Refuse lone surrogates here: tokenizers would fail on them later, without a line number."""
+    # Tokenizers would fail on lone surrogates later, without a line number.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -189,6 +160,7 @@ def _check_unicode(value: str, key: str, name: str, line: int) -> None:
             f"{name}:{line}: {shorten(key)} has {value[error.start]!r}, half of a character "
             f"(a lone surrogate, character {error.start + 1}); write the whole character, or remove it"
         ) from None
+    return value
 
 
 def merge(parts: Sequence[Records], source: str) -> Records:
@@ -200,12 +172,8 @@ def merge(parts: Sequence[Records], source: str) -> Records:
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
     """Split into (train, validation), at random by ``seed``; both keep the order of the file.
 
-    Records skipped while reading are counted on the training side.
-
-    Args:
-        records: what to split.
-        val_size: number of validation records or, below 1, their fraction.
-        seed: the same seed and records give the same split on every Python version.
+    ``val_size`` is the number of validation records or, below 1, their fraction. Records skipped while
+    reading are counted on the training side. The split is the same on every Python version.
 
     Raises:
         UserError: ``val_size`` is neither a count nor a fraction, or one side would be empty.

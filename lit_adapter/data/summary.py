@@ -19,9 +19,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     """Return lines about records, tokens, what was cut or dropped, packing, and one decoded example.
 
-    Args:
-        data: the data module.
-        color: dim the part that is not learned; otherwise it is put in brackets.
+    With ``color`` the part that is not learned is dimmed; otherwise it is put in brackets.
     """
     encoded, records = data.train_encoded, data.train_records
     length = encoded.length
@@ -36,15 +34,11 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
     lines.append(f"      {_packed(data)}")
     how = "dimmed" if color else "in [[ ]]"
-    return [
-        *lines,
-        f"example ({how}: not learned)",
-        _example(data, *((DIM, PLAIN) if color else ("[[", "]]"))),
-    ]
+    marks = (DIM, PLAIN) if color else ("[[", "]]")
+    return [*lines, f"example ({how}: not learned)", _example(data, *marks)]
 
 
 def _packed(data: AlpacaDataModule) -> str:
-    """Return the share of the first steps' tokens that packed rows compute."""
     packer, steps, length = data.train_packer, data.training_steps(), data.train_encoded.length
     shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
     given = sum(int(length[records].sum()) for records in shown)
@@ -58,7 +52,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     """Return what is worth noting: number of records, out of how many, and what happened to them."""
     train, val = data.train_records, data.val_records or ()
     n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
-    n_val_dropped = int(data.val_encoded.n_dropped[0]) if data.val_encoded else 0
+    n_val_dropped = len(val) - len(data.val_encoded or ())
     too_long = f"left out: answer longer than data.max_length {data.config.max_length}"
     cut = "lost the start of their prompt to data.max_length"
     n_skipped = len(data.train_encoded) % data.batch_size
@@ -68,7 +62,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     )
     return [
         (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
-        (int(data.train_encoded.n_dropped[0]), len(train), f"of the training records {too_long}"),
+        (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
         (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
         (train.n_duplicate, len(train), "of the training records repeat an earlier one"),
@@ -78,7 +72,6 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
 
 
 def _example(data: AlpacaDataModule, before: str, after: str) -> str:
-    """Decode the first record, with its masked part between two marks."""
     ids = data.train_encoded.record(0).tolist()
     n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
     raw = [data.tokenizer.piece(token) for token in ids]

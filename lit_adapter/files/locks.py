@@ -70,12 +70,8 @@ def is_locked(path: Path) -> bool | None:
 class LockFile:
     """A file that exists while its lock is held, with the number of the process that holds it.
 
-    Where the file system has no locks, a living Python process of that number counts as the holder.
-
-    Args:
-        path: the lock file.
-        guarded: the file or folder that one process at a time may write, for messages.
-        option: the command-line option that names it, for messages.
+    Where the file system has no locks, a living Python process of that number counts as the holder. Messages
+    name the ``guarded`` file or folder, which one process at a time may write, and the option that names it.
     """
 
     def __init__(self, path: Path, guarded: Path, option: str) -> None:
@@ -125,14 +121,9 @@ class LockFile:
 
 @contextmanager
 def one_at_a_time(path: Path, *, wait: bool = True, option: str = "path") -> Iterator[None]:
-    """Keep other processes from writing ``path`` meanwhile.
+    """Keep other processes from writing the file ``path``, which ``option`` names, meanwhile.
 
-    Where no lock file can be created next to ``path``, nobody is kept out.
-
-    Args:
-        path: a file.
-        wait: wait for a process that is writing it.
-        option: the command-line option that names ``path``, for the message.
+    Where no lock file can be created next to it, nobody is kept out.
 
     Raises:
         UserError: another process is writing it and ``wait`` is off.

@@ -52,12 +52,7 @@ def _link_target(path: Path) -> Path:
 
 
 def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
-    """Refuse an output that would replace an input.
-
-    Args:
-        out: a file to write.
-        inputs: files, and folders all of whose files are read.
-        option: the command-line option that names the output.
+    """Refuse an output, named by ``option``, that would replace an input file or a file of an input folder.
 
     Raises:
         UserError: ``out`` exists and is one of ``inputs`` or lies inside one.

@@ -16,13 +16,7 @@ def free_disk(folder: Path) -> int:
 
 
 def write_error(path: Path, error: OSError, needed: int | None = None) -> WriteError:
-    """Return an error that says in one line why ``path`` could not be written.
-
-    Args:
-        path: the file or folder.
-        error: what the system reported.
-        needed: size of the file in bytes, where it is known.
-    """
+    """Return an error that says in one line why a file of ``needed`` bytes could not be written."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return WriteError(f"{path}: cannot write: {error.strerror or error}; choose a writable place")
     size = f"needs {needed:,} bytes, " if needed is not None else ""

@@ -42,9 +42,7 @@ def sync_folder(folder: Path) -> None:
 def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success sync it and rename it to ``path``.
 
-    Args:
-        path: the file to write.
-        needed: its size in bytes where known, for the error message; by default what had been written.
+    The error message says that ``needed`` bytes are needed; by default, what had been written.
 
     Raises:
         UserError: ``path`` names a pipe or device, its folder cannot be written, or the disk is full.
@@ -115,7 +113,6 @@ def sweep(folder: Path) -> int:
 
 
 def _remove(temporaries: Iterable[Path], seconds: float) -> int:
-    """Remove the unlocked files that are older than ``seconds``; return how many."""
     removed = 0
     for path in temporaries:
         with suppress(OSError):  # another process may have removed it first

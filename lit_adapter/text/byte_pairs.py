@@ -18,7 +18,6 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-N_LLAMA3_CONTROL = 256
 LLAMA3_CONTROL = {
     0: "begin_of_text",
     1: "end_of_text",
@@ -43,12 +42,8 @@ def byte_level_json(
 ) -> dict[str, Any]:
     """Return the content of a ``tokenizer.json`` for a byte-level BPE.
 
-    Args:
-        vocab: ids of tokens, which are spelled in `byte_letters`.
-        merges: pairs of tokens, highest priority first.
-        added: entries of ``added_tokens``, from `added_token`.
-        split: the pre-tokenizer.
-        bos: control token that the post-processor puts before every text; None for no post-processor.
+    Tokens are spelled in `byte_letters`, merges have the highest priority first, and ``added`` comes from
+    `added_token`. ``bos`` is what a post-processor puts before every text; None for no post-processor.
     """
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     first: dict[Split, list[dict[str, Any]]] = {
@@ -103,9 +98,7 @@ def looks_like_ranks(content: bytes) -> bool:
 def llama3_json(content: bytes, source: object) -> dict[str, Any]:
     """Return LLaMA 3's list of ranks, with its 256 control tokens, as ``tokenizer.json`` content.
 
-    Args:
-        content: the file: on each line a base64 token and its rank.
-        source: the file's path, for messages.
+    Each line of ``content`` is a base64 token and its rank.
 
     Raises:
         UserError: a line is malformed, the ranks are not 0, 1, 2 ..., each once, or a byte has no token.
@@ -121,7 +114,7 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
     names = llama3_control_tokens()
-    added = [added_token(name, len(ranks) + place, special=True) for place, name in enumerate(names)]
+    added = [added_token(name, id_, special=True) for id_, name in enumerate(names, len(ranks))]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     return byte_level_json(vocab, merges, added, "llama3", bos=names[0])
 
@@ -129,7 +122,7 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
 def llama3_control_tokens() -> list[str]:
     """Return LLaMA 3.1's 256 control tokens in the order of their ids."""
     reserved = (f"reserved_special_token_{number}" for number in count())
-    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(N_LLAMA3_CONTROL)]
+    return [f"<|{LLAMA3_CONTROL.get(place) or next(reserved)}|>" for place in range(256)]
 
 
 def _read_ranks(content: bytes, source: object) -> dict[bytes, int]:

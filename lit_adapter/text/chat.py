@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from typing import Any, NoReturn
+from functools import cache, partial
+from typing import NamedTuple, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -24,20 +23,14 @@ USER, ANSWER = "LitAdapterUserWords", "LitAdapterAnswerWords"
 """Stand-ins for message and answer; no template contains these words."""
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """A chat of one user message and its answer, without the two."""
+class RenderedChat(NamedTuple):
+    """The text before and after a user's message, and the end, lead and trim of its `Template`."""
 
     before: str
-    """Text before the message."""
     after: str
-    """Text between message and answer."""
     lead: str
-    """A space that the template puts before an answer, but not at the end of a prompt."""
     end: str | None
-    """The control token after an answer, or None."""
     trim: bool
-    """Whether the template strips white space around the message."""
 
 
 def render_chat(tokenizer: Tokenizer) -> RenderedChat:
@@ -64,20 +57,15 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
             "template 'chat': the base's template shows no answer; use alpaca or a text of your own"
         )
     gap = until_answer[len(prompt) :] if until_answer.startswith(prompt) else ""
-    return RenderedChat(before, after, gap if gap == " " else "", _end(rest, tokenizer), prompt == padded)
-
-
-def _end(rest: str, tokenizer: Tokenizer) -> str | None:
-    """Return the control token at the start of the text after an answer; the longest that matches."""
     fitting = [token for token in tokenizer.control_tokens if rest.lstrip().startswith(token)]
-    return max(fitting, key=len, default=None)
+    end = max(fitting, key=len, default=None)
+    return RenderedChat(before, after, gap if gap == " " else "", end, prompt == padded)
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, prompt: bool) -> str:
     spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
-    environment = _environment()
     try:
-        template = environment.from_string(tokenizer.chat_template or "")
+        template = _environment().from_string(tokenizer.chat_template or "")
         return template.render(
             messages=messages,
             add_generation_prompt=prompt,
@@ -107,16 +95,12 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment
 
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
 
 def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

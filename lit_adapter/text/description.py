@@ -43,7 +43,7 @@ def read_description(folder: Path) -> Description:
     bos_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "bos_token_id")]
     stop_ids = [id_ for path, raw in models for id_ in _ids(path, raw, "eos_token_id")]
     add_bos = main.get("add_bos_token")
-    if add_bos is not None and not isinstance(add_bos, bool):
+    if not isinstance(add_bos, bool | None):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: add_bos_token is {add_bos!r}; expected true or false"
         )
@@ -88,7 +88,6 @@ def _spelling(raw: dict[str, Any], key: str) -> str | None:
 
 
 def _chat_template(folder: Path, main: dict[str, Any]) -> str | None:
-    """Read the chat template from its own file or else from ``tokenizer_config.json``."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_text(path)
@@ -121,26 +120,20 @@ def describe(
     add_bos: bool,
     source: object,
 ) -> None:
-    """Give a tokenizer its BOS, EOS, stop ids and chat template.
+    """Give a tokenizer that knows its control tokens its BOS, EOS, stop ids and chat template.
 
-    Args:
-        tokenizer: must know its control tokens already.
-        about: the files next to the vocabulary; they take precedence over the following arguments.
-        bos_id: the vocabulary's own BOS.
-        eos_id: the vocabulary's own EOS.
-        add_bos: whether the vocabulary itself puts BOS before a text.
-        source: the vocabulary's file, for messages.
+    ``about`` takes precedence over what the vocabulary itself, the file ``source``, says: its BOS and EOS,
+    and whether it puts BOS before a text.
 
     Raises:
         UserError: ``about`` names a token that the vocabulary lacks, or there is no EOS.
     """
     for spelling in (about.bos, about.eos):
-        if spelling and tokenizer.control_id(spelling) is None:
+        if spelling and spelling not in tokenizer.control_tokens:
             raise UserError(f"{source}: token '{spelling}' of tokenizer_config.json is not in the vocabulary")
-    eos = tokenizer.control_id(about.eos) if about.eos else eos_id
-    bos = tokenizer.control_id(about.bos) if about.bos else bos_id
-    if eos is None and about.stop_ids:
-        eos = about.stop_ids[0]
+    eos = tokenizer.control_tokens[about.eos] if about.eos else eos_id
+    bos = tokenizer.control_tokens[about.bos] if about.bos else bos_id
+    eos = next(iter(about.stop_ids), None) if eos is None else eos
     if eos is None:
         raise UserError(f"{source}: no EOS token; name it in tokenizer_config.json as eos_token")
     tokenizer.eos_id = eos

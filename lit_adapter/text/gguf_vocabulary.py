@@ -35,11 +35,8 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     """Write the tokenizer files of a GGUF vocabulary.
 
     A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece vocabulary (``llama``)
-    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``.
-
-    Args:
-        fields: values by key: plain ones, or those of `gguf.GGUFReader.fields`.
-        out: folder to write to.
+    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``. The fields'
+    values are plain ones, or those of `gguf.GGUFReader.fields`.
 
     Raises:
         UserError: a key is missing or inconsistent with the others, or the kind of vocabulary is unknown.
@@ -47,13 +44,12 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     keys = _Keys(fields)
     kind = keys.need("model")
     if kind == "gpt2":
-        content = json.dumps(_byte_level(keys), ensure_ascii=False)
-        write_text(Path(out) / "tokenizer.json", content)
+        write_text(out / "tokenizer.json", json.dumps(_byte_level(keys), ensure_ascii=False))
     elif kind == "llama":
-        write_bytes(Path(out) / "tokenizer.model", _sentencepiece(keys))
+        write_bytes(out / "tokenizer.model", _sentencepiece(keys))
     else:
         raise UserError(f"key 'tokenizer.ggml.model' is {kind!r}; expected 'gpt2' or 'llama'")
-    write_json(Path(out) / "tokenizer_config.json", _config(keys))
+    write_json(out / "tokenizer_config.json", _config(keys))
 
 
 class _Keys:
@@ -101,11 +97,8 @@ class _Keys:
 def _byte_level(keys: _Keys) -> dict[str, Any]:
     pre = keys.need("pre")
     if pre not in PRE_TOKENIZERS:
-        hint = nearest(str(pre), list(PRE_TOKENIZERS))
-        raise UserError(
-            f"'tokenizer.ggml.pre' is {pre!r}, which is unknown{hint or '; expected one of '}"
-            f"{'' if hint else ', '.join(PRE_TOKENIZERS)}"
-        )
+        hint = nearest(str(pre), list(PRE_TOKENIZERS)) or f"; expected one of {', '.join(PRE_TOKENIZERS)}"
+        raise UserError(f"'tokenizer.ggml.pre' is {pre!r}, which is unknown{hint}")
     named = {keys.token_id(name) for name in ("bos", "eos", "eot")}
     added = []
     for id_, (text, kind) in enumerate(zip(keys.tokens, keys.types, strict=True)):
@@ -155,15 +148,13 @@ def _sentencepiece(keys: _Keys) -> bytes:
 
 def _config(keys: _Keys) -> dict[str, Any]:
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    spelled = {f"{ours}_token": keys.token(theirs) for ours, theirs in names.items()}
-    config: dict[str, Any] = {key: text for key, text in spelled.items() if text is not None}
-    config["add_bos_token"] = keys.add_bos
-    config["clean_up_tokenization_spaces"] = False
-    if keys.get("model") == "llama":
-        config |= {"legacy": False, "tokenizer_class": "LlamaTokenizer"}
-    else:
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    chat_template = keys.get("chat_template", prefix="tokenizer.")
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    return config
+    llama = keys.get("model") == "llama"
+    config = {
+        **{f"{ours}_token": keys.token(theirs) for ours, theirs in names.items()},
+        "add_bos_token": keys.add_bos,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False if llama else None,
+        "tokenizer_class": "LlamaTokenizer" if llama else "PreTrainedTokenizerFast",
+        "chat_template": keys.get("chat_template", prefix="tokenizer."),
+    }
+    return {key: value for key, value in config.items() if value is not None}

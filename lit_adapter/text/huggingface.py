@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -21,12 +20,7 @@ SPACE = "\u2581"
 class HuggingFaceTokenizer(Tokenizer):
     """A parsed ``tokenizer.json``, byte-level or like sentencepiece.
 
-    Its post-processor is not run: the caller adds BOS and EOS.
-
-    Args:
-        raw: the parsed file; it is modified.
-        about: settings from the files next to it.
-        source: the file, for messages.
+    Its post-processor is not run: the caller adds BOS and EOS. The parsed file, ``raw``, is modified.
 
     Raises:
         UserError: the library cannot read the file, its kind is unknown, or it lacks a token that ``about``
@@ -48,10 +42,10 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:
             # The library raises plain Exception for a file that it cannot read.
             raise UserError(f"{source}: not a readable tokenizer.json: {error}") from None
-        self.control_tokens = {
-            t["content"]: vocabulary[t["content"]] for t in raw["added_tokens"] if t["special"]
-        }
-        self._added = {vocabulary[t["content"]]: t["content"].encode() for t in raw["added_tokens"]}
+        added = raw["added_tokens"]
+        self.control_tokens = {t["content"]: vocabulary[t["content"]] for t in added if t["special"]}
+        self._added = {vocabulary[t["content"]]: t["content"].encode() for t in added}
+        self._added |= dict.fromkeys(self.control_tokens.values(), b"")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._byte_level, self.strips_space = _decoding(raw, source)
         first_only = any(node.get("prepend_scheme") == "first" for node in _nodes(raw["pre_tokenizer"]))
@@ -89,7 +83,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""
         if token in self._added:
-            return b"" if token in self._control_ids else self._added[token]
+            return self._added[token]
         text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
         if text is None:
             return b""
@@ -98,10 +92,6 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes.fromhex(text[3:5])
         return text.replace(SPACE, " ").encode()
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self.control_tokens.values())
 
 
 def byte_letters() -> dict[int, str]:
@@ -129,10 +119,9 @@ def _mark_control_tokens(raw: dict[str, Any], vocabulary: dict[str, int], about:
     """Mark as special what acts as a control token: BOS, EOS and ``<|...|>``."""
     added = raw["added_tokens"] = list(raw.get("added_tokens") or [])
     listed = {token["content"] for token in added}
-    for spelling in (about.bos, about.eos):
+    for spelling in dict.fromkeys((about.bos, about.eos)):
         if spelling in vocabulary and spelling not in listed:
             added.append(added_token(spelling, vocabulary[spelling], special=True))
-            listed.add(spelling)
     for token in added:
         named = token["content"] in (about.bos, about.eos)
         token["special"] = bool(token["special"] or named or CONTROL_SPELLING.fullmatch(token["content"]))
@@ -157,15 +146,10 @@ def _nodes(part: Any) -> Iterator[dict[str, Any]]:
 def _without_prefix(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the same tokenizer without the space that it puts before a text."""
     copy = {key: json.loads(json.dumps(raw.get(key))) for key in ("normalizer", "pre_tokenizer")}
-    for node in _nodes(copy["normalizer"]):
-        if node["type"] == "Prepend":
-            node["prepend"] = ""
-    for node in _nodes(copy["pre_tokenizer"]):
-        if "prepend_scheme" in node:
-            node["prepend_scheme"] = "never"
-        if "add_prefix_space" in node:
-            node["add_prefix_space"] = False
-    return {**raw, **copy}
+    without = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+    for node in (*_nodes(copy["normalizer"]), *_nodes(copy["pre_tokenizer"])):
+        node |= {key: value for key, value in without.items() if key in node}
+    return raw | copy
 
 
 def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
@@ -180,13 +164,13 @@ def _decoding(raw: dict[str, Any], source: object) -> tuple[bool, bool]:
             f"{source}: decoder {', '.join(sorted(kinds)) or 'none'} is unknown; "
             "expected a byte-level or a sentencepiece tokenizer"
         )
-    strips = any(node["type"] == "Strip" and node.get("start") for node in decoders)
-    metaspaces = [node for node in decoders if node["type"] == "Metaspace"]
-    strips |= any(
-        node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never") != "never"
-        for node in metaspaces
-    )
-    return False, strips
+    for node in decoders:
+        if node["type"] == "Strip" and node.get("start"):
+            return False, True
+        default = "always" if node.get("add_prefix_space", True) else "never"
+        if node["type"] == "Metaspace" and node.get("prepend_scheme", default) != "never":
+            return False, True
+    return False, False
 
 
 def _post_processor_bos(raw: dict[str, Any], control: dict[str, int]) -> int | None:

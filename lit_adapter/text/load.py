@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
-from lit_adapter.text.description import Description, read_description
+from lit_adapter.text.description import read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer
 from lit_adapter.text.sentencepiece_model import SentencePieceTokenizer
 from lit_adapter.text.tokenizer import Tokenizer
@@ -22,7 +22,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: there is no tokenizer, or its file is empty, damaged or of an unknown kind.
     """
-    folder = Path(folder)
     found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
     if not found:
         raise UserError(
@@ -38,15 +37,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if not isinstance(raw, dict):
             raise UserError(f"{path}: expected a JSON object")
         return HuggingFaceTokenizer(raw, about, path)
-    if looks_like_ranks(content):
-        return _load_ranks(content, about, path)
-    return SentencePieceTokenizer(content, about, path)
-
-
-def _load_ranks(content: bytes, about: Description, path: Path) -> Tokenizer:
-    raw = llama3_json(content, path)
-    tokenizer = HuggingFaceTokenizer(raw, replace(about, eos=about.eos or LLAMA3_STOPS[0]), path)
-    stops = {tokenizer.control_id(stop) for stop in LLAMA3_STOPS} - {None}
+    if not looks_like_ranks(content):
+        return SentencePieceTokenizer(content, about, path)
+    about = replace(about, eos=about.eos or LLAMA3_STOPS[0])
+    tokenizer = HuggingFaceTokenizer(llama3_json(content, path), about, path)
     # Meta's files do not list the tokens that end a turn.
-    tokenizer.stop_ids |= {stop for stop in stops if stop is not None}
+    tokenizer.stop_ids |= {tokenizer.control_tokens[stop] for stop in LLAMA3_STOPS}
     return tokenizer

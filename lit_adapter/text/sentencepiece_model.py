@@ -14,37 +14,28 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; tokens that other files add to it are control tokens.
-
-    Args:
-        content: the serialised model.
-        about: settings from the files next to it.
-        source: the file, for messages.
+    """A serialised sentencepiece model; tokens that other files add to it are control tokens.
 
     Raises:
         UserError: it is not a sentencepiece model, or lacks a token that ``about`` names.
     """
 
     def __init__(self, content: bytes, about: Description, source: object) -> None:
-        model = parse_model(content, source)
+        model = _parse(content, source)
         size = len(model.pieces)
         _mark_control_tokens(model, about)
         self.control_tokens = {p.piece: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
         self.control_tokens |= {text: id_ for text, id_ in about.added.items() if id_ >= size}
-        self.vocab_size = (
-            max(size, *(id_ + 1 for id_ in self.control_tokens.values())) if self.control_tokens else size
-        )
+        self.vocab_size = max([size, *(id_ + 1 for id_ in self.control_tokens.values())])
         self._size = size
         self._processor = _processor(model, source)
         self.strips_space = bool(model.normalizer_spec.add_dummy_prefix)
         self.space_after_control = self.strips_space and about.legacy
         model.normalizer_spec.add_dummy_prefix = False
         self._continuing = _processor(model, source)
-        own = {
-            name: id_ if id_ >= 0 else None
-            for name, id_ in (("bos_id", self._processor.bos_id()), ("eos_id", self._processor.eos_id()))
-        }
-        describe(self, about, **own, add_bos=own["bos_id"] is not None, source=source)
+        own = self._processor.bos_id(), self._processor.eos_id()
+        bos_id, eos_id = (id_ if id_ >= 0 else None for id_ in own)
+        describe(self, about, bos_id=bos_id, eos_id=eos_id, add_bos=bos_id is not None, source=source)
 
     def _encode_text(self, text: str, continuation: bool) -> list[int]:
         return (self._continuing if continuation else self._processor).encode(text)
@@ -62,12 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
         return text.replace("\u2581", " ").encode()
 
 
-def parse_model(content: bytes, source: object) -> ModelProto:
-    """Read a serialised sentencepiece model.
-
-    Raises:
-        UserError: it is not one, or it has no pieces.
-    """
+def _parse(content: bytes, source: object) -> ModelProto:
     try:
         size = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
     except RuntimeError as error:

@@ -98,7 +98,7 @@ class Template:
         """
         if self.end is None:
             return tokenizer.eos_id
-        found = tokenizer.control_id(self.end)
+        found = tokenizer.control_tokens.get(self.end)
         if found is None:
             raise UserError(
                 f"template '{self.kind}': this tokenizer has no control token '{self.end}'; "
@@ -167,9 +167,7 @@ class Template:
             instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
         if self.trim:
             instruction = instruction.strip()
-        text = self.text
-        if self.variant(bool(input)) and self.text_without_input is not None:
-            text = self.text_without_input
+        text = self.text if input or self.text_without_input is None else self.text_without_input
         if input and INPUT not in text:
             raise UserError(
                 f"template {shorten(text)}: a record has an input, but the template no {INPUT}; add it"
@@ -207,10 +205,8 @@ def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str |
 def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
     """Return the template that a configuration names.
 
-    Args:
-        name_or_text: ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a text with
-            ``{instruction}``, or the path of a file with such a text, whose last line break is ignored.
-        tokenizer: the base's tokenizer.
+    That is ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a text with ``{instruction}``, or the
+    path of a file with such a text, whose last line break is ignored.
 
     Raises:
         UserError: the name is unknown, the file cannot be read, or the base has no usable chat template.

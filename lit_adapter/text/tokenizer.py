@@ -18,7 +18,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     ``encode`` treats every character as text: ``</s>`` or ``<|eot_id|>`` typed by a user never becomes
-    a control token. Control tokens are added only by id (`control_id`).
+    a control token. Control tokens are added only by id (`control_tokens`).
     """
 
     vocab_size: int
@@ -39,11 +39,7 @@ class Tokenizer(ABC):
     """Whether text after a control token gets that space too, as in the base's own library."""
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        """Return the ids of ``text``; nothing in it becomes a control token.
-
-        Args:
-            text: any text, NUL included.
-            continuation: the text continues another one, so no space is added at its start.
+        """Return the ids of any ``text``, NUL included; a ``continuation`` gets no space at its start.
 
         Raises:
             UserError: the text has a lone surrogate.
@@ -72,10 +68,6 @@ class Tokenizer(ABC):
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""
 
-    def control_id(self, text: str) -> int | None:
-        """Return the id of the control token ``text``, or None."""
-        return self.control_tokens.get(text)
-
 
 class StreamDecoder:
     """Decodes token by token: what all `push` calls and `flush` return is `Tokenizer.decode`'s text.
@@ -102,11 +94,7 @@ class StreamDecoder:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with ids beyond the embedding.
-
-    Args:
-        tokenizer: the base's tokenizer.
-        rows: number of rows of the base's embedding.
+    """Refuse a tokenizer with ids beyond an embedding of ``rows`` rows.
 
     Raises:
         UserError: an id has no row.

@@ -42,7 +42,6 @@ def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
         variant=variant,
         whole=np.ones(n_records, np.bool_),
         source_row=np.arange(n_records, dtype=np.int32),
-        n_dropped=np.zeros(1, np.int32),
     )
 
 

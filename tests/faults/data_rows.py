@@ -39,8 +39,9 @@ def read(name: str, content: str | bytes) -> Callable[[Bench], Outcome]:
 def encoded(bench: Bench, path: Path, max_length: int = 64, say: list[str] | None = None) -> str:
     """Encode with the tiny base's tokenizer; say what became of the records."""
     tokenizer = load_tokenizer(bench.base)
+    records = read_records(path)
     found = encode_records(
-        read_records(path),
+        records,
         tokenizer,
         resolve_template("alpaca", tokenizer),
         max_length=max_length,
@@ -48,7 +49,8 @@ def encoded(bench: Bench, path: Path, max_length: int = 64, say: list[str] | Non
         say=(say if say is not None else []).append,
     )
     answered = bool(((found.length - found.n_prompt) > 0).all())
-    return f"{len(found)} kept, {found.n_cut} cut, {found.n_dropped[0]} dropped, all answered: {answered}"
+    n_dropped = len(records) - len(found)
+    return f"{len(found)} kept, {found.n_cut} cut, {n_dropped} dropped, all answered: {answered}"
 
 
 def encode(records: list[dict[str, str]], max_length: int = 64) -> Callable[[Bench], Outcome]:
