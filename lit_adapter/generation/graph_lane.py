@@ -18,7 +18,7 @@ from lit_adapter.generation.lane import Lane, enlarged
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cache import ModuleDecode
+from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
@@ -65,7 +65,7 @@ class GraphLane(Lane):
         self.choice: Choice
         self.landings: list[Landing] = []
         self.graphs: dict[_Kind, Callable[[], None]] = {}
-        self.version = 0  # of the prefixes' tensors that the graphs read
+        self.prefixes: Prefixes | None = None  # those that the graphs read
         self.ahead: _Ahead | None = None
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
@@ -141,9 +141,9 @@ class GraphLane(Lane):
     def _graph(self) -> Callable[[], None]:
         """Return the step that the live requests need, captured the first time."""
         live = self.live
-        if self.version != self.executor.prefixes.version:
+        if self.prefixes is not self.executor.prefixes.joined:
             self.graphs.clear()
-            self.version = self.executor.prefixes.version
+            self.prefixes = self.executor.prefixes.joined
         kind = _Kind(
             self._used(max((request.length for request in live), default=0) + 1),
             sampled=not all(request.settings.greedy for request in live),

@@ -205,10 +205,10 @@ class CpuDecode(ModuleDecode):
             unseen = torch.arange(used) > place[:, None]
             hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
             hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
-        rows, prefix = self.distinct(len(position)), self.prefix(len(position))
+        rows = self.prefixes.rows[: len(position)]
         if rows != self._rows:
-            self._rows = rows
-            self._baked = [self._bake(prefix(index)) for index in range(len(self.model.layers))]
+            self._rows, prefixes = rows, self.prefixes.first(len(rows))
+            self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
         return _Step(rotation, position, place, used, hidden)
 
     def _bake(self, state: PrefixState | None) -> _Baked | None:

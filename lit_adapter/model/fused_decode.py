@@ -61,7 +61,7 @@ class FusedDecode(ModuleDecode):
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
         """Read the prompts of requests with the same adapter; see `ModuleDecode.read`."""
-        self.assign(slots, prefixes)
+        self.prefixes.assign(slots, prefixes)
         texts = zip(prompts, slots, strict=True)
         rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
@@ -179,7 +179,7 @@ class _StepView(_CacheRowView):
         q = qkv[:, : decode.q_width]
         prefixes = decode.prefixes
         decode_attention.attend(
-            q, cache, self.position, prefixes.layer(layer), prefixes.source, decode.parts, decode.y
+            q, cache, self.position, prefixes.joined.layer(layer), prefixes.source, decode.parts, decode.y
         )
         return decode.y
 
@@ -206,7 +206,7 @@ class _FewTexts:
             cache = (decode.cache.k[index], decode.cache.v[index])
             weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
             products.project(x, norm.weight, norm.eps, weights, decode.rotation, position, self.q, cache)
-            prefix = prefixes.layer(index)
+            prefix = prefixes.joined.layer(index)
             decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
             products.add_linear(decode.y, attn.o_proj.weight, x)
             norm = block.post_attention_layernorm
