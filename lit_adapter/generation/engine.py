@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
-from lit_adapter.generation import graph_lane
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
-from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
@@ -117,6 +115,8 @@ class Engine:
         self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle}
 
 
-def lane_class(model: Llama) -> Callable[[Llama, Executor], Lane]:
+def lane_class(model: Llama) -> type[Lane]:
     """Return what takes a model's steps."""
-    return GraphLane if graph_lane.unsupported(model) is None else Lane
+    on_cuda = model.embed_tokens.weight.device.type == "cuda"
+    # A graph keeps the addresses of matrices; those of a sharded model are gathered elsewhere each time.
+    return GraphLane if on_cuda and not model.is_sharded else Lane

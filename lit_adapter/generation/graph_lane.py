@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from lit_adapter.generation.lane import Lane, enlarged
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
@@ -26,15 +25,6 @@ LONG = 4 * 10**12
 """Prompt tokens times weights that keep the device busy for longer than the host needs to capture a step."""
 LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers are its doubles."""
-
-
-def unsupported(model: Llama) -> str | None:
-    """Say why the steps of ``model`` cannot be captured, or return None if they can."""
-    if model.embed_tokens.weight.device.type != "cuda":
-        return "the model is not on a CUDA device"
-    if model.is_sharded:  # a graph keeps the addresses of matrices, which are gathered elsewhere each time
-        return "the model is sharded"
-    return None
 
 
 @dataclass(frozen=True)
@@ -66,17 +56,8 @@ class GraphLane(Lane):
         self.landings: list[Landing] = []
         self.graphs: dict[_Kind, Callable[[], None]] = {}
         self.prefixes: Prefixes | None = None  # those that the graphs read
-        self.ahead: _Ahead | None = None
-
-    def executor_class(self) -> Callable[[Llama, int, int], Any]:
-        """Return what computes this lane's model."""
-        if self.kind.name == "modules":
-            return ModuleDecode
-        from lit_adapter.model.fused_decode import (
-            FusedDecode,  # needs Triton, which CUDA builds of torch bring
-        )
-
-        return FusedDecode
+        self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
+        """The step that the device takes while the host hands on the tokens of the step before."""
 
     def _grow(self, n_slots: int, length: int) -> None:
         super()._grow(n_slots, length)
@@ -86,13 +67,14 @@ class GraphLane(Lane):
         self.last_place = torch.full_like(self.last_place, length - 1)
         self.numbers = enlarged(self.numbers, n_slots, length)
         self.landings = [Landing(n_slots), Landing(n_slots)]
-        settings = [Sampling() if request is None else request.settings for request in self.slots]
+        settings = [request.settings for request in self.slots]
+        settings += [Sampling()] * (n_slots - len(settings))
         self.choice = Choice.of(settings, self.device)
 
     def _prepare(self, slots: Sequence[int]) -> None:
         """Give the device what its steps need to know of the new requests, before it is busy with them."""
         super()._prepare(slots)
-        requests = [self._at(slot) for slot in slots]
+        requests = [self.slots[slot] for slot in slots]
         where = torch.tensor(slots, device=self.device)
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
@@ -109,7 +91,7 @@ class GraphLane(Lane):
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose the first tokens of new requests, from which their steps go on."""
         super()._choose(logits, slots)
-        state = [(request.token, request.length, 1) for request in map(self._at, slots)]
+        state = [(self.slots[slot].token, self.slots[slot].length, 1) for slot in slots]
         where = torch.tensor(slots, device=self.device)
         token, position, drawn = torch.tensor(state, device=self.device).T
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
@@ -118,25 +100,25 @@ class GraphLane(Lane):
         """Hand on the tokens of one step, and start the step after it."""
         if not self.live:
             return
-        read = self.ahead or self._launch()
+        requests, landing = self.ahead or self._launch()
         wanted = any(r.n_new + r.under_way < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
-        tokens = read.landing.wait()
-        for slot, request in read.requests:
+        tokens = landing.wait()
+        for slot, request in requests:
             if self.slots[slot] is request:  # otherwise a new request has taken its place
                 request.under_way -= 1
                 request.receive(tokens[slot])
 
-    def _launch(self) -> _Ahead:
-        """Start one step of all slots and the transfer of its tokens to the host."""
+    def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
+        """Start one step of all slots, and return its requests and where its tokens will arrive."""
         self._graph()()
-        live = [(slot, r) for slot, r in enumerate(self.slots) if r is not None and not r.ended]
+        live = [(slot, request) for slot, request in enumerate(self.slots) if not request.ended]
         for _, request in live:
             request.length += 1
             request.under_way += 1
         self.landings.reverse()
         self.landings[0].send(self.chosen)
-        return _Ahead(live, self.landings[0])
+        return live, self.landings[0]
 
     def _graph(self) -> Callable[[], None]:
         """Return the step that the live requests need, captured the first time."""
@@ -166,7 +148,7 @@ class GraphLane(Lane):
         """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
         logits = self.executor.captured_step(self.token, self.place[0], kind.used)
         if self.executor.has_kernels and not (kind.sampled or kind.penalised):
-            from lit_adapter.model.kernels import greedy  # needs Triton, see `executor_class`
+            from lit_adapter.model.kernels import greedy  # needs Triton, see `Lane.executor_class`
 
             greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
             return
@@ -215,11 +197,3 @@ class Landing:
         """Return the tokens as soon as they have arrived."""
         self.landed.synchronize()
         return self.tokens.tolist()
-
-
-@dataclass
-class _Ahead:
-    """A step that the device takes while the host hands on the tokens of the step before."""
-
-    requests: list[tuple[int, Request]]
-    landing: Landing

@@ -77,12 +77,12 @@ class Prefixes:
 
     def layer(self, index: int) -> PrefixState | None:
         """Return one layer's prefix."""
-        if self.stacked is None or index not in self.layers:
-            return None
-        return _indexed(self.stacked, self.layers.index(index))
+        return _indexed(self.stacked, self.layers.index(index)) if index in self.layers else None
 
 
-def _indexed(state: PrefixState, at: Any) -> PrefixState:
+def _indexed(state: PrefixState | None, at: Any) -> PrefixState | None:
+    if state is None:
+        return None
     hidden = None if state.hidden is None else state.hidden[at]
     return PrefixState(state.k[at], state.v[at], state.strength[at], hidden)
 
@@ -104,35 +104,31 @@ class SlotPrefixes:
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""
         self.joined = Prefixes()
         """Of all slots, with tensors ``[L, B, ...]``; another object once the tensors are replaced."""
+        self.sizes: tuple[tuple[int, ...], int, int] = ((), 0, 1)
+        """The tensors' adapted layers, K, and strengths of a head and channel: K if they differ by token."""
 
     def assign(self, slots: Sequence[int], prefixes: Prefixes) -> None:
         """Give slots the prefixes of one adapter."""
         for slot in slots:
             self.rows[slot] = prefixes
         self.source.copy_(torch.tensor([self.rows.index(row) for row in self.rows]))
-        own, new = self.joined.stacked, prefixes.stacked
-        if new is not None and not (
-            own is not None
-            and prefixes.length <= self.joined.length
-            and new.strength.shape[-2] <= own.strength.shape[-2]
-            and set(prefixes.layers) <= set(self.joined.layers)
-        ):
-            self.joined = self._enlarged(prefixes.layers, new)
-            for row in set(self.rows):
-                self._write([slot for slot, other in enumerate(self.rows) if other is row], row)
-        elif own is not None:
-            self._write(slots, prefixes)
-
-    def _enlarged(self, layers: Sequence[int], new: PrefixState) -> Prefixes:
-        """Return empty tensors for adapters like those so far and for ``new``."""
-        states = [new] if self.joined.stacked is None else [new, self.joined.stacked]
-        every = tuple(sorted({*layers, *self.joined.layers}))
+        states = [state for state in (self.joined.stacked, prefixes.stacked) if state is not None]
+        if not states:
+            return
+        layers = tuple(sorted({*self.joined.layers, *prefixes.layers}))
         K = max(state.k.shape[-2] for state in states)
-        per_token = any(state.strength.shape[-2] > 1 for state in states)
-        L, B, (G, _, D) = len(every), len(self.rows), new.k.shape[1:]
-        k, v = (new.k.new_zeros(L, B, G, K, D) for _ in range(2))
-        strength = new.strength.new_zeros(L, B, self.n_head, K if per_token else 1, D)
-        return Prefixes(every, PrefixState(k, v, strength, strength.new_zeros(L, B, 1, K, 1)))
+        n_strengths = K if any(state.strength.shape[-2] > 1 for state in states) else 1
+        if self.sizes == (layers, K, n_strengths):
+            self._write(slots, prefixes)
+            return
+        self.sizes = (layers, K, n_strengths)
+        some = states[0]
+        L, B, G, D = len(layers), len(self.rows), some.k.shape[-3], some.k.shape[-1]
+        k, v = (some.k.new_zeros(L, B, G, K, D) for _ in range(2))
+        strength = some.strength.new_zeros(L, B, self.n_head, n_strengths, D)
+        self.joined = Prefixes(layers, PrefixState(k, v, strength, strength.new_zeros(L, B, 1, K, 1)))
+        for row in set(self.rows):
+            self._write([slot for slot, other in enumerate(self.rows) if other is row], row)
 
     def _write(self, slots: Sequence[int], prefixes: Prefixes) -> None:
         own, new, K = self.joined.stacked, prefixes.stacked, prefixes.length
@@ -152,12 +148,7 @@ class SlotPrefixes:
         """Return the prefixes of the first B slots: a row for each, or the adapter that all of them share."""
         if all(row is self.rows[0] for row in self.rows[:B]):
             return self.rows[0]
-        own = self.joined.stacked
-        return (
-            Prefixes()
-            if own is None
-            else Prefixes(self.joined.layers, _indexed(own, (slice(None), slice(B))))
-        )
+        return Prefixes(self.joined.layers, _indexed(self.joined.stacked, (slice(None), slice(B))))
 
 
 class _CacheView(BaseView):
