@@ -101,11 +101,7 @@ class FusedDecode(ModuleDecode):
 class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
-    Args:
-        decode: weights and the cache.
-        rotation: cosines and sines ``[1, T, D/2]``.
-        slot: of each token's text ``[T]``.
-        position: of each token in its text ``[T]``.
+    ``rotation`` is ``[1, T, D/2]``; ``slot [T]`` and ``position [T]`` say where each token is kept.
     """
 
     def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
@@ -142,11 +138,7 @@ class _CacheRowView:
 class _PromptView(_CacheRowView):
     """Prompts placed one after another, each attending to itself.
 
-    Args:
-        decode: weights and the cache.
-        row: the prompts; its targets are their last tokens.
-        slot: of each token's text, on the CPU ``[T]``.
-        prefix: of each layer.
+    The targets of ``row`` are their last tokens; ``slot [T]`` is on the CPU; ``prefix`` is of each layer.
     """
 
     def __init__(
@@ -177,10 +169,8 @@ class _StepView(_CacheRowView):
         decode = self.decode
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]
-        prefixes = decode.prefixes
-        decode_attention.attend(
-            q, cache, self.position, prefixes.joined.layer(layer), prefixes.source, decode.parts, decode.y
-        )
+        prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
+        decode_attention.attend(q, cache, self.position, prefix, source, decode.parts, decode.y)
         return decode.y
 
 

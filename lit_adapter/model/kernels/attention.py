@@ -400,20 +400,10 @@ def attend_backward(
     into: Gradients | None,
     into_prefix: PrefixGradients | None,
 ) -> None:
-    """Compute the gradients of `attend` and of the rotation before it.
+    """Compute the gradients of `attend` and of the rotation before it, from what `attend` took and returned.
 
-    Args:
-        do: gradient of ``o``, contiguous.
-        q: as given to `attend`.
-        k: as given to `attend`.
-        v: as given to `attend`.
-        o: what `attend` returned.
-        lse: what `attend` returned.
-        plan: which keys each query sees.
-        D: head size.
-        prefix: the layer's prompt, or None.
-        into: receives the gradients of q, k and v; None if they are not needed.
-        into_prefix: receives the gradients of the prefix; None without one.
+    ``do``, the gradient of ``o``, is contiguous. ``into`` is None if the gradients of q, k and v are not
+    needed; ``into_prefix`` is None without a prefix.
     """
     H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, ceil_div(q.shape[0], QUERY_TILE)
     n_prompt, prompt_rows = _prompt_rows(prefix)
