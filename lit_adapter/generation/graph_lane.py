@@ -8,7 +8,7 @@ Capturing a step takes no longer than launching its kernels once, so that no ans
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +27,12 @@ LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers are its doubles."""
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What distinguishes one captured step from another."""
 
-    used: int
-    """Keys that it attends to."""
-    sampled: bool
-    """Whether a request draws random numbers."""
-    penalised: bool
-    """Whether a request has a repetition penalty."""
+    used: int  # keys that it attends to
+    sampled: bool  # whether a request draws random numbers
+    penalised: bool  # whether a request has a repetition penalty
 
 
 class GraphLane(Lane):
@@ -49,11 +45,8 @@ class GraphLane(Lane):
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
         """Of the newest tokens, in their texts and in their answers."""
-        self.last_place = new(2, 1, dtype=torch.long, device=self.device)
         self.numbers = new(0, 0, device=self.device)
         """The random numbers of every slot's answer."""
-        self.choice: Choice
-        self.landings: list[Landing] = []
         self.graphs: dict[_Kind, Callable[[], None]] = {}
         self.prefixes: Prefixes | None = None  # those that the graphs read
         self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
@@ -64,7 +57,7 @@ class GraphLane(Lane):
         self.graphs.clear()
         self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
         self.place = enlarged(self.place, 2, n_slots)
-        self.last_place = torch.full_like(self.last_place, length - 1)
+        self.last_place = torch.full((2, 1), length - 1, device=self.device)
         self.numbers = enlarged(self.numbers, n_slots, length)
         self.landings = [Landing(n_slots), Landing(n_slots)]
         settings = [request.settings for request in self.slots]
@@ -101,12 +94,12 @@ class GraphLane(Lane):
         if not self.live:
             return
         requests, landing = self.ahead or self._launch()
-        wanted = any(r.n_new + r.under_way < r.settings.max_new_tokens for r in self.live)
+        read = {request for _, request in requests}  # each of them has one token that was not handed on yet
+        wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
         tokens = landing.wait()
         for slot, request in requests:
             if self.slots[slot] is request:  # otherwise a new request has taken its place
-                request.under_way -= 1
                 request.receive(tokens[slot])
 
     def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
@@ -115,7 +108,6 @@ class GraphLane(Lane):
         live = [(slot, request) for slot, request in enumerate(self.slots) if not request.ended]
         for _, request in live:
             request.length += 1
-            request.under_way += 1
         self.landings.reverse()
         self.landings[0].send(self.chosen)
         return live, self.landings[0]

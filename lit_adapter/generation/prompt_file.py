@@ -138,13 +138,9 @@ class Answers:
             **{key: settings[key] for key in ("dtype", "device") if key in settings},
         }
         self.lines = self._read(keep_other=not overwrite)
-        if self.n_done < len(prompts):
-            del self.lines[self.n_done // group * group :]
-
-    @property
-    def n_done(self) -> int:
-        """How many prompts, from the first one, have their answer."""
-        return len(self.lines)
+        """Those of the prompts, from the first one, that have their answer."""
+        if len(self.lines) < len(prompts):
+            del self.lines[len(self.lines) // group * group :]
 
     def run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
         """Answer the remaining prompts, group by group, and write the output.
@@ -155,8 +151,8 @@ class Answers:
         with one_at_a_time(self.out, wait=False, option="--output"):
             # Rewritten, so that a line cut short by a kill is gone before another line follows it.
             write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
-            while self.n_done < len(self.prompts):
-                part = self.prompts[self.n_done : self.n_done + self.group]
+            while len(self.lines) < len(self.prompts):
+                part = self.prompts[len(self.lines) :][: self.group]
                 lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
                 self._append(b"".join(lines))
                 self.lines += lines

@@ -39,16 +39,6 @@ class KeyValueCache:
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
         self.v = torch.zeros_like(self.k)
 
-    def take(self, other: KeyValueCache) -> None:
-        """Copy the contents of a cache that is no larger."""
-        for own, old in ((self.k, other.k), (self.v, other.v)):
-            own[:, : other.n_slots, :, : other.length] = old
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` positions of one slot to another."""
-        for x in (self.k, self.v):
-            x[:, target, :, :length] = x[:, source, :, :length]
-
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
@@ -91,10 +81,6 @@ class SlotPrefixes:
     """The prefixes of every slot, in tensors that stay where they are until an adapter does not fit them.
 
     A slot without a prefix has keys, values and strengths of 0, which add nothing.
-
-    Args:
-        model: whose attention heads are counted.
-        n_slots: B.
     """
 
     def __init__(self, model: Llama, n_slots: int) -> None:
@@ -220,13 +206,15 @@ class ModuleDecode:
 
     def take(self, other: Any) -> None:
         """Go on with the slots of an executor of the same class that is no larger."""
-        self.cache.take(other.cache)
+        for own, old in ((self.cache.k, other.cache.k), (self.cache.v, other.cache.v)):
+            own[:, : other.cache.n_slots, :, : other.cache.length] = old
         for slot, row in enumerate(other.prefixes.rows):
             self.prefixes.assign([slot], row)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a request of ``length`` cached tokens from one slot to another."""
-        self.cache.move(source, target, length)
+        for x in (self.cache.k, self.cache.v):
+            x[:, target, :, :length] = x[:, source, :, :length]
         self.prefixes.assign([target], self.prefixes.rows[source])
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:

@@ -335,15 +335,9 @@ def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, D: int, prefix: Prefix | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend over a packed row and to the prompt.
+    """Attend over a packed row by its ``plan``, and to the prompt of ``prefix`` if there is one.
 
-    Args:
-        q: rotated queries ``[M, H * D]``; rows may be strided.
-        k: rotated keys ``[T, G * D]``; rows may be strided.
-        v: values, in the same layout as ``k``.
-        plan: which keys each query sees.
-        D: head size.
-        prefix: the layer's prompt, or None.
+    ``q [M, H * D]`` and ``k [T, G * D]`` are rotated, ``v`` has the layout of ``k``; rows may be strided.
 
     Returns:
         ``o [M, H * D]`` and its log-sum-exp (base 2) ``[H, M]``, fp32.
