@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
 from lit_adapter.model.adapter import adapter_state
-from lit_adapter.model.cache import ModuleDecode
+from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import Setting
@@ -96,16 +97,25 @@ def test_eight_requests_with_eight_adapters_and_settings(sizes: dict[str, Any]) 
         assert together(adapters, batch_size) == wanted
 
 
+def by_token(prefixes: Prefixes) -> Prefixes:
+    """The same prompts with another strength for each of their tokens."""
+    state = prefixes.stacked
+    assert state is not None
+    L, _, K, _ = state.k.shape
+    return Prefixes(prefixes.layers, replace(state, strength=torch.randn(L, 4, K, 1)))
+
+
 @pytest.mark.parametrize("executor", [CpuDecode, ModuleDecode])
 def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., Any]) -> None:
     base = base_of(torch.float64)
-    adapters = eight(base)
+    prefixes = [adapter.prefixes for adapter in eight(base)]
+    prefixes[5:] = map(by_token, prefixes[5:])
     with torch.inference_mode():
         mixed = executor(base, 8, 40)
-        singles = [executor(base, 1, 40) for _ in adapters]
-        for slot, (adapter, prompt, single) in enumerate(zip(adapters, PROMPTS, singles, strict=True)):
-            found = mixed.read([prompt], [slot], adapter.prefixes)
-            assert torch.equal(found, single.read([prompt], [0], adapter.prefixes))
+        singles = [executor(base, 1, 40) for _ in prefixes]
+        for slot, (its, prompt, single) in enumerate(zip(prefixes, PROMPTS, singles, strict=True)):
+            found = mixed.read([prompt], [slot], its)
+            assert torch.equal(found, single.read([prompt], [0], its))
         for n in range(4):
             token, position = [7 + n] * 8, [len(prompt) + n for prompt in PROMPTS]
             found = mixed.step(token, position)

@@ -18,7 +18,7 @@ from tiny_models import random_ids
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.generation import graph_lane
+from lit_adapter.generation import engine, graph_lane
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.graph_lane import GraphLane
@@ -62,7 +62,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ahead(model: Llama, asked: list[list[int]], how: Sampling, batch_size: int = 1) -> list[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_lane, "unsupported", lambda model: None)
+        patch.setattr(engine, "lane_class", lambda model: GraphLane)
         return answers(model, asked, how, batch_size)
 
 
@@ -129,15 +129,15 @@ def test_requests_with_their_own_adapters_and_settings() -> None:
     adapters = eight(base)
     wanted = [alone(number, adapters) for number in range(8)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_lane, "unsupported", lambda model: None)
+        patch.setattr(engine, "lane_class", lambda model: GraphLane)
         for batch_size in (8, 3):
             assert together(adapters, batch_size) == wanted
-        engine = Engine()
+        its = Engine()
         requests = [Request(*each) for each in zip(PROMPTS, HOW, adapters, strict=True)]
         waiting = list(requests)
         while waiting or not all(request.ended for request in requests):
             if waiting:
-                engine.add(waiting.pop(0))
-            engine.step()
+                its.add(waiting.pop(0))
+            its.step()
         assert [list(request.news) for request in requests] == wanted
-        assert not engine._lanes
+        assert not its._lanes

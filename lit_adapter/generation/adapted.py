@@ -80,9 +80,9 @@ class AdaptedLlama:
         Raises:
             UserError: a file that is missing, damaged, or of another base.
         """
-        loaded, path = self._shared(), Path(path)
+        path = Path(path)
         info, state = read_adapter(path)
-        check_base(info, loaded.folder, path)
+        check_base(info, self._shared().folder, path)
         return self._with(info, state, path)
 
     def _with(self, info: AdapterInfo, state: dict[str, Tensor], path: Path) -> AdaptedLlama:
@@ -145,16 +145,13 @@ class AdaptedLlama:
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the task, piece of text)``, and ``(index, None)`` at each end."""
         prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
-        stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter
-        if adapter is None:
-            with torch.inference_mode():
-                adapter = Adapter.of(self.model)
+        stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
         requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
         answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
                 answer = answers[index]
-                piece = answer.finish() if token is None else answer.push(token)
+                piece = answer.push(token)
                 if answer.stopped:
                     self._engine.cancel(requests[index])
                 if piece:
@@ -170,31 +167,19 @@ class _Answer:
         self.decoder = StreamDecoder(tokenizer)
         self.stop, self.held, self.stopped = stop, "", False
 
-    def push(self, token: int) -> str:
-        """Return the text that is now certain to belong to the answer."""
-        return "" if self.stopped else self._release(self.decoder.push(token), final=False)
-
-    def finish(self) -> str:
-        """Return the rest."""
-        return "" if self.stopped else self._release(self.decoder.flush(), final=True)
-
-    def _release(self, piece: str, *, final: bool) -> str:
-        text = self.held + piece
+    def push(self, token: int | None) -> str:
+        """Return the text that a token, or with None the end, makes certain to belong to the answer."""
+        if self.stopped:
+            return ""
+        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if places:
-            self.stopped, self.held = True, ""
+            self.stopped = True
             return text[: min(places)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self.stop), default=0)
+        begun = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
+        keep = 0 if token is None else max(begun, default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return how many last characters of ``text`` could begin ``stop``."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
 
 
 def load(

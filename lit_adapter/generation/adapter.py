@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from lit_adapter.model.adapter import attach, load_adapter_state
@@ -28,6 +29,7 @@ class Adapter:
     """Decodes the model. It is chosen once, because the survey of a large model takes milliseconds."""
 
     @classmethod
+    @torch.inference_mode()
     def of(cls, model: Llama, base: Llama | None = None) -> Adapter:
         """Return the adapter that is attached to ``model``, as it is now; or the plain base.
 

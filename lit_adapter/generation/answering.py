@@ -133,7 +133,7 @@ def answer_file(
     _check_prompts(model, prompts, sampling)
     identity, group = choice.identity(model, sampling), BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
-    with count_progress("answering", len(prompts), answers.n_done) as finished:
+    with count_progress("answering", len(prompts), len(answers.lines)) as finished:
 
         def answer_group(group: Sequence[Prompt]) -> list[str]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]

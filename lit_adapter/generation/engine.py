@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
-from lit_adapter.generation import graph_lane
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
-from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
@@ -89,34 +87,34 @@ class Engine:
         batch_size = min(batch_size, len(requests))
         # On CUDA reading one prompt takes as long as several steps, and reading many hardly longer.
         refill = max(1, batch_size // 4) if lane_class(requests[0].adapter.model) is GraphLane else 1
-        running: list[int] = []
+        running: dict[int, Request] = {}
         try:
             while waiting or running:
                 n_free = min(batch_size - len(running), len(waiting))
                 if n_free and n_free >= min(refill, len(waiting)):
-                    new = [waiting.popleft() for _ in range(n_free)]
-                    running += new
-                    for index in new:
+                    for index in [waiting.popleft() for _ in range(n_free)]:
+                        running[index] = requests[index]
                         self.add(requests[index])
-                if not any(requests[index].news or requests[index].ended for index in running):
+                if not any(request.news or request.ended for request in running.values()):
                     self.step()
-                for index in list(running):
-                    request = requests[index]
+                for index, request in list(running.items()):
                     while request.news:
                         yield index, request.news.popleft()
                     if request.ended and not request.news:
-                        running.remove(index)
+                        del running[index]
                         if request.error is not None:
                             raise request.error
                         yield index, None
         finally:
-            for index in running:
-                self.cancel(requests[index])
+            for request in running.values():
+                self.cancel(request)
 
     def _drop_idle_lanes(self) -> None:
         self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle}
 
 
-def lane_class(model: Llama) -> Callable[[Llama, Executor], Lane]:
+def lane_class(model: Llama) -> type[Lane]:
     """Return what takes a model's steps."""
-    return GraphLane if graph_lane.unsupported(model) is None else Lane
+    on_cuda = model.embed_tokens.weight.device.type == "cuda"
+    # A graph keeps the addresses of matrices; those of a sharded model are gathered elsewhere each time.
+    return GraphLane if on_cuda and not model.is_sharded else Lane

@@ -8,8 +8,7 @@ Capturing a step takes no longer than launching its kernels once, so that no ans
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from lit_adapter.generation.lane import Lane, enlarged
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cache import ModuleDecode
+from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
@@ -28,25 +27,12 @@ LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers are its doubles."""
 
 
-def unsupported(model: Llama) -> str | None:
-    """Say why the steps of ``model`` cannot be captured, or return None if they can."""
-    if model.embed_tokens.weight.device.type != "cuda":
-        return "the model is not on a CUDA device"
-    if model.is_sharded:  # a graph keeps the addresses of matrices, which are gathered elsewhere each time
-        return "the model is sharded"
-    return None
-
-
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What distinguishes one captured step from another."""
 
-    used: int
-    """Keys that it attends to."""
-    sampled: bool
-    """Whether a request draws random numbers."""
-    penalised: bool
-    """Whether a request has a repetition penalty."""
+    used: int  # keys that it attends to
+    sampled: bool  # whether a request draws random numbers
+    penalised: bool  # whether a request has a repetition penalty
 
 
 class GraphLane(Lane):
@@ -59,40 +45,29 @@ class GraphLane(Lane):
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
         """Of the newest tokens, in their texts and in their answers."""
-        self.last_place = new(2, 1, dtype=torch.long, device=self.device)
         self.numbers = new(0, 0, device=self.device)
         """The random numbers of every slot's answer."""
-        self.choice: Choice
-        self.landings: list[Landing] = []
         self.graphs: dict[_Kind, Callable[[], None]] = {}
-        self.version = 0  # of the prefixes' tensors that the graphs read
-        self.ahead: _Ahead | None = None
-
-    def executor_class(self) -> Callable[[Llama, int, int], Any]:
-        """Return what computes this lane's model."""
-        if self.kind.name == "modules":
-            return ModuleDecode
-        from lit_adapter.model.fused_decode import (
-            FusedDecode,  # needs Triton, which CUDA builds of torch bring
-        )
-
-        return FusedDecode
+        self.prefixes: Prefixes | None = None  # those that the graphs read
+        self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
+        """The step that the device takes while the host hands on the tokens of the step before."""
 
     def _grow(self, n_slots: int, length: int) -> None:
         super()._grow(n_slots, length)
         self.graphs.clear()
         self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
         self.place = enlarged(self.place, 2, n_slots)
-        self.last_place = torch.full_like(self.last_place, length - 1)
+        self.last_place = torch.full((2, 1), length - 1, device=self.device)
         self.numbers = enlarged(self.numbers, n_slots, length)
         self.landings = [Landing(n_slots), Landing(n_slots)]
-        settings = [Sampling() if request is None else request.settings for request in self.slots]
+        settings = [request.settings for request in self.slots]
+        settings += [Sampling()] * (n_slots - len(settings))
         self.choice = Choice.of(settings, self.device)
 
     def _prepare(self, slots: Sequence[int]) -> None:
         """Give the device what its steps need to know of the new requests, before it is busy with them."""
         super()._prepare(slots)
-        requests = [self._at(slot) for slot in slots]
+        requests = [self.slots[slot] for slot in slots]
         where = torch.tensor(slots, device=self.device)
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
@@ -109,7 +84,7 @@ class GraphLane(Lane):
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose the first tokens of new requests, from which their steps go on."""
         super()._choose(logits, slots)
-        state = [(request.token, request.length, 1) for request in map(self._at, slots)]
+        state = [(self.slots[slot].token, self.slots[slot].length, 1) for slot in slots]
         where = torch.tensor(slots, device=self.device)
         token, position, drawn = torch.tensor(state, device=self.device).T
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
@@ -118,32 +93,31 @@ class GraphLane(Lane):
         """Hand on the tokens of one step, and start the step after it."""
         if not self.live:
             return
-        read = self.ahead or self._launch()
-        wanted = any(r.n_new + r.under_way < r.settings.max_new_tokens for r in self.live)
+        requests, landing = self.ahead or self._launch()
+        read = {request for _, request in requests}  # each of them has one token that was not handed on yet
+        wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
-        tokens = read.landing.wait()
-        for slot, request in read.requests:
+        tokens = landing.wait()
+        for slot, request in requests:
             if self.slots[slot] is request:  # otherwise a new request has taken its place
-                request.under_way -= 1
                 request.receive(tokens[slot])
 
-    def _launch(self) -> _Ahead:
-        """Start one step of all slots and the transfer of its tokens to the host."""
+    def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
+        """Start one step of all slots, and return its requests and where its tokens will arrive."""
         self._graph()()
-        live = [(slot, r) for slot, r in enumerate(self.slots) if r is not None and not r.ended]
+        live = [(slot, request) for slot, request in enumerate(self.slots) if not request.ended]
         for _, request in live:
             request.length += 1
-            request.under_way += 1
         self.landings.reverse()
         self.landings[0].send(self.chosen)
-        return _Ahead(live, self.landings[0])
+        return live, self.landings[0]
 
     def _graph(self) -> Callable[[], None]:
         """Return the step that the live requests need, captured the first time."""
         live = self.live
-        if self.version != self.executor.prefixes.version:
+        if self.prefixes is not self.executor.prefixes.joined:
             self.graphs.clear()
-            self.version = self.executor.prefixes.version
+            self.prefixes = self.executor.prefixes.joined
         kind = _Kind(
             self._used(max((request.length for request in live), default=0) + 1),
             sampled=not all(request.settings.greedy for request in live),
@@ -166,7 +140,7 @@ class GraphLane(Lane):
         """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
         logits = self.executor.captured_step(self.token, self.place[0], kind.used)
         if self.executor.has_kernels and not (kind.sampled or kind.penalised):
-            from lit_adapter.model.kernels import greedy  # needs Triton, see `executor_class`
+            from lit_adapter.model.kernels import greedy  # needs Triton, see `Lane.executor_class`
 
             greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
             return
@@ -215,11 +189,3 @@ class Landing:
         """Return the tokens as soon as they have arrived."""
         self.landed.synchronize()
         return self.tokens.tolist()
-
-
-@dataclass
-class _Ahead:
-    """A step that the device takes while the host hands on the tokens of the step before."""
-
-    requests: list[tuple[int, Request]]
-    landing: Landing

@@ -33,12 +33,13 @@ class Lane:
         self.model, self.kind = model, kind
         self.device = model.embed_tokens.weight.device
         self.waiting: list[Request] = []
-        self.slots: list[Request | None] = []
+        self.slots: list[Request] = []
+        """The requests of the slots that were ever filled; an ended one leaves its slot to others."""
 
     @property
     def live(self) -> list[Request]:
         """The requests that are being answered."""
-        return [request for request in self.slots if request is not None and not request.ended]
+        return [request for request in self.slots if not request.ended]
 
     @property
     def idle(self) -> bool:
@@ -65,18 +66,19 @@ class Lane:
 
     def _read(self, new: list[Request]) -> None:
         """Read prompts into free slots, those with the same adapter together, and choose the first tokens."""
-        free = [slot for slot, request in enumerate(self.slots) if request is None or request.ended]
-        n_slots = max(len(self.slots), len(self.slots) + len(new) - len(free))
-        free += range(len(self.slots), n_slots)
-        self._enlarge(n_slots, max(request.room for request in new))
+        free = [slot for slot, request in enumerate(self.slots) if request.ended][: len(new)]
+        added = new[len(free) :]
+        free += range(len(self.slots), len(self.slots) + len(added))
+        self._enlarge(len(self.slots) + len(added), max(request.room for request in new))
+        self.slots += added
         groups: dict[Prefixes, list[int]] = {}
-        for request, slot in zip(new, free, strict=False):
+        for request, slot in zip(new, free, strict=True):
             self.slots[slot] = request
             request.length = len(request.prompt)
             groups.setdefault(request.adapter.prefixes, []).append(slot)
-        self._prepare(free[: len(new)])
+        self._prepare(free)
         hidden = [
-            self.executor.read([self._at(slot).prompt for slot in slots], slots, prefixes)
+            self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
             for prefixes, slots in groups.items()
         ]
         self._meanwhile(new)
@@ -86,11 +88,13 @@ class Lane:
     def _enlarge(self, n_slots: int, length: int) -> None:
         """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
         if self.executor is not None:
-            old_slots, old_length = self.executor.cache.n_slots, self.executor.cache.length
-            if n_slots <= old_slots and length <= old_length:
+            cache = self.executor.cache
+            if n_slots <= cache.n_slots and length <= cache.length:
                 return
-            n_slots = max(n_slots, old_slots + old_slots // 4) if n_slots > old_slots else old_slots
-            length = max(length, old_length + old_length // 4) if length > old_length else old_length
+            n_slots, length = (
+                max(needed, old + old // 4) if needed > old else old
+                for needed, old in ((n_slots, cache.n_slots), (length, cache.length))
+            )
         self._grow(n_slots, min(length, self.model.config.context_length))
 
     def _grow(self, n_slots: int, length: int) -> None:
@@ -98,11 +102,15 @@ class Lane:
         if self.executor is not None:
             executor.take(self.executor)
         self.executor = executor
-        self.slots += [None] * (n_slots - len(self.slots))
         self.seen = None if self.seen is None else enlarged(self.seen, n_slots)
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
+        if self.kind.name == "CUDA decoding":
+            # Imported here: it needs Triton, which CUDA builds of torch bring.
+            from lit_adapter.model.fused_decode import FusedDecode
+
+            return FusedDecode
         return CpuDecode if self.kind.name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
@@ -110,11 +118,11 @@ class Lane:
         if self.seen is None and not any(request.settings.penalised for request in self.live):
             return
         if self.seen is None:
-            shape = (len(self.slots), self.model.config.vocab_size)
+            shape = (self.executor.cache.n_slots, self.model.config.vocab_size)
             self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         for slot in slots:
             self.seen[slot] = False
-            self.seen[slot, torch.tensor(self._at(slot).prompt, device=self.device)] = True
+            self.seen[slot, torch.tensor(self.slots[slot].prompt, device=self.device)] = True
 
     def _meanwhile(self, new: Sequence[Request]) -> None:
         """Use the time in which a device reads the prompts."""
@@ -134,20 +142,19 @@ class Lane:
 
         One that is cancelled from now on is computed once more: the step's slots stay as they are.
         """
-        live = [slot for slot, request in enumerate(self.slots) if request is not None and not request.ended]
+        live = [slot for slot, request in enumerate(self.slots) if not request.ended]
         n_live = len(live)
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
-            request = self._at(source)
-            self.executor.move(source, target, request.length)
+            self.executor.move(source, target, self.slots[source].length)
             if self.seen is not None:
                 self.seen[target] = self.seen[source]
-            self.slots[target], self.slots[source] = request, None
-        return [self._at(slot) for slot in range(n_live)]
+            self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
+        return self.slots[:n_live]
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose a token for each of ``slots`` from its ``logits [B, V]``."""
-        requests = [self._at(slot) for slot in slots]
+        requests = [self.slots[slot] for slot in slots]
         settings = [request.settings for request in requests]
         where = torch.tensor(list(slots), device=self.device)
         sampled = not all(how.greedy for how in settings)
@@ -160,11 +167,6 @@ class Lane:
             self.seen[where, token.clamp(min=0)] = True
         for request, chosen in zip(requests, token.tolist(), strict=True):
             request.receive(chosen)
-
-    def _at(self, slot: int) -> Request:
-        request = self.slots[slot]
-        assert request is not None
-        return request
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

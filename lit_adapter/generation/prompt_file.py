@@ -58,13 +58,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def digest(value: Any) -> str:
+def _digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value; the order of its keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of(prompts: Iterable[Prompt]) -> str:
-    return digest([[prompt.instruction, prompt.input] for prompt in prompts])
+    return _digest([[prompt.instruction, prompt.input] for prompt in prompts])
 
 
 def _partial(out: Path) -> Path:
@@ -134,17 +134,13 @@ class Answers:
         check_target(self.out, overwrite=overwrite)
         self.header = {
             "prompts": _digest_of(prompts),
-            "settings": digest(settings),
+            "settings": _digest(settings),
             **{key: settings[key] for key in ("dtype", "device") if key in settings},
         }
         self.lines = self._read(keep_other=not overwrite)
-        if self.n_done < len(prompts):
-            del self.lines[self.n_done // group * group :]
-
-    @property
-    def n_done(self) -> int:
-        """How many prompts, from the first one, have their answer."""
-        return len(self.lines)
+        """Those of the prompts, from the first one, that have their answer."""
+        if len(self.lines) < len(prompts):
+            del self.lines[len(self.lines) // group * group :]
 
     def run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
         """Answer the remaining prompts, group by group, and write the output.
@@ -153,23 +149,19 @@ class Answers:
             UserError: a file cannot be written, or another run is writing it.
         """
         with one_at_a_time(self.out, wait=False, option="--output"):
-            self._run(answer)
+            # Rewritten, so that a line cut short by a kill is gone before another line follows it.
+            write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
+            while len(self.lines) < len(self.prompts):
+                part = self.prompts[len(self.lines) :][: self.group]
+                lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
+                self._append(b"".join(lines))
+                self.lines += lines
+            if self._read(keep_other=True) != self.lines:
+                raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
+            write_bytes(self.out, b"".join(self.lines))
+            self.path.unlink(missing_ok=True)
 
-    def _run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
-        # Rewritten, so that a line cut short by a kill is gone before another line follows it.
-        write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
-        while self.n_done < len(self.prompts):
-            part = self.prompts[self.n_done : self.n_done + self.group]
-            lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
-            self._append(lines)
-            self.lines += lines
-        if self._read(keep_other=True) != self.lines:
-            raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
-        write_bytes(self.out, b"".join(self.lines))
-        self.path.unlink(missing_ok=True)
-
-    def _append(self, lines: Iterable[bytes]) -> None:
-        content = b"".join(lines)
+    def _append(self, content: bytes) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as stream:
@@ -192,13 +184,13 @@ class Answers:
             return []  # not even the first line is complete: there is nothing to lose
         header, *lines = content.split(b"\n")[:-1]  # what follows the last line feed was cut short
         other = self._difference(header)
-        if other and keep_other:
+        if other and not keep_other:
+            return []
+        if other:
             raise UserError(
                 f"{self.path}: an unfinished run with {other}; run it with those, "
                 "choose another --output, or start again with --overwrite"
             )
-        if other:
-            return []
         for number, (prompt, line) in enumerate(zip(self.prompts, lines, strict=False)):
             if not _answers(prompt, line):
                 raise UserError(

@@ -77,8 +77,6 @@ class Request:
     """Tokens in the cache."""
     n_new: int = field(default=0, init=False)
     """Tokens of the answer so far."""
-    under_way: int = field(default=0, init=False)
-    """Tokens asked of the device and not read yet."""
 
     def __post_init__(self) -> None:
         check_stop_ids(self.adapter.model.config, self.settings)

@@ -91,12 +91,13 @@ class DecodeWeights:
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why `CpuDecode` cannot compute ``model``; None where it can."""
     config, free = model.config, free_bytes(torch.device("cpu"))
+    n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reasons = (
         (model.is_sharded or model.n_parts > 1, "the model is sharded"),
         (any(parameter.requires_grad for parameter in model.parameters()), "the model is being trained"),
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (
-            model.decode_weights is None and free is not None and _n_bytes(model) > free,
+            model.decode_weights is None and free is not None and n_bytes > free,
             "joining the matrices takes more memory than is free",
         ),
     )
@@ -120,10 +121,6 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the root mean square norm of ``x [B, C]``: the layer norm of x and -x, whose mean is 0."""
     C = x.shape[-1]
     return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * C,), weight, None, eps)[:, :C]
-
-
-def _n_bytes(model: Llama) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 @dataclass
@@ -174,15 +171,7 @@ class CpuDecode(ModuleDecode):
         self._baked: list[_Baked | None] = []
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
-        """Put the newest tokens of the first B slots into the cache.
-
-        Args:
-            token: of each slot ``[B]``.
-            position: of these tokens ``[B]``.
-
-        Returns:
-            Logits of the next tokens ``[B, V]``.
-        """
+        """Put the newest tokens of the first B slots into the cache; see `ModuleDecode.step`."""
         model, step = self.model, self._prepared(position)
         if model.decode_weights is None:  # joined now, not earlier: the first token has not waited for it
             model.decode_weights = DecodeWeights(model)
@@ -205,10 +194,10 @@ class CpuDecode(ModuleDecode):
             unseen = torch.arange(used) > place[:, None]
             hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
             hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
-        rows, prefix = self.distinct(len(position)), self.prefix(len(position))
+        rows = self.prefixes.rows[: len(position)]
         if rows != self._rows:
-            self._rows = rows
-            self._baked = [self._bake(prefix(index)) for index in range(len(self.model.layers))]
+            self._rows, prefixes = rows, self.prefixes.first(len(rows))
+            self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
         return _Step(rotation, position, place, used, hidden)
 
     def _bake(self, state: PrefixState | None) -> _Baked | None:

@@ -61,7 +61,7 @@ class FusedDecode(ModuleDecode):
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
         """Read the prompts of requests with the same adapter; see `ModuleDecode.read`."""
-        self.assign(slots, prefixes)
+        self.prefixes.assign(slots, prefixes)
         texts = zip(prompts, slots, strict=True)
         rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
@@ -101,11 +101,7 @@ class FusedDecode(ModuleDecode):
 class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
-    Args:
-        decode: weights and the cache.
-        rotation: cosines and sines ``[1, T, D/2]``.
-        slot: of each token's text ``[T]``.
-        position: of each token in its text ``[T]``.
+    ``rotation`` is ``[1, T, D/2]``; ``slot [T]`` and ``position [T]`` say where each token is kept.
     """
 
     def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
@@ -142,11 +138,7 @@ class _CacheRowView:
 class _PromptView(_CacheRowView):
     """Prompts placed one after another, each attending to itself.
 
-    Args:
-        decode: weights and the cache.
-        row: the prompts; its targets are their last tokens.
-        slot: of each token's text, on the CPU ``[T]``.
-        prefix: of each layer.
+    The targets of ``row`` are their last tokens; ``slot [T]`` is on the CPU; ``prefix`` is of each layer.
     """
 
     def __init__(
@@ -177,10 +169,8 @@ class _StepView(_CacheRowView):
         decode = self.decode
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]
-        prefixes = decode.prefixes
-        decode_attention.attend(
-            q, cache, self.position, prefixes.layer(layer), prefixes.source, decode.parts, decode.y
-        )
+        prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
+        decode_attention.attend(q, cache, self.position, prefix, source, decode.parts, decode.y)
         return decode.y
 
 
@@ -206,7 +196,7 @@ class _FewTexts:
             cache = (decode.cache.k[index], decode.cache.v[index])
             weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
             products.project(x, norm.weight, norm.eps, weights, decode.rotation, position, self.q, cache)
-            prefix = prefixes.layer(index)
+            prefix = prefixes.joined.layer(index)
             decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
             products.add_linear(decode.y, attn.o_proj.weight, x)
             norm = block.post_attention_layernorm

@@ -335,15 +335,9 @@ def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, D: int, prefix: Prefix | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend over a packed row and to the prompt.
+    """Attend over a packed row by its ``plan``, and to the prompt of ``prefix`` if there is one.
 
-    Args:
-        q: rotated queries ``[M, H * D]``; rows may be strided.
-        k: rotated keys ``[T, G * D]``; rows may be strided.
-        v: values, in the same layout as ``k``.
-        plan: which keys each query sees.
-        D: head size.
-        prefix: the layer's prompt, or None.
+    ``q [M, H * D]`` and ``k [T, G * D]`` are rotated, ``v`` has the layout of ``k``; rows may be strided.
 
     Returns:
         ``o [M, H * D]`` and its log-sum-exp (base 2) ``[H, M]``, fp32.
@@ -400,20 +394,10 @@ def attend_backward(
     into: Gradients | None,
     into_prefix: PrefixGradients | None,
 ) -> None:
-    """Compute the gradients of `attend` and of the rotation before it.
+    """Compute the gradients of `attend` and of the rotation before it, from what `attend` took and returned.
 
-    Args:
-        do: gradient of ``o``, contiguous.
-        q: as given to `attend`.
-        k: as given to `attend`.
-        v: as given to `attend`.
-        o: what `attend` returned.
-        lse: what `attend` returned.
-        plan: which keys each query sees.
-        D: head size.
-        prefix: the layer's prompt, or None.
-        into: receives the gradients of q, k and v; None if they are not needed.
-        into_prefix: receives the gradients of the prefix; None without one.
+    ``do``, the gradient of ``o``, is contiguous. ``into`` is None if the gradients of q, k and v are not
+    needed; ``into_prefix`` is None without a prefix.
     """
     H, G, n_tiles = q.shape[1] // D, k.shape[1] // D, ceil_div(q.shape[0], QUERY_TILE)
     n_prompt, prompt_rows = _prompt_rows(prefix)

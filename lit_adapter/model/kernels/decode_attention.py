@@ -27,12 +27,7 @@ HEADS = 8
 class Parts:
     """Where the programs that share one slot's keys leave their parts.
 
-    Args:
-        n_slots: B.
-        heads: query heads, key/value heads (H, G).
-        head_dim: D.
-        length: the cache's (S).
-        device: a CUDA device.
+    ``heads`` are query and key/value heads (H, G), ``length`` is the cache's (S).
     """
 
     def __init__(

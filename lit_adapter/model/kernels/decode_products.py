@@ -122,13 +122,8 @@ class Products:
     def gate_up(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, hidden: Tensor) -> None:
         """Norm, and write ``silu(gate x) * up x``.
 
-        Args:
-            x: hidden states ``[B, C]``.
-            norm: the norm's weight ``[C]``.
-            eps: the norm's.
-            gate: ``[M, C]``.
-            up: ``[M, C]``.
-            hidden: receives the result ``[B, M]``.
+        ``x`` and ``norm`` are those of `project`; ``gate`` and ``up [M, C]``; ``hidden [B, M]`` receives the
+        result.
         """
         M, how = len(gate), self._tiling(ONE_NORMED, SEVERAL_WIDE)
         _gate_up_kernel[(ceil_div(M, how.rows),)](
@@ -142,9 +137,8 @@ class Products:
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
         """Write ``weight norm(x)`` to ``out [B, N]``; ``x [B, C]``, ``weight [N, C]``."""
-        self._linear(
-            self._ready(x, norm, eps), norm, eps, weight, out, self._tiling(ONE_NORMED, SEVERAL_WIDE)
-        )
+        how = self._tiling(ONE_NORMED, SEVERAL_WIDE)
+        self._linear(self._ready(x, norm, eps), norm, eps, weight, out, how)
 
     def _linear(
         self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, out: Tensor, how: Tiling

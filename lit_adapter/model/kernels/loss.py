@@ -36,12 +36,9 @@ def _cross_entropy_kernel(logits_at, target_at, loss_at, V, GRADIENT: tl.constex
 
 
 def cross_entropy_(logits: Tensor, target_id: Tensor, *, gradient: bool) -> Tensor:
-    """Return the cross-entropy (nats, fp32 ``[M]``) of ``logits [M, V]``.
+    """Return the cross-entropy (nats, fp32 ``[M]``) of contiguous ``logits [M, V]`` and ``target_id [M]``.
 
-    Args:
-        logits: contiguous; with ``gradient`` they are overwritten by the gradient of the sum.
-        target_id: ``[M]``.
-        gradient: whether to compute it.
+    With ``gradient``, the logits are overwritten by the gradient of the sum.
     """
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy_kernel[(len(logits),)](

@@ -162,9 +162,14 @@ def norm(
         The RMS norm of ``x`` with ``below`` appended, ``[T + K, C]``, and the reciprocal root mean square of
         ``x``, fp32 ``[T]``.
     """
-    n_below = 0 if below is None else below.shape[0]
-    room, data, scale = _room(x.shape[0] + n_below, x.shape[1], x, quantised)
-    return room, _norm(x, x, x, x, weight, x if below is None else below, eps, data, scale, quantised)
+    T, C = x.shape
+    room, data, scale = _room(T if below is None else T + below.shape[0], C, x, quantised)
+    rstd = torch.empty(T, dtype=torch.float32, device=x.device)
+    _norm_kernel[(data.shape[0],)](
+        x, x, x, x, weight, x if below is None else below, data, scale, rstd, T, C, eps,
+        ADD=False, QUANTISE=quantised, **whole_row(C),
+    )  # fmt: skip
+    return room, rstd
 
 
 def add_and_norm(
@@ -175,45 +180,21 @@ def add_and_norm(
     total = torch.empty_like(x)
     twin = torch.empty_like(x) if twice else total
     room, data, scale = _room(T, C, x, quantised)
-    return total, twin, room, _norm(x, plus, total, twin, weight, x, eps, data, scale, quantised)
-
-
-def _norm(
-    x: Tensor,
-    plus: Tensor,
-    total: Tensor,
-    twin: Tensor,
-    weight: Tensor,
-    below: Tensor,
-    eps: float,
-    data: Tensor,
-    scale: Tensor,
-    quantised: bool,
-) -> Tensor:
-    T, C = x.shape
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
-    _norm_kernel[(data.shape[0],)](
-        x, plus, total, twin, weight, below, data, scale, rstd, T, C, eps,
-        ADD=plus is not x, QUANTISE=quantised, **whole_row(C),
+    _norm_kernel[(T,)](
+        x, plus, total, twin, weight, x, data, scale, rstd, T, C, eps,
+        ADD=True, QUANTISE=quantised, **whole_row(C),
     )  # fmt: skip
-    return rstd
+    return total, twin, room, rstd
 
 
 def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, beside: Tensor, *, quantised: bool = False
 ) -> tuple[Tensor, Operand]:
-    """Return the gradient of a norm's input plus ``beside``, the gradient of the residual.
+    """Return the gradient of a norm's input ``x [T, C]``, and the same as an operand (fp8 if ``quantised``).
 
-    Args:
-        dy: gradient of the norm's output ``[T, C]``.
-        x: the norm's input ``[T, C]``.
-        weight: the norm's ``[C]``.
-        rstd: what `norm` returned ``[T]``.
-        beside: gradient that reaches the input through the residual ``[T, C]``.
-        quantised: whether the next product takes fp8.
-
-    Returns:
-        The gradient, and the same as an operand.
+    It is the sum of what the norm passes on of ``dy [T, C]``, the gradient of its output, and of
+    ``beside [T, C]``, the gradient that reaches ``x`` through the residual. ``rstd [T]`` is from `norm`.
     """
     T, C = x.shape
     dx = torch.empty_like(x)
@@ -227,11 +208,7 @@ def norm_backward(
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
     """Rotate the first ``n_heads`` heads of each token in place.
 
-    Args:
-        x: ``[T, at least n_heads * D]``, rows may be strided.
-        cos: fp32 ``[T, D/2]``.
-        sin: fp32 ``[T, D/2]``.
-        n_heads: how many heads.
+    ``x`` is ``[T, at least n_heads * D]``; rows may be strided. ``cos`` and ``sin`` are fp32 ``[T, D/2]``.
     """
     half = cos.shape[1]
     _rotate_kernel[(x.shape[0],)](
