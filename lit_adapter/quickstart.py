@@ -1,4 +1,4 @@
-"""The main job on an embedded default: a real LLaMA of 135M learns to turn requests into JSON commands."""
+"""The main job on a built-in default: a real LLaMA of 135M learns to turn requests into JSON commands."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_training_on_a_cpu_has_no_fast_executor() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("purpose", ["training", "reading", "decoding"])
+@pytest.mark.parametrize("purpose", ["training", "decoding"])
 @pytest.mark.parametrize("unknown", UNKNOWN, ids=lambda add: add.__name__)
 @pytest.mark.parametrize("place", PLACES)
 def test_on_cuda_an_unknown_model_is_left_to_its_modules(

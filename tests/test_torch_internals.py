@@ -83,4 +83,4 @@ def test_a_base_that_is_sharded_is_known_to_the_survey() -> None:
         fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
     assert obstacle(model) is None
     model.layers[1].register_forward_hook(lambda module, args, output: output)
-    assert obstacle(model) == "layers.1 has a hook"
+    assert obstacle(model) == "layers.1 has a hook or another forward method"

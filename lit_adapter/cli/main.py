@@ -11,7 +11,7 @@ from lit_adapter.cli.command import run
 from lit_adapter.errors import UserError, nearest
 
 COMMANDS = {
-    "quickstart": "Fine-tune and score the embedded default, from nothing.",
+    "quickstart": "Fine-tune and score a small built-in model, from nothing.",
     "download": "Fetch a LLaMA and convert it into a base folder, or fetch an adapter.",
     "convert": "Turn a LLaMA checkpoint into a base folder.",
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",

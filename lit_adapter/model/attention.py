@@ -1,4 +1,4 @@
-"""Which keys a query sees: the one place where packed rows, plain batches and caches differ.
+"""Which keys a query sees, in packed rows and plain batches; caches have their views in `cache`.
 
 A `View` is one forward pass. In a packed row every token has a segment (its record) and a preamble (the
 segment that its record continues), and

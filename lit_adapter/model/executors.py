@@ -21,8 +21,8 @@ from lit_adapter.model.adapter import attach
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama, empty_llama
 
-Purpose = Literal["training", "reading", "decoding"]
-"""Training computes packed rows with gradients; reading puts prompts into a cache; decoding adds a token."""
+Purpose = Literal["training", "decoding"]
+"""Training computes packed rows with gradients; decoding reads prompts into a cache and adds tokens to them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class Executor:
 
 _FAST: dict[tuple[str, Purpose], tuple[Executor, str]] = {
     ("cuda", "training"): (Executor("fused"), "cuda_support"),
-    ("cuda", "reading"): (Executor("CUDA decoding"), "cuda_support"),
     ("cuda", "decoding"): (Executor("CUDA decoding"), "cuda_support"),
     ("cpu", "decoding"): (Executor("CPU decoding"), "cpu_decode"),
 }

@@ -36,7 +36,7 @@ def obstacle(model: Llama, known: Collection[type] = FROZEN, *, frozen: bool = F
 
     Returns:
         A phrase about a module, parameter, buffer, hook or replaced forward method, such as
-        ``layers.0.self_attn.q_norm is a RMSNorm that no LLaMA has``.
+        ``layers.0.self_attn.q_norm is an RMSNorm that no LLaMA has``.
     """
     modules, tensors = _declared(model.config)
     found: list[tuple[str, nn.Module]] = [("", model)]
@@ -56,7 +56,7 @@ def obstacle(model: Llama, known: Collection[type] = FROZEN, *, frozen: bool = F
             if frozen and value.requires_grad:
                 return f"{where} is not frozen"
         if "forward" in vars(module) or not all(is_fsdp_part(hook) for hook in hooks(module)):
-            return f"{where} has a hook"
+            return f"{where} has a hook or another forward method"
         found += [(stem + child, part) for child, part in reversed(own_children(module))]
     return None
 

