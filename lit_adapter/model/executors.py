@@ -22,7 +22,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama, empty_llama
 
 Purpose = Literal["training", "decoding"]
-"""Training computes packed rows with gradients; decoding reads prompts into a cache and adds tokens to them."""
+"""Training computes packed rows with gradients; decoding reads prompts into a cache and adds tokens."""
 
 
 @dataclass(frozen=True)
