@@ -49,9 +49,9 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
-    base = f"checkpoints/{info.base.name}"
     have = "is there" if base_at_hand(info.base.name) else "is not there: fetch or convert the base"
-    return [f"{out} is already there" if there else f"wrote {out}", f"its base {base} {have}"]
+    first = f"{out} is already there" if there else f"wrote {out}"
+    return [first, f"its base checkpoints/{info.base.name} {have}"]
 
 
 def push_adapter(

@@ -48,14 +48,11 @@ def convert(
 ) -> Path:
     """Convert a checkpoint, into a base folder that appears whole or not at all, and return ``out``.
 
-    Args:
-        source: a Hugging Face folder, a Meta folder, or a GGUF file.
-        out: the folder to write, such as ``checkpoints/NAME``.
-        dtype: float32, bfloat16 or float16; by default every tensor keeps the source's type, and
-            quantised GGUF types become float32, which holds their values exactly.
-        overwrite: replace a converted base that is already there, once the new one is complete.
-        origin: what the fingerprint says of the source; by default its format and file name.
-        progress: called with (bytes written, bytes in all).
+    The source is a Hugging Face folder, a Meta folder, or a GGUF file. ``dtype`` is float32, bfloat16 or
+    float16; by default every tensor keeps the source's type, and quantised GGUF types become float32, which
+    holds their values exactly. ``overwrite`` replaces a converted base that is already there, once the new
+    one is complete. ``origin`` is what the fingerprint says of the source, by default its format and file
+    name. ``progress`` is called with (bytes written, bytes in all).
 
     Raises:
         UserError: a damaged or unknown source, an output that must not be replaced, or a full disk.
@@ -105,15 +102,12 @@ def write_base(
         write_json(scratch / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
         if checkpoint.generation is not None:
             write_json(scratch / GENERATION_CONFIG, checkpoint.generation)
+        files = [path for path in sorted(scratch.iterdir()) if not path.name.startswith(".")]
         fingerprint = {
             "format": FORMAT_VERSION,
             "weights": weights,
             "tokenizer": tokenizer_fingerprint(scratch),
-            "files": {
-                path.name: path.stat().st_size
-                for path in sorted(scratch.iterdir())
-                if not path.name.startswith(".")
-            },
+            "files": {path.name: path.stat().st_size for path in files},
             "source": origin,
         }
         write_json(scratch / FINGERPRINT, fingerprint)

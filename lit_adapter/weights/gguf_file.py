@@ -46,6 +46,9 @@ class GGUFSource(Source):
     """One GGUF file.
 
     F32, F16 and BF16 keep their type; quantised types become float32, which holds their values exactly.
+
+    Raises:
+        UserError: another architecture, an unknown type, a damaged file, or tensors that do not fit its keys.
     """
 
     format = "gguf"

@@ -28,7 +28,11 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class HuggingFaceSource(Source):
-    """A folder as transformers writes it, checked against its ``config.json``."""
+    """A folder as transformers writes it.
+
+    Raises:
+        UserError: another architecture, an unusable file, or tensors that do not fit ``config.json``.
+    """
 
     format = "huggingface"
 

@@ -34,15 +34,11 @@ def merge(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """Write the merged model, and say how far its logits are from the adapter's.
+    """Write the merged model as a base folder, and say how far its logits are from the adapter's.
 
-    Args:
-        adapter: an ``adapter.safetensors`` of version v2 without prompts.
-        out: the folder to write, which is a base folder too.
-        base: the adapter's base; by default the one that it names, in ``checkpoints/``.
-        dtype: float32, bfloat16 or float16; the last two round the merged weights.
-        overwrite: replace a base folder that is already there.
-        progress: called with (bytes written, bytes in all).
+    The adapter's ``base`` is by default the one that it names, in ``checkpoints/``. The merged weights are
+    rounded to ``dtype``: float32, bfloat16 or float16. ``overwrite`` replaces a base folder that is already
+    there, and ``progress`` is called with (bytes written, bytes in all).
 
     Raises:
         UserError: an adapter that cannot be merged, another base, or an output that must not be replaced.

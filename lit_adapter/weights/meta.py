@@ -33,7 +33,7 @@ SHARDED_BY_INPUTS = tuple(f".{MODULES[name]}.weight" for name in ("self_attn.o_p
 
 
 class MetaSource(Source):
-    """A folder as Meta ships it, checked against its ``params.json``."""
+    """A folder as Meta ships it; a UserError names what is absent, damaged or of other sizes."""
 
     format = "meta"
 
@@ -79,11 +79,10 @@ class MetaSource(Source):
                 f"but {len(self.shards)} are there"
             )
         for shard in self.shards[1:]:
-            odd = sorted(shard.shapes.keys() ^ first.shapes.keys())
+            odd = shard.shapes.keys() ^ first.shapes.keys()
             if odd:
-                raise UserError(
-                    f"{shard.path}: tensor {odd[0]} is not in both this file and {first.path.name}"
-                )
+                both = f"both this file and {first.path.name}"
+                raise UserError(f"{shard.path}: tensor {min(odd)} is not in {both}")
 
     def _sharded_dim(self, name: str, dim: int) -> int | None:
         """Return along which dimension a tensor is sharded, or None if every rank holds it whole."""
@@ -144,10 +143,9 @@ class MetaSource(Source):
 def _open_shards(folder: Path) -> list[TorchShard]:
     names = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     for number, name in enumerate(names):
-        if name != f"consolidated.{number:02}.pth":
-            raise UserError(
-                f"{folder / f'consolidated.{number:02}.pth'}: file not found, but {name} is there"
-            )
+        expected = f"consolidated.{number:02}.pth"
+        if name != expected:
+            raise UserError(f"{folder / expected}: file not found, but {name} is there")
     if not names:
         raise UserError(f"{folder}: no consolidated.00.pth beside {PARAMS}")
     return [TorchShard(member(folder, name)) for name in names]

@@ -23,10 +23,7 @@ _TRAINING = {
 
 
 def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
-    """Return the card's Markdown for the repository ``org/name``.
-
-    The fingerprint of the base's folder ``base``, if that is at hand, may say where the base came from.
-    """
+    """Return the card's Markdown for the repository ``org/name``; ``base`` is its base, if at hand."""
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
     header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]

@@ -36,11 +36,9 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
             raise UserError(f"{out}: lies inside the source {source} or holds it; choose another --out")
     if out.is_symlink():
         raise UserError(f"{out}: is a symbolic link; choose another --out")
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / FINGERPRINT).is_file():
         raise UserError(f"{out}: holds something other than a converted base; choose another --out")
@@ -49,7 +47,7 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
 
 
 def check_free(out: Path, needed: int) -> None:
-    """Raise a UserError if fewer than ``needed`` bytes are free."""
+    """Refuse, by a UserError, to start writing what needs more bytes than are free."""
     free = free_disk(out.parent)
     if free < needed:
         raise UserError(

@@ -63,8 +63,8 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
     changed, worst = with_gates(adapter, form, model)
     if worst and not wishes.allow_lossy:
         raise UserError(
-            f"{source}: {target.name} has one gate {_named(form).partition(' ')[2]}, and the gates "
-            f"differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
+            f"{source}: {target.name} has one gate {GATE_FORMS[form].description.partition(' ')[2]}, and the "
+            f"gates differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
         )
     info = replace(info, adapter=changed.config)
     tensors = target.write(changed, model)
@@ -102,14 +102,10 @@ def _refuse_inputs(out: Path, target: Format, inputs: list[Path]) -> None:
 
 def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) -> None:
     """Refuse options that would have no effect."""
+    foreign = origin is not OURS and target is OURS
     checks = (
         (wishes.gate, "--gate", origin.asks_gate, "an official source, whose file does not say it"),
-        (
-            wishes.template,
-            "--template",
-            origin is not OURS and target is OURS,
-            "a source of another format and --to ours",
-        ),
+        (wishes.template, "--template", foreign, "a source of another format and --to ours"),
         (wishes.to_gate, "--to-gate", target is OURS, "--to ours; every other format has one gate form"),
     )
     for given, option, applies, where in checks:
@@ -155,7 +151,8 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
     layers = config.adapted_layers(model.n_layer)
     found = f"found     {config.version.upper()}, {len(layers)} of {model.n_layer} layers"
     if layers:
-        found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {_named(config.gate)}"
+        form = GATE_FORMS[config.gate].description
+        found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {form}"
     if "linears" in config.parts:
         with_output = "with" if config.head else "without"
         found += f"; norms, biases and scales of all layers, {with_output} the output layer"
@@ -167,11 +164,7 @@ def _exactness(adapter: PlainAdapter, changed: PlainAdapter, worst: float) -> li
     n_same = sum(torch.equal(tensor, changed.state[name]) for name, tensor in adapter.state.items())
     lines = [f"exact     {n_same} of {len(adapter.state)} tensors, bit for bit"]
     if n_same < len(adapter.state):
-        forms = f"{_named(adapter.config.gate)} to {_named(changed.config.gate)}"
+        given, wanted = (GATE_FORMS[one.config.gate].description for one in (adapter, changed))
         how = f"LOSSY: means, from which gates differ by up to {worst:.3g}" if worst else "the same function"
-        lines.append(f"changed   {len(adapter.state) - n_same} gates, {forms}: {how}")
+        lines.append(f"changed   {len(adapter.state) - n_same} gates, {given} to {wanted}: {how}")
     return lines
-
-
-def _named(gate: GateName) -> str:
-    return GATE_FORMS[gate].description

@@ -38,7 +38,7 @@ KINDS = ("bias", "scale")
 PROMPT, GATE = "transformer.h.{}.attn.adapter_wte.weight", "transformer.h.{}.attn.gating_factor"
 
 
-class Lit(Format):
+class _Lit(Format):
     """What lit-llama and litgpt share."""
 
     gate: GateName | None = "identity"
@@ -71,7 +71,6 @@ class Lit(Format):
         return f"gating_factor {list(gate.shape)}, {'under' if opened.wrapped else 'not under'} 'model'"
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
-        """Return the adapter."""
         source, left = opened.path, dict(opened.tensors)
         state, sizes, single = take_prefixes(left, PROMPT, GATE, "identity", model, source)
         notes = ["gates: one per layer, as lit-llama had them at first"] if single else []
@@ -130,11 +129,10 @@ class Lit(Format):
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
     def save(self, out: Path, tensors: dict[str, Any], info: AdapterInfo) -> None:
-        """Write the file."""
         super().save(out, {"model": tensors} if self.wraps else tensors, info)
 
 
-class LitLlama(Lit):
+class LitLlama(_Lit):
     """lit-llama's spelling: Meta's order of rows, models without grouped queries or biases."""
 
     name = "lit-llama"
@@ -162,7 +160,7 @@ class LitLlama(Lit):
         return ["reordered query and key rows of biases and scales, between Meta's and Hugging Face's order"]
 
 
-class LitGPT(Lit):
+class LitGPT(_Lit):
     """litgpt's spelling."""
 
     name = "litgpt"

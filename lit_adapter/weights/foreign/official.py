@@ -30,11 +30,7 @@ class Official(Format):
         return f"{QUERY}; a training checkpoint" if opened.wrapped else QUERY
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
-        """Return the adapter.
-
-        Raises:
-            UserError: as `Format.read`; or ``gate`` is None, or nothing says how many layers are adapted.
-        """
+        """Return the adapter; a UserError refuses, too, a missing ``gate`` or an unknown number of layers."""
         source, left = opened.path, dict(opened.tensors)
         if gate is None:
             raise UserError(

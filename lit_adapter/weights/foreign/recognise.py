@@ -68,9 +68,9 @@ def open_adapter(path: Path) -> Opened:
     if content is None:
         info, tensors = read_adapter(file)
         return Opened(path, tensors, info)
-    args, wrapped = None, False
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        args, wrapped, content = content.get("args"), True, content["model"]
+    args, wrapped = None, isinstance(content, dict) and isinstance(content.get("model"), dict)
+    if wrapped:
+        args, content = content.get("args"), content["model"]
     tensors = named_tensors(content, file)
     for name, tensor in tensors.items():
         if tensor.dtype not in (*FLOATS.values(), torch.float64):
