@@ -127,12 +127,9 @@ class OptimConfig:
         _at_least(0, self, "optim.", "warmup")
         if not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
-        check_fp32("optim.eps", self.eps)
-        if self.clip is not None:
-            check_fp32("optim.clip", self.clip)
-        for name in ("lr", "base_lr", "lr_scale_v2", "weight_decay"):
+        for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "weight_decay"):
             if getattr(self, name) is not None:
-                check_fp32(f"optim.{name}", getattr(self, name), zero=True)
+                check_fp32(f"optim.{name}", getattr(self, name), zero=name not in ("eps", "clip"))
         if self.lr is not None and self.base_lr is not None:
             raise UserError(
                 "optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)"

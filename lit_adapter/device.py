@@ -91,12 +91,9 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     machine = _keyed(meminfo).get("MemAvailable:")
     if machine is None:
         return None
-    left = [  # control groups v2 and v1
-        _group_bytes(cgroup, "memory.max", "memory.current", "inactive_file"),
-        _group_bytes(
-            cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        ),
-    ]
+    v2 = cgroup, "memory.max", "memory.current", "inactive_file"
+    v1 = cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    left = [_group_bytes(*names) for names in (v2, v1)]
     return min([machine * 1024, *(bytes_ for bytes_ in left if bytes_ is not None)])
 
 

@@ -85,11 +85,10 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     after = score(model, held_out, "scoring the adapted model")
     before = score(model.base, held_out, "scoring the base")
     trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
-    table = Table(
-        title=f"{len(held_out)} held-out requests, whose names, places and times do not occur in training"
-    )
-    for column in ("", "base", "adapted"):
-        table.add_column(column, justify="left" if not column else "right")
+    what = "held-out requests, whose names, places and times do not occur in training"
+    table = Table("", title=f"{len(held_out)} {what}")
+    for column in ("base", "adapted"):
+        table.add_column(column, justify="right")
     table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
     table.add_row("held-out loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row("trained parameters", "0", f"{trained:,}")

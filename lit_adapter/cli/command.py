@@ -30,8 +30,13 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     141. Anything else is a bug and keeps its traceback.
     """
     prepare_streams()
+    status: Any
     try:
-        status = _status(main)
+        try:
+            status = main(sys.argv[1:])
+        except SystemExit as leaving:  # after --help
+            status = leaving.code
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
@@ -46,15 +51,6 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print(f"error: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
         status = UserError.exit_status
     sys.exit(status)
-
-
-def _status(main: Callable[[Sequence[str]], int]) -> Any:
-    try:
-        status: Any = main(sys.argv[1:])
-    except SystemExit as leaving:  # after --help
-        status = leaving.code
-    sys.stdout.flush()
-    return status
 
 
 def command_parser(description: str, program: str | None = None) -> Any:
@@ -98,11 +94,7 @@ def _as_known(word: str, known: list[str]) -> str:
 
 
 def check_least(options: Any, least: int, *names: str) -> None:
-    """Refuse numbers on the command line below ``least``; an option without a value passes.
-
-    Raises:
-        UserError: names the option.
-    """
+    """Refuse numbers on the command line below ``least``; an option without a value passes."""
     for name in names:
         given = options[name]
         for value in given if isinstance(given, list) else [given]:

@@ -15,11 +15,7 @@ BATCH_SIZE = 16
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
-    """Parse and answer, on ``out`` (standard output) or into the file of ``--output``.
-
-    Raises:
-        UserError: options that contradict each other, or anything that loading and generating refuse.
-    """
+    """Parse and answer, on ``out`` (standard output) or into the file of ``--output``."""
     options = _parse(argv, program)
     out = out or sys.stdout
     given: Any = {field.name: options[field.name] for field in fields(Sampling)}
@@ -27,9 +23,8 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
 
-    choice = answering.ModelChoice(
-        **{field.name: options[field.name] for field in fields(answering.ModelChoice)}
-    )
+    chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
+    choice = answering.ModelChoice(**chosen)
     if task is None:
         target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
         number = answering.answer_file(

@@ -137,10 +137,8 @@ def _value(text: str, start: int, name: str, line: int, hint: str = "") -> tuple
 
 def _object(value: Any, name: str, line: int) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(
-            f"{name}:{line}: a record is {json_type(value)}; "
-            'expected an object such as {"instruction": ..., "output": ...}'
-        )
+        expected = 'an object such as {"instruction": ..., "output": ...}'
+        raise UserError(f"{name}:{line}: a record is {json_type(value)}; expected {expected}")
     return value
 
 
@@ -238,9 +236,9 @@ def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
 
 
 def _check_columns(columns: Sequence[str], where: str) -> None:
-    twice = next((column for column, number in Counter(columns).items() if number > 1), None)
-    if twice is not None:
-        raise UserError(f"{where}: column {shorten(twice)} appears twice; rename one of them")
+    for column, number in Counter(columns).items():
+        if number > 1:
+            raise UserError(f"{where}: column {shorten(column)} appears twice; rename one of them")
 
 
 def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:

@@ -68,9 +68,8 @@ def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
         wanted = re.compile(rf"(^|[/_.-]){re.escape(split or 'train')}([/_.-]|$)", re.IGNORECASE)
         chosen = [file for file in data if wanted.search(file)]
     if split and not chosen:
-        raise UserError(
-            f"{repo}: no data file of split '{split}'{nearest(split, data)}; {_choice(repo, data)}"
-        )
+        hint = nearest(split, data)
+        raise UserError(f"{repo}: no data file of split '{split}'{hint}; {_choice(repo, data)}")
     if len({_SHARD.sub("", file) for file in chosen}) != 1:
         raise UserError(f"{repo}: {len(data)} data files; {_choice(repo, data)}")
     shards = [_SHARD.search(file) for file in chosen]

@@ -73,9 +73,7 @@ class Packer:
     ) -> None:
         self.encoded, self.preambles = encoded, preambles
         self.mask_prompt, self.row_tokens = mask_prompt, row_tokens
-        self.n_preamble = np.array(
-            [self._preamble_length(index) for index in range(len(encoded))], dtype=np.int64
-        )
+        self.n_preamble = np.array([*map(self._preamble_length, range(len(encoded)))], dtype=np.int64)
         self.n_own = encoded.length - 1 - self.n_preamble
         """Tokens that each record adds to a row: all but its preamble and its last token ``[records]``."""
         longest = int(encoded.length.max(initial=1)) - 1

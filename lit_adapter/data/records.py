@@ -77,9 +77,6 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.rows)
-
 
 def read_records(
     source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None

@@ -35,8 +35,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 def lock(descriptor: int, *, wait: bool = False) -> bool | None:
     """Lock an open file until `unlock` closes it.
 
-    Returns:
-        False if another open file holds the lock, None if the file system has no locks.
+    Return False if another open file holds the lock, None if the file system has no locks.
     """
     _descriptors.add(descriptor)
     try:

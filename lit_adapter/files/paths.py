@@ -57,11 +57,9 @@ def refuse_input(out: Path, inputs: Iterable[Path], option: str) -> None:
     Raises:
         UserError: ``out`` exists and is one of ``inputs`` or lies inside one.
     """
-    if not out.exists():
-        return
     real = out.resolve()
     for path in inputs:
-        if path.resolve() in (real, *real.parents):
+        if out.exists() and path.resolve() in (real, *real.parents):
             raise UserError(f"{out}: {option} is also an input ({path}); choose another")
 
 

@@ -104,18 +104,17 @@ def llama3_json(content: bytes, source: object) -> dict[str, Any]:
         UserError: a line is malformed, the ranks are not 0, 1, 2 ..., each once, or a byte has no token.
     """
     ranks = _read_ranks(content, source)
-    letters = byte_letters()
-    spelled = {token: "".join([letters[byte] for byte in token]) for token in ranks}
+    letters, by_rank = byte_letters(), sorted(ranks, key=ranks.__getitem__)
+    spelled = ["".join([letters[byte] for byte in token]) for token in by_rank]
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
+    for token in by_rank:
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         # The rank is that of the result, so all pairs that merge into it have the same priority.
-        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+        ranked = sorted((ranks[left], ranks[right]) for left, right in pairs if {left, right} <= ranks.keys())
+        merges += [(spelled[left], spelled[right]) for left, right in ranked]
     names = llama3_control_tokens()
     added = [added_token(name, id_, special=True) for id_, name in enumerate(names, len(ranks))]
-    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    vocab = {token: rank for rank, token in enumerate(spelled)}
     return byte_level_json(vocab, merges, added, "llama3", bos=names[0])
 
 

@@ -98,13 +98,12 @@ class Template:
         """
         if self.end is None:
             return tokenizer.eos_id
-        found = tokenizer.control_tokens.get(self.end)
-        if found is None:
+        if self.end not in tokenizer.control_tokens:
             raise UserError(
                 f"template '{self.kind}': this tokenizer has no control token '{self.end}'; "
                 "the template belongs to another base"
             )
-        return found
+        return tokenizer.control_tokens[self.end]
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the ids that end a text generated under this template."""

@@ -94,11 +94,7 @@ class StreamDecoder:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with ids beyond an embedding of ``rows`` rows.
-
-    Raises:
-        UserError: an id has no row.
-    """
+    """Refuse a tokenizer with ids beyond an embedding of ``rows`` rows."""
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding has {rows:,} rows; "
