@@ -150,9 +150,8 @@ class AdaptedLlama:
         answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
-                answer = answers[index]
-                piece = answer.push(token)
-                if answer.stopped:
+                piece = answers[index].push(token)
+                if answers[index].stopped:
                     self._engine.cancel(requests[index])
                 if piece:
                     yield index, piece

@@ -81,7 +81,6 @@ class Lane:
             self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
             for prefixes, slots in groups.items()
         ]
-        self._meanwhile(new)
         order = [slot for slots in groups.values() for slot in slots]
         self._choose(self.model.logits(torch.cat(hidden)), order)
 
@@ -123,9 +122,6 @@ class Lane:
         for slot in slots:
             self.seen[slot] = False
             self.seen[slot, torch.tensor(self.slots[slot].prompt, device=self.device)] = True
-
-    def _meanwhile(self, new: Sequence[Request]) -> None:
-        """Use the time in which a device reads the prompts."""
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""

@@ -196,9 +196,6 @@ class ModuleDecode:
         length: longest prompt with its answer, in tokens (S).
     """
 
-    has_kernels = False
-    """Whether its steps are kernels, each of which reads a slot's own number of keys."""
-
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         self.model, self.cache = model, KeyValueCache(model, n_slots, length)
         self.device = self.cache.k.device

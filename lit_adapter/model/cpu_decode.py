@@ -63,16 +63,17 @@ def _n_parts(n_outputs: int) -> int:
     return next((n for n in candidates if n_outputs % n == 0), wanted)
 
 
-@dataclass
 class _Layer:
     """A layer's matrices, and the weights of its norms as `_norm` takes them."""
 
-    before: Tensor
-    qkv: _Matrix
-    o: _Matrix
-    between: Tensor
-    gate_up: _Matrix
-    down: _Matrix
+    def __init__(self, block: Block, layout: BlockLayout) -> None:
+        self.before, self.between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
+        matrices = {
+            group: _Matrix(*(block.get_submodule(name) for name in names))
+            for group, names in layout.groups.items()
+        }
+        self.qkv, self.o = matrices["qkv"], matrices["o"]
+        self.gate_up, self.down = matrices["gate_up"], matrices["down"]
 
 
 class DecodeWeights:
@@ -85,7 +86,7 @@ class DecodeWeights:
     def __init__(self, model: Llama) -> None:
         with torch.inference_mode(False):  # the model may be trained later
             self.norm, self.head = _doubled(model.norm), _Matrix(model.lm_head)
-            self.layers = [_layer(block, block_layout(model.config)) for block in model.layers]
+            self.layers = [_Layer(block, block_layout(model.config)) for block in model.layers]
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
@@ -102,15 +103,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         ),
     )
     return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
-
-
-def _layer(block: Block, layout: BlockLayout) -> _Layer:
-    before, between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
-    groups = {
-        group: _Matrix(*(block.get_submodule(name) for name in names))
-        for group, names in layout.groups.items()
-    }
-    return _Layer(before=before, between=between, **groups)
 
 
 def _doubled(norm: Any) -> Tensor:

@@ -37,8 +37,6 @@ class FusedDecode(ModuleDecode):
         length: longest prompt with its answer, in tokens (S).
     """
 
-    has_kernels = True
-
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         super().__init__(model, n_slots, length)
         if model.layers[0].fused_weights is None:
