@@ -42,8 +42,7 @@ class _Loaded:
     """What all adapters on one loaded base share."""
 
     folder: Path
-    model: Llama
-    """The plain base."""
+    model: Llama  # the plain base
     engine: Engine
 
 

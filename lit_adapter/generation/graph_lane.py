@@ -169,11 +169,7 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 
 class Landing:
-    """Host memory for the tokens of one step.
-
-    Args:
-        n_slots: B.
-    """
+    """Host memory for the tokens ``[B]`` of one step."""
 
     def __init__(self, n_slots: int) -> None:
         self.tokens = torch.empty(n_slots, dtype=torch.long, pin_memory=True)

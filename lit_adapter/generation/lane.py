@@ -69,7 +69,8 @@ class Lane:
         free = [slot for slot, request in enumerate(self.slots) if request.ended][: len(new)]
         added = new[len(free) :]
         free += range(len(self.slots), len(self.slots) + len(added))
-        self._enlarge(len(self.slots) + len(added), max(request.room for request in new))
+        longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
+        self._enlarge(len(self.slots) + len(added), longest)
         self.slots += added
         groups: dict[Prefixes, list[int]] = {}
         for request, slot in zip(new, free, strict=True):

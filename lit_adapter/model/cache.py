@@ -24,13 +24,7 @@ from lit_adapter.model.prefix import PrefixState, attend_prefix
 
 
 class KeyValueCache:
-    """Keys and values of ``n_slots`` requests of up to ``length`` tokens each.
-
-    Args:
-        model: whose keys and values are kept.
-        n_slots: B.
-        length: longest prompt with its answer, in tokens (S).
-    """
+    """Keys and values of ``n_slots`` requests (B) of up to ``length`` tokens (S) each, prompt and answer."""
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight

@@ -121,9 +121,8 @@ class _Step:
 
     rotation: KeyValue
     """Cosines twice, and sines negated and plain, each ``[B, 1, D]``."""
-    position: Sequence[int]
     place: Tensor
-    """The positions as a tensor ``[B]``."""
+    """The positions of the new tokens ``[B]``."""
     used: int
     """Tokens of the longest text with its new one (S)."""
     hidden: Tensor | None
@@ -148,10 +147,7 @@ class _Baked:
 class CpuDecode(ModuleDecode):
     """Reads prompts by the model's own forward pass and takes decode steps on joined matrices.
 
-    Args:
-        model: one that `unsupported` has nothing against.
-        n_slots: B.
-        length: longest prompt with its answer, in tokens (S).
+    ``model`` is one that `unsupported` has nothing against.
     """
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
@@ -190,7 +186,7 @@ class CpuDecode(ModuleDecode):
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
-        return _Step(rotation, position, place, used, hidden)
+        return _Step(rotation, place, used, hidden)
 
     def _bake(self, state: PrefixState | None) -> _Baked | None:
         if state is None:
@@ -210,8 +206,7 @@ class CpuDecode(ModuleDecode):
         turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin).to(qkv.dtype)
         q, keys, values = turned[:, :H], self.cache.k[index, :B], self.cache.v[index, :B]
         if B == 1:
-            place = step.position[0]
-            keys[0, :, place], values[0, :, place] = turned[0, H:], heads[0, H + G :]
+            keys[0, :, step.used - 1], values[0, :, step.used - 1] = turned[0, H:], heads[0, H + G :]
         else:
             at = (torch.arange(B), slice(None), step.place)
             keys[at], values[at] = turned[:, H:], heads[:, H + G :]
