@@ -42,8 +42,7 @@ class _Loaded:
     """What all adapters on one loaded base share."""
 
     folder: Path
-    model: Llama
-    """The plain base."""
+    model: Llama  # the plain base
     engine: Engine
 
 
@@ -150,9 +149,8 @@ class AdaptedLlama:
         answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
-                answer = answers[index]
-                piece = answer.push(token)
-                if answer.stopped:
+                piece = answers[index].push(token)
+                if answers[index].stopped:
                     self._engine.cancel(requests[index])
                 if piece:
                     yield index, piece

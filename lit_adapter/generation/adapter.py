@@ -33,9 +33,7 @@ class Adapter:
     def of(cls, model: Llama, base: Llama | None = None) -> Adapter:
         """Return the adapter that is attached to ``model``, as it is now; or the plain base.
 
-        Args:
-            model: with its adapter attached, or without one.
-            base: computes the requests instead, if only prefixes distinguish ``model`` from it.
+        ``base`` computes the requests instead, if only prefixes distinguish ``model`` from it.
         """
         prefixes = Prefixes.of(model.project_prefixes(model.embed_tokens.weight.dtype))
         shared = base is not None and prefixes.length <= LONGEST_PROMPT and _kinds(base) == _kinds(model)

@@ -105,13 +105,7 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
 
 
 def answer_file(
-    choice: ModelChoice,
-    path: Path,
-    target: Path,
-    sampling: Sampling,
-    batch_size: int,
-    *,
-    overwrite: bool,
+    choice: ModelChoice, path: Path, target: Path, sampling: Sampling, batch_size: int, *, overwrite: bool
 ) -> int:
     """Answer the prompts of ``path`` into ``target`` and return how many there are.
 

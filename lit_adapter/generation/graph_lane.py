@@ -40,6 +40,7 @@ class GraphLane(Lane):
 
     def __init__(self, model: Llama, kind: Executor) -> None:
         super().__init__(model, kind)
+        self.has_kernels = kind.name == "CUDA decoding"  # each of them reads a slot's own number of keys
         new = torch.zeros
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
@@ -74,18 +75,16 @@ class GraphLane(Lane):
             if not request.settings.greedy:
                 self.numbers[slot, : len(request.numbers)] = request.numbers.to(self.device)
 
-    def _meanwhile(self, new: Sequence[Request]) -> None:
-        """Capture the next step while the device reads long prompts."""
+    def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Choose the first tokens of new requests, from which their steps go on."""
+        new = [self.slots[slot] for slot in slots]
         n_weights = sum(parameter.numel() for parameter in self.model.parameters())
         n_tokens = sum(len(request.prompt) for request in new)
         if n_tokens * n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in new):
-            self._graph()
-
-    def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
-        """Choose the first tokens of new requests, from which their steps go on."""
+            self._graph()  # captures the next step while the device still reads the prompts
         super()._choose(logits, slots)
-        state = [(self.slots[slot].token, self.slots[slot].length, 1) for slot in slots]
         where = torch.tensor(slots, device=self.device)
+        state = [(request.token, request.length, 1) for request in new]
         token, position, drawn = torch.tensor(state, device=self.device).T
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
 
@@ -129,7 +128,7 @@ class GraphLane(Lane):
 
     def _used(self, needed: int) -> int:
         """Return how many keys a graph attends to, of which ``needed`` are there."""
-        if self.executor.has_kernels:
+        if self.has_kernels:
             return self.executor.cache.length
         size = LEAST_USED
         while size < needed:
@@ -139,7 +138,7 @@ class GraphLane(Lane):
     def _advance(self, kind: _Kind) -> None:
         """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
         logits = self.executor.captured_step(self.token, self.place[0], kind.used)
-        if self.executor.has_kernels and not (kind.sampled or kind.penalised):
+        if self.has_kernels and not (kind.sampled or kind.penalised):
             from lit_adapter.model.kernels import greedy  # needs Triton, see `Lane.executor_class`
 
             greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
@@ -170,11 +169,7 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 
 class Landing:
-    """Host memory for the tokens of one step.
-
-    Args:
-        n_slots: B.
-    """
+    """Host memory for the tokens ``[B]`` of one step."""
 
     def __init__(self, n_slots: int) -> None:
         self.tokens = torch.empty(n_slots, dtype=torch.long, pin_memory=True)

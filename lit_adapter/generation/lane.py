@@ -69,7 +69,8 @@ class Lane:
         free = [slot for slot, request in enumerate(self.slots) if request.ended][: len(new)]
         added = new[len(free) :]
         free += range(len(self.slots), len(self.slots) + len(added))
-        self._enlarge(len(self.slots) + len(added), max(request.room for request in new))
+        longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
+        self._enlarge(len(self.slots) + len(added), longest)
         self.slots += added
         groups: dict[Prefixes, list[int]] = {}
         for request, slot in zip(new, free, strict=True):
@@ -81,7 +82,6 @@ class Lane:
             self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
             for prefixes, slots in groups.items()
         ]
-        self._meanwhile(new)
         order = [slot for slots in groups.values() for slot in slots]
         self._choose(self.model.logits(torch.cat(hidden)), order)
 
@@ -123,9 +123,6 @@ class Lane:
         for slot in slots:
             self.seen[slot] = False
             self.seen[slot, torch.tensor(self.slots[slot].prompt, device=self.device)] = True
-
-    def _meanwhile(self, new: Sequence[Request]) -> None:
-        """Use the time in which a device reads the prompts."""
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""

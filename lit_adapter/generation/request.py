@@ -83,11 +83,6 @@ class Request:
         check_prompt(self.adapter.model.config, self.prompt, self.settings)
         self.stop_ids = self.stop_ids | frozenset(self.settings.stop_ids)
 
-    @property
-    def room(self) -> int:
-        """Tokens of the prompt with the longest answer."""
-        return len(self.prompt) + self.settings.max_new_tokens
-
     @cached_property
     def numbers(self) -> Tensor:
         """The random numbers of its tokens: the n-th token is drawn with the n-th, alone or in a batch."""

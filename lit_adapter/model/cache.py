@@ -24,13 +24,7 @@ from lit_adapter.model.prefix import PrefixState, attend_prefix
 
 
 class KeyValueCache:
-    """Keys and values of ``n_slots`` requests of up to ``length`` tokens each.
-
-    Args:
-        model: whose keys and values are kept.
-        n_slots: B.
-        length: longest prompt with its answer, in tokens (S).
-    """
+    """Keys and values of ``n_slots`` requests (B) of up to ``length`` tokens (S) each, prompt and answer."""
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
@@ -195,9 +189,6 @@ class ModuleDecode:
         n_slots: B.
         length: longest prompt with its answer, in tokens (S).
     """
-
-    has_kernels = False
-    """Whether its steps are kernels, each of which reads a slot's own number of keys."""
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         self.model, self.cache = model, KeyValueCache(model, n_slots, length)

@@ -63,16 +63,17 @@ def _n_parts(n_outputs: int) -> int:
     return next((n for n in candidates if n_outputs % n == 0), wanted)
 
 
-@dataclass
 class _Layer:
     """A layer's matrices, and the weights of its norms as `_norm` takes them."""
 
-    before: Tensor
-    qkv: _Matrix
-    o: _Matrix
-    between: Tensor
-    gate_up: _Matrix
-    down: _Matrix
+    def __init__(self, block: Block, layout: BlockLayout) -> None:
+        self.before, self.between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
+        matrices = {
+            group: _Matrix(*(block.get_submodule(name) for name in names))
+            for group, names in layout.groups.items()
+        }
+        self.qkv, self.o = matrices["qkv"], matrices["o"]
+        self.gate_up, self.down = matrices["gate_up"], matrices["down"]
 
 
 class DecodeWeights:
@@ -85,7 +86,7 @@ class DecodeWeights:
     def __init__(self, model: Llama) -> None:
         with torch.inference_mode(False):  # the model may be trained later
             self.norm, self.head = _doubled(model.norm), _Matrix(model.lm_head)
-            self.layers = [_layer(block, block_layout(model.config)) for block in model.layers]
+            self.layers = [_Layer(block, block_layout(model.config)) for block in model.layers]
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
@@ -104,15 +105,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
 
 
-def _layer(block: Block, layout: BlockLayout) -> _Layer:
-    before, between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
-    groups = {
-        group: _Matrix(*(block.get_submodule(name) for name in names))
-        for group, names in layout.groups.items()
-    }
-    return _Layer(before=before, between=between, **groups)
-
-
 def _doubled(norm: Any) -> Tensor:
     return torch.cat((norm.weight, torch.zeros_like(norm.weight)))
 
@@ -129,9 +121,8 @@ class _Step:
 
     rotation: KeyValue
     """Cosines twice, and sines negated and plain, each ``[B, 1, D]``."""
-    position: Sequence[int]
     place: Tensor
-    """The positions as a tensor ``[B]``."""
+    """The positions of the new tokens ``[B]``."""
     used: int
     """Tokens of the longest text with its new one (S)."""
     hidden: Tensor | None
@@ -156,10 +147,7 @@ class _Baked:
 class CpuDecode(ModuleDecode):
     """Reads prompts by the model's own forward pass and takes decode steps on joined matrices.
 
-    Args:
-        model: one that `unsupported` has nothing against.
-        n_slots: B.
-        length: longest prompt with its answer, in tokens (S).
+    ``model`` is one that `unsupported` has nothing against.
     """
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
@@ -198,7 +186,7 @@ class CpuDecode(ModuleDecode):
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
-        return _Step(rotation, position, place, used, hidden)
+        return _Step(rotation, place, used, hidden)
 
     def _bake(self, state: PrefixState | None) -> _Baked | None:
         if state is None:
@@ -218,8 +206,7 @@ class CpuDecode(ModuleDecode):
         turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin).to(qkv.dtype)
         q, keys, values = turned[:, :H], self.cache.k[index, :B], self.cache.v[index, :B]
         if B == 1:
-            place = step.position[0]
-            keys[0, :, place], values[0, :, place] = turned[0, H:], heads[0, H + G :]
+            keys[0, :, step.used - 1], values[0, :, step.used - 1] = turned[0, H:], heads[0, H + G :]
         else:
             at = (torch.arange(B), slice(None), step.place)
             keys[at], values[at] = turned[:, H:], heads[:, H + G :]

@@ -31,13 +31,8 @@ LONGEST_ROW = 32_768
 class FusedDecode(ModuleDecode):
     """Reads prompts and takes decode steps with kernels of its own.
 
-    Args:
-        model: one that `cuda_support.unsupported` accepts; its projections are moved side by side.
-        n_slots: B.
-        length: longest prompt with its answer, in tokens (S).
+    ``model`` is one that `cuda_support.unsupported` accepts; its projections are moved side by side.
     """
-
-    has_kernels = True
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         super().__init__(model, n_slots, length)
@@ -52,8 +47,7 @@ class FusedDecode(ModuleDecode):
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
         self.slot = torch.arange(B, device=device)
-        cos, sin = model.rotation(torch.arange(length, device=device))
-        self.rotation: KeyValue = (cos, sin)  # of all positions, [S, D/2]
+        self.rotation = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
         plain = plain and not any(weights.quantised for weights in self.weights)
@@ -94,14 +88,14 @@ class FusedDecode(ModuleDecode):
         if self.few is not None:
             return self.few.step(token, position)
         cos, sin = self.rotation
-        view = _StepView(self, (cos[position][None], sin[position][None]), self.slot, position)
+        view = _StepView(self, (cos[position], sin[position]), self.slot, position)
         return self.model.logits(self.model(token[None], view)[0])
 
 
 class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
-    ``rotation`` is ``[1, T, D/2]``; ``slot [T]`` and ``position [T]`` say where each token is kept.
+    ``rotation`` is ``[T, D/2]``; ``slot [T]`` and ``position [T]`` say where each token is kept.
     """
 
     def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
@@ -115,17 +109,12 @@ class _CacheRowView:
         before, between = block.input_layernorm, block.post_attention_layernorm
         normed, _ = rows.norm(x, before.weight, before.eps, None, quantised=quantised)
         qkv = weights.qkv(normed)
-        cos, sin = self.rotation
         cache = (decode.cache.k[layer], decode.cache.v[layer])
-        decode_attention.rotate_and_keep(qkv, (cos[0], sin[0]), self.slot, self.position, cache)
+        decode_attention.rotate_and_keep(qkv, self.rotation, self.slot, self.position, cache)
         y = weights.operand(self.attend(layer, qkv, query_positions))
+        x = x if query_positions is None else x[query_positions]
         middle, _, normed, _ = rows.add_and_norm(
-            x if query_positions is None else x[query_positions],
-            weights.o(y),
-            between.weight,
-            between.eps,
-            quantised=quantised,
-            twice=False,
+            x, weights.o(y), between.weight, between.eps, quantised=quantised, twice=False
         )
         weights.down.add_to(middle, rows.swiglu(weights.gate_up(normed), quantised=quantised))
         return middle[None]
@@ -149,7 +138,7 @@ class _PromptView(_CacheRowView):
         T = len(slot)
         parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
         self.ids, position, slot, self.last = parts
-        super().__init__(decode, decode.model.rotation(position[None]), slot, position)
+        super().__init__(decode, decode.model.rotation(position), slot, position)
         self.prefix = prefix
         self.all_queries = plan_tiles(row, None, device)
         self.last_queries = plan_tiles(row, row.target_index, device)

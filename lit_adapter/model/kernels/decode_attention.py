@@ -80,11 +80,7 @@ def attend(
 
 
 def rotate_and_keep(
-    qkv: Tensor,
-    rotation: tuple[Tensor, Tensor],
-    slot: Tensor,
-    position: Tensor,
-    cache: tuple[Tensor, Tensor],
+    qkv: Tensor, rotation: tuple[Tensor, Tensor], slot: Tensor, position: Tensor, cache: tuple[Tensor, Tensor]
 ) -> None:
     """Rotate queries and keys in place, and put keys and values into the cache.
 
