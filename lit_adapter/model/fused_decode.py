@@ -178,18 +178,19 @@ class _FewTexts:
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         """Take a step; see `FusedDecode.captured_step`."""
         decode, model, products, x = self.decode, self.decode.model, self.products, self.x
-        prefixes = decode.prefixes
+        prefixes, groups = decode.prefixes, block_layout(model.config).groups
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
-            attn, mlp, norm = block.self_attn, block.mlp, block.input_layernorm
-            cache = (decode.cache.k[index], decode.cache.v[index])
-            weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-            products.project(x, norm.weight, norm.eps, weights, decode.rotation, position, self.q, cache)
+            qkv, (o,), gate_up, (down,) = (
+                [block.get_submodule(name).weight for name in names] for names in groups.values()
+            )
+            cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
+            products.project(x, norm.weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
             prefix = prefixes.joined.layer(index)
             decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
-            products.add_linear(decode.y, attn.o_proj.weight, x)
+            products.add_linear(decode.y, o, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight, self.hidden)
-            products.add_linear(self.hidden, mlp.down_proj.weight, x)
+            products.gate_up(x, norm.weight, norm.eps, *gate_up, self.hidden)
+            products.add_linear(self.hidden, down, x)
         products.norm_linear(x, model.norm.weight, model.norm.eps, model.lm_head.weight, self.logits)
         return self.logits

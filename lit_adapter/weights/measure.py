@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_adapter.model.adapter import attach, load_adapter_state
+from lit_adapter.model.adapter import attach, load_adapter_state, plain_base
 from lit_adapter.model.attention import CausalView
+from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.load import load_base
@@ -27,18 +28,29 @@ def fixed_prompt(base: Path) -> Tensor:
 @torch.inference_mode()
 def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
     """Return logits ``[1, T, V]`` of the base, with an adapter if one is given, in fp32 on the CPU."""
+    return _logits(_load(base, adapter), ids)
+
+
+def _load(base: Path, adapter: PlainAdapter | None) -> Llama:
     model = load_base(base, device="cpu", dtype=torch.float32).eval()
     if adapter is not None:
         attach(model, replace(adapter.config, dropout=0.0))
         load_adapter_state(model, adapter.state)
+    return model
+
+
+def _logits(model: Llama, ids: Tensor) -> Tensor:
     position = torch.arange(ids.shape[1])[None]
     return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
+@torch.inference_mode()
 def difference(base: Path, source: PlainAdapter, target: PlainAdapter) -> str:
     """Say how far the logits of two adapters are apart, and how far the first is from the base."""
-    ids = fixed_prompt(base)
-    one, other, plain = (logits(base, ids, adapter) for adapter in (source, target, None))
+    ids, model = fixed_prompt(base), _load(base, source)
+    one, other = _logits(model, ids), logits(base, ids, target)
+    with plain_base(model):
+        plain = _logits(model, ids)
     worst, effect = float((one - other).abs().max()), float((one - plain).abs().max())
     return (
         f"largest difference {worst:.3g} between source and target form ({ids.shape[1]} prompt tokens, fp32; "
