@@ -181,7 +181,7 @@ class _FewTexts:
         prefixes, groups = decode.prefixes, block_layout(model.config).groups
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
-            qkv, (o,), gate_up, (down,) = (
+            qkv, (o,), (gate, up), (down,) = (
                 [block.get_submodule(name).weight for name in names] for names in groups.values()
             )
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
@@ -190,7 +190,7 @@ class _FewTexts:
             decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
             products.add_linear(decode.y, o, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.weight, norm.eps, *gate_up, self.hidden)
+            products.gate_up(x, norm.weight, norm.eps, gate, up, self.hidden)
             products.add_linear(self.hidden, down, x)
         products.norm_linear(x, model.norm.weight, model.norm.eps, model.lm_head.weight, self.logits)
         return self.logits

@@ -13,6 +13,7 @@ Letters: B texts, C width, M width of the MLP, H query heads, G key/value heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ class Products:
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weights: tuple[Tensor, Tensor, Tensor],
+        weights: Sequence[Tensor],
         rotation: tuple[Tensor, Tensor],
         position: Tensor,
         q: Tensor,
