@@ -14,7 +14,6 @@ from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import Executor, choose
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.tiles import LONGEST_PROMPT
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +35,10 @@ class Adapter:
         ``base`` computes the requests instead, if only prefixes distinguish ``model`` from it.
         """
         prefixes = Prefixes.of(model.project_prefixes(model.embed_tokens.weight.dtype))
-        shared = base is not None and prefixes.length <= LONGEST_PROMPT and _kinds(base) == _kinds(model)
-        model = base if base is not None and shared else model
-        return cls(model, prefixes, choose(model, "decoding"))
+        executor = choose(model, "decoding")
+        if base is not None and _kinds(base) == _kinds(model) and choose(base, "decoding") == executor:
+            model = base
+        return cls(model, prefixes, executor)
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:
