@@ -75,7 +75,7 @@ def prefixes_of(model: Llama) -> Prefixes:
 
 def bound(base: Llama, model: Llama) -> Adapter:
     """The adapter of ``model``, answered by ``base``."""
-    return Adapter(base, prefixes_of(model), choose_executor(base, "decoding"))
+    return Adapter(base, prefixes_of(model))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.adapter import Adapter, attached
 from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
@@ -286,3 +287,31 @@ def test_a_model_that_is_trained_on_answers_with_what_it_has_learned(models: lis
     assert own.generate("x", max_new_tokens=12) == models[0].generate("x", max_new_tokens=12)
     with pytest.raises(ValueError, match="plain base"):
         _ = own.base
+
+
+def test_an_interrupt_of_one_thread_ends_no_other_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another owner is told, whenever the interrupt comes; the engine goes on; nobody waits for ever."""
+    model = open_adapter(random_llama(0, torch.float32), AdapterConfig(prompt_length=2)).requires_grad_(False)
+    adapter, engine = Adapter.of(model.eval()), Engine()
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("_read", "_step", "_choose"):
+        other = Request([3, 4, 5], Sampling(max_new_tokens=4), adapter)
+        engine.add(other)
+        if place == "_step":
+            engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        assert other.ended
+        assert isinstance(other.error, RuntimeError)
+        own = Request([3, 4, 5], Sampling(max_new_tokens=4), adapter)
+        assert [token for _, token in engine.run([own])][-1] is None
+
+
+def test_a_batch_size_of_0_is_refused() -> None:
+    with pytest.raises(UserError, match="batch_size is 0; expected 1 or more"):
+        next(Engine().run([], batch_size=0))

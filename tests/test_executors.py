@@ -113,6 +113,18 @@ def test_decoding_on_a_cpu_leaves_an_unknown_model_to_its_modules(
             text.append(token)
 
 
+def test_a_hook_that_comes_after_the_adapter_counts_from_the_next_request_on() -> None:
+    model = adapted().requires_grad_(False)
+    with torch.inference_mode():
+        adapter, engine, prompt = Adapter.of(model), Engine(), random_ids(6).tolist()
+        how = Sampling(max_new_tokens=1)
+        list(engine.run([Request(prompt, how, adapter)]))
+        add_hook(model.layers[1].mlp)
+        ((_, token), _) = engine.run([Request([*prompt, 7], how, adapter)])
+        view = CausalView(model.rotation(torch.arange(7)[None]))
+        assert token == int(model.logits(model(torch.tensor([[*prompt, 7]]), view))[0, -1].argmax())
+
+
 def test_training_on_a_cpu_has_no_fast_executor() -> None:
     assert choose(adapted(), "training").name == "modules"
     assert choose(adapted(), "training").why_not_fast is None

@@ -100,7 +100,7 @@ def test_no_step_is_started_that_no_request_needs(monkeypatch: pytest.MonkeyPatc
     model = tiny()
     with torch.inference_mode():
         request = Request([5, 6, 7], Sampling(max_new_tokens=9), Adapter.of(model))
-        lane = GraphLane(model, request.adapter.executor)
+        lane = GraphLane(model)
         lane.waiting.append(request)
         for n_new in range(1, 10):
             lane.advance()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_adapter.model.adapter import attach, load_adapter_state
 from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.config import AdapterConfig
-from lit_adapter.model.executors import Executor, choose
+from lit_adapter.model.executors import choose
 from lit_adapter.model.llama import Llama
 
 
@@ -24,8 +24,6 @@ class Adapter:
     """Computes its requests; requests with the same model are answered together."""
     prefixes: Prefixes
     """Projected once; a slot is given them with the request."""
-    executor: Executor
-    """Decodes the model. It is chosen once, because the survey of a large model takes milliseconds."""
 
     @classmethod
     @torch.inference_mode()
@@ -35,10 +33,10 @@ class Adapter:
         ``base`` computes the requests instead, if only prefixes distinguish ``model`` from it.
         """
         prefixes = Prefixes.of(model.project_prefixes(model.embed_tokens.weight.dtype))
-        executor = choose(model, "decoding")
-        if base is not None and _kinds(base) == _kinds(model) and choose(base, "decoding") == executor:
+        shared = base is not None and _kinds(base) == _kinds(model)
+        if base is not None and shared and choose(base, "decoding") == choose(model, "decoding"):
             model = base
-        return cls(model, prefixes, executor)
+        return cls(model, prefixes)
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:

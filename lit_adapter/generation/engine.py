@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 
+from lit_adapter.errors import UserError
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
@@ -15,6 +16,10 @@ from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
 """Pairs of a request's index and a token of its answer, or None at its end."""
+
+
+LONGEST_WAIT = 1.0
+"""Seconds to wait for another thread's step; one that was interrupted may not have told of its end."""
 
 
 class Engine:
@@ -37,31 +42,48 @@ class Engine:
         """Take a step, or wait for the end of the one that another thread is taking.
 
         A step reads the prompts that wait, or gives every live request its next token, in each lane. An error
-        ends the requests concerned and is left to them; only interrupts are raised.
+        ends the requests concerned and is left to them. Only an interrupt of this thread is raised; it ends
+        all requests under way, because it may have left a cache half written.
         """
-        with self._stepped:
-            if self._stepping:
-                self._stepped.wait()
-                return
-            self._stepping = True
+        is_own = False
         try:
-            self._advance()
-        finally:
             with self._stepped:
+                if self._stepping:
+                    self._stepped.wait(LONGEST_WAIT)
+                    return
+                self._stepping = is_own = True
+            self._advance()
+        except BaseException:
+            if is_own:
+                self._fail_all()
+            raise
+        finally:
+            if is_own:
                 self._stepping = False
-                self._drop_idle_lanes()
-                self._stepped.notify_all()
+                with self._stepped:
+                    self._drop_idle_lanes()
+                    self._stepped.notify_all()
 
     @torch.inference_mode()
     def _advance(self) -> None:
         while self._added:
-            request = self._added.popleft()
+            request = self._added[0]  # removed when a lane has it: an interrupt between the two loses nothing
             model = request.adapter.model
-            if model not in self._lanes:
-                self._lanes[model] = lane_class(model)(model, request.adapter.executor)
-            self._lanes[model].waiting.append(request)
+            try:
+                if model not in self._lanes:
+                    self._lanes[model] = lane_class(model)(model)
+                self._lanes[model].waiting.append(request)
+            except Exception as error:
+                request.fail(error)
+            self._added.popleft()
         for lane in self._lanes.values():
             lane.advance()
+
+    def _fail_all(self) -> None:
+        """End every request that a lane has with an error of its own."""
+        for lane in self._lanes.values():
+            for request in (*lane.waiting, *lane.live):
+                request.fail(RuntimeError("generation was interrupted in another thread; ask again"))
 
     def cancel(self, request: Request) -> None:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
@@ -78,8 +100,11 @@ class Engine:
             ``(index of the request, token)`` as tokens come, then ``(index, None)`` at its end.
 
         Raises:
+            UserError: ``batch_size`` is below 1.
             BaseException: the error of a request; the others are then cancelled, as when this is closed.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
         if not requests:
             return
         # Longest first: prompts read together are about equally long, and the last ones are short.

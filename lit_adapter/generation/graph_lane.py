@@ -18,7 +18,6 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import Prefixes
-from lit_adapter.model.executors import Executor
 from lit_adapter.model.llama import Llama
 
 LONG = 4 * 10**12
@@ -38,9 +37,9 @@ class _Kind(NamedTuple):
 class GraphLane(Lane):
     """A `Lane` whose steps are captured and run ahead; the arguments are the same."""
 
-    def __init__(self, model: Llama, kind: Executor) -> None:
-        super().__init__(model, kind)
-        self.has_kernels = kind.name == "CUDA decoding"  # each of them reads a slot's own number of keys
+    def __init__(self, model: Llama) -> None:
+        super().__init__(model)
+        self.has_kernels = self.executor_name == "CUDA decoding"  # each reads as many keys as its slot has
         new = torch.zeros
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token

@@ -12,7 +12,7 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, choose
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
-from lit_adapter.model.executors import Executor
+from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 
 
@@ -21,7 +21,6 @@ class Lane:
 
     Args:
         model: computes all of them; what distinguishes their adapters belongs to the slots.
-        kind: the executor that decodes the model.
     """
 
     executor: Any = None
@@ -29,8 +28,8 @@ class Lane:
     seen: Tensor | None = None
     """Which tokens a slot holds already ``[B, V]``; None before a request with a repetition penalty."""
 
-    def __init__(self, model: Llama, kind: Executor) -> None:
-        self.model, self.kind = model, kind
+    def __init__(self, model: Llama) -> None:
+        self.model, self.executor_name = model, choose_executor(model, "decoding").name
         self.device = model.embed_tokens.weight.device
         self.waiting: list[Request] = []
         self.slots: list[Request] = []
@@ -52,17 +51,15 @@ class Lane:
         An error ends the requests that were being computed; it is left to their owners.
         """
         new = [request for request in self.waiting if not request.ended]
-        self.waiting = []
         try:
             if new:
                 self._read(new)
             else:
                 self._step()
-        except BaseException as error:
+        except Exception as error:
             for request in new or self.live:
                 request.fail(error)
-            if not isinstance(error, Exception):
-                raise
+        self.waiting = []  # only now: an interrupt must find them
 
     def _read(self, new: list[Request]) -> None:
         """Read prompts into free slots, those with the same adapter together, and choose the first tokens."""
@@ -106,12 +103,12 @@ class Lane:
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
-        if self.kind.name == "CUDA decoding":
+        if self.executor_name == "CUDA decoding":
             # Imported here: it needs Triton, which CUDA builds of torch bring.
             from lit_adapter.model.fused_decode import FusedDecode
 
             return FusedDecode
-        return CpuDecode if self.kind.name == "CPU decoding" else ModuleDecode
+        return CpuDecode if self.executor_name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
         """Set up slots for the prompts that will be read: their tokens, if a request has a penalty."""

@@ -208,7 +208,8 @@ def enough_memory(needed: Sizes) -> Iterator[None]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise UserError(
                 f"a loader process was killed, perhaps because memory ran out ({text[:120]}); "
-                "lower data.workers or free memory; --resume last continues from the last checkpoint"
+                "lower data.workers or free memory; --resume last continues from the last checkpoint "
+                '(a Python script that trains needs `if __name__ == "__main__":`)'
             ) from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in text:
             raise
