@@ -18,10 +18,6 @@ Answers = Generator[tuple[int, int | None], None, None]
 """Pairs of a request's index and a token of its answer, or None at its end."""
 
 
-LONGEST_WAIT = 1.0
-"""Seconds to wait for another thread's step; one that was interrupted may not have told of its end."""
-
-
 class Engine:
     """Takes the steps of all requests, from any thread: whoever waits for an answer drives all of them.
 
@@ -31,8 +27,8 @@ class Engine:
     def __init__(self) -> None:
         self._added: deque[Request] = deque()
         self._lanes: dict[Llama, Lane] = {}  # changed by whoever steps, or by others while nobody does
-        self._stepping = False
-        self._stepped = threading.Condition()
+        # A plain Lock: an interrupt can leave a Condition or an RLock held, because they run Python code.
+        self._lock = threading.Lock()
 
     def add(self, request: Request) -> None:
         """Let the next step read the request's prompt."""
@@ -45,24 +41,17 @@ class Engine:
         ends the requests concerned and is left to them. Only an interrupt of this thread is raised; it ends
         all requests under way, because it may have left a cache half written.
         """
-        is_own = False
-        try:
-            with self._stepped:
-                if self._stepping:
-                    self._stepped.wait(LONGEST_WAIT)
-                    return
-                self._stepping = is_own = True
-            self._advance()
-        except BaseException:
-            if is_own:
+        if self._lock.locked():
+            with self._lock:  # another thread's step has ended
+                return
+        with self._lock:
+            try:
+                self._advance()
+            except BaseException:
                 self._fail_all()
-            raise
-        finally:
-            if is_own:
-                self._stepping = False
-                with self._stepped:
-                    self._drop_idle_lanes()
-                    self._stepped.notify_all()
+                raise
+            finally:
+                self._drop_idle_lanes()
 
     @torch.inference_mode()
     def _advance(self) -> None:
@@ -89,8 +78,10 @@ class Engine:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
         request.ended = True
         request.news.clear()
-        with self._stepped:
-            if not self._stepping:
+        if (
+            not self._lock.locked()
+        ):  # within a step it may be this thread's, from which a stream was collected
+            with self._lock:
                 self._drop_idle_lanes()
 
     def run(self, requests: Sequence[Request], batch_size: int = 1) -> Answers:
