@@ -27,7 +27,7 @@ class Engine:
     def __init__(self) -> None:
         self._added: deque[Request] = deque()
         self._lanes: dict[Llama, Lane] = {}  # changed by whoever steps, or by others while nobody does
-        # A plain Lock: an interrupt can leave a Condition or an RLock held, because they run Python code.
+        # A plain Lock: an interrupt can leave a Condition held, whose methods are Python code.
         self._lock = threading.Lock()
 
     def add(self, request: Request) -> None:
