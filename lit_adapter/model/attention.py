@@ -25,7 +25,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(eq=False)
 class PackedRow:
-    """Records laid end to end in one row, and the positions whose next token is learned.
+    """Records placed end to end in one row, and the positions whose next token is learned.
 
     ``ids``, ``position``, ``segment`` and ``preamble`` are ``[T]``; ``target_index`` (into the row) and
     ``target_id`` are ``[M]``. A token whose record has no preamble has its own segment there.

@@ -29,7 +29,7 @@ class KeyValueCache:
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
         self.n_slots, self.length = n_slots, length
-        shape = (config.n_layer, n_slots, config.n_kv_head // model.n_parts, length, config.head_dim)
+        shape = (config.n_layer, n_slots, config.n_kv_head // model.n_shards, length, config.head_dim)
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
         self.v = torch.zeros_like(self.k)
 
@@ -78,7 +78,7 @@ class SlotPrefixes:
     """
 
     def __init__(self, model: Llama, n_slots: int) -> None:
-        self.n_head = model.config.n_head // model.n_parts
+        self.n_head = model.config.n_head // model.n_shards
         self.rows = [Prefixes()] * n_slots
         self.source = torch.zeros(n_slots, dtype=torch.long, device=model.embed_tokens.weight.device)
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""

@@ -109,9 +109,9 @@ class LlamaConfig:
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model config: norm_eps is {self.norm_eps}; expected a number between 0 and 1")
 
-    def part(self, n_parts: int) -> LlamaConfig:
-        """Return the sizes of one shard where ``n_parts`` processes share the heads and the MLP's width."""
-        shared = {name: getattr(self, name) // n_parts for name in ("n_head", "n_kv_head", "n_hidden")}
+    def shard(self, n_shards: int) -> LlamaConfig:
+        """Return the sizes of one shard where ``n_shards`` processes share the heads and the MLP's width."""
+        shared = {name: getattr(self, name) // n_shards for name in ("n_head", "n_kv_head", "n_hidden")}
         return replace(self, **shared)
 
     def computed(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class DecodeWeights:
     """A model's joined matrices and the weights of its norms.
 
     Args:
-        model: one that `unsupported` has nothing against; it goes on using the joined matrices.
+        model: one for which `unsupported` returns None; it keeps using the joined matrices.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -94,7 +94,7 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     config, free = model.config, free_bytes(torch.device("cpu"))
     n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reasons = (
-        (model.is_sharded or model.n_parts > 1, "the model is sharded"),
+        (model.is_sharded or model.n_shards > 1, "the model is sharded"),
         (any(parameter.requires_grad for parameter in model.parameters()), "the model is being trained"),
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (
@@ -147,7 +147,7 @@ class _Baked:
 class CpuDecode(ModuleDecode):
     """Reads prompts by the model's own forward pass and takes decode steps on joined matrices.
 
-    ``model`` is one that `unsupported` has nothing against.
+    ``model`` is one for which `unsupported` returns None.
     """
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:

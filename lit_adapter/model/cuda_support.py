@@ -22,7 +22,7 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
-        (model.n_parts > 1, f"{model.n_parts} processes share the attention heads"),
+        (model.n_shards > 1, f"{model.n_shards} processes share the attention heads"),
         (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),

@@ -87,5 +87,5 @@ def choose_for_training(
     # All blocks of a base are alike, and so are all that are adapted: one of them decides.
     model = empty_llama(replace(config, n_layer=1))
     attach(model, replace(adapter, layers=1 if adapter.prompt_length else None))
-    model.n_parts = tensor_parallel
+    model.n_shards = tensor_parallel
     return choose(model, "training", setting)

@@ -175,7 +175,7 @@ class Llama(nn.Module):
     """The model's matrices as the CPU decoding executor holds them."""
     is_sharded = False
     """Whether FSDP2 shards the matrices: they are whole only within the model's own forward passes."""
-    n_parts = 1
+    n_shards = 1
     """Processes that share the heads and MLP of each layer; this one computes its shard of them."""
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -98,7 +98,7 @@ class Sizes:
         stored = 2 if self.precision == "bf16-true" else 4
         computed = 4 if self.precision == "32-true" else 2
         fused = _is_fused(self.model, adapter, self.precision, self.device, self.tensor_parallel)
-        model = self.model.part(self.tensor_parallel)  # what this device computes
+        model = self.model.shard(self.tensor_parallel)  # what this device computes
         if fused:
             each, first = kept_per_token(model, computed), adapter.adapted_layers(model.n_layer).start
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]

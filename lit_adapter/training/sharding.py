@@ -73,7 +73,7 @@ def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
 
     Embeddings, output layer and norms stay whole. So does the adapter, of which a process uses its share.
     """
-    model.n_parts = mesh.size()
+    model.n_shards = mesh.size()
     if mesh.size() == 1:
         return
     layout = block_layout(model.config)
