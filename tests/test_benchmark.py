@@ -66,12 +66,14 @@ def test_all_methods_train_the_same_model_on_the_same_records(tiny_base: Path, t
     assert packed["operations_per_record"] < 0.6 * padded["operations_per_record"]
 
 
+@pytest.mark.slow
 def test_real_records_are_read(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     options = (*TRAIN, "--data", str(tiny_records), "--methods", "ours-700")
     (row,) = rows_of("train", tiny_base, tmp_path, *options).values()
     assert row["machine"]["workload"]["records"] == 48
 
 
+@pytest.mark.slow
 def test_decoding_is_compared(tiny_base: Path, tmp_path: Path) -> None:
     rows = rows_of("generate", tiny_base, tmp_path, *DECODE)
     assert len(rows) == 2 * 4 + 2
@@ -92,6 +94,7 @@ def test_prompts_are_the_texts_of_a_file(tiny_base: Path, tiny_records: Path, tm
     assert ids.flatten()[: len(wanted)].tolist() == wanted
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_has_a_row_that_says_so(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
     assert step_operations(model.config, work, layers, prompt_length=5) == pytest.approx(done, rel=0.02)
 
 
+@pytest.mark.slow
 def test_adapters_are_compared_from_one_untrained_loss(
     tiny_base: Path, tiny_records: Path, tmp_path: Path
 ) -> None:

@@ -269,6 +269,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True, progress=progress)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_kill_leaves_no_output_and_the_next_run_sweeps(tmp_path: Path, kind: signal.Signals) -> None:
     model = random_llama()
@@ -362,6 +363,7 @@ def large_model() -> LlamaForCausalLM:
     return random_llama(**sizes, num_attention_heads=8, num_key_value_heads=8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
 @pytest.mark.parametrize("layout", ["single", "bin", "meta", "gguf"])
 def test_peak_memory_stays_far_below_the_model(

@@ -130,6 +130,7 @@ def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., A
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_joining_and_leaving_in_any_order_changes_nobodys_answer(data: st.DataObject) -> None:

@@ -183,6 +183,7 @@ def test_another_run_is_not_resumed(tiny: Callable[..., Config]) -> None:
             finetune(tiny("--optim.max_steps", "4", *option), resume="last", say=Stopper())
 
 
+@pytest.mark.slow
 def test_the_command_lines_rate_counts_after_a_resume(tiny: Callable[..., Config]) -> None:
     """A rate of 0 given on resume leaves the adapter as it was, whatever the checkpoint's optimizer says."""
     finetune(tiny("--optim.max_steps", "4"), say=Stopper())
@@ -194,6 +195,7 @@ def test_the_command_lines_rate_counts_after_a_resume(tiny: Callable[..., Config
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Callable[..., Config]) -> None:
     finetune(tiny("--optim.max_steps", "8"), say=Stopper())
     newest = Path(tiny().out) / "checkpoints" / "step-0000008.ckpt"
@@ -247,6 +249,7 @@ def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tiny: Callabl
     ]
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Config]) -> None:
     """The later ones are set aside, so that the branch's own checkpoints are the newest."""
     finetune(tiny("--optim.max_steps", "12"), say=Stopper())
@@ -287,6 +290,7 @@ def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Co
     assert said == [[f"{steps} 1 to 2"], [lr, f"{steps} 2 to 3"]]
 
 
+@pytest.mark.slow
 def test_a_longer_run_says_what_happens_to_its_schedule(tiny: Callable[..., Config]) -> None:
     finetune(tiny("--optim.max_steps", "2"), say=Stopper())
     lines = Stopper()
@@ -303,6 +307,7 @@ def test_a_second_run_does_not_touch_the_first(tiny: Callable[..., Config]) -> N
     assert (Path(tiny().out) / "adapter.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_curves_go_on_without_repeated_steps(tiny: Callable[..., Config]) -> None:
     """Killed after step 8 with a checkpoint of step 4: steps 5 to 8 are drawn once, by the resumed run."""
     config = tiny("--optim.max_steps", "12")

@@ -198,6 +198,7 @@ def test_generation_stops_when_the_reader_goes_away(common: tuple[object, ...]) 
     assert out.n_written == 3
 
 
+@pytest.mark.slow
 def test_as_a_process_a_closed_pipe_ends_quietly(common: tuple[object, ...]) -> None:
     running = process(*common, "--prompt", "x", "--max_new_tokens", 800)
     assert running.stdout.read(1)

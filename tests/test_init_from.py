@@ -44,6 +44,7 @@ def test_a_run_starts_from_the_file_and_resumes_to_the_byte(
     assert parse_finetune(["--config", str(whole.parent / "config.yaml")])[0].init_from == str(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["step 0:", "step 2/"])
 def test_a_start_that_is_gone_is_not_needed_to_resume(
     tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path, stop: str

@@ -106,6 +106,7 @@ def test_samples_with_nan_logits_do_not_end_a_run(
     assert b"logits are NaN or infinite" in events.Tensors(tag)[-1].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_with_one_message(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     cache = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
     command = arguments(tiny_base, tiny_records, tmp_path / "run", "--trainer.samples", "0")

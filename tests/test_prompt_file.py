@@ -84,6 +84,7 @@ def test_answers_stand_in_the_order_of_the_file(
         assert list(record) == ["instruction", "input", "output"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(
     common: tuple[object, ...], prompts: Path, whole: bytes, killed: bytes, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 
 
+@pytest.mark.slow
 def test_no_random_state_of_the_process_decides_anything(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_options_name_no_classes(option: str) -> None:
         parse_finetune([option, "os.system"])
 
 
+@pytest.mark.slow
 def test_curves_end_on_a_full_disk_and_the_run_does_not(tiny: Callable[..., Config]) -> None:
     """No file may grow beyond 30 kB: event files do, checkpoints and the adapter do not."""
     lines, limits = Stopper(), resource.getrlimit(resource.RLIMIT_FSIZE)

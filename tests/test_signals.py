@@ -77,6 +77,7 @@ def test_during_a_save(
     assert saved_and_said(tmp_path / "run", run.output) == 5
 
 
+@pytest.mark.slow
 def test_a_long_validation_is_left(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -198,7 +198,7 @@ ROWS = [
         r"/proc/run.*: cannot write: .*; choose a",
     ),
     Row(62, "folder deleted", folder_deleted, r"", 0, True),
-    Row(69, "worker killed", killed_worker, r"a loader process was killed.*data.workers", 2, True),
+    Row(69, "worker killed", killed_worker, r"a loader process was killed.*data.workers", 2, True, slow=True),
     Row(70, "truncated checkpoint", resumed(with_newest(truncate)), AGAIN, 0, True),
     Row(70, "empty checkpoint", resumed(with_newest(lambda p: p.write_bytes(b""))), AGAIN, 0, True),
     Row(70, "text for a checkpoint", resumed(with_newest(lambda p: p.write_text("x" * 900))), AGAIN, 0, True),

@@ -108,6 +108,7 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_damaged_record_files(suffix: str, tmp_path: Path, examples: list[int]) -> None:
     whole = FORMATS[suffix](ROWS)
@@ -160,6 +161,7 @@ def test_damaged_adapter_files(tmp_path: Path, tiny_adapter: Path, examples: lis
     check()
 
 
+@pytest.mark.slow
 def test_adapters_that_say_anything_of_themselves(
     tmp_path: Path, tiny_adapter: Path, examples: list[int]
 ) -> None:
