@@ -464,6 +464,7 @@ run(convert_main)
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     source = write_hf(random_llama(), tmp_path / "source")
     done = run_code(FULL, source, "--out", tmp_path / "base" / "out")

@@ -74,7 +74,8 @@ def test_a_run_killed_before_its_last_write_ends_in_the_same_bytes(
     assert adapter.read_bytes() == whole
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_low_precision_learns_as_fp32_does(tiny: Callable[..., Config], precision: str) -> None:
     """The adapter stays in fp32, and the held-out loss ends where fp32's does, to the precision of bf16."""
     for name in ("32-true", precision):
@@ -125,6 +126,7 @@ def test_more_epochs_go_on_where_the_run_ended(tiny: Callable[..., Config]) -> N
         assert torch.equal(tensor, two[name]), name
 
 
+@pytest.mark.slow
 def test_a_longer_run_that_is_stopped_at_its_end_does_not_pass_for_finished(
     tiny: Callable[..., Config],
 ) -> None:

@@ -214,6 +214,7 @@ def test_as_a_process_a_mistake_is_one_line_and_status_2() -> None:
     assert err == b"error: top_p is 7.0; expected a number above 0, up to 1 (off)\n"
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch_and_prompting_no_lightning(common: tuple[object, ...]) -> None:
     code = """
 import sys, time

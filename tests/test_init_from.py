@@ -22,6 +22,7 @@ from lit_adapter.weights.convert import convert
 FORM = ("--adapter.layers", "3", "--adapter.prompt_length", "5", "--optim.max_steps", "4")
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_file_and_resumes_to_the_byte(
     tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def test_output_beside_files(tmp_path: Path, redirection: str, said: str) -> Non
     assert (tmp_path / "file").read_text() == "done"
 
 
-@pytest.mark.parametrize("option", ["--help", "--print_config"])
+@pytest.mark.parametrize("option", ["--help", pytest.param("--print_config", marks=pytest.mark.slow)])
 def test_help_for_a_reader_that_has_gone(option: str) -> None:
     done = shell("| true; sleep 0.5", SCRIPT, option)
     assert "Traceback" not in done.stderr

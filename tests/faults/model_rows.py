@@ -365,6 +365,7 @@ ROWS = [
         "bomb with pickle forced",
         bombed_source("pytorch_model.bin", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"),
         r"pytorch_model\.bin: .*could run code",
+        slow=True,
     ),
     Row(45, "bomb of a checkpoint", bombed_checkpoint, r"step-0000009\.ckpt: not a usable checkpoint"),
     Row(46, "bomb of an adapter", bombed_adapter, r"adapter\.pth: "),
