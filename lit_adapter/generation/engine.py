@@ -78,9 +78,8 @@ class Engine:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
         request.ended = True
         request.news.clear()
-        if (
-            not self._lock.locked()
-        ):  # within a step it may be this thread's, from which a stream was collected
+        # A held lock may be this thread's own: garbage collection within a step can close a stream.
+        if not self._lock.locked():
             with self._lock:
                 self._drop_idle_lanes()
 

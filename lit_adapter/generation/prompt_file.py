@@ -191,6 +191,7 @@ class Answers:
                 f"{self.path}: an unfinished run with {other}; run it with those, "
                 "choose another --output, or start again with --overwrite"
             )
+        # There are fewer lines than prompts where the run stopped midway.
         for number, (prompt, line) in enumerate(zip(self.prompts, lines, strict=False)):
             if not _answers(prompt, line):
                 raise UserError(
