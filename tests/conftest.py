@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+import warm_runs
 from finetune_runs import TINY
 from hub_stand_in import hub  # noqa: F401 (a fixture)
 from tiny_models import transformers_llama
@@ -91,6 +92,12 @@ def make_base(folder: Path, *, hidden_size: int) -> Path:
     )
     model.float().save_pretrained(source)
     return convert(source, source.parent / "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_server() -> None:
+    """Start it before a run of this process starts the one server for its loader workers, without scripts."""
+    warm_runs.start_server()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from io import BufferedWriter, FileIO, TextIOWrapper
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["warm_runs", "lit_adapter.training.finetune", "tensorboard.compat.proto"])
+IMPORTED = ["warm_runs", "lit_adapter.training.finetune", "tensorboard.compat.proto"]
 
 
 class Run:
@@ -90,6 +91,12 @@ class Run:
             assert self.process.exitcode is None, f"ended without {text!r}:\n{self.output}"
             assert time.monotonic() < end, f"no {text!r} in {seconds} s:\n{self.output}"
             time.sleep(0.005)
+
+
+def start_server() -> None:
+    """Start the process that runs are forked from. A Python process has one such server: the first."""
+    CONTEXT.set_forkserver_preload(IMPORTED)
+    forkserver.ensure_running()
 
 
 def run_script(
