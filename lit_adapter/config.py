@@ -8,7 +8,7 @@ from typing import Literal
 
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.files.paths import is_unicode
-from lit_adapter.model.config import VERSIONS, AdapterConfig, check_fp32
+from lit_adapter.model.config import AdapterConfig, check_fp32
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
@@ -102,6 +102,8 @@ class OptimConfig:
     """Peak learning rate. Without lr and base_lr it is 2e-2, or 1e-2 for adapter.version v2."""
     base_lr: float | None = None
     """Peak learning rate in the paper's form: lr = base_lr * batch_size / 256."""
+    lr_scale_lora: float = 0.3
+    """adapter.lora: learning rate of the updates, as a share of lr. No weight decay."""
     lr_scale_v2: float = 0.1
     """adapter.version v2: learning rate of norms, biases and scales, as a share of lr. No weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -127,7 +129,7 @@ class OptimConfig:
         _at_least(0, self, "optim.", "warmup")
         if not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
-        for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "weight_decay"):
+        for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "lr_scale_lora", "weight_decay"):
             if getattr(self, name) is not None:
                 check_fp32(f"optim.{name}", getattr(self, name), zero=name not in ("eps", "clip"))
         if self.lr is not None and self.base_lr is not None:
@@ -231,7 +233,9 @@ class Config:
         _at_least(0, self, "", "seed")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
-        has_v2_parts = self.adapter.parts != VERSIONS["v1"]
+        has_v2_parts, has_lora = self.adapter.version == "v2", self.adapter.lora.rank > 0
+        if not has_lora and self.optim.lr_scale_lora != OptimConfig.lr_scale_lora:
+            raise UserError(f"optim.lr_scale_lora is {self.optim.lr_scale_lora}; it needs adapter.lora.rank")
         if not has_v2_parts and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
             raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
         if has_v2_parts:

@@ -13,9 +13,10 @@ def reference_logits(
 ) -> Tensor:
     """Return logits ``[T, V]`` of one text ``ids [T]``, rope of kind default.
 
-    ``adapter`` may hold V2's tensors too: ``s * (W x + b)`` for linears, norm weights in place of the base's.
+    ``adapter`` may hold V2's tensors too, ``s * (W x + b)`` for linears, norm weights in place of the base's,
+    and LoRA's, ``W x + b + 2 B A x``.
     """
-    base = {name: tensor.double() for name, tensor in base.items() if ".adapter_" not in name}
+    base = {name: tensor.double() for name, tensor in base.items() if not _is_trained(name)}
     adapter = {name: tensor.double() for name, tensor in adapter.items()}
     base |= {name.replace(".adapter_weight", ".weight"): tensor for name, tensor in adapter.items()}
     x = base["embed_tokens.weight"][ids]
@@ -29,12 +30,18 @@ def reference_logits(
     return _linear(base, "lm_head", _norm(x, base["norm.weight"], config.norm_eps))
 
 
+def _is_trained(name: str) -> bool:
+    return ".adapter_" in name or ".lora_" in name
+
+
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x * x).mean(-1, keepdim=True) + eps) ** 0.5 * weight
 
 
 def _linear(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     y = x @ state[f"{name}.weight"].T
+    if f"{name}.lora_a" in state:  # scale: 2, the default
+        y = y + 2 * (x @ state[f"{name}.lora_a"].T) @ state[f"{name}.lora_b"].T
     y = y + state[f"{name}.bias"] if f"{name}.bias" in state else y
     if f"{name}.adapter_scale" in state:
         return state[f"{name}.adapter_scale"] * (y + state[f"{name}.adapter_bias"])

@@ -17,6 +17,7 @@ from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import target_loss
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +27,8 @@ CASES: list[dict[str, Any]] = [
     {"head_dim": 128, "n_kv_head": 4, "gate": "identity", "prompt_length": 3, "layers": 2},
     {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prompt_length": 17},
     {"head_dim": 64, "n_kv_head": 4, "gate": "layer", "prompt_length": 64, "mask_prompt": False},
+    {"head_dim": 64, "n_kv_head": 2, "layers": 2, "lora": LoraConfig(rank=3)},
+    {"head_dim": 16, "n_kv_head": 4, "prompt_length": 0, "lora": LoraConfig(rank=16, on=("mlp", "k_proj"))},
 ]
 
 
@@ -35,7 +38,7 @@ def model_of(case: dict[str, Any], seed: int) -> Llama:
     model = random_llama(seed, **sizes, n_head=4, n_embd=96, n_hidden=80)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().double()
-    adapter = {key: case[key] for key in ("gate", "prompt_length", "layers") if key in case}
+    adapter = {key: case[key] for key in ("gate", "prompt_length", "layers", "lora") if key in case}
     return open_adapter(model, AdapterConfig(**adapter), seed=seed)
 
 

@@ -58,6 +58,8 @@ def open_adapter(model: Llama, config: AdapterConfig, seed: int = 0, gate: float
             elif ".adapter_" in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
                 parameter += 0.3 * noise
+            elif name.endswith(".lora_b"):
+                parameter.normal_(0.0, 0.3, generator=generator)
     return model
 
 

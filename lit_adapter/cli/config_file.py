@@ -43,6 +43,8 @@ def _check_section(node: yaml.MappingNode, section: Any, path: Path, prefix: str
     seen = set()
     for key_node, value in node.value:
         key, place = key_node.value, f"{path}:{key_node.start_mark.line + 1}"
+        if key_node.tag.endswith(":bool") and key in known:
+            raise UserError(f"{place}: YAML reads the key {key} as a truth value; write '{key}' in quotes")
         if "." in key and key in _all_keys(Config):
             raise UserError(f"{place}: key '{key}' has a dot; write sections within sections, {_EXAMPLE}")
         if key not in known:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from io import TextIOWrapper
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,22 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
         "--dry-run", action="store_true", help="print the plan, try three steps, leave no run", **absent
     )
     parser.add_class_arguments(Config, nested_key=None)
-    parsed = parse(parser, argv)
+    parsed = parse(parser, _with_lists(argv))
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
     return FinetuneRequest(Config(**values), parsed.get("resume"), parsed.get("dry_run", False))
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with the names after ``--adapter.lora.on`` as one list, for jsonargparse."""
+    found: list[str] = []
+    words = iter(enumerate(argv))
+    for index, word in words:
+        found.append(word)
+        if word != "--adapter.lora.on":
+            continue
+        names = [*takewhile(lambda name: not name.startswith(("-", "[")), argv[index + 1 :])]
+        if names:
+            found.append(f"[{', '.join(names)}]")
+            next(islice(words, len(names) - 1, None))
+    return found

@@ -18,10 +18,13 @@ from lit_adapter.model.affine import LinearPart, NormPart
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import Shape
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora import LoraPart
 from lit_adapter.model.parts import TrainedModule, TrainedPart
 from lit_adapter.model.prefix import PrefixPart
 
-PARTS: dict[str, type[TrainedPart]] = {part.name: part for part in (PrefixPart, NormPart, LinearPart)}
+PARTS: dict[str, type[TrainedPart]] = {
+    part.name: part for part in (PrefixPart, NormPart, LinearPart, LoraPart)
+}
 
 
 def parts_of(config: AdapterConfig) -> list[TrainedPart]:

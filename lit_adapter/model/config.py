@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.gates import GateName
+from lit_adapter.model.lora_config import LoraConfig
 
 MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
 MOST_WIDE = 2**24
@@ -314,8 +315,8 @@ class AdapterConfig:
     """
 
     prompt_length: int = 10
-    """Learned prompt tokens per adapted layer (K). 0, with v2 only: no prompts, so that scripts/merge.py can
-    merge base and adapter into a plain LLaMA."""
+    """Learned prompt tokens per adapted layer (K). 0, with v2 or lora: no prompts, so that scripts/merge.py
+    can merge base and adapter into a plain LLaMA."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
     gate: GateName = "tanh"
@@ -329,18 +330,22 @@ class AdapterConfig:
     """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
     head: bool = False
     """v2: a bias and a scale on the output layer (lm_head) too."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank updates of the linear layers, beside the prompts or, with prompt_length 0, alone."""
 
     def __post_init__(self) -> None:
         if self.version not in VERSIONS:
             raise UserError(f"adapter.version is {self.version!r}; expected {' or '.join(VERSIONS)}")
         if self.prompt_length < 0 or (self.prompt_length == 0 and self.parts == ("prefix",)):
-            hint = " (0 is for adapter.version v2)" if self.prompt_length == 0 else ""
+            hint = " (0 is for adapter.version v2 or adapter.lora)" if self.prompt_length == 0 else ""
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more{hint}")
         if self.prompt_length == 0 and self.layers is not None:
             raise UserError(
                 f"adapter.layers is {self.layers}, but with adapter.prompt_length 0 no layer has prompts; "
                 "leave one of them out"
             )
+        if self.lora.rank and "linears" in self.parts:
+            raise UserError("adapter.lora.rank is given with adapter.version v2; choose one of them")
         if self.head and "linears" not in self.parts:
             raise UserError("adapter.head is true; it needs adapter.version v2")
         if self.prompt_length > MOST_PROMPTS:
@@ -354,7 +359,7 @@ class AdapterConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the trained parts."""
-        return VERSIONS[self.version]
+        return (*VERSIONS[self.version], *(("lora",) if self.lora.rank else ()))
 
     def adapted_layers(self, n_layer: int) -> range:
         """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.

@@ -25,10 +25,11 @@ from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
 
-KNOWN = survey.FROZEN | {GatedPrefix}
+KNOWN = survey.FROZEN | {GatedPrefix, LoraLinear}
 
 
 class _Matrix:
@@ -39,7 +40,8 @@ class _Matrix:
     parts as there are threads, and at least two. In 16 bits one product is faster.
     """
 
-    def __init__(self, *linears: Any) -> None:
+    def __init__(self, linears: Sequence[Any], update: JoinedLora | None = None) -> None:
+        self.update = update
         join(*linears)
         whole = joined(*linears)
         self.n_outputs, n_inputs = whole.shape
@@ -49,11 +51,12 @@ class _Matrix:
         self.parts = whole.view(n_parts, -1, n_inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x W^T [B, outputs]`` of ``x [B, inputs]``."""
+        """Return ``x W^T [B, outputs]`` of ``x [B, inputs]``, with LoRA's updates."""
         if len(self.parts) == 1:
-            return F.linear(x, self.parts[0])
-        y = torch.bmm(self.parts, x.T.expand(len(self.parts), -1, -1))
-        return y.flatten(0, 1)[: self.n_outputs].T
+            y = F.linear(x, self.parts[0])
+        else:
+            y = torch.bmm(self.parts, x.T.expand(len(self.parts), -1, -1)).flatten(0, 1)[: self.n_outputs].T
+        return y if self.update is None else torch.addmm(y, self.update.reduce(x), self.update.b.T)
 
 
 def _n_parts(n_outputs: int) -> int:
@@ -66,10 +69,10 @@ def _n_parts(n_outputs: int) -> int:
 class _Layer:
     """A layer's matrices, and the weights of its norms as `_norm` takes them."""
 
-    def __init__(self, block: Block, layout: BlockLayout) -> None:
+    def __init__(self, block: Block, layout: BlockLayout, updates: dict[str, JoinedLora]) -> None:
         self.before, self.between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
         matrices = {
-            group: _Matrix(*(block.get_submodule(name) for name in names))
+            group: _Matrix([block.get_submodule(name) for name in names], updates.get(group))
             for group, names in layout.groups.items()
         }
         self.qkv, self.o = matrices["qkv"], matrices["o"]
@@ -85,8 +88,10 @@ class DecodeWeights:
 
     def __init__(self, model: Llama) -> None:
         with torch.inference_mode(False):  # the model may be trained later
-            self.norm, self.head = _doubled(model.norm), _Matrix(model.lm_head)
-            self.layers = [_Layer(block, block_layout(model.config)) for block in model.layers]
+            self.norm, self.head = _doubled(model.norm), _Matrix([model.lm_head])
+            layout, updates = block_layout(model.config), join_updates(model, model.embed_tokens.weight.dtype)
+            blocks = zip(model.layers, updates, strict=True)
+            self.layers = [_Layer(block, layout, update) for block, update in blocks]
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:

@@ -8,17 +8,19 @@ from lit_adapter.model import survey
 from lit_adapter.model.adapter import trained_modules
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora import LoraLinear
 from lit_adapter.model.matrices import Float8Linear
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 
-KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear}
+KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear, LoraLinear}
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why the kernels cannot compute ``model``; None where they can."""
     config, dtype = model.config, str(setting.dtype).removeprefix("torch.")
     prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
+    updates = [module for _, module in trained_modules(model) if isinstance(module, LoraLinear)]
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
@@ -28,11 +30,12 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
         (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
-        (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
+        (any(m.training and m.dropout for m in updates), "LoRA has dropout"),
+        (not all(module.active for _, module in trained_modules(model)), "the adapter is switched off"),
     )
     why = next((why for applies, why in reasons if applies), None)
     why = why or survey.obstacle(model, KNOWN, frozen=True)
     if why is None:
         return None
-    others = dict.fromkeys(m.part for _, m in trained_modules(model) if not isinstance(m, GatedPrefix))
+    others = dict.fromkeys(m.part for _, m in trained_modules(model) if type(m) not in KNOWN)
     return f"the adapter trains {' and '.join(others)}" if others else why

@@ -10,6 +10,7 @@ Letters: T tokens of the row, C width, H query heads, G key/value heads, D head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from lit_adapter.model.joining import join, joined
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates, product
 from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, side_by_side
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import TilePlan, plan_tiles
@@ -107,8 +109,11 @@ def _keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
     for group, names in layout.groups.items():
         matrix, start = getattr(weights, group), 0
         for name in names:
-            end = start + layout[name].n_out
-            block.set_submodule(name, Float8Linear(matrix.outputs(start, end)))
+            end, linear = start + layout[name].n_out, block.get_submodule(name)
+            if isinstance(linear, LoraLinear):
+                linear.keep_float8(matrix.outputs(start, end))
+            else:
+                block.set_submodule(name, Float8Linear(matrix.outputs(start, end)))
             start = end
     return weights
 
@@ -130,12 +135,14 @@ class FusedView:
         self.all_queries = plan_tiles(row, None, device)
         self.target_queries = plan_tiles(row, row.target_index, device)
         self.strength = _strengths(model)
+        self.updates = join_updates(model, model.embed_tokens.weight.dtype)
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its ``query_positions``: the row's targets."""
-        prefix = block.self_attn.prefix
+        prefix, site = block.self_attn.prefix, _Site(block, self, query_positions)
         learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
-        return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, query_positions)).unsqueeze(0)
+        updates = [parameter for update in site.updates.values() for parameter in update.parameters]
+        return _FusedBlock.apply(x.squeeze(0), site, *learned, *updates).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -163,6 +170,7 @@ class _Site:
         self.adapter: GatedPrefix | None = attn.prefix
         self.prompt = None if self.adapter is None else self.adapter.prompt
         self.strength = view.strength.get(attn.index)
+        self.updates: dict[str, JoinedLora] = view.updates[attn.index]
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
         self.D: int = attn.head_dim
@@ -190,6 +198,32 @@ class _Site:
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
         return None if self.strength is None else attention.Prefix(kv, self.strength)
+
+    def add_updates(self, group: str, x: Callable[[], Tensor], y: Tensor) -> None:
+        """Add LoRA's updates of a group to its product ``y``; ``x`` returns the group's input."""
+        update = self.updates.get(group)
+        if update is not None:
+            update.add_to(y, update.reduce(x()))
+
+    def learn(
+        self, group: str, x: Callable[[], Any], dy: Tensor, dx: Tensor, learned: dict[str, list[Tensor]]
+    ) -> None:
+        """Add to ``dx`` what reaches a group's input through its updates, and note their gradients.
+
+        Args:
+            group: of `layout`.
+            x: computes the group's input again.
+            dy: the gradient of its product.
+            dx: the gradient of its input, without the updates.
+            learned: receives the gradients by group.
+        """
+        update = self.updates.get(group)
+        if update is None:
+            return
+        given = x()
+        dz = dy @ update.b
+        dx.addmm_(dz, update.a)
+        learned[group] = update.gradients(dz, product(dy.T, update.reduce(given)), given)
 
 
 @dataclass
@@ -223,8 +257,10 @@ class _Between:
 
 
 class _FusedBlock(torch.autograd.Function):
+    """A block; autograd sees its input, its prompt and gate, and the parameters of its updates."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, prompt: Tensor | None, gate: Tensor | None, site: _Site) -> Tensor:
+    def forward(ctx: Any, x: Tensor, site: _Site, *trained: Tensor | None) -> Tensor:
         attended = _attend(site, x)
         learns, recompute = any(ctx.needs_input_grad), site.view.recompute
         between, y = _go_between(site, x, attended, twice=learns and not recompute)
@@ -232,7 +268,9 @@ class _FusedBlock(torch.autograd.Function):
             ctx.site = site
             kept = () if recompute else (*vars(attended).values(), *vars(between).values())
             ctx.save_for_backward(x, *kept)
-        site.weights.down.add_to(y, rows.swiglu(between.gate_up, quantised=site.weights.quantised))
+        product_of_mlp = rows.swiglu(between.gate_up, quantised=site.weights.quantised)
+        site.weights.down.add_to(y, product_of_mlp)
+        site.add_updates("down", lambda: plain(product_of_mlp, lambda: _swiglu(between)), y)
         return y
 
     @staticmethod
@@ -241,13 +279,16 @@ class _FusedBlock(torch.autograd.Function):
         site.reload()
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
-        dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
+        learned: dict[str, list[Tensor]] = {}
+        dmiddle, operand = _mlp_backward(site, between, dy.contiguous(), learned)
         del between
         do = site.weights.o.backward(operand)
-        if ctx.needs_input_grad[0]:
-            return *_attention_backward(site, x, attended, do, dmiddle), None
-        # In the first adapted block, only the prefix needs a gradient.
-        return None, *_prefix_gradients(site, attended, do), None
+        site.learn("o", lambda: attended.y, dmiddle, do, learned)
+        if ctx.needs_input_grad[0] or "qkv" in site.updates:
+            dx, *dprefix = _attention_backward(site, x, attended, do, dmiddle, learned)
+        else:  # in the lowest block that learns
+            dx, dprefix = None, [*_prefix_gradients(site, attended, do)]
+        return dx, None, *dprefix, *(gradient for group in site.updates for gradient in learned[group])
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
@@ -257,15 +298,48 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
     normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.query_positions is None:
         qkv = weights.qkv(normed)
+        site.add_updates("qkv", lambda: plain(normed, lambda: _norm_before(site, x)), qkv)
         rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
         q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
     else:
         q, kv = site.q(normed[site.query_positions]), site.kv(normed)
+        _update_targets(site, lambda: plain(normed, lambda: _norm_before(site, x)), q, kv)
         rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
         rows.rotate_(kv[:T], cos, sin, site.k_width // D)
     k, v = kv[:T].chunk(2, dim=1)
     y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(kv[T:]))
     return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
+
+
+def plain(operand: rows.Operand, again: Callable[[], rows.Operand]) -> Tensor:
+    """Return an operand in the base's precision; one in fp8 is computed again."""
+    operand = operand if isinstance(operand, Tensor) else again()
+    assert isinstance(operand, Tensor)
+    return operand
+
+
+def _norm_before(site: _Site, x: Tensor) -> rows.Operand:
+    """Return the input of q, k and v, which is not kept: normed tokens, then the prompt."""
+    return rows.norm(x, site.before.weight, site.before.eps, site.prompt)[0]
+
+
+def _norm_between(site: _Site, middle: Tensor) -> rows.Operand:
+    """Return the input of gate and up, which is not kept."""
+    return rows.norm(middle, site.between.weight, site.between.eps, None)[0]
+
+
+def _swiglu(between: _Between) -> rows.Operand:
+    """Return the input of the last product of the MLP, which is not kept."""
+    return rows.swiglu(between.gate_up)
+
+
+def _update_targets(site: _Site, x: Callable[[], Tensor], q: Tensor, kv: Tensor) -> None:
+    """Add LoRA's updates to the queries of the targets, and to the keys and values of all positions."""
+    update = site.updates.get("qkv")
+    if update is not None:
+        z = update.reduce(x())
+        update.add_to(q, z[site.query_positions], slice(site.q_width))
+        update.add_to(kv, z, slice(site.q_width, None))
 
 
 def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> tuple[_Between, Tensor]:
@@ -276,25 +350,40 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
         copy if ``twice``.
     """
     weights, norm = site.weights, site.between
+    attention_output = weights.o(weights.operand(attended.y))
+    site.add_updates("o", lambda: attended.y, attention_output)
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
-        weights.o(weights.operand(attended.y)),
+        attention_output,
         norm.weight,
         norm.eps,
         quantised=weights.quantised,
         twice=twice,
     )
-    return _Between(middle, rstd, weights.gate_up(normed)), twin
+    gate_up = weights.gate_up(normed)
+    site.add_updates("gate_up", lambda: plain(normed, lambda: _norm_between(site, middle)), gate_up)
+    return _Between(middle, rstd, gate_up), twin
 
 
-def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of the sum after attention, also as an operand; ``dy`` is that of the output."""
+def _mlp_backward(
+    site: _Site, between: _Between, dy: Tensor, learned: dict[str, list[Tensor]]
+) -> tuple[Tensor, rows.Operand]:
+    """Return the gradient of the sum after attention, also as an operand.
+
+    ``dy`` is that of the block's output; ``learned`` receives the gradients of LoRA's parameters.
+    """
     weights, quantised = site.weights, site.weights.quantised
     dproduct = weights.down.backward(weights.operand(dy))
+    site.learn("down", lambda: _swiglu(between), dy, dproduct, learned)
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
-    del dproduct
+    if "gate_up" not in site.updates:
+        del dproduct
+    dnormed = weights.gate_up.backward(dgate_up)
+    if "gate_up" in site.updates:
+        dy = plain(dgate_up, lambda: rows.swiglu_backward(dproduct, between.gate_up))
+        site.learn("gate_up", lambda: _norm_between(site, between.middle), dy, dnormed, learned)
     return rows.norm_backward(
-        weights.gate_up.backward(dgate_up),
+        dnormed,
         between.middle,
         site.between.weight,
         between.rstd,
@@ -335,6 +424,8 @@ def _scores_backward(
 
 def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of a block's prompt and gate alone."""
+    if site.adapter is None:
+        return None, None
     dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
     dgate = _scores_backward(site, attended, do, None, (dkv, None))
     if dgate is None:
@@ -343,9 +434,17 @@ def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Ten
 
 
 def _attention_backward(
-    site: _Site, x: Tensor, attended: _Attended, do: Tensor, dmiddle: Tensor
+    site: _Site,
+    x: Tensor,
+    attended: _Attended,
+    do: Tensor,
+    dmiddle: Tensor,
+    learned: dict[str, list[Tensor]],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the block's input, of its prompt and of its gate."""
+    """Return the gradients of the block's input, of its prompt and of its gate.
+
+    ``learned`` receives the gradients of LoRA's parameters.
+    """
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]
     if site.query_positions is None:
@@ -358,9 +457,35 @@ def _attention_backward(
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
+        site.learn("qkv", lambda: _norm_before(site, x), dqkv, dnormed, learned)
     else:  # in fp32: many targets can share one position, in a preamble
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
+        _learn_targets(site, x, (dq, dkv), dnormed, learned)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
     dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
     return dx, None if dgate is None else dnormed[T:].float(), dgate
+
+
+def _learn_targets(
+    site: _Site,
+    x: Tensor,
+    dy: tuple[Tensor, Tensor],
+    dnormed: Tensor,
+    learned: dict[str, list[Tensor]],
+) -> None:
+    """Do what `_Site.learn` does for q, k and v where only the targets have queries.
+
+    ``dy`` are the gradients of the targets' queries and of the keys and values; ``dnormed`` is fp32.
+    """
+    update, targets = site.updates.get("qkv"), site.query_positions
+    if update is None or targets is None:
+        return
+    given: Any = _norm_before(site, x)
+    (dq, dkv), split = dy, site.q_width
+    z = update.reduce(given)
+    dz = (dkv @ update.b[split:]).float()
+    dz = dz.index_add_(0, targets, (dq @ update.b[:split]).float()).to(z.dtype)
+    dnormed.add_(dz @ update.a)
+    dyz = torch.cat((product(dq.T, z[targets]), product(dkv.T, z)))
+    learned["qkv"] = update.gradients(dz, dyz, given)

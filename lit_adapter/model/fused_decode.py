@@ -22,6 +22,7 @@ from lit_adapter.model.kernels import attention, decode_attention, decode_produc
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.lora import join_updates
 from lit_adapter.model.tiles import plan_tiles
 
 LONGEST_ROW = 32_768
@@ -44,13 +45,14 @@ class FusedDecode(ModuleDecode):
         self.H, self.D = H, D
         self.q_width, self.kv_width = H * D, G * D
         self.weights = [fused.block_weights(block, block_layout(config)) for block in model.layers]
+        self.updates = join_updates(model, model.embed_tokens.weight.dtype)
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
         self.slot = torch.arange(B, device=device)
         self.rotation = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
-        plain = plain and not any(weights.quantised for weights in self.weights)
+        plain = plain and not any(weights.quantised for weights in self.weights) and not any(self.updates)
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
@@ -109,15 +111,28 @@ class _CacheRowView:
         before, between = block.input_layernorm, block.post_attention_layernorm
         normed, _ = rows.norm(x, before.weight, before.eps, None, quantised=quantised)
         qkv = weights.qkv(normed)
+        self._update("qkv", layer, qkv, normed)
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         decode_attention.rotate_and_keep(qkv, self.rotation, self.slot, self.position, cache)
         y = weights.operand(self.attend(layer, qkv, query_positions))
         x = x if query_positions is None else x[query_positions]
+        added = weights.o(y)
+        self._update("o", layer, added, y)
         middle, _, normed, _ = rows.add_and_norm(
-            x, weights.o(y), between.weight, between.eps, quantised=quantised, twice=False
+            x, added, between.weight, between.eps, quantised=quantised, twice=False
         )
-        weights.down.add_to(middle, rows.swiglu(weights.gate_up(normed), quantised=quantised))
+        gate_up = weights.gate_up(normed)
+        self._update("gate_up", layer, gate_up, normed)
+        hidden = rows.swiglu(gate_up, quantised=quantised)
+        weights.down.add_to(middle, hidden)
+        self._update("down", layer, middle, hidden)
         return middle[None]
+
+    def _update(self, group: str, layer: int, y: Tensor, x: rows.Operand) -> None:
+        """Add LoRA's updates of a group to its product ``y`` of ``x``."""
+        update = self.decode.updates[layer].get(group)
+        if update is not None:
+            update.add_to(y, update.reduce(x if isinstance(x, Tensor) else x.plain(y.dtype)))
 
     @abstractmethod
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from lit_adapter.files.read import reading
 from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
@@ -130,7 +131,7 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
             raise UserError(f"adapter format {raw['format_version']}; this version reads {FORMAT_VERSION}")
         _check_types(raw)
         info = AdapterInfo(
-            adapter=AdapterConfig(**raw["adapter"]),
+            adapter=_adapter_config(raw["adapter"]),
             base=BaseIdentity(**raw["base"]),
             base_config=raw["base_config"],
             template=Template.from_dict(raw["template"]),
@@ -144,14 +145,21 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
         raise UserError(f"{path}: the adapter's metadata is damaged ({error})") from None
 
 
+def _adapter_config(values: dict[str, Any]) -> AdapterConfig:
+    """Return a configuration; what the version that wrote the file did not have has its default."""
+    return AdapterConfig(**{**values, "lora": LoraConfig(**values.get("lora", {}))})
+
+
 def _check_types(raw: Any) -> None:
     """Refuse, by ValueError, metadata whose values are of other types than `save_adapter` writes."""
     whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
     adapter, base = get_type_hints(AdapterConfig), get_type_hints(BaseIdentity)
-    for part, kinds in (("adapter", adapter), ("base", base), ("", whole)):
-        values = raw[part] if part else raw
+    lora, own_lora = get_type_hints(LoraConfig), raw["adapter"].get("lora", {})
+    adapter["lora"] = dict
+    sections = (("adapter", adapter, raw["adapter"]), ("adapter.lora", lora, own_lora))
+    for part, kinds, values in (*sections, ("base", base, raw["base"]), ("", whole, raw)):
         for key, kind in kinds.items():
-            if part == "adapter" and key not in values:
+            if part.startswith("adapter") and key not in values:
                 continue  # a field that the version that wrote the file did not have has its default
             if not _is_a(values[key], kind):
                 expected = kind.__name__ if isinstance(kind, type) else kind
@@ -165,6 +173,8 @@ def _is_a(value: object, kind: Any) -> bool:
     """Whether a value from JSON is of a dataclass field's type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
     kinds = get_args(kind) or (kind,)
     if isinstance(value, bool) or bool in kinds:
         return isinstance(value, bool) and bool in kinds

@@ -1,0 +1,216 @@
+"""LoRA: trained low-rank updates of frozen linear layers (arXiv 2106.09685, section 4.1).
+
+    y = W x + b + scale * B (A dropout(x))     A [r, n_in], B [n_out, r]; B = 0 at the start
+
+The scale is alpha / r, or alpha / sqrt(r) with ``rank_stabilised`` (arXiv 2312.03732). A prompt's keys and
+values are projected by the same layers, so they have the update too.
+
+`LoraLinear` is the module. The other executors compute the updates of layers that read the same input
+together: see `JoinedLora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import Linear, Shape, block_layout, block_names
+from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.matrices import Float8Matrix, float8_linear
+from lit_adapter.model.parts import TrainedModule, TrainedPart, share
+
+
+class LoraLinear(TrainedModule):
+    """A frozen linear layer with a low-rank update.
+
+    It holds the frozen tensors under their own names, so that the model and the base's files do not know it.
+
+    Args:
+        frozen: the layer it replaces.
+        config: rank, scale and dropout.
+        shard_axis: the axis that tensor parallelism divides, ``outputs`` or ``inputs``.
+    """
+
+    part = "lora"
+    trained = ("lora_a", "lora_b")
+    bias: nn.Parameter | None
+    inputs = outputs = slice(None)
+    """What this process computes; everything without tensor parallelism."""
+    float8: Float8Matrix | None = None
+    """The frozen weight if an executor keeps it in fp8."""
+
+    def __init__(self, frozen: nn.Linear, config: LoraConfig, shard_axis: str = "outputs") -> None:
+        super().__init__()
+        self.scale, self.dropout, self.shard_axis = config.scale, config.dropout, shard_axis
+        self.weight = frozen.weight
+        self.register_parameter("bias", frozen.bias)
+        n_out, n_in = frozen.weight.shape
+        device = "cpu" if frozen.weight.is_meta else frozen.weight.device  # a base that is not loaded yet
+        room = torch.zeros(config.rank, n_in, dtype=torch.float32, device=device)
+        self.lora_a = nn.Parameter(room)
+        self.lora_b = nn.Parameter(room.new_zeros(n_out, config.rank))
+
+    def shard(self, rank: int, n_shards: int) -> None:
+        """Compute the update of one shard's outputs, or one shard's part of the sum over the inputs."""
+        if self.shard_axis == "outputs":
+            self.outputs = share(self.lora_b.shape[0], rank, n_shards)
+        else:
+            self.inputs = share(self.lora_a.shape[1], rank, n_shards)
+
+    def keep_float8(self, matrix: Float8Matrix) -> None:
+        """Replace the frozen weight by its fp8 form."""
+        self.register_parameter("weight", None)
+        self.float8 = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., n_in]`` to ``[..., n_out]`` in x's dtype."""
+        y = F.linear(x, self.weight, self.bias) if self.float8 is None else float8_linear(x, self.float8)
+        if not self.active:
+            return y
+        a, b = self.lora_a[:, self.inputs].to(x.dtype), self.lora_b[self.outputs].to(x.dtype)
+        dropped = F.dropout(x, self.dropout, self.training and self.dropout > 0)
+        return y + F.linear(F.linear(dropped, a), b) * self.scale
+
+
+class LoraPart(TrainedPart):
+    """Low-rank updates of the chosen linear layers of every block."""
+
+    name = "lora"
+    lr_share = "lr_scale_lora"
+    decays = False
+
+    def form(self, model: LlamaConfig) -> dict[str, Any]:
+        """Return rank, scale and layers."""
+        lora = self.config.lora
+        return {"lora.rank": lora.rank, "lora scale": lora.scale, "lora.on": " ".join(self._names(model))}
+
+    def _layers(self, model: LlamaConfig) -> list[Linear]:
+        chosen = self.config.lora.layers
+        return [linear for linear in block_layout(model).linears if linear.name.rpartition(".")[2] in chosen]
+
+    def _names(self, model: LlamaConfig) -> list[str]:
+        return [linear.name.rpartition(".")[2] for linear in self._layers(model)]
+
+    def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
+        """Return the shapes of A ``[r, n_in]`` and B ``[n_out, r]``."""
+        rank, shapes = self.config.lora.rank, dict[str, Shape]()
+        for block in block_names(model):
+            for linear in self._layers(model):
+                shapes[f"{block}.{linear.name}.lora_a"] = (rank, linear.n_in)
+                shapes[f"{block}.{linear.name}.lora_b"] = (linear.n_out, rank)
+        return shapes
+
+    def attach(self, model: Llama, generator: torch.Generator) -> None:
+        """Replace the layers; A is uniform with variance 1 / (3 n_in), as in PEFT, and B is 0."""
+        for block in block_names(model.config):
+            for declared in self._layers(model.config):
+                name = f"{block}.{declared.name}"
+                frozen: Any = model.get_submodule(name)
+                linear = LoraLinear(frozen, self.config.lora, declared.shard)
+                bound = declared.n_in**-0.5
+                drawn = torch.empty(linear.lora_a.shape).uniform_(-bound, bound, generator=generator)
+                linear.lora_a.data.copy_(drawn)
+                model.set_submodule(name, linear)
+
+    def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:
+        """Return how many numbers are trained, and where."""
+        lora = self.config.lora
+        where = " ".join(self._names(model))
+        return f"LoRA {count['lora_a'] + count['lora_b']:,}, r {lora.rank}, scale {lora.scale:g}, on {where}"
+
+
+@dataclass
+class _Joined:
+    """One layer's place in a `JoinedLora`."""
+
+    module: LoraLinear
+    outputs: slice
+    rows: slice
+
+
+@dataclass
+class JoinedLora:
+    """The updates of a block's layers that read the same input, in the precision of the computation.
+
+    ``y += (x a^T) b^T`` adds them all; ``a`` has the layers' A below one another, and ``b`` their scaled B on
+    its diagonal. Zeros fill it up to a multiple of eight rows.
+    """
+
+    a: Tensor
+    """``[R, n_in]``"""
+    b: Tensor
+    """``[n_out, R]``, for the outputs of the whole group."""
+    parts: list[_Joined]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained A and B of each layer in turn."""
+        return [parameter for part in self.parts for parameter in (part.module.lora_a, part.module.lora_b)]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return ``x a^T``, ``[T, R]``."""
+        return F.linear(x, self.a)
+
+    def add_to(self, y: Tensor, z: Tensor, outputs: slice = slice(None)) -> None:
+        """Add the updates of some ``outputs`` to ``y``, given ``z = x a^T``."""
+        y.addmm_(z, self.b[outputs].T)
+
+    def gradients(self, dz: Tensor, dyz: Tensor, x: Tensor) -> list[Tensor]:
+        """Return the gradients of `parameters`, fp32.
+
+        Args:
+            dz: the gradient of z, ``[T, R]``.
+            dyz: ``dy^T z``, fp32 ``[n_out, R]``.
+            x: the input, ``[T, n_in]``.
+        """
+        da = product(dz.T, x)
+        found = []
+        for part in self.parts:
+            found += [da[part.rows], dyz[part.outputs, part.rows] * part.module.scale]
+        return found
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a b`` of narrow matrices in fp32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+@torch.no_grad()
+def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]]:
+    """Return the updates of each block by the group of `layout`, as the trained tensors are now.
+
+    Groups without updates are absent. The blocks are joined together, in a few large copies.
+    """
+    found: list[dict[str, JoinedLora]] = [{} for _ in model.layers]
+    layout = block_layout(model.config)
+    for group, names in layout.groups.items():
+        modules = {name: [block.get_submodule(name) for block in model.layers] for name in names}
+        chosen = [name for name, layers in modules.items() if isinstance(layers[0], LoraLinear)]
+        if not chosen:
+            continue
+        first = modules[chosen[0]][0]
+        rank, n_in = first.lora_a.shape
+        n_rows, n_out = -(-len(chosen) * rank // 8) * 8, sum(layout[name].n_out for name in names)
+        a = first.lora_a.new_zeros(len(model.layers), n_rows, n_in, dtype=dtype)
+        b = a.new_zeros(len(model.layers), n_out, n_rows)
+        places, start = {}, 0
+        for name in names:
+            places[name] = slice(start, start + layout[name].n_out)
+            start = places[name].stop
+        for number, name in enumerate(chosen):
+            rows = slice(number * rank, (number + 1) * rank)
+            a[:, rows] = torch.stack([module.lora_a for module in modules[name]])
+            b[:, places[name], rows] = torch.stack([module.lora_b for module in modules[name]]) * first.scale
+            for index, module in enumerate(modules[name]):
+                joined = found[index].setdefault(group, JoinedLora(a[index], b[index], []))
+                joined.parts.append(_Joined(module, places[name], rows))
+    return found
