@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
         fused = loss_and_gradients(model, row, view)
         assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
         # Two ways to round the same bf16 products: 0.8 to 1.25 times each other's error.
-        assert error(modules[1], exact[1]) < 0.08
+        assert error(modules[1], exact[1]) < 0.12
         assert error(fused[1], exact[1]) < 1.5 * error(modules[1], exact[1])
 
 

@@ -380,8 +380,8 @@ def _mlp_backward(
         del dproduct
     dnormed = weights.gate_up.backward(dgate_up)
     if "gate_up" in site.updates:
-        dy = plain(dgate_up, lambda: rows.swiglu_backward(dproduct, between.gate_up))
-        site.learn("gate_up", lambda: _norm_between(site, between.middle), dy, dnormed, learned)
+        exact = plain(dgate_up, lambda: rows.swiglu_backward(dproduct, between.gate_up))
+        site.learn("gate_up", lambda: _norm_between(site, between.middle), exact, dnormed, learned)
     return rows.norm_backward(
         dnormed,
         between.middle,
