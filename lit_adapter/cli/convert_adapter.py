@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 
-TARGETS = ("ours", "lit-llama", "litgpt", "peft")
+TARGETS = ("ours", "lit-llama", "litgpt", "peft", "peft-lora")
 SOURCES = ("auto", "official", *TARGETS)
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, convert, and print the report."""
     parser = command_parser(COMMANDS["convert-adapter"], program)
     parser.add_argument("source", help="an adapter file, or a PEFT adapter's folder")
-    parser.add_argument("--out", required=True, metavar="PATH", help="the file, for peft the folder")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the file; for peft, the folder")
     parser.add_argument("--from", dest="given", choices=SOURCES, default="auto", help="default: by its keys")
     parser.add_argument("--to", choices=TARGETS, default="ours", help="default: ours")
     parser.add_argument(

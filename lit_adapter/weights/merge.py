@@ -1,7 +1,8 @@
-"""Merge a base and a V2 adapter without prompts into one plain Hugging Face LLaMA with biases.
+"""Merge a base and an adapter without prompts into one plain Hugging Face LLaMA.
 
-``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and bias ``s * b``. A gated prefix cannot
-be merged: it has a second softmax, which no weights of a plain LLaMA can express.
+V2's ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and bias ``s * b``, and so is
+LoRA's, with weight ``W + scale * B A``. A gated prefix cannot be merged: it has a second softmax, which no
+weights of a plain LLaMA can express.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_folder import find_base
@@ -62,7 +64,7 @@ def merge(
         _check_finite(after, f"{out}: its logits are NaN or infinite in {dtype}; use --dtype float32")
         differences.append(float((before - after).abs().max()))
 
-    merged = _MergedSource(folder, adapter, state)
+    merged = _MergedSource(folder, adapter, info.adapter, state)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
     return (
         f"largest logit difference {differences[0]:.3g} between adapter and merged model "
@@ -80,7 +82,7 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
             "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
-            "--adapter.prompt_length 0"
+            "or --adapter.lora.rank, and --adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
@@ -94,9 +96,11 @@ class _MergedSource(Source):
 
     format = "merged"
 
-    def __init__(self, base: Path, adapter: Path, state: dict[str, Tensor]) -> None:
-        self.base, self.adapter, self.state = HuggingFaceSource(base), adapter, state
-        self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
+    def __init__(self, base: Path, adapter: Path, form: AdapterConfig, state: dict[str, Tensor]) -> None:
+        self.base, self.adapter, self.form, self.state = HuggingFaceSource(base), adapter, form, state
+        self.config = self.base.config
+        if "linears" in form.parts:
+            self.config = replace(self.config, attention_bias=True, mlp_bias=True)
         self.dtypes = dict.fromkeys(base_shapes(self.config), torch.float32)
         self.token_ids = self.base.token_ids
         self.generation = self.base.generation
@@ -112,6 +116,10 @@ class _MergedSource(Source):
         norm = self.state.get(f"{module}.adapter_weight")
         if norm is not None:
             return norm
+        b = self.state.get(f"{module}.lora_b")
+        if b is not None and kind == "weight":
+            update = b.double() @ self.state[f"{module}.lora_a"].double()
+            return (self.base.tensor(name).double() + self.form.lora.scale * update).float()
         scale = self.state.get(f"{module}.adapter_scale")
         if scale is None:
             return self.base.tensor(name).float()

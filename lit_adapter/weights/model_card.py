@@ -58,7 +58,8 @@ def _what(info: AdapterInfo) -> str:
     config, model = info.adapter, info.model
     count = sum(math.prod(shape) for shape in adapter_shapes(config, model).values())
     layers = len(config.adapted_layers(model.n_layer))
-    text = f"A LLaMA-Adapter {config.version.upper()}: {count:,} trained parameters on a frozen base."
+    kind = f"A LLaMA-Adapter {config.version.upper()}" if layers or "linears" in config.parts else "LoRA"
+    text = f"{kind}: {count:,} trained parameters on a frozen base."
     if layers:
         text += (
             f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
@@ -67,6 +68,9 @@ def _what(info: AdapterInfo) -> str:
     if "linears" in config.parts:
         output = ", and on the output layer" if config.head else ""
         text += f" Norms, and a bias and scale on every linear layer{output}."
+    if "lora" in config.parts:
+        lora = config.lora
+        text += f" LoRA of rank {lora.rank}, scaled by {lora.scale:g}, on {', '.join(sorted(lora.layers))}."
     return text
 
 

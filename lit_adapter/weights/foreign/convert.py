@@ -68,7 +68,7 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
         )
     info = replace(info, adapter=changed.config)
     tensors = target.write(changed, model)
-    again = target.read(Opened(out, tensors, info if target is OURS else None), model)
+    again = target.read(Opened(out, tensors, info), model)
     report = [f"source    {source}: {origin.name}, recognised by {why}", _found(adapter, model)]
     report += [f"decided   {note}" for note in adapter.notes]
     report += _exactness(adapter, changed, worst)
@@ -156,6 +156,9 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
     if "linears" in config.parts:
         with_output = "with" if config.head else "without"
         found += f"; norms, biases and scales of all layers, {with_output} the output layer"
+    if "lora" in config.parts:
+        lora = config.lora
+        found += f"; LoRA of rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.on)}"
     return found
 
 

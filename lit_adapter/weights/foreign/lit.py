@@ -111,6 +111,14 @@ class _Lit(Format):
         names[self.final_norm] = ["norm.adapter_weight"]
         return names | {f"lm_head.adapter_{kind}": [f"lm_head.adapter_{kind}"] for kind in KINDS}
 
+    def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        """Refuse LoRA."""
+        if "lora" in config.parts:
+            raise UserError(
+                f"{self.name}'s adapters have no LoRA, so they cannot hold this one; "
+                "one without prompts can be written with --to peft-lora"
+            )
+
     def _reordered(self, name: str, rows: Tensor, model: LlamaConfig, *, undo: bool = False) -> Tensor:
         return half_split(name, rows, model, undo=undo) if self.has_meta_rows else rows
 
@@ -146,7 +154,8 @@ class LitLlama(_Lit):
     final_norm = "transformer.ln_f.scale"
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
-        """Refuse a base with grouped queries or biases."""
+        """Refuse LoRA, and a base with grouped queries or biases."""
+        super().check_writable(config, model)
         if model.n_kv_head != model.n_head or model.attention_bias or model.mlp_bias:
             raise UserError(
                 "lit-llama has no model with grouped queries or biases, and the base has them; "

@@ -44,7 +44,7 @@ class Peft(Format):
         config = read_json(path)
         kind = config.get("peft_type") if isinstance(config, dict) else None
         if kind != PEFT_TYPE:
-            raise UserError(f"{path}: peft_type is {kind!r}; expected {PEFT_TYPE}")
+            raise UserError(f"{path}: peft_type is {kind!r}; expected {PEFT_TYPE} or LORA")
         return CONFIG if is_folder else "adaption_gate"
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
@@ -63,6 +63,11 @@ class Peft(Format):
             raise UserError(
                 "PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold a V2 adapter; "
                 "use --to litgpt, or scripts/merge.py if the adapter has no prompts"
+            )
+        if "lora" in config.parts:
+            raise UserError(
+                "PEFT's AdaptionPrompt has no LoRA beside its prompts, so it cannot hold this adapter; "
+                "one without prompts can be written with --to peft-lora"
             )
         _refuse_bias(model)
 

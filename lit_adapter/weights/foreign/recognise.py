@@ -18,11 +18,14 @@ from lit_adapter.weights.foreign.lit import LitGPT, LitLlama
 from lit_adapter.weights.foreign.official import Official
 from lit_adapter.weights.foreign.ours import Ours
 from lit_adapter.weights.foreign.peft import Peft
+from lit_adapter.weights.foreign.peft_lora import PeftLora
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.plain import State
 from lit_adapter.weights.shards import member, named_tensors
 
-FORMATS: dict[str, Format] = {form.name: form for form in (Ours(), Official(), Peft(), LitLlama(), LitGPT())}
+FORMATS: dict[str, Format] = {
+    form.name: form for form in (Ours(), Official(), PeftLora(), Peft(), LitLlama(), LitGPT())
+}
 
 
 def recognise(opened: Opened, wanted: str = "auto") -> tuple[Format, str]:
@@ -41,7 +44,7 @@ def recognise(opened: Opened, wanted: str = "auto") -> tuple[Format, str]:
     else:
         raise UserError(
             f"{path}: no adapter of a known format: it has {', '.join(sorted(opened.tensors)[:2])}, ...; "
-            "known are official LLaMA-Adapter, lit-llama, litgpt, PEFT's AdaptionPrompt and our own"
+            "known are official LLaMA-Adapter, lit-llama, litgpt, PEFT's AdaptionPrompt and LoRA, and our own"
         )
     if wanted in ("auto", form.name):
         return form, why
