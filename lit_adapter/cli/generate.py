@@ -8,10 +8,20 @@ from typing import Any, TextIO, get_args, get_type_hints
 
 from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
+from lit_adapter.config import Columns
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
 
 BATCH_SIZE = 16
+PROMPTS = (
+    "a JSON, JSONL, CSV, TSV or Parquet file of instruction and input, as for training; a .txt file with an "
+    "instruction on each line; or - for standard input: JSONL, a JSON array or plain text"
+)
+COLUMNS = {
+    "instruction": "column of --prompts with the instruction (instruction)",
+    "input": "column with what the instruction works on, which the file may lack (input)",
+    "output": "column for the answer (output); one of this name is replaced, all other columns are kept",
+}
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
@@ -20,6 +30,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     out = out or sys.stdout
     given: Any = {field.name: options[field.name] for field in fields(Sampling)}
     sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
+    columns = Columns(**options.columns)
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
 
@@ -28,7 +39,13 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     if task is None:
         target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
         number = answering.answer_file(
-            choice, Path(options.prompts), target, sampling, batch_size, overwrite=options.overwrite
+            choice,
+            Path(options.prompts),
+            target,
+            sampling,
+            batch_size,
+            columns=columns,
+            overwrite=options.overwrite,
         )
         out.write(f"wrote {target} ({counted(number, 'answer')})\n")
         return 0
@@ -43,8 +60,10 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
     parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
     parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL of instruction and input")
-    parser.add_argument("--output", metavar="FILE", help="JSONL for the answers of --prompts")
+    parser.add_argument("--prompts", metavar="FILE", help=PROMPTS)
+    parser.add_argument("--output", metavar="FILE", help="JSONL: the rows of --prompts with their answers")
+    for name, what in COLUMNS.items():
+        parser.add_argument(f"--columns.{name}", metavar="NAME", default=name, help=what)
     parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
@@ -94,6 +113,9 @@ def _check(options: Any) -> None:
             option = "--no-adapter" if given == "no_adapter" else f"--{given}"
             joint = reason if reason.startswith("without") else f"together with {reason}"
             raise UserError(f"{option} {joint} has no meaning; leave one of them out or see --help")
+    other = next((name for name in COLUMNS if options.columns[name] != name), None)
+    if options.prompts is None and other is not None:
+        raise UserError(f"--columns.{other} without --prompts has no meaning; see --help")
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
     check_least(options, 1, "batch_size")

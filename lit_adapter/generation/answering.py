@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_adapter.config import Columns
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import refuse_input
@@ -19,6 +20,7 @@ from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama, Task, load
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
+    STANDARD_INPUT,
     Answers,
     Prompt,
     check_target,
@@ -105,7 +107,14 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
 
 
 def answer_file(
-    choice: ModelChoice, path: Path, target: Path, sampling: Sampling, batch_size: int, *, overwrite: bool
+    choice: ModelChoice,
+    path: Path,
+    target: Path,
+    sampling: Sampling,
+    batch_size: int,
+    *,
+    columns: Columns,
+    overwrite: bool,
 ) -> int:
     """Answer the prompts of ``path`` into ``target`` and return how many there are.
 
@@ -113,8 +122,8 @@ def answer_file(
         UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
             a batch that does not fit the GPU.
     """
-    prompts = read_prompts(path)
-    if target.exists() and target.samefile(path):
+    prompts = read_prompts(path, columns, (columns.output,))
+    if path != STANDARD_INPUT and target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=overwrite)
     inputs = [choice.base_folder(), *([Path(choice.adapter)] if choice.adapter else [])]
@@ -125,16 +134,18 @@ def answer_file(
         dtype = choose_dtype(choice.dtype, device)
     model = choice.load(dtype)
     _check_prompts(model, prompts, sampling)
-    identity, group = choice.identity(model, sampling), BATCHES_PER_GROUP * batch_size
+    identity = choice.identity(model, sampling) | {"answer_columns": [columns.output]}
+    group = BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
     with count_progress("answering", len(prompts), len(answers.lines)) as finished:
 
-        def answer_group(group: Sequence[Prompt]) -> list[str]:
+        def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
             try:
-                return model.generate_batch(
+                texts = model.generate_batch(
                     tasks, batch_size=batch_size, finished=finished, **asdict(sampling)
                 )
+                return [{columns.output: text} for text in texts]
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"out of GPU memory with --batch_size {batch_size}; run again with a smaller one: "

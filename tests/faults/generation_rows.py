@@ -1,6 +1,10 @@
-"""Faults 80 to 89: generation settings, prompts, and logits that are NaN or infinite."""
+"""Faults 80 to 89, and 105: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
 
 import torch
 from bench import Bench, Outcome, Row
@@ -66,6 +70,18 @@ def call(function: object, **settings: float) -> object:
 
 def option(*given: object) -> object:
     return lambda bench: bench.generate(*given)
+
+
+def answered(bench: Bench, source: object, *given: object) -> Outcome:
+    return bench.generate("--prompts", source, "--output", bench.folder / "answers.jsonl", *given)
+
+
+def from_standard_input(content: bytes) -> Callable[[Bench], Outcome]:
+    def tried(bench: Bench) -> Outcome:
+        bench.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return answered(bench, "-")
+
+    return tried
 
 
 def empty_prompt(bench: Bench) -> Outcome:
@@ -146,4 +162,19 @@ ROWS = [
     Row(87, "end at the first token", call(first_token_ends), r"^''$", 0),
     Row(88, "half a character", call(half_a_character), r"^True True ''$", 0),
     Row(89, "cache against whole", call(cache_and_whole), r"^True$", 0),
+    Row(
+        105,
+        "prompts of an unknown format",
+        lambda b: answered(b, b.file("prompts.xlsx", "x")),
+        r"prompts\.xlsx: unknown data format \(suffix '\.xlsx'\); expected \.json, .*\.txt",
+    ),
+    Row(
+        105, "empty standard input", from_standard_input(b"\n"), r"standard input is empty; expected prompts"
+    ),
+    Row(
+        105,
+        "a broken line on standard input",
+        from_standard_input(b'{"instruction": "a"}\n{"instruction": 3}'),
+        r"standard input:2: 'instruction' is the number 3; expected a string",
+    ),
 ]
