@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -9,8 +10,8 @@ from typing import Any, TextIO, get_args, get_type_hints
 from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
-from lit_adapter.errors import UserError, counted
-from lit_adapter.generation.settings import Sampling
+from lit_adapter.errors import UserError, counted, shorten
+from lit_adapter.generation.settings import Sampling, check_choices
 
 BATCH_SIZE = 16
 PROMPTS = (
@@ -22,6 +23,7 @@ COLUMNS = {
     "input": "column with what the instruction works on, which the file may lack (input)",
     "output": "column for the answer (output); one of this name is replaced, all other columns are kept",
 }
+CHOICES = 'give the probabilities of these answers, generate none; quote an answer that has a comma: a,"b, c"'
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
@@ -31,6 +33,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     given: Any = {field.name: options[field.name] for field in fields(Sampling)}
     sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
     columns = Columns(**options.columns)
+    choices = _choices(options, sampling)
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
 
@@ -45,9 +48,13 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
             sampling,
             batch_size,
             columns=columns,
+            choices=choices,
             overwrite=options.overwrite,
         )
         out.write(f"wrote {target} ({counted(number, 'answer')})\n")
+        return 0
+    if choices:
+        answering.choose(choice.load(), task, choices, out)
         return 0
     write = answering.compare if options.compare else answering.stream
     write(choice.load(), task, sampling, out)
@@ -68,6 +75,7 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
     parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
+    parser.add_argument("--choices", metavar="A,B,...", help=CHOICES)
     parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
@@ -106,6 +114,7 @@ def _check(options: Any) -> None:
         (options.adapter is None, "without --adapter", ("no_adapter", "compare")),
         (options.adapter is not None, "--adapter, which brings its template", ("template",)),
         (options.no_adapter, "--no-adapter", ("compare",)),
+        (options.choices is not None, "--choices", ("compare",)),
     ]
     for applies, reason, names in excluded:
         given = next((name for name in names if options[name] not in (None, False)), None)
@@ -119,6 +128,23 @@ def _check(options: Any) -> None:
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
     check_least(options, 1, "batch_size")
+
+
+def _choices(options: Any, sampling: Sampling) -> list[str]:
+    """Return the answers of --choices, or none."""
+    if options.choices is None:
+        return []
+    default = Sampling()
+    changed = [name for name, value in asdict(sampling).items() if value != getattr(default, name)]
+    if changed:
+        raise UserError(f"--{changed[0]} together with --choices has no meaning: no answer is generated")
+    try:
+        (choices,) = csv.reader([options.choices], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError):
+        raise UserError(f"--choices is {shorten(options.choices)}; expected answers as a,b,c") from None
+    choices = [choice.strip() for choice in choices]
+    check_choices(choices)
+    return choices
 
 
 def _instruction(options: Any) -> str:

@@ -8,7 +8,7 @@ print(model.generate("Name three colours."))
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from torch import Tensor
 from lit_adapter.device import choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
-from lit_adapter.generation.request import Request
-from lit_adapter.generation.settings import Sampling
+from lit_adapter.generation.request import Request, check_batch_size
+from lit_adapter.generation.settings import Sampling, check_choices
+from lit_adapter.generation.task import Task, as_tasks
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
@@ -32,9 +34,6 @@ from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabular
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_folder import find_base, read_config
 from lit_adapter.weights.load import load_base
-
-Task = tuple[str, str]
-"""Instruction and input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ class AdaptedLlama:
 
     def generate_batch(
         self,
-        tasks: Sequence[Task],
+        tasks: Iterable[str | Task | Mapping[str, Any]],
         *,
         batch_size: int = 16,
         finished: Callable[[int], None] = lambda number: None,
@@ -116,12 +115,16 @@ class AdaptedLlama:
         """Answer many tasks together.
 
         Args:
-            tasks: instruction and input of each.
+            tasks: of each the instruction, a pair of instruction and input, or a record with these keys.
             batch_size: answered at a time.
             finished: called with the index of every task that is done.
             stopped: asked after every piece of text; once true, the answers are returned as they are.
             sampling: described in `Sampling`.
+
+        Raises:
+            TypeError: ``tasks`` is one task, or holds something else.
         """
+        tasks = as_tasks(tasks)
         answers = [""] * len(tasks)
         for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
             if piece is None:
@@ -131,6 +134,42 @@ class AdaptedLlama:
             if stopped():
                 break
         return answers
+
+    def choose(self, instruction: str, input: str = "", *, choices: Sequence[str]) -> list[ScoredChoice]:
+        """Return how probable each of several answers is, the most likely one first (see `choosing`).
+
+        Raises:
+            UserError: fewer than two choices, or one that is empty, repeated or too long.
+        """
+        return self.choose_batch([(instruction, input)], choices=choices)[0]
+
+    def choose_batch(
+        self,
+        tasks: Iterable[str | Task | Mapping[str, Any]],
+        *,
+        choices: Sequence[str],
+        batch_size: int = 16,
+        finished: Callable[[int], None] = lambda number: None,
+    ) -> list[list[ScoredChoice]]:
+        """Do the same for many tasks, given as in `generate_batch`.
+
+        Raises:
+            TypeError: ``tasks`` is one task, or holds something else.
+            UserError: as `choose`; ``batch_size`` is below 1.
+        """
+        check_choices(choices)
+        check_batch_size(batch_size)
+        context = self.model.config.context_length
+        encoded = [
+            encode_choices(self.tokenizer, self.template, task, choices, context) for task in as_tasks(tasks)
+        ]
+        found: list[list[ScoredChoice]] = []
+        for start in range(0, len(encoded), batch_size):
+            scores = score(self.model, encoded[start : start + batch_size])
+            found += [rank(choices, of_task) for of_task in scores]
+            for number in range(start, len(found)):
+                finished(number)
+        return found
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:

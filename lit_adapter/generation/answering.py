@@ -17,7 +17,8 @@ from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
-from lit_adapter.generation.adapted import AdaptedLlama, Task, load
+from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.choosing import ScoredChoice, encode_choices
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
     STANDARD_INPUT,
@@ -29,12 +30,14 @@ from lit_adapter.generation.prompt_file import (
 )
 from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
 from lit_adapter.weights.base_folder import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
+CHOICE_COLUMNS = ("probabilities", "log_likelihoods")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
     console.print(table)
 
 
+def choose(model: AdaptedLlama, task: Task, choices: Sequence[str], out: TextIO) -> None:
+    """Write the choices with their probabilities and log-likelihoods, the most likely one first."""
+    out.write("probability  log-likelihood  answer\n")
+    for choice in model.choose(*task, choices=choices):
+        out.write(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n")
+
+
 def answer_file(
     choice: ModelChoice,
     path: Path,
@@ -114,15 +124,20 @@ def answer_file(
     batch_size: int,
     *,
     columns: Columns,
+    choices: Sequence[str],
     overwrite: bool,
 ) -> int:
     """Answer the prompts of ``path`` into ``target`` and return how many there are.
+
+    With ``choices`` each answer is the most likely of them, and two more columns have the probabilities and
+    log-likelihoods of all.
 
     Raises:
         UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
             a batch that does not fit the GPU.
     """
-    prompts = read_prompts(path, columns, (columns.output,))
+    answer_columns = (columns.output, *(CHOICE_COLUMNS if choices else ()))
+    prompts = read_prompts(path, columns, answer_columns)
     if path != STANDARD_INPUT and target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=overwrite)
@@ -133,8 +148,9 @@ def answer_file(
     if dtype is None and min(batch_size, len(prompts)) > 1:  # batches are bound by products, not by memory
         dtype = choose_dtype(choice.dtype, device)
     model = choice.load(dtype)
-    _check_prompts(model, prompts, sampling)
-    identity = choice.identity(model, sampling) | {"answer_columns": [columns.output]}
+    _check_prompts(model, prompts, sampling, choices)
+    identity = choice.identity(model, sampling)
+    identity |= {"answer_columns": answer_columns, "choices": choices}
     group = BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
     with count_progress("answering", len(prompts), len(answers.lines)) as finished:
@@ -142,6 +158,11 @@ def answer_file(
         def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
             try:
+                if choices:
+                    scored = model.choose_batch(
+                        tasks, choices=choices, batch_size=batch_size, finished=finished
+                    )
+                    return [_chosen(found, choices, answer_columns) for found in scored]
                 texts = model.generate_batch(
                     tasks, batch_size=batch_size, finished=finished, **asdict(sampling)
                 )
@@ -156,12 +177,31 @@ def answer_file(
     return len(prompts)
 
 
-def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Refuse a prompt or stop id that does not fit before the first answer: the rest may take hours."""
-    check_stop_ids(model.model.config, sampling)
+def _chosen(
+    scored: Sequence[ScoredChoice], choices: Sequence[str], answer_columns: Sequence[str]
+) -> dict[str, Any]:
+    """Return the values of the answer's columns: the likeliest choice, and numbers in the choices' order."""
+    ordered = sorted(scored, key=lambda choice: choices.index(choice.text))
+    values = (
+        scored[0].text,
+        {choice.text: choice.probability for choice in ordered},
+        {choice.text: choice.log_likelihood for choice in ordered},
+    )
+    return dict(zip(answer_columns, values, strict=True))
+
+
+def _check_prompts(
+    model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling, choices: Sequence[str]
+) -> None:
+    """Refuse what does not fit the model before the first answer: the rest may take hours."""
+    config = model.model.config
+    check_stop_ids(config, sampling)
     for prompt in prompts:
+        task = (prompt.instruction, prompt.input)
         try:
-            ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
-            check_prompt(model.model.config, ids, sampling)
+            if choices:
+                encode_choices(model.tokenizer, model.template, task, choices, config.context_length)
+            else:
+                check_prompt(config, model.template.encode_prompt(model.tokenizer, *task), sampling)
         except UserError as error:
             raise UserError(f"{prompt.origin}: {error}") from None

@@ -8,10 +8,9 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from lit_adapter.errors import UserError
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
-from lit_adapter.generation.request import Request
+from lit_adapter.generation.request import Request, check_batch_size
 from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
@@ -93,8 +92,7 @@ class Engine:
             UserError: ``batch_size`` is below 1.
             BaseException: the error of a request; the others are then cancelled, as when this is closed.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+        check_batch_size(batch_size)
         if not requests:
             return
         # Longest first: prompts read together are about equally long, and the last ones are short.

@@ -19,6 +19,9 @@ from lit_adapter.model.config import LlamaConfig
 class NonFiniteLogitsError(UserError):
     """NaN or infinite logits: of a damaged file, or of an adapter whose training has failed."""
 
+    def __init__(self) -> None:
+        super().__init__("the model's logits are NaN or infinite; the base or the adapter is damaged")
+
 
 def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling) -> None:
     """Check that prompt and answer fit the context.
@@ -38,6 +41,16 @@ def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling)
             f"the prompt's {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the "
             f"base's context of {context}; lower max_new_tokens to {context - len(prompt)} or less"
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of nothing.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; expected 1 or more")
 
 
 def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:
@@ -94,8 +107,7 @@ class Request:
         if self.ended:  # cancelled meanwhile
             return
         if token < 0:
-            what = "the model's logits are NaN or infinite; the base or the adapter is damaged"
-            self.fail(NonFiniteLogitsError(what))
+            self.fail(NonFiniteLogitsError())
             return
         self.token = token
         if token in self.stop_ids:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.errors import UserError, nearest, shorten
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,20 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no random number is drawn."""
         return self.temperature == 0 or self.top_k == 1
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Refuse choices between which there is nothing to choose.
+
+    Raises:
+        UserError: fewer than two, one that is empty, or two that are equal.
+    """
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"choices is {shorten(choices)}; expected a list of texts")
+    if len(choices) < 2:
+        raise UserError(f"choices holds {len(choices)}; expected two or more answers")
+    if not all(choice.strip() for choice in choices):
+        raise UserError("choices holds an empty answer; write a text")
+    choice, count = Counter(choices).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"choices holds {shorten(choice)} twice; keep one")

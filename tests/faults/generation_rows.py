@@ -1,4 +1,4 @@
-"""Faults 80 to 89, and 105: generation settings, prompts, and logits that are NaN or infinite."""
+"""Faults 80 to 89, 105 and 106: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -176,5 +176,20 @@ ROWS = [
         "a broken line on standard input",
         from_standard_input(b'{"instruction": "a"}\n{"instruction": 3}'),
         r"standard input:2: 'instruction' is the number 3; expected a string",
+    ),
+    Row(106, "one choice", option("--choices", "a"), r"choices holds 1; expected two or more answers"),
+    Row(106, "a choice twice", option("--choices", "a,b,a"), r"choices holds 'a' twice; keep one"),
+    Row(106, "an empty choice", option("--choices", "a,,b"), r"choices holds an empty answer; write a text"),
+    Row(
+        106,
+        "a long choice",
+        option("--choices", "a," + "b " * 2000),
+        r"the prompt's \d+ tokens and the \d+ of choice 'b .* exceed the base's context of 1024; shorten",
+    ),
+    Row(
+        106,
+        "a long choice for a file",
+        lambda b: answered(b, b.records, "--choices", "a," + "b " * 2000),
+        r"json:\d+: the prompt's \d+ tokens and the \d+ of choice 'b ",
     ),
 ]
