@@ -55,7 +55,7 @@ class DataConfig:
     """The training records, and how they become tokens."""
 
     train: str = ""
-    """A JSON, JSONL, CSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
+    """A JSON, JSONL, CSV, TSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
     val: str | None = None
     """A file of held-out records; without one, val_size records are split off, chosen by the seed."""
     val_size: int | float = 0.1

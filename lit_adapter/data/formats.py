@@ -16,6 +16,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from lit_adapter.errors import UserError, shorten
 Row = tuple[int, Mapping[str, Any]]
 """A line number (for Parquet a row number), counted from 1, and the values by column name."""
 
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may separate the columns of a CSV file, and its name."""
+_QUOTED = re.compile(r'"[^"]*"')
+_LONGEST_HEADER = 10_000
 _BATCH_ROWS = 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -252,14 +257,20 @@ def text_rows(text: str, name: str) -> Iterator[Row]:
             yield line, {"instruction": content.removesuffix("\r")}
 
 
-def csv_rows(text: str, name: str) -> Iterator[Row]:
-    """Yield the rows of a comma-separated file whose first line names the columns."""
+def csv_rows(text: str, name: str, delimiters: Iterable[str] = DELIMITERS) -> Iterator[Row]:
+    """Yield the rows of a table whose first line names the columns.
+
+    The delimiter is the one that stands most often in the first line, not counting quoted names; if two do,
+    the first of ``delimiters``.
+    """
     # A quoted line break is one character, whatever system wrote the file.
     text = text.replace("\r\n", "\n")
     limit = csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first_line = re.split(r"[\r\n]", _QUOTED.sub("", text[:_LONGEST_HEADER].lstrip("\r\n")))[0]
+    delimiter = max(delimiters, key=first_line.count)
     rows, line = [], 1
     try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for values in reader:
             if values:
                 rows.append((line, values))
@@ -274,7 +285,7 @@ def csv_rows(text: str, name: str) -> Iterator[Row]:
         if len(values) != len(header):
             raise UserError(
                 f"{name}:{line}: {len(values)} fields, but the header names {len(header)} columns; "
-                'put text with commas or line breaks in "double quotes"'
+                f'put text with {DELIMITERS[delimiter]} or line breaks in "double quotes"'
             )
         yield line, dict(zip(header, values, strict=True))
 
@@ -319,6 +330,7 @@ TEXT_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
     ".csv": csv_rows,
+    ".tsv": partial(csv_rows, delimiters="\t"),
 }
 """Reader by file suffix; arguments: the file's text, and its name for messages."""
 PARQUET = ".parquet"

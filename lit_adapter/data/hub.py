@@ -1,7 +1,7 @@
 """Records of a Hugging Face Hub data set, such as ``yahma/alpaca-cleaned``.
 
-The repository's own JSON, JSONL, CSV or Parquet files are downloaded to the Hub's cache and read like local
-ones: no code of the data set runs, and error messages name lines.
+The repository's own JSON, JSONL, CSV, TSV or Parquet files are downloaded to the Hub's cache and read like
+local ones: no code of the data set runs, and error messages name lines.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Records(Sequence[Record]):
 def read_records(
     source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
 ) -> Records:
-    """Read a JSON (array), JSONL, CSV or Parquet file of records; the suffix tells which.
+    """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records; the suffix tells which.
 
     Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
 
