@@ -23,6 +23,8 @@ DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ANSWER_TOKENS = 48
 """Longest answer when scoring; the longest reference has half as many tokens."""
+SHOWN = 160
+"""Characters of an answer shown as an example."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,15 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
 def _show_example(console: Any, record: Any, before: str, after: str) -> None:
     from rich.text import Text
 
+    from lit_adapter.generation.repeats import until_repeats
+
+    before = "".join(until_repeats(before))
     console.print(Text(f"\nrequest   {record.input}", style="bold"))
     lines = (("base", before, "dim"), ("adapted", after, "green"), ("expected", record.output, ""))
     for title, text, style in lines:
-        first = " / ".join(text.split("\n"))[:160]
-        console.print(Text(f"{title:<9} {first}", style=style), soft_wrap=True)
+        line = " / ".join(text.split("\n"))
+        shown = line if len(line) <= SHOWN else f"{line[:SHOWN]} …"
+        console.print(Text(f"{title:<9} {shown}", style=style), soft_wrap=True)
 
 
 def score(model: AdaptedLlama, records: Records, title: str) -> Score:

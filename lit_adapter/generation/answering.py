@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +28,7 @@ from lit_adapter.generation.prompt_file import (
     earlier_dtype,
     read_prompts,
 )
+from lit_adapter.generation.repeats import until_repeats
 from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.task import Task
@@ -83,7 +84,11 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
-    for piece in model.stream(*task, **asdict(sampling)):
+    _write(model.stream(*task, **asdict(sampling)), out)
+
+
+def _write(pieces: Iterable[str], out: TextIO) -> None:
+    for piece in pieces:
         out.write(piece)
         out.flush()
     out.write("\n")
@@ -91,20 +96,24 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
 
 
 def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
-    """Write the answers of the plain base and of the adapted model: in columns on a wide terminal."""
+    """Write the answers of the plain base and of the adapted model: in columns on a wide terminal.
+
+    The base's answer ends where it repeats itself.
+    """
     console = Console(file=out)
-    sides = (("plain base", model.base), ("with adapter", model))
+    plain, adapted = (side.stream(*task, **asdict(sampling)) for side in (model.base, model))
+    sides = (("plain base", until_repeats(plain)), ("with adapter", adapted))
     if not console.is_terminal or console.width < 2 * COLUMN_WIDTH:
-        for number, (title, side) in enumerate(sides):
+        for number, (title, pieces) in enumerate(sides):
             out.write("\n" * bool(number) + f"--- {title} ---\n")
-            stream(side, task, sampling, out)
+            _write(pieces, out)
         return
     table = Table(expand=True)
     answers = []
-    for title, side in sides:
+    for title, pieces in sides:
         table.add_column(title, ratio=1)
         # As Text: rich reads square brackets in a plain string as markup.
-        answers.append(Text(side.generate(*task, **asdict(sampling))))
+        answers.append(Text("".join(pieces)))
     table.add_row(*answers)
     console.print(table)
 
