@@ -113,7 +113,7 @@ def _show_example(console: Any, record: Any, before: str, after: str) -> None:
     lines = (("base", before, "dim"), ("adapted", after, "green"), ("expected", record.output, ""))
     for title, text, style in lines:
         line = " / ".join(text.split("\n"))
-        shown = line if len(line) <= SHOWN else f"{line[:SHOWN]} …"
+        shown = line if len(line) <= SHOWN else f"{line[:SHOWN]} \u2026"
         console.print(Text(f"{title:<9} {shown}", style=style), soft_wrap=True)
 
 

@@ -19,9 +19,9 @@ PROMPTS = (
     "instruction on each line; or - for standard input: JSONL, a JSON array or plain text"
 )
 COLUMNS = {
-    "instruction": "column of --prompts with the instruction (instruction)",
-    "input": "column with what the instruction works on, which the file may lack (input)",
-    "output": "column for the answer (output); one of this name is replaced, all other columns are kept",
+    "instruction": "column of --prompts with the instruction",
+    "input": "column with what the instruction works on, which the file may lack",
+    "output": "column for the answer; one of this name is replaced, all other columns are kept",
 }
 CHOICES = 'give the probabilities of these answers, generate none; quote an answer that has a comma: a,"b, c"'
 

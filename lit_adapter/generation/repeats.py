@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 FEWEST_COPIES, FEWEST_CHARACTERS = 3, 60
 """Of a repeated end: copies, and characters in all of them together."""
-REPEATS = " … repeats"
+REPEATS = " \u2026 repeats"
 
 
 def until_repeats(pieces: Iterable[str]) -> Iterator[str]:
