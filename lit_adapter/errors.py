@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-class UserError(Exception):
+
+class UserError(ValueError):
     """A mistake of the user: one line with what is wrong, where (file, line, key) and what would be right.
 
     The scripts print it as ``error: ...`` on standard error and exit with status 2. Any other exception
-    is a bug and keeps its traceback.
+    is a bug and keeps its traceback. To Python callers it is a ValueError.
     """
 
     exit_status = 2
@@ -18,6 +21,32 @@ class UserError(Exception):
 
 class WriteError(UserError):
     """A file could not be written."""
+
+
+class WrongTypeError(UserError, TypeError):
+    """A Python caller has passed a value of another type than the parameter takes, or an unknown keyword."""
+
+
+_option_prefix = ""
+
+
+@contextmanager
+def options_of_a_command() -> Iterator[None]:
+    """Let messages name parameters as a command line spells them, inside the block: ``--base``."""
+    global _option_prefix
+    before, _option_prefix = _option_prefix, "--"
+    try:
+        yield
+    finally:
+        _option_prefix = before
+
+
+def option(name: str) -> str:
+    """Return a parameter as the user of this process spells it: ``--base`` in a command, ``base`` in Python.
+
+    For messages that both can meet; ``name`` is Python's.
+    """
+    return _option_prefix + name
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_adapter.errors import UserError, nearest, shorten
+from lit_adapter.errors import UserError, nearest, options_of_a_command, shorten
 from lit_adapter.streams import prepare_streams
 
 INTERRUPTED = 130
@@ -33,7 +33,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     status: Any
     try:
         try:
-            status = main(sys.argv[1:])
+            with options_of_a_command():
+                status = main(sys.argv[1:])
         except SystemExit as leaving:  # after --help
             status = leaving.code
         sys.stdout.flush()
