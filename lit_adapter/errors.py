@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ class UserError(ValueError):
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(visible(" ".join(message.split())))
 
 
 class WriteError(UserError):
@@ -47,6 +48,15 @@ def option(name: str) -> str:
     For messages that both can meet; ``name`` is Python's.
     """
     return _option_prefix + name
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All control characters but tab and line feed, and those that reverse the order of what follows."""
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters written out, as Python's repr does; a terminal obeys them."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.errors import UserError, counted
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.streams import say
 
 BATCH_SIZE = 16
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
         number = answering.answer_file(
             choice, Path(options.prompts), target, sampling, batch_size, overwrite=options.overwrite
         )
-        out.write(f"wrote {target} ({counted(number, 'answer')})\n")
+        say(f"wrote {target} ({counted(number, 'answer')})", out)
         return 0
     write = answering.compare if options.compare else answering.stream
     write(choice.load(), task, sampling, out)

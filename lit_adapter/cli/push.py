@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
+from lit_adapter.streams import say
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -22,9 +23,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     adapter, card = Path(options.adapter), options.card
     address, text = push_adapter(adapter, options.name, private=options.private, card=card)
-    print(f"pushed {shown(adapter)}: {address}")
+    say(f"pushed {shown(adapter)}: {address}")
     if text is None:
-        print("the repository's model card is unchanged; --card FILE replaces it")
+        say("the repository's model card is unchanged; --card FILE replaces it")
     elif card is None:
-        print("a model card has been written; fill in the licence there")
+        say("a model card has been written; fill in the licence there")
     return 0

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_adapter.errors import counted
+from lit_adapter.errors import counted, visible
+from lit_adapter.streams import Shown
 
 if TYPE_CHECKING:
     from lit_adapter.data.module import AlpacaDataModule
@@ -76,5 +77,6 @@ def _example(data: AlpacaDataModule, before: str, after: str) -> str:
     n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
     raw = [data.tokenizer.piece(token) for token in ids]
     prompt, answer = (b"".join(part).decode("utf-8", "replace") for part in (raw[:n_prompt], raw[n_prompt:]))
+    prompt, answer = visible(prompt), visible(answer)
     text = f"{before}{prompt}{after}{answer}" if prompt else answer
-    return "\n".join(f"  | {line}" for line in text.split("\n"))
+    return Shown("\n".join(f"  | {line}" for line in text.split("\n")))
