@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ DOUBLE = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = n
 
 
 def soon(tried: Callable[[Bench], Outcome]) -> Callable[[Bench], Outcome]:
-    """Try it, and see that it does not take long."""
+    """Try it, and see that it does not take long: in processor time, its processes' included."""
 
     def timed(bench: Bench) -> Outcome:
-        start = time.monotonic()
+        start = sum(os.times()[:4])
         outcome = tried(bench)
-        assert time.monotonic() - start < SECONDS
+        assert sum(os.times()[:4]) - start < SECONDS
         return outcome
 
     return timed
