@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,12 @@ def whole_number(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """Return a number of any library as Python's float; a WrongTypeError refuses bool, text and the rest."""
-    if isinstance(value, bool):
-        raise _wrong(name, value, "a number")
-    return float(of_kind(name, value, Real, "a number"))
+    try:
+        if not isinstance(value, bool | str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise _wrong(name, value, "a number")
 
 
 def _wrong(name: str, value: Any, expected: str) -> WrongTypeError:

@@ -28,26 +28,26 @@ class WrongTypeError(UserError, TypeError):
     """A Python caller has passed a value of another type than the parameter takes, or an unknown keyword."""
 
 
-_option_prefix = ""
+_in_command = False
 
 
 @contextmanager
 def options_of_a_command() -> Iterator[None]:
-    """Let messages name parameters as a command line spells them, inside the block: ``--base``."""
-    global _option_prefix
-    before, _option_prefix = _option_prefix, "--"
+    """Let messages name parameters as a command line spells them, inside the block."""
+    global _in_command
+    before, _in_command = _in_command, True
     try:
         yield
     finally:
-        _option_prefix = before
+        _in_command = before
 
 
 def option(name: str) -> str:
-    """Return a parameter as the user of this process spells it: ``--base`` in a command, ``base`` in Python.
+    """Return a parameter as its user gives it: ``--base`` to a command, ``base=...`` to a Python function.
 
     For messages that both can meet; ``name`` is Python's.
     """
-    return _option_prefix + name
+    return f"--{name}" if _in_command else f"{name}=..."
 
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -55,7 +55,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def visible(text: str) -> str:
-    """Return a text with its control characters written out, as Python's repr does; a terminal obeys them."""
+    """Return a text with its control characters written out as in a repr: a terminal would obey them."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

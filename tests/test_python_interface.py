@@ -81,6 +81,8 @@ CALLS: list[tuple[Callable[[AdaptedLlama], object], type[Exception], str]] = [
     (lambda m: m.generate("a", max_new_tokens="2"), TypeError, r"^max_new_tokens is '2'; expected a whole"),
     (lambda m: m.generate("a", max_new_tokens=None), TypeError, r"^max_new_tokens is None; expected a whole"),
     (lambda m: m.generate("a", temperature="1"), TypeError, r"^temperature is '1'; expected a number"),
+    (lambda m: m.generate("a", temperature=[1, 2]), TypeError, r"^temperature is of type list; expected a n"),
+    (lambda m: m.generate("a", temperature=10**400), TypeError, r"^temperature is 1000"),
     (lambda m: m.generate("a", top_p=True), TypeError, r"^top_p is True; expected a number"),
     (lambda m: m.generate("a", stop=5), TypeError, r"^stop is 5; expected a sequence of texts, or None"),
     (lambda m: m.generate("a", stop=[5]), TypeError, r"^an element of stop is 5; expected text"),
@@ -125,6 +127,7 @@ def test_numbers_of_other_libraries_and_other_sequences_are_taken(model: Adapted
     plain = {
         "max_new_tokens": 12,
         "temperature": 0.75,
+        "top_p": 0.5,
         "top_k": 50,
         "seed": 3,
         "stop": ("\0",),
@@ -132,7 +135,8 @@ def test_numbers_of_other_libraries_and_other_sequences_are_taken(model: Adapted
     }
     other = {
         "max_new_tokens": np.int32(12),
-        "temperature": np.float32(0.75),
+        "temperature": torch.tensor(0.75),
+        "top_p": np.float32(0.5),
         "top_k": torch.tensor(50),
         "seed": np.int64(3),
         "stop": "\0",
@@ -153,13 +157,15 @@ def test_an_adapter_of_another_base_is_refused_in_the_callers_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One check, two audiences: a parameter of `load`, an option of the command."""
-    with pytest.raises(UserError, match=r"give its own base with base$"):
+    with pytest.raises(UserError, match=r"give its own base with base=\.\.\.$"):
         lit_adapter.load(adapter, fused_base, device="cpu", dtype="float32")
     status, err = as_command(["--adapter", adapter, "--base", fused_base, "--prompt", "a"], capsys)
     assert (status, err.count("\n")) == (2, 1)
     assert re.fullmatch(r"error: .*give its own base with --base\n", err)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"give its folder with base$"):  # the command's words have ended
+    with pytest.raises(
+        UserError, match=r"give its folder with base=\.\.\.$"
+    ):  # the command's words have ended
         lit_adapter.load(adapter, device="cpu", dtype="float32")
     assert as_command(["--adapter", adapter, "--prompt", "a"], capsys)[1].endswith(
         "give its folder with --base\n"
