@@ -50,15 +50,14 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
     """Return the named precision; by default bf16 if the device multiplies it faster than fp32.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: the precision is none that a base is loaded in.
     """
-    if isinstance(name, torch.dtype):
-        return name
     if name in (None, "auto"):
         return torch.bfloat16 if _bf16_pays(device) else torch.float32
-    if name not in DTYPES:
+    chosen = name if isinstance(name, torch.dtype) else DTYPES.get(name)
+    if chosen is None or chosen not in DTYPES.values():
         raise UserError(f"dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return chosen
 
 
 def _bf16_pays(device: torch.device) -> bool:

@@ -95,8 +95,8 @@ def test_a_prompt_is_computed_once_for_all_choices(model: AdaptedLlama) -> None:
         (["a"], "choices holds 1; expected two or more answers"),
         (["a", "b", "a"], "choices holds 'a' twice; keep one"),
         (["a", " "], "choices holds an empty answer"),
-        ("ab", "choices is 'ab'; expected a list of texts"),
-        (["a", 1], "expected a list of texts"),
+        ("ab", "choices is a single text; expected a list of texts"),
+        (["a", 1], r"choices\[1\] is 1; expected text"),
         (["a", "word " * 900], r"the \d+ of choice 'word .* exceed the base's context of 1024; shorten one"),
     ],
 )

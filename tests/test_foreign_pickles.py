@@ -200,7 +200,7 @@ STRANGE = {
     "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ does not belong to an adapter"),
     "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "is declared larger than the file's data"),
     "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is not a dense tensor"),
-    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is not a dense tensor"),
+    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "not a dense tensor|holds other objects"),
     "float4": (PROMPT, WHOLE.byte().view(torch.float4_e2m1fn_x2), r"is torch\.float4_\S+; expected floating"),
     "peft": (QUERY.format("01"), WHOLE, "adaption_prompt is missing in every layer"),
 }

@@ -300,13 +300,13 @@ def test_a_task_is_a_text_a_pair_or_a_record(model: AdaptedLlama) -> None:
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ("Say it.", r"tasks must be a list of tasks, not str; for one task, pass \[task\]"),
-        ({"instruction": "Say it."}, "tasks must be a list of tasks, not dict"),
-        ([("Say it.", "red", "x")], r"tasks\[0\] must be a str, a pair .* not \('Say it.', 'red', 'x'\)"),
-        (["Say it.", {"instuction": "x"}], r"tasks\[1\] must be .* dict with the key 'instruction'"),
-        ([("Say it.", None)], r"tasks\[0\] must be"),
-        ([{"instruction": 3}], r"tasks\[0\] must be"),
-        ([7], r"tasks\[0\] must be .* not 7"),
+        ("Say it.", r"tasks is of type str; expected a list of tasks: for one task, pass \[task\]"),
+        ({"instruction": "Say it."}, "tasks is of type dict; expected a list of tasks"),
+        ([("Say it.", "red", "x")], r"tasks\[0\] is .*'Say it.', 'red', 'x'.*; expected a str, a pair"),
+        (["Say it.", {"instuction": "x"}], r"tasks\[1\] is .*; expected .* dict with the key 'instruction'"),
+        ([("Say it.", None)], r"tasks\[0\] is"),
+        ([{"instruction": 3}], r"tasks\[0\] is"),
+        ([7], r"tasks\[0\] is 7; expected"),
     ],
 )
 def test_what_is_no_list_of_tasks_is_refused(model: AdaptedLlama, tasks: object, message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
+from lit_adapter.streams import say
 
 TARGETS = ("ours", "lit-llama", "litgpt", "peft")
 SOURCES = ("auto", "official", *TARGETS)
@@ -45,5 +46,5 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
     for line in convert_adapter(Path(options.source), Path(options.out), wishes):
-        print(line)
+        say(line)
     return 0

@@ -12,6 +12,7 @@ from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
 from lit_adapter.errors import UserError, counted, shorten
 from lit_adapter.generation.settings import Sampling, check_choices
+from lit_adapter.streams import say
 
 BATCH_SIZE = 16
 PROMPTS = (
@@ -51,7 +52,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
             choices=choices,
             overwrite=options.overwrite,
         )
-        out.write(f"wrote {target} ({counted(number, 'answer')})\n")
+        say(f"wrote {target} ({counted(number, 'answer')})", out)
         return 0
     if choices:
         answering.choose(choice.load(), task, choices, out)

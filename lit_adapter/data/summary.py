@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_adapter.errors import counted
+from lit_adapter.errors import counted, visible
+from lit_adapter.streams import Shown
 from lit_adapter.text.chat import control_pattern
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
@@ -106,16 +107,16 @@ def _example(data: AlpacaDataModule, *, color: bool) -> str:
     )
     before, after = (DIM, PLAIN) if color else ("[[", "]]")
     text = f"{before}{prompt}{after}{answer}" if prompt else answer
-    return "\n".join(f"  | {line}" for line in text.split("\n"))
+    return Shown("\n".join(f"  | {line}" for line in text.split("\n")))
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int], *, color: bool) -> str:
-    """Return the text of ``ids`` with their control tokens, which are marked."""
+    """Return the visible text of ``ids`` with their control tokens, which are marked."""
     before, after = (REVERSE, NOT_REVERSE) if color else ("{{", "}}")
-    spelled = {id_: f"{before}{name}{after}" for name, id_ in tokenizer.control_tokens.items()}
+    spelled = {id_: f"{before}{visible(name)}{after}" for name, id_ in tokenizer.control_tokens.items()}
     parts = []
     for mark, run in groupby(ids, spelled.get):
         tokens = list(run)
         text = b"".join(map(tokenizer.piece, tokens)).decode("utf-8", "replace")
-        parts.append(mark * len(tokens) if mark else text)
+        parts.append(mark * len(tokens) if mark else visible(text))
     return "".join(parts)

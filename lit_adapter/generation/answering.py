@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lit_adapter.config import Columns
 from lit_adapter.device import choose_device, choose_dtype
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, visible
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama, load
@@ -33,6 +33,7 @@ from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import write_answer
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
 from lit_adapter.weights.base_folder import find_base
 
@@ -89,10 +90,8 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
 
 def _write(pieces: Iterable[str], out: TextIO) -> None:
     for piece in pieces:
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-    out.flush()
+        write_answer(piece, out)
+    write_answer("\n", out)
 
 
 def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
@@ -113,7 +112,7 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
     for title, pieces in sides:
         table.add_column(title, ratio=1)
         # As Text: rich reads square brackets in a plain string as markup.
-        answers.append(Text("".join(pieces)))
+        answers.append(Text(visible("".join(pieces))))
     table.add_row(*answers)
     console.print(table)
 

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_adapter.arguments import whole_number
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.settings import Sampling
@@ -43,14 +45,16 @@ def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling)
         )
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch of nothing.
+def check_batch_size(given: Any) -> int:
+    """Return a batch size as Python's integer.
 
     Raises:
-        UserError: it is below 1.
+        UserError: it is below 1, or no whole number (a TypeError too).
     """
+    batch_size = whole_number("batch_size", given)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+    return batch_size
 
 
 def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_adapter.errors import shorten
+from lit_adapter.errors import WrongTypeError, shorten
 
 Task = tuple[str, str]
 """Instruction and input."""
@@ -17,11 +17,11 @@ def as_tasks(given: Iterable[Any]) -> list[Task]:
     Other keys of a record are ignored, as in training data.
 
     Raises:
-        TypeError: a single task instead of several, or an item that is not a task.
+        WrongTypeError: a single task instead of several, or an item that is not a task.
     """
     if isinstance(given, str | Mapping):
-        raise TypeError(
-            f"tasks must be a list of tasks, not {type(given).__name__}; for one task, pass [task]"
+        raise WrongTypeError(
+            f"tasks is of type {type(given).__name__}; expected a list of tasks: for one task, pass [task]"
         )
     return [_task(item, number) for number, item in enumerate(given)]
 
@@ -33,7 +33,7 @@ def _task(item: Any, number: int) -> Task:
         pair = (item, "") if isinstance(item, str) else item
     if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
         return pair[0], pair[1]
-    raise TypeError(
-        f"tasks[{number}] must be a str, a pair (instruction, input) of str, or a dict with the key "
-        f"'instruction', not {shorten(item)}"
+    raise WrongTypeError(
+        f"tasks[{number}] is {shorten(item)}; expected a str, a pair (instruction, input) of str, or a dict "
+        "with the key 'instruction'"
     )

@@ -9,6 +9,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from lit_adapter import streams
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
@@ -31,7 +32,7 @@ from lit_adapter.training.signals import Signals
 def finetune(
     config: Config,
     resume: str | None = None,
-    say: Say = print,
+    say: Say = streams.say,
     signals: Signals | None = None,
     *,
     dry_run: bool = False,

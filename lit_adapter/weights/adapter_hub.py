@@ -55,20 +55,23 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
 
 
 def push_adapter(
-    adapter: Path, name: str, *, private: bool = False, card: Path | None = None
+    adapter: Path, name: str, *, private: bool = False, card: Path | None = None, dry_run: bool = False
 ) -> tuple[str, str | None]:
     """Upload an adapter to a repository of the Hub, which is created if necessary.
 
     A new repository can be ``private``. The file ``card`` is its model card; by default, one is written from
-    the adapter's metadata, unless a card is already there: its author may have completed it.
+    the adapter's metadata, unless a card is already there: its author may have completed it. With ``dry_run``
+    everything is checked that needs neither a login nor the network, and nothing is sent.
 
     Returns:
-        The commit's address, and the card that was written, or None if the repository keeps its own.
+        The commit's address (``dry_run``: empty), and the card that was, or would be, written, or None if the
+        repository keeps its own.
 
     Raises:
         UserError: a file that is not an adapter, no login, or a refusal by the Hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
 
     from lit_adapter.weights.adapter_file import read_adapter
     from lit_adapter.weights.model_card import model_card
@@ -76,6 +79,9 @@ def push_adapter(
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
     text = read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    if dry_run:
+        asking_hub(name, None, lambda: validate_repo_id(name))
+        return "", text
     if get_token() is None:
         raise UserError("not logged in to the Hub; run 'hf auth login', or set HF_TOKEN")
     api: Any = HfApi()

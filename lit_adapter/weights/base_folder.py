@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, option
 from lit_adapter.files.read import read_json, reading
 from lit_adapter.model.config import LlamaConfig
 
@@ -45,7 +45,9 @@ def find_base(name: str) -> Path:
     with reading(folder):
         if folder.is_dir():
             return folder
-    raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
+    raise UserError(
+        f"base '{name}' is not in checkpoints/; convert it there, or give its folder with {option('base')}"
+    )
 
 
 def base_at_hand(name: str) -> Path | None:
