@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +17,9 @@ from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, Validatio
 from lit_adapter.data.records import Records, overlap, read_records, split
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
+from lit_adapter.files.paths import cache_folder
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
-
-
-def cache_folder() -> Path:
-    """Return the folder for encoded records: ``$LIT_ADAPTER_CACHE``, else in the user's cache folder.
-
-    Raises:
-        UserError: neither is known.
-    """
-    own = os.environ.get("LIT_ADAPTER_CACHE")
-    if own:
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
-    except RuntimeError:
-        raise UserError("no home folder for encoded data; name a folder in LIT_ADAPTER_CACHE") from None
 
 
 def load_records(source: str, columns: Columns) -> Records:

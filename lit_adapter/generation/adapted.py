@@ -30,6 +30,7 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
+from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import find_base, read_config
 from lit_adapter.weights.load import load_base
 
@@ -187,6 +188,7 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     template: str | None = None,
+    verify: bool = False,
 ) -> AdaptedLlama:
     """Load an adapter on its base, or a plain base.
 
@@ -197,9 +199,10 @@ def load(
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
             faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
+        verify: compare every byte of the base with its checksums, also where its files look unchanged.
 
     Raises:
-        UserError: files that are missing, damaged, or do not belong together.
+        UserError: files that are missing, damaged, changed, or do not belong together.
     """
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
@@ -210,6 +213,7 @@ def load(
     if info is not None:
         check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)
+    check_content(folder, everything=verify)
     tokenizer = load_tokenizer(folder)
     if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):
         dtype = torch.float32

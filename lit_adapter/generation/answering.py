@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +31,7 @@ from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
+from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import find_base
 
 COLUMN_WIDTH = 48
@@ -37,7 +40,7 @@ COLUMN_WIDTH = 48
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load, as `load` takes it, and whether its adapter answers."""
+    """What to load, as `load` takes it, whether its adapter answers, and whether to verify the base first."""
 
     adapter: str | None
     base: str | None
@@ -45,11 +48,14 @@ class ModelChoice:
     dtype: str | None
     template: str | None
     no_adapter: bool
+    verify: bool = False
 
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
         """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
         model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
+        if self.verify:
+            check_content(self.base_folder(), everything=True, say=partial(print, file=sys.stderr))
         return model.base if self.no_adapter else model
 
     def base_folder(self) -> Path:

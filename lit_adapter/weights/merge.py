@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
+from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import find_base
 from lit_adapter.weights.convert import write_base
 from lit_adapter.weights.huggingface import HuggingFaceSource
@@ -47,6 +48,7 @@ def merge(
     _refuse_unmergeable(info, adapter)
     folder = find_base(info.base.name) if base is None else base
     check_base(info, folder, adapter)
+    check_content(folder, everything=True)  # all of it is read anyway, and the result is kept
     out = out.absolute()
     sweep_leftovers(out)
     for source in (adapter, folder):
