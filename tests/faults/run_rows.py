@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from bench import Bench, Outcome, Row
+from safetensors.torch import load_file, save_file
 
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
@@ -151,19 +152,20 @@ def spike(bench: Bench) -> Outcome:
 
 def other_base(bench: Bench) -> Outcome:
     """A base with other weights and another tokenizer than the run had."""
-    base = bench.copy_base("other")
-    fingerprint = json.loads((base / "fingerprint.json").read_text())
-    changed = {"weights": "0" * 64, "tokenizer": "1" * 64}
-    (base / "fingerprint.json").write_text(json.dumps(fingerprint | changed))
-    return resumed(lambda run: None, "--base", base)(bench)
+
+    def change(source: Path) -> None:
+        state = load_file(source / "model.safetensors")
+        state["model.norm.weight"] += 1
+        save_file(state, source / "model.safetensors")
+        edit(source / "tokenizer_config.json", add_bos_token=False)
+
+    return resumed(lambda run: None, "--base", bench.new_base(change))(bench)
 
 
 def other_numbers(bench: Bench) -> Outcome:
     """The same weights under another configuration, and another context, which no number depends on."""
-    base = bench.copy_base("other")
-    config = json.loads((base / "config.json").read_text())
-    config |= {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
-    (base / "config.json").write_text(json.dumps(config))
+    values = {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
+    base = bench.new_base(lambda source: edit(source / "config.json", **values))
     return resumed(lambda run: None, "--base", base)(bench)
 
 
@@ -176,6 +178,10 @@ def other_held_out_records(bench: Bench) -> Outcome:
 def devices_that_do_not_divide(bench: Bench) -> Outcome:
     """More devices are allowed on a resume, and said: a step's records are dealt out anew."""
     return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 READ_ONLY = "/proc/run"
