@@ -31,7 +31,8 @@ from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_folder import find_base, read_config
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_search import find_base
 from lit_adapter.weights.load import load_base
 
 Task = tuple[str, str]
@@ -194,7 +195,8 @@ def load(
 
     Args:
         adapter: an ``adapter.safetensors``; None for the plain base.
-        base: a converted base folder; by default the one the adapter names, under ``checkpoints/``.
+        base: a converted base folder; by default the one the adapter names (`base_search` says where it is
+            looked for).
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
             faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
@@ -209,7 +211,9 @@ def load(
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
-    folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
+    folder = Path(str(base))
+    if base is None and info is not None:
+        folder = find_base(info.base.name, Path(str(adapter)))
     if info is not None:
         check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)

@@ -32,7 +32,7 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
 from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_folder import find_base
+from lit_adapter.weights.base_search import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
@@ -62,7 +62,8 @@ class ModelChoice:
         """Return the chosen base, or the one that the adapter names."""
         if self.base:
             return Path(self.base)
-        return find_base(read_adapter(Path(str(self.adapter)))[0].base.name)
+        adapter = Path(str(self.adapter))
+        return find_base(read_adapter(adapter)[0].base.name, adapter)
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""

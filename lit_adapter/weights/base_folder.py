@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files.read import read_json, reading
+from lit_adapter.files.read import read_json
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 2
@@ -47,26 +47,6 @@ def weight_files(folder: Path) -> list[Path]:
 def tensor_line(name: str, dtype: str, shape: Sequence[int]) -> bytes:
     """Return what a tensor's checksum covers before its bytes; ``dtype`` is safetensors' name for it."""
     return f"{name} {dtype} {list(shape)}\n".encode()
-
-
-def find_base(name: str) -> Path:
-    """Return the folder of the base that an adapter names.
-
-    Raises:
-        UserError: it is not in ``checkpoints/`` of the working directory.
-    """
-    folder = Path("checkpoints") / name
-    with reading(folder):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
-
-
-def base_at_hand(name: str) -> Path | None:
-    """Return the folder of the base that an adapter names, or None if it is not there."""
-    folder = Path("checkpoints") / name
-    with reading(folder):
-        return folder if (folder / FINGERPRINT).is_file() else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
