@@ -98,7 +98,7 @@ def _run(
         config.data,
         tokenizer=base.tokenizer,
         template=template,
-        tokenizer_key=base.identity.tokenizer,
+        tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
         batch_size=config.optim.batch_size,
         row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
         seed=config.seed,

@@ -169,6 +169,24 @@ def other_numbers(bench: Bench) -> Outcome:
     return resumed(lambda run: None, "--base", base)(bench)
 
 
+def other_stop_ids(source: Path) -> None:
+    edit(source / "generation_config.json", eos_token_id=[1, 7])
+
+
+def more_records(bench: Bench) -> Outcome:
+    records = json.loads(bench.records.read_text())
+    path = bench.file("more.json", [*records, {"instruction": "Say it", "output": "It"}])
+    return resumed(lambda run: None, "--data.train", path)(bench)
+
+
+def moved(bench: Bench) -> Outcome:
+    """The folder of a run goes elsewhere; its configuration still names the old place."""
+    run = bench.copy_finished_run()
+    config = run.rename(run.with_name("moved")) / "config.yaml"
+    config.write_text(config.read_text().replace(str(bench.finished), str(run)))
+    return bench.finetune("--config", config, "--resume", "last")
+
+
 def other_held_out_records(bench: Bench) -> Outcome:
     """Held-out records in a file, where they were a part of the training records."""
     path = bench.file("val.json", [{"instruction": "Say it", "output": "It"}])
@@ -252,10 +270,46 @@ ROWS = [
         73,
         "other base",
         other_base,
-        r"another run: base was '\w+', now '0{16}'; tokenizer was '\w+', now '1{16}'$",
+        r"another run: base \S+other: its weights are not those of \S+tiny with which the run began; "
+        r"base \S+other: its tokenizer is not that of \S+tiny with which the run began$",
     ),
     Row(73, "other numbers", other_numbers, r"another run: base.norm_eps was 1e-06, now 0.5$"),
-    Row(73, "other held-out records", other_held_out_records, r"data.val_records was '\w+', now '\w+'"),
+    Row(
+        73,
+        "other held-out records",
+        other_held_out_records,
+        r"another run: data.val \S+val\.json: other records are held out \(8 records then, 1 now\)$",
+    ),
+    Row(
+        73,
+        "more records",
+        more_records,
+        r"another run: data\.train \S+more\.json: its records have changed \(48 records then, 49 now\)$",
+    ),
+    Row(
+        73,
+        "another split",
+        resumed(lambda run: None, "--data.val_size", 5),
+        r"another run: data.val, data.val_size: other records are held out \(8 records then, 5 now\)$",
+    ),
+    Row(
+        73,
+        "another template",
+        resumed(lambda run: None, "--data.template", "alpaca-newline"),
+        r"another run: data\.template: its kind was 'alpaca', now 'alpaca-newline'$",
+    ),
+    Row(
+        73,
+        "other stop ids",
+        lambda b: resumed(lambda run: None, "--base", b.new_base(other_stop_ids))(b),
+        r"another run: base\.stop_ids was \[1\], now \[1, 7\]$",
+    ),
+    Row(
+        71,
+        "folder moved",
+        moved,
+        r"run: no such run folder.* if the folder was moved, give its place with --out$",
+    ),
     Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
     Row(
         73,
