@@ -178,7 +178,10 @@ def test_another_run_is_not_resumed(tiny: Callable[..., Config]) -> None:
         (["--seed", "5"], "seed was 1337, now 5"),
         (["--optim.batch_size", "4"], "optim.batch_size was 8, now 4"),
         (["--adapter.gate", "identity"], "adapter.gate was 'tanh', now 'identity'"),
-        (["--data.template", "alpaca-newline"], "template was"),
+        (
+            ["--data.template", "alpaca-newline"],
+            r"data\.template: its kind was 'alpaca', now 'alpaca-newline'$",
+        ),
         (["--optim.schedule", "linear"], "optim.schedule was 'cosine', now 'linear'"),
     ):
         with pytest.raises(UserError, match=message):

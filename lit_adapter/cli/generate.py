@@ -80,6 +80,7 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
+    parser.add_argument("--verify", action="store_true", help="compare all of the base with its checksums")
     _add_sampling(parser)
     options = parse(parser, argv)
     _check(options)

@@ -34,7 +34,9 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_folder import find_base, read_config
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_search import find_base
 from lit_adapter.weights.load import load_base
 
 
@@ -302,23 +304,26 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     template: str | None = None,
+    verify: bool = False,
 ) -> AdaptedLlama:
     """Load an adapter on its base, or a plain base.
 
     Args:
         adapter: an ``adapter.safetensors``; None for the plain base.
-        base: a converted base folder; by default the one the adapter names, under ``checkpoints/``.
+        base: a converted base folder; by default the one the adapter names (`base_search` says where it is
+            looked for).
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
             faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
+        verify: compare every byte of the base with its checksums, also where its files look unchanged.
 
     Returns:
         A model that several threads may use; a process forked after loading cannot (`AdaptedLlama`).
 
     Raises:
-        UserError: files that are missing, damaged, or do not belong together; an argument out of its range,
-            or of another type. It is a ValueError, and for types a TypeError too.
+        UserError: files that are missing, damaged, changed, or do not belong together; an argument out of its
+            range, or of another type. It is a ValueError, and for types a TypeError too.
     """
     _check_kinds(adapter, base, device, dtype, template)
     if adapter is None and base is None:
@@ -326,10 +331,13 @@ def load(
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
-    folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
+    folder = Path(str(base))
+    if base is None and info is not None:
+        folder = find_base(info.base.name, Path(str(adapter)))
     if info is not None:
         check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)
+    check_content(folder, everything=verify)
     tokenizer = load_tokenizer(folder)
     if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):
         dtype = torch.float32

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,7 +37,8 @@ from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import write_answer
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
-from lit_adapter.weights.base_folder import find_base
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_search import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
@@ -44,7 +47,7 @@ CHOICE_COLUMNS = ("probabilities", "log_likelihoods")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load, as `load` takes it, and whether its adapter answers."""
+    """What to load, as `load` takes it, whether its adapter answers, and whether to verify the base first."""
 
     adapter: str | None
     base: str | None
@@ -52,18 +55,22 @@ class ModelChoice:
     dtype: str | None
     template: str | None
     no_adapter: bool
+    verify: bool = False
 
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
         """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
         model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
+        if self.verify:
+            check_content(self.base_folder(), everything=True, say=partial(print, file=sys.stderr))
         return model.base if self.no_adapter else model
 
     def base_folder(self) -> Path:
         """Return the chosen base, or the one that the adapter names."""
         if self.base:
             return Path(self.base)
-        return find_base(read_adapter(Path(str(self.adapter)))[0].base.name)
+        adapter = Path(str(self.adapter))
+        return find_base(read_adapter(adapter)[0].base.name, adapter)
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""

@@ -23,7 +23,7 @@ from lit_adapter.training.lightning_internals import rank
 from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines, write_adapter
-from lit_adapter.training.processes import follow
+from lit_adapter.training.processes import follow, is_first_of_node
 from lit_adapter.training.resume import find_resume_point, is_written, saved_identity
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.signals import Signals
@@ -36,6 +36,7 @@ def finetune(
     signals: Signals | None = None,
     *,
     dry_run: bool = False,
+    verify: bool = False,
 ) -> int:
     """Train an adapter.
 
@@ -45,6 +46,7 @@ def finetune(
         say: gets each line for the user; only the first process calls it.
         signals: signal handlers that are installed already; by default they are installed here.
         dry_run: print the plan, try three steps, and leave nothing in the run folder.
+        verify: compare every byte of the base with its checksums, also where its files look unchanged.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
@@ -57,7 +59,8 @@ def finetune(
     if signals is None:
         signals = Signals()
         signals.install()
-    run = partial(_run, config, resume, folder, signals, dry_run=dry_run)
+    verify = verify and is_first_of_node()
+    run = partial(_run, config, resume, folder, signals, dry_run=dry_run, verify=verify)
     try:
         with quiet_lightning():
             if rank() > 0:
@@ -73,12 +76,19 @@ def finetune(
 
 
 def _run(
-    config: Config, resume: str | None, folder: RunFolder, signals: Signals, say: Say, *, dry_run: bool
+    config: Config,
+    resume: str | None,
+    folder: RunFolder,
+    signals: Signals,
+    say: Say,
+    *,
+    dry_run: bool,
+    verify: bool,
 ) -> int:
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
     config = with_learning_rate(config)
-    base = read_base(config)
+    base = read_base(config, say, verify=verify)
     saved = saved_identity(resume, folder)
     placement = choose_placement(config, base.config, saved.get("precision"), say)
     template = resolve_template(config.data.template, base.tokenizer)
@@ -89,7 +99,7 @@ def _run(
         config.data,
         tokenizer=base.tokenizer,
         template=template,
-        tokenizer_key=base.identity.tokenizer,
+        tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
         batch_size=config.optim.batch_size,
         row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
         seed=config.seed,

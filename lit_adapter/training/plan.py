@@ -57,6 +57,9 @@ def make_plan(
         "template": data.template.to_dict(),
         "precision": placement.precision,
         "init_from": initial.sha256,
+        "base.bos_id": base.tokenizer.bos_id,
+        "base.eos_id": base.tokenizer.eos_id,
+        "base.stop_ids": sorted(base.tokenizer.stop_ids),
         **{f"base.{key}": value for key, value in base.config.computed().items()},
         **{f"data.{key}": value for key, value in data.identity().items()},
     }

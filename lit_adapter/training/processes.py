@@ -95,6 +95,11 @@ def start_processes(options: TrainerConfig, device: torch.device, on_death: Call
     _in_background(_wait_for_death, children, network.node_rank() * local + 1, on_death)
 
 
+def is_first_of_node() -> bool:
+    """Tell whether this is the first process of its node, or the only one."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def follow(train: Callable[[], int], signals: Signals) -> int:
     """Run ``train`` as one of the other processes, which ends with the first and leaves the printing to it.
 

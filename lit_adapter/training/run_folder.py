@@ -71,7 +71,10 @@ class RunFolder:
                 raise UserError(f"{self.path}: holds files, but no run; choose another --out")
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
-            raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
+            raise UserError(
+                f"{self.path}: no such run folder, nothing to resume; start without --resume, or if the "
+                "folder was moved, give its place with --out"
+            )
         check_writable(self.path)
 
     def _holds_files(self) -> bool:

@@ -10,7 +10,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
-from lit_adapter.weights.base_folder import base_at_hand
+from lit_adapter.weights.base_search import base_at_hand
 from lit_adapter.weights.download import fetch_files, list_files
 
 ADAPTER = "adapter.safetensors"
@@ -49,9 +49,14 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
-    have = "is there" if base_at_hand(info.base.name) else "is not there: fetch or convert the base"
+    base = base_at_hand(info.base.name, out)
+    have = (
+        f"{base} is there"
+        if base
+        else f"checkpoints/{info.base.name} is not there: fetch or convert the base"
+    )
     first = f"{out} is already there" if there else f"wrote {out}"
-    return [first, f"its base checkpoints/{info.base.name} {have}"]
+    return [first, f"its base {have}"]
 
 
 def push_adapter(
@@ -78,7 +83,8 @@ def push_adapter(
 
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
-    text = read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    base = base_at_hand(info.base.name, adapter)
+    text = read_text(card) if card is not None else model_card(info, name, base)
     if dry_run:
         asking_hub(name, None, lambda: validate_repo_id(name))
         return "", text

@@ -21,6 +21,7 @@ from lit_adapter.cli.convert_adapter import main as convert_adapter_main
 from lit_adapter.cli.finetune import main as finetune_main
 from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.errors import UserError
+from lit_adapter.weights.convert import convert
 
 ROOT = Path(__file__).parents[2]
 OK = {"instruction": "a", "output": "b"}
@@ -135,6 +136,12 @@ class Bench:
     def copy_source(self) -> Path:
         """Copy the Hugging Face folder that the tiny base was converted from."""
         return Path(shutil.copytree(self.base.parent / "source", self.folder / "source"))
+
+    def new_base(self, change: Callable[[Path], object], name: str = "other") -> Path:
+        """Convert the source of the tiny base after a change."""
+        source = self.copy_source()
+        change(source)
+        return convert(source, self.folder / name)
 
     def snapshot(self) -> dict[Path, bytes]:
         """Every file and its content."""

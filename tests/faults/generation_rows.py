@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from bench import Bench, Outcome, Row
@@ -28,12 +29,15 @@ def most(bench: Bench, **settings: float) -> str:
     return f"answered: {isinstance(text, str)}"
 
 
-def with_base_numbers(bench: Bench, value: float) -> str:
-    """A base whose output layer holds NaN or infinity."""
-    folder = bench.copy_base("broken")
-    state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"][3, 3] = value
-    save_file(state, folder / "model.safetensors")
+def beyond_fp32(bench: Bench, tensor: str) -> str:
+    """A base whose weights are finite, but not what it computes from them."""
+
+    def change(source: Path) -> None:
+        state = load_file(source / "model.safetensors")
+        state[tensor].fill_(3e38)
+        save_file(state, source / "model.safetensors")
+
+    folder = bench.new_base(change)
     model: AdaptedLlama = lit_adapter.load(base=folder, device="cpu", dtype="float32")
     return model.generate("Say it back.", max_new_tokens=4)
 
@@ -146,7 +150,7 @@ ROWS = [
     Row(
         86,
         "logits nan",
-        call(with_base_numbers, value=torch.nan),
+        call(beyond_fp32, tensor="model.norm.weight"),
         r"logits are NaN or infinite; the base",
         2,
         True,
@@ -154,7 +158,7 @@ ROWS = [
     Row(
         86,
         "logits inf",
-        call(with_base_numbers, value=torch.inf),
+        call(beyond_fp32, tensor="lm_head.weight"),
         r"logits are NaN or infinite; the base",
         2,
         True,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from bench import Bench, Outcome, Row
+from safetensors.torch import load_file, save_file
 
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
@@ -151,20 +152,39 @@ def spike(bench: Bench) -> Outcome:
 
 def other_base(bench: Bench) -> Outcome:
     """A base with other weights and another tokenizer than the run had."""
-    base = bench.copy_base("other")
-    fingerprint = json.loads((base / "fingerprint.json").read_text())
-    changed = {"weights": "0" * 64, "tokenizer": "1" * 64}
-    (base / "fingerprint.json").write_text(json.dumps(fingerprint | changed))
-    return resumed(lambda run: None, "--base", base)(bench)
+
+    def change(source: Path) -> None:
+        state = load_file(source / "model.safetensors")
+        state["model.norm.weight"] += 1
+        save_file(state, source / "model.safetensors")
+        edit(source / "tokenizer_config.json", add_bos_token=False)
+
+    return resumed(lambda run: None, "--base", bench.new_base(change))(bench)
 
 
 def other_numbers(bench: Bench) -> Outcome:
     """The same weights under another configuration, and another context, which no number depends on."""
-    base = bench.copy_base("other")
-    config = json.loads((base / "config.json").read_text())
-    config |= {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
-    (base / "config.json").write_text(json.dumps(config))
+    values = {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
+    base = bench.new_base(lambda source: edit(source / "config.json", **values))
     return resumed(lambda run: None, "--base", base)(bench)
+
+
+def other_stop_ids(source: Path) -> None:
+    edit(source / "generation_config.json", eos_token_id=[1, 7])
+
+
+def more_records(bench: Bench) -> Outcome:
+    records = json.loads(bench.records.read_text())
+    path = bench.file("more.json", [*records, {"instruction": "Say it", "output": "It"}])
+    return resumed(lambda run: None, "--data.train", path)(bench)
+
+
+def moved(bench: Bench) -> Outcome:
+    """The folder of a run goes elsewhere; its configuration still names the old place."""
+    run = bench.copy_finished_run()
+    config = run.rename(run.with_name("moved")) / "config.yaml"
+    config.write_text(config.read_text().replace(str(bench.finished), str(run)))
+    return bench.finetune("--config", config, "--resume", "last")
 
 
 def other_held_out_records(bench: Bench) -> Outcome:
@@ -176,6 +196,10 @@ def other_held_out_records(bench: Bench) -> Outcome:
 def devices_that_do_not_divide(bench: Bench) -> Outcome:
     """More devices are allowed on a resume, and said: a step's records are dealt out anew."""
     return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 READ_ONLY = "/proc/run"
@@ -246,10 +270,46 @@ ROWS = [
         73,
         "other base",
         other_base,
-        r"another run: base was '\w+', now '0{16}'; tokenizer was '\w+', now '1{16}'$",
+        r"another run: base \S+other: its weights are not those of \S+tiny with which the run began; "
+        r"base \S+other: its tokenizer is not that of \S+tiny with which the run began$",
     ),
     Row(73, "other numbers", other_numbers, r"another run: base.norm_eps was 1e-06, now 0.5$"),
-    Row(73, "other held-out records", other_held_out_records, r"data.val_records was '\w+', now '\w+'"),
+    Row(
+        73,
+        "other held-out records",
+        other_held_out_records,
+        r"another run: data.val \S+val\.json: other records are held out \(8 records then, 1 now\)$",
+    ),
+    Row(
+        73,
+        "more records",
+        more_records,
+        r"another run: data\.train \S+more\.json: its records have changed \(48 records then, 49 now\)$",
+    ),
+    Row(
+        73,
+        "another split",
+        resumed(lambda run: None, "--data.val_size", 5),
+        r"another run: data.val, data.val_size: other records are held out \(8 records then, 5 now\)$",
+    ),
+    Row(
+        73,
+        "another template",
+        resumed(lambda run: None, "--data.template", "alpaca-newline"),
+        r"another run: data\.template: its kind was 'alpaca', now 'alpaca-newline'$",
+    ),
+    Row(
+        73,
+        "other stop ids",
+        lambda b: resumed(lambda run: None, "--base", b.new_base(other_stop_ids))(b),
+        r"another run: base\.stop_ids was \[1\], now \[1, 7\]$",
+    ),
+    Row(
+        71,
+        "folder moved",
+        moved,
+        r"run: no such run folder.* if the folder was moved, give its place with --out$",
+    ),
     Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
     Row(
         73,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import base_rows
 import config_rows
 import data_rows
 import generation_rows
@@ -26,6 +27,7 @@ TABLE: list[Row] = [
     *config_rows.ROWS,
     *run_rows.ROWS,
     *generation_rows.ROWS,
+    *base_rows.ROWS,
     *hostile_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"
