@@ -23,7 +23,7 @@ from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines, write_adapter
 from lit_adapter.training.processes import follow
-from lit_adapter.training.resume import find_resume_point, is_written, saved_identity
+from lit_adapter.training.resume import find_resume_point, is_written, saved_run
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.signals import Signals
 
@@ -78,10 +78,10 @@ def _run(
     started = time.perf_counter()
     config = with_learning_rate(config)
     base = read_base(config)
-    saved = saved_identity(resume, folder)
-    placement = choose_placement(config, base.config, saved.get("precision"), say)
+    saved = saved_run(resume, folder)
+    placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
     template = resolve_template(config.data.template, base.tokenizer)
-    initial = read_initial_adapter(config, base, template, saved.get("init_from"), say)
+    initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)
 
     busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
     data = AlpacaDataModule(
@@ -94,7 +94,7 @@ def _run(
         seed=config.seed,
         say=say,
     ).read()
-    plan = make_plan(config, base, placement, initial, data)
+    plan = make_plan(config, base, placement, initial, data, saved)
     data.total_steps = plan.steps
     for line in describe(data, color=sys.stdout.isatty()):
         say(line)

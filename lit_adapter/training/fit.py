@@ -76,7 +76,7 @@ def validation_of(plan: Plan, point: ResumePoint) -> tuple[Validation, bool]:
 
     That step is then validated again, and what was drawn at it is drawn again.
     """
-    validation = Validation(plan.config.trainer.val_every or max(1, plan.steps // 10))
+    validation = Validation(plan.config.trainer.val_every or plan.steps)
     return validation, validation.due(point.step, plan.steps) and not point.is_validated
 
 
