@@ -95,7 +95,7 @@ class OptimConfig:
     """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
     speed, and results only through what adapter.dropout draws."""
     epochs: float | None = None
-    """Passes over the training records; null: chosen from their number, for about 100 steps (3 to 15 passes)."""
+    """Passes over the training records; null: 3 to 15, chosen for about 100 optimizer steps."""
     max_steps: int | None = None
     """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None

@@ -66,4 +66,5 @@ def few_steps(config: Config, steps: int, n_records: int) -> str | None:
     else:
         smaller = max(1, n_records // math.ceil(ENOUGH_STEPS / MOST_EPOCHS))
         advice = f"try optim.batch_size {smaller} with optim.epochs {MOST_EPOCHS}, or add records"
-    return f"{counted(steps, 'step')} may be too few to learn from, {ENOUGH_STEPS} are usually enough; {advice}"
+    few = f"{counted(steps, 'step')} may be too few to learn from, {ENOUGH_STEPS} are usually enough"
+    return f"{few}; {advice}"

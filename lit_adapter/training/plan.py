@@ -49,6 +49,15 @@ class Plan:
     """What the memory of a step depends on."""
     identity: RunIdentity
 
+    @property
+    def n_trained(self) -> int:
+        """The number of trained parameters."""
+        return _total(adapter_shapes(self.config.adapter, self.base.config))
+
+
+def _total(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
 
 def make_plan(
     config: Config,
@@ -100,13 +109,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     config, optim, base, steps = plan.config, plan.config.optim, plan.base.config, plan.steps
     yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
     yield check_disk(Path(config.out), base, config, steps)
-    frozen, trained = (
-        sum(math.prod(shape) for shape in shapes.values())
-        for shapes in (base_shapes(base), adapter_shapes(config.adapter, base))
-    )
     yield (
-        f"model: {plan.base.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-        f"({parameter_counts(config.adapter, base)})"
+        f"model: {plan.base.identity.name}, {_total(base_shapes(base)):,} frozen parameters; adapter: "
+        f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
     length = f"; epochs {plan.epochs:g}, {plan.why_epochs}" if plan.why_epochs else ""
     yield (

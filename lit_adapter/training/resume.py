@@ -75,7 +75,10 @@ def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
 
 
 def _stored(checkpoint: dict[str, Any]) -> RunIdentity:
-    """Return what a checkpoint says of its run; versions that stored no ``val_every`` took a tenth of the run."""
+    """Return what a checkpoint says of its run.
+
+    Without a ``val_every``, which an earlier version left open, it validated after each tenth of the run.
+    """
     stored = RunIdentity(**checkpoint["lit_adapter"])
     if stored.changeable.get("trainer.val_every", 0) is None:
         stored.changeable["trainer.val_every"] = max(1, stored.steps // 10)

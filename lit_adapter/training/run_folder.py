@@ -4,18 +4,18 @@ RUN/config.yaml              the resolved configuration
 RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
 RUN/best.safetensors         the adapter with the lowest held-out loss
 RUN/adapter.safetensors      the adapter at the end
+RUN/run.json                 what the run was, cost and reached
 RUN/tensorboard/             curves, gates and sample texts
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
@@ -40,6 +40,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter.safetensors"
         self.best = path / "best.safetensors"
+        self.record = path / "run.json"
         self.tensorboard = path / "tensorboard"
         self._lock = LockFile(path / LOCK, path, "--out")
 
@@ -120,32 +121,33 @@ class RunFolder:
     def set_aside(self, step: int, say: Say) -> None:
         """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
-        if later and self._best_step() > step:
+        if later and self.lowest()[0] > step:
             later.append(self.best)
         for path in sorted(later):
             aside = free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run resumed from step {step}; kept as {aside.name}")
 
-    def _best_step(self) -> int:
-        """Return the step of the best adapter; -1 if there is none that can be read."""
+    def lowest(self) -> tuple[int, float]:
+        """Return the step and held-out loss of ``best.safetensors``; -1 and NaN if it cannot be read."""
         if not self.best.is_file():
-            return -1
+            return -1, math.nan
         try:
-            return int(read_adapter(self.best)[0].training.get("steps", -1))
+            training = read_adapter(self.best)[0].training
         except UserError:
-            return -1
+            return -1, math.nan
+        return int(training.get("steps", -1)), float(training.get("val_loss", math.nan))
 
 
 class AnotherRunError(UserError):
     """The checkpoint is usable, but its run has another identity."""
 
 
-def saved_config(config: Config) -> str:
-    """Return a configuration as YAML that `parse_finetune` reads, with ``~`` for the home folder."""
+def saved_values(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain values that `parse_finetune` reads, with ``~`` for the home folder."""
     values = plain(asdict(config))
     fields = [(values, key) for key in ("base", "out", "init_from")]
     fields += [(values["data"], key) for key in ("train", "val", "template")]
     for section, key in fields:
         section[key] = section[key] and without_home(section[key])
-    return yaml.safe_dump(values, sort_keys=False)
+    return dict(values)
