@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lit_adapter.errors import counted
+from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.notices import Say
@@ -19,14 +19,17 @@ def conclude(plan: Plan, module: LitAdapter, folder: RunFolder, record: RunRecor
     """Write the adapter of a run that has taken all its steps, and say which file to use.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the run folder is gone; it then lies in a new one.
     """
     data = record.data
+    gone = None if folder.is_there() else folder.leave()
     steps = data.finished_steps
     summary: dict[str, Any] = {"steps": steps, "train_loss": module.last["loss"]}
     if data.val_packer is not None:
         summary["val_loss"] = module.val_loss
     write_adapter(plan, folder.adapter, adapter_state(module.model), summary)
+    if gone is not None:
+        raise UserError(f"{gone}; its adapter is {folder.adapter}")
     size = folder.adapter.stat().st_size
     took = f"after {counted(steps, 'step')}, {record.seconds:.0f} s in all"
     say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, folder, steps)}")

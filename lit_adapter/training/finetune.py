@@ -110,7 +110,7 @@ def _run(
     module = make_module(plan, model, signals)
     if dry_run:
         return try_steps(plan, point, module, data, folder, say)
-    record = RunRecord(folder.record, plan, data, Notices(say, plan.config.optim.peak_lr), started)
+    record = RunRecord(folder, plan, data, Notices(say, plan.config.optim.peak_lr), started)
     trainer = train(plan, point, module, data, folder, record, say)
     if signals.agreed:
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)

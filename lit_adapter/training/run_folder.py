@@ -11,6 +11,7 @@ RUN/tensorboard/             curves, gates and sample texts
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from typing import Any
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.files.locks import LockFile
+from lit_adapter.files.locks import LockFile, is_at
 from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import check_writable, is_temporary, sweep
@@ -35,6 +36,11 @@ class RunFolder:
     """The files of one run."""
 
     def __init__(self, path: Path) -> None:
+        self._set_names(path)
+        self._lock = LockFile(path / LOCK, path, "--out")
+        self._descriptor: int | None = None
+
+    def _set_names(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
@@ -42,7 +48,6 @@ class RunFolder:
         self.best = path / "best.safetensors"
         self.record = path / "run.json"
         self.tensorboard = path / "tensorboard"
-        self._lock = LockFile(path / LOCK, path, "--out")
 
     def open(self, *, resume: bool) -> None:
         """Lock the folder for this process, and check that it can be written.
@@ -52,6 +57,7 @@ class RunFolder:
         """
         self.check(resume=resume)
         self._lock.acquire()
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self.check(resume=resume)  # a run may have started and ended since the first check
         except UserError:
@@ -86,8 +92,23 @@ class RunFolder:
     def close(self) -> None:
         """Release the folder, and remove it if it is empty."""
         self._lock.release()
+        if self._descriptor is None:
+            return
         with suppress(OSError):
-            self.path.rmdir()
+            if self.is_there():
+                self.path.rmdir()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def is_there(self) -> bool:
+        """Tell whether the folder that this process has opened is still the one with its name."""
+        return self._descriptor is None or is_at(self.path, self._descriptor)
+
+    def leave(self) -> str:
+        """Take a new folder beside the one that is gone; return what has happened, for a message."""
+        gone = self.path
+        self._set_names(free_path(gone.with_name(f"{gone.name}.rescued")))
+        return f"{gone}: the run folder was moved or deleted while the run went on"
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the name of the checkpoint after ``step`` optimizer steps."""

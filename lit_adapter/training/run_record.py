@@ -8,7 +8,6 @@ import platform
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from lit_adapter.files.write import write_json
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.notices import Notices
 from lit_adapter.training.plan import Plan
-from lit_adapter.training.run_folder import saved_values
+from lit_adapter.training.run_folder import RunFolder, saved_values
 from lit_adapter.training.strategy import n_processes
 
 FORMAT = 1
@@ -36,9 +35,9 @@ class RunRecord(Callback):
     """
 
     def __init__(
-        self, path: Path, plan: Plan, data: AlpacaDataModule, notices: Notices, started: float
+        self, folder: RunFolder, plan: Plan, data: AlpacaDataModule, notices: Notices, started: float
     ) -> None:
-        self.path, self.plan, self.data, self.notices = path, plan, data, notices
+        self.folder, self.plan, self.data, self.notices = folder, plan, data, notices
         self.held_out: list[list[float]] = []
         """Step and held-out loss of each validation."""
         self.tokens, self.step_seconds, self.starts = 0, 0.0, 1
@@ -97,8 +96,8 @@ class RunRecord(Callback):
         return self.notices.divergence(module.val_loss, module.skipped_steps, self.data.finished_steps)
 
     def _write(self, trainer: Any, module: LitAdapter, status: str) -> None:
-        if trainer.is_global_zero:
-            write_json(self.path, {"format": FORMAT, "status": status} | self.contents(module))
+        if trainer.is_global_zero and self.folder.is_there():
+            write_json(self.folder.record, {"format": FORMAT, "status": status} | self.contents(module))
 
     def contents(self, module: LitAdapter) -> dict[str, Any]:
         """Return what the file says besides its format and status; NaN and infinity are null."""
