@@ -39,11 +39,10 @@ def update(first: Tensor, second: Tensor, optim: OptimConfig, step: int) -> Tens
 
 
 def largest_update(optim: OptimConfig, step: int) -> float:
-    """Return what no update exceeds, as a share of the rate, whatever the gradients: by Cauchy and Schwarz."""
+    """What no update exceeds, as a share of the rate, whatever the gradients: by Cauchy and Schwarz."""
     beta1, beta2 = optim.betas
-    averages = (
-        (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(sum((beta1**2 / beta2) ** k for k in range(step)))
-    )
+    weights = sum((beta1**2 / beta2) ** age for age in range(step))
+    averages = (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(weights)
     return averages * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
@@ -59,8 +58,8 @@ def test_gradients_agree_and_adapters_as_far_as_adamw_lets_them(
 ) -> None:
     """The averages are linear in the gradients, or in their squares, so they show whether those agree.
 
-    What the adapters differ by is AdamW's update of those averages and nothing else. It divides by their size,
-    so an element whose gradient is no larger than rounding may move by the learning rate in either direction.
+    What the adapters differ by is AdamW's update of those averages and nothing else. It divides by their
+    size, so an element whose gradient is no larger than rounding may move by the rate in either direction.
     """
     options = [
         "--optim.max_steps",

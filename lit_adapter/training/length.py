@@ -10,9 +10,9 @@ from lit_adapter.errors import counted
 from lit_adapter.training.run_identity import RunIdentity
 
 ENOUGH_STEPS = 100
-"""Optimizer steps after which an adapter usually answers as its records do."""
+"""Optimizer steps that the chosen epochs aim at."""
 LEAST_EPOCHS, MOST_EPOCHS = 3, 15
-"""Bounds of the chosen epochs: many records are seen often enough, and few ones not too often."""
+"""Bounds of the chosen epochs."""
 FEW_STEPS = 50
 """A run with fewer steps gets a warning."""
 LEAST_VAL_EVERY = 10
