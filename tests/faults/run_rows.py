@@ -85,7 +85,9 @@ def file_size_limit(bench: Bench) -> Outcome:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     usable = [read_checkpoint(path)["global_step"] for path in sorted((run / "checkpoints").iterdir())]
     assert usable == [4, 6]
-    bench.before.pop(run / "config.yaml")  # that of the resumed run, which did begin
+    for name in ("config.yaml", "run.json"):  # those of the resumed run, which did begin
+        bench.before.pop(run / name)
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     return outcome
 
 
