@@ -94,8 +94,8 @@ class OptimConfig:
     row_tokens: int | None = None
     """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
     speed, and results only through what adapter.dropout draws."""
-    epochs: float = 3.0
-    """Passes over the training records."""
+    epochs: float | None = None
+    """Passes over the training records; null: 3 to 15, chosen for about 100 optimizer steps."""
     max_steps: int | None = None
     """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
@@ -125,7 +125,7 @@ class OptimConfig:
         _at_least(1, self, "optim.", "batch_size", "max_steps", "max_bad_steps")
         _at_least(8, self, "optim.", "row_tokens")
         _at_least(0, self, "optim.", "warmup")
-        if not 0 < self.epochs < float("inf"):
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
         for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "weight_decay"):
             if getattr(self, name) is not None:
@@ -174,7 +174,8 @@ class TrainerConfig:
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None
-    """Optimizer steps between validations; null: a tenth of the run. The first one is before any step."""
+    """Optimizer steps between validations; null: a tenth of the run, at least 10. The first one is before any
+    step."""
     save_every: int = 50
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2

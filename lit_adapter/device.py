@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 import timeit
 from functools import partial
@@ -44,6 +45,19 @@ def own_device(device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux: only the architecture is known
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -48,7 +48,7 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
         raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
 
     def check(path: Path, checkpoint: dict[str, Any]) -> None:
-        found = differences(RunIdentity(**checkpoint["lit_adapter"]), plan.identity, plan.config)
+        found = differences(_stored(checkpoint), plan.identity, plan.config)
         if found:
             raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(found)}")
         check_contents(path, checkpoint, adapter_shapes(plan.config.adapter, plan.base.config))
@@ -58,21 +58,32 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
     else:
         path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         check(path, checkpoint)
-    for line in _changes(RunIdentity(**checkpoint["lit_adapter"]), plan.identity):
+    for line in _changes(_stored(checkpoint), plan.identity):
         say(f"resuming with {line}")
     step = checkpoint["global_step"]
     return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
 
 
-def saved_identity(resume: str | None, folder: RunFolder) -> dict[str, Any]:
-    """Return the identity of the run that is resumed; empty where no checkpoint of it can be read."""
+def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
+    """Return what is known of the run that is resumed; nothing where no checkpoint of it can be read."""
     if resume is None:
-        return {}
+        return RunIdentity({}, {}, 0)
     newest_first = sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True)
     for path in newest_first if resume == "last" else [Path(resume)]:
         with suppress(UserError):  # `find_resume_point` will say what is wrong with it
-            return dict(read_checkpoint(path)["lit_adapter"]["identity"])
-    return {}
+            return _stored(read_checkpoint(path))
+    return RunIdentity({}, {}, 0)
+
+
+def _stored(checkpoint: dict[str, Any]) -> RunIdentity:
+    """Return what a checkpoint says of its run.
+
+    Without a ``val_every``, which an earlier version left open, it validated after each tenth of the run.
+    """
+    stored = RunIdentity(**checkpoint["lit_adapter"])
+    if stored.changeable.get("trainer.val_every", 0) is None:
+        stored.changeable["trainer.val_every"] = max(1, stored.steps // 10)
+    return stored
 
 
 def is_written(adapter: Path, checkpoint: Path | None) -> bool:

@@ -11,12 +11,14 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import Bench, Outcome, Row
 from safetensors.torch import load_file, save_file
 
 from lit_adapter.model.loss import row_loss
+from lit_adapter.training.callbacks import Checkpoints
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 
 
@@ -84,7 +86,9 @@ def file_size_limit(bench: Bench) -> Outcome:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     usable = [read_checkpoint(path)["global_step"] for path in sorted((run / "checkpoints").iterdir())]
     assert usable == [4, 6]
-    bench.before.pop(run / "config.yaml")  # that of the resumed run, which did begin
+    for name in ("config.yaml", "run.json"):  # those of the resumed run, which did begin
+        bench.before.pop(run / name)
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     return outcome
 
 
@@ -94,23 +98,39 @@ def temporary_folder_gone(bench: Bench) -> Outcome:
     return resumed(lambda run: None, "--optim.max_steps", 7)(bench)
 
 
-def folder_deleted(bench: Bench) -> Outcome:
-    """The run folder goes while the run is going on: it is made again at the next save."""
-    bench.finetune("--optim.max_steps", 1)
-    shutil.rmtree(bench.out)
-    bench.file("other", "mine")
-    bench.monkeypatch.setattr(
-        "lit_adapter.training.callbacks.Checkpoints.on_train_batch_end", _deleting(bench.out)
-    )
-    return bench.finetune("--optim.max_steps", 2, "--trainer.samples", 0)
+def folder_gone(change: Callable[[Path], object]) -> Callable[[Bench], Outcome]:
+    """The run folder goes while the run is going on; the run can be continued beside the old place."""
+
+    def tried(bench: Bench) -> Outcome:
+        save = Checkpoints.on_train_batch_end
+
+        def on_train_batch_end(self: Checkpoints, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == 2:
+                change(bench.out)
+                there = bench.snapshot()
+                bench.before.update(there)  # what is moved, or put in its place, is left alone
+            save(self, trainer, *rest)
+
+        options = ["--optim.max_steps", 4, "--trainer.save_every", 2, "--trainer.samples", 0]
+        with bench.monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+            outcome = bench.finetune(*options)
+        assert not bench.out.exists() or not any(bench.out.iterdir())
+        before = bench.before
+        rescued = bench.out.with_name("run.rescued")
+        again = bench.finetune(*options, "--out", rescued, "--resume", "last")
+        assert again.status == 0, again.err
+        assert "resuming from" in again.out
+        assert "step 2, the newest complete" in again.out
+        bench.before = before
+        return outcome
+
+    return tried
 
 
-def _deleting(folder: Path) -> Callable[..., None]:
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        shutil.rmtree(folder, ignore_errors=True)
-        self.save(trainer)
-
-    return on_train_batch_end
+def moved_and_replaced(run: Path) -> None:
+    run.rename(run.with_name("elsewhere"))
+    run.mkdir()
 
 
 def killed_worker(bench: Bench) -> Outcome:
@@ -203,6 +223,10 @@ def edit(path: Path, **values: object) -> None:
 
 
 READ_ONLY = "/proc/run"
+GONE = (
+    r"/run: the run folder was moved or deleted while the run went on; step 2 is saved in .*/run\.rescued: "
+    r"go on with --out .*/run\.rescued --resume last$"
+)
 AGAIN = r"trying the one before[\s\S]*resuming from .*step-0000004\.ckpt: step 4, the newest complete"
 
 ROWS = [
@@ -221,7 +245,8 @@ ROWS = [
         lambda b: b.finetune("--out", READ_ONLY),
         r"/proc/run.*: cannot write: .*; choose a",
     ),
-    Row(62, "folder deleted", folder_deleted, r"", 0, True),
+    Row(62, "folder deleted", folder_gone(shutil.rmtree), GONE, 2, True),
+    Row(62, "folder moved and replaced", folder_gone(moved_and_replaced), GONE, 2, True),
     Row(69, "worker killed", killed_worker, r"a loader process was killed.*data.workers", 2, True, slow=True),
     Row(70, "truncated checkpoint", resumed(with_newest(truncate)), AGAIN, 0, True),
     Row(70, "empty checkpoint", resumed(with_newest(lambda p: p.write_bytes(b""))), AGAIN, 0, True),
