@@ -89,13 +89,13 @@ class DataConfig:
 class OptimConfig:
     """AdamW on the adapter's parameters, with a warm-up and then a decay of the learning rate."""
 
-    batch_size: int = 64
-    """Records in one optimizer step, summed over all devices."""
+    batch_size: int | None = None
+    """Records in one optimizer step, summed over all devices; null: 4 to 64, for 100 steps or more."""
     row_tokens: int | None = None
     """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
     speed, and results only through what adapter.dropout draws."""
     epochs: float | None = None
-    """Passes over the training records; null: 3 to 15, chosen for about 100 optimizer steps."""
+    """Passes over the training records; null: 3, or up to 8 where steps of 4 records make fewer than 100."""
     max_steps: int | None = None
     """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
@@ -134,6 +134,8 @@ class OptimConfig:
             raise UserError(
                 "optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)"
             )
+        if self.base_lr is not None and self.batch_size is None:
+            raise UserError("optim.base_lr needs optim.batch_size: lr = base_lr * batch_size / 256")
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}; expected a number from 0 to 1")
         check_fp32("the learning rate, base_lr * batch_size / 256,", self.peak_lr, zero=True)
@@ -143,7 +145,7 @@ class OptimConfig:
     @property
     def peak_lr(self) -> float:
         """The peak learning rate, from lr or base_lr, whichever is given."""
-        if self.base_lr is not None:
+        if self.base_lr is not None and self.batch_size is not None:
             return self.base_lr * self.batch_size / 256
         return DEFAULT_LR["v1"] if self.lr is None else self.lr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,55 +15,83 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_adapter.config import Config, OptimConfig
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.finetune import finetune
-from lit_adapter.training.length import chosen_epochs, few_steps, with_val_every
+from lit_adapter.training.length import (
+    chosen_batch_size,
+    chosen_epochs,
+    few_steps,
+    with_length,
+    with_val_every,
+)
 from lit_adapter.training.run_identity import RunIdentity
 from lit_adapter.weights.adapter_file import read_adapter
 
-UNSET = ("--optim.epochs", "null")
+UNSET = ("--optim.epochs", "null", "--optim.batch_size", "null")
 
 
 @pytest.mark.parametrize(
     ("records", "batch", "epochs"),
-    [(225, 32, 15), (640, 32, 5), (2000, 32, 3), (52_000, 64, 3), (40, 32, 15), (500, 16, 4)],
+    [
+        (3, 3, 8),
+        (50, 4, 8),
+        (100, 4, 4),
+        (225, 4, 3),
+        (500, 8, 3),
+        (1000, 16, 3),
+        (2000, 32, 3),
+        (52_000, 64, 3),
+    ],
 )
-def test_epochs_make_about_a_hundred_steps_within_their_bounds(
+def test_the_chosen_length_makes_a_hundred_steps_within_its_bounds(
     records: int, batch: int, epochs: float
 ) -> None:
+    assert chosen_batch_size(records) == batch
     assert chosen_epochs(records, batch) == epochs
     steps = epochs * (records // batch)
-    assert epochs == 15 or steps >= 100
-    assert epochs == 3 or steps - records // batch < 100
+    assert steps >= 100 or (epochs == 8 and batch <= 4)
+    assert batch in (4, 64) or 3 * (records // (2 * batch)) < 100
+
+
+def test_a_setting_that_is_given_leaves_the_other_to_be_chosen() -> None:
+    assert chosen_epochs(225, 32) == 8
+    assert chosen_batch_size(1000, epochs=1) == 8
+    assert chosen_batch_size(1000, epochs=1, least=16) == 16  # processes
+    assert chosen_batch_size(1000, epochs=12) == 64
 
 
 @pytest.mark.parametrize(
     ("records", "optim", "advice"),
     [
-        (225, {"epochs": 3.0}, r"^21 steps may be too few .* optim\.epochs 15 makes them 105$"),
-        (60, {}, r"^15 steps .* try optim\.batch_size 8 with optim\.epochs 15, or add records$"),
+        (
+            225,
+            {"epochs": 3.0, "batch_size": 32},
+            r"^21 steps may .* try optim\.batch_size 4 and optim\.epochs 3$",
+        ),
+        (20, {}, r"^40 steps .* add records$"),
         (225, {"max_steps": 7}, r"^7 steps .* raise optim\.max_steps$"),
         (225, {}, None),
     ],
 )
 def test_too_few_steps_are_said_with_what_makes_them_enough(
-    records: int, optim: dict[str, float], advice: str | None
+    records: int, optim: dict[str, Any], advice: str | None
 ) -> None:
-    config = Config(optim=OptimConfig(batch_size=32, **optim))
-    epochs = config.optim.epochs or chosen_epochs(records, 32)
-    text = few_steps(config, int(config.optim.max_steps or epochs * (records // 32)), records)
+    config, _ = with_length(Config(optim=OptimConfig(**optim)), records, RunIdentity({}, {}, 0))
+    batch_size, epochs = config.optim.batch_size, config.optim.epochs
+    steps = int(config.optim.max_steps or (epochs or 0) * (records // (batch_size or 1)))
+    text = few_steps(config, steps, records)
     assert re.search(advice, text or "") if advice else text is None, text
-    assert chosen_epochs(60, 8) * (60 // 8) >= 100  # as the second line advises
 
 
-def test_the_plan_says_the_chosen_epochs_and_the_run_keeps_them(tiny: Callable[..., Config]) -> None:
+def test_the_plan_says_what_it_chose_and_the_run_keeps_it(tiny: Callable[..., Config]) -> None:
     """In its configuration, its adapter file and a resume that leaves them open again."""
     config, lines, resumed = tiny(*UNSET), Stopper("step 2/"), Stopper()
     assert finetune(config, say=lines) == 143
-    said = "run: 75 steps of 8 records; epochs 15, chosen for 40 records; lr 0.02"
+    said = "run: 80 steps of 4 records, epochs 8 (batch_size and epochs chosen for 40 records); lr 0.02"
     assert any(line.startswith(said) for line in lines.lines)
     out = Path(config.out)
-    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["epochs"] == 15.0
+    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["epochs"] == 8.0
+    assert yaml.safe_load((out / "config.yaml").read_text())["optim"]["batch_size"] == 4
     assert finetune(config, resume="last", say=resumed, dry_run=True) == 0
-    assert any("; epochs 15, as the resumed run; lr" in line for line in resumed.lines)
+    assert any("epochs 8 (batch_size and epochs as in the resumed run); lr" in line for line in resumed.lines)
     assert not any("changed" in line for line in resumed.lines)
 
 
@@ -91,12 +120,14 @@ def test_steps_given_outright_need_no_epochs(tiny: Callable[..., Config]) -> Non
     """The adapter file has the passes that they make."""
     config, lines = tiny(*UNSET, "--optim.max_steps", "4"), Stopper()
     assert finetune(config, say=lines) == 0
-    assert any(line.startswith("run: 4 steps of 8 records; lr") for line in lines.lines)
+    assert any(
+        line.startswith("run: 4 steps of 4 records, epochs 0.4 (batch_size chosen") for line in lines.lines
+    )
     info = read_adapter(Path(config.out) / "adapter.safetensors")[0]
-    assert info.training["epochs"] == pytest.approx(4 / 5)
+    assert info.training["epochs"] == pytest.approx(4 / 10)
     longer = Stopper()
     assert finetune(tiny(*UNSET), resume="last", say=longer, dry_run=True) == 0
-    assert any("optim.epochs changed from null to 15.0" in line for line in longer.lines)
+    assert any("optim.epochs changed from null to 8.0" in line for line in longer.lines)
 
 
 @pytest.mark.parametrize(

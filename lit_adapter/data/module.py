@@ -43,8 +43,8 @@ class AlpacaDataModule(LightningDataModule):
     starts its sampler after the last finished step, whatever had been prefetched when it stopped.
 
     ``tokenizer_key``, the tokenizer's fingerprint with its BOS and EOS, is for the cache. ``batch_size``
-    counts the records of an optimizer step over all processes, ``row_tokens`` the tokens of the longest
-    packed row. ``seed`` decides the order of the records and the split.
+    counts the records of an optimizer step over all processes (0 until it is chosen), ``row_tokens`` the
+    tokens of the longest packed row. ``seed`` decides the order of the records and the split.
     """
 
     def __init__(

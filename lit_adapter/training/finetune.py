@@ -101,7 +101,7 @@ def _run(
         tokenizer=base.tokenizer,
         template=template,
         tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
-        batch_size=config.optim.batch_size,
+        batch_size=config.optim.batch_size or 0,
         row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
         seed=config.seed,
         say=say,

@@ -18,11 +18,12 @@ from lit_adapter.model.adapter import adapter_shapes, parameter_counts
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.text.template import Template
 from lit_adapter.training.base import Base, InitialAdapter
-from lit_adapter.training.length import few_steps, with_epochs, with_val_every
+from lit_adapter.training.length import few_steps, with_length, with_val_every
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.preflight import Sizes, check_disk, check_memory, free_memory, sizes
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
+from lit_adapter.training.strategy import n_processes
 from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
 
 
@@ -31,7 +32,7 @@ class Plan:
     """A run that can be loaded and started."""
 
     config: Config
-    """With its epochs, unless ``optim.max_steps`` is given, and with ``trainer.val_every``."""
+    """With its batch size, its epochs unless ``optim.max_steps`` is given, and ``trainer.val_every``."""
     base: Base
     placement: Placement
     template: Template
@@ -39,8 +40,8 @@ class Plan:
     """Optimizer steps of the run."""
     epochs: float
     """Passes over the training records: as set, or what ``optim.max_steps`` comes to."""
-    why_epochs: str
-    """Why they were chosen; empty if the user has set the length."""
+    chosen: str
+    """What was chosen of batch size and epochs, and why; empty if the user has set both."""
     n_records: int
     """Training records."""
     warmup: int
@@ -72,8 +73,10 @@ def make_plan(
     Raises:
         UserError: the epochs or the warm-up do not fit the number of records.
     """
-    steps_per_epoch, n_records = data.training_steps().steps_per_epoch, len(data.train_encoded)
-    config, why_epochs = with_epochs(config, n_records, saved)
+    n_records, processes = len(data.train_encoded), n_processes(config.trainer, placement.device)
+    config, chosen = with_length(config, n_records, saved, processes)
+    data.batch_size = config.optim.batch_size or 0
+    steps_per_epoch = data.training_steps().steps_per_epoch
     steps = total_steps(config.optim, steps_per_epoch)
     config = with_val_every(config, steps, saved)
     facts = {
@@ -95,7 +98,7 @@ def make_plan(
         data.template,
         steps,
         config.optim.epochs or steps / steps_per_epoch,
-        why_epochs,
+        chosen,
         n_records,
         warmup_steps(config.optim, steps),
         sizes(config, base.config, data, placement),
@@ -116,10 +119,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"model: {plan.base.identity.name}, {_total(base_shapes(base)):,} frozen parameters; adapter: "
         f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
-    length = f"; epochs {plan.epochs:g}, {plan.why_epochs}" if plan.why_epochs else ""
+    batch_size = optim.batch_size or 0
     yield (
-        f"run: {counted(steps, 'step')} of {counted(optim.batch_size, 'record')}{length}; "
-        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / optim.batch_size:g}), {optim.schedule}, "
+        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {plan.epochs:g}"
+        f"{f' ({plan.chosen})' if plan.chosen else ''}; "
+        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}), {optim.schedule}, "
         f"warm-up {counted(plan.warmup, 'step')}; {config.out}"
     )
     if optim.peak_lr == 0:
