@@ -20,6 +20,7 @@ from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.base import read_base
+from lit_adapter.training.processes import is_first_of_node
 from lit_adapter.weights import base_content
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.convert import convert
@@ -267,6 +268,20 @@ def test_a_folder_without_a_fingerprint_cannot_be_checked(base: Path, call: Call
         UserError, match=r"no fingerprint\.json, so not a converted base; run scripts/convert"
     ):
         call(base)
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [({}, True), ({"LOCAL_RANK": "0"}, True), ({"LOCAL_RANK": "1"}, False), ({"SLURM_LOCALID": "3"}, False)],
+)
+def test_one_process_of_a_node_verifies(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_of_node() is first
 
 
 def test_runs_say_that_they_have_verified_their_base(

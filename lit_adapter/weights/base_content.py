@@ -89,10 +89,8 @@ def check_content(
                     last.write({"file_sha256": small, **weights})
     if everything:
         what = "weights and tokenizer" if is_old else "all files and tensors"
-        lacks = (
-            "; a fingerprint of format 1 does not cover the configuration, convert the base again to add it"
-        )
-        say(f"verified {folder}: {what} are those that were converted{lacks * is_old}")
+        lacks = "; its fingerprint, of format 1, lacks the configuration: convert the base again to add it"
+        say(f"verified {folder}: {what} are those that were converted{lacks if is_old else ''}")
 
 
 def small_file_digests(folder: Path) -> dict[str, str]:
