@@ -20,6 +20,7 @@ from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.base import read_base
+from lit_adapter.training.processes import is_first_of_node
 from lit_adapter.weights import base_content
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.convert import convert
@@ -59,7 +60,7 @@ def size(base: Path) -> int:
     return (base / WEIGHTS).stat().st_size
 
 
-def record() -> Path:
+def last_check() -> Path:
     """The one file that checks have left in the cache folder."""
     (path,) = Path(os.environ["LIT_ADAPTER_CACHE"]).iterdir()
     return path
@@ -78,11 +79,11 @@ def flip(base: Path, tensor: str, place: float) -> None:
 
 
 def as_if_unseen(base: Path) -> None:
-    """Have the record hold the weight file's present size, times and inode, as on a disk that decays."""
-    described = json.loads(record().read_text())
+    """Have the present size, times and inode be those of the last check, as on a disk that decays."""
+    described = json.loads(last_check().read_text())
     s = (base / WEIGHTS).stat()
     described["seen"] = {WEIGHTS: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]}
-    record().write_text(json.dumps(described))
+    last_check().write_text(json.dumps(described))
 
 
 def make_format_1(base: Path) -> None:
@@ -137,7 +138,7 @@ def test_one_bit_is_found_wherever_it_is(base: Path, format_: int, place: float)
         check_content(base)
 
 
-def test_a_base_that_has_changed_is_never_recorded_as_seen(base: Path) -> None:
+def test_a_base_that_has_changed_does_not_pass_the_second_time_either(base: Path) -> None:
     flip(base, EMBEDDING, 0.5)
     for _ in range(2):
         with pytest.raises(UserError, match=f"tensor {EMBEDDING} has changed"):
@@ -186,7 +187,7 @@ def test_a_tensor_under_another_name_or_type_is_another_tensor(base: Path) -> No
             check_content(base)
 
 
-def test_without_a_place_for_the_record_everything_is_compared(
+def test_without_a_cache_folder_everything_is_compared(
     base: Path, monkeypatch: pytest.MonkeyPatch, n_read: Callable[[], int]
 ) -> None:
     monkeypatch.setenv("LIT_ADAPTER_CACHE", str(base / "config.json"))  # a file, so not a folder
@@ -199,10 +200,12 @@ def test_without_a_place_for_the_record_everything_is_compared(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"seen": 3}', None])
-def test_a_damaged_record_counts_as_none(base: Path, content: str | None, n_read: Callable[[], int]) -> None:
+def test_a_damaged_file_of_the_last_check_counts_as_none(
+    base: Path, content: str | None, n_read: Callable[[], int]
+) -> None:
     check_content(base)
-    known = json.loads(record().read_text())
-    record().write_text(json.dumps(known | {"pages": 3}) if content is None else content)
+    known = json.loads(last_check().read_text())
+    last_check().write_text(json.dumps(known | {"pages": 3}) if content is None else content)
     n_read()
     check_content(base)
     assert n_read() > size(base)
@@ -224,7 +227,7 @@ def test_checks_at_the_same_time_compare_everything_once(base: Path, n_read: Cal
         thread.join()
     assert failed == []
     assert n_read() < 2 * size(base) + 5 * 50 * 4096
-    assert json.loads(record().read_text())["version"] == 1
+    assert json.loads(last_check().read_text())["version"] == 1
 
 
 def test_the_configuration_of_an_older_base_is_known_from_the_first_check_on(base: Path) -> None:
@@ -233,9 +236,7 @@ def test_the_configuration_of_an_older_base_is_known_from_the_first_check_on(bas
     config.write_text(config.read_text().replace('"eos_token_id": 1', '"eos_token_id": 5'))
     lines: list[str] = []
     check_content(base, everything=True, say=lines.append)  # nothing says what it was
-    assert lines[0].endswith(
-        "; its fingerprint has no checksums of its configuration, convert the base again to add them"
-    )
+    assert lines[0].startswith(f"verified {base}: weights and tokenizer are those that were converted; ")
     config.write_text(config.read_text().replace('"eos_token_id": 5', '"eos_token_id": 1'))
     with pytest.raises(UserError, match=r"config\.json: has changed since"):
         check_content(base)
@@ -258,6 +259,29 @@ def test_files_that_decide_nothing_may_come_and_go(base: Path) -> None:
     (base / "README.md").write_text("mine")
     (base / "adapter.safetensors").write_bytes(b"an adapter")
     check_content(base, everything=True)
+
+
+@pytest.mark.parametrize("call", [check_content, lambda base: lit_adapter.load(base=base, device="cpu")])
+def test_a_folder_without_a_fingerprint_cannot_be_checked(base: Path, call: Callable[[Path], object]) -> None:
+    (base / "fingerprint.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no fingerprint\.json, so not a converted base; run scripts/convert"
+    ):
+        call(base)
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [({}, True), ({"LOCAL_RANK": "0"}, True), ({"LOCAL_RANK": "1"}, False), ({"SLURM_LOCALID": "3"}, False)],
+)
+def test_one_process_of_a_node_verifies(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_of_node() is first
 
 
 def test_runs_say_that_they_have_verified_their_base(

@@ -47,7 +47,7 @@ CHOICE_COLUMNS = ("probabilities", "log_likelihoods")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load, as `load` takes it, whether its adapter answers, and whether to verify the base first."""
+    """What to load, as `load` takes it, whether its adapter answers, and whether to verify the base."""
 
     adapter: str | None
     base: str | None
@@ -55,7 +55,7 @@ class ModelChoice:
     dtype: str | None
     template: str | None
     no_adapter: bool
-    verify: bool = False
+    verify: bool
 
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
         """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""

@@ -49,12 +49,8 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
-    base = base_at_hand(info.base.name, out)
-    have = (
-        f"{base} is there"
-        if base
-        else f"checkpoints/{info.base.name} is not there: fetch or convert the base"
-    )
+    base, name = base_at_hand(info.base.name, out), info.base.name
+    have = f"{base} is there" if base else f"checkpoints/{name} is not there: fetch or convert the base"
     first = f"{out} is already there" if there else f"wrote {out}"
     return [first, f"its base {have}"]
 

@@ -2,7 +2,7 @@
 
 Small files are compared at every start. Weights may have many gigabytes: they are compared whole when asked,
 and when a file is not the one seen at the last check (size, times, inode); otherwise one page of every tensor
-is compared. What was seen is recorded in the cache folder, one file for each base folder. Without a record
+is compared. What was seen is kept in the cache folder, in one file for each base folder. Without that file
 everything is compared.
 """
 
@@ -36,13 +36,14 @@ from lit_adapter.weights.base_folder import (
     weight_files,
 )
 
-RECORD_VERSION = 1
+VERSION = 1
+"""Of the files in the cache folder."""
 PAGE = 4096
 """Bytes in the middle of each tensor that are compared at every start."""
 THREADS = 8
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
-_RECORDED = ("file_sha256", "tensor_crc32", "seen", "pages")
+_PARTS = ("file_sha256", "tensor_crc32", "seen", "pages")
 _WEIGHTS_REMEDY = "restore the file, or convert the base again"
 
 
@@ -73,22 +74,23 @@ def check_content(
         UserError: not a converted base, or a file is missing, was added, or has changed; names it.
     """
     with reading(folder):
-        fingerprint, record = read_fingerprint(folder), _Record(folder)
+        fingerprint, last = read_fingerprint(folder), _LastCheck(folder)
         _check_presence(folder, fingerprint)
         small, is_old = small_file_digests(folder), fingerprint["format"] == 1
-        known = record.content if is_old else fingerprint
+        known = last.content if is_old else fingerprint
         _check_small_files(folder, known.get("file_sha256", small), small)
         if is_old:
             _check_tokenizer(folder, fingerprint)
-        if everything or not record.is_current():
-            with record.locked():
-                record.read()
-                if everything or not record.is_current():  # another process may have compared them meanwhile
+        if everything or not last.is_current():
+            with last.locked():
+                last.read()
+                if everything or not last.is_current():  # another process may have compared them meanwhile
                     weights = _check_weights(folder, fingerprint, known, everything=everything)
-                    record.write({"file_sha256": small, **weights})
+                    last.write({"file_sha256": small, **weights})
     if everything:
-        lacks = "; its fingerprint has no checksums of its configuration, convert the base again to add them"
-        say(f"verified {folder}: all files and tensors are those that were converted{lacks * is_old}")
+        what = "weights and tokenizer" if is_old else "all files and tensors"
+        lacks = "; its fingerprint, of format 1, lacks the configuration: convert the base again to add it"
+        say(f"verified {folder}: {what} are those that were converted{lacks if is_old else ''}")
 
 
 def small_file_digests(folder: Path) -> dict[str, str]:
@@ -145,7 +147,7 @@ def _check_tokenizer(folder: Path, fingerprint: dict[str, Any]) -> None:
 def _check_weights(
     folder: Path, fingerprint: dict[str, Any], known: dict[str, Any], *, everything: bool
 ) -> dict[str, dict[str, Any]]:
-    """Compare tensors with their checksums; if there are none, the SHA-256 of all. Return what to record."""
+    """Compare tensors with their checksums; if there are none, the SHA-256 of all. Return what was seen."""
     seen = _seen(folder)  # before they are read, so that a later write is noticed
     with _mapped(folder) as tensors:
         found, sha256 = _digests(tensors, identity=everything or not known)
@@ -244,13 +246,13 @@ def _pages(tensors: Mapping[str, _Tensor]) -> dict[str, str]:
     return {name: tensor.page_crc32() for name, tensor in tensors.items()}
 
 
-class _Record:
-    """What was seen at the last check of a folder; ``content`` is empty where nothing was recorded."""
+class _LastCheck:
+    """What was seen at the last check of a folder; ``content`` is empty where that is not known."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path: Path | None = None
-        self.about = {"version": RECORD_VERSION, "fingerprint": file_sha256(folder / FINGERPRINT)}
+        self.about = {"version": VERSION, "fingerprint": file_sha256(folder / FINGERPRINT)}
         with suppress(UserError):  # no cache folder
             name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
             self.path = cache_folder() / f"base-{name}.json"
@@ -262,7 +264,7 @@ class _Record:
         with suppress(UserError):
             content = read_object(self.path) if self.path is not None else {}
             is_own = self.about.items() <= content.items()
-            if is_own and all(isinstance(content.get(part), dict) for part in _RECORDED):
+            if is_own and all(isinstance(content.get(part), dict) for part in _PARTS):
                 self.content = content
 
     def write(self, content: dict[str, Any]) -> None:

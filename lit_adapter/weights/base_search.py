@@ -66,7 +66,7 @@ def _places(name: str, run: Path) -> Iterator[Path]:
     yield from (parent / "checkpoints" / name for parent in above)
     home = os.environ.get(HOME)
     if home:
-        yield Path(home).expanduser() / "checkpoints" / name
+        yield Path(home) / "checkpoints" / name
     yield Path("checkpoints") / name
     if _is_checkout():
         yield CHECKOUT / "checkpoints" / name
