@@ -51,7 +51,7 @@ LOADS = [
     ({"base": "b", "template": True}, TypeError, r"^template is True; expected text \(str\)"),
     ({}, ValueError, r"^give an adapter, a base, or both"),
     ({"adapter": "gone.safetensors"}, ValueError, r"^gone.safetensors: no such adapter file"),
-    ({"base": "gone"}, ValueError, r"^gone: no tokenizer.json"),
+    ({"base": "gone"}, ValueError, r"^gone: no fingerprint.json"),
 ]
 
 

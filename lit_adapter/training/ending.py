@@ -55,6 +55,6 @@ def _advice(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int
         yield f"warning: the run diverged: {divergence}" + (f"; {best} is better" if is_better else "")
     elif 0 < step < steps:
         yield (
-            f"use {best} for free text; for labels and other short answers "
-            f"{folder.adapter.name} is as good as a rule: compare both on held-out records"
+            f"use {best} for free text; for labels and other short answers {folder.adapter.name} is as good "
+            "as a rule: compare both on held-out records"
         )

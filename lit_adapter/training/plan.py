@@ -120,8 +120,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
     batch_size = optim.batch_size or 0
+    epochs = plan.epochs if optim.max_steps is None else steps / (plan.n_records // batch_size)
     yield (
-        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {plan.epochs:g}"
+        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {epochs:.3g}"
         f"{f' ({plan.chosen})' if plan.chosen else ''}; "
         f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}), {optim.schedule}, "
         f"warm-up {counted(plan.warmup, 'step')}; {config.out}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,8 @@ SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", None, None, "<u
 TEXT, ARRAY = 8, 9
 
 
-class GGUFTensor(NamedTuple):
+@dataclass(frozen=True)
+class GGUFTensor:
     """Where a tensor lies in its file."""
 
     name: str
@@ -87,7 +89,7 @@ class _Header:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"key 'general.alignment' is {alignment!r}, expected a power of two")
         data = -(-self.at // alignment) * alignment
-        tensors = [tensor._replace(start=data + tensor.start) for tensor in found]
+        tensors = [replace(tensor, start=data + tensor.start) for tensor in found]
         for tensor in tensors:
             if tensor.start + tensor.n_bytes > len(self.content):
                 raise UserError(f"truncated before the end of tensor {tensor.name}; {AGAIN}")

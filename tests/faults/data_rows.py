@@ -1,4 +1,4 @@
-"""Faults 1 to 34, and 109: data files, what is in them, and the cache of tokens."""
+"""Faults 1 to 34, and 104: data files, what is in them, and the cache of tokens."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ ROWS = [
         r"another run: data\.train \S+changed\.json: its records have changed \(48 records then, 48 now\)$",
     ),
     *(
-        Row(109, what, read(name, f"instruction{mark}output\na, b{mark}c\n"), r"^\[\('a, b', '', 'c'\)\]$", 0)
+        Row(104, what, read(name, f"instruction{mark}output\na, b{mark}c\n"), r"^\[\('a, b', '', 'c'\)\]$", 0)
         for what, name, mark in (
             ("semicolons", "data.csv", ";"),
             ("tabs", "data.csv", "\t"),
@@ -366,7 +366,7 @@ ROWS = [
         )
     ),
     Row(
-        109,
+        104,
         "a semicolon too many",
         refused("data.csv", "instruction;output\na;b;c\n"),
         r"data\.csv:2: 3 fields, .* 2 columns; put text with semicolons or line breaks in \"double quotes\"",

@@ -1,4 +1,4 @@
-"""Faults 80 to 89, 105 and 106: generation settings, prompts, and logits that are NaN or infinite."""
+"""Faults 80 to 89, 100 and 101: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -167,31 +167,31 @@ ROWS = [
     Row(88, "half a character", call(half_a_character), r"^True True ''$", 0),
     Row(89, "cache against whole", call(cache_and_whole), r"^True$", 0),
     Row(
-        105,
+        100,
         "prompts of an unknown format",
         lambda b: answered(b, b.file("prompts.xlsx", "x")),
         r"prompts\.xlsx: unknown data format \(suffix '\.xlsx'\); expected \.json, .*\.txt",
     ),
     Row(
-        105, "empty standard input", from_standard_input(b"\n"), r"standard input is empty; expected prompts"
+        100, "empty standard input", from_standard_input(b"\n"), r"standard input is empty; expected prompts"
     ),
     Row(
-        105,
+        100,
         "a broken line on standard input",
         from_standard_input(b'{"instruction": "a"}\n{"instruction": 3}'),
         r"standard input:2: 'instruction' is the number 3; expected a string",
     ),
-    Row(106, "one choice", option("--choices", "a"), r"choices holds 1; expected two or more answers"),
-    Row(106, "a choice twice", option("--choices", "a,b,a"), r"choices holds 'a' twice; keep one"),
-    Row(106, "an empty choice", option("--choices", "a,,b"), r"choices holds an empty answer; write a text"),
+    Row(101, "one choice", option("--choices", "a"), r"choices holds 1; expected two or more answers"),
+    Row(101, "a choice twice", option("--choices", "a,b,a"), r"choices holds 'a' twice; keep one"),
+    Row(101, "an empty choice", option("--choices", "a,,b"), r"choices holds an empty answer; write a text"),
     Row(
-        106,
+        101,
         "a long choice",
         option("--choices", "a," + "b " * 2000),
         r"the prompt's \d+ tokens and the \d+ of choice 'b .* exceed the base's context of 1024; shorten",
     ),
     Row(
-        106,
+        101,
         "a long choice for a file",
         lambda b: answered(b, b.records, "--choices", "a," + "b " * 2000),
         r"json:\d+: the prompt's \d+ tokens and the \d+ of choice 'b ",

@@ -1,4 +1,4 @@
-"""Faults 111 to 117: files made to hang, to fill the memory or to steer a terminal; Python arguments."""
+"""Faults 106 to 112: files made to hang, to fill the memory or to steer a terminal; Python arguments."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def chat(template: str, *, training: bool) -> Callable[[Bench], Outcome]:
     """Train on a base, or ask one, whose own chat template this is."""
 
     def tried(bench: Bench) -> Outcome:
-        folder = bench.copy_base("base")
-        described(folder, chat_template=template)
+        folder = bench.strange_base(lambda folder: described(folder, chat_template=template))
         if training:
             return bench.finetune("--data.template", "chat", base=folder)
         return bench.call(lit_adapter.load, base=folder, template="chat", device="cpu", dtype="float32")
@@ -77,10 +76,11 @@ def split_by(folder: Path, pattern: str) -> None:
 
 def pattern(how: str) -> Callable[[Bench], Outcome]:
     def tried(bench: Bench) -> Outcome:
-        folder = bench.copy_source() if how == "convert" else bench.copy_base("base")
-        split_by(folder, "(a+)+$")
         if how == "convert":
-            return bench.convert(folder)
+            source = bench.copy_source()
+            split_by(source, "(a+)+$")
+            return bench.convert(source)
+        folder = bench.strange_base(lambda folder: split_by(folder, "(a+)+$"))
         if how == "finetune":
             return bench.finetune(base=folder)
         return bench.call(lit_adapter.load, base=folder, device="cpu", dtype="float32")
@@ -139,49 +139,49 @@ def wrong_types(bench: Bench) -> Outcome:
 
 
 ROWS = [
-    Row(111, "array of 2 to the 40", gguf(array(4, 2**40)), r"model\.gguf: .*key 'a' is an array of 10995"),
-    Row(111, "2 to the 40 texts", gguf(array(8, 2**40)), r"key 'a' is an array of 1099511627776 elements"),
-    Row(111, "array beyond its file", gguf(array(4, 10**6)), r"damaged \(4000000 bytes are missing at off"),
-    Row(111, "text beyond its file", gguf(struct.pack("<Q", 2**62)), r"damaged \(4611686018427387904 bytes"),
-    Row(111, "2 to the 60 tensors", gguf(tensors=2**60), r"1152921504606846976 tensors and 1 keys, expec"),
+    Row(106, "array of 2 to the 40", gguf(array(4, 2**40)), r"model\.gguf: .*key 'a' is an array of 10995"),
+    Row(106, "2 to the 40 texts", gguf(array(8, 2**40)), r"key 'a' is an array of 1099511627776 elements"),
+    Row(106, "array beyond its file", gguf(array(4, 10**6)), r"damaged \(4000000 bytes are missing at off"),
+    Row(106, "text beyond its file", gguf(struct.pack("<Q", 2**62)), r"damaged \(4611686018427387904 bytes"),
+    Row(106, "2 to the 60 tensors", gguf(tensors=2**60), r"1152921504606846976 tensors and 1 keys, expec"),
     Row(
-        112,
+        107,
         "arrays 5,000 deep",
         gguf(array(9, 1) + struct.pack("<IQ", 9, 1) * 5000),
         r"key 'a' is an array of arrays",
     ),
-    Row(113, "endless template, training", chat(SPIN, training=True), r"chat template fails: takes more th"),
+    Row(108, "endless template, training", chat(SPIN, training=True), r"chat template fails: takes more th"),
     Row(
-        113,
+        108,
         "endless template, prompting",
         chat(SPIN, training=False),
         r"chat template fails: takes more than 1 s",
         slow=True,
     ),
-    Row(114, "doubled text", chat(DOUBLE, training=True), r"fails: needs more than 400 MB of memory"),
+    Row(109, "doubled text", chat(DOUBLE, training=True), r"fails: needs more than 400 MB of memory"),
     Row(
-        114, "padded text", chat("{{ '%999999999s' % 1 }}", training=False), r"fails: needs more than 400 MB"
+        109, "padded text", chat("{{ '%999999999s' % 1 }}", training=False), r"fails: needs more than 400 MB"
     ),
     Row(
-        114,
+        109,
         "a range",
         chat("{% for i in range(10**8) %}{% endfor %}", training=True),
         r"fails: Range too big",
     ),
     Row(
-        115, "hostile pattern, training", pattern("finetune"), r"tokenizer\.json: the pattern '\(a\+\)\+\$' f"
+        110, "hostile pattern, training", pattern("finetune"), r"tokenizer\.json: the pattern '\(a\+\)\+\$' f"
     ),
     Row(
-        115, "hostile pattern, prompting", pattern("load"), r"tokenizer\.json: the pattern '\(a\+\)\+\$' fai"
+        110, "hostile pattern, prompting", pattern("load"), r"tokenizer\.json: the pattern '\(a\+\)\+\$' fai"
     ),
     Row(
-        115, "hostile pattern, conversion", pattern("convert"), r"tokenizer\.json: the pattern '\(a\+\)\+\$'"
+        110, "hostile pattern, conversion", pattern("convert"), r"tokenizer\.json: the pattern '\(a\+\)\+\$'"
     ),
-    Row(116, "name in an adapter", base_named, STEERED),
-    Row(116, "key of a GGUF", gguf_key, STEERED),
-    Row(116, "name of a tensor", tensor_name, STEERED),
-    Row(116, "text of a template", template_error, STEERED),
-    Row(116, "name of a file", lambda b: b.generate("--adapter", f"gone{STEER}"), STEERED),
-    Row(116, "text of a record", record, STEERED, 0, writes=True),
-    Row(117, "types in Python", wrong_types, r"max_new_tokens is True; expected a whole number"),
+    Row(111, "name in an adapter", base_named, STEERED),
+    Row(111, "key of a GGUF", gguf_key, STEERED),
+    Row(111, "name of a tensor", tensor_name, STEERED),
+    Row(111, "text of a template", template_error, STEERED),
+    Row(111, "name of a file", lambda b: b.generate("--adapter", f"gone{STEER}"), STEERED),
+    Row(111, "text of a record", record, STEERED, 0, writes=True),
+    Row(112, "types in Python", wrong_types, r"max_new_tokens is True; expected a whole number"),
 ]
