@@ -284,7 +284,7 @@ def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Co
     said, first = [], Stopper()
     finetune(tiny(*options, "--optim.max_steps", "1"), say=first)
     assert not any("1 steps" in line for line in first.lines)
-    assert any(line.startswith("run: 1 step of 8 records; lr 0.02") for line in first.lines)
+    assert any(line.startswith("run: 1 step of 8 records, epochs 3; lr 0.02") for line in first.lines)
     for steps, name, rate in (("2", "lr", "0.02"), ("3", "base_lr", "0.32")):
         lines = Stopper()
         more = ["--optim.max_steps", steps, f"--optim.{name}", rate]

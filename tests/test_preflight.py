@@ -205,7 +205,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^memory: about .* free",
         r"^disk: .* free",
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
-        r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 step;",
+        r"^run: 15 steps of 8 records, epochs 3; lr 0.02 .*cosine, warm-up 1 step;",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
         r"^dry run: no run was started",
     ):

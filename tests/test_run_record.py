@@ -112,8 +112,8 @@ def test_the_last_lines_say_which_file_to_use(
     assert len(ends["one"]) == 1
     assert ends["one"][0].endswith("; held-out loss 0.5000, the lowest of the run")
     assert ends["two"][0].endswith("in all; held-out loss 2.5000")
-    assert "use adapter.safetensors for short, exact answers" in ends["two"][1]
-    assert "best.safetensors (step 1, held-out loss 1.0000, the lowest) for free text" in ends["two"][1]
+    assert "use best.safetensors (step 1, held-out loss 1.0000, the lowest) for free text" in ends["two"][1]
+    assert "for labels and other short answers adapter.safetensors" in ends["two"][1]
     assert "the held-out loss ended at 5.0000, above the 3.0000 it began with" in ends["diverged"][1]
     assert ends["diverged"][1].startswith("warning: the run diverged: ")
     assert ends["diverged"][1].endswith(
