@@ -44,7 +44,9 @@ class Samples(Callback):
         if trainer.logger is None or trainer.should_stop:
             return
         answers = self.answers(trainer, pl_module)
-        for number, (record, answer) in enumerate(zip(self.records, answers, strict=False)):
+        if not answers:
+            return
+        for number, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
             parts = {"Instruction": record.instruction, "Input": record.input}
             parts |= {"Answer": answer, "Reference": record.output}
             text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
