@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_adapter.generation.adapted import AdaptedLlama, load
+    from lit_adapter.generation.settings import Sampling
 
 from lit_adapter.errors import UserError
 
-__all__ = ["AdaptedLlama", "UserError", "load"]
+__all__ = ["AdaptedLlama", "Sampling", "UserError", "load"]
 __version__ = "0.1.0"
 
 
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from lit_adapter.generation import adapted
 
         return getattr(adapted, name)
+    if name == "Sampling":
+        from lit_adapter.generation.settings import Sampling
+
+        return Sampling
     raise AttributeError(f"module 'lit_adapter' has no attribute '{name}'")

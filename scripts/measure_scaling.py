@@ -112,7 +112,8 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
 
     from lit_adapter.model.config import LlamaConfig
     from lit_adapter.model.layout import base_shapes
-    from lit_adapter.weights.base_folder import TOKENIZER_FILES, tokenizer_fingerprint
+    from lit_adapter.weights.base_content import small_file_digests, tensor_checksums
+    from lit_adapter.weights.base_folder import FORMAT_VERSION, TOKENIZER_FILES, tokenizer_fingerprint
 
     if (out / "fingerprint.json").is_file():
         return out
@@ -135,8 +136,16 @@ def random_base(shape: str, tokenizer: Path, out: Path) -> Path:
         if part != "rest" and name.endswith("down_proj.weight"):
             save_file(files.pop(part), out / f"model-{int(part):05d}.safetensors")
     save_file(files["rest"], out / "model-rest.safetensors")
-    fingerprint = {"format": 1, "weights": f"random {shape}", "tokenizer": tokenizer_fingerprint(out)}
-    (out / "fingerprint.json").write_text(json.dumps({**fingerprint, "files": {}, "source": {}}))
+    fingerprint = {
+        "format": FORMAT_VERSION,
+        "weights": f"random {shape}",
+        "tokenizer": tokenizer_fingerprint(out),
+        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir())},
+        "file_sha256": small_file_digests(out),
+        "tensor_crc32": tensor_checksums(out),
+        "source": {},
+    }
+    (out / "fingerprint.json").write_text(json.dumps(fingerprint))
     return out
 
 

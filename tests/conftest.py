@@ -101,8 +101,8 @@ def _warm_server() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path / "cache"))
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -98,6 +98,32 @@ def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Pat
     assert card.read_text() == own.read_text()
 
 
+def test_a_dry_run_shows_all_that_a_push_would_send(tmp_path: Path, hub: type[Hub], adapter: Path) -> None:
+    """Without a login, and without a Hub that could be reached."""
+    without = {"HF_TOKEN": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = push(tmp_path, hub, adapter, "me/mine", "--dry-run", **without)
+    assert (done.returncode, done.stderr, hub.repositories) == (0, "", {})
+    first, file, card, empty, text = done.stdout.split("\n", 4)
+    assert first == "dry run: nothing was sent to me/mine; it would get"
+    assert file.split(maxsplit=1) == [
+        "adapter.safetensors",
+        f"{adapter.stat().st_size:,} bytes, from adapter.safetensors",
+    ]
+    assert card.split(maxsplit=1) == ["README.md", "this model card, if the repository has none yet:"]
+    assert push(tmp_path, hub, adapter, "me/mine").returncode == 0
+    assert (empty, text) == ("", f"{hub.cards[0]}\n")
+    own = tmp_path / "card.md"
+    own.write_text("mine")
+    assert push(tmp_path, hub, adapter, "me/x", "--card", own, "--dry-run").stdout.endswith(
+        "this model card:\n\nmine\n"
+    )
+    refused = push(tmp_path, hub, adapter, "a b/c", "--dry-run", **without)
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "error: 'a b/c' is not a name on the Hub; expected org/name\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [

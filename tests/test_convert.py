@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from warm_runs import run_code
 
+from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig, RopeConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights import tensor_writer
-from lit_adapter.weights.base_folder import missing_part, read_config, read_fingerprint
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_config, read_fingerprint
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.output_folder import LOCK, scratch_folder, sweep_leftovers
 from lit_adapter.weights.source import half_split
@@ -235,12 +238,18 @@ def test_fingerprint_is_the_documented_hash_and_follows_the_weights(tmp_path: Pa
     assert str(tmp_path) not in (out / "fingerprint.json").read_text()
     on_disk = {p.name: p.stat().st_size for p in out.iterdir() if p.name != "fingerprint.json"}
     assert fingerprint["files"] == on_disk
-    assert missing_part(out) is None
+    for name, tensor in tensors_of(out).items():
+        content = f"{name} F16 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes()
+        assert fingerprint["tensor_crc32"][name] == f"{zlib.crc32(content):08x}"
+    small = [p for p in out.iterdir() if p.name in on_disk and p.suffix != ".safetensors"]
+    assert fingerprint["file_sha256"] == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in small}
+    check_content(out)
     other = read_fingerprint(convert(write_hf(random_llama(seed=1), tmp_path / "b"), tmp_path / "other"))
     assert other["weights"] != fingerprint["weights"]
     assert other["tokenizer"] == fingerprint["tokenizer"]
     (out / "tokenizer.json").unlink()
-    assert missing_part(out) == "tokenizer.json is missing"
+    with pytest.raises(UserError, match=r"tokenizer\.json: is missing; restore the file"):
+        check_content(out)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

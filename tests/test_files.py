@@ -151,7 +151,7 @@ def of_answers(path: Path, size: int) -> None:
     source = path.with_name("prompts.jsonl")
     source.write_text('{"instruction": "a"}\n')
     answers = Answers(path, read_prompts(source), {}, group=1, overwrite=True)
-    answers.run(lambda part: ["x" * size for _ in part])
+    answers.run(lambda part: [{"output": "x" * size} for _ in part])
 
 
 WRITERS = {

@@ -178,7 +178,10 @@ def test_another_run_is_not_resumed(tiny: Callable[..., Config]) -> None:
         (["--seed", "5"], "seed was 1337, now 5"),
         (["--optim.batch_size", "4"], "optim.batch_size was 8, now 4"),
         (["--adapter.gate", "identity"], "adapter.gate was 'tanh', now 'identity'"),
-        (["--data.template", "alpaca-newline"], "template was"),
+        (
+            ["--data.template", "alpaca-newline"],
+            r"data\.template: its kind was 'alpaca', now 'alpaca-newline'$",
+        ),
         (["--optim.schedule", "linear"], "optim.schedule was 'cosine', now 'linear'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -281,7 +284,7 @@ def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Co
     said, first = [], Stopper()
     finetune(tiny(*options, "--optim.max_steps", "1"), say=first)
     assert not any("1 steps" in line for line in first.lines)
-    assert any(line.startswith("run: 1 step of 8 records; lr 0.02") for line in first.lines)
+    assert any(line.startswith("run: 1 step of 8 records, epochs 0.2; lr 0.02") for line in first.lines)
     for steps, name, rate in (("2", "lr", "0.02"), ("3", "base_lr", "0.32")):
         lines = Stopper()
         more = ["--optim.max_steps", steps, f"--optim.{name}", rate]

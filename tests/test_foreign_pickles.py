@@ -17,7 +17,7 @@ from foreign_adapters import sizes
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.adapter_file import read_adapter
-from lit_adapter.weights.base_folder import base_at_hand, find_base
+from lit_adapter.weights.base_search import base_at_hand, find_base
 from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
@@ -200,7 +200,7 @@ STRANGE = {
     "other digits": (PROMPT.replace("1", "\u0661"), WHOLE, r"tensor \S+ does not belong to an adapter"),
     "expanded": (PROMPT, torch.zeros(1).expand(10**11, 48), "is declared larger than the file's data"),
     "meta": (PROMPT, torch.ones(3, 16, device="meta"), "is not a dense tensor"),
-    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "is not a dense tensor"),
+    "nested": (PROMPT, torch.nested.nested_tensor([WHOLE]), "not a dense tensor|holds other objects"),
     "float4": (PROMPT, WHOLE.byte().view(torch.float4_e2m1fn_x2), r"is torch\.float4_\S+; expected floating"),
     "peft": (QUERY.format("01"), WHOLE, "adaption_prompt is missing in every layer"),
 }
@@ -234,8 +234,8 @@ def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
     for attempt in (
         lambda: open_adapter(long),
         lambda: read_adapter(long),
-        lambda: find_base(long.name),
-        lambda: base_at_hand(long.name),
+        lambda: find_base(long.name, tmp_path / "x"),
+        lambda: base_at_hand(long.name, tmp_path / "x"),
         lambda: convert_adapter(long, tmp_path / "out", Wishes()),
         lambda: convert_adapter(tmp_path / "x", long, Wishes()),
     ):

@@ -281,3 +281,35 @@ def test_a_misspelt_setting_is_named(model: AdaptedLlama) -> None:
     for call in (model.generate, lambda task, **given: model.generate_batch([(task, "")], **given)):
         with pytest.raises(UserError, match="'temprature'; did you mean 'temperature'"):
             call("x", temprature=1)
+
+
+def test_a_task_is_a_text_a_pair_or_a_record(model: AdaptedLlama) -> None:
+    tasks = [
+        "Say it.",
+        ("Say it.", "red"),
+        ["Say it.", "red"],
+        {"instruction": "Say it.", "input": "red", "n": 1},
+    ]
+    tasks += [{"instruction": "Say it.", "input": None}]
+    wanted = [model.generate("Say it.", input, max_new_tokens=8) for input in ("", "red")]
+    found = model.generate_batch(iter(tasks), max_new_tokens=8)
+    assert wanted[0] != wanted[1]
+    assert found == [wanted[0], wanted[1], wanted[1], wanted[1], wanted[0]]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("Say it.", r"tasks is of type str; expected a list of tasks: for one task, pass \[task\]"),
+        ({"instruction": "Say it."}, "tasks is of type dict; expected a list of tasks"),
+        ([("Say it.", "red", "x")], r"tasks\[0\] is .*'Say it.', 'red', 'x'.*; expected a str, a pair"),
+        (["Say it.", {"instuction": "x"}], r"tasks\[1\] is .*; expected .* dict with the key 'instruction'"),
+        ([("Say it.", None)], r"tasks\[0\] is"),
+        ([{"instruction": 3}], r"tasks\[0\] is"),
+        ([7], r"tasks\[0\] is 7; expected"),
+    ],
+)
+def test_what_is_no_list_of_tasks_is_refused(model: AdaptedLlama, tasks: object, message: str) -> None:
+    for call in (model.generate_batch, lambda tasks: model.choose_batch(tasks, choices=["a", "b"])):
+        with pytest.raises(TypeError, match=message):
+            call(tasks)

@@ -147,6 +147,8 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--base b --prompt x --output z", "--output without --prompts"),
         ("--base b --prompt x --batch_size 2", "--batch_size without --prompts"),
         ("--base b --prompt x --overwrite", "--overwrite without --prompts"),
+        ("--base b --prompt x --columns.input y", "--columns.input without --prompts"),
+        ("--base b --prompts - --output z --columns.input output", "expected three different names"),
         ("--base b --prompts y --output z --batch_size 0", "--batch-size is 0; expected 1 or more"),
         ("--base b --prompt x --no-adapter", "--no-adapter without --adapter"),
         ("--base b --prompt x --compare", "--compare without --adapter"),

@@ -25,7 +25,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
-    ("streams", "progress", "grouping"),
+    ("arguments", "streams", "progress", "grouping"),
     ("files", "device", "hub"),
     ("model",),
     ("text", "config"),

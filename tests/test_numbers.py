@@ -150,7 +150,8 @@ def test_what_does_not_learn_is_said_once(tiny: Callable[..., Config]) -> None:
     first, second = Stopper("step 21/"), Stopper()
     assert finetune(tiny(*options), say=first) == 143
     assert finetune(tiny(*options), resume="last", say=second) == 0
-    warnings = [line for line in first.lines + second.lines if line.startswith("warning")]
+    said = [line for line in first.lines + second.lines if line.startswith("warning")]
+    warnings = [line for line in said if "may be too few" not in line]  # that is said at each start
     assert len(warnings) == 2
     assert warnings[0].startswith("warning: every gate is still 0 after 10 steps")
     assert "raise optim.lr (now 1e-30)" in warnings[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_memory import packed
 
 from lit_adapter.config import Config, OptimConfig, TrainerConfig
 from lit_adapter.errors import UserError
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.training import base, preflight
 from lit_adapter.training.dry_run import Stopwatch, duration, forecast
@@ -203,7 +205,7 @@ def test_dry_run_says_the_plan_and_leaves_nothing(tiny: Callable[..., Config]) -
         r"^memory: about .* free",
         r"^disk: .* free",
         r"^model: .* [\d,]+ frozen parameters; adapter: [\d,]+ trained",
-        r"^run: 15 steps of 8 records; lr 0.02 .*cosine, warm-up 1 step;",
+        r"^run: 15 steps of 8 records, epochs 3; lr 0.02 .*cosine, warm-up 1 step;",
         r"^time: about \d+ s for 15 steps and 4 validations \(3 steps took",
         r"^dry run: no run was started",
     ):
@@ -240,8 +242,9 @@ def test_a_signal_ends_a_dry_run_with_its_status(
 
 
 def test_the_forecast_is_tokens_times_measured_seconds() -> None:
-    watch = Stopwatch()
+    watch = Stopwatch(SimpleNamespace())
     watch.steps = [(9.0, 100), (2.0, 100), (4.0, 200)]
+    watch.sample_seconds = 1.5
     length = torch.tensor([10.0, 30.0]).numpy()
     data = SimpleNamespace(
         batch_size=5,
@@ -249,8 +252,34 @@ def test_the_forecast_is_tokens_times_measured_seconds() -> None:
         val_encoded=SimpleNamespace(length=length),
     )
     line = forecast(watch, data, steps=40, validations=10, forward_share=0.5)
-    assert line.startswith("time: about 84 s for 40 steps and 10 validations")  # (40 * 100 + 200) * 0.02
+    # (40 * 100 + 200) * 0.02 + 10 * 1.5
+    assert line.startswith("time: about 99 s for 40 steps and 10 validations")
+    assert line.endswith(" tokens/s; the sample answers of one took 1.5 s)")
     assert [duration(s) for s in (7.4, 600, 9000)] == ["7 s", "10 min", "2.5 h"]
+
+
+def test_a_dry_run_times_the_samples_of_a_validation(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are answered once, as a validation would."""
+    asked = []
+
+    def slow(self: AdaptedLlama, pairs: list[Any], **options: Any) -> list[str]:
+        asked.append((len(pairs), options["max_new_tokens"]))
+        time.sleep(0.3)
+        return ["x"] * len(pairs)
+
+    monkeypatch.setattr(AdaptedLlama, "generate_batch", slow)
+    options = ("--trainer.samples", "2", "--trainer.sample_tokens", "5", "--optim.max_steps", "4")
+    for more, end in (
+        ((), "; the sample answers of one took 0.3 s)"),
+        (("--trainer.samples", "0"), "tokens/s)"),
+    ):
+        lines = Stopper()
+        assert finetune(tiny(*options, *more), say=lines, dry_run=True) == 0
+        said = next(line for line in lines.lines if line.startswith("time:"))
+        assert said.endswith(end)
+    assert asked == [(2, 5)]
 
 
 def test_dry_run_is_an_option_of_the_script() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import io
 import json
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +19,11 @@ from warm_runs import Run
 
 import lit_adapter
 from lit_adapter import device
+from lit_adapter.config import Columns
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.prompt_file import STANDARD_INPUT, read_prompts
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
 
@@ -221,7 +227,7 @@ def test_an_output_in_the_way(
     [
         (
             '{"instuction": "x"}',
-            r":2: key 'instruction' is missing \(found: 'instuction'\); add it; did you mean",
+            r":2: key 'instruction' is missing \(found: 'instuction'\); add it, .*; did you mean",
         ),
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
@@ -243,3 +249,152 @@ def test_a_malformed_prompt_names_its_line(
     with pytest.raises(UserError, match=r"prompts\.jsonl" + message):
         script(*common, "--prompts", path, "--output", tmp_path / "out.jsonl")
     assert [found.name for found in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+TABLE = [
+    {"id": "7", "question": "Say; it", "context": "red, blue", "answer": "old"},
+    {"id": "8", "question": "Say\tit", "context": "", "answer": "older"},
+]
+RENAMED = Columns(instruction="question", input="context", output="answer")
+
+
+def write_table(path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(TABLE), path)
+    elif path.suffix == ".csv":
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, list(TABLE[0]))
+        writer.writeheader()
+        writer.writerows(TABLE)
+        path.write_bytes(stream.getvalue().encode())
+    else:
+        lines = [json.dumps(row) for row in TABLE]
+        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_every_format_of_training_is_read_with_its_columns(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"table{suffix}")
+    prompts = read_prompts(path, RENAMED, ("answer",))
+    assert [(prompt.instruction, prompt.input) for prompt in prompts] == [
+        ("Say; it", "red, blue"),
+        ("Say\tit", ""),
+    ]
+    assert [json.loads(prompt.line({"answer": "new"})) for prompt in prompts] == [
+        {**row, "answer": "new"} for row in TABLE
+    ]
+    with pytest.raises(UserError, match="no record has the input column 'text'; correct its name"):
+        read_prompts(path, Columns(instruction="question", input="text"))
+
+
+def test_other_columns_are_kept_and_the_answer_gets_its_own(
+    tiny_base: Path, adapter: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    """The column of right answers stays beside the new one."""
+    names = ("--columns.instruction", "question", "--columns.input", "context", "--columns.output", "ours")
+    path, out = write_table(tmp_path / "table.csv"), tmp_path / "out.jsonl"
+    script(*common, *names, "--max_new_tokens", 5, "--prompts", path, "--output", out)
+    model = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+    answers = [
+        model.generate(row["question"], row["context"], max_new_tokens=5, temperature=1.0) for row in TABLE
+    ]
+    assert json_lines(out) == [{**row, "ours": text} for row, text in zip(TABLE, answers, strict=True)]
+
+
+def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"\xef\xbb\xbfone\r\n\n  \n two {\n", [1, 4]),
+        (b'\n{"instruction": "one"}\n{"instruction": " two {"}', [2, 3]),
+        (b'[{"instruction": "one"},\n{"instruction": " two {"}]', [1, 2]),
+    ],
+)
+def test_standard_input_is_text_json_lines_or_an_array(
+    content: bytes, lines: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard_input(monkeypatch, content)
+    prompts = read_prompts(STANDARD_INPUT)
+    assert [prompt.instruction for prompt in prompts] == ["one", " two {"]
+    assert [prompt.origin for prompt in prompts] == [f"standard input:{line}" for line in lines]
+
+
+def test_a_text_file_has_an_instruction_on_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("one\u2028still one\r\n\n[two]\n".encode())
+    assert [(p.instruction, p.input) for p in read_prompts(path)] == [
+        ("one\u2028still one", ""),
+        ("[two]", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n", "standard input is empty; expected prompts"),
+        (b'{"instruction": "a"}\n{"instruction"', r"standard input:2:\d+: not valid JSON"),
+        (b"a\nb\xff", r"standard input:2: not UTF-8: byte 0xff"),
+    ],
+)
+def test_broken_standard_input_names_its_line(
+    content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard_input(monkeypatch, content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(STANDARD_INPUT)
+
+
+def test_standard_input_is_answered_and_goes_on(
+    common: tuple[object, ...], prompts: Path, whole: bytes, killed: bytes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / ".out.jsonl.partial").write_bytes(killed)
+    standard_input(monkeypatch, prompts.read_bytes())
+    script(*common, "--prompts", "-", "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_values_that_json_lacks_become_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "table.parquet"
+    columns = {
+        "instruction": ["a"],
+        "day": [datetime.date(2026, 1, 2)],
+        "x": [float("nan")],
+        "raw": [b"\xff"],
+    }
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns | {"n": [[1, None]]}), path)
+    (prompt,) = read_prompts(path)
+    assert json.loads(prompt.line({})) == {
+        "instruction": "a",
+        "input": "",
+        "day": "2026-01-02",
+        "x": "NaN",
+        "raw": "b'\\xff'",
+        "n": [1, None],
+    }
+
+
+def test_half_a_character_in_another_column_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"instruction": "\u00e4", "id": "\\ud83d\u00e4"}')
+    (line,) = (prompt.line({"output": "b"}) for prompt in read_prompts(path))
+    assert json.loads(line.decode())["id"] == "\ud83d\u00e4"
+
+
+def test_an_unfinished_run_of_other_values_is_refused(
+    common: tuple[object, ...], prompts: Path, killed: bytes, tmp_path: Path
+) -> None:
+    """They belong to the answers' rows, and so does the name of the answer's column."""
+    (tmp_path / ".out.jsonl.partial").write_bytes(killed)
+    asked, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    asked.write_bytes(prompts.read_bytes().replace(b"}", b', "id": 1}', 1))
+    with pytest.raises(UserError, match="an unfinished run with other prompts"):
+        script(*common, "--prompts", asked, "--output", out)
+    with pytest.raises(UserError, match="an unfinished run with other settings"):
+        script(*common, "--prompts", prompts, "--output", out, "--columns.output", "answer")

@@ -24,6 +24,8 @@ HARD = [
     {"instruction": "שלום", "input": "", "output": " kept \u2028 as\u0085 it is "},
     {"instruction": "### Response:</s>", "input": "{} {input} %s {0.__class__}", "output": "nul \0 end"},
 ]
+DELIMITER_OF = {".csv": ",", ".semicolons.csv": ";", ".tabs.csv": "\t", ".tsv": "\t"}
+TEXT_FORMATS = (".json", ".jsonl", *DELIMITER_OF)
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -42,9 +44,11 @@ def write_format(folder: Path, suffix: str, rows: list[dict[str, str]]) -> Path:
         path.write_text(json.dumps(rows, indent=1))
     elif suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    elif suffix == ".csv":
+    elif suffix in DELIMITER_OF:
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        delimiter = DELIMITER_OF[suffix]
+        path = path.with_suffix("." + suffix.rpartition(".")[2])
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n", delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
         path.write_bytes(stream.getvalue().encode())
@@ -54,7 +58,7 @@ def write_format(folder: Path, suffix: str, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [*TEXT_FORMATS, ".parquet"])
 def test_every_format_gives_the_same_records(tmp_path: Path, suffix: str) -> None:
     records = read_records(write_format(tmp_path, suffix, HARD))
     assert texts(records) == HARD
@@ -87,15 +91,17 @@ def test_renamed_columns_and_absent_input(tmp_path: Path, suffix: str) -> None:
 )
 def test_any_text_survives_json_jsonl_and_csv(tmp_path: Path, rows: list[tuple[str, str, str]]) -> None:
     given_rows = [dict(zip(("instruction", "input", "output"), row, strict=True)) for row in rows]
-    for suffix in (".json", ".jsonl", ".csv"):
+    for suffix in TEXT_FORMATS:
         assert texts(read_records(write_format(tmp_path, suffix, given_rows))) == given_rows
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=40), st.integers(0, 200), st.sampled_from([".json", ".jsonl", ".csv"]))
+@given(st.binary(max_size=40), st.integers(0, 200), st.sampled_from(TEXT_FORMATS))
 def test_damage_gives_records_or_one_line(tmp_path: Path, junk: bytes, at: int, suffix: str) -> None:
     whole = write_format(tmp_path, suffix, HARD).read_bytes()
-    damaged = write(tmp_path, f"damaged{suffix}", whole[:at] + junk + whole[at + len(junk) :])
+    damaged = write(
+        tmp_path, f"damaged{Path(suffix).suffix or suffix}", whole[:at] + junk + whole[at + len(junk) :]
+    )
     try:
         assert len(read_records(damaged)) <= len(whole)
     except UserError as error:
@@ -160,7 +166,16 @@ FAULTS = {
     "short-row.csv": ("instruction,output\na,b\na\n", r":3: 1 fields, .* 2 columns"),
     "long-row.csv": ("instruction,output\na,b,c\n", r":2: 3 fields, .* 2 columns"),
     "open-quote.csv": ('instruction,output\na,b\na,"b\n', r":3: not valid CSV"),
-    "semicolons.csv": ("instruction;output\na;b\n", r":2: key 'instruction' is missing"),
+    "semicolons.csv": (
+        "instruction;output\na;b;c\n",
+        r":2: 3 fields, .* text with semicolons or line breaks",
+    ),
+    "tabs.csv": ("instruction\toutput\na\n", r":2: 1 fields, .* text with tabs or line breaks"),
+    "commas.tsv": (
+        "instruction,output\na,b\n",
+        r":2: key 'instruction' is missing \(found: 'instruction,out",
+    ),
+    "bars.csv": ("instruction|output\na|b\n", r":2: key 'instruction' is missing"),
     "column-twice.csv": ("instruction,output,output\na,b,c\n", r":1: column 'output' appears twice"),
     "junk.parquet": ("PAR1 not really", r": (not a readable Parquet file|Parquet needs pyarrow)"),
     "text.txt": ("a", r": unknown data format \(suffix '\.txt'\).*\.jsonl"),
@@ -206,7 +221,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
         read_records(path)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", TEXT_FORMATS)
 def test_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path, suffix: str) -> None:
     path = write_format(tmp_path, suffix, HARD)
     plain, content = read_records(path), path.read_bytes()
@@ -215,6 +230,15 @@ def test_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path, suffix: st
     assert marked.rows == plain.rows
     assert marked.sha256 == plain.sha256
     assert [r.line for r in marked] == [r.line for r in plain]
+
+
+def test_a_separator_within_a_name_does_not_count(tmp_path: Path) -> None:
+    """Quotes hide it, and where two divide the header alike it is the comma that does."""
+    quoted = write(tmp_path, "quoted.csv", 'instruction;"a, b, c";output\nx,y;;z\n')
+    assert [(r.instruction, r.output) for r in read_records(quoted)] == [("x,y", "z")]
+    alike = write(tmp_path, "alike.csv", "\ninstruction,output;\nx;y,z\n")
+    columns = Columns(output="output;")
+    assert [(r.instruction, r.output) for r in read_records(alike, columns=columns)] == [("x;y", "z")]
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:

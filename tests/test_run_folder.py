@@ -7,13 +7,19 @@ import fcntl
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_runs import arguments
+from warm_runs import two_ranks
 
+from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.training.checkpoint import read_checkpoint
+from lit_adapter.training.finetune import finetune
 from lit_adapter.training.run_folder import RunFolder
 
 
@@ -161,3 +167,44 @@ def test_without_locks_the_process_in_the_lock_file_is_asked(
     other.join()
     RunFolder(tmp_path).open(resume=False)
     assert lock.read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize(("at", "left"), [(2, "checkpoints/step-0000004.ckpt"), (4, "adapter.safetensors")])
+def test_nothing_is_written_where_a_folder_was_before_a_validation_ended(
+    tiny: Callable[..., Config], at: int, left: str
+) -> None:
+    """The validation of step 2 would write an adapter; the run ends after that of step 4."""
+    config = tiny("--optim.max_steps", "4", "--trainer.val_every", "2", "--trainer.samples", "0")
+    out = Path(config.out)
+
+    def say(line: str) -> None:
+        if line.startswith(f"step {at}: held-out loss"):
+            out.rename(out.with_name("elsewhere"))
+
+    with pytest.raises(UserError, match=r"run: the run folder was moved or deleted .*run\.rescued"):
+        finetune(config, say=say)
+    assert not out.exists()
+    assert (out.with_name("run.rescued") / left).is_file()
+    assert not (out.with_name("elsewhere") / "adapter.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_their_folder_is_gone(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path
+) -> None:
+    """Only the first looks; both have to save together, and neither waits for the other."""
+    cache, out = {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}, tmp_path / "run"
+    options = ["--optim.epochs", "3000", "--trainer.val_every", "100000", "--trainer.samples", "0"]
+    command = arguments(tiny_base, tiny_records, out, *options)
+    first, second = two_ranks(command, tmp_path / "log", cache)
+    first.wait_for("step 3/")
+    out.rename(tmp_path / "elsewhere")
+    assert first.wait() == 2, first.output
+    assert second.wait() == 2, second.output
+    assert not out.exists()
+    (saved,) = (tmp_path / "run.rescued" / "checkpoints").iterdir()
+    step = read_checkpoint(saved)["global_step"]
+    assert first.output.splitlines()[-1] == (
+        f"error: {out}: the run folder was moved or deleted while the run went on; step {step} is saved in "
+        f"{out}.rescued: go on with --out {out}.rescued --resume last"
+    )

@@ -139,7 +139,6 @@ def test_a_tiny_temperature_takes_the_largest(temperature: float) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"stop": ("a", "")}, "stop holds an empty text"),
-        ({"stop": "END"}, r"stop is the text 'END'; expected a tuple of texts, as \('END',\)"),
         ({"temprature": 1}, "unknown sampling setting 'temprature'; did you mean 'temperature'?"),
         ({"zzz": 1}, "unknown sampling setting 'zzz'; expected max_new_tokens, temperature"),
     ],

@@ -71,7 +71,7 @@ def test_during_a_save(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     command = arguments(tiny_base, tiny_records, tmp_path / "run", *LONG)
-    run = Run(command, tmp_path / "log", environment, partial(signal_after_write, 5))
+    run = Run(command, tmp_path / "log", environment, partial(signal_after_write, 7))
     assert run.wait() == 143, run.output
     # The flag is looked at before the save: one more step is done and saved.
     assert saved_and_said(tmp_path / "run", run.output) == 5

@@ -1,7 +1,9 @@
-"""Standard output that is closed, full, or cannot show a character: one line, and no work lost."""
+"""Standard output that is closed, full, or cannot show a character; and what a terminal is not sent."""
 
 from __future__ import annotations
 
+import ast
+import io
 import os
 import select
 import subprocess
@@ -10,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from finetune_runs import SCRIPT, arguments
+
+from lit_adapter.errors import UserError, visible
+from lit_adapter.streams import Shown, say, write_answer
 
 RESULT = "import sys; from lit_adapter.cli.command import run; run(lambda argv: print('Öl ' * 40_000) or 0)"
 """A script whose output is its result, longer than a pipe holds."""
@@ -112,3 +117,45 @@ def test_an_unbuffered_script_is_heard_as_it_speaks() -> None:
         heard, _, _ = select.select([process.stdout], [], [], 30)  # it waits for its input meanwhile
         process.communicate("x")
     assert heard
+
+
+RANGES = (range(32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
+CONTROLS = [chr(code) for codes in RANGES for code in codes]
+
+
+def test_what_a_terminal_obeys_is_written_out() -> None:
+    """All controls but tab and line feed, whatever is printed through; letters of every script stay."""
+    for control in CONTROLS:
+        shown = visible(f"a{control}b")
+        assert shown == ("a" + control + "b" if control in "\t\n" else ascii(f"a{control}b")[1:-1])
+    kept = "\u00d6l \u05e9\u05dc\u05d5\u05dd \U0001f468\u200d\U0001f469 \u200f \ufeff \u4e00"
+    assert visible(kept) == kept
+    assert str(UserError("a\x1b[2J\r\nb\u202e")) == r"a\x1b[2J b\u202e"
+
+
+def test_answers_are_unchanged_in_a_pipe_and_harmless_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text, pipe, terminal = "one\n\ttwo\x1b[2J\r\x07", io.StringIO(), Terminal()
+    for out in (pipe, terminal):
+        for letter in text:  # as it is streamed
+            write_answer(letter, out)
+    assert pipe.getvalue() == text
+    assert terminal.getvalue() == "one\n\ttwo\\x1b[2J\\r\\x07"
+
+
+def test_lines_are_harmless_in_a_pipe_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """They may be read on a terminal later."""
+    say("wrote a\x1b[2J")
+    say(Shown("\x1b[2mdim\x1b[0m"))
+    assert capsys.readouterr().out == "wrote a\\x1b[2J\n\x1b[2mdim\x1b[0m\n"
+
+
+def test_only_say_prints() -> None:
+    """What prints past it could carry a stranger's control characters to the terminal."""
+    for path in sorted((SCRIPT.parents[1] / "lit_adapter").rglob("*.py")):
+        calls = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+        printing = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert printing == [] or path.name == "streams.py", f"{path}:{printing}"

@@ -15,6 +15,7 @@ from lit_adapter.text.template import resolve_template
 
 LONG = "no end " * 300
 """Longer than data.max_length, as a prompt and as an answer."""
+TITLE = "example (in [[ ]]: not learned; in {{ }}: control tokens)"
 
 
 def write(path: Path, *records: tuple[str, str]) -> str:
@@ -27,9 +28,11 @@ def plain(name: str, count: int) -> list[tuple[str, str]]:
     return [(f"{name} {number}", "red") for number in range(count)]
 
 
-def module(base: Path, config: DataConfig, row_tokens: int = 1000) -> AlpacaDataModule:
+def module(
+    base: Path, config: DataConfig, row_tokens: int = 1000, template: str = "alpaca"
+) -> AlpacaDataModule:
     tokenizer = load_tokenizer(base)
-    template = resolve_template("alpaca", tokenizer)
+    template = resolve_template(template, tokenizer)
     return AlpacaDataModule(
         config, tokenizer=tokenizer, template=template, tokenizer_key="", batch_size=2, row_tokens=row_tokens
     ).read()
@@ -39,7 +42,7 @@ def notes(base: Path, config: DataConfig) -> list[str]:
     """Return the lines between the counts and the example."""
     data = module(base, config)
     lines = [line.strip() for line in describe(data, color=False)]
-    return [line for line in lines[: lines.index("example (in [[ ]]: not learned)")] if "%)" in line]
+    return [line for line in lines[: lines.index(TITLE)] if "%)" in line]
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +88,38 @@ def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path,
         f"packed without padding: {share:.0%} of a step's tokens are computed; "
         f"{shared:.0%} are the preamble, computed once per row"
     )
+
+
+TYPED = "<|im_start|>user\n{instruction}</s>\n"
+"""Of its control tokens the tiny base has the last one."""
+
+
+def test_the_example_marks_control_tokens_apart_from_text_like_them(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", *[("Say <s>\u00e4</s>.", "red</s>")] * 2)
+    data = module(tiny_base, DataConfig(train=path, val_size=0), template=TYPED)
+    assert data.train_encoded.record(0).tolist().count(1) == 2  # the template's and the one at the end
+    lines = describe(data, color=False)
+    assert "\n".join(lines[lines.index(TITLE) + 1 :]) == (
+        "  | [[{{<s>}}<|im_start|>user\n  | Say <s>\u00e4</s>.{{</s>}}\n  | ]]red</s>{{</s>}}"
+    )
+    shown = describe(data, color=True)
+    assert "reverse: control tokens" in shown[-2]
+    assert shown[-1] == (
+        "  | \x1b[2m\x1b[7m<s>\x1b[27m<|im_start|>user\n  | Say <s>\u00e4</s>.\x1b[7m</s>\x1b[27m\n"
+        "  | \x1b[0mred</s>\x1b[7m</s>\x1b[27m"
+    )
+
+
+def warnings(base: Path, path: str, template: str) -> list[str]:
+    data = module(base, DataConfig(train=path, val_size=0), template=template)
+    return [line.strip() for line in describe(data, color=False) if "warning" in line]
+
+
+def test_text_that_looks_like_control_tokens_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", ("a</s>", "b</s>"), ("<s>a", "b</s>"), ("a", "<|eot_id|>"))
+    assert warnings(tiny_base, path, TYPED) == [
+        "warning: the template's <|im_start|> is plain text: no control token of this base",
+        "warning: </s> in 2 records, <s> in 1 record: plain text, not the control token; "
+        "write control tokens into data.template",
+    ]
+    assert warnings(tiny_base, write(tmp_path / "plain.jsonl", *plain("task", 4)), "{instruction}</s>") == []

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_adapter.errors import UserError, nearest, shorten
-from lit_adapter.streams import prepare_streams
+from lit_adapter.errors import UserError, nearest, options_of_a_command, shorten
+from lit_adapter.streams import prepare_streams, say
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
@@ -33,22 +33,23 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     status: Any
     try:
         try:
-            status = main(sys.argv[1:])
+            with options_of_a_command():
+                status = main(sys.argv[1:])
         except SystemExit as leaving:  # after --help
             status = leaving.code
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         status = error.exit_status
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+        say(str(interrupt) or "interrupted", sys.stderr)
         status = getattr(interrupt, "exit_status", INTERRUPTED)
     except BrokenPipeError:
         status = PIPE_CLOSED
     except OSError as error:
         if error.filename is None or error.errno not in _ABOUT_A_NAME:
             raise
-        print(f"error: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        say(f"error: {shorten(str(error.filename))}: {error.strerror}", sys.stderr)
         status = UserError.exit_status
     sys.exit(status)
 

@@ -30,6 +30,8 @@ def check_config_file(path: Path) -> None:
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: expected keys and values, {_EXAMPLE}")
         loader.construct_object(node, deep=True)
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None

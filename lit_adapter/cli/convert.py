@@ -6,6 +6,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
+from lit_adapter.streams import say
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -26,5 +27,5 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     choices = {name: options[name] for name in ("dtype", "overwrite")}
     with byte_progress("converting") as progress:
         out = convert(Path(options.source), Path(options.out), progress=progress, **choices)
-    print(f"wrote {shown(out)}")
+    say(f"wrote {shown(out)}")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
+from lit_adapter.streams import say
 
 TARGETS = ("ours", "lit-llama", "litgpt", "peft", "peft-lora")
 SOURCES = ("auto", "official", *TARGETS)
@@ -25,11 +26,15 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         help="the adapter's converted base; needed for other code bases' adapters, and to compare logits",
     )
     parser.add_argument(
-        "--gate", choices=["tanh", "identity"], help="gate form of an official adapter: its file has none"
+        "--gate",
+        choices=["tanh", "identity"],
+        help="gates of an official adapter, whose file does not say: squashed by tanh, or not (identity)",
     )
     parser.add_argument("--template", help="for ours; default: alpaca, for a litgpt adapter alpaca-newline")
     parser.add_argument(
-        "--to-gate", choices=["tanh", "identity", "layer"], help="convert the gates of ours to this form"
+        "--to-gate",
+        choices=["tanh", "identity", "layer"],
+        help="gates of ours: per attention head, squashed (tanh) or not (identity); per layer, not squashed",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="where gates that differ must become one, write their mean"
@@ -41,5 +46,5 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
     for line in convert_adapter(Path(options.source), Path(options.out), wishes):
-        print(line)
+        say(line)
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
+from lit_adapter.streams import say
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
         path = options.out or Path("out") / f"{name}.safetensors"
         for line in fetch_adapter(options.name, path, revision=options.revision):
-            print(line)
+            say(line)
         return 0
 
     from lit_adapter.weights.download import download
@@ -30,5 +31,5 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     out = options.out or Path("checkpoints") / name
     with byte_progress("converting") as progress:
         fetched = download(options.name, out, revision=options.revision, progress=progress)
-    print(f"wrote {shown(out)}" if fetched else f"{shown(out)} is already there and complete")
+    say(f"wrote {shown(out)}" if fetched else f"{shown(out)} is already there and complete")
     return 0

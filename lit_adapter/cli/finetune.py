@@ -28,7 +28,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)
     from lit_adapter.training.finetune import finetune
 
-    return finetune(request.config, request.resume, signals=signals, dry_run=request.dry_run)
+    return finetune(
+        request.config, request.resume, signals=signals, dry_run=request.dry_run, verify=request.verify
+    )
 
 
 class FinetuneRequest(NamedTuple):
@@ -37,10 +39,11 @@ class FinetuneRequest(NamedTuple):
     config: Config
     resume: str | None
     dry_run: bool
+    verify: bool
 
 
 def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneRequest:
-    """Return the configuration, what to resume, and whether this is a dry run.
+    """Return the configuration, what to resume, whether this is a dry run, and whether to verify the base.
 
     Raises:
         UserError: a file, key or value that is wrong; names the file, line and key.
@@ -60,11 +63,15 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan, try three steps, leave no run", **absent
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare all of the base with its checksums", **absent
+    )
     parser.add_class_arguments(Config, nested_key=None)
     parsed = parse(parser, _with_lists(argv))
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
-    return FinetuneRequest(Config(**values), parsed.get("resume"), parsed.get("dry_run", False))
+    config, wishes = Config(**values), (parsed.get(name, False) for name in ("dry_run", "verify"))
+    return FinetuneRequest(config, parsed.get("resume"), *wishes)
 
 
 def _with_lists(argv: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -8,10 +9,22 @@ from typing import Any, TextIO, get_args, get_type_hints
 
 from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
-from lit_adapter.errors import UserError, counted
-from lit_adapter.generation.settings import Sampling
+from lit_adapter.config import Columns
+from lit_adapter.errors import UserError, counted, shorten
+from lit_adapter.generation.settings import Sampling, check_choices
+from lit_adapter.streams import say
 
 BATCH_SIZE = 16
+PROMPTS = (
+    "a JSON, JSONL, CSV, TSV or Parquet file of instruction and input, as for training; a .txt file with an "
+    "instruction on each line; or - for standard input: JSONL, a JSON array or plain text"
+)
+COLUMNS = {
+    "instruction": "column of --prompts with the instruction",
+    "input": "column with what the instruction works on, which the file may lack",
+    "output": "column for the answer; one of this name is replaced, all other columns are kept",
+}
+CHOICES = 'give the probabilities of these answers, generate none; quote an answer that has a comma: a,"b, c"'
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
@@ -20,6 +33,8 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     out = out or sys.stdout
     given: Any = {field.name: options[field.name] for field in fields(Sampling)}
     sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
+    columns = Columns(**options.columns)
+    choices = _choices(options, sampling)
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
 
@@ -28,9 +43,19 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     if task is None:
         target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
         number = answering.answer_file(
-            choice, Path(options.prompts), target, sampling, batch_size, overwrite=options.overwrite
+            choice,
+            Path(options.prompts),
+            target,
+            sampling,
+            batch_size,
+            columns=columns,
+            choices=choices,
+            overwrite=options.overwrite,
         )
-        out.write(f"wrote {target} ({counted(number, 'answer')})\n")
+        say(f"wrote {target} ({counted(number, 'answer')})", out)
+        return 0
+    if choices:
+        answering.choose(choice.load(), task, choices, out)
         return 0
     write = answering.compare if options.compare else answering.stream
     write(choice.load(), task, sampling, out)
@@ -43,15 +68,19 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
     parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
     parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL of instruction and input")
-    parser.add_argument("--output", metavar="FILE", help="JSONL for the answers of --prompts")
+    parser.add_argument("--prompts", metavar="FILE", help=PROMPTS)
+    parser.add_argument("--output", metavar="FILE", help="JSONL: the rows of --prompts with their answers")
+    for name, what in COLUMNS.items():
+        parser.add_argument(f"--columns.{name}", metavar="NAME", default=name, help=what)
     parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
     parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
+    parser.add_argument("--choices", metavar="A,B,...", help=CHOICES)
     parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
+    parser.add_argument("--verify", action="store_true", help="compare all of the base with its checksums")
     _add_sampling(parser)
     options = parse(parser, argv)
     _check(options)
@@ -87,6 +116,7 @@ def _check(options: Any) -> None:
         (options.adapter is None, "without --adapter", ("no_adapter", "compare")),
         (options.adapter is not None, "--adapter, which brings its template", ("template",)),
         (options.no_adapter, "--no-adapter", ("compare",)),
+        (options.choices is not None, "--choices", ("compare",)),
     ]
     for applies, reason, names in excluded:
         given = next((name for name in names if options[name] not in (None, False)), None)
@@ -94,9 +124,29 @@ def _check(options: Any) -> None:
             option = "--no-adapter" if given == "no_adapter" else f"--{given}"
             joint = reason if reason.startswith("without") else f"together with {reason}"
             raise UserError(f"{option} {joint} has no meaning; leave one of them out or see --help")
+    other = next((name for name in COLUMNS if options.columns[name] != name), None)
+    if options.prompts is None and other is not None:
+        raise UserError(f"--columns.{other} without --prompts has no meaning; see --help")
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
     check_least(options, 1, "batch_size")
+
+
+def _choices(options: Any, sampling: Sampling) -> list[str]:
+    """Return the answers of --choices, or none."""
+    if options.choices is None:
+        return []
+    default = Sampling()
+    changed = [name for name, value in asdict(sampling).items() if value != getattr(default, name)]
+    if changed:
+        raise UserError(f"--{changed[0]} together with --choices has no meaning: no answer is generated")
+    try:
+        (choices,) = csv.reader([options.choices], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError):
+        raise UserError(f"--choices is {shorten(options.choices)}; expected answers as a,b,c") from None
+    choices = [choice.strip() for choice in choices]
+    check_choices(choices)
+    return choices
 
 
 def _instruction(options: Any) -> str:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from lit_adapter.cli.command import run
 from lit_adapter.errors import UserError, nearest
+from lit_adapter.streams import say
 
 COMMANDS = {
     "quickstart": "Fine-tune and score a small built-in model, from nothing.",
@@ -30,8 +31,9 @@ def main(argv: Sequence[str], program: str = "lit-adapter") -> int:
         UserError: there is no such command, or what the command raises.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {program} COMMAND ...\n\ncommands ({program} COMMAND --help says more):")
-        print(*(f"  {name:<16} {line}" for name, line in COMMANDS.items()), sep="\n")
+        say(f"usage: {program} COMMAND ...\n\ncommands ({program} COMMAND --help says more):")
+        for name, line in COMMANDS.items():
+            say(f"  {name:<16} {line}")
         return 0
     name = argv[0].replace("_", "-")
     if name not in COMMANDS:

@@ -6,6 +6,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
+from lit_adapter.streams import say
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -30,5 +31,5 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     choices = {name: options[name] for name in ("base", "dtype", "overwrite")}
     with byte_progress("merging") as progress:
         report = merge(Path(options.adapter), Path(options.out), progress=progress, **choices)
-    print(f"wrote {shown(Path(options.out))}: {report}")
+    say(f"wrote {shown(Path(options.out))}: {report}")
     return 0

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
+from lit_adapter.streams import say
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
-    """Parse, push, and say where to."""
+    """Parse, push, and say where to; with --dry-run say what."""
     parser = command_parser(COMMANDS["push"], program)
     parser.add_argument("adapter", help="adapter.safetensors of a run")
     parser.add_argument("name", help="org/name of the repository, which is created if need be")
@@ -16,15 +17,24 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument(
         "--card", type=Path | None, metavar="FILE", help="model card; default: write one if missing"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent; send nothing")
     options = parse(parser, argv)
 
     from lit_adapter.weights.adapter_hub import push_adapter
 
     adapter, card = Path(options.adapter), options.card
-    address, text = push_adapter(adapter, options.name, private=options.private, card=card)
-    print(f"pushed {shown(adapter)}: {address}")
+    address, text = push_adapter(
+        adapter, options.name, private=options.private, card=card, dry_run=options.dry_run
+    )
+    if options.dry_run:
+        only = "" if card else ", if the repository has none yet"
+        say(f"dry run: nothing was sent to {options.name}; it would get")
+        say(f"  adapter.safetensors  {adapter.stat().st_size:,} bytes, from {shown(adapter)}")
+        say(f"  README.md            this model card{only}:\n\n{text}")
+        return 0
+    say(f"pushed {shown(adapter)}: {address}")
     if text is None:
-        print("the repository's model card is unchanged; --card FILE replaces it")
+        say("the repository's model card is unchanged; --card FILE replaces it")
     elif card is None:
-        print("a model card has been written; fill in the licence there")
+        say("a model card has been written; fill in the licence there")
     return 0

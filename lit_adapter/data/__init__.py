@@ -1,6 +1,6 @@
 """From data files to packed rows.
 
-Without torch: `formats` reads JSON, JSONL, CSV and Parquet files and refuses malformed ones; `records`
+Without torch: `formats` reads JSON, JSONL, CSV, TSV and Parquet files and refuses malformed ones; `records`
 checks, counts, splits and compares records of instruction, input and output; `hub` finds the same files in a
 Hub data set; `encode` tokenizes records, in processes set up by `worker`; `demo` writes the embedded data
 set, whose words are in `demo_words`. With torch: `packing` packs the records of each step into rows, `module`

@@ -1,4 +1,4 @@
-"""Readers of JSON, JSONL, CSV and Parquet files; each row comes with the line it starts on.
+"""Readers of JSON, JSONL, CSV, TSV and Parquet files; each row comes with the line it starts on.
 
 They refuse what Python's own readers accept (NaN, duplicate keys, short CSV rows): a reader that guesses
 would train on something other than what the file says.
@@ -16,6 +16,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from lit_adapter.errors import UserError, shorten
 Row = tuple[int, Mapping[str, Any]]
 """A line number (for Parquet a row number), counted from 1, and the values by column name."""
 
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may separate the columns of a CSV file, and its name."""
+_QUOTED = re.compile(r'"[^"]*"')
+_LONGEST_HEADER = 10_000
 _BATCH_ROWS = 1024
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -93,6 +98,42 @@ def check_regular(path: Path, name: str) -> None:
         raise UserError(f"{name}: the file is empty; expected records of instruction, input and output")
 
 
+def rows_of(
+    path: Path, name: str, wanted: Iterable[str] | None = None, *, plain_text: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a file, called ``name`` in messages; its suffix tells the format.
+
+    Of a Parquet file only the ``wanted`` columns are read; None: all. With ``plain_text`` a ``.txt`` file is
+    read too (`text_rows`).
+
+    Raises:
+        UserError: the file cannot be read or is malformed; names file and line.
+    """
+    check_regular(path, name)
+    suffix = path.suffix.lower()
+    if suffix == PARQUET:
+        return parquet_rows(path, name, wanted)
+    readers = TEXT_READERS | ({".txt": text_rows} if plain_text else {})
+    if suffix not in readers:
+        kind = f"suffix '{path.suffix}'" if path.suffix else "no suffix"
+        raise UserError(f"{name}: unknown data format ({kind}); expected {', '.join([*readers, PARQUET])}")
+    return readers[suffix](read_text(path, name), name)
+
+
+def rows_of_input(content: bytes) -> Iterator[Row]:
+    """Yield the rows of standard input: a JSON array, JSON Lines, or else plain text (`text_rows`).
+
+    The first character tells which: ``[`` or ``{``.
+
+    Raises:
+        UserError: it is malformed, not UTF-8 or empty; names the line.
+    """
+    name = "standard input"
+    text = _decoded(content, name)
+    reader = {"[": json_rows, "{": jsonl_rows}.get(text.lstrip()[0], text_rows)
+    return reader(text, name)
+
+
 def read_text(path: Path, name: str) -> str:
     """Return a file's text without a UTF-8 byte order mark.
 
@@ -100,9 +141,12 @@ def read_text(path: Path, name: str) -> str:
         UserError: the file cannot be read, is not UTF-8, or has nothing but white space.
     """
     try:
-        content = path.read_bytes()
+        return _decoded(path.read_bytes(), name)
     except OSError as error:
         raise UserError(f"{name}: cannot read: {error.strerror}") from None
+
+
+def _decoded(content: bytes, name: str) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
         raise UserError(f"{name}: not UTF-8 but UTF-16 or UTF-32 (byte 0); save it as UTF-8")
     try:
@@ -152,9 +196,8 @@ def _place(text: str, position: int) -> str:
     return f"{line}:{position - text.rfind(chr(10), 0, position)}"
 
 
-def json_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+def json_rows(text: str, name: str) -> Iterator[Row]:
     """Yield the objects of a JSON array, decoded one by one so that each one's line is known."""
-    text = read_text(path, name)
     position = _skip(text, 0)
     if text[position] != "[":
         raise _not_an_array(text, position, name)
@@ -191,9 +234,8 @@ def _not_an_array(text: str, position: int, name: str) -> UserError:
     return UserError(f"{name}:{line}: the file holds {json_type(value)}{keys}; expected an array of records")
 
 
-def jsonl_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+def jsonl_rows(text: str, name: str) -> Iterator[Row]:
     """Yield one object per line; only a line feed ends a line, not U+2028 or U+0085."""
-    text = read_text(path, name)
     if text.lstrip(" \t\r\n").startswith("["):
         raise UserError(f"{name}:1: starts with '[', a JSON array; rename the file to .json")
     hint = "; each line must hold one whole JSON object"
@@ -208,14 +250,27 @@ def jsonl_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         yield line, _object(value, name, line)
 
 
-def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a comma-separated file whose first line names the columns."""
+def text_rows(text: str, name: str) -> Iterator[Row]:
+    """Yield each line that is not blank as an ``instruction``."""
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            yield line, {"instruction": content.removesuffix("\r")}
+
+
+def csv_rows(text: str, name: str, delimiters: Iterable[str] = DELIMITERS) -> Iterator[Row]:
+    """Yield the rows of a table whose first line names the columns.
+
+    The delimiter is the one that stands most often in the first line, not counting quoted names; if two do,
+    the first of ``delimiters``.
+    """
     # A quoted line break is one character, whatever system wrote the file.
-    text = read_text(path, name).replace("\r\n", "\n")
+    text = text.replace("\r\n", "\n")
     limit = csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first_line = re.split(r"[\r\n]", _QUOTED.sub("", text[:_LONGEST_HEADER].lstrip("\r\n")))[0]
+    delimiter = max(delimiters, key=first_line.count)
     rows, line = [], 1
     try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for values in reader:
             if values:
                 rows.append((line, values))
@@ -230,7 +285,7 @@ def csv_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         if len(values) != len(header):
             raise UserError(
                 f"{name}:{line}: {len(values)} fields, but the header names {len(header)} columns; "
-                'put text with commas or line breaks in "double quotes"'
+                f'put text with {DELIMITERS[delimiter]} or line breaks in "double quotes"'
             )
         yield line, dict(zip(header, values, strict=True))
 
@@ -241,7 +296,7 @@ def _check_columns(columns: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: column {shorten(column)} appears twice; rename one of them")
 
 
-def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
+def parquet_rows(path: Path, name: str, wanted: Iterable[str] | None) -> Iterator[Row]:
     """Yield the rows of a Parquet file; columns that are not wanted have the value None.
 
     Raises:
@@ -257,7 +312,7 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         with parquet.ParquetFile(path) as source:
             columns = source.schema_arrow.names
             _check_columns(columns, name)
-            chosen = [column for column in wanted if column in columns]
+            chosen = columns if wanted is None else [column for column in wanted if column in columns]
             ignored = dict.fromkeys(column for column in columns if column not in chosen)
             for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
                 for value in batch.to_pylist():
@@ -270,11 +325,14 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
         raise UserError(f"{name}: not a readable Parquet file: {error}") from None
 
 
-READERS: dict[str, Callable[[Path, str, Iterable[str]], Iterator[Row]]] = {
+TEXT_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
     ".json": json_rows,
     ".jsonl": jsonl_rows,
     ".ndjson": jsonl_rows,
     ".csv": csv_rows,
-    ".parquet": parquet_rows,
+    ".tsv": partial(csv_rows, delimiters="\t"),
 }
-"""Reader by file suffix; arguments: path, name for messages, wanted columns."""
+"""Reader by file suffix; arguments: the file's text, and its name for messages."""
+PARQUET = ".parquet"
+SUFFIXES = (*TEXT_READERS, PARQUET)
+"""Those of data files."""

@@ -1,7 +1,7 @@
 """Records of a Hugging Face Hub data set, such as ``yahma/alpaca-cleaned``.
 
-The repository's own JSON, JSONL, CSV or Parquet files are downloaded to the Hub's cache and read like local
-ones: no code of the data set runs, and error messages name lines.
+The repository's own JSON, JSONL, CSV, TSV or Parquet files are downloaded to the Hub's cache and read like
+local ones: no code of the data set runs, and error messages name lines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import READERS
+from lit_adapter.data.formats import SUFFIXES
 from lit_adapter.data.records import DEFAULT_COLUMNS, Records, merge, read_records
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.hub import asking_hub
@@ -26,7 +26,7 @@ def is_hub_name(source: str | Path) -> bool:
     found = _NAME.fullmatch(str(source))
     if found is None or Path(source).exists():
         return False
-    return PurePosixPath(found["repo"]).suffix.lower() not in READERS
+    return PurePosixPath(found["repo"]).suffix.lower() not in SUFFIXES
 
 
 def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
@@ -42,7 +42,7 @@ def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
     if found is None:
         raise UserError(f"'{name}' is not a Hub data set; expected org/name, org/name:split or org/name:file")
     repo, part = found["repo"], found["part"]
-    if part and PurePosixPath(part).suffix.lower() in READERS:
+    if part and PurePosixPath(part).suffix.lower() in SUFFIXES:
         # A file named in full needs no listing, so a cached one is read without a network.
         files, commit = [part], None
     else:
@@ -62,7 +62,7 @@ def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
     """
     data = sorted(file for file in files if _is_data(file))
     if not data:
-        raise UserError(f"{repo}: has no {', '.join(READERS)} file; convert the data set to one of them")
+        raise UserError(f"{repo}: has no {', '.join(SUFFIXES)} file; convert the data set to one of them")
     chosen = data
     if split or len(data) > 1:
         wanted = re.compile(rf"(^|[/_.-]){re.escape(split or 'train')}([/_.-]|$)", re.IGNORECASE)
@@ -84,7 +84,7 @@ def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
 def _is_data(file: str) -> bool:
     path = PurePosixPath(file)
     hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in READERS and path.name not in _ABOUT_THE_DATA and not hidden
+    return path.suffix.lower() in SUFFIXES and path.name not in _ABOUT_THE_DATA and not hidden
 
 
 def _choice(repo: str, files: list[str]) -> str:

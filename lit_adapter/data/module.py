@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +17,9 @@ from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, Validatio
 from lit_adapter.data.records import Records, overlap, read_records, split
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
+from lit_adapter.files.paths import cache_folder
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
-
-
-def cache_folder() -> Path:
-    """Return the folder for encoded records: ``$LIT_ADAPTER_CACHE``, else in the user's cache folder.
-
-    Raises:
-        UserError: neither is known.
-    """
-    own = os.environ.get("LIT_ADAPTER_CACHE")
-    if own:
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
-    except RuntimeError:
-        raise UserError("no home folder for encoded data; name a folder in LIT_ADAPTER_CACHE") from None
 
 
 def load_records(source: str, columns: Columns) -> Records:
@@ -58,9 +42,9 @@ class AlpacaDataModule(LightningDataModule):
     The position, in finished optimizer steps, is in this module's state and not in the loader: a resumed run
     starts its sampler after the last finished step, whatever had been prefetched when it stopped.
 
-    ``tokenizer_key``, the tokenizer's fingerprint, is for the cache. ``batch_size`` counts the records of an
-    optimizer step over all processes, ``row_tokens`` the tokens of the longest packed row. ``seed`` decides
-    the order of the records and the split.
+    ``tokenizer_key``, the tokenizer's fingerprint with its BOS and EOS, is for the cache. ``batch_size``
+    counts the records of an optimizer step over all processes (0 until it is chosen), ``row_tokens`` the
+    tokens of the longest packed row. ``seed`` decides the order of the records and the split.
     """
 
     def __init__(
@@ -93,6 +77,7 @@ class AlpacaDataModule(LightningDataModule):
         if not self.config.train:
             raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
         self.train_records = load_records(self.config.train, self.config.columns)
+        self.whole_sha256, self.n_whole = self.train_records.sha256, len(self.train_records)
         self.val_records: Records | None = None
         if self.config.val:
             self.val_records = load_records(self.config.val, self.config.columns)
@@ -181,6 +166,9 @@ class AlpacaDataModule(LightningDataModule):
             "records": self.train_records.sha256[:16],
             "n_records": len(self.train_encoded),
             "val_records": self.val_records.sha256[:16] if self.val_records else None,
+            "n_val_records": len(self.val_encoded) if self.val_encoded else 0,
+            "file": self.whole_sha256[:16],
+            "n_file": self.n_whole,
         }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import READERS, Row, check_regular, json_type
+from lit_adapter.data.formats import Row, json_type, rows_of
 from lit_adapter.errors import UserError, nearest, shorten
 
 DEFAULT_COLUMNS = Columns()
@@ -81,7 +81,7 @@ class Records(Sequence[Record]):
 def read_records(
     source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
 ) -> Records:
-    """Read a JSON (array), JSONL, CSV or Parquet file of records; the suffix tells which.
+    """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records; the suffix tells which.
 
     Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
 
@@ -90,48 +90,41 @@ def read_records(
             not a string or not valid Unicode, or an instruction is empty. Names file and line.
     """
     path, name = Path(source), name or str(source)
-    advice = "add it, or name the column that holds it"
     rows: list[Record] = []
-    n_empty, saw_input = 0, False
-    for line, values in rows_of(path, name, (columns.instruction, columns.input, columns.output)):
-        task = task_of(values, columns, name, line, advice)
-        output = _text(values, columns.output, name, line, advice)
-        saw_input = saw_input or columns.input in values
+    n_empty = 0
+    found = rows_of(path, name, (columns.instruction, columns.input, columns.output))
+    for line, values, instruction, input in tasks_of(found, columns, name):
+        output = _text(values, columns.output, name, line)
         if output.strip():
-            rows.append(Record(*task, output, name, line))
+            rows.append(Record(instruction, input, output, name, line))
         else:
             n_empty += 1
-    if rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
-        raise UserError(f"{name}: no record has the input column {shorten(columns.input)}; correct its name")
     return Records(tuple(rows), name, n_empty)
 
 
-def rows_of(path: Path, name: str, wanted: Iterable[str]) -> Iterator[Row]:
-    """Yield the rows of a file, called ``name`` in messages; its suffix tells the format.
+def tasks_of(
+    rows: Iterable[Row], columns: Columns, name: str
+) -> Iterator[tuple[int, Mapping[str, Any], str, str]]:
+    """Yield line number, values, instruction and input of the rows of the file ``name``.
 
     Raises:
-        UserError: the file cannot be read or is malformed; names file and line.
+        UserError: an instruction is missing or empty, a text is not a string or not valid Unicode, or no row
+            has the input column, which is not the default one.
     """
-    check_regular(path, name)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        kind = f"suffix '{path.suffix}'" if path.suffix else "no suffix"
-        raise UserError(f"{name}: unknown data format ({kind}); expected {', '.join(READERS)}")
-    return reader(path, name, wanted)
+    n_rows, saw_input = 0, False
+    for line, values in rows:
+        yield line, values, *_task_of(values, columns, name, line)
+        n_rows += 1
+        saw_input = saw_input or columns.input in values
+    if n_rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
+        raise UserError(f"{name}: no record has the input column {shorten(columns.input)}; correct its name")
 
 
-def task_of(
-    values: Mapping[str, Any], columns: Columns, name: str, line: int, advice: str
-) -> tuple[str, str]:
-    """Return a row's instruction and input; ``advice`` says in messages what to do about a missing field.
-
-    Raises:
-        UserError: the instruction is missing or empty, or either text is not a string or not valid Unicode.
-    """
-    instruction = _text(values, columns.instruction, name, line, advice)
+def _task_of(values: Mapping[str, Any], columns: Columns, name: str, line: int) -> tuple[str, str]:
+    instruction = _text(values, columns.instruction, name, line)
     # Data sets express "no input" by an absent key, null or an empty string.
     given = values.get(columns.input) is not None
-    input = _text(values, columns.input, name, line, advice) if given else ""
+    input = _text(values, columns.input, name, line) if given else ""
     if not instruction.strip():
         raise UserError(
             f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove the record"
@@ -139,12 +132,13 @@ def task_of(
     return instruction, input
 
 
-def _text(values: Mapping[str, Any], key: str, name: str, line: int, advice: str) -> str:
+def _text(values: Mapping[str, Any], key: str, name: str, line: int) -> str:
     if key not in values:
         present = list(values)
         found = ", ".join(map(shorten, present[:6])) or "none"
         raise UserError(
-            f"{name}:{line}: key {shorten(key)} is missing (found: {found}); {advice}{nearest(key, present)}"
+            f"{name}:{line}: key {shorten(key)} is missing (found: {found}); "
+            f"add it, or name the column that holds it{nearest(key, present)}"
         )
     value = values[key]
     if not isinstance(value, str):

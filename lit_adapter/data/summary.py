@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lit_adapter.errors import counted
+from lit_adapter.errors import counted, visible
+from lit_adapter.streams import Shown
+from lit_adapter.text.chat import control_pattern
+from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 if TYPE_CHECKING:
     from lit_adapter.data.module import AlpacaDataModule
@@ -14,12 +20,16 @@ if TYPE_CHECKING:
 STEPS_SHOWN = 20
 """Steps over which the saving by packing is averaged."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+REVERSE, NOT_REVERSE = "\x1b[7m", "\x1b[27m"
+LOOK_ALIKE = re.compile(rf"{CONTROL_SPELLING.pattern}|</?s>")
+"""What templates of known bases write for a control token."""
 
 
 def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     """Return lines about records, tokens, what was cut or dropped, packing, and one decoded example.
 
-    With ``color`` the part that is not learned is dimmed; otherwise it is put in brackets.
+    With ``color`` the part that is not learned is dimmed, and control tokens are in reverse video; otherwise
+    they are put in brackets and braces.
     """
     encoded, records = data.train_encoded, data.train_records
     length = encoded.length
@@ -32,10 +42,10 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
+    lines += [f"      {line}" for line in _look_alikes(data)]
     lines.append(f"      {_packed(data)}")
-    how = "dimmed" if color else "in [[ ]]"
-    marks = (DIM, PLAIN) if color else ("[[", "]]")
-    return [*lines, f"example ({how}: not learned)", _example(data, *marks)]
+    how = "dimmed: not learned; in reverse" if color else "in [[ ]]: not learned; in {{ }}"
+    return [*lines, f"example ({how}: control tokens)", _example(data, color=color)]
 
 
 def _packed(data: AlpacaDataModule) -> str:
@@ -71,10 +81,42 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     ]
 
 
-def _example(data: AlpacaDataModule, before: str, after: str) -> str:
+def _look_alikes(data: AlpacaDataModule) -> list[str]:
+    """Return warnings of plain text that looks like control tokens, in the template and in records."""
+    control, template, lines = data.tokenizer.control_tokens, data.template, []
+    own = set(LOOK_ALIKE.findall(template.text + (template.text_without_input or ""))) - set(control)
+    if own:
+        names = ", ".join(sorted(own))
+        lines.append(f"warning: the template's {names} is plain text: no control token of this base")
+    pattern = control_pattern(data.tokenizer)
+    texts = ("\n".join((row.instruction, row.input, row.output)) for row in data.train_records)
+    found = Counter(name for text in texts for name in set(pattern.findall(text))) if pattern else Counter()
+    if found:
+        shown = ", ".join(f"{name} in {counted(count, 'record')}" for name, count in found.most_common(3))
+        lines.append(
+            f"warning: {shown}: plain text, not the control token; write control tokens into data.template"
+        )
+    return lines
+
+
+def _example(data: AlpacaDataModule, *, color: bool) -> str:
     ids = data.train_encoded.record(0).tolist()
     n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
-    raw = [data.tokenizer.piece(token) for token in ids]
-    prompt, answer = (b"".join(part).decode("utf-8", "replace") for part in (raw[:n_prompt], raw[n_prompt:]))
+    prompt, answer = (
+        _decoded(data.tokenizer, part, color=color) for part in (ids[:n_prompt], ids[n_prompt:])
+    )
+    before, after = (DIM, PLAIN) if color else ("[[", "]]")
     text = f"{before}{prompt}{after}{answer}" if prompt else answer
-    return "\n".join(f"  | {line}" for line in text.split("\n"))
+    return Shown("\n".join(f"  | {line}" for line in text.split("\n")))
+
+
+def _decoded(tokenizer: Tokenizer, ids: list[int], *, color: bool) -> str:
+    """Return the visible text of ``ids`` with their control tokens, which are marked."""
+    before, after = (REVERSE, NOT_REVERSE) if color else ("{{", "}}")
+    spelled = {id_: f"{before}{visible(name)}{after}" for name, id_ in tokenizer.control_tokens.items()}
+    parts = []
+    for mark, run in groupby(ids, spelled.get):
+        tokens = list(run)
+        text = b"".join(map(tokenizer.piece, tokens)).decode("utf-8", "replace")
+        parts.append(mark * len(tokens) if mark else visible(text))
+    return "".join(parts)

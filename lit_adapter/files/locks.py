@@ -104,7 +104,7 @@ class LockFile:
             unlock(descriptor)
             by = f"process {holder}" if holder.isdigit() else "another process"
             raise UserError(f"{self.guarded}: in use by {by}; wait for it, or choose another {self.option}")
-        if _is_at(self.path, descriptor):
+        if is_at(self.path, descriptor):
             return descriptor
         unlock(descriptor)
         return None
@@ -113,7 +113,8 @@ class LockFile:
         """Remove the lock file and release the lock; does nothing if it is not held."""
         if self._descriptor in _descriptors:
             with suppress(OSError):
-                self.path.unlink()
+                if is_at(self.path, self._descriptor):  # not the lock of another, where the folder was moved
+                    self.path.unlink()
             unlock(self._descriptor)
         self._descriptor = None
 
@@ -136,12 +137,12 @@ def one_at_a_time(path: Path, *, wait: bool = True, option: str = "path") -> Ite
         lock_file.release()
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one with this name; network file systems answer ESTALE."""
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file or folder is still the one with this name; network file systems answer ESTALE."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
             return False
         raise
 

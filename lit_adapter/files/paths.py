@@ -12,6 +12,21 @@ MAX_LINKS = 40
 """Symbolic links followed from one name, as in Linux."""
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``$LIT_ADAPTER_CACHE``, else in the user's cache folder.
+
+    Raises:
+        UserError: neither is known.
+    """
+    own = os.environ.get("LIT_ADAPTER_CACHE")
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
+    except RuntimeError:
+        raise UserError("no home folder for encoded data; name a folder in LIT_ADAPTER_CACHE") from None
+
+
 def existing_folder(path: Path) -> Path:
     """Return ``path`` if it is a folder, else the nearest folder above it that exists."""
     path = path.absolute()

@@ -8,7 +8,7 @@ print(model.generate("Name three colours."))
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_adapter.device import choose_device, choose_dtype, free_bytes
-from lit_adapter.errors import UserError
+from lit_adapter import arguments
+from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
+from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
-from lit_adapter.generation.request import Request
-from lit_adapter.generation.settings import Sampling
+from lit_adapter.generation.request import Request, check_batch_size
+from lit_adapter.generation.settings import Sampling, check_choices
+from lit_adapter.generation.task import Task, as_tasks
 from lit_adapter.model.attention import CausalView
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_folder import find_base, read_config
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_search import find_base
 from lit_adapter.weights.load import load_base
-
-Task = tuple[str, str]
-"""Instruction and input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +52,11 @@ class _Loaded:
 class AdaptedLlama:
     """A base, with or without an adapter, its tokenizer and the template it is prompted with.
 
-    Any number of threads may use it, and others on the same base: each request has its own adapter, and those
-    under way at the same time are answered together.
+    Every method may be called from several threads, on this object and on others of the same base: each
+    request has its own adapter, and those under way at the same time are answered together. One iterator of
+    `stream` belongs to one thread. A process forked after loading cannot use it, because PyTorch's threads do
+    not survive a fork and a computation would wait for them for ever: every method raises UserError there.
+    Load in the forked process, or start it by ``spawn``.
 
     Args:
         model: with its adapter attached, if it has one.
@@ -58,14 +64,29 @@ class AdaptedLlama:
         template: what tasks are rendered with.
         loaded: the base that others share; None for a model whose adapter may still be trained: every call
             takes it as it is then.
+        source: the adapter's file, if it has one.
     """
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer, template: Template, loaded: _Loaded | None = None
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        template: Template,
+        loaded: _Loaded | None = None,
+        source: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template, self._loaded = model, tokenizer, template, loaded
+        self._source = source
         self._engine = loaded.engine if loaded is not None else Engine()
         self._adapter = Adapter.of(model, loaded.model) if loaded is not None else None
+
+    def __repr__(self) -> str:
+        """Return base, adapter, device and precision; a model in training has no folder and no file."""
+        weight = self.model.embed_tokens.weight
+        base = str(self._loaded.folder) if self._loaded is not None else None
+        adapter = str(self._source) if self._source is not None else None
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"AdaptedLlama({base=}, {adapter=}, device={str(weight.device)!r}, {dtype=})"
 
     @property
     def base(self) -> AdaptedLlama:
@@ -77,36 +98,66 @@ class AdaptedLlama:
         """Return the same base with another adapter, which brings its template; no weight is loaded twice.
 
         Raises:
-            UserError: a file that is missing, damaged, or of another base.
+            UserError: a file that is missing, damaged, or of another base; a ``path`` that is none.
         """
-        path = Path(path)
+        path, loaded = arguments.path("path", path), self._shared()
         info, state = read_adapter(path)
-        check_base(info, self._shared().folder, path)
+        check_base(info, loaded.folder, path)
         return self._with(info, state, path)
 
     def _with(self, info: AdapterInfo, state: dict[str, Tensor], path: Path) -> AdaptedLlama:
         loaded = self._shared()
         model = attached(loaded.model, info.adapter, state, str(path))
-        return AdaptedLlama(model, self.tokenizer, info.template, loaded)
+        return AdaptedLlama(model, self.tokenizer, info.template, loaded, path)
 
     def _shared(self) -> _Loaded:
+        self._engine.refuse_fork()
         if self._loaded is None:
             raise ValueError("only a model from `load` knows its plain base")
         return self._loaded
 
     def generate(self, instruction: str, input: str = "", **sampling: Any) -> str:
-        """Answer one task; `Sampling` describes the settings."""
+        """Answer one task.
+
+        Args:
+            instruction: what to do.
+            input: what to do it with; empty for none.
+            **sampling: any of
+
+                - ``max_new_tokens`` (256): the longest answer, in tokens; 1 or more. Together with the prompt
+                  it must fit the base's context.
+                - ``temperature`` (0.0): 0 takes the most likely token (greedy); 1 samples from the model's
+                  own distribution; 0 or more.
+                - ``top_k`` (0): sample among the k most likely tokens; 0 or more, 0 for all.
+                - ``top_p`` (1.0): sample among the most likely tokens that together reach this probability;
+                  above 0, up to 1, which is off.
+                - ``min_p`` (0.0): sample among tokens at least this share as likely as the most likely one;
+                  from 0, which is off, to 1.
+                - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
+                  before; above 0, 1 is off (arXiv 1909.05858).
+                - ``seed`` (0): of the random numbers; 0 to 2**64 - 1. The same seed gives the same text,
+                  alone or in a batch.
+                - ``stop`` (none): one text, or several, that end the answer; they are not part of it.
+                - ``stop_ids`` (none): token ids that end the answer, in addition to the base's own.
+
+        Raises:
+            UserError: a value out of its range (a ValueError), or of another type or an unknown keyword
+                (a TypeError too); a prompt that does not fit the context; logits that are not finite.
+        """
         return "".join(self.stream(instruction, input, **sampling))
 
     def stream(self, instruction: str, input: str = "", **sampling: Any) -> Iterator[str]:
-        """Answer one task, piece by piece; no piece ends inside a character."""
-        for _, piece in self._answers([(instruction, input)], Sampling.of(**sampling), batch_size=1):
-            if piece:
-                yield piece
+        """Answer one task, piece by piece; no piece ends inside a character.
+
+        Arguments and errors are those of `generate`.
+        """
+        task = arguments.text("instruction", instruction), arguments.text("input", input)
+        events = self._answers([task], Sampling.of(**sampling), batch_size=1)
+        return (piece for _, piece in events if piece)
 
     def generate_batch(
         self,
-        tasks: Sequence[Task],
+        tasks: Iterable[str | Task | Mapping[str, Any]],
         *,
         batch_size: int = 16,
         finished: Callable[[int], None] = lambda number: None,
@@ -116,12 +167,17 @@ class AdaptedLlama:
         """Answer many tasks together.
 
         Args:
-            tasks: instruction and input of each.
+            tasks: of each the instruction, a pair of instruction and input, or a record with these keys.
             batch_size: answered at a time.
             finished: called with the index of every task that is done.
             stopped: asked after every piece of text; once true, the answers are returned as they are.
-            sampling: described in `Sampling`.
+            sampling: as in `generate`.
+
+        Raises:
+            UserError: as `generate`; ``tasks`` is one task or holds something else (a TypeError too); a
+                ``batch_size`` below 1.
         """
+        tasks = as_tasks(tasks)
         answers = [""] * len(tasks)
         for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
             if piece is None:
@@ -132,9 +188,52 @@ class AdaptedLlama:
                 break
         return answers
 
+    def choose(self, instruction: str, input: str = "", *, choices: Sequence[str]) -> list[ScoredChoice]:
+        """Return how probable each of several answers is, the most likely one first (see `choosing`).
+
+        Raises:
+            UserError: fewer than two choices, or one that is empty, repeated, too long or no text.
+        """
+        return self.choose_batch([(instruction, input)], choices=choices)[0]
+
+    def choose_batch(
+        self,
+        tasks: Iterable[str | Task | Mapping[str, Any]],
+        *,
+        choices: Sequence[str],
+        batch_size: int = 16,
+        finished: Callable[[int], None] = lambda number: None,
+    ) -> list[list[ScoredChoice]]:
+        """Do the same for many tasks, given as in `generate_batch`.
+
+        Raises:
+            UserError: as `choose`; ``tasks`` as in `generate_batch`; a ``batch_size`` below 1.
+        """
+        self._engine.refuse_fork()
+        check_choices(choices)
+        batch_size = check_batch_size(batch_size)
+        context = self.model.config.context_length
+        encoded = [
+            encode_choices(self.tokenizer, self.template, task, choices, context) for task in as_tasks(tasks)
+        ]
+        found: list[list[ScoredChoice]] = []
+        for start in range(0, len(encoded), batch_size):
+            scores = score(self.model, encoded[start : start + batch_size])
+            found += [rank(choices, of_task) for of_task in scores]
+            for number in range(start, len(found)):
+                finished(number)
+        return found
+
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits ``[B, T, V]``, fp32, of token ids ``[B, T]`` without a template."""
+        """Return the logits ``[B, T, V]``, fp32, of token ids ``[B, T]`` without a template.
+
+        Raises:
+            UserError: ``ids`` is no such tensor, is longer than the base's context, or holds an id that is
+                not in the vocabulary.
+        """
+        self._engine.refuse_fork()
+        _check_ids(ids, self.model.config)
         ids = ids.to(self.model.embed_tokens.weight.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
@@ -143,6 +242,7 @@ class AdaptedLlama:
         self, tasks: Sequence[Task], settings: Sampling, batch_size: int
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the task, piece of text)``, and ``(index, None)`` at each end."""
+        self._engine.refuse_fork()
         prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
         stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
         requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
@@ -156,6 +256,23 @@ class AdaptedLlama:
                     yield index, piece
                 if token is None:
                     yield index, None
+
+
+def _check_ids(ids: Any, config: LlamaConfig) -> None:
+    """Refuse token ids that the model cannot read, before they are an index out of range on a GPU."""
+    arguments.of_kind("ids", ids, Tensor, "a tensor of token ids [B, T]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise WrongTypeError(f"ids is of dtype {ids.dtype}; expected token ids in torch.int64")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise UserError(f"ids has shape {list(ids.shape)}; expected [B, T], each 1 or more")
+    if ids.shape[1] > config.context_length:
+        raise UserError(
+            f"ids has {ids.shape[1]} positions, but the base's context is {config.context_length}; shorten it"
+        )
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= config.vocab_size:
+        odd = least if least < 0 else most
+        raise UserError(f"ids holds {odd}; expected token ids from 0 to {config.vocab_size - 1}")
 
 
 class _Answer:
@@ -187,29 +304,40 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     template: str | None = None,
+    verify: bool = False,
 ) -> AdaptedLlama:
     """Load an adapter on its base, or a plain base.
 
     Args:
         adapter: an ``adapter.safetensors``; None for the plain base.
-        base: a converted base folder; by default the one the adapter names, under ``checkpoints/``.
+        base: a converted base folder; by default the one the adapter names (`base_search` says where it is
+            looked for).
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
             faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
+        verify: compare every byte of the base with its checksums, also where its files look unchanged.
+
+    Returns:
+        A model that several threads may use; a process forked after loading cannot (`AdaptedLlama`).
 
     Raises:
-        UserError: files that are missing, damaged, or do not belong together.
+        UserError: files that are missing, damaged, changed, or do not belong together; an argument out of its
+            range, or of another type. It is a ValueError, and for types a TypeError too.
     """
+    _check_kinds(adapter, base, device, dtype, template)
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
-    folder = find_base(info.base.name) if base is None and info is not None else Path(str(base))
+    folder = Path(str(base))
+    if base is None and info is not None:
+        folder = find_base(info.base.name, Path(str(adapter)))
     if info is not None:
         check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)
+    check_content(folder, everything=verify)
     tokenizer = load_tokenizer(folder)
     if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):
         dtype = torch.float32
@@ -222,6 +350,17 @@ def load(
     )
     plain = AdaptedLlama(model, tokenizer, chosen, _Loaded(folder, model, Engine()))
     return plain if info is None else plain._with(info, state, Path(str(adapter)))
+
+
+def _check_kinds(adapter: Any, base: Any, device: Any, dtype: Any, template: Any) -> None:
+    """Refuse arguments of `load` of other types than it takes."""
+    for name, value in (("adapter", adapter), ("base", base)):
+        if value is not None:
+            arguments.path(name, value)
+    none = type(None)
+    arguments.of_kind("device", device, (str, torch.device, none), "auto, cpu or cuda")
+    arguments.of_kind("dtype", dtype, (str, torch.dtype, none), f"auto, {', '.join(DTYPES)}")
+    arguments.of_kind("template", template, (str, none), "text (str)")
 
 
 def _fits_in_fp32(folder: Path) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,32 +14,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_adapter.config import Columns
 from lit_adapter.device import choose_device, choose_dtype
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, visible
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
-from lit_adapter.generation.adapted import AdaptedLlama, Task, load
+from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.choosing import ScoredChoice, encode_choices
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
+    STANDARD_INPUT,
     Answers,
     Prompt,
     check_target,
     earlier_dtype,
     read_prompts,
 )
+from lit_adapter.generation.repeats import until_repeats
 from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import write_answer
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
-from lit_adapter.weights.base_folder import find_base
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_search import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
+CHOICE_COLUMNS = ("probabilities", "log_likelihoods")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to load, as `load` takes it, and whether its adapter answers."""
+    """What to load, as `load` takes it, whether its adapter answers, and whether to verify the base."""
 
     adapter: str | None
     base: str | None
@@ -45,18 +55,22 @@ class ModelChoice:
     dtype: str | None
     template: str | None
     no_adapter: bool
+    verify: bool
 
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
         """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
         model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
+        if self.verify:
+            check_content(self.base_folder(), everything=True, say=partial(print, file=sys.stderr))
         return model.base if self.no_adapter else model
 
     def base_folder(self) -> Path:
         """Return the chosen base, or the one that the adapter names."""
         if self.base:
             return Path(self.base)
-        return find_base(read_adapter(Path(str(self.adapter)))[0].base.name)
+        adapter = Path(str(self.adapter))
+        return find_base(read_adapter(adapter)[0].base.name, adapter)
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""
@@ -78,43 +92,68 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
-    for piece in model.stream(*task, **asdict(sampling)):
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-    out.flush()
+    _write(model.stream(*task, **asdict(sampling)), out)
+
+
+def _write(pieces: Iterable[str], out: TextIO) -> None:
+    for piece in pieces:
+        write_answer(piece, out)
+    write_answer("\n", out)
 
 
 def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> None:
-    """Write the answers of the plain base and of the adapted model: in columns on a wide terminal."""
+    """Write the answers of the plain base and of the adapted model: in columns on a wide terminal.
+
+    The base's answer ends where it repeats itself.
+    """
     console = Console(file=out)
-    sides = (("plain base", model.base), ("with adapter", model))
+    plain, adapted = (side.stream(*task, **asdict(sampling)) for side in (model.base, model))
+    sides = (("plain base", until_repeats(plain)), ("with adapter", adapted))
     if not console.is_terminal or console.width < 2 * COLUMN_WIDTH:
-        for number, (title, side) in enumerate(sides):
+        for number, (title, pieces) in enumerate(sides):
             out.write("\n" * bool(number) + f"--- {title} ---\n")
-            stream(side, task, sampling, out)
+            _write(pieces, out)
         return
     table = Table(expand=True)
     answers = []
-    for title, side in sides:
+    for title, pieces in sides:
         table.add_column(title, ratio=1)
         # As Text: rich reads square brackets in a plain string as markup.
-        answers.append(Text(side.generate(*task, **asdict(sampling))))
+        answers.append(Text(visible("".join(pieces))))
     table.add_row(*answers)
     console.print(table)
 
 
+def choose(model: AdaptedLlama, task: Task, choices: Sequence[str], out: TextIO) -> None:
+    """Write the choices with their probabilities and log-likelihoods, the most likely one first."""
+    out.write("probability  log-likelihood  answer\n")
+    for choice in model.choose(*task, choices=choices):
+        out.write(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n")
+
+
 def answer_file(
-    choice: ModelChoice, path: Path, target: Path, sampling: Sampling, batch_size: int, *, overwrite: bool
+    choice: ModelChoice,
+    path: Path,
+    target: Path,
+    sampling: Sampling,
+    batch_size: int,
+    *,
+    columns: Columns,
+    choices: Sequence[str],
+    overwrite: bool,
 ) -> int:
     """Answer the prompts of ``path`` into ``target`` and return how many there are.
+
+    With ``choices`` each answer is the most likely of them, and two more columns have the probabilities and
+    log-likelihoods of all.
 
     Raises:
         UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
             a batch that does not fit the GPU.
     """
-    prompts = read_prompts(path)
-    if target.exists() and target.samefile(path):
+    answer_columns = (columns.output, *(CHOICE_COLUMNS if choices else ()))
+    prompts = read_prompts(path, columns, answer_columns)
+    if path != STANDARD_INPUT and target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
     check_target(target, overwrite=overwrite)
     inputs = [choice.base_folder(), *([Path(choice.adapter)] if choice.adapter else [])]
@@ -124,17 +163,25 @@ def answer_file(
     if dtype is None and min(batch_size, len(prompts)) > 1:  # batches are bound by products, not by memory
         dtype = choose_dtype(choice.dtype, device)
     model = choice.load(dtype)
-    _check_prompts(model, prompts, sampling)
-    identity, group = choice.identity(model, sampling), BATCHES_PER_GROUP * batch_size
+    _check_prompts(model, prompts, sampling, choices)
+    identity = choice.identity(model, sampling)
+    identity |= {"answer_columns": answer_columns, "choices": choices}
+    group = BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
     with count_progress("answering", len(prompts), len(answers.lines)) as finished:
 
-        def answer_group(group: Sequence[Prompt]) -> list[str]:
+        def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:
             tasks = [(prompt.instruction, prompt.input) for prompt in group]
             try:
-                return model.generate_batch(
+                if choices:
+                    scored = model.choose_batch(
+                        tasks, choices=choices, batch_size=batch_size, finished=finished
+                    )
+                    return [_chosen(found, choices, answer_columns) for found in scored]
+                texts = model.generate_batch(
                     tasks, batch_size=batch_size, finished=finished, **asdict(sampling)
                 )
+                return [{columns.output: text} for text in texts]
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"out of GPU memory with --batch_size {batch_size}; run again with a smaller one: "
@@ -145,12 +192,31 @@ def answer_file(
     return len(prompts)
 
 
-def _check_prompts(model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Refuse a prompt or stop id that does not fit before the first answer: the rest may take hours."""
-    check_stop_ids(model.model.config, sampling)
+def _chosen(
+    scored: Sequence[ScoredChoice], choices: Sequence[str], answer_columns: Sequence[str]
+) -> dict[str, Any]:
+    """Return the values of the answer's columns: the likeliest choice, and numbers in the choices' order."""
+    ordered = sorted(scored, key=lambda choice: choices.index(choice.text))
+    values = (
+        scored[0].text,
+        {choice.text: choice.probability for choice in ordered},
+        {choice.text: choice.log_likelihood for choice in ordered},
+    )
+    return dict(zip(answer_columns, values, strict=True))
+
+
+def _check_prompts(
+    model: AdaptedLlama, prompts: Sequence[Prompt], sampling: Sampling, choices: Sequence[str]
+) -> None:
+    """Refuse what does not fit the model before the first answer: the rest may take hours."""
+    config = model.model.config
+    check_stop_ids(config, sampling)
     for prompt in prompts:
+        task = (prompt.instruction, prompt.input)
         try:
-            ids = model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
-            check_prompt(model.model.config, ids, sampling)
+            if choices:
+                encode_choices(model.tokenizer, model.template, task, choices, config.context_length)
+            else:
+                check_prompt(config, model.template.encode_prompt(model.tokenizer, *task), sampling)
         except UserError as error:
             raise UserError(f"{prompt.origin}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -11,7 +12,7 @@ import torch
 from lit_adapter.errors import UserError
 from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.lane import Lane
-from lit_adapter.generation.request import Request
+from lit_adapter.generation.request import Request, check_batch_size
 from lit_adapter.model.llama import Llama
 
 Answers = Generator[tuple[int, int | None], None, None]
@@ -29,6 +30,21 @@ class Engine:
         self._lanes: dict[Llama, Lane] = {}  # changed by whoever steps, or by others while nobody does
         # A plain Lock: an interrupt can leave a Condition held, whose methods are Python code.
         self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def refuse_fork(self) -> None:
+        """Refuse to compute in a process forked from the one that made this: it would wait for ever.
+
+        PyTorch's threads do not survive a fork, but the child believes that they are there.
+
+        Raises:
+            UserError: this is such a process.
+        """
+        if os.getpid() != self._process:
+            raise UserError(
+                f"the model was loaded in process {self._process}, from which this one, {os.getpid()}, was "
+                "forked; PyTorch's threads do not survive that: load it here, or start processes by 'spawn'"
+            )
 
     def add(self, request: Request) -> None:
         """Let the next step read the request's prompt."""
@@ -90,11 +106,10 @@ class Engine:
             ``(index of the request, token)`` as tokens come, then ``(index, None)`` at its end.
 
         Raises:
-            UserError: ``batch_size`` is below 1.
+            UserError: ``batch_size`` is no whole number, or below 1.
             BaseException: the error of a request; the others are then cancelled, as when this is closed.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+        batch_size = check_batch_size(batch_size)
         if not requests:
             return
         # Longest first: prompts read together are about equally long, and the last ones are short.

@@ -1,4 +1,4 @@
-"""A file of prompts in, a file of answers out; a run that was killed continues where it stopped.
+"""Prompts in, from a file or standard input, a file of answers out; a killed run continues where it stopped.
 
 Finished answers are appended to ``.NAME.partial`` in the output's folder, in the order of the prompts, and
 synced group by group. The first line of that file says which prompts and settings they belong to.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.data.records import DEFAULT_COLUMNS, rows_of, task_of
+from lit_adapter.config import Columns
+from lit_adapter.data.formats import Row, rows_of, rows_of_input
+from lit_adapter.data.records import DEFAULT_COLUMNS, tasks_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import write_target
@@ -27,6 +30,9 @@ BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
 
 
+STANDARD_INPUT = Path("-")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One task of the file."""
@@ -35,27 +41,49 @@ class Prompt:
     input: str
     origin: str
     """``file:line``, for messages."""
+    row: Mapping[str, Any]
+    """What the answer's row begins with: instruction, input and the row's other values, by column."""
 
-    def line(self, output: str) -> bytes:
-        """Return the output file's line."""
-        record = {"instruction": self.instruction, "input": self.input, "output": output}
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    def line(self, answer: Mapping[str, Any]) -> bytes:
+        """Return the output file's line with the columns of the answer."""
+        text = json.dumps({**self.row, **answer}, ensure_ascii=False)
+        # A lone surrogate, which only other columns can have, becomes JSON's own escape.
+        return text.encode(errors="backslashreplace") + b"\n"
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read the tasks of a JSONL, JSON, CSV or Parquet file; outputs in it are ignored.
+def read_prompts(
+    path: Path, columns: Columns = DEFAULT_COLUMNS, answer_columns: Sequence[str] = (DEFAULT_COLUMNS.output,)
+) -> list[Prompt]:
+    """Read the tasks of a data file, a ``.txt`` file (an instruction on each line) or standard input (``-``).
+
+    ``answer_columns`` of the file are left out: the answers take their place.
 
     Raises:
         UserError: the file is unreadable or malformed, or a record is not a task; names file and line.
     """
-    name = str(path)
-    prompts = [
-        Prompt(*task_of(values, DEFAULT_COLUMNS, name, line, "add it"), f"{name}:{line}")
-        for line, values in rows_of(path, name, ("instruction", "input"))
-    ]
+    name = "standard input" if path == STANDARD_INPUT else str(path)
+    rows = _standard_input() if path == STANDARD_INPUT else rows_of(path, name, plain_text=True)
+    used = (columns.instruction, columns.input, *answer_columns)
+    prompts = []
+    for line, values, instruction, input in tasks_of(rows, columns, name):
+        others = _plain({key: value for key, value in values.items() if key not in used})
+        row = {columns.instruction: instruction, columns.input: input, **others}
+        prompts.append(Prompt(instruction, input, f"{name}:{line}", row))
     if not prompts:
         raise UserError(f'{name}: no record; expected objects such as {{"instruction": ..., "input": ...}}')
     return prompts
+
+
+def _standard_input() -> Iterator[Row]:
+    content = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    if not content.strip():
+        raise UserError("standard input is empty; expected prompts: plain text, JSON Lines or a JSON array")
+    return rows_of_input(content)
+
+
+def _plain(values: Mapping[str, Any]) -> Any:
+    """Return values as JSON has them: dates, bytes, NaN and others of Parquet become text."""
+    return json.loads(json.dumps(values, default=str), parse_constant=str)
 
 
 def _digest(value: Any) -> str:
@@ -64,7 +92,7 @@ def _digest(value: Any) -> str:
 
 
 def _digest_of(prompts: Iterable[Prompt]) -> str:
-    return _digest([[prompt.instruction, prompt.input] for prompt in prompts])
+    return hashlib.sha256(b"".join(prompt.line({}) for prompt in prompts)).hexdigest()
 
 
 def _partial(out: Path) -> Path:
@@ -142,8 +170,10 @@ class Answers:
         if len(self.lines) < len(prompts):
             del self.lines[len(self.lines) // group * group :]
 
-    def run(self, answer: Callable[[Sequence[Prompt]], Iterable[str]]) -> None:
+    def run(self, answer: Callable[[Sequence[Prompt]], Iterable[Mapping[str, Any]]]) -> None:
         """Answer the remaining prompts, group by group, and write the output.
+
+        ``answer`` returns the columns of each prompt's answer.
 
         Raises:
             UserError: a file cannot be written, or another run is writing it.
@@ -153,7 +183,7 @@ class Answers:
             write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
             while len(self.lines) < len(self.prompts):
                 part = self.prompts[len(self.lines) :][: self.group]
-                lines = [prompt.line(text) for prompt, text in zip(part, answer(part), strict=True)]
+                lines = [prompt.line(found) for prompt, found in zip(part, answer(part), strict=True)]
                 self._append(b"".join(lines))
                 self.lines += lines
             if self._read(keep_other=True) != self.lines:
@@ -213,6 +243,7 @@ class Answers:
 def _answers(prompt: Prompt, line: bytes) -> bool:
     """Whether ``line`` is one that `Prompt.line` writes for some answer."""
     try:
-        return prompt.line(json.loads(line)["output"]) == line + b"\n"
-    except (ValueError, KeyError, TypeError):
+        json.loads(line)
+    except ValueError:
         return False
+    return line.startswith(prompt.line({}).removesuffix(b"}\n") + b", ")

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_adapter.arguments import whole_number
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.settings import Sampling
@@ -18,6 +20,9 @@ from lit_adapter.model.config import LlamaConfig
 
 class NonFiniteLogitsError(UserError):
     """NaN or infinite logits: of a damaged file, or of an adapter whose training has failed."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are NaN or infinite; the base or the adapter is damaged")
 
 
 def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling) -> None:
@@ -38,6 +43,18 @@ def check_prompt(config: LlamaConfig, prompt: Sequence[int], settings: Sampling)
             f"the prompt's {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the "
             f"base's context of {context}; lower max_new_tokens to {context - len(prompt)} or less"
         )
+
+
+def check_batch_size(given: Any) -> int:
+    """Return a batch size as Python's integer.
+
+    Raises:
+        UserError: it is below 1, or no whole number (a TypeError too).
+    """
+    batch_size = whole_number("batch_size", given)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; expected 1 or more")
+    return batch_size
 
 
 def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:
@@ -94,8 +111,7 @@ class Request:
         if self.ended:  # cancelled meanwhile
             return
         if token < 0:
-            what = "the model's logits are NaN or infinite; the base or the adapter is damaged"
-            self.fail(NonFiniteLogitsError(what))
+            self.fail(NonFiniteLogitsError())
             return
         self.token = token
         if token in self.stop_ids:

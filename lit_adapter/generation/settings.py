@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.arguments import number, of_kind, text, whole_number
+from lit_adapter.errors import UserError, WrongTypeError, nearest, shorten
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one generation.
+    """Settings of one generation: the keywords of `AdaptedLlama.generate`, which says more about each.
+
+    Numbers of other libraries (numpy's, torch's) become Python's. ``stop`` and ``stop_ids`` take any
+    sequence, or None for none; ``stop`` also takes one text.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value of another type, or out of its range.
     """
 
     max_new_tokens: int = 256
@@ -37,6 +43,7 @@ class Sampling:
     """Token ids that end the answer, in addition to the base's own."""
 
     def __post_init__(self) -> None:
+        self._take_types()
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not 0 <= self.temperature < math.inf:
@@ -51,8 +58,6 @@ class Sampling:
             raise UserError(f"min_p is {self.min_p}; expected a number from 0 (off) to 1")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0")
-        if isinstance(self.stop, str):
-            raise UserError(f"stop is the text {self.stop!r}; expected a tuple of texts, as ({self.stop!r},)")
         if "" in self.stop:
             raise UserError("stop holds an empty text, which every answer contains; remove it")
         below = next((token for token in self.stop_ids if token < 0), None)
@@ -61,18 +66,35 @@ class Sampling:
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
 
+    def _take_types(self) -> None:
+        """Keep every value as its own type of Python."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        kept: dict[str, Any] = {
+            "stop": tuple(text("an element of stop", each) for each in _sequence("stop", stop, "texts")),
+            "stop_ids": tuple(
+                whole_number("an element of stop_ids", each)
+                for each in _sequence("stop_ids", self.stop_ids, "token ids")
+            ),
+        }
+        for name in ("max_new_tokens", "top_k", "seed"):
+            kept[name] = whole_number(name, getattr(self, name))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            kept[name] = number(name, getattr(self, name))
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+
     @classmethod
     def of(cls, **values: Any) -> Sampling:
         """Return settings by name, as Python callers give them.
 
         Raises:
-            UserError: an unknown name, or a value out of its range.
+            UserError: an unknown name, a value of another type, or one out of its range.
         """
         names = [field.name for field in fields(cls)]
         unknown = next((name for name in values if name not in names), None)
         if unknown is not None:
             hint = nearest(unknown, names) or f"; expected {', '.join(names)}"
-            raise UserError(f"unknown sampling setting '{unknown}'{hint}")
+            raise WrongTypeError(f"unknown sampling setting '{unknown}'{hint}")
         return cls(**values)
 
     @property
@@ -84,3 +106,30 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no random number is drawn."""
         return self.temperature == 0 or self.top_k == 1
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Refuse choices between which there is nothing to choose.
+
+    Raises:
+        UserError: fewer than two, one that is empty, two that are equal, or no texts (a TypeError too).
+    """
+    if isinstance(choices, str):
+        raise WrongTypeError("choices is a single text; expected a list of texts")
+    for number_, choice in enumerate(of_kind("choices", choices, Collection, "a list of texts")):
+        text(f"choices[{number_}]", choice)
+    if len(choices) < 2:
+        raise UserError(f"choices holds {len(choices)}; expected two or more answers")
+    if not all(choice.strip() for choice in choices):
+        raise UserError("choices holds an empty answer; write a text")
+    choice, count = Counter(choices).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"choices holds {shorten(choice)} twice; keep one")
+
+
+def _sequence(name: str, value: Any, what: str) -> Collection[Any]:
+    """Return the values of a sequence or set; none for None."""
+    if value is None:
+        return ()
+    values: Collection[Any] = of_kind(name, value, Collection, f"a sequence of {what}, or None")
+    return values

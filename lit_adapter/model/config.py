@@ -320,8 +320,8 @@ class AdapterConfig:
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
     gate: GateName = "tanh"
-    """How a raw gate g scales the prefix: tanh(g) per attention head (tanh, the paper's), or g per attention
-    head (identity), per layer (layer) or per channel (channel)."""
+    """What scales the prefix. tanh, the paper's: one gate per attention head, squashed into -1 to 1 by tanh.
+    Not squashed: one per attention head (identity), per layer (layer), or per head and channel (channel)."""
     prompt_init_std: float = 0.1
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0

@@ -9,15 +9,11 @@ from itertools import count
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError
-from lit_adapter.text.huggingface import added_token, byte_letters
+from lit_adapter.text.huggingface import LLAMA3_PATTERN, added_token, byte_letters
 
 Split = Literal["gpt2", "digits", "llama3"]
 """Pre-tokenizer: GPT-2's; single digits, then GPT-2's; LLaMA 3's."""
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_CONTROL = {
     0: "begin_of_text",
     1: "end_of_text",

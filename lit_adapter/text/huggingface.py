@@ -9,12 +9,17 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, shorten
 from lit_adapter.text.description import Description, describe
+from lit_adapter.text.limited import LimitedError, ask
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 SPACE = "\u2581"
 """A space in sentencepiece vocabularies."""
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -28,7 +33,9 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, raw: dict[str, Any], about: Description, source: object) -> None:
+        self._source = str(source)
         try:
+            _try_patterns(raw, source)
             vocabulary = tokenizers.Tokenizer.from_str(json.dumps(raw)).get_vocab()
             _mark_control_tokens(raw, vocabulary, about)
             # Left over from a training run; they would silently cut or pad texts.
@@ -37,6 +44,8 @@ class HuggingFaceTokenizer(Tokenizer):
             continuing = json.dumps(_without_prefix(raw))
             self._continuing_json = None if continuing == self._json else continuing
             self._load()
+        except UserError:
+            raise
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{source}: damaged tokenizer ({error!r}); download it again") from None
         except Exception as error:
@@ -78,7 +87,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_text(self, text: str, continuation: bool) -> list[int]:
         backend = self._continuing if continuation else self._backend
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust code; its class cannot be imported
+                raise
+            raise UserError(
+                f"{self._source}: the tokenizer gives up on a text of {len(text):,} characters ({error}); "
+                "its patterns are damaged or hostile, download it again"
+            ) from None
 
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""
@@ -107,6 +124,21 @@ def byte_letters() -> dict[int, str]:
 BYTE_OF = {letter: byte for byte, letter in byte_letters().items()}
 if BYTE_OF.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
     raise ImportError("the installed tokenizers package maps bytes to characters differently from GPT-2")
+
+
+def _try_patterns(raw: dict[str, Any], source: object) -> None:
+    """Refuse regular expressions that take for ever on some text; LLaMA 3's own is not tried."""
+    parts = (*_nodes(raw.get("normalizer")), *_nodes(raw.get("pre_tokenizer")))
+    patterns = [part["pattern"] for part in parts if isinstance(part.get("pattern"), dict)]
+    unknown = [
+        given for given in (one.get("Regex") for one in patterns) if given not in (None, LLAMA3_PATTERN)
+    ]
+    try:
+        if unknown:
+            ask("lit_adapter.text.pattern_trial", unknown)
+    except LimitedError as error:
+        shown = " or ".join(shorten(pattern) for pattern in unknown)
+        raise UserError(f"{source}: the pattern {shown} fails on a short text: {error}") from None
 
 
 def _backend(content: str) -> tokenizers.Tokenizer:

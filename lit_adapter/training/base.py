@@ -22,6 +22,7 @@ from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.weights.adapter_file import BaseIdentity, base_identity, check_base, read_adapter
+from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -37,12 +38,12 @@ class Base:
     tokenizer: Tokenizer
 
 
-def read_base(config: Config) -> Base:
-    """Read the base of a run.
+def read_base(config: Config, say: Say, *, verify: bool = False) -> Base:
+    """Read the base of a run; ``verify`` compares all of it with its checksums (see `check_content`).
 
     Raises:
-        UserError: the folder holds no converted base, its tokenizer does not fit it, or it has fewer layers
-            than ``adapter.layers`` or a shorter context than ``data.max_length``.
+        UserError: the folder holds no converted base, or one that has changed; its tokenizer does not fit it;
+            or it has fewer layers than ``adapter.layers`` or a shorter context than ``data.max_length``.
     """
     folder = Path(config.base)
     sizes = read_config(folder)
@@ -54,6 +55,7 @@ def read_base(config: Config) -> Base:
         )
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, sizes.vocab_size)
+    check_content(folder, everything=verify, say=say)
     return Base(folder, sizes, base_identity(folder), tokenizer)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_adapter.config import TrainerConfig
+from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.training.lightning_internals import let_go_on, validate_now
 from lit_adapter.training.run_folder import RunFolder
@@ -45,8 +47,9 @@ class Validation(Callback):
 class Checkpoints(Callback):
     """Saves before the first step, every ``save_every`` steps, after the last one and at a stop.
 
-    ``record`` is stored with each checkpoint: the run identity and the settings that a resume may change.
-    ``begin`` is called on the first process before anything else is written.
+    If the run folder is gone, it saves beside the old place and ends the run. ``record`` is stored with each
+    checkpoint: the run identity and the settings that a resume may change. ``begin`` is called on the first
+    process before anything else is written.
     """
 
     def __init__(
@@ -66,8 +69,14 @@ class Checkpoints(Callback):
         self.saved_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Prepare the run folder."""
+        """Prepare the run folder.
+
+        Raises:
+            UserError: it is gone.
+        """
         if trainer.is_global_zero:
+            if not self.folder.is_there():
+                raise UserError(f"{self.folder.leave()}; no step was taken")
             self.begin()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -87,10 +96,16 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def save(self, trainer: Any) -> None:
-        """Save the step, unless it is saved already, and delete the oldest checkpoints."""
+        """Save the step, unless it is saved already, and delete the oldest checkpoints.
+
+        Raises:
+            UserError: the run folder is gone, or the checkpoint cannot be written.
+        """
         step = trainer.global_step
         if step == self.saved_step:
             return
+        if self._is_gone(trainer):
+            self._rescue(trainer)
         if trainer.is_global_zero and trainer.logger is not None:
             trainer.logger.experiment.flush()  # a resumed run draws only the points after this step
         trainer.save_checkpoint(self.folder.checkpoint_path(step))
@@ -99,20 +114,38 @@ class Checkpoints(Callback):
             for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink(missing_ok=True)
 
+    def _is_gone(self, trainer: Any) -> bool:
+        """Tell all processes whether the first one still finds the run folder."""
+        gone = torch.tensor(float(not self.folder.is_there()), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(gone, reduce_op="sum"))
+
+    def _rescue(self, trainer: Any) -> NoReturn:
+        """Save to a new run folder, from which the run can go on."""
+        reason = self.folder.leave()
+        if trainer.is_global_zero:
+            self.begin()
+        trainer.save_checkpoint(self.folder.checkpoint_path(trainer.global_step))
+        raise UserError(
+            f"{reason}; step {trainer.global_step} is saved in {self.folder.path}: "
+            f"go on with --out {self.folder.path} --resume last"
+        )
+
 
 class BestAdapter(Callback):
     """Writes the adapter whenever the held-out loss is the lowest so far; the lowest loss survives a resume.
 
-    ``write`` is called with ``path``, the adapter's tensors, and the step and loss reached.
+    ``write`` is called with its path, the adapter's tensors, and the step and loss reached.
     """
 
-    def __init__(self, path: Path, write: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]) -> None:
-        self.path, self.write = path, write
+    def __init__(
+        self, folder: RunFolder, write: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]
+    ) -> None:
+        self.folder, self.write = folder, write
         self.loss = math.inf
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget the lowest loss if its adapter is gone."""
-        if not self.path.is_file():
+        if not self.folder.best.is_file():
             self.loss = math.inf
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +162,6 @@ class BestAdapter(Callback):
         if trainer.should_stop or trainer.global_step == 0 or not loss < self.loss:
             return
         self.loss = loss
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.folder.is_there():  # if not, the next save ends the run
             reached = {"steps": trainer.global_step, "val_loss": loss}
-            self.write(self.path, adapter_state(pl_module.model), reached)
+            self.write(self.folder.best, adapter_state(pl_module.model), reached)

@@ -1,4 +1,4 @@
-"""``--dry-run``: a few real optimizer steps, timed, and the time that the whole run would take."""
+"""``--dry-run``: a few real optimizer steps and the sample answers, timed, and the time of the whole run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.errors import counted
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training.fit import fit, validation_of
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.notices import Say
@@ -16,6 +17,7 @@ from lit_adapter.training.plan import Plan
 from lit_adapter.training.processes import StopOnSignal
 from lit_adapter.training.resume import ResumePoint
 from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.training.samples import Samples
 
 N_TRIED = 3
 
@@ -24,7 +26,8 @@ def try_steps(
     plan: Plan, point: ResumePoint, module: LitAdapter, data: AlpacaDataModule, folder: RunFolder, say: Say
 ) -> int:
     """Take `N_TRIED` steps, say how long the rest of the run would take, and return the exit status."""
-    watch = Stopwatch()
+    assistant = AdaptedLlama(module.model, plan.base.tokenizer, plan.template)
+    watch = Stopwatch(Samples(assistant, data.val_records, plan.config.trainer))
     fit(plan, module, data, [watch, StopOnSignal()], folder, n_steps=min(N_TRIED, plan.steps))
     if module.signals.agreed:
         say("dry run: stopped by a signal; no run was started")
@@ -43,11 +46,12 @@ def try_steps(
 
 
 class Stopwatch(Callback):
-    """Records the seconds and tokens of each optimizer step."""
+    """Records the seconds and tokens of each optimizer step, and the seconds of the sample answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
         self.steps: list[tuple[float, int]] = []
-        self.since = 0.0
+        self.since, self.sample_seconds = 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Start the clock."""
@@ -56,6 +60,14 @@ class Stopwatch(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Stop the clock; the step has read its loss, so the device is done."""
         self.steps.append((time.perf_counter() - self.since, int(pl_module.last["tokens"])))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Time the sample answers of one validation."""
+        if self.samples.records and not trainer.should_stop:
+            pl_module.eval()
+            start = time.perf_counter()
+            self.samples.answers(trainer, pl_module)
+            self.sample_seconds = time.perf_counter() - start
 
     @property
     def seconds_per_token(self) -> float:
@@ -67,15 +79,17 @@ class Stopwatch(Callback):
 def forecast(
     watch: Stopwatch, data: AlpacaDataModule, steps: int, validations: int, forward_share: float
 ) -> str:
-    """Return a line about the time that ``steps`` and ``validations`` would take."""
+    """Return a line about the time that ``steps`` and ``validations``, with their samples, would take."""
     step_tokens = data.batch_size * float(data.train_encoded.length.mean())
     held_out = int(data.val_encoded.length.sum()) if data.val_encoded is not None else 0
     tokens = steps * step_tokens + validations * held_out * forward_share
+    total = tokens * watch.seconds_per_token + validations * watch.sample_seconds
     shown = ", ".join(f"{seconds:.2g}" for seconds, _ in watch.steps)
+    answers = f"; the sample answers of one took {watch.sample_seconds:.2g} s" if watch.sample_seconds else ""
     return (
-        f"time: about {duration(tokens * watch.seconds_per_token)} for {counted(steps, 'step')} and "
+        f"time: about {duration(total)} for {counted(steps, 'step')} and "
         f"{counted(validations, 'validation')} ({counted(len(watch.steps), 'step')} took {shown} s: "
-        f"{1 / watch.seconds_per_token:,.0f} tokens/s; sample answers are not counted)"
+        f"{1 / watch.seconds_per_token:,.0f} tokens/s{answers})"
     )
 
 

@@ -9,32 +9,35 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from lit_adapter import streams
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
-from lit_adapter.model.adapter import adapter_state
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.base import load_model, read_base, read_initial_adapter
 from lit_adapter.training.dry_run import try_steps
+from lit_adapter.training.ending import conclude
 from lit_adapter.training.fit import make_module, quiet_lightning, train
 from lit_adapter.training.lightning_internals import rank
-from lit_adapter.training.notices import Say
+from lit_adapter.training.notices import Notices, Say
 from lit_adapter.training.placement import choose_placement
-from lit_adapter.training.plan import make_plan, plan_lines, write_adapter
-from lit_adapter.training.processes import follow
-from lit_adapter.training.resume import find_resume_point, is_written, saved_identity
+from lit_adapter.training.plan import make_plan, plan_lines
+from lit_adapter.training.processes import follow, is_first_of_node
+from lit_adapter.training.resume import find_resume_point, is_written, saved_run
 from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.training.run_record import RunRecord
 from lit_adapter.training.signals import Signals
 
 
 def finetune(
     config: Config,
     resume: str | None = None,
-    say: Say = print,
+    say: Say = streams.say,
     signals: Signals | None = None,
     *,
     dry_run: bool = False,
+    verify: bool = False,
 ) -> int:
     """Train an adapter.
 
@@ -44,6 +47,7 @@ def finetune(
         say: gets each line for the user; only the first process calls it.
         signals: signal handlers that are installed already; by default they are installed here.
         dry_run: print the plan, try three steps, and leave nothing in the run folder.
+        verify: compare every byte of the base with its checksums, also where its files look unchanged.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
@@ -56,7 +60,8 @@ def finetune(
     if signals is None:
         signals = Signals()
         signals.install()
-    run = partial(_run, config, resume, folder, signals, dry_run=dry_run)
+    verify = verify and is_first_of_node()
+    run = partial(_run, config, resume, folder, signals, dry_run=dry_run, verify=verify)
     try:
         with quiet_lightning():
             if rank() > 0:
@@ -72,29 +77,36 @@ def finetune(
 
 
 def _run(
-    config: Config, resume: str | None, folder: RunFolder, signals: Signals, say: Say, *, dry_run: bool
+    config: Config,
+    resume: str | None,
+    folder: RunFolder,
+    signals: Signals,
+    say: Say,
+    *,
+    dry_run: bool,
+    verify: bool,
 ) -> int:
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
     config = with_learning_rate(config)
-    base = read_base(config)
-    saved = saved_identity(resume, folder)
-    placement = choose_placement(config, base.config, saved.get("precision"), say)
+    base = read_base(config, say, verify=verify)
+    saved = saved_run(resume, folder)
+    placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
     template = resolve_template(config.data.template, base.tokenizer)
-    initial = read_initial_adapter(config, base, template, saved.get("init_from"), say)
+    initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)
 
     busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
     data = AlpacaDataModule(
         config.data,
         tokenizer=base.tokenizer,
         template=template,
-        tokenizer_key=base.identity.tokenizer,
-        batch_size=config.optim.batch_size,
+        tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
+        batch_size=config.optim.batch_size or 0,
         row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
         seed=config.seed,
         say=say,
     ).read()
-    plan = make_plan(config, base, placement, initial, data)
+    plan = make_plan(config, base, placement, initial, data, saved)
     data.total_steps = plan.steps
     for line in describe(data, color=sys.stdout.isatty()):
         say(line)
@@ -109,15 +121,11 @@ def _run(
     module = make_module(plan, model, signals)
     if dry_run:
         return try_steps(plan, point, module, data, folder, say)
-    trainer = train(plan, point, module, data, folder, say)
+    record = RunRecord(folder, plan, data, Notices(say, plan.config.optim.peak_lr), started)
+    trainer = train(plan, point, module, data, folder, record, say)
     if signals.agreed:
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
         say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; --resume last continues")
     elif trainer.is_global_zero:
-        summary = {"steps": trainer.global_step, "train_loss": module.last["loss"]}
-        if data.val_packer is not None:
-            summary["val_loss"] = module.val_loss
-        write_adapter(plan, folder.adapter, adapter_state(model), summary)
-        took = f"after {counted(trainer.global_step, 'step')}, {time.perf_counter() - started:.0f} s in all"
-        say(f"wrote {folder.adapter} ({folder.adapter.stat().st_size:,} bytes) {took}")
+        conclude(plan, module, folder, record, say)
     return signals.exit_status

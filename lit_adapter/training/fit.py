@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 
 from lit_adapter.data.module import AlpacaDataModule
@@ -27,7 +28,8 @@ from lit_adapter.training.preflight import check_records, enough_memory
 from lit_adapter.training.processes import StopOnSignal, end_run, last_words, start_processes
 from lit_adapter.training.report import Report, shows_bar
 from lit_adapter.training.resume import ResumePoint
-from lit_adapter.training.run_folder import RunFolder, saved_config
+from lit_adapter.training.run_folder import RunFolder, saved_values
+from lit_adapter.training.run_record import RunRecord
 from lit_adapter.training.samples import Samples
 from lit_adapter.training.sharding import ShardedLitAdapter
 from lit_adapter.training.signals import Signals
@@ -45,7 +47,13 @@ def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
 
 
 def train(
-    plan: Plan, point: ResumePoint, module: LitAdapter, data: AlpacaDataModule, folder: RunFolder, say: Say
+    plan: Plan,
+    point: ResumePoint,
+    module: LitAdapter,
+    data: AlpacaDataModule,
+    folder: RunFolder,
+    record: RunRecord,
+    say: Say,
 ) -> pl.Trainer:
     """Train from the resume point to the last step, or until a signal; return the trainer."""
     options = plan.config.trainer
@@ -54,11 +62,12 @@ def train(
 
     def begin_writing() -> None:
         folder.set_aside(point.step, say)
-        write_text(folder.config, saved_config(plan.config))
+        write_text(folder.config, yaml.safe_dump(saved_values(plan.config), sort_keys=False))
 
     callbacks: list[pl.Callback] = [
-        Report(options, say, lr=plan.config.optim.peak_lr, redraw=repeats),
-        BestAdapter(folder.best, partial(write_adapter, plan)),
+        record,
+        Report(options, say, record.notices, redraw=repeats),
+        BestAdapter(folder, partial(write_adapter, plan)),
         Samples(assistant, data.val_records, options),
         StopOnSignal(),  # before the checkpoints: a stop is saved at once
         Checkpoints(folder, asdict(plan.identity), options, begin_writing),
@@ -76,7 +85,7 @@ def validation_of(plan: Plan, point: ResumePoint) -> tuple[Validation, bool]:
 
     That step is then validated again, and what was drawn at it is drawn again.
     """
-    validation = Validation(plan.config.trainer.val_every or max(1, plan.steps // 10))
+    validation = Validation(plan.config.trainer.val_every or plan.steps)
     return validation, validation.due(point.step, plan.steps) and not point.is_validated
 
 

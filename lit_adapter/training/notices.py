@@ -6,9 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from lit_adapter.errors import counted
+
 Say = Callable[[str], None]
 GATES_AFTER = 10
 """Steps after which a gate that is still 0 is reported."""
+SAME = 1e-4
+"""Share of a loss by which it must change to count as another."""
+NOISE = 0.1
+"""Share of a training loss by which it may rise from its first steps to its last ones by chance."""
 MEAN_OVER = 20
 """Steps over which the training loss is averaged to compare the run's start with its end."""
 
@@ -62,15 +68,36 @@ class Notices:
         """Check a held-out loss."""
         if self.first_val is None:
             self.first_val = loss
-        elif self.lr and step >= MEAN_OVER and abs(loss - self.first_val) < 1e-4 * self.first_val:
+        elif self.lr and step >= MEAN_OVER and abs(loss - self.first_val) < SAME * self.first_val:
             self.once("flat", self._flat(f"held-out loss is {loss:.4f}, where it started,", step))
+
+    def divergence(self, val_loss: float, skipped: int, step: int) -> str | None:
+        """Return what is wrong with a run that ends worse than it began, and what to change; else None.
+
+        ``val_loss`` is the last held-out loss; without held-out records the training losses are compared.
+        """
+        if 2 * skipped > step:
+            lost = f"{skipped} of {counted(step, 'step')} were skipped because they were not finite"
+            return f"{lost}; lower optim.lr (now {self.lr:g}) or use trainer.precision 32-true"
+        before, after = _mean(self.first_losses[:5]), _mean(self.last_losses[-5:])
+        if self.first_val is None:
+            what, first, last, bound = "training loss", before, after, before * (1 + NOISE)
+        else:
+            what, first, last = "held-out loss", self.first_val, val_loss
+            bound = first * (1 + SAME)
+        if last <= bound:
+            return None
+        advice = f"lower optim.lr (now {self.lr:g})"
+        if self.first_val is not None and after < before:
+            advice = "the training loss fell: lower optim.epochs, or add records"
+        return f"the {what} ended at {last:.4f}, above the {first:.4f} it began with; {advice}"
 
     def end(self, step: int) -> None:
         """Check the training loss of a whole run without held-out records."""
         if self.first_val is not None or not self.lr or step < 5 * MEAN_OVER:
             return
-        first, last = (sum(losses) / len(losses) for losses in (self.first_losses, self.last_losses))
-        if last > 0.98 * first:
+        first, last = _mean(self.first_losses), _mean(self.last_losses)
+        if 0.98 * first < last <= first * (1 + NOISE):
             self.once("flat", self._flat(f"training loss went from {first:.4f} to {last:.4f}", step))
 
     def _flat(self, what: str, step: int) -> str:
@@ -81,3 +108,7 @@ class Notices:
         if key not in self.said:
             self.said.add(key)
             self.say(f"warning: {text}")
+
+
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses) if losses else 0.0

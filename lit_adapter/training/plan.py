@@ -18,10 +18,12 @@ from lit_adapter.model.adapter import adapter_shapes, parameter_counts
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.text.template import Template
 from lit_adapter.training.base import Base, InitialAdapter
+from lit_adapter.training.length import few_steps, with_length, with_val_every
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.preflight import Sizes, check_disk, check_memory, free_memory, sizes
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
+from lit_adapter.training.strategy import n_processes
 from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
 
 
@@ -30,33 +32,62 @@ class Plan:
     """A run that can be loaded and started."""
 
     config: Config
+    """With its batch size, its epochs unless ``optim.max_steps`` is given, and ``trainer.val_every``."""
     base: Base
     placement: Placement
     template: Template
     steps: int
     """Optimizer steps of the run."""
+    epochs: float
+    """Passes over the training records: as set, or what ``optim.max_steps`` comes to."""
+    chosen: str
+    """What was chosen of batch size and epochs, and why; empty if the user has set both."""
+    n_records: int
+    """Training records."""
     warmup: int
     """Those in which the learning rate rises."""
     needed: Sizes
     """What the memory of a step depends on."""
     identity: RunIdentity
 
+    @property
+    def n_trained(self) -> int:
+        """The number of trained parameters."""
+        return _total(adapter_shapes(self.config.adapter, self.base.config))
+
+
+def _total(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
 
 def make_plan(
-    config: Config, base: Base, placement: Placement, initial: InitialAdapter, data: AlpacaDataModule
+    config: Config,
+    base: Base,
+    placement: Placement,
+    initial: InitialAdapter,
+    data: AlpacaDataModule,
+    saved: RunIdentity,
 ) -> Plan:
-    """Plan a run from what has been read.
+    """Plan a run from what has been read; ``saved`` is what a checkpoint says of the run that is resumed.
 
     Raises:
         UserError: the epochs or the warm-up do not fit the number of records.
     """
-    steps = total_steps(config.optim, data.training_steps().steps_per_epoch)
+    n_records, processes = len(data.train_encoded), n_processes(config.trainer, placement.device)
+    config, chosen = with_length(config, n_records, saved, processes)
+    data.batch_size = config.optim.batch_size or 0
+    steps_per_epoch = data.training_steps().steps_per_epoch
+    steps = total_steps(config.optim, steps_per_epoch)
+    config = with_val_every(config, steps, saved)
     facts = {
         "base": base.identity.weights[:16],
         "tokenizer": base.identity.tokenizer[:16],
         "template": data.template.to_dict(),
         "precision": placement.precision,
         "init_from": initial.sha256,
+        "base.bos_id": base.tokenizer.bos_id,
+        "base.eos_id": base.tokenizer.eos_id,
+        "base.stop_ids": sorted(base.tokenizer.stop_ids),
         **{f"base.{key}": value for key, value in base.config.computed().items()},
         **{f"data.{key}": value for key, value in data.identity().items()},
     }
@@ -66,6 +97,9 @@ def make_plan(
         placement,
         data.template,
         steps,
+        config.optim.epochs or steps / steps_per_epoch,
+        chosen,
+        n_records,
         warmup_steps(config.optim, steps),
         sizes(config, base.config, data, placement),
         run_identity(config, steps, **facts),
@@ -81,17 +115,16 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     config, optim, base, steps = plan.config, plan.config.optim, plan.base.config, plan.steps
     yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
     yield check_disk(Path(config.out), base, config, steps)
-    frozen, trained = (
-        sum(math.prod(shape) for shape in shapes.values())
-        for shapes in (base_shapes(base), adapter_shapes(config.adapter, base))
-    )
     yield (
-        f"model: {plan.base.identity.name}, {frozen:,} frozen parameters; adapter: {trained:,} trained "
-        f"({parameter_counts(config.adapter, base)})"
+        f"model: {plan.base.identity.name}, {_total(base_shapes(base)):,} frozen parameters; adapter: "
+        f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
+    batch_size = optim.batch_size or 0
+    epochs = plan.epochs if optim.max_steps is None else steps / (plan.n_records // batch_size)
     yield (
-        f"run: {counted(steps, 'step')} of {counted(optim.batch_size, 'record')}; "
-        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / optim.batch_size:g}), {optim.schedule}, "
+        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {epochs:.3g}"
+        f"{f' ({plan.chosen})' if plan.chosen else ''}; "
+        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}), {optim.schedule}, "
         f"warm-up {counted(plan.warmup, 'step')}; {config.out}"
     )
     if optim.peak_lr == 0:
@@ -101,6 +134,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             f"warning: the warm-up takes {plan.warmup} of the run's {counted(steps, 'step')}; "
             "lower optim.warmup (0.05 is usual) or train longer"
         )
+    elif (few := few_steps(config, steps, plan.n_records)) is not None:
+        yield f"warning: {few}"
     why = plan.placement.executor.why_not_fast
     if why is not None:
         yield f"note: {why}: the layers run without the fused kernels, and more slowly"
@@ -115,7 +150,7 @@ def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dic
     config, base, source = plan.config, plan.base, plan.config.data.train
     training = {
         "data": source if is_hub_name(source) else Path(source).name,
-        "epochs": config.optim.epochs,
+        "epochs": plan.epochs,
         "batch_size": config.optim.batch_size,
         "lr": config.optim.peak_lr,
     }

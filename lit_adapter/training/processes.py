@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
+from lit_adapter.streams import say
 from lit_adapter.training.lightning_internals import leave_validation, rank
 from lit_adapter.training.signals import EXIT_STATUS, Signals
 from lit_adapter.training.strategy import launched, n_processes, processes_per_node
@@ -94,6 +95,11 @@ def start_processes(options: TrainerConfig, device: torch.device, on_death: Call
     _in_background(_wait_for_death, children, network.node_rank() * local + 1, on_death)
 
 
+def is_first_of_node() -> bool:
+    """Tell whether this is the first process of its node, or the only one."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def follow(train: Callable[[], int], signals: Signals) -> int:
     """Run ``train`` as one of the other processes, which ends with the first and leaves the printing to it.
 
@@ -145,7 +151,7 @@ def _leave_with_parent() -> None:
 
 def end_run(sentence: str, status: int) -> None:
     """Print the reason and end this process at once, even inside a collective; the others follow."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    say(f"error: {sentence}", sys.stderr)
     os._exit(status)
 
 

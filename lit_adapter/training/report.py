@@ -18,15 +18,15 @@ from lit_adapter.training.notices import Notices, Say
 class Report(Callback):
     """Draws curves for TensorBoard, prints lines where there is no progress bar, and warns.
 
-    ``lr`` is the peak learning rate; with ``redraw`` the resume point's own step is drawn again.
+    With ``redraw`` the resume point's own step is drawn again.
     """
 
-    def __init__(self, options: TrainerConfig, say: Say, *, lr: float, redraw: bool) -> None:
+    def __init__(self, options: TrainerConfig, say: Say, notices: Notices, *, redraw: bool) -> None:
         self.every, self.say, self.redraw = options.log_every, say, redraw
         self.lines = options.progress == "lines" or (options.progress == "auto" and not shows_bar(options))
         self.tokens, self.seconds, self.since = 0.0, 0.0, 0.0
         self.tokens_per_s = 0.0
-        self.notices = Notices(say, lr)
+        self.notices = notices
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run's report continues from."""

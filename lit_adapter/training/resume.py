@@ -14,6 +14,7 @@ from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
+from lit_adapter.training.differences import differences
 from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
@@ -21,8 +22,6 @@ from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.weights.adapter_file import read_adapter
 
 RATES = ("optim.lr", "optim.base_lr")
-ADDED = ("base.", "data.val_records")
-"""Prefixes of what the oldest checkpoints do not store."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
     ``resume`` is ``last``, a checkpoint file, or None to start at step 0.
 
     Raises:
-        UserError: there is no checkpoint, it is not usable, or it is another run's; both values are named.
+        UserError: there is no checkpoint, it is not usable, or it is another run's; says what differs.
     """
     if resume is None:
         return ResumePoint()
@@ -49,7 +48,9 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
         raise UserError(f"--resume {resume}: a URL; give 'last' or a file of this run")
 
     def check(path: Path, checkpoint: dict[str, Any]) -> None:
-        _compare(path, RunIdentity(**checkpoint["lit_adapter"]), plan.identity)
+        found = differences(_stored(checkpoint), plan.identity, plan.config)
+        if found:
+            raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(found)}")
         check_contents(path, checkpoint, adapter_shapes(plan.config.adapter, plan.base.config))
 
     if resume == "last":
@@ -57,21 +58,32 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
     else:
         path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         check(path, checkpoint)
-    for line in _changes(RunIdentity(**checkpoint["lit_adapter"]), plan.identity):
+    for line in _changes(_stored(checkpoint), plan.identity):
         say(f"resuming with {line}")
     step = checkpoint["global_step"]
     return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
 
 
-def saved_identity(resume: str | None, folder: RunFolder) -> dict[str, Any]:
-    """Return the identity of the run that is resumed; empty where no checkpoint of it can be read."""
+def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
+    """Return what is known of the run that is resumed; nothing where no checkpoint of it can be read."""
     if resume is None:
-        return {}
+        return RunIdentity({}, {}, 0)
     newest_first = sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True)
     for path in newest_first if resume == "last" else [Path(resume)]:
         with suppress(UserError):  # `find_resume_point` will say what is wrong with it
-            return dict(read_checkpoint(path)["lit_adapter"]["identity"])
-    return {}
+            return _stored(read_checkpoint(path))
+    return RunIdentity({}, {}, 0)
+
+
+def _stored(checkpoint: dict[str, Any]) -> RunIdentity:
+    """Return what a checkpoint says of its run.
+
+    Without a ``val_every``, which an earlier version left open, it validated after each tenth of the run.
+    """
+    stored = RunIdentity(**checkpoint["lit_adapter"])
+    if stored.changeable.get("trainer.val_every", 0) is None:
+        stored.changeable["trainer.val_every"] = max(1, stored.steps // 10)
+    return stored
 
 
 def is_written(adapter: Path, checkpoint: Path | None) -> bool:
@@ -86,22 +98,11 @@ def is_written(adapter: Path, checkpoint: Path | None) -> bool:
     return state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
 
 
-def _compare(path: Path, saved: RunIdentity, own: RunIdentity) -> None:
-    known = run_identity(Config()).identity | saved.identity  # a setting of a later version had its default
-    differences = [
-        f"{key} was {known.get(key)!r}, now {value!r}"
-        for key, value in own.identity.items()
-        if known.get(key) != value and (key in known or not key.startswith(ADDED))
-    ]
-    if differences:
-        raise AnotherRunError(f"{path}: cannot resume another run: {'; '.join(differences)}")
-
-
 def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
     before, now = _peak_lr(saved), _peak_lr(own)
     if before != now:
         yield f"optim.lr changed from {before:g} to {now:g}"
-    settings = run_identity(Config()).changeable | saved.changeable  # as in `_compare`
+    settings = run_identity(Config()).changeable | saved.changeable  # as in `differences`
     for key, value in own.changeable.items():
         if key not in RATES and settings[key] != value:
             yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"

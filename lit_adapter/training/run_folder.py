@@ -4,22 +4,23 @@ RUN/config.yaml              the resolved configuration
 RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
 RUN/best.safetensors         the adapter with the lowest held-out loss
 RUN/adapter.safetensors      the adapter at the end
+RUN/run.json                 what the run was, cost and reached
 RUN/tensorboard/             curves, gates and sample texts
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.files.locks import LockFile
+from lit_adapter.files.locks import LockFile, is_at
 from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import check_writable, is_temporary, sweep
@@ -35,13 +36,18 @@ class RunFolder:
     """The files of one run."""
 
     def __init__(self, path: Path) -> None:
+        self._set_names(path)
+        self._lock = LockFile(path / LOCK, path, "--out")
+        self._descriptor: int | None = None
+
+    def _set_names(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter.safetensors"
         self.best = path / "best.safetensors"
+        self.record = path / "run.json"
         self.tensorboard = path / "tensorboard"
-        self._lock = LockFile(path / LOCK, path, "--out")
 
     def open(self, *, resume: bool) -> None:
         """Lock the folder for this process, and check that it can be written.
@@ -51,6 +57,7 @@ class RunFolder:
         """
         self.check(resume=resume)
         self._lock.acquire()
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self.check(resume=resume)  # a run may have started and ended since the first check
         except UserError:
@@ -71,7 +78,10 @@ class RunFolder:
                 raise UserError(f"{self.path}: holds files, but no run; choose another --out")
             raise UserError(f"{self.path}: holds a run already; add --resume last, or choose another --out")
         if resume and not self.path.is_dir():
-            raise UserError(f"{self.path}: no such run folder, nothing to resume; start without --resume")
+            raise UserError(
+                f"{self.path}: no such run folder, nothing to resume; start without --resume, or if the "
+                "folder was moved, give its place with --out"
+            )
         check_writable(self.path)
 
     def _holds_files(self) -> bool:
@@ -85,8 +95,23 @@ class RunFolder:
     def close(self) -> None:
         """Release the folder, and remove it if it is empty."""
         self._lock.release()
+        if self._descriptor is None:
+            return
         with suppress(OSError):
-            self.path.rmdir()
+            if self.is_there():
+                self.path.rmdir()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def is_there(self) -> bool:
+        """Tell whether the folder that this process has opened is still the one with its name."""
+        return self._descriptor is None or is_at(self.path, self._descriptor)
+
+    def leave(self) -> str:
+        """Take a new folder beside the one that is gone; return what has happened, for a message."""
+        gone = self.path
+        self._set_names(free_path(gone.with_name(f"{gone.name}.rescued")))
+        return f"{gone}: the run folder was moved or deleted while the run went on"
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the name of the checkpoint after ``step`` optimizer steps."""
@@ -120,32 +145,33 @@ class RunFolder:
     def set_aside(self, step: int, say: Say) -> None:
         """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
         later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
-        if later and self._best_step() > step:
+        if later and self.lowest()[0] > step:
             later.append(self.best)
         for path in sorted(later):
             aside = free_path(path.with_suffix(".aside"))
             path.rename(aside)
             say(f"{path}: not part of the run resumed from step {step}; kept as {aside.name}")
 
-    def _best_step(self) -> int:
-        """Return the step of the best adapter; -1 if there is none that can be read."""
+    def lowest(self) -> tuple[int, float]:
+        """Return the step and held-out loss of ``best.safetensors``; -1 and NaN if it cannot be read."""
         if not self.best.is_file():
-            return -1
+            return -1, math.nan
         try:
-            return int(read_adapter(self.best)[0].training.get("steps", -1))
+            training = read_adapter(self.best)[0].training
         except UserError:
-            return -1
+            return -1, math.nan
+        return int(training.get("steps", -1)), float(training.get("val_loss", math.nan))
 
 
 class AnotherRunError(UserError):
     """The checkpoint is usable, but its run has another identity."""
 
 
-def saved_config(config: Config) -> str:
-    """Return a configuration as YAML that `parse_finetune` reads, with ``~`` for the home folder."""
+def saved_values(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain values that `parse_finetune` reads, with ``~`` for the home folder."""
     values = plain(asdict(config))
     fields = [(values, key) for key in ("base", "out", "init_from")]
     fields += [(values["data"], key) for key in ("train", "val", "template")]
     for section, key in fields:
         section[key] = section[key] and without_home(section[key])
-    return yaml.safe_dump(values, sort_keys=False)
+    return dict(values)

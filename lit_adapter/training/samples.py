@@ -40,15 +40,27 @@ class Samples(Callback):
         self.records = list(islice(fitting, options.samples))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate until a signal comes: on the first process, while the others wait in the next step.
+        """Draw the answers."""
+        if trainer.logger is None or trainer.should_stop:
+            return
+        answers = self.answers(trainer, pl_module)
+        if not answers:
+            return
+        for number, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
+            parts = {"Instruction": record.instruction, "Input": record.input}
+            parts |= {"Answer": answer, "Reference": record.output}
+            text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
+            trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
 
-        If the base is sharded, all processes generate the same tokens together.
+    def answers(self, trainer: Any, pl_module: Any) -> list[str]:
+        """Answer the records, on the first process, while the others wait in the next step.
+
+        If the base is sharded, all processes generate the same tokens together. Return no answer on a process
+        that does not take part, or after a signal, which ends the generation.
         """
         together = isinstance(trainer.strategy, ModelParallelStrategy)
         if not self.records or not (trainer.is_global_zero or together):
-            return
-        if trainer.logger is None or trainer.should_stop:
-            return
+            return []
 
         def stopped() -> bool:
             if together:
@@ -61,13 +73,7 @@ class Samples(Callback):
             answers = self.assistant.generate_batch(pairs, max_new_tokens=size, stopped=stopped)
         except NonFiniteLogitsError:  # training counts such steps itself, and stops when there are too many
             answers = ["(no answer: the logits are NaN or infinite)"] * len(pairs)
-        if stopped():
-            return
-        for number, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
-            parts = {"Instruction": record.instruction, "Input": record.input}
-            parts |= {"Answer": answer, "Reference": record.output}
-            text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
-            trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
+        return [] if stopped() else answers
 
 
 def _quoted(text: str) -> str:

@@ -12,12 +12,13 @@ MOST_STEPS = 9_999_999
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Return the number of optimizer steps of a run.
+    """Return the number of optimizer steps of a run whose length is set.
 
     Raises:
         UserError: the epochs make less than one step, or more steps than checkpoint names can number.
     """
-    steps = config.epochs * steps_per_epoch if config.max_steps is None else config.max_steps
+    epochs = config.epochs or 0.0
+    steps = epochs * steps_per_epoch if config.max_steps is None else config.max_steps
     if steps > MOST_STEPS:
         key = "epochs" if config.max_steps is None else "max_steps"
         raise UserError(f"optim.{key} makes {steps:,} steps, more than {MOST_STEPS:,}; lower it")

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, option
 from lit_adapter.files.paths import is_unicode
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import write_bytes
@@ -191,7 +191,7 @@ def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
     if info.base.weights != base.weights:
         raise UserError(
             f"{path}: trained on base '{info.base.name}' ({info.base.weights[:12]}), "
-            f"not on '{base.name}' ({base.weights[:12]}); give its own base with --base"
+            f"not on '{base.name}' ({base.weights[:12]}); give its own base with {option('base')}"
         )
     if info.base.tokenizer != base.tokenizer:
         raise UserError(

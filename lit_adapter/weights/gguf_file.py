@@ -20,6 +20,7 @@ from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
+from lit_adapter.weights.gguf_header import read_header
 from lit_adapter.weights.shards import AGAIN, read_bytes
 from lit_adapter.weights.source import Source, check_tensors, half_split, renamed
 
@@ -56,12 +57,12 @@ class GGUFSource(Source):
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_stand_in(path)
-        self.fields, tensors = _read(path)
+        self.fields, tensors = read_header(path)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         if len(self._tensors) < len(tensors):
             raise UserError(f"{path}: a tensor appears twice; {AGAIN}")
         self._check_keys()
-        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         with reading_sizes(str(self.path)):
             self.config = self._config(shapes)
         self._names = renamed(self.config, MODULES, "blk")
@@ -69,7 +70,7 @@ class GGUFSource(Source):
         self._check_types()
         check_tensors(shapes, self._names, self.config, lambda _: path, "its keys")
         self.dtypes = {
-            name: FLOATS.get(self._tensors[theirs].tensor_type.name, torch.float32)
+            name: FLOATS.get(self._tensors[theirs].kind.name, torch.float32)
             for name, theirs in self._names.items()
         }
         self._read_token_ids()
@@ -133,11 +134,11 @@ class GGUFSource(Source):
         table = self._tensors.get(ROPE_TABLE)
         if table is None:
             return RopeConfig(theta, "linear", factor) if factor != 1 else RopeConfig(theta)
-        if table.tensor_type.name != "F32" or table.n_elements != head_dim // 2 or factor != 1:
+        if table.kind.name != "F32" or math.prod(table.shape) != head_dim // 2 or factor != 1:
             raise UserError(
                 f"{self.path}: tensor {ROPE_TABLE}: expected {head_dim // 2} float32 values and no factor"
             )
-        given = np.frombuffer(read_bytes(self.path, int(table.data_offset), int(table.n_bytes)), "<f4")
+        given = np.frombuffer(read_bytes(self.path, table.start, table.n_bytes), "<f4")
         if np.array_equal(given, np.ones_like(given)):
             return RopeConfig(theta)
         original = int(get("llama.rope.scaling.original_context_length") or 8192)
@@ -154,7 +155,7 @@ class GGUFSource(Source):
         import gguf
 
         for name, tensor in self._tensors.items():
-            kind = tensor.tensor_type
+            kind = tensor.kind
             try:
                 # One block of zeros tells whether the package can expand the type, without reading any.
                 gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -169,17 +170,17 @@ class GGUFSource(Source):
         import gguf
 
         tensor = self._tensors[self._names[name]]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        content = read_bytes(self.path, int(tensor.data_offset), int(tensor.n_bytes))
-        if tensor.tensor_type.name in FLOATS:
-            plain = torch.frombuffer(content, dtype=FLOATS[tensor.tensor_type.name]).view(shape)
+        shape = tensor.shape
+        content = read_bytes(self.path, tensor.start, tensor.n_bytes)
+        if tensor.kind.name in FLOATS:
+            plain = torch.frombuffer(content, dtype=FLOATS[tensor.kind.name]).view(shape)
             return half_split(name, plain, self.config)
         n_rows = math.prod(shape[:-1])
         packed = np.frombuffer(content, np.uint8).reshape(n_rows, -1)
         expanded = np.empty((n_rows, shape[-1]), np.float32)
         for start in range(0, n_rows, ROWS):
             block = slice(start, start + ROWS)
-            expanded[block] = gguf.quants.dequantize(packed[block], tensor.tensor_type)
+            expanded[block] = gguf.quants.dequantize(packed[block], tensor.kind)
         return half_split(name, torch.from_numpy(expanded).view(shape), self.config)
 
     def label(self, name: str) -> str:
@@ -206,27 +207,6 @@ class GGUFSource(Source):
         if end_of_turn is not None and end_of_turn != ids.get("eos_token_id"):
             stops = [value for value in (ids.get("eos_token_id"), end_of_turn) if value is not None]
             self.generation = {**ids, "eos_token_id": stops}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Return a file's keys as plain values, and descriptions of its tensors."""
-    import gguf
-
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{path}: is no GGUF file; {AGAIN}")
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, LookupError, TypeError, OverflowError, MemoryError, OSError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}); {AGAIN}") from None
-    if reader.byte_order != "I":
-        raise UserError(f"{path}: is big-endian; use the little-endian version")
-    size = path.stat().st_size
-    for tensor in reader.tensors:
-        if int(tensor.data_offset) + int(tensor.n_bytes) > size:
-            raise UserError(f"{path}: truncated before the end of tensor {tensor.name}; {AGAIN}")
-    return fields, reader.tensors
 
 
 def _float32(value: float) -> float:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lit_adapter.errors import UserError
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama, empty_llama
-from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_folder import read_config, weight_files
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
 """Returns what a parameter holds on this device, from an open safetensors file, the tensor's name in it, the
@@ -65,7 +65,7 @@ def fill_base(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: set[str] = set()
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):  # an adapter may be beside them
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a mapping)

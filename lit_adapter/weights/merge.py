@@ -18,7 +18,8 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_folder import find_base
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_search import find_base
 from lit_adapter.weights.convert import write_base
 from lit_adapter.weights.huggingface import HuggingFaceSource
 from lit_adapter.weights.measure import fixed_prompt, logits
@@ -38,7 +39,7 @@ def merge(
 ) -> str:
     """Write the merged model as a base folder, and say how far its logits are from the adapter's.
 
-    The adapter's ``base`` is by default the one that it names, in ``checkpoints/``. The merged weights are
+    The adapter's ``base`` is by default the one that it names. The merged weights are
     rounded to ``dtype``: float32, bfloat16 or float16. ``overwrite`` replaces a base folder that is already
     there, and ``progress`` is called with (bytes written, bytes in all).
 
@@ -47,8 +48,9 @@ def merge(
     """
     info, state = read_adapter(adapter)
     _refuse_unmergeable(info, adapter)
-    folder = find_base(info.base.name) if base is None else base
+    folder = find_base(info.base.name, adapter) if base is None else base
     check_base(info, folder, adapter)
+    check_content(folder, everything=True)  # all of it is read anyway, and the result is kept
     out = out.absolute()
     sweep_leftovers(out)
     for source in (adapter, folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.write import durable_path, write_json
 from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
-from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX
+from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX, tensor_line
 
 MAX_FILE_BYTES = 5_000_000_000
 CHUNK = 4_194_304
@@ -47,7 +48,7 @@ def write_tensors(
     load: Callable[[str], Tensor],
     label: Callable[[str], str],
     progress: Callable[[int, int], None] | None = None,
-) -> str:
+) -> tuple[str, dict[str, str]]:
     """Write entries in the order of their names into an existing folder.
 
     Above `MAX_FILE_BYTES`, these are several files and an index. ``load`` returns a tensor by name and is
@@ -55,7 +56,8 @@ def write_tensors(
     (bytes done, bytes in all).
 
     Returns:
-        The SHA-256 over name, dtype, shape and bytes of every tensor in name order.
+        The SHA-256 over `tensor_line` and bytes of all tensors in name order, and the CRC-32 over those of
+        each tensor, by name; both in hex.
 
     Raises:
         UserError: a tensor that is not finite, before or after the cast; or a write that failed.
@@ -64,25 +66,29 @@ def write_tensors(
     n_total, n_done = sum(entry.n_bytes for entry in entries), 0
     digest = hashlib.sha256()
     groups = grouped(entries, lambda entry: entry.n_bytes, MAX_FILE_BYTES)
-    weight_map = {}
+    weight_map, crc32 = {}, {}
     for number, group in enumerate(groups, 1):
         name = WEIGHTS if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         with durable_path(folder / name) as temporary, temporary.open("wb") as stream:
             stream.write(_header(group))
             for entry in group:
                 weight_map[entry.name] = name
-                digest.update(f"{entry.name} {FLOAT_NAMES[entry.dtype]} {list(entry.shape)}\n".encode())
+                line = tensor_line(entry.name, FLOAT_NAMES[entry.dtype], entry.shape)
+                digest.update(line)
+                crc = zlib.crc32(line)
                 for chunk in _chunks(load(entry.name), entry.dtype, label(entry.name)):
                     content = chunk.view(torch.uint8).numpy().data
                     digest.update(content)
+                    crc = zlib.crc32(content, crc)
                     stream.write(content)
                     n_done += len(content)
                     if progress is not None:
                         progress(n_done, n_total)
+                crc32[entry.name] = f"{crc:08x}"
     if len(groups) > 1:
         index = {"metadata": {"total_size": n_total}, "weight_map": weight_map}
         write_json(folder / WEIGHTS_INDEX, index)
-    return digest.hexdigest()
+    return digest.hexdigest(), crc32
 
 
 def _chunks(tensor: Tensor, dtype: torch.dtype, label: str) -> Iterator[Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from lit_adapter.device import device_name
 
 PACKAGES = ("torch", "transformers", "peft", "liger-kernel", "triton", "lightning")
 
@@ -24,19 +25,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux: only the architecture is known
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def synchronise(device: torch.device) -> None:

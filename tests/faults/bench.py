@@ -21,6 +21,10 @@ from lit_adapter.cli.convert_adapter import main as convert_adapter_main
 from lit_adapter.cli.finetune import main as finetune_main
 from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.errors import UserError
+from lit_adapter.files.read import read_json
+from lit_adapter.weights.base_content import small_file_digests
+from lit_adapter.weights.base_folder import FINGERPRINT, tokenizer_fingerprint
+from lit_adapter.weights.convert import convert
 
 ROOT = Path(__file__).parents[2]
 OK = {"instruction": "a", "output": "b"}
@@ -135,6 +139,22 @@ class Bench:
     def copy_source(self) -> Path:
         """Copy the Hugging Face folder that the tiny base was converted from."""
         return Path(shutil.copytree(self.base.parent / "source", self.folder / "source"))
+
+    def strange_base(self, change: Callable[[Path], object]) -> Path:
+        """Change a copy of the tiny base, fingerprint and all: as a stranger might give it away."""
+        folder = self.copy_base("base")
+        change(folder)
+        about = read_json(folder / FINGERPRINT)
+        about |= {"tokenizer": tokenizer_fingerprint(folder), "file_sha256": small_file_digests(folder)}
+        about["files"] = {name: (folder / name).stat().st_size for name in about["files"]}
+        (folder / FINGERPRINT).write_text(json.dumps(about))
+        return folder
+
+    def new_base(self, change: Callable[[Path], object], name: str = "other") -> Path:
+        """Convert the source of the tiny base after a change."""
+        source = self.copy_source()
+        change(source)
+        return convert(source, self.folder / name)
 
     def snapshot(self) -> dict[Path, bytes]:
         """Every file and its content."""

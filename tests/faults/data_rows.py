@@ -1,4 +1,4 @@
-"""Faults 1 to 34: data files, what is in them, and the cache of tokens."""
+"""Faults 1 to 34, and 104: data files, what is in them, and the cache of tokens."""
 
 from __future__ import annotations
 
@@ -351,5 +351,24 @@ ROWS = [
         r"1 kept.* 1 files; \['.*damaged token cache; encoding again'\]",
         0,
     ),
-    Row(34, "data changed before a resume", data_changed_before_resume, r"data.records was '\w+', now '\w+'"),
+    Row(
+        34,
+        "data changed before a resume",
+        data_changed_before_resume,
+        r"another run: data\.train \S+changed\.json: its records have changed \(48 records then, 48 now\)$",
+    ),
+    *(
+        Row(104, what, read(name, f"instruction{mark}output\na, b{mark}c\n"), r"^\[\('a, b', '', 'c'\)\]$", 0)
+        for what, name, mark in (
+            ("semicolons", "data.csv", ";"),
+            ("tabs", "data.csv", "\t"),
+            ("tabs in a .tsv", "data.tsv", "\t"),
+        )
+    ),
+    Row(
+        104,
+        "a semicolon too many",
+        refused("data.csv", "instruction;output\na;b;c\n"),
+        r"data\.csv:2: 3 fields, .* 2 columns; put text with semicolons or line breaks in \"double quotes\"",
+    ),
 ]

@@ -1,6 +1,11 @@
-"""Faults 80 to 89: generation settings, prompts, and logits that are NaN or infinite."""
+"""Faults 80 to 89, 100 and 101: generation settings, prompts, and logits that are NaN or infinite."""
 
 from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from bench import Bench, Outcome, Row
@@ -24,12 +29,15 @@ def most(bench: Bench, **settings: float) -> str:
     return f"answered: {isinstance(text, str)}"
 
 
-def with_base_numbers(bench: Bench, value: float) -> str:
-    """A base whose output layer holds NaN or infinity."""
-    folder = bench.copy_base("broken")
-    state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"][3, 3] = value
-    save_file(state, folder / "model.safetensors")
+def beyond_fp32(bench: Bench, tensor: str) -> str:
+    """A base whose weights are finite, but not what it computes from them."""
+
+    def change(source: Path) -> None:
+        state = load_file(source / "model.safetensors")
+        state[tensor].fill_(3e38)
+        save_file(state, source / "model.safetensors")
+
+    folder = bench.new_base(change)
     model: AdaptedLlama = lit_adapter.load(base=folder, device="cpu", dtype="float32")
     return model.generate("Say it back.", max_new_tokens=4)
 
@@ -66,6 +74,18 @@ def call(function: object, **settings: float) -> object:
 
 def option(*given: object) -> object:
     return lambda bench: bench.generate(*given)
+
+
+def answered(bench: Bench, source: object, *given: object) -> Outcome:
+    return bench.generate("--prompts", source, "--output", bench.folder / "answers.jsonl", *given)
+
+
+def from_standard_input(content: bytes) -> Callable[[Bench], Outcome]:
+    def tried(bench: Bench) -> Outcome:
+        bench.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return answered(bench, "-")
+
+    return tried
 
 
 def empty_prompt(bench: Bench) -> Outcome:
@@ -130,7 +150,7 @@ ROWS = [
     Row(
         86,
         "logits nan",
-        call(with_base_numbers, value=torch.nan),
+        call(beyond_fp32, tensor="model.norm.weight"),
         r"logits are NaN or infinite; the base",
         2,
         True,
@@ -138,7 +158,7 @@ ROWS = [
     Row(
         86,
         "logits inf",
-        call(with_base_numbers, value=torch.inf),
+        call(beyond_fp32, tensor="lm_head.weight"),
         r"logits are NaN or infinite; the base",
         2,
         True,
@@ -146,4 +166,34 @@ ROWS = [
     Row(87, "end at the first token", call(first_token_ends), r"^''$", 0),
     Row(88, "half a character", call(half_a_character), r"^True True ''$", 0),
     Row(89, "cache against whole", call(cache_and_whole), r"^True$", 0),
+    Row(
+        100,
+        "prompts of an unknown format",
+        lambda b: answered(b, b.file("prompts.xlsx", "x")),
+        r"prompts\.xlsx: unknown data format \(suffix '\.xlsx'\); expected \.json, .*\.txt",
+    ),
+    Row(
+        100, "empty standard input", from_standard_input(b"\n"), r"standard input is empty; expected prompts"
+    ),
+    Row(
+        100,
+        "a broken line on standard input",
+        from_standard_input(b'{"instruction": "a"}\n{"instruction": 3}'),
+        r"standard input:2: 'instruction' is the number 3; expected a string",
+    ),
+    Row(101, "one choice", option("--choices", "a"), r"choices holds 1; expected two or more answers"),
+    Row(101, "a choice twice", option("--choices", "a,b,a"), r"choices holds 'a' twice; keep one"),
+    Row(101, "an empty choice", option("--choices", "a,,b"), r"choices holds an empty answer; write a text"),
+    Row(
+        101,
+        "a long choice",
+        option("--choices", "a," + "b " * 2000),
+        r"the prompt's \d+ tokens and the \d+ of choice 'b .* exceed the base's context of 1024; shorten",
+    ),
+    Row(
+        101,
+        "a long choice for a file",
+        lambda b: answered(b, b.records, "--choices", "a," + "b " * 2000),
+        r"json:\d+: the prompt's \d+ tokens and the \d+ of choice 'b ",
+    ),
 ]

@@ -65,6 +65,21 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: value for name, value in state.items() if value is not None}, path, metadata=metadata)
 
 
+def overwrite(path: Path, **changes: torch.Tensor) -> None:
+    """Overwrite tensors in place: the file keeps its size."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    described = json.loads(content[8 : 8 + length])
+    for name, value in changes.items():
+        begin, end = described[name.replace("__", ".")]["data_offsets"]
+        content[8 + length + begin : 8 + length + end] = value.numpy().tobytes()
+    path.write_bytes(content)
+
+
+def beyond_fp32(folder: Path) -> None:
+    edit_tensors(folder / WEIGHTS, model__norm__weight=torch.full((48,), 3e38))
+
+
 def split(folder: Path, *, index: dict[str, str] | None = None, twice: bool = False) -> None:
     """Cut the weights into two shards with an index."""
     state = load_file(folder / WEIGHTS)
@@ -311,7 +326,7 @@ ROWS = [
         40,
         "missing tensor of a base",
         base(lambda f: edit_tensors(f / WEIGHTS, model__norm__weight=None)),
-        r"1 tensors are missing, first model.norm.weight; convert it again",
+        r"model\.safetensors: has \d+ bytes instead of \d+; restore the file, or convert the base again$",
     ),
     Row(41, "other sizes", other_sizes, r"prompt has shape \[5, 47\]; its metadata says \[5, 48\]"),
     Row(
@@ -355,7 +370,13 @@ ROWS = [
     Row(
         44,
         "nan in a base",
-        base(lambda f: edit_tensors(f / WEIGHTS, model__norm__weight=NAN)),
+        base(lambda f: overwrite(f / WEIGHTS, model__norm__weight=NAN)),
+        r"model\.safetensors: tensor model\.norm\.weight has changed since the base was converted; restore",
+    ),
+    Row(
+        44,
+        "weights beyond fp32",
+        lambda b: b.finetune(base=b.new_base(beyond_fp32)),
         r"tiny\.json:\d+: the loss on this record is nan",
     ),
     Row(45, "bomb of weights", bombed_source("pytorch_model.bin"), r"pytorch_model\.bin: .*could run code"),

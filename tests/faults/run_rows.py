@@ -11,11 +11,14 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import Bench, Outcome, Row
+from safetensors.torch import load_file, save_file
 
 from lit_adapter.model.loss import row_loss
+from lit_adapter.training.callbacks import Checkpoints
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 
 
@@ -83,7 +86,9 @@ def file_size_limit(bench: Bench) -> Outcome:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     usable = [read_checkpoint(path)["global_step"] for path in sorted((run / "checkpoints").iterdir())]
     assert usable == [4, 6]
-    bench.before.pop(run / "config.yaml")  # that of the resumed run, which did begin
+    for name in ("config.yaml", "run.json"):  # those of the resumed run, which did begin
+        bench.before.pop(run / name)
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     return outcome
 
 
@@ -93,23 +98,39 @@ def temporary_folder_gone(bench: Bench) -> Outcome:
     return resumed(lambda run: None, "--optim.max_steps", 7)(bench)
 
 
-def folder_deleted(bench: Bench) -> Outcome:
-    """The run folder goes while the run is going on: it is made again at the next save."""
-    bench.finetune("--optim.max_steps", 1)
-    shutil.rmtree(bench.out)
-    bench.file("other", "mine")
-    bench.monkeypatch.setattr(
-        "lit_adapter.training.callbacks.Checkpoints.on_train_batch_end", _deleting(bench.out)
-    )
-    return bench.finetune("--optim.max_steps", 2, "--trainer.samples", 0)
+def folder_gone(change: Callable[[Path], object]) -> Callable[[Bench], Outcome]:
+    """The run folder goes while the run is going on; the run can be continued beside the old place."""
+
+    def tried(bench: Bench) -> Outcome:
+        save = Checkpoints.on_train_batch_end
+
+        def on_train_batch_end(self: Checkpoints, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == 2:
+                change(bench.out)
+                there = bench.snapshot()
+                bench.before.update(there)  # what is moved, or put in its place, is left alone
+            save(self, trainer, *rest)
+
+        options = ["--optim.max_steps", 4, "--trainer.save_every", 2, "--trainer.samples", 0]
+        with bench.monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+            outcome = bench.finetune(*options)
+        assert not bench.out.exists() or not any(bench.out.iterdir())
+        before = bench.before
+        rescued = bench.out.with_name("run.rescued")
+        again = bench.finetune(*options, "--out", rescued, "--resume", "last")
+        assert again.status == 0, again.err
+        assert "resuming from" in again.out
+        assert "step 2, the newest complete" in again.out
+        bench.before = before
+        return outcome
+
+    return tried
 
 
-def _deleting(folder: Path) -> Callable[..., None]:
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        shutil.rmtree(folder, ignore_errors=True)
-        self.save(trainer)
-
-    return on_train_batch_end
+def moved_and_replaced(run: Path) -> None:
+    run.rename(run.with_name("elsewhere"))
+    run.mkdir()
 
 
 def killed_worker(bench: Bench) -> Outcome:
@@ -151,20 +172,39 @@ def spike(bench: Bench) -> Outcome:
 
 def other_base(bench: Bench) -> Outcome:
     """A base with other weights and another tokenizer than the run had."""
-    base = bench.copy_base("other")
-    fingerprint = json.loads((base / "fingerprint.json").read_text())
-    changed = {"weights": "0" * 64, "tokenizer": "1" * 64}
-    (base / "fingerprint.json").write_text(json.dumps(fingerprint | changed))
-    return resumed(lambda run: None, "--base", base)(bench)
+
+    def change(source: Path) -> None:
+        state = load_file(source / "model.safetensors")
+        state["model.norm.weight"] += 1
+        save_file(state, source / "model.safetensors")
+        edit(source / "tokenizer_config.json", add_bos_token=False)
+
+    return resumed(lambda run: None, "--base", bench.new_base(change))(bench)
 
 
 def other_numbers(bench: Bench) -> Outcome:
     """The same weights under another configuration, and another context, which no number depends on."""
-    base = bench.copy_base("other")
-    config = json.loads((base / "config.json").read_text())
-    config |= {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
-    (base / "config.json").write_text(json.dumps(config))
+    values = {"rms_norm_eps": 0.5, "max_position_embeddings": 4096}
+    base = bench.new_base(lambda source: edit(source / "config.json", **values))
     return resumed(lambda run: None, "--base", base)(bench)
+
+
+def other_stop_ids(source: Path) -> None:
+    edit(source / "generation_config.json", eos_token_id=[1, 7])
+
+
+def more_records(bench: Bench) -> Outcome:
+    records = json.loads(bench.records.read_text())
+    path = bench.file("more.json", [*records, {"instruction": "Say it", "output": "It"}])
+    return resumed(lambda run: None, "--data.train", path)(bench)
+
+
+def moved(bench: Bench) -> Outcome:
+    """The folder of a run goes elsewhere; its configuration still names the old place."""
+    run = bench.copy_finished_run()
+    config = run.rename(run.with_name("moved")) / "config.yaml"
+    config.write_text(config.read_text().replace(str(bench.finished), str(run)))
+    return bench.finetune("--config", config, "--resume", "last")
 
 
 def other_held_out_records(bench: Bench) -> Outcome:
@@ -178,7 +218,15 @@ def devices_that_do_not_divide(bench: Bench) -> Outcome:
     return resumed(lambda run: None, "--trainer.devices", "1", "--data.workers", 1)(bench)
 
 
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 READ_ONLY = "/proc/run"
+GONE = (
+    r"/run: the run folder was moved or deleted while the run went on; step 2 is saved in .*/run\.rescued: "
+    r"go on with --out .*/run\.rescued --resume last$"
+)
 AGAIN = r"trying the one before[\s\S]*resuming from .*step-0000004\.ckpt: step 4, the newest complete"
 
 ROWS = [
@@ -197,7 +245,8 @@ ROWS = [
         lambda b: b.finetune("--out", READ_ONLY),
         r"/proc/run.*: cannot write: .*; choose a",
     ),
-    Row(62, "folder deleted", folder_deleted, r"", 0, True),
+    Row(62, "folder deleted", folder_gone(shutil.rmtree), GONE, 2, True),
+    Row(62, "folder moved and replaced", folder_gone(moved_and_replaced), GONE, 2, True),
     Row(69, "worker killed", killed_worker, r"a loader process was killed.*data.workers", 2, True, slow=True),
     Row(70, "truncated checkpoint", resumed(with_newest(truncate)), AGAIN, 0, True),
     Row(70, "empty checkpoint", resumed(with_newest(lambda p: p.write_bytes(b""))), AGAIN, 0, True),
@@ -246,10 +295,46 @@ ROWS = [
         73,
         "other base",
         other_base,
-        r"another run: base was '\w+', now '0{16}'; tokenizer was '\w+', now '1{16}'$",
+        r"another run: base \S+other: its weights are not those of \S+tiny with which the run began; "
+        r"base \S+other: its tokenizer is not that of \S+tiny with which the run began$",
     ),
     Row(73, "other numbers", other_numbers, r"another run: base.norm_eps was 1e-06, now 0.5$"),
-    Row(73, "other held-out records", other_held_out_records, r"data.val_records was '\w+', now '\w+'"),
+    Row(
+        73,
+        "other held-out records",
+        other_held_out_records,
+        r"another run: data.val \S+val\.json: other records are held out \(8 records then, 1 now\)$",
+    ),
+    Row(
+        73,
+        "more records",
+        more_records,
+        r"another run: data\.train \S+more\.json: its records have changed \(48 records then, 49 now\)$",
+    ),
+    Row(
+        73,
+        "another split",
+        resumed(lambda run: None, "--data.val_size", 5),
+        r"another run: data.val, data.val_size: other records are held out \(8 records then, 5 now\)$",
+    ),
+    Row(
+        73,
+        "another template",
+        resumed(lambda run: None, "--data.template", "alpaca-newline"),
+        r"another run: data\.template: its kind was 'alpaca', now 'alpaca-newline'$",
+    ),
+    Row(
+        73,
+        "other stop ids",
+        lambda b: resumed(lambda run: None, "--base", b.new_base(other_stop_ids))(b),
+        r"another run: base\.stop_ids was \[1\], now \[1, 7\]$",
+    ),
+    Row(
+        71,
+        "folder moved",
+        moved,
+        r"run: no such run folder.* if the folder was moved, give its place with --out$",
+    ),
     Row(73, "other seed", resumed(lambda run: None, "--seed", 4), r"seed was 1337, now 4"),
     Row(
         73,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import base_rows
 import config_rows
 import data_rows
 import generation_rows
+import hostile_rows
 import model_rows
 import pytest
 import run_rows
@@ -25,6 +27,8 @@ TABLE: list[Row] = [
     *config_rows.ROWS,
     *run_rows.ROWS,
     *generation_rows.ROWS,
+    *base_rows.ROWS,
+    *hostile_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"
 NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)

@@ -16,7 +16,9 @@ from lit_adapter.model.gates import GATE_FORMS, GateName
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, check_base
-from lit_adapter.weights.base_folder import base_at_hand, read_config
+from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_search import base_at_hand
 from lit_adapter.weights.foreign.format import Format, Opened
 from lit_adapter.weights.foreign.gates import with_gates
 from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
@@ -119,12 +121,14 @@ def _read(opened: Opened, origin: Format, wishes: Wishes) -> tuple[AdapterInfo, 
     """Return what is known of the adapter, its tensors, and its base's folder if it is at hand."""
     base = wishes.base
     if opened.info is not None:
-        base = base or base_at_hand(opened.info.base.name)
+        base = base or base_at_hand(opened.info.base.name, opened.path)
         if base is not None:
             check_base(opened.info, base, opened.path)
+            check_content(base)
         return opened.info, origin.read(opened, opened.info.model), base
     if base is None:
         raise UserError(f"{opened.path}: does not say which base it belongs to; name its folder with --base")
+    check_content(base)
     model = read_config(base)
     adapter = origin.read(opened, model, wishes.gate)
     template = wishes.template

@@ -1,0 +1,59 @@
+"""Checks of what Python callers pass; a value of another type is refused by its parameter's name."""
+
+from __future__ import annotations
+
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import WrongTypeError, shorten
+
+
+def of_kind(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> Any:
+    """Return ``value``, if it is an instance of one of ``kinds``.
+
+    Raises:
+        WrongTypeError: it is not; ``expected`` says what would be right.
+    """
+    if not isinstance(value, kinds):
+        raise _wrong(name, value, expected)
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """Return a text; a WrongTypeError refuses anything else."""
+    checked: str = of_kind(name, value, str, "text (str)")
+    return checked
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path given as text or as a path object; a WrongTypeError refuses anything else."""
+    return Path(of_kind(name, value, (str, os.PathLike), "a path (str or os.PathLike)"))
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return an integer of any library as Python's; a WrongTypeError refuses bool, float and the rest."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise _wrong(name, value, "a whole number")
+
+
+def number(name: str, value: Any) -> float:
+    """Return a number of any library as Python's float; a WrongTypeError refuses bool, text and the rest."""
+    try:
+        if not isinstance(value, bool | str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise _wrong(name, value, "a number")
+
+
+def _wrong(name: str, value: Any, expected: str) -> WrongTypeError:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return WrongTypeError(
+        f"{name} is {shorten(value) if plain else f'of type {type(value).__name__}'}; expected {expected}"
+    )

@@ -1,0 +1,60 @@
+"""The end of a run: its adapter file, and what the user is told of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from lit_adapter.errors import UserError, counted
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.training.module import LitAdapter
+from lit_adapter.training.notices import Say
+from lit_adapter.training.plan import Plan, write_adapter
+from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.training.run_record import RunRecord
+
+
+def conclude(plan: Plan, module: LitAdapter, folder: RunFolder, record: RunRecord, say: Say) -> None:
+    """Write the adapter of a run that has taken all its steps, and say which file to use.
+
+    Raises:
+        UserError: the file cannot be written, or the run folder is gone; it then lies in a new one.
+    """
+    data = record.data
+    gone = None if folder.is_there() else folder.leave()
+    steps = data.finished_steps
+    summary: dict[str, Any] = {"steps": steps, "train_loss": module.last["loss"]}
+    if data.val_packer is not None:
+        summary["val_loss"] = module.val_loss
+    write_adapter(plan, folder.adapter, adapter_state(module.model), summary)
+    if gone is not None:
+        raise UserError(f"{gone}; its adapter is {folder.adapter}")
+    size = folder.adapter.stat().st_size
+    took = f"after {counted(steps, 'step')}, {record.seconds:.0f} s in all"
+    say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, folder, steps)}")
+    for line in _advice(module, folder, record, steps):
+        say(line)
+
+
+def _loss(module: LitAdapter, folder: RunFolder, steps: int) -> str:
+    """Return the held-out loss as the end of a sentence, if there are held-out records."""
+    if math.isnan(module.val_loss):
+        return ""
+    lowest = ", the lowest of the run" if folder.lowest()[0] == steps else ""
+    return f"; held-out loss {module.val_loss:.4f}{lowest}"
+
+
+def _advice(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int) -> Iterator[str]:
+    """Yield which of two different adapters to use, or what went wrong."""
+    step, loss = folder.lowest()
+    best = f"{folder.best.name} (step {step}, held-out loss {loss:.4f}, the lowest)"
+    divergence = record.divergence(module)
+    if divergence is not None:
+        is_better = 0 < step < steps and record.held_out and loss < record.held_out[0][1]
+        yield f"warning: the run diverged: {divergence}" + (f"; {best} is better" if is_better else "")
+    elif 0 < step < steps:
+        yield (
+            f"use {best} for free text; for labels and other short answers {folder.adapter.name} is as good "
+            "as a rule: compare both on held-out records"
+        )

@@ -1,0 +1,87 @@
+"""Where the base of an adapter is: the same folders in the same order for everything that takes an adapter.
+
+1. beside the adapter's run: the base that its ``config.yaml`` records, then ``checkpoints/NAME``; both in the
+   folder of the adapter file and in every folder above it, the nearest first
+2. ``$LIT_ADAPTER_HOME/checkpoints/NAME``
+3. ``checkpoints/NAME`` in the working directory
+4. ``checkpoints/NAME`` in the checkout that this package runs from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from lit_adapter.errors import UserError, option
+from lit_adapter.files.read import read_text, reading
+from lit_adapter.weights.base_folder import FINGERPRINT
+
+HOME = "LIT_ADAPTER_HOME"
+"""Environment variable: a folder whose ``checkpoints`` are found from everywhere."""
+CHECKOUT = Path(__file__).resolve().parents[2]
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def find_base(name: str, adapter: Path) -> Path:
+    """Return the folder of the base that the file ``adapter`` names.
+
+    Raises:
+        UserError: it is in none of the places above; lists them.
+    """
+    found = base_at_hand(name, adapter)
+    if found is not None:
+        return found
+    home = os.environ.get(HOME)
+    places = [f"{adapter.resolve().parent} and the folders above it", home or f"${HOME} (not set)"]
+    places += ["the working directory", *([str(CHECKOUT)] if _is_checkout() else [])]
+    raise UserError(
+        f"base '{name}': no converted base checkpoints/{name} in {', '.join(places)}; "
+        f"convert it there, or give its folder with {option('base')}"
+    )
+
+
+def base_at_hand(name: str, adapter: Path) -> Path | None:
+    """Return the folder of the base that the file ``adapter`` names, or None if it is nowhere.
+
+    Raises:
+        UserError: the file system refuses the name.
+    """
+    for folder in _places(name, adapter.resolve().parent):
+        with reading(folder), suppress(PermissionError):
+            if (folder / FINGERPRINT).is_file():
+                here = Path.cwd()
+                return folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return None
+
+
+def _places(name: str, run: Path) -> Iterator[Path]:
+    above, recorded = (run, *run.parents), _recorded_base(run / "config.yaml")
+    if recorded is not None:
+        # A relative path was relative to where the run was started; which folder that was is not recorded.
+        yield from (folder for parent in above if (folder := parent / recorded).resolve().name == name)
+    yield from (parent / "checkpoints" / name for parent in above)
+    home = os.environ.get(HOME)
+    if home:
+        yield Path(home) / "checkpoints" / name
+    yield Path("checkpoints") / name
+    if _is_checkout():
+        yield CHECKOUT / "checkpoints" / name
+
+
+def _recorded_base(config: Path) -> Path | None:
+    """Return the base that a run's configuration names; None without one that can be read."""
+    with suppress(UserError, OSError, yaml.YAMLError, RecursionError, RuntimeError):
+        if config.is_file() and config.stat().st_size <= MAX_CONFIG_BYTES:
+            recorded = yaml.safe_load(read_text(config))
+            base = recorded.get("base") if isinstance(recorded, dict) else None
+            return Path(base).expanduser() if isinstance(base, str) else None
+    return None
+
+
+def _is_checkout() -> bool:
+    """Tell whether this package runs from a checkout, as after ``pip install -e``."""
+    return (CHECKOUT / "pyproject.toml").is_file()
