@@ -34,6 +34,7 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
 from lit_adapter.training.strategy import average_gradients
@@ -157,5 +158,7 @@ def main(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     base_, dtype_, store_, tensor_parallel_, adapter_ = sys.argv[1:]
-    config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, **json.loads(adapter_))
+    given = json.loads(adapter_)
+    lora = LoraConfig(**given.pop("lora", {}))
+    config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, lora=lora, **given)
     print(json.dumps(main(Path(base_), getattr(torch, dtype_), store_, int(tensor_parallel_), config)))

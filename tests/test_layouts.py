@@ -73,10 +73,11 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     [
         (("ddp",), ()),
         (("fsdp2",), ("--adapter.version", "v2", "--trainer.recompute", "true")),
+        (("fsdp2",), ("--adapter.lora.rank", "2", "--optim.eps", "1e-3")),
         (("fsdp2",), ("--adapter.layers", "2")),
         (("fsdp2", *HEADS), ("--adapter.gate", "layer", "--trainer.recompute", "true")),
     ],
-    ids=["ddp", "fsdp2", "few layers", "heads"],
+    ids=["ddp", "fsdp2", "lora", "few layers", "heads"],
 )
 def test_two_processes_take_the_steps_of_one(
     tiny: Callable[..., Config],

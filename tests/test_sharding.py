@@ -61,8 +61,9 @@ def test_a_sharded_base_computes_what_the_whole_one_does(tmp_path: Path) -> None
             *(4, {"gate": "channel", "version": "v2"}, {"tie_word_embeddings": True, "mlp_bias": True}),
             marks=pytest.mark.slow,
         ),
+        pytest.param(2, {"lora": {"rank": 3}}, WIDE, marks=pytest.mark.slow),
     ],
-    ids=["one-group", "two-groups"],
+    ids=["one-group", "two-groups", "lora"],
 )
 def test_two_processes_share_the_heads_of_a_row(
     tmp_path: Path, n: int, adapter: dict[str, Any], sizes: dict[str, Any]
