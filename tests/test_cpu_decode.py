@@ -23,6 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
     "gqa-top-layer": ({}, AdapterConfig(prompt_length=4, layers=1)),
     "mha-channel-gates": ({"n_kv_head": 4}, AdapterConfig(prompt_length=3, gate="channel")),
     "mqa-tied-layer-gates": ({"n_kv_head": 1, "tie_embeddings": True}, AdapterConfig(gate="layer")),
+    "gqa-token-gates": ({}, AdapterConfig(prompt_length=4, gate="token", prefix_query="unrotated")),
     "plain-base": ({"n_hidden": 20, "head_dim": 6}, None),
 }
 PROMPTS = [[5, 9, 2, 40], [7, 7], [3, 8, 1, 1, 30, 4, 12]]

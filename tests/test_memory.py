@@ -65,6 +65,8 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
     {"version": "v2"},
     {"version": "v2", "layers": 2, "head": True},
     {"version": "v2", "prompt_length": 0},
+    {"norms": True, "layers": 1, "gate": "token", "prefix_query": "unrotated"},
+    {"norms": True, "prompt_length": 0},
 )
 
 

@@ -142,6 +142,8 @@ class _Baked:
     """``[H, K, D]``"""
     hidden: Tensor | None
     """Minus infinity beyond a slot's prompt, else 0 ``[B H, 1, K]``; None if it is shared."""
+    unrotated: Tensor | bool
+    """Whether queries attend to it as they are before rotation; with several prefixes ``[B, 1, 1]``."""
 
 
 class CpuDecode(ModuleDecode):
@@ -192,11 +194,13 @@ class CpuDecode(ModuleDecode):
         if state is None:
             return None
         pk, pv = (x.repeat_interleave(self.H // self.G, dim=-3) for x in (state.k, state.v))
-        k, v, hidden = (pk * self.scale).mT.contiguous(), (widen(pv) * state.strength).to(pv.dtype), None
+        v = (widen(pv) * state.whole_strength).to(pv.dtype)
+        k, hidden = (pk * self.scale).mT.contiguous(), None
         if state.hidden is not None:
             hidden = state.hidden.mT.to(k.dtype).expand(-1, self.H, -1, -1).flatten(0, 1)
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-        return _Baked(k, v, hidden)
+        unrotated = state.unrotated if isinstance(state.unrotated, bool) else state.unrotated[:, 0]
+        return _Baked(k, v, hidden, unrotated)
 
     def _attend(self, index: int, qkv: Tensor, step: _Step) -> Tensor:
         """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
@@ -219,6 +223,10 @@ class CpuDecode(ModuleDecode):
         prefix = self._baked[index]
         if prefix is None:
             return y.reshape(B, H * D)
+        if isinstance(prefix.unrotated, Tensor):
+            q = torch.where(prefix.unrotated, heads[:, :H], q)
+        elif prefix.unrotated:
+            q = heads[:, :H]
         if prefix.hidden is not None:
             score = torch.baddbmm(prefix.hidden, q.reshape(B * H, 1, D), prefix.k)
             weight = widen(score).softmax(-1).to(q.dtype)

@@ -1,7 +1,8 @@
-"""Merge a base and a V2 adapter without prompts into one plain Hugging Face LLaMA with biases.
+"""Merge a base and an adapter without prompts into one plain Hugging Face LLaMA: V2's, or norms alone.
 
-``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and bias ``s * b``. A gated prefix cannot
-be merged: it has a second softmax, which no weights of a plain LLaMA can express.
+Norms take the place of the base's. ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and
+bias ``s * b``. A gated prefix cannot be merged: it has a second softmax, which no weights of a plain LLaMA
+can express.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def merge(
         _check_finite(after, f"{out}: its logits are NaN or infinite in {dtype}; use --dtype float32")
         differences.append(float((before - after).abs().max()))
 
-    merged = _MergedSource(folder, adapter, state)
+    merged = _MergedSource(folder, adapter, state, biases="linears" in info.adapter.parts)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
     return (
         f"largest logit difference {differences[0]:.3g} between adapter and merged model "
@@ -80,7 +81,7 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
             "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
-            "--adapter.prompt_length 0"
+            "or --adapter.norms true, and --adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
@@ -90,13 +91,15 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
 
 
 class _MergedSource(Source):
-    """A base folder whose tensors are merged with an adapter's, in fp32."""
+    """A base folder whose tensors are merged with an adapter's, in fp32; ``biases`` are added to all layers."""
 
     format = "merged"
 
-    def __init__(self, base: Path, adapter: Path, state: dict[str, Tensor]) -> None:
+    def __init__(self, base: Path, adapter: Path, state: dict[str, Tensor], *, biases: bool) -> None:
         self.base, self.adapter, self.state = HuggingFaceSource(base), adapter, state
-        self.config = replace(self.base.config, attention_bias=True, mlp_bias=True)
+        self.config = self.base.config
+        if biases:
+            self.config = replace(self.config, attention_bias=True, mlp_bias=True)
         self.dtypes = dict.fromkeys(base_shapes(self.config), torch.float32)
         self.token_ids = self.base.token_ids
         self.generation = self.base.generation
