@@ -29,7 +29,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     )
     parser.add_argument("--template", help="for ours; default: alpaca, for a litgpt adapter alpaca-newline")
     parser.add_argument(
-        "--to-gate", choices=["tanh", "identity", "layer"], help="convert the gates of ours to this form"
+        "--to-gate",
+        choices=["tanh", "identity", "layer", "token"],
+        help="convert the gates of ours to this form",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="where gates that differ must become one, write their mean"

@@ -91,7 +91,7 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
 
 
 class _MergedSource(Source):
-    """A base folder whose tensors are merged with an adapter's, in fp32; ``biases`` are added to all layers."""
+    """A base folder whose tensors are merged with an adapter's, in fp32; ``biases``: all layers get one."""
 
     format = "merged"
 
