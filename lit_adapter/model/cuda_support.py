@@ -27,8 +27,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
-        (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
-        (any(prefix.unrotated for prefix in prefixes), "queries attend to the prefix before rotation"),
         (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
     )
     why = next((why for applies, why in reasons if applies), None)

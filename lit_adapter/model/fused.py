@@ -140,15 +140,19 @@ class FusedView:
 
 @torch.no_grad()
 def _strengths(model: Llama) -> dict[int, Tensor]:
-    """Return c(g) of every layer that has a prefix, fp32 ``[H, D]``, by the layer's number."""
+    """Return c(g) of every layer that has a prefix, as `attention.Prefix` has it, by the layer's number."""
     found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
     prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
     if not prefixes:
         return {}
     some = next(iter(prefixes.values()))
     gates = torch.stack([prefix.gate for prefix in prefixes.values()])
-    strength = some.form.strength(gates, some.axes)[:, :, 0]
-    strength = strength.expand(-1, model.config.n_head, model.config.head_dim).contiguous()
+    strength = some.form.strength(gates, some.axes)
+    if some.form.per_token:
+        strength = strength[..., 0]
+    else:
+        strength = strength[:, :, 0].expand(-1, model.config.n_head, model.config.head_dim)
+    strength = strength.contiguous()
     return dict(zip(prefixes, strength.unbind(), strict=True))
 
 
@@ -189,7 +193,10 @@ class _Site:
 
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
-        return None if self.strength is None else attention.Prefix(kv, self.strength)
+        if self.adapter is None or self.strength is None:
+            return None
+        by_token, unrotated = self.adapter.form.per_token, self.adapter.unrotated
+        return attention.Prefix(kv, self.strength, by_token, unrotated)
 
 
 @dataclass
@@ -264,7 +271,7 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
         rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
         rows.rotate_(kv[:T], cos, sin, site.k_width // D)
     k, v = kv[:T].chunk(2, dim=1)
-    y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(kv[T:]))
+    y, lse = attention.attend(q, k, v, site.rotation, site.plan, D, site.prefix(kv[T:]))
     return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
 
 
@@ -323,13 +330,15 @@ def _scores_backward(
         The gradient of the gate, or None where there is no prefix.
     """
     k, v = attended.kv.chunk(2, dim=1)
-    given = (do, attended.q, k, v, attended.y, attended.lse, site.plan, site.D)
+    given = (do, attended.q, k, v, site.rotation, attended.y, attended.lse, site.plan, site.D)
     if site.adapter is None or site.strength is None:
         attention.attend_backward(*given, None, into, None)
         return None
     dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
     attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
     form, (H, _, D) = site.adapter.form, site.adapter.axes
+    if form.per_token:
+        return form.gradient(site.strength[..., None], dprefix.strength[..., None])
     return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
 
 
@@ -354,7 +363,7 @@ def _attention_backward(
     else:
         dq, dkv, below = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width), None
     dk, dv = dkv[:T].chunk(2, dim=1)
-    into = attention.Gradients(dq, dk, dv, site.rotation)
+    into = attention.Gradients(dq, dk, dv)
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle

@@ -67,7 +67,10 @@ class FusedDecode(ModuleDecode):
         if state is None:
             return None
         kv = torch.cat((state.k, state.v)).transpose(0, 1).flatten(1)
-        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous())
+        unrotated = bool(state.unrotated)
+        if state.strength.shape[1] > 1:
+            return Prefix(kv, state.strength[..., 0].contiguous(), by_token=True, unrotated=unrotated)
+        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous(), unrotated=unrotated)
 
     def _read_row(
         self, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
@@ -148,7 +151,7 @@ class _PromptView(_CacheRowView):
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
         plan = self.all_queries if query_positions is None else self.last_queries
         q = q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, plan, decode.D, self.prefix[layer])[0]
+        return attention.attend(q, k, v, self.rotation, plan, decode.D, self.prefix[layer])[0]
 
 
 class _StepView(_CacheRowView):
@@ -159,7 +162,9 @@ class _StepView(_CacheRowView):
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]
         prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
-        decode_attention.attend(q, cache, self.position, prefix, source, decode.parts, decode.y)
+        decode_attention.attend(
+            q, cache, decode.rotation, self.position, prefix, source, decode.parts, decode.y
+        )
         return decode.y
 
 
@@ -187,7 +192,9 @@ class _FewTexts:
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
             products.project(x, norm.weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
             prefix = prefixes.joined.layer(index)
-            decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
+            decode_attention.attend(
+                self.q, cache, decode.rotation, position, prefix, prefixes.source, decode.parts, decode.y
+            )
             products.add_linear(decode.y, o, x)
             norm = block.post_attention_layernorm
             products.gate_up(x, norm.weight, norm.eps, gate, up, self.hidden)
