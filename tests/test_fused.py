@@ -27,7 +27,15 @@ CASES: list[dict[str, Any]] = [
     {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prefix_query": "unrotated", "prompt_length": 17},
     {"head_dim": 64, "n_kv_head": 4, "gate": "layer", "prompt_length": 64, "mask_prompt": False},
     {"head_dim": 32, "n_kv_head": 1, "gate": "token", "prompt_length": 5},
-    {"head_dim": 128, "n_kv_head": 2, "gate": "token", "prefix_query": "unrotated", "prompt_length": 10},
+    {
+        "head_dim": 128,
+        "n_kv_head": 2,
+        "gate": "token",
+        "prefix_query": "unrotated",
+        "prompt_length": 10,
+        "norms": True,
+    },
+    {"head_dim": 64, "n_kv_head": 2, "prompt_length": 0, "norms": True},
 ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_adapter.device import free_bytes
 from lit_adapter.model import survey
+from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Setting
@@ -28,7 +29,7 @@ from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
 
-KNOWN = survey.FROZEN | {GatedPrefix}
+KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm}
 
 
 class _Matrix:
@@ -106,7 +107,7 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
 
 
 def _doubled(norm: Any) -> Tensor:
-    return torch.cat((norm.weight, torch.zeros_like(norm.weight)))
+    return torch.cat((norm.used_weight, torch.zeros_like(norm.used_weight)))
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,19 +6,21 @@ import torch
 
 from lit_adapter.model import survey
 from lit_adapter.model.adapter import trained_modules
+from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.matrices import Float8Linear
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 
-KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear}
+KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, Float8Linear}
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why the kernels cannot compute ``model``; None where they can."""
     config, dtype = model.config, str(setting.dtype).removeprefix("torch.")
     prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
+    trained = [module for _, module in trained_modules(model)]
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
@@ -27,11 +29,11 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
-        (not all(prefix.active for prefix in prefixes), "the adapter is switched off"),
+        (not all(module.active for module in trained), "the adapter is switched off"),
     )
     why = next((why for applies, why in reasons if applies), None)
     why = why or survey.obstacle(model, KNOWN, frozen=True)
     if why is None:
         return None
-    others = dict.fromkeys(m.part for _, m in trained_modules(model) if not isinstance(m, GatedPrefix))
+    others = dict.fromkeys(module.part for module in trained if type(module) not in KNOWN)
     return f"the adapter trains {' and '.join(others)}" if others else why

@@ -135,7 +135,9 @@ class FusedView:
         """Compute a block for ``x [1, T, C]``, or for its ``query_positions``: the row's targets."""
         prefix = block.self_attn.prefix
         learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
-        return _FusedBlock.apply(x.squeeze(0), *learned, _Site(block, self, query_positions)).unsqueeze(0)
+        site = _Site(block, self, query_positions)
+        norms = (site.before.used_weight, site.between.used_weight)
+        return _FusedBlock.apply(x.squeeze(0), *learned, *norms, site).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -231,15 +233,23 @@ class _Between:
 
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, prompt: Tensor | None, gate: Tensor | None, site: _Site) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        prompt: Tensor | None,
+        gate: Tensor | None,
+        before: Tensor,
+        between: Tensor,
+        site: _Site,
+    ) -> Tensor:
         attended = _attend(site, x)
         learns, recompute = any(ctx.needs_input_grad), site.view.recompute
-        between, y = _go_between(site, x, attended, twice=learns and not recompute)
+        middle, y = _go_between(site, x, attended, twice=learns and not recompute)
         if learns:
             ctx.site = site
-            kept = () if recompute else (*vars(attended).values(), *vars(between).values())
+            kept = () if recompute else (*vars(attended).values(), *vars(middle).values())
             ctx.save_for_backward(x, *kept)
-        site.weights.down.add_to(y, rows.swiglu(between.gate_up, quantised=site.weights.quantised))
+        site.weights.down.add_to(y, rows.swiglu(middle.gate_up, quantised=site.weights.quantised))
         return y
 
     @staticmethod
@@ -248,20 +258,21 @@ class _FusedBlock(torch.autograd.Function):
         site.reload()
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
-        dmiddle, operand = _mlp_backward(site, between, dy.contiguous())
+        dmiddle, operand, dbetween = _mlp_backward(site, between, dy.contiguous())
         del between
         do = site.weights.o.backward(operand)
-        if ctx.needs_input_grad[0]:
-            return *_attention_backward(site, x, attended, do, dmiddle), None
+        needs_x, *_, needs_norms, _ = ctx.needs_input_grad
+        if needs_x or needs_norms:
+            return *_attention_backward(site, x, attended, do, dmiddle), dbetween, None
         # In the first adapted block, only the prefix needs a gradient.
-        return None, *_prefix_gradients(site, attended, do), None
+        return None, *_prefix_gradients(site, attended, do), None, None, None
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
     """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
     D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
-    normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
+    normed, rstd = rows.norm(x, norm.used_weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.query_positions is None:
         qkv = weights.qkv(normed)
         rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
@@ -286,7 +297,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
         weights.o(weights.operand(attended.y)),
-        norm.weight,
+        norm.used_weight,
         norm.eps,
         quantised=weights.quantised,
         twice=twice,
@@ -294,8 +305,11 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
     return _Between(middle, rstd, weights.gate_up(normed)), twin
 
 
-def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of the sum after attention, also as an operand; ``dy`` is that of the output."""
+def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, rows.Operand, Tensor | None]:
+    """Return the gradient of the sum after attention, also as an operand, and of a trained norm's weight.
+
+    ``dy`` is the gradient of the block's output.
+    """
     weights, quantised = site.weights, site.weights.quantised
     dproduct = weights.down.backward(weights.operand(dy))
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
@@ -303,7 +317,7 @@ def _mlp_backward(site: _Site, between: _Between, dy: Tensor) -> tuple[Tensor, r
     return rows.norm_backward(
         weights.gate_up.backward(dgate_up),
         between.middle,
-        site.between.weight,
+        site.between.used_weight,
         between.rstd,
         dy,
         quantised=quantised,
@@ -353,8 +367,8 @@ def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Ten
 
 def _attention_backward(
     site: _Site, x: Tensor, attended: _Attended, do: Tensor, dmiddle: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the block's input, of its prompt and of its gate."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the block's input, prompt, gate, and the weight of its trained norm."""
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]
     if site.query_positions is None:
@@ -371,5 +385,5 @@ def _attention_backward(
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
-    dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
-    return dx, None if dgate is None else dnormed[T:].float(), dgate
+    dx, _, dbefore = rows.norm_backward(dnormed[:T], x, site.before.used_weight, attended.rstd, beside)
+    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore

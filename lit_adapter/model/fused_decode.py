@@ -21,7 +21,7 @@ from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
-from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.tiles import plan_tiles
 
 LONGEST_ROW = 32_768
@@ -49,7 +49,7 @@ class FusedDecode(ModuleDecode):
         self.slot = torch.arange(B, device=device)
         self.rotation = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         head = model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
+        plain = type(head) is nn.Linear and head.bias is None
         plain = plain and not any(weights.quantised for weights in self.weights)
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
@@ -110,14 +110,14 @@ class _CacheRowView:
         decode, layer, x = self.decode, block.self_attn.index, x[0]
         weights, quantised = decode.weights[layer], decode.weights[layer].quantised
         before, between = block.input_layernorm, block.post_attention_layernorm
-        normed, _ = rows.norm(x, before.weight, before.eps, None, quantised=quantised)
+        normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=quantised)
         qkv = weights.qkv(normed)
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         decode_attention.rotate_and_keep(qkv, self.rotation, self.slot, self.position, cache)
         y = weights.operand(self.attend(layer, qkv, query_positions))
         x = x if query_positions is None else x[query_positions]
         middle, _, normed, _ = rows.add_and_norm(
-            x, weights.o(y), between.weight, between.eps, quantised=quantised, twice=False
+            x, weights.o(y), between.used_weight, between.eps, quantised=quantised, twice=False
         )
         weights.down.add_to(middle, rows.swiglu(weights.gate_up(normed), quantised=quantised))
         return middle[None]
@@ -190,14 +190,15 @@ class _FewTexts:
                 [block.get_submodule(name).weight for name in names] for names in groups.values()
             )
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
-            products.project(x, norm.weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
+            products.project(x, norm.used_weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
             prefix = prefixes.joined.layer(index)
             decode_attention.attend(
                 self.q, cache, decode.rotation, position, prefix, prefixes.source, decode.parts, decode.y
             )
             products.add_linear(decode.y, o, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.weight, norm.eps, gate, up, self.hidden)
+            products.gate_up(x, norm.used_weight, norm.eps, gate, up, self.hidden)
             products.add_linear(self.hidden, down, x)
-        products.norm_linear(x, model.norm.weight, model.norm.eps, model.lm_head.weight, self.logits)
+        norm = model.norm
+        products.norm_linear(x, norm.used_weight, norm.eps, model.lm_head.weight, self.logits)
         return self.logits

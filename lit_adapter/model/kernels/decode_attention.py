@@ -166,9 +166,9 @@ def _attention_kernel(
             place = (row * G + group).to(tl.int64) * K * D
             prefix_q = q
             if UNROTATED:
-                at = (length - 1) * (D // 2)
+                angle = (length - 1) * (D // 2)
                 back = tl.load(unrotated_ptr + row) != 0
-                prefix_q = _rotated_back(q, cos_ptr + at, sin_ptr + at, back, D, HEADS)
+                prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, HEADS)
             factor_ptr = by_token_ptr + (row * G * GROUP + group * GROUP + head) * K
             y += strength * _attend_prompt(
                 prefix_q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, factor_ptr, real, scale,
