@@ -106,6 +106,8 @@ class OptimConfig:
     """adapter.lora: learning rate of the updates, as a share of lr. No weight decay."""
     lr_scale_v2: float = 0.1
     """adapter.version v2: learning rate of norms, biases and scales, as a share of lr. No weight decay."""
+    lr_scale_norms: float = 0.1
+    """adapter.norms: learning rate of norms, as a share of lr. No weight decay."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int | float = 0.05
@@ -129,7 +131,8 @@ class OptimConfig:
         _at_least(0, self, "optim.", "warmup")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise UserError(f"optim.epochs is {self.epochs}; expected a number above 0")
-        for name in ("eps", "clip", "lr", "base_lr", "lr_scale_v2", "lr_scale_lora", "weight_decay"):
+        shares = ("lr_scale_v2", "lr_scale_norms", "lr_scale_lora")
+        for name in ("eps", "clip", "lr", "base_lr", *shares, "weight_decay"):
             if getattr(self, name) is not None:
                 check_fp32(f"optim.{name}", getattr(self, name), zero=name not in ("eps", "clip"))
         if self.lr is not None and self.base_lr is not None:
@@ -217,7 +220,7 @@ class Config:
     seed: int = 1337
     """Seed of the initial prompts, of the order of the records and of the split."""
     init_from: str | None = None
-    """Initial adapter: an adapter.safetensors of the same base, sizes and gate form."""
+    """Initial adapter: an adapter.safetensors of the same base, sizes and form."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -236,16 +239,23 @@ class Config:
         _at_least(0, self, "", "seed")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
-        has_v2_parts, has_lora = self.adapter.version == "v2", self.adapter.lora.rank > 0
-        if not has_lora and self.optim.lr_scale_lora != OptimConfig.lr_scale_lora:
-            raise UserError(f"optim.lr_scale_lora is {self.optim.lr_scale_lora}; it needs adapter.lora.rank")
-        if not has_v2_parts and self.optim.lr_scale_v2 != OptimConfig.lr_scale_v2:
-            raise UserError(f"optim.lr_scale_v2 is {self.optim.lr_scale_v2}; it needs adapter.version v2")
-        if has_v2_parts:
-            rate = with_learning_rate(self).optim.peak_lr * self.optim.lr_scale_v2
-            check_fp32("the learning rate of V2, lr * lr_scale_v2,", rate, zero=True)
+        is_v2 = self.adapter.version == "v2"
+        _check_share(self, "lr_scale_v2", "adapter.version v2", "V2", is_used=is_v2)
+        needed = "adapter.norms true with version v1; v2 has lr_scale_v2" if is_v2 else "adapter.norms true"
+        _check_share(self, "lr_scale_norms", needed, "norms", is_used=self.adapter.norms and not is_v2)
+        _check_share(self, "lr_scale_lora", "adapter.lora.rank", "LoRA", is_used=self.adapter.lora.rank > 0)
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")
+
+
+def _check_share(config: Config, name: str, needed: str, of: str, *, is_used: bool) -> None:
+    """Check a share of the learning rate, which only some adapters use."""
+    share = getattr(config.optim, name)
+    if not is_used and share != getattr(OptimConfig, name):
+        raise UserError(f"optim.{name} is {share}; it needs {needed}")
+    if is_used:
+        rate = with_learning_rate(config).optim.peak_lr * share
+        check_fp32(f"the learning rate of {of}, lr * {name},", rate, zero=True)
 
 
 def with_learning_rate(config: Config) -> Config:

@@ -9,12 +9,18 @@ from lit_adapter.model.config import LlamaConfig
 
 
 def reference_logits(
-    config: LlamaConfig, base: dict[str, Tensor], adapter: dict[str, Tensor], form: str, ids: Tensor
+    config: LlamaConfig,
+    base: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+    form: str,
+    ids: Tensor,
+    query: str = "rotated",
 ) -> Tensor:
     """Return logits ``[T, V]`` of one text ``ids [T]``, rope of kind default.
 
-    ``adapter`` may hold V2's tensors too, ``s * (W x + b)`` for linears, norm weights in place of the base's,
-    and LoRA's, ``W x + b + 2 B A x``.
+    ``form`` is the gate form; ``query`` says which queries attend to the prompts. ``adapter`` may hold V2's
+    tensors too, ``s * (W x + b)`` for linears, norm weights in place of the base's, and LoRA's,
+    ``W x + b + 2 B A x``.
     """
     base = {name: tensor.double() for name, tensor in base.items() if not _is_trained(name)}
     adapter = {name: tensor.double() for name, tensor in adapter.items()}
@@ -23,7 +29,7 @@ def reference_logits(
     for index in range(config.n_layer):
         layer = f"layers.{index}"
         normed = _norm(x, base[f"{layer}.input_layernorm.weight"], config.norm_eps)
-        x = x + _attention(config, base, adapter, form, index, normed)
+        x = x + _attention(config, base, adapter, (form, query), index, normed)
         normed = _norm(x, base[f"{layer}.post_attention_layernorm.weight"], config.norm_eps)
         gate, up = (_linear(base, f"{layer}.mlp.{part}_proj", normed) for part in ("gate", "up"))
         x = x + _linear(base, f"{layer}.mlp.down_proj", gate / (1 + (-gate).exp()) * up)
@@ -62,7 +68,7 @@ def _attention(
     config: LlamaConfig,
     base: dict[str, Tensor],
     adapter: dict[str, Tensor],
-    form: str,
+    form: tuple[str, str],
     index: int,
     x: Tensor,
 ) -> Tensor:
@@ -80,18 +86,19 @@ def _attention(
         y = score.softmax(-1) @ project["v"][:, group]
         if prompt is not None:
             pk, pv = (_linear(base, f"{stem}.{part}_proj", prompt)[:, group] for part in "kv")
-            y = y + _opening(adapter[f"{stem}.prefix.gate"], form, head, own) * (
-                (q @ pk.T / D**0.5).softmax(-1) @ pv
-            )
+            asked = q if form[1] == "rotated" else project["q"][:, own]
+            gate = adapter[f"{stem}.prefix.gate"]
+            y = y + (asked @ pk.T / D**0.5).softmax(-1) @ (_opening(gate, form[0], head, own, len(pk)) * pv)
         heads.append(y)
     return _linear(base, f"{stem}.o_proj", torch.cat(heads, dim=-1))
 
 
-def _opening(gate: Tensor, form: str, head: int, channels: slice) -> Tensor:
-    """c(g) for one head."""
+def _opening(gate: Tensor, form: str, head: int, channels: slice, K: int) -> Tensor:
+    """c(g) for one head, for values ``[K, D]``."""
     return {
         "tanh": lambda: gate[head].tanh(),
         "identity": lambda: gate[head],
         "layer": lambda: gate[0],
         "channel": lambda: gate[channels],
+        "token": lambda: gate[head * K : head * K + K, None],
     }[form]()

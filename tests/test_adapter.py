@@ -23,7 +23,8 @@ from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 
-FORMS = ["tanh", "identity", "layer", "channel"]
+FORMS = ["tanh", "identity", "layer", "channel", "token"]
+QUERIES = ["rotated", "unrotated"]
 
 
 def logits(model: Llama, ids: Tensor) -> Tensor:
@@ -44,17 +45,18 @@ def test_closed_gates_are_the_base_bit_for_bit(form: Any, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("form", FORMS)
-def test_open_gates_follow_the_formula(form: Any, heads: tuple[int, int]) -> None:
+def test_open_gates_follow_the_formula(form: Any, query: Any, heads: tuple[int, int]) -> None:
     model = random_llama(6, n_head=heads[0], n_kv_head=heads[1], head_dim=10).double()
     base_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter = AdapterConfig(prompt_length=3, layers=2, gate=form, prompt_init_std=1.0)
+    adapter = AdapterConfig(prompt_length=3, layers=2, gate=form, prefix_query=query, prompt_init_std=1.0)
     open_adapter(model, adapter, seed=9)
     ids = random_ids(13, seed=2)
     with torch.no_grad():
         found = logits(model, ids[None])[0]
         base = reference_logits(model.config, base_state, {}, form, ids)
-        wanted = reference_logits(model.config, base_state, adapter_state(model), form, ids)
+        wanted = reference_logits(model.config, base_state, adapter_state(model), form, ids, query)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert (wanted - base).abs().mean() > 0.05  # the gates are open
 
@@ -245,7 +247,7 @@ def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
     torch.testing.assert_close(together, torch.stack([prefix.strength() for prefix in prefixes]))
     for prefix in prefixes:
         strength = prefix.strength()
-        whole = strength.expand(model.config.n_head, 1, model.config.head_dim)
+        whole = strength.expand(model.config.n_head, axes[1], model.config.head_dim)
         dwhole = torch.randn(whole.shape, dtype=whole.dtype)
         (wanted,) = torch.autograd.grad(whole, prefix.gate, dwhole)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adapter V2: norms, and a bias and scale on every linear layer, as well as prompts and gates."""
+"""Norms, alone or beside a prefix, and adapter V2, which adds a bias and scale on every linear layer."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ from lit_adapter.weights.adapter_file import read_adapter
 
 WHOLE = AdapterConfig(version="v2", prompt_length=3, layers=2, head=True, prompt_init_std=1.0)
 BARE = AdapterConfig(version="v2", prompt_length=0)
+NORMS = AdapterConfig(norms=True, prompt_length=3, layers=2, prompt_init_std=1.0)
+ALONE = AdapterConfig(norms=True, prompt_length=0)
+ALL = {"whole": WHOLE, "bare": BARE, "norms": NORMS, "norms alone": ALONE}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -49,7 +52,7 @@ def logits(model: Llama, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("config", [WHOLE, BARE], ids=["whole", "bare"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 def test_an_untrained_adapter_is_the_base_bit_for_bit(config: AdapterConfig, dtype: torch.dtype) -> None:
     ids, model = random_ids(2, 17), random_llama(4, dtype, **BIASED)
     with torch.no_grad():
@@ -61,7 +64,7 @@ def test_an_untrained_adapter_is_the_base_bit_for_bit(config: AdapterConfig, dty
     assert {parameter.dtype for _, parameter in adapter_parameters(model)} == {torch.float32}
 
 
-@pytest.mark.parametrize("config", [WHOLE, BARE], ids=["whole", "bare"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 @pytest.mark.parametrize("sizes", [{}, BIASED, {"n_kv_head": 4}, {"tie_embeddings": True}], ids=str)
 def test_a_trained_one_follows_the_formula(config: AdapterConfig, sizes: dict[str, Any]) -> None:
     model = open_adapter(random_llama(6, **sizes).double(), config, seed=9)
@@ -91,9 +94,7 @@ def test_the_base_stays_what_it_was_and_comes_back_inside_the_block() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, BIASED, {"n_kv_head": 1, "head_dim": 6}], ids=str)
-@pytest.mark.parametrize(
-    "config", [WHOLE, BARE, AdapterConfig(version="v2")], ids=["whole", "bare", "headless"]
-)
+@pytest.mark.parametrize("config", [*ALL.values(), AdapterConfig(version="v2")], ids=[*ALL, "headless"])
 def test_names_and_shapes_are_those_of_the_module(config: AdapterConfig, sizes: dict[str, Any]) -> None:
     model = random_llama(1, **sizes)
     attach(model, config)
@@ -141,7 +142,7 @@ def test_the_loss_through_an_adapted_head_has_exact_gradients(
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("config", [WHOLE, BARE], ids=["whole", "bare"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 def test_packed_rows_give_the_gradients_of_single_records(config: AdapterConfig) -> None:
     model, data = open_adapter(random_llama(5), config, seed=1), encoded(4, 9)
     packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
@@ -166,7 +167,7 @@ def test_a_row_without_targets_reaches_every_parameter() -> None:
     assert all(p.grad is not None and not p.grad.any() for _, p in adapter_parameters(model))
 
 
-@pytest.mark.parametrize("config", [WHOLE, BARE], ids=["whole", "bare"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL.keys())
 def test_every_tensor_learns_and_no_block_is_without_gradient(config: AdapterConfig) -> None:
     model = random_llama(2, torch.float32)
     attach(model, config)
@@ -193,6 +194,19 @@ def test_biases_scales_and_norms_have_a_rate_of_their_own_and_do_not_decay() -> 
     assert {p.ndim for p in second["params"]} == {1}
 
 
+@pytest.mark.parametrize(("v2", "share"), [(False, 0.3), (True, 0.2)], ids=["norms", "v2"])
+def test_norms_have_a_rate_of_their_own_and_do_not_decay(v2: bool, share: float) -> None:
+    """In V2 they have the rate of biases and scales."""
+    model = random_llama(2, torch.float32)
+    attach(model, AdapterConfig(version="v2" if v2 else "v1", norms=True, prompt_length=3, layers=2))
+    config = OptimConfig(lr=1e-2, weight_decay=0.5, lr_scale_norms=0.3, lr_scale_v2=0.2)
+    optimizer = LitAdapter(model, config, 10).configure_optimizers()
+    first, second = optimizer.param_groups
+    assert (first["lr_scale"], first["weight_decay"]) == (1.0, 0.5)
+    assert (second["lr_scale"], second["weight_decay"]) == (share, 0.0)
+    assert [len(group["params"]) for group in (first, second)] == [4, 7 + 3 * 7 * 2 * v2]
+
+
 def test_cached_decoding_equals_full_passes() -> None:
     model = open_adapter(random_llama(7, torch.float32), WHOLE)
     prompt = random_ids(9, seed=5).tolist()
@@ -213,7 +227,7 @@ def test_cached_decoding_equals_full_passes() -> None:
     [
         (
             {"prompt_length": 0},
-            r"adapter\.prompt_length is 0; expected 1 or more \(0 is for adapter\.version v2",
+            r"length is 0; expected 1 or more \(0 is for adapter\.version v2 or adapter\.norms true\)",
         ),
         ({"head": True}, r"adapter\.head is true; it needs adapter\.version v2"),
         (
@@ -229,24 +243,35 @@ def test_settings_that_contradict_each_other(settings: dict[str, Any], message: 
 
 
 V2 = ("--adapter.version", "v2")
-KINDS = {"whole": [*V2, "--adapter.head", "true"], "bare": [*V2, "--adapter.prompt_length", "0"]}
+NORMED = ("--adapter.norms", "true")
+FORM = ("--adapter.gate", "token", "--adapter.prefix_query", "unrotated")
+KINDS = {
+    "whole": [*V2, "--adapter.head", "true"],
+    "bare": [*V2, "--adapter.prompt_length", "0"],
+    "norms": [*NORMED, *FORM],
+    "norms alone": [*NORMED, "--adapter.prompt_length", "0"],
+}
 
 
-@pytest.mark.parametrize("kind", ["whole", pytest.param("bare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["whole", "norms", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bare", "norms alone"))],
+)
 def test_a_run_learns_resumes_to_the_byte_and_answers(
     tiny: Callable[..., Config], tiny_base: Path, kind: str
 ) -> None:
-    options = ["--adapter.layers", "3"] if kind == "whole" else ["--adapter.layers", "null"]
+    options = ["--adapter.layers", "3" if kind in ("whole", "norms") else "null"]
     options += KINDS[kind]
     lines = Stopper()
     assert finetune(tiny(*options, out="whole"), say=lines) == 0
-    assert any("norms 432; biases " in line and "scales " in line for line in lines.lines)
+    assert any("norms 432" in line for line in lines.lines)
+    assert any("; biases " in line and "scales " in line for line in lines.lines) == (V2[0] in options)
     path = Path(tiny(*options, out="whole").out) / "adapter.safetensors"
     assert finetune(tiny(*options, out="cut"), say=Stopper("step 6/")) == 143
     assert finetune(tiny(*options, out="cut"), resume="last", say=Stopper()) == 0
     assert (Path(tiny(*options, out="cut").out) / "adapter.safetensors").read_bytes() == path.read_bytes()
     info, state = read_adapter(path)
-    assert info.adapter.version == "v2"
+    assert ("norms" in info.adapter.parts, info.adapter.version) == (True, "v2" if V2[0] in options else "v1")
     assert all(bool(tensor.any()) for name, tensor in state.items() if name.endswith("adapter_bias"))
     model = lit_adapter.load(adapter=path, base=tiny_base, device="cpu", dtype="float32")
     ids = random_ids(1, 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +33,18 @@ LENGTHS = (5, 1, 17, 9, 9, 2, 300, 70)
 
 
 def adapted(n_head: int, n_kv_head: int, head_dim: int, gate: str | None, K: int = 5) -> Llama:
-    """A bf16 base with open gates, or without an adapter, on the CPU."""
+    """A bf16 base on the CPU with open gates, unrotated queries and trained norms as ``gate`` says."""
     sizes = {"n_embd": 128, "n_hidden": 208, "vocab_size": VOCAB}
     model = random_llama(
         1, torch.bfloat16, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **sizes
     ).eval()
     if gate is not None:
-        open_adapter(model, AdapterConfig(layers=2, prompt_length=K, gate=gate), seed=2)
+        form, *more = gate.split()
+        query: Any = "unrotated" if "unrotated" in more else "rotated"
+        config = AdapterConfig(
+            layers=2, prompt_length=K, gate=form, prefix_query=query, norms="norms" in more
+        )
+        open_adapter(model, config, seed=2)
     return model.requires_grad_(False)
 
 
@@ -83,12 +89,12 @@ def bound(base: Llama, model: Llama) -> Adapter:
     [
         ((4, 2, 64), "tanh", 5, [70], True),
         ((4, 4, 128), "channel", 17, [250], True),
-        ((8, 1, 32), "layer", 1, [1], True),
-        ((4, 2, 64), "identity", 10, [1, 130, 63], True),
-        ((8, 2, 16), "tanh", 10, [40], True),
+        ((8, 1, 32), "layer norms", 1, [1], True),
+        ((4, 2, 64), "token", 10, [1, 130, 63], True),
+        ((8, 2, 16), "tanh unrotated", 10, [40], True),
         ((8, 2, 16), "tanh", 10, list(range(1, 21)), False),
-        ((4, 4, 128), "tanh", 10, list(range(1, 33)), True),
-        ((4, 4, 32), "tanh", 10, list(range(1, 71)), False),
+        ((4, 4, 128), "tanh norms", 10, list(range(1, 33)), True),
+        ((4, 4, 32), "token unrotated norms", 10, list(range(1, 71)), False),
     ],
     ids=["one", "one-many-prompts", "one-short", "three", "one-small", "small", "thirty-two", "seventy"],
 )
@@ -161,9 +167,9 @@ KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=1, prompt_length=17, gate="channel"),
     None,
     AdapterConfig(layers=3, prompt_length=1, gate="layer"),
-    AdapterConfig(layers=2, prompt_length=64, gate="identity"),
-    AdapterConfig(layers=3, prompt_length=10, gate="tanh"),
-    AdapterConfig(layers=2, prompt_length=5),
+    AdapterConfig(layers=2, prompt_length=64, gate="token"),
+    AdapterConfig(layers=3, prompt_length=10, prefix_query="unrotated"),
+    AdapterConfig(layers=2, prompt_length=5, gate="token", prefix_query="unrotated"),
     AdapterConfig(layers=1, prompt_length=30),
 ]
 
@@ -273,6 +279,7 @@ def products_against_formulas(
     cos, sin = (torch.rand(S, D // 2, generator=generator).to(device) for _ in range(2))
     q, hidden, logits = x.new_empty(B, H * D), x.new_empty(B, M), x.new_empty(B, M, dtype=torch.float32)
     cache = (x.new_zeros(B, G, S, D), x.new_zeros(B, G, S, D))
+    norm = norm.float() if B % 2 else norm  # as a trained norm's
     products, total = Products(x), x.clone()
     products.project(x, norm, eps, (q_weight, k_weight, v_weight), (cos, sin), position, q, cache)
     products.gate_up(x, norm, eps, gate, up, hidden)

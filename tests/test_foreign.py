@@ -30,6 +30,7 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
 from lit_adapter.weights.foreign.format import Format
 from lit_adapter.weights.foreign.recognise import FORMATS
+from lit_adapter.weights.measure import fixed_prompt
 
 FILES = ("lit-llama-v1", "lit-llama-v2", "litgpt-0.5.4-v1", "litgpt-0.5.4-v2")
 
@@ -255,6 +256,53 @@ def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
     assert "the same function" in "\n".join(converted(equal, tmp_path / "out2", bases[2], to="peft"))
 
 
+@pytest.mark.parametrize("target", ["lit-llama", "litgpt", "peft"])
+def test_gates_per_token_become_their_mean_only_if_asked(
+    tmp_path: Path, bases: dict[int, Path], target: str
+) -> None:
+    config = AdapterConfig(prompt_length=3, layers=2, gate="token")
+    ours, out = own_adapter(tmp_path / "a.safetensors", bases[4], config, 4), tmp_path / "out"
+    one = "per layer" if target == "peft" else "per head"
+    with pytest.raises(UserError, match=rf"{target} has one gate {one}, and the gates differ, by .*--allow"):
+        converted(ours, out, bases[4], to=target)
+    report = "\n".join(converted(ours, out, bases[4], to=target, allow_lossy=True))
+    assert f"identity per head and prompt token to identity {one}: LOSSY" in report
+    back = tmp_path / "back.safetensors"
+    converted(out, back, bases[4])
+    gates = {name: t for name, t in read_adapter(ours)[1].items() if name.endswith(".gate")}
+    for name, gate in gates.items():
+        mean = gate.double().view(4, 3).mean(1) if target != "peft" else gate.double().mean()[None]
+        torch.testing.assert_close(read_adapter(back)[1][name].double(), mean, rtol=1e-6, atol=1e-7)
+    told = float(report.split("largest difference ")[1].split()[0])
+    ids = fixed_prompt(bases[4])[0].tolist()
+    measured = (logits_of(ours, 4, ids) - logits_of(back, 4, ids)).abs().max()
+    assert told == pytest.approx(measured.item(), rel=0.01)
+
+
+def test_a_gate_per_head_is_the_same_gate_for_every_token(tmp_path: Path, bases: dict[int, Path]) -> None:
+    ours = own_adapter(tmp_path / "a.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="tanh"))
+    converted(ours, tmp_path / "b.safetensors", bases[2], to_gate="token")
+    assert read_adapter(tmp_path / "b.safetensors")[0].adapter.gate == "token"
+    found = logits_of(tmp_path / "b.safetensors", 2)
+    torch.testing.assert_close(found, logits_of(ours, 2), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, 3])
+@pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
+def test_norms_go_to_a_v2_file(tmp_path: Path, bases: dict[int, Path], target: str, length: int) -> None:
+    """With biases of 0 and scales of 1: the same function."""
+    config = AdapterConfig(norms=True, prompt_length=length, gate="identity")
+    ours = own_adapter(tmp_path / "ours.safetensors", bases[4], config, 4)
+    there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
+    report = "\n".join(converted(ours, there, bases[4], to=target))
+    assert "; norms of all layers" in report
+    assert "added     biases of 0 and scales of 1" in report
+    assert "largest difference 0 between source and target form" in report
+    converted(there, back, bases[4])
+    assert read_adapter(back)[0].adapter.version == "v2"
+    torch.testing.assert_close(logits_of(back, 4), logits_of(ours, 4), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", ["tanh", "layer", "channel"])
 def test_gates_into_the_identity_form(tmp_path: Path, bases: dict[int, Path], form: Any) -> None:
     config = AdapterConfig(prompt_length=3, layers=2, gate=form)
@@ -405,6 +453,19 @@ MISTAKES = {
         {"to": "litgpt", "out": "peft"},
         "peft: is a folder; with --to litgpt --out names a file",
     ),
+    **{
+        f"unrotated to {target}": (
+            "unrotated.safetensors",
+            {"to": target, "base": 4, "allow_lossy": True},
+            f"{target} attends to prompts by rotated queries alone, so it cannot hold an adapter of adapter",
+        )
+        for target in ("lit-llama", "litgpt", "peft")
+    },
+    "norms to peft": (
+        "norms.safetensors",
+        {"to": "peft"},
+        "so it cannot hold an adapter with norms; use --to",
+    ),
     "empty": ("empty.pth", {}, r"empty\.pth: the file is empty; fetch it again"),
 }
 
@@ -415,6 +476,9 @@ def test_mistakes(
 ) -> None:
     own_adapter(tmp_path / "ours.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="layer"))
     own_adapter(tmp_path / "v2.safetensors", bases[2], AdapterConfig(version="v2", prompt_length=3))
+    unrotated = AdapterConfig(prompt_length=3, prefix_query="unrotated")
+    own_adapter(tmp_path / "unrotated.safetensors", bases[4], unrotated, 4)
+    own_adapter(tmp_path / "norms.safetensors", bases[2], AdapterConfig(prompt_length=3, norms=True))
     plain = own_adapter(tmp_path / "plain.safetensors", bases[2], AdapterConfig(prompt_length=3), equal=True)
     converted(plain, tmp_path / "peft", bases[2], to="peft")
     (tmp_path / "empty.pth").touch()

@@ -25,10 +25,20 @@ pytestmark = pytest.mark.gpu
 CASES: list[dict[str, Any]] = [
     {"head_dim": 64, "n_kv_head": 2, "gate": "tanh", "prompt_length": 10},
     {"head_dim": 128, "n_kv_head": 4, "gate": "identity", "prompt_length": 3, "layers": 2},
-    {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prompt_length": 17},
+    {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prefix_query": "unrotated", "prompt_length": 17},
     {"head_dim": 64, "n_kv_head": 4, "gate": "layer", "prompt_length": 64, "mask_prompt": False},
     {"head_dim": 64, "n_kv_head": 2, "layers": 2, "lora": LoraConfig(rank=3)},
     {"head_dim": 16, "n_kv_head": 4, "prompt_length": 0, "lora": LoraConfig(rank=16, on=("mlp", "k_proj"))},
+    {"head_dim": 32, "n_kv_head": 1, "gate": "token", "prompt_length": 5},
+    {
+        "head_dim": 128,
+        "n_kv_head": 2,
+        "gate": "token",
+        "prefix_query": "unrotated",
+        "prompt_length": 10,
+        "norms": True,
+    },
+    {"head_dim": 64, "n_kv_head": 2, "prompt_length": 0, "norms": True},
 ]
 
 
@@ -38,8 +48,9 @@ def model_of(case: dict[str, Any], seed: int) -> Llama:
     model = random_llama(seed, **sizes, n_head=4, n_embd=96, n_hidden=80)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().double()
-    adapter = {key: case[key] for key in ("gate", "prompt_length", "layers", "lora") if key in case}
-    return open_adapter(model, AdapterConfig(**adapter), seed=seed)
+    fields = AdapterConfig.__dataclass_fields__
+    adapter = AdapterConfig(**{key: value for key, value in case.items() if key in fields})
+    return open_adapter(model, adapter, seed=seed)
 
 
 def row_of(case: dict[str, Any], seed: int) -> PackedRow:

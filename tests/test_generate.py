@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ STOPS = frozenset({3, 9, 20, 41, 55})
 LENGTHS = (5, 1, 17, 9, 9, 2, 30)
 
 
-def tiny(n_kv_head: int = 2, gate: str = "tanh") -> Llama:
+def tiny(n_kv_head: int = 2, **form: Any) -> Llama:
     model = random_llama(1, torch.float32, n_kv_head=n_kv_head).eval()
-    return open_adapter(model, AdapterConfig(layers=2, prompt_length=4, gate=gate), seed=2)
+    return open_adapter(model, AdapterConfig(layers=2, prompt_length=4, **form), seed=2)
 
 
 def prompts() -> list[list[int]]:
@@ -68,10 +69,19 @@ def answers(
     return found
 
 
-@pytest.mark.parametrize("gate", ["tanh", "channel", "layer"])
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"gate": "channel", "prefix_query": "unrotated"},
+    {"gate": "layer"},
+    {"gate": "token"},
+    {"gate": "token", "prefix_query": "unrotated", "norms": True},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())) or "default")
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_cached_decoding_equals_repeated_full_passes(heads: int, gate: str) -> None:
-    model = tiny(heads, gate)
+def test_cached_decoding_equals_repeated_full_passes(heads: int, form: dict[str, Any]) -> None:
+    model = tiny(heads, **form)
     for prompt in prompts()[:3]:
         wanted = uncached(model, prompt, 12)
         assert answers(model, [prompt], Sampling(max_new_tokens=12), stops=frozenset()) == [wanted]

@@ -90,6 +90,9 @@ def test_another_start_is_another_run(tiny: Callable[..., Config], tiny_base: Pa
             ["--adapter.layers", "2", "--adapter.prompt_length", "9"],
             r"length 5 \(here 9\), adapter\.layers 3 \(her",
         ),
+        (["--adapter.gate", "token"], r"it has adapter\.gate tanh \(here token\)"),
+        (["--adapter.prefix_query", "unrotated"], r"adapter\.prefix_query rotated \(here unrotated\)"),
+        (["--adapter.norms", "true"], r"it has adapter\.norms False \(here True\)"),
         (["--adapter.version", "v2"], r"it has adapter\.version v1 \(here v2\)"),
     ],
 )

@@ -65,6 +65,8 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
     {"version": "v2"},
     {"version": "v2", "layers": 2, "head": True},
     {"version": "v2", "prompt_length": 0},
+    {"norms": True, "layers": 1, "gate": "token", "prefix_query": "unrotated"},
+    {"norms": True, "prompt_length": 0},
 )
 
 
@@ -202,17 +204,26 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
         for n in (2, 3)
     )
     assert two - one == 2 * plain
+    normed = replace(config, layers=1, norms=True)  # all layers keep them, whichever have a prefix
+    top, all_, norms = (
+        estimate(model, adapter, row, precision="bf16-true", device="cuda").activations
+        for adapter in (replace(config, layers=1), config, normed)
+    )
+    assert top < all_
+    assert norms - all_ == 2 * len(row.target_index) * C
 
 
 def test_the_fused_executor_is_planned_where_it_applies() -> None:
     model, config = replace(random_llama().config, head_dim=16), AdapterConfig()
     gpu = Setting(torch.device("cuda"), torch.bfloat16)
-    assert choose_for_training(model, config, gpu).name == "fused"
+    form = replace(config, gate="token", prefix_query="unrotated", norms=True)
+    for own in (config, form, replace(form, prompt_length=0)):
+        assert choose_for_training(model, own, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
     for other, adapter, why in (
         (model, replace(config, dropout=0.1), "the prefix has dropout"),
-        (model, replace(config, version="v2"), "the adapter trains norms and linears"),
+        (model, replace(config, version="v2"), "the adapter trains linears"),
         (replace(model, mlp_bias=True), config, "the base has biases"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):

@@ -27,6 +27,7 @@ from lit_adapter.weights.convert import convert
 from lit_adapter.weights.merge import merge
 
 BARE = AdapterConfig(version="v2", prompt_length=0)
+NORMS = AdapterConfig(norms=True, prompt_length=0)
 
 
 def made(folder: Path, config: AdapterConfig = BARE, **sizes: object) -> tuple[Path, Path]:
@@ -55,20 +56,24 @@ def made(folder: Path, config: AdapterConfig = BARE, **sizes: object) -> tuple[P
     ],
     ids=["plain", "tied", "biased", "bf16"],
 )
+@pytest.mark.parametrize("config", [BARE, NORMS], ids=["v2", "norms"])
 def test_transformers_loads_it_and_gives_the_adapters_logits(
-    tmp_path: Path, sizes: dict[str, object]
+    tmp_path: Path, config: AdapterConfig, sizes: dict[str, object]
 ) -> None:
-    base, adapter = made(tmp_path, **sizes)
+    """Norms alone add no biases to a base that has none."""
+    base, adapter = made(tmp_path, config, **sizes)
     out = tmp_path / "merged"
     report = merge(adapter, out, base=base)
     assert float(report.split()[3]) < 1e-3
-    config = read_json(out / "config.json")
-    assert config["attention_bias"] is True
-    assert config["mlp_bias"] is True
+    merged, given = read_json(out / "config.json"), read_json(base / "config.json")
+    for bias in ("attention_bias", "mlp_bias"):
+        assert merged[bias] is (config is BARE or given[bias])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ids = torch.arange(3, 25)[None]
     ours = lit_adapter.load(adapter=adapter, base=base, device="cpu", dtype="float32")
     wanted = ours.logits(ids)
+    if config is NORMS and not sizes:
+        assert report.startswith("largest logit difference 0 ")
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
     assert (ours.base.logits(ids) - wanted).abs().max() > 0.1

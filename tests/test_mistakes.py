@@ -71,6 +71,13 @@ from lit_adapter.files.write import write_text
             r"the learning rate of V2, lr \* lr_scale_v2, is 1e\+40; expected a number from",
         ),
         ("--optim.lr_scale_v2 0.5", "optim.lr_scale_v2 is 0.5; it needs adapter.version v2"),
+        ("--optim.lr_scale_norms 0.5", "optim.lr_scale_norms is 0.5; it needs adapter.norms true$"),
+        (
+            "--adapter.version v2 --adapter.norms true --optim.lr_scale_norms 0.5",
+            "optim.lr_scale_norms is 0.5; it needs adapter.norms true with version v1; v2 has lr_scale_v2",
+        ),
+        ("--adapter.gate tokens", "adapter.gate is 'tokens'"),
+        ("--adapter.prefix_query none", "adapter.prefix_query is 'none'"),
         ("--optim.epochs 1e308", "optim.epochs makes .* steps, more than 9,999,999"),
         ("--optim.max_steps 10000000", "optim.max_steps makes 10,000,000 steps, more than 9,999,999"),
         ("--trainer.devices 9999", r"trainer.devices is 9999, but this machine has \d+ "),

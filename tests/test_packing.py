@@ -78,6 +78,8 @@ MODELS: dict[str, tuple[dict[str, Any], AdapterConfig]] = {
         {"n_kv_head": 1, "tie_embeddings": True, "attention_bias": True, "mlp_bias": True},
         AdapterConfig(prompt_length=5, gate="channel"),
     ),
+    "gqa-token": ({}, AdapterConfig(prompt_length=4, gate="token", prefix_query="unrotated")),
+    "norms-alone": ({"n_kv_head": 4}, AdapterConfig(prompt_length=0, norms=True)),
     "one-layer": ({"n_layer": 1, "head_dim": 12}, AdapterConfig(prompt_length=1, gate="layer")),
     "last-of-four": ({"n_layer": 4}, AdapterConfig(prompt_length=2, layers=1, gate="identity")),
 }

@@ -33,8 +33,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument("--template", help="for ours; default: alpaca, for a litgpt adapter alpaca-newline")
     parser.add_argument(
         "--to-gate",
-        choices=["tanh", "identity", "layer"],
-        help="gates of ours: per attention head, squashed (tanh) or not (identity); per layer, not squashed",
+        choices=["tanh", "identity", "layer", "token"],
+        help="gates of ours: per attention head, squashed (tanh) or not (identity); not squashed: per layer, "
+        "or per head and prompt token (token)",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="where gates that differ must become one, write their mean"

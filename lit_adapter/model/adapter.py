@@ -38,6 +38,7 @@ def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
     Raises:
         UserError: more adapted layers than layers.
     """
+    model.adapter = config
     generator = torch.Generator().manual_seed(seed)
     for part in parts_of(config):
         part.attach(model, generator)
@@ -76,7 +77,8 @@ def check_same_form(given: AdapterConfig, wanted: AdapterConfig, model: LlamaCon
         UserError: names every setting that differs, with both values.
     """
     theirs, ours = (
-        {"version": config.version} | {k: v for part in parts_of(config) for k, v in part.form(model).items()}
+        {"version": config.version, "norms": config.norms and config.version == "v1"}
+        | {key: value for part in parts_of(config) for key, value in part.form(model).items()}
         for config in (given, wanted)
     )
     wrong = [

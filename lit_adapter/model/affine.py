@@ -1,4 +1,4 @@
-"""Adapter V2's norms, biases and scales (arXiv 2304.15010, section 4.1).
+"""Trained norms, alone or as part of V2, and V2's biases and scales (arXiv 2304.15010, section 4.1).
 
     linear   y = s * (W x + b)     b = 0 and s = 1 at the start; W and its own bias stay frozen
     norm     y = w * x / rms(x)    w starts as the frozen norm's weight, which stays as it is
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama, RMSNorm
 from lit_adapter.model.parts import TrainedModule, TrainedPart, share
@@ -76,17 +76,21 @@ class AdaptedNorm(RMSNorm, TrainedModule):
         self.weight = frozen.weight
         self.adapter_weight = nn.Parameter(frozen.weight.detach().to(torch.float32, copy=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
-        return self.scaled(x, self.adapter_weight if self.active else self.weight)
+    @property
+    def used_weight(self) -> Tensor:
+        """The trained weight; the frozen one while the adapter is switched off."""
+        return self.adapter_weight if self.active else self.weight
 
 
 class NormPart(TrainedPart):
     """Every norm of the model."""
 
     name = "norms"
-    lr_share = "lr_scale_v2"
     decays = False
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.lr_share = "lr_scale_v2" if "linears" in config.parts else "lr_scale_norms"
 
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the shape ``[C]`` of every weight."""

@@ -85,12 +85,14 @@ class BaseView:
             return checkpoint(block.compute, x, self, query_positions, use_reentrant=False)
         return block.compute(x, self, query_positions)
 
-    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def attend_prefix(
+        self, attention: Any, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
         """Attend to the layer's own prefix, projected now: while training it changes with every step."""
         prefix = attention.prefix
         if prefix is None or not prefix.active:
             return None
-        return prefix(q, *attention.project_kv(prefix.prompt.to(dtype)))
+        return prefix(rotated, unrotated, *attention.project_kv(prefix.prompt.to(dtype)))
 
 
 class CausalView(BaseView):

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_adapter.model.attention import BaseView, attend_causally
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.prefix import PrefixState, attend_prefix
+from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
 
 
 class KeyValueCache:
@@ -52,7 +52,8 @@ class Prefixes:
         k, v, strength = (
             torch.stack([getattr(state, name) for state in found.values()]) for name in ("k", "v", "strength")
         )
-        return cls(tuple(found), PrefixState(k, v, strength))
+        some = next(iter(found.values()))
+        return cls(tuple(found), PrefixState(k, v, strength, some.unrotated))
 
     @property
     def length(self) -> int:
@@ -67,8 +68,7 @@ class Prefixes:
 def _indexed(state: PrefixState | None, at: Any) -> PrefixState | None:
     if state is None:
         return None
-    hidden = None if state.hidden is None else state.hidden[at]
-    return PrefixState(state.k[at], state.v[at], state.strength[at], hidden)
+    return PrefixState(**{name: x[at] if isinstance(x, Tensor) else x for name, x in vars(state).items()})
 
 
 class SlotPrefixes:
@@ -84,8 +84,9 @@ class SlotPrefixes:
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""
         self.joined = Prefixes()
         """Of all slots, with tensors ``[L, B, ...]``; another object once the tensors are replaced."""
-        self.sizes: tuple[tuple[int, ...], int, int] = ((), 0, 1)
-        """The tensors' adapted layers, K, and strengths of a head and channel: K if they differ by token."""
+        self.form: tuple[tuple[int, ...], int, bool, bool] = ((), 0, False, False)
+        """The tensors' adapted layers and K, whether a strength of theirs differs by prompt token, and
+        whether unrotated queries attend to one of them."""
 
     def assign(self, slots: Sequence[int], prefixes: Prefixes) -> None:
         """Give slots the prefixes of one adapter."""
@@ -97,16 +98,24 @@ class SlotPrefixes:
             return
         layers = tuple(sorted({*self.joined.layers, *prefixes.layers}))
         K = max(state.k.shape[-2] for state in states)
-        n_strengths = K if any(state.strength.shape[-2] > 1 for state in states) else 1
-        if self.sizes == (layers, K, n_strengths):
+        by_token = any(_differs_by_token(state) for state in states)
+        unrotated = any(state.unrotated is not False for state in states)
+        if self.form == (layers, K, by_token, unrotated):
             self._write(slots, prefixes)
             return
-        self.sizes = (layers, K, n_strengths)
-        some = states[0]
-        L, B, G, D = len(layers), len(self.rows), some.k.shape[-3], some.k.shape[-1]
-        k, v = (some.k.new_zeros(L, B, G, K, D) for _ in range(2))
-        strength = some.strength.new_zeros(L, B, self.n_head, n_strengths, D)
-        self.joined = Prefixes(layers, PrefixState(k, v, strength, strength.new_zeros(L, B, 1, K, 1)))
+        self.form = (layers, K, by_token, unrotated)
+        some, L, B, H = states[0], len(layers), len(self.rows), self.n_head
+        G, D = some.k.shape[-3], some.k.shape[-1]
+        new = some.strength.new_zeros
+        joined = PrefixState(
+            k=some.k.new_zeros(L, B, G, K, D),
+            v=some.v.new_zeros(L, B, G, K, D),
+            strength=new(L, B, H, 1, D),
+            unrotated=new(L, B, 1, 1, 1).bool() if unrotated else False,
+            by_token=new(L, B, H, K, 1) if by_token else None,
+            hidden=new(L, B, 1, K, 1),
+        )
+        self.joined = Prefixes(layers, joined)
         for row in set(self.rows):
             self._write([slot for slot, other in enumerate(self.rows) if other is row], row)
 
@@ -115,14 +124,23 @@ class SlotPrefixes:
         assert own is not None
         assert own.hidden is not None
         where = torch.tensor(slots, device=own.k.device)
-        for x in (own.k, own.v, own.strength, own.hidden):
-            x[:, where] = 0
+        for x in vars(own).values():
+            if isinstance(x, Tensor):
+                x[:, where] = 0
         if new is not None:
             layers = [self.joined.layers.index(layer) for layer in prefixes.layers]
             at = (torch.tensor(layers, device=where.device)[:, None], where)
-            for x, value in ((own.k, new.k), (own.v, new.v), (own.strength, new.strength)):
-                x[..., :K, :][at] = value[:, None]
+            own.k[..., :K, :][at], own.v[..., :K, :][at] = new.k[:, None], new.v[:, None]
             own.hidden[..., K:, :][at] = -torch.inf
+            one = new.strength.new_ones(())
+            by_channel, by_token = (
+                (one, new.strength[:, None]) if _differs_by_token(new) else (new.strength[:, None], one)
+            )
+            own.strength[at] = by_channel
+            if own.by_token is not None:
+                own.by_token[..., :K, :][at] = by_token
+            if isinstance(own.unrotated, Tensor):
+                own.unrotated[at] = new.unrotated
 
     def first(self, B: int) -> Prefixes:
         """Return the prefixes of the first B slots: a row for each, or the adapter that all of them share."""
@@ -131,14 +149,20 @@ class SlotPrefixes:
         return Prefixes(self.joined.layers, _indexed(self.joined.stacked, (slice(None), slice(B))))
 
 
+def _differs_by_token(state: PrefixState) -> bool:
+    return state.by_token is not None or state.strength.shape[-2] > 1
+
+
 class _CacheView(BaseView):
     def __init__(self, decode: ModuleDecode, position: Tensor, prefixes: Prefixes) -> None:
         super().__init__(decode.model.rotation(position))
         self.cache, self.prefixes = decode.cache, prefixes
 
-    def attend_prefix(self, attention: Any, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def attend_prefix(
+        self, attention: Any, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
         state = self.prefixes.layer(attention.index)
-        return None if state is None else attend_prefix(q, state)
+        return None if state is None else attend_prefix(queries_of(state, rotated, unrotated), state)
 
 
 class PrefillView(_CacheView):

@@ -302,8 +302,8 @@ def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:
     ]
 
 
-VERSIONS: dict[str, tuple[str, ...]] = {"v1": ("prefix",), "v2": ("prefix", "norms", "linears")}
-"""Short names for sets of trained parts (see `parts`)."""
+VERSIONS = ("v1", "v2")
+"""Short names for sets of trained parts; see `AdapterConfig.parts`."""
 
 
 @dataclass(frozen=True)
@@ -315,19 +315,25 @@ class AdapterConfig:
     """
 
     prompt_length: int = 10
-    """Learned prompt tokens per adapted layer (K). 0, with v2 or lora: no prompts, so that scripts/merge.py
-    can merge base and adapter into a plain LLaMA."""
+    """Learned prompt tokens per adapted layer (K). 0, with v2, norms or lora only: no prompts, so that
+    scripts/merge.py can merge base and adapter into a plain LLaMA."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all of them."""
     gate: GateName = "tanh"
     """What scales the prefix. tanh, the paper's: one gate per attention head, squashed into -1 to 1 by tanh.
-    Not squashed: one per attention head (identity), per layer (layer), or per head and channel (channel)."""
+    Not squashed: one per attention head (identity), per layer (layer), per head and channel (channel), or per
+    head and prompt token (token)."""
+    prefix_query: Literal["rotated", "unrotated"] = "rotated"
+    """Which queries attend to the prompts: with their positions (rotated, the paper's), or as they are before
+    rotary positions (unrotated)."""
     prompt_init_std: float = 0.1
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
     version: Literal["v1", "v2"] = "v1"
     """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
+    norms: bool = False
+    """Train the weight of every norm too, without v2's biases and scales. v2 always trains them."""
     head: bool = False
     """v2: a bias and a scale on the output layer (lm_head) too."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -337,7 +343,7 @@ class AdapterConfig:
         if self.version not in VERSIONS:
             raise UserError(f"adapter.version is {self.version!r}; expected {' or '.join(VERSIONS)}")
         if self.prompt_length < 0 or (self.prompt_length == 0 and self.parts == ("prefix",)):
-            hint = " (0 is for adapter.version v2 or adapter.lora)" if self.prompt_length == 0 else ""
+            hint = " (0 is for adapter.version v2, norms or lora)" if self.prompt_length == 0 else ""
             raise UserError(f"adapter.prompt_length is {self.prompt_length}; expected 1 or more{hint}")
         if self.prompt_length == 0 and self.layers is not None:
             raise UserError(
@@ -359,7 +365,9 @@ class AdapterConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the trained parts."""
-        return (*VERSIONS[self.version], *(("lora",) if self.lora.rank else ()))
+        v2 = self.version == "v2"
+        trained = {"prefix": True, "norms": v2 or self.norms, "linears": v2, "lora": self.lora.rank > 0}
+        return tuple(name for name, is_trained in trained.items() if is_trained)
 
     def adapted_layers(self, n_layer: int) -> range:
         """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.

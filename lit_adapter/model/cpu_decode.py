@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_adapter.device import free_bytes
 from lit_adapter.model import survey
+from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Setting
@@ -29,7 +30,7 @@ from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
 
-KNOWN = survey.FROZEN | {GatedPrefix, LoraLinear}
+KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, LoraLinear}
 
 
 class _Matrix:
@@ -111,7 +112,7 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
 
 
 def _doubled(norm: Any) -> Tensor:
-    return torch.cat((norm.weight, torch.zeros_like(norm.weight)))
+    return torch.cat((norm.used_weight, torch.zeros_like(norm.used_weight)))
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -147,6 +148,8 @@ class _Baked:
     """``[H, K, D]``"""
     hidden: Tensor | None
     """Minus infinity beyond a slot's prompt, else 0 ``[B H, 1, K]``; None if it is shared."""
+    unrotated: Tensor | bool
+    """Whether queries attend to it as they are before rotation; with several prefixes ``[B, 1, 1]``."""
 
 
 class CpuDecode(ModuleDecode):
@@ -197,11 +200,13 @@ class CpuDecode(ModuleDecode):
         if state is None:
             return None
         pk, pv = (x.repeat_interleave(self.H // self.G, dim=-3) for x in (state.k, state.v))
-        k, v, hidden = (pk * self.scale).mT.contiguous(), (widen(pv) * state.strength).to(pv.dtype), None
+        v = (widen(pv) * state.whole_strength).to(pv.dtype)
+        k, hidden = (pk * self.scale).mT.contiguous(), None
         if state.hidden is not None:
             hidden = state.hidden.mT.to(k.dtype).expand(-1, self.H, -1, -1).flatten(0, 1)
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-        return _Baked(k, v, hidden)
+        unrotated = state.unrotated if isinstance(state.unrotated, bool) else state.unrotated[:, 0]
+        return _Baked(k, v, hidden, unrotated)
 
     def _attend(self, index: int, qkv: Tensor, step: _Step) -> Tensor:
         """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
@@ -224,6 +229,10 @@ class CpuDecode(ModuleDecode):
         prefix = self._baked[index]
         if prefix is None:
             return y.reshape(B, H * D)
+        if isinstance(prefix.unrotated, Tensor):
+            q = torch.where(prefix.unrotated, heads[:, :H], q)
+        elif prefix.unrotated:
+            q = heads[:, :H]
         if prefix.hidden is not None:
             score = torch.baddbmm(prefix.hidden, q.reshape(B * H, 1, D), prefix.k)
             weight = widen(score).softmax(-1).to(q.dtype)

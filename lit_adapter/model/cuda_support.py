@@ -6,6 +6,7 @@ import torch
 
 from lit_adapter.model import survey
 from lit_adapter.model.adapter import trained_modules
+from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora import LoraLinear
@@ -13,14 +14,15 @@ from lit_adapter.model.matrices import Float8Linear
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 
-KNOWN = survey.FROZEN | {GatedPrefix, Float8Linear, LoraLinear}
+KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, Float8Linear, LoraLinear}
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why the kernels cannot compute ``model``; None where they can."""
     config, dtype = model.config, str(setting.dtype).removeprefix("torch.")
     prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
-    updates = [module for _, module in trained_modules(model) if isinstance(module, LoraLinear)]
+    trained = [module for _, module in trained_modules(model)]
+    updates = [module for module in trained if isinstance(module, LoraLinear)]
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
@@ -29,13 +31,12 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         (config.attention_bias or config.mlp_bias, "the base has biases"),
         (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
-        (any(prefix.form.per_token for prefix in prefixes), "the gates differ by prompt token"),
-        (any(m.training and m.dropout for m in updates), "LoRA has dropout"),
-        (not all(module.active for _, module in trained_modules(model)), "the adapter is switched off"),
+        (any(update.training and update.dropout for update in updates), "LoRA has dropout"),
+        (not all(module.active for module in trained), "the adapter is switched off"),
     )
     why = next((why for applies, why in reasons if applies), None)
     why = why or survey.obstacle(model, KNOWN, frozen=True)
     if why is None:
         return None
-    others = dict.fromkeys(m.part for _, m in trained_modules(model) if type(m) not in KNOWN)
+    others = dict.fromkeys(module.part for module in trained if type(module) not in KNOWN)
     return f"the adapter trains {' and '.join(others)}" if others else why

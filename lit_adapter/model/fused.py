@@ -141,21 +141,26 @@ class FusedView:
         """Compute a block for ``x [1, T, C]``, or for its ``query_positions``: the row's targets."""
         prefix, site = block.self_attn.prefix, _Site(block, self, query_positions)
         learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
+        norms = (site.before.used_weight, site.between.used_weight)
         updates = [parameter for update in site.updates.values() for parameter in update.parameters]
-        return _FusedBlock.apply(x.squeeze(0), site, *learned, *updates).unsqueeze(0)
+        return _FusedBlock.apply(x.squeeze(0), site, *learned, *norms, *updates).unsqueeze(0)
 
 
 @torch.no_grad()
 def _strengths(model: Llama) -> dict[int, Tensor]:
-    """Return c(g) of every layer that has a prefix, fp32 ``[H, D]``, by the layer's number."""
+    """Return c(g) of every layer that has a prefix, as `attention.Prefix` has it, by the layer's number."""
     found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
     prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
     if not prefixes:
         return {}
     some = next(iter(prefixes.values()))
     gates = torch.stack([prefix.gate for prefix in prefixes.values()])
-    strength = some.form.strength(gates, some.axes)[:, :, 0]
-    strength = strength.expand(-1, model.config.n_head, model.config.head_dim).contiguous()
+    strength = some.form.strength(gates, some.axes)
+    if some.form.per_token:
+        strength = strength[..., 0]
+    else:
+        strength = strength[:, :, 0].expand(-1, model.config.n_head, model.config.head_dim)
+    strength = strength.contiguous()
     return dict(zip(prefixes, strength.unbind(), strict=True))
 
 
@@ -197,7 +202,10 @@ class _Site:
 
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
-        return None if self.strength is None else attention.Prefix(kv, self.strength)
+        if self.adapter is None or self.strength is None:
+            return None
+        by_token, unrotated = self.adapter.form.per_token, self.adapter.unrotated
+        return attention.Prefix(kv, self.strength, by_token, unrotated)
 
     def add_updates(self, group: str, x: Callable[[], Tensor], y: Tensor) -> None:
         """Add LoRA's updates of a group to its product ``y``; ``x`` returns the group's input."""
@@ -257,7 +265,7 @@ class _Between:
 
 
 class _FusedBlock(torch.autograd.Function):
-    """A block; autograd sees its input, its prompt and gate, and the parameters of its updates."""
+    """A block. Autograd sees its input, its prompt and gate, its norms and the parameters of its updates."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: _Site, *trained: Tensor | None) -> Tensor:
@@ -280,22 +288,24 @@ class _FusedBlock(torch.autograd.Function):
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
         learned: dict[str, list[Tensor]] = {}
-        dmiddle, operand = _mlp_backward(site, between, dy.contiguous(), learned)
+        dmiddle, operand, dbetween = _mlp_backward(site, between, dy.contiguous(), learned)
         del between
         do = site.weights.o.backward(operand)
         site.learn("o", lambda: attended.y, dmiddle, do, learned)
-        if ctx.needs_input_grad[0] or "qkv" in site.updates:
-            dx, *dprefix = _attention_backward(site, x, attended, do, dmiddle, learned)
+        needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
+        if needs_x or needs_norms or "qkv" in site.updates:
+            dx, *dtrained = _attention_backward(site, x, attended, do, dmiddle, learned)
         else:  # in the lowest block that learns
-            dx, dprefix = None, [*_prefix_gradients(site, attended, do)]
-        return dx, None, *dprefix, *(gradient for group in site.updates for gradient in learned[group])
+            dx, dtrained = None, [*_prefix_gradients(site, attended, do), None]
+        dupdates = [gradient for group in site.updates for gradient in learned[group]]
+        return dx, None, *dtrained, dbetween, *dupdates
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
     """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
     D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
     norm = site.before
-    normed, rstd = rows.norm(x, norm.weight, norm.eps, site.prompt, quantised=weights.quantised)
+    normed, rstd = rows.norm(x, norm.used_weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.query_positions is None:
         qkv = weights.qkv(normed)
         site.add_updates("qkv", lambda: plain(normed, lambda: _norm_before(site, x)), qkv)
@@ -307,7 +317,7 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
         rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
         rows.rotate_(kv[:T], cos, sin, site.k_width // D)
     k, v = kv[:T].chunk(2, dim=1)
-    y, lse = attention.attend(q, k, v, site.plan, D, site.prefix(kv[T:]))
+    y, lse = attention.attend(q, k, v, site.rotation, site.plan, D, site.prefix(kv[T:]))
     return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
 
 
@@ -320,12 +330,12 @@ def plain(operand: rows.Operand, again: Callable[[], rows.Operand]) -> Tensor:
 
 def _norm_before(site: _Site, x: Tensor) -> rows.Operand:
     """Return the input of q, k and v, which is not kept: normed tokens, then the prompt."""
-    return rows.norm(x, site.before.weight, site.before.eps, site.prompt)[0]
+    return rows.norm(x, site.before.used_weight, site.before.eps, site.prompt)[0]
 
 
 def _norm_between(site: _Site, middle: Tensor) -> rows.Operand:
     """Return the input of gate and up, which is not kept."""
-    return rows.norm(middle, site.between.weight, site.between.eps, None)[0]
+    return rows.norm(middle, site.between.used_weight, site.between.eps, None)[0]
 
 
 def _swiglu(between: _Between) -> rows.Operand:
@@ -355,7 +365,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
         attention_output,
-        norm.weight,
+        norm.used_weight,
         norm.eps,
         quantised=weights.quantised,
         twice=twice,
@@ -367,8 +377,8 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
 
 def _mlp_backward(
     site: _Site, between: _Between, dy: Tensor, learned: dict[str, list[Tensor]]
-) -> tuple[Tensor, rows.Operand]:
-    """Return the gradient of the sum after attention, also as an operand.
+) -> tuple[Tensor, rows.Operand, Tensor | None]:
+    """Return the gradient of the sum after attention, also as an operand, and of a trained norm's weight.
 
     ``dy`` is that of the block's output; ``learned`` receives the gradients of LoRA's parameters.
     """
@@ -385,7 +395,7 @@ def _mlp_backward(
     return rows.norm_backward(
         dnormed,
         between.middle,
-        site.between.weight,
+        site.between.used_weight,
         between.rstd,
         dy,
         quantised=quantised,
@@ -412,13 +422,15 @@ def _scores_backward(
         The gradient of the gate, or None where there is no prefix.
     """
     k, v = attended.kv.chunk(2, dim=1)
-    given = (do, attended.q, k, v, attended.y, attended.lse, site.plan, site.D)
+    given = (do, attended.q, k, v, site.rotation, attended.y, attended.lse, site.plan, site.D)
     if site.adapter is None or site.strength is None:
         attention.attend_backward(*given, None, into, None)
         return None
     dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
     attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
     form, (H, _, D) = site.adapter.form, site.adapter.axes
+    if form.per_token:
+        return form.gradient(site.strength[..., None], dprefix.strength[..., None])
     return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
 
 
@@ -440,8 +452,8 @@ def _attention_backward(
     do: Tensor,
     dmiddle: Tensor,
     learned: dict[str, list[Tensor]],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the block's input, of its prompt and of its gate.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the block's input, prompt, gate, and the weight of its trained norm.
 
     ``learned`` receives the gradients of LoRA's parameters.
     """
@@ -453,7 +465,7 @@ def _attention_backward(
     else:
         dq, dkv, below = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width), None
     dk, dv = dkv[:T].chunk(2, dim=1)
-    into = attention.Gradients(dq, dk, dv, site.rotation)
+    into = attention.Gradients(dq, dk, dv)
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
@@ -463,8 +475,8 @@ def _attention_backward(
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         _learn_targets(site, x, (dq, dkv), dnormed, learned)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
-    dx, _ = rows.norm_backward(dnormed[:T], x, site.before.weight, attended.rstd, beside)
-    return dx, None if dgate is None else dnormed[T:].float(), dgate
+    dx, _, dbefore = rows.norm_backward(dnormed[:T], x, site.before.used_weight, attended.rstd, beside)
+    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore
 
 
 def _learn_targets(

@@ -21,7 +21,7 @@ from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
-from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import join_updates
 from lit_adapter.model.tiles import plan_tiles
 
@@ -51,8 +51,8 @@ class FusedDecode(ModuleDecode):
         self.slot = torch.arange(B, device=device)
         self.rotation = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         head = model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and type(model.norm) is RMSNorm
-        plain = plain and not any(weights.quantised for weights in self.weights) and not any(self.updates)
+        plain = type(head) is nn.Linear and head.bias is None and not any(self.updates)
+        plain = plain and not any(weights.quantised for weights in self.weights)
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
@@ -69,7 +69,10 @@ class FusedDecode(ModuleDecode):
         if state is None:
             return None
         kv = torch.cat((state.k, state.v)).transpose(0, 1).flatten(1)
-        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous())
+        unrotated = bool(state.unrotated)
+        if state.strength.shape[1] > 1:
+            return Prefix(kv, state.strength[..., 0].contiguous(), by_token=True, unrotated=unrotated)
+        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous(), unrotated=unrotated)
 
     def _read_row(
         self, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
@@ -109,7 +112,7 @@ class _CacheRowView:
         decode, layer, x = self.decode, block.self_attn.index, x[0]
         weights, quantised = decode.weights[layer], decode.weights[layer].quantised
         before, between = block.input_layernorm, block.post_attention_layernorm
-        normed, _ = rows.norm(x, before.weight, before.eps, None, quantised=quantised)
+        normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=quantised)
         qkv = weights.qkv(normed)
         self._update("qkv", layer, qkv, normed)
         cache = (decode.cache.k[layer], decode.cache.v[layer])
@@ -119,7 +122,7 @@ class _CacheRowView:
         added = weights.o(y)
         self._update("o", layer, added, y)
         middle, _, normed, _ = rows.add_and_norm(
-            x, added, between.weight, between.eps, quantised=quantised, twice=False
+            x, added, between.used_weight, between.eps, quantised=quantised, twice=False
         )
         gate_up = weights.gate_up(normed)
         self._update("gate_up", layer, gate_up, normed)
@@ -163,7 +166,7 @@ class _PromptView(_CacheRowView):
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
         plan = self.all_queries if query_positions is None else self.last_queries
         q = q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, plan, decode.D, self.prefix[layer])[0]
+        return attention.attend(q, k, v, self.rotation, plan, decode.D, self.prefix[layer])[0]
 
 
 class _StepView(_CacheRowView):
@@ -174,7 +177,9 @@ class _StepView(_CacheRowView):
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         q = qkv[:, : decode.q_width]
         prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
-        decode_attention.attend(q, cache, self.position, prefix, source, decode.parts, decode.y)
+        decode_attention.attend(
+            q, cache, decode.rotation, self.position, prefix, source, decode.parts, decode.y
+        )
         return decode.y
 
 
@@ -200,12 +205,15 @@ class _FewTexts:
                 [block.get_submodule(name).weight for name in names] for names in groups.values()
             )
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
-            products.project(x, norm.weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
+            products.project(x, norm.used_weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
             prefix = prefixes.joined.layer(index)
-            decode_attention.attend(self.q, cache, position, prefix, prefixes.source, decode.parts, decode.y)
+            decode_attention.attend(
+                self.q, cache, decode.rotation, position, prefix, prefixes.source, decode.parts, decode.y
+            )
             products.add_linear(decode.y, o, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.weight, norm.eps, gate, up, self.hidden)
+            products.gate_up(x, norm.used_weight, norm.eps, gate, up, self.hidden)
             products.add_linear(self.hidden, down, x)
-        products.norm_linear(x, model.norm.weight, model.norm.eps, model.lm_head.weight, self.logits)
+        norm = model.norm
+        products.norm_linear(x, norm.used_weight, norm.eps, model.lm_head.weight, self.logits)
         return self.logits

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-GateName = Literal["tanh", "identity", "layer", "channel"]
+GateName = Literal["tanh", "identity", "layer", "channel", "token"]
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,5 @@ GATE_FORMS: dict[GateName, GateForm] = {
     "identity": GateForm("identity per head", per_head=True),
     "layer": GateForm("identity per layer"),
     "channel": GateForm("identity per channel", per_head=True, per_channel=True),
+    "token": GateForm("identity per head and prompt token", per_head=True, per_token=True),
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
@@ -62,12 +62,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``."""
-        return self.scaled(x, self.weight)
+        """Normalise the last dimension of ``x``, in x's dtype before and after the weight."""
+        return (_Normalised.apply(x, self.eps) * self.used_weight).to(x.dtype)
 
-    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Normalise ``x`` and multiply it by ``weight``, in x's dtype."""
-        return (_Normalised.apply(x, self.eps) * weight).to(x.dtype)
+    @property
+    def used_weight(self) -> Tensor:
+        """The weight that the norm multiplies by now."""
+        return self.weight
 
 
 class Attention(nn.Module):
@@ -108,11 +109,13 @@ class Attention(nn.Module):
         k, v = self.project_kv(x)
         k = rotate(k, *view.rotation)
         if query_positions is None:
-            q = rotate(self.heads(self.q_proj(x)), *view.rotation)
+            unrotated = self.heads(self.q_proj(x))
+            q = rotate(unrotated, *view.rotation)
         else:
-            q = rotate(self.heads(self.q_proj(x[:, query_positions])), *view.rotation_at(query_positions))
+            unrotated = self.heads(self.q_proj(x[:, query_positions]))
+            q = rotate(unrotated, *view.rotation_at(query_positions))
         y = view.attend(self.index, q, k, v, query_positions)
-        added = view.attend_prefix(self, q, x.dtype)
+        added = view.attend_prefix(self, q, unrotated, x.dtype)
         y = y if added is None else y + added
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -171,6 +174,8 @@ class Llama(nn.Module):
     """The transformer. `forward` returns normed hidden states; `logits` maps them to logits."""
 
     inverse_frequency: Tensor
+    adapter: AdapterConfig | None = None
+    """What is attached to it."""
     decode_weights: Any = None
     """The model's matrices as the CPU decoding executor holds them."""
     is_sharded = False

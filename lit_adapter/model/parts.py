@@ -39,7 +39,7 @@ class TrainedPart(ABC):
 
     name: ClassVar[str]
     """Its name in `AdapterConfig.parts`."""
-    lr_share: ClassVar[str | None] = None
+    lr_share: str | None = None
     """The field of `OptimConfig` by which the learning rate is multiplied; None for the rate itself."""
     decays: ClassVar[bool] = True
     """Whether weight decay applies."""

@@ -5,8 +5,9 @@ An adapted layer owns a prompt ``P [K, C]`` and a gate ``g``. With the layer's o
     pk = P Wk, pv = P Wv                               no norm, no rotation, no mask
     y  = softmax(q k^T / sqrt(D) + causal) v  +  softmax(q pk^T / sqrt(D)) (c(g) * pv)
 
-and ``y`` goes through the layer's output projection. The two softmaxes are separate. With g = 0 the
-adapted model is the base model; the prompt's gradient is then exactly zero, so gates open first.
+and ``y`` goes through the layer's output projection. q is rotated; with ``prefix_query: unrotated``, that of
+the second term is not. The two softmaxes are separate. With g = 0 the adapted model is the base model; the
+prompt's gradient is then exactly zero, so gates open first.
 
 Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
 """
@@ -41,16 +42,34 @@ class PrefixState:
     """The prompt's values ``[G, K, D]``."""
     strength: Tensor
     """c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
+    unrotated: Tensor | bool = False
+    """Whether queries attend to it as they are before rotation; with a prefix for each row, some of which
+    differ, a bool for each ``[B, 1, 1, 1]``."""
+    by_token: Tensor | None = None
+    """With a prefix for each row, some of whose strengths differ by prompt token: another factor of c(g),
+    ``[B, H, K, 1]``; ``strength`` is then ``[B, H, 1, D]``."""
     hidden: Tensor | None = None
     """With a prefix for each row, all tensors ``[B, ...]``: minus infinity beyond a row's prompt, else 0
     ``[B, 1, K, 1]``."""
+
+    @property
+    def whole_strength(self) -> Tensor:
+        """c(g), the product of its factors."""
+        return self.strength if self.by_token is None else self.strength * self.by_token
+
+
+def queries_of(state: PrefixState, rotated: Tensor, unrotated: Tensor) -> Tensor:
+    """Return the queries that attend to a prefix; all are ``[B, H, T, D]``."""
+    if isinstance(state.unrotated, bool):
+        return unrotated if state.unrotated else rotated
+    return torch.where(state.unrotated, unrotated, rotated)
 
 
 def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor:
     """Attend to a prompt.
 
     Args:
-        q: rotated queries ``[B, H, T, D]``.
+        q: queries ``[B, H, T, D]``, as `queries_of` returns them.
         state: the layer's prefix.
         dropout: share of the attention weights that is dropped.
 
@@ -64,10 +83,11 @@ def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor
     score = widen(pk @ q.mT)
     score = score if state.hidden is None else score + state.hidden
     weight = F.dropout(score.softmax(dim=-2), dropout, dropout > 0).to(q.dtype).mT
-    if q.dtype == torch.float16 and state.strength.shape[-2] == 1:  # c(g) * pv may underflow in fp16
-        return ((weight @ pv) * state.strength).to(q.dtype)
+    strength = state.whole_strength
+    if q.dtype == torch.float16 and strength.shape[-2] == 1:  # c(g) * pv may underflow in fp16
+        return ((weight @ pv) * strength).to(q.dtype)
     # The few values are multiplied by c(g), not the many results.
-    return weight @ (widen(pv) * state.strength).to(q.dtype)
+    return weight @ (widen(pv) * strength).to(q.dtype)
 
 
 class GatedPrefix(TrainedModule):
@@ -84,6 +104,7 @@ class GatedPrefix(TrainedModule):
     def __init__(self, config: AdapterConfig, model: LlamaConfig) -> None:
         super().__init__()
         self.form, self.dropout = GATE_FORMS[config.gate], config.dropout
+        self.unrotated = config.prefix_query == "unrotated"
         sizes = (model.n_head, config.prompt_length, model.head_dim)
         self.n_head, self.axes = model.n_head, self.form.axes(*sizes)
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, model.n_embd, dtype=torch.float32))
@@ -100,11 +121,13 @@ class GatedPrefix(TrainedModule):
     def state(self, k: Tensor, v: Tensor) -> PrefixState:
         """Return the prefix of this process's heads, given the prompt's keys and values ``[G, K, D]``."""
         strength = self.strength()
-        return PrefixState(k, v, strength[self.heads] if self.form.per_head else strength)
+        return PrefixState(k, v, strength[self.heads] if self.form.per_head else strength, self.unrotated)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from rotated ``q [B, H, T, D]`` to the prompt's keys and values ``[G, K, D]``."""
-        return attend_prefix(q, self.state(k, v), self.dropout if self.training else 0.0)
+    def forward(self, rotated: Tensor, unrotated: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from queries ``[B, H, T, D]``, given in both forms, to keys and values ``[G, K, D]``."""
+        state = self.state(k, v)
+        q = queries_of(state, rotated, unrotated)
+        return attend_prefix(q, state, self.dropout if self.training else 0.0)
 
 
 class PrefixPart(TrainedPart):
@@ -113,9 +136,14 @@ class PrefixPart(TrainedPart):
     name = "prefix"
 
     def form(self, model: LlamaConfig) -> dict[str, Any]:
-        """Return prompt length, adapted layers and gate form."""
-        layers = len(self.config.adapted_layers(model.n_layer))
-        return {"prompt_length": self.config.prompt_length, "layers": layers, "gate": self.config.gate}
+        """Return prompt length, adapted layers, gate form and which queries attend."""
+        config = self.config
+        return {
+            "prompt_length": config.prompt_length,
+            "layers": len(config.adapted_layers(model.n_layer)),
+            "gate": config.gate,
+            "prefix_query": config.prefix_query,
+        }
 
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the shapes of prompts ``[K, C]`` and raw gates."""

@@ -100,9 +100,11 @@ class Sizes:
         fused = _is_fused(self.model, adapter, self.precision, self.device, self.tensor_parallel)
         model = self.model.shard(self.tensor_parallel)  # what this device computes
         if fused:
-            each, first = kept_per_token(model, computed), adapter.adapted_layers(model.n_layer).start
+            each, first = kept_per_token(model, computed), _first_learning(adapter, model)
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
-            rest = targets * model.n_embd * stored + 4 * tokens * model.head_dim  # final norm, rotation
+            # Final norm, which keeps what a trained weight multiplies too; rotation.
+            kept = 2 if "norms" in adapter.parts else 1
+            rest = kept * targets * model.n_embd * stored + 4 * tokens * model.head_dim
         else:
             layers, rest = _measure(model, adapter, row, self.precision)
         if self.recompute:
@@ -126,6 +128,11 @@ class Sizes:
         return math.ceil(weights / (self.shards // parallel)) + gathered * stored
 
 
+def _first_learning(adapter: AdapterConfig, model: LlamaConfig) -> int:
+    """Return the lowest layer that learns; prefixes are in the top layers, other parts in all of them."""
+    return adapter.adapted_layers(model.n_layer).start if adapter.parts == ("prefix",) else 0
+
+
 class _Kind(NamedTuple):
     """A kind of block: blocks of one kind keep equally much."""
 
@@ -140,8 +147,7 @@ def _measure(
     model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, precision: str
 ) -> tuple[list[int], int]:
     """Return the bytes that each layer keeps, from the first that learns on, and all other bytes kept."""
-    prefixes = adapter.adapted_layers(model.n_layer)
-    first = prefixes.start if adapter.parts == ("prefix",) else 0
+    prefixes, first = adapter.adapted_layers(model.n_layer), _first_learning(adapter, model)
     kinds = [_Kind(i > first, i in prefixes, i == model.n_layer - 1) for i in range(first, model.n_layer)]
     form = replace(adapter, layers=1 if prefixes else None)
     sizes = replace(model, n_layer=2, vocab_size=1)

@@ -24,10 +24,10 @@ from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import (
-    PARTS,
     adapter_parameters,
     adapter_state,
     load_adapter_state,
+    parts_of,
     trained_modules,
 )
 from lit_adapter.model.executors import Executor, choose
@@ -216,7 +216,8 @@ class LitAdapter(LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups that are not empty, each with its share of the rate and its decay."""
         groups: dict[tuple[str | None, bool], list[Tensor]] = {}
-        of_part = {name: groups.setdefault((part.lr_share, part.decays), []) for name, part in PARTS.items()}
+        parts = [] if self.model.adapter is None else parts_of(self.model.adapter)
+        of_part = {part.name: groups.setdefault((part.lr_share, part.decays), []) for part in parts}
         for _, module in trained_modules(self.model):
             of_part[module.part] += [getattr(module, name) for name in module.trained]
         return [

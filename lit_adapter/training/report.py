@@ -91,7 +91,7 @@ class Report(Callback):
         for index, block in enumerate(pl_module.model.layers):
             prefix = block.self_attn.prefix
             if isinstance(prefix, GatedPrefix):
-                strength = prefix.strength().detach().abs().mean(-1).flatten().cpu()
+                strength = prefix.strength().detach().abs().mean((-2, -1)).cpu()
                 rows[index] = strength
                 values[f"gates/layer_{index:02d}"] = float(strength.mean())
                 values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())

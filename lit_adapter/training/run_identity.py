@@ -28,12 +28,14 @@ def run_identity(config: Config, steps: int = 0, **facts: Any) -> RunIdentity:
     values = asdict(config)
     shared: dict[str, Any] = {"seed": config.seed}
     shared |= {f"adapter.{key}": value for key, value in values["adapter"].items()}
+    shared["adapter.norms"] &= config.adapter.version == "v1"  # v2 trains them whatever the setting says
     shared |= _section(values, "data", "mask_prompt", "max_length")
     shared |= _section(values, "optim", "batch_size", "schedule", "warmup", "min_lr_ratio")
     shared |= {"base_precision": config.trainer.base_precision}
     changeable = {key: without_home(values[key]) for key in ("base", "out")}
     changeable |= _section(
-        values, "optim", "epochs", "max_steps", "lr", "base_lr", "lr_scale_v2", "lr_scale_lora"
+        *(values, "optim", "epochs", "max_steps", "lr", "base_lr"),
+        *("lr_scale_v2", "lr_scale_norms", "lr_scale_lora"),
     )
     changeable |= _section(values, "optim", "weight_decay", "betas", "eps", "clip", "row_tokens")
     changeable |= _section(values, "data", "workers")

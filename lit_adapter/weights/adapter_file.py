@@ -1,8 +1,9 @@
 """``adapter.safetensors``: the trained tensors in fp32, with all that is needed to use them as metadata.
 
 The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version,
-gate form and sizes, prompt template and masking, the base's name, sizes and fingerprint, and a summary
-of the training. Tensors are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate`` (raw, before c).
+form and sizes of the adapter, prompt template and masking, the base's name, sizes and fingerprint, and a
+summary of the training. Those of a prefix are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate``
+(raw, before c).
 """
 
 from __future__ import annotations

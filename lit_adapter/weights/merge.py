@@ -1,8 +1,8 @@
 """Merge a base and an adapter without prompts into one plain Hugging Face LLaMA.
 
-V2's ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W`` and bias ``s * b``, and so is
-LoRA's, with weight ``W + scale * B A``. A gated prefix cannot be merged: it has a second softmax, which no
-weights of a plain LLaMA can express.
+Norms take the place of the base's. V2's ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W``
+and bias ``s * b``, and so is LoRA's, with weight ``W + scale * B A``. A gated prefix cannot be merged: it has
+a second softmax, which no weights of a plain LLaMA can express.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
             "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
-            "or --adapter.lora.rank, and --adapter.prompt_length 0"
+            "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2, "
+            "--adapter.norms true or --adapter.lora.rank, and --adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
@@ -94,7 +95,7 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
 
 
 class _MergedSource(Source):
-    """A base folder whose tensors are merged with an adapter's, in fp32."""
+    """A base folder whose tensors are merged with an adapter's, in fp32; ``biases``: all layers get one."""
 
     format = "merged"
 

@@ -65,9 +65,13 @@ def _what(info: AdapterInfo) -> str:
             f" Prompts of {config.prompt_length} rows in the top {layers} of {model.n_layer} layers, "
             f"gates of form `{config.gate}`."
         )
+        if config.prefix_query == "unrotated":
+            text += " Queries attend to them as they are before rotary positions."
     if "linears" in config.parts:
         output = ", and on the output layer" if config.head else ""
         text += f" Norms, and a bias and scale on every linear layer{output}."
+    elif "norms" in config.parts:
+        text += " The weight of every norm."
     if "lora" in config.parts:
         lora = config.lora
         text += f" LoRA of rank {lora.rank}, scaled by {lora.scale:g}, on {', '.join(sorted(lora.layers))}."

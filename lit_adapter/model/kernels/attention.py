@@ -2,11 +2,12 @@
 
 Per query tile, with q already rotated and c the prefix's strength,
 
-    o = softmax(q k^T / sqrt(D) where seen) v  +  c * softmax(q pk^T / sqrt(D)) pv
+    o = softmax(q k^T / sqrt(D) where seen) v  +  softmax(q pk^T / sqrt(D)) (c * pv)
 
-The prefix branch is computed while the queries are in registers, so that it reads and writes no tensor of the
-row's size. The backward pass recomputes the attention weights from the log-sum-exp (arXiv 2205.14135) and the
-prefix's contribution to ``o`` from the prompt, so that only q, k, v, o are kept.
+where c differs by channel or by prompt token. If unrotated queries attend to the prefix, q is rotated back
+for the second term. The prefix branch is computed while the queries are in registers, so that it reads and
+writes no tensor of the row's size. The backward pass recomputes the attention weights from the log-sum-exp
+(arXiv 2205.14135) and the prefix's contribution to ``o`` from the prompt, so that only q, k, v, o are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ class Prefix:
     kv: Tensor
     """Keys and values, joined, ``[K, 2 G D]``; rows may be strided."""
     strength: Tensor
-    """c(g) for every channel, fp32 ``[H, D]``."""
+    """c(g) for every channel, fp32 ``[H, D]``, or for every prompt token ``[H, K]``."""
+    by_token: bool = False
+    """Whether ``strength`` is that of prompt tokens."""
+    unrotated: bool = False
+    """Whether queries attend to the prompt as they were before rotation."""
 
 
 @triton.jit
@@ -82,6 +87,17 @@ def _rotated_back(x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
+def _strength(strength_at, h, n_prompt, BY_TOKEN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Return a head's c(g), fp32 ``[1, D]`` or ``[ROWS, 1]``."""
+    if BY_TOKEN:
+        r = tl.arange(0, ROWS)
+        strength = tl.load(strength_at + h * n_prompt + r, mask=r < n_prompt, other=0.0)[:, None]
+    else:
+        strength = tl.load(strength_at + h * D + tl.arange(0, D))[None, :]
+    return strength
+
+
+@triton.jit
 def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
     """Return softmax(q pk^T / sqrt(D)), fp32, ``[queries, ROWS]``; rows beyond the prompt have weight 0."""
     score = tl.dot(q, tl.trans(pk)) * scale
@@ -92,11 +108,11 @@ def _prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
 
 @_kernel
 def _forward_kernel(
-    q_at, k_at, v_at, o_at, lse_at, prompt_at, strength_at,
+    q_at, k_at, v_at, o_at, lse_at, cos_at, sin_at, prompt_at, strength_at,
     place, first, preamble_start, preamble_end, key_from, key_tile,
     n_queries, n_keys, q_stride, kv_stride, o_stride, prompt_stride, n_prompt, scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr,
 ):  # fmt: skip
     m, h = tl.program_id(0), tl.program_id(1)
     g, H = h // GROUP, tl.num_programs(1)
@@ -105,6 +121,12 @@ def _forward_kernel(
     )
     d = tl.arange(0, D)
     q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
+    if UNROTATED:  # before the row's own attention takes the registers
+        r = tl.arange(0, ROWS)
+        at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
+        pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
+        prefix_q = _rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M).to(q.dtype)
+        prefix_weight = _prefix_weights(prefix_q, pk, n_prompt, scale, ROWS).to(pk.dtype)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     y = tl.zeros([M, D], tl.float32)
@@ -131,8 +153,13 @@ def _forward_kernel(
         at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
         pv = tl.load(at + H // GROUP * D, mask=(r < n_prompt)[:, None], other=0.0)
-        weight = _prefix_weights(q, pk, n_prompt, scale, ROWS)
-        y += tl.dot(weight.to(pv.dtype), pv) * tl.load(strength_at + h * D + d)[None, :]
+        if not UNROTATED:
+            prefix_weight = _prefix_weights(q, pk, n_prompt, scale, ROWS).to(pv.dtype)
+        if BY_TOKEN:
+            strength = _strength(strength_at, h, n_prompt, True, D, ROWS)
+            y += tl.dot(prefix_weight, (pv.to(tl.float32) * strength).to(pv.dtype))
+        else:
+            y += tl.dot(prefix_weight, pv) * _strength(strength_at, h, n_prompt, False, D, ROWS)
     o_ptr = o_at + n[:, None] * o_stride + (h * D + d)[None, :]
     tl.store(o_ptr, y.to(o_at.dtype.element_ty), mask=live[:, None])
 
@@ -145,7 +172,7 @@ def _query_gradient_kernel(
     n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, prompt_stride, n_prompt,
     scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, ROW: tl.constexpr,
+    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Compute partial gradients of the prefix and, if ROW, the gradients of the queries."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -155,6 +182,9 @@ def _query_gradient_kernel(
     )
     d = tl.arange(0, D)
     q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
+    prefix_q = q
+    if UNROTATED:  # before the other tiles take the registers
+        prefix_q = _rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M).to(q.dtype)
     o_offset = n[:, None] * o_stride + (h * D + d)[None, :]
     do = tl.load(do_at + o_offset, mask=live[:, None], other=0.0)
     dq = tl.zeros([M, D], tl.float32)
@@ -167,19 +197,23 @@ def _query_gradient_kernel(
         at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
         pv = tl.load(at + H // GROUP * D, mask=(r < n_prompt)[:, None], other=0.0)
-        strength = tl.load(strength_at + h * D + d)[None, :]
-        share = _prefix_weights(q, pk, n_prompt, scale, ROWS)
+        strength = _strength(strength_at, h, n_prompt, BY_TOKEN, D, ROWS)
+        share = _prefix_weights(prefix_q, pk, n_prompt, scale, ROWS)
         narrow = share.to(pv.dtype)
         summed = tl.dot(tl.trans(narrow), do)  # [ROWS, D], from which the gradients of pv and c follow
-        tl.store(dstrength_at + (m * H + h) * D + d, tl.sum(summed * pv.to(tl.float32), 0))
+        if BY_TOKEN:
+            tl.store(dstrength_at + (m * H + h) * ROWS + r, tl.sum(summed * pv.to(tl.float32), 1))
+        else:
+            tl.store(dstrength_at + (m * H + h) * D + d, tl.sum(summed * pv.to(tl.float32), 0))
         part = dprompt_at + ((m * 2 * H + h) * ROWS + r)[:, None] * D + d[None, :]
         tl.store(part + H * ROWS * D, summed * strength, mask=(r < n_prompt)[:, None])
         dshare = tl.dot(do, tl.trans((pv.to(tl.float32) * strength).to(pv.dtype)))
         prefix_delta = tl.sum(share * dshare, 1)
         delta -= prefix_delta  # what is left of o is the row's own attention
         dshare = (share * (dshare - prefix_delta[:, None])).to(pv.dtype)
-        tl.store(part, tl.dot(tl.trans(dshare), q) * softmax_scale, mask=(r < n_prompt)[:, None])
-        if ROW:
+        dpk = tl.dot(tl.trans(dshare), prefix_q) * softmax_scale
+        tl.store(part, dpk, mask=(r < n_prompt)[:, None])
+        if ROW and not UNROTATED:
             dq = tl.dot(dshare, pk)
     if ROW:
         tl.store(delta_at + h * n_queries + n, delta, mask=live)
@@ -196,6 +230,9 @@ def _query_gradient_kernel(
             dscore = weight * (tl.dot(do, tl.trans(v)) - delta[:, None])
             dq += tl.dot(dscore.to(k.dtype), k)
         dq = _rotated_back(dq * softmax_scale, cos_at, sin_at, i, live, D, M)
+        if UNROTATED:  # the gradient of the prefix's scores is that of unrotated queries
+            pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
+            dq += tl.dot(dshare, pk) * softmax_scale
         dq_ptr = dq_at + n[:, None] * dq_stride + (h * D + d)[None, :]
         tl.store(dq_ptr, dq.to(dq_at.dtype.element_ty), mask=live[:, None])
 
@@ -277,9 +314,9 @@ def _sum_key_gradient_kernel(
 def _sum_prefix_gradient_kernel(
     dprompt_at, dstrength_at, kv_at, strength_at, q_at, n_tiles, n_prompt, kv_stride, q_stride,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr, ZEROS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, ZEROS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Sum over query tiles; a program owns BLOCK channels of one group's pk or pv, or one strength."""
+    """Sum over query tiles; a program owns BLOCK channels of one group's pk or pv, or a head's strengths."""
     H: tl.constexpr = G * GROUP
     block, which = tl.program_id(0), tl.program_id(1)
     if which < 2 * G:
@@ -300,13 +337,15 @@ def _sum_prefix_gradient_kernel(
                 at = q_at + r * q_stride + (which * GROUP + member) * D + d
                 tl.store(at, tl.zeros([BLOCK], q_at.dtype.element_ty), mask=r < n_prompt)
     elif block == 0:
-        d, head = tl.arange(0, D), which - 2 * G
-        strength = tl.zeros([D], tl.float32)
+        WIDTH: tl.constexpr = ROWS if BY_TOKEN else D
+        n = tl.arange(0, WIDTH)
+        head, n_strengths = which - 2 * G, n_prompt if BY_TOKEN else D
+        strength = tl.zeros([WIDTH], tl.float32)
         for first in range(0, n_tiles, TILES):
             m = first + tl.arange(0, TILES)
-            at = (m * H + head)[:, None] * D + d[None, :]
+            at = (m * H + head)[:, None] * WIDTH + n[None, :]
             strength += tl.sum(tl.load(dstrength_at + at, mask=(m < n_tiles)[:, None], other=0.0), 0)
-        tl.store(strength_at + head * D + d, strength)
+        tl.store(strength_at + head * n_strengths + n, strength, mask=n < n_strengths)
 
 
 def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY_TILE) -> dict[str, Any]:
@@ -333,11 +372,18 @@ def _prompt_rows(prefix: Prefix | None) -> tuple[int, int]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: TilePlan, D: int, prefix: Prefix | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    plan: TilePlan,
+    D: int,
+    prefix: Prefix | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend over a packed row by its ``plan``, and to the prompt of ``prefix`` if there is one.
 
     ``q [M, H * D]`` and ``k [T, G * D]`` are rotated, ``v`` has the layout of ``k``; rows may be strided.
+    ``rotation`` is the cosines and sines of the row's positions, fp32 ``[T, D/2]``.
 
     Returns:
         ``o [M, H * D]`` and its log-sum-exp (base 2) ``[H, M]``, fp32.
@@ -348,14 +394,18 @@ def attend(
     n_prompt, prompt_rows = _prompt_rows(prefix)
     some = prefix or Prefix(q, lse)
     _forward_kernel[(ceil_div(q.shape[0], QUERY_TILE), H)](
-        q, k, v, o, lse, some.kv, some.strength,
+        q, k, v, o, lse, *rotation, some.kv, some.strength,
         plan.place, plan.first, plan.preamble_start, plan.preamble_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
         D**-0.5 * LOG2_E,
-        **_sizes(k, D, H), ROWS=prompt_rows, num_stages=3,
+        **_sizes(k, D, H), **_form(some, prompt_rows), num_stages=3,
         maxnreg=_registers(q.device, prompt_rows),
     )  # fmt: skip
     return o, lse
+
+
+def _form(prefix: Prefix, prompt_rows: int) -> dict[str, Any]:
+    return {"ROWS": prompt_rows, "BY_TOKEN": prefix.by_token, "UNROTATED": prefix.unrotated}
 
 
 @dataclass
@@ -365,8 +415,6 @@ class Gradients:
     q: Tensor
     k: Tensor
     v: Tensor
-    rotation: tuple[Tensor, Tensor]
-    """Cosines and sines of the row's positions, fp32 ``[T, D/2]``."""
 
 
 @dataclass
@@ -378,7 +426,7 @@ class PrefixGradients:
     q: Tensor | None
     """Query rows ``[K, H D]`` next to ``kv``, to be set to 0: prompts have no queries. None without them."""
     strength: Tensor
-    """For c(g), fp32 ``[H, D]``."""
+    """For c(g), fp32, as in `Prefix`."""
 
 
 def attend_backward(
@@ -386,6 +434,7 @@ def attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rotation: tuple[Tensor, Tensor],
     o: Tensor,
     lse: Tensor,
     plan: TilePlan,
@@ -403,29 +452,32 @@ def attend_backward(
     n_prompt, prompt_rows = _prompt_rows(prefix)
     delta = torch.empty_like(lse)
     dprompt = lse.new_empty(n_tiles, 2, H, prompt_rows, D)
-    dstrength = lse.new_empty(n_tiles, H, D)
     some = prefix or Prefix(q, lse)
-    out = into or Gradients(do, do, do, (lse, lse))
+    dstrength = lse.new_empty(n_tiles, H, prompt_rows if some.by_token else D)
+    out = into or Gradients(do, do, do)
     scales = (D**-0.5 * LOG2_E, D**-0.5)
     sight = (plan.place, plan.first, plan.preamble_start, plan.preamble_end)
+    sizes = _sizes(k, D, H)
+    if some.unrotated and D > 64:  # two forms of the queries do not fit the registers of four warps
+        sizes["num_warps"] = 8
     _query_gradient_kernel[(n_tiles, H)](
-        q, k, v, o, do, lse, delta, out.q, *out.rotation, some.kv, some.strength, dprompt, dstrength,
+        q, k, v, o, do, lse, delta, out.q, *rotation, some.kv, some.strength, dprompt, dstrength,
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
-        some.kv.stride(0), n_prompt, *scales, **_sizes(k, D, H), ROWS=prompt_rows,
+        some.kv.stride(0), n_prompt, *scales, **sizes, **_form(some, prompt_rows),
         ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:
         n_sums = plan.sum_tile.shape[0]
         sums = lse.new_empty(plan.n_slots, G, 2, OWNED_KEYS, D) if n_sums else lse
         _key_gradient_kernel[(plan.n_parts, G)](
-            q, k, v, do, lse, delta, into.k, into.v, sums, *into.rotation, *sight,
+            q, k, v, do, lse, delta, into.k, into.v, sums, *rotation, *sight,
             plan.query_tile, plan.part_tile, plan.part_from, plan.part_slot,
             plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), into.k.stride(0),
             *scales, **_sizes(k, D, H, VISITING_TILE, OWNED_KEYS), num_stages=1,
         )  # fmt: skip
         _sum_key_gradient_kernel[(n_sums, G)](
-            sums, into.k, into.v, *into.rotation, plan.sum_tile, plan.sum_from,
+            sums, into.k, into.v, *rotation, plan.sum_tile, plan.sum_from,
             plan.n_keys, into.k.stride(0), D=D, N=OWNED_KEYS, num_warps=4,
         )  # fmt: skip
     if into_prefix is not None:
@@ -435,4 +487,5 @@ def attend_backward(
             dprompt, dstrength, kv, into_prefix.strength, kv if zeros is None else zeros,
             n_tiles, n_prompt, kv.stride(0), 0 if zeros is None else zeros.stride(0),
             GROUP=H // G, G=G, D=D, ROWS=prompt_rows, BLOCK=block, TILES=32, ZEROS=zeros is not None,
+            BY_TOKEN=some.by_token,
         )  # fmt: skip

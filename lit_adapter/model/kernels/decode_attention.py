@@ -47,6 +47,7 @@ class Parts:
 def attend(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
+    rotation: tuple[Tensor, Tensor],
     position: Tensor,
     prefix: PrefixState | None,
     source: Tensor,
@@ -58,9 +59,10 @@ def attend(
     Args:
         q: rotated queries ``[B, H * D]``; rows may be strided.
         cache: the layer's keys and values ``[B, G, S, D]``.
+        rotation: cosines and sines of every position of the cache, fp32 ``[S, D/2]``.
         position: of the newest key ``[B]``.
         prefix: the layer's, a row for each slot: ``k`` and ``v [B, G, K, D]``, ``strength [B, H, 1, D]`` and
-            ``hidden [B, 1, K, 1]``, contiguous; None if no slot has one.
+            the others as in `PrefixState`, contiguous; None if no slot has one.
         source: the slot whose row of ``prefix`` a slot uses ``[B]``; one row is read for all that are equal.
         parts: room for them; overwritten.
         y: receives the result ``[B, H * D]``.
@@ -69,12 +71,17 @@ def attend(
     H = y.shape[1] // D
     K = prefix.k.shape[2] if prefix else 0
     some = (prefix.k, prefix.v, prefix.strength, prefix.hidden) if prefix else (q, q, parts.y, parts.y)
+    by_token = prefix.by_token if prefix else None
+    unrotated = prefix.unrotated if prefix and isinstance(prefix.unrotated, Tensor) else None
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
     _attention_kernel[B * G, n_programs](
-        q, *cache, position, *some, source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
+        q, *cache, *rotation, position, *some, parts.y if by_token is None else by_token,
+        parts.arrived if unrotated is None else unrotated.view(torch.int8),
+        source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
         GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
         K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
-        WIDTH=power_of_two(H // G * D), EARLY=parts.early,
+        WIDTH=power_of_two(H // G * D), BY_TOKEN=by_token is not None, UNROTATED=unrotated is not None,
+        EARLY=parts.early,
         num_warps=4, num_stages=3 if parts.splits == 1 else 2, launch_pdl=parts.early,
     )  # fmt: skip
 
@@ -127,10 +134,11 @@ def _keep_kernel(
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr, source_ptr, y_ptr,
-    part_ptr, weight_ptr, arrived_ptr, q_stride, S, scale,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,
+    by_token_ptr, unrotated_ptr, source_ptr, y_ptr, part_ptr, weight_ptr, arrived_ptr, q_stride, S, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns the query heads of one slot and group, and one of SPLITS shares of its keys."""
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -156,9 +164,16 @@ def _attention_kernel(
             row = tl.load(source_ptr + slot)
             strength = tl.load(strength_ptr + row * G * GROUP * D + channel, mask=real[:, None], other=0.0)
             place = (row * G + group).to(tl.int64) * K * D
+            prefix_q = q
+            if UNROTATED:
+                angle = (length - 1) * (D // 2)
+                back = tl.load(unrotated_ptr + row) != 0
+                prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, HEADS)
+            factor_ptr = by_token_ptr + (row * G * GROUP + group * GROUP + head) * K
             y += strength * _attend_prompt(
-                q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, scale, D, K, K_PADDED
-            )
+                prefix_q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, factor_ptr, real, scale,
+                D, K, K_PADDED, BY_TOKEN,
+            )  # fmt: skip
     if SPLITS == 1:
         tl.store(y_ptr + slot * G * GROUP * D + channel, y, mask=real[:, None])
     else:
@@ -196,10 +211,26 @@ def _attend_keys(q, k_ptr, v_ptr, begin, end, scale, D: tl.constexpr, KEYS: tl.c
 
 
 @triton.jit
+def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, HEADS: tl.constexpr):
+    """Return ``q [HEADS, D]``, if ``back``, as it was before its rotation."""
+    HALF: tl.constexpr = D // 2
+    channel = tl.arange(0, HALF)[None, :]
+    cos = tl.where(back, tl.load(cos_ptr + channel), 1.0)
+    sin = tl.where(back, tl.load(sin_ptr + channel), 0.0)
+    a, b = tl.split(tl.permute(tl.reshape(q.to(tl.float32), (HEADS, 2, HALF)), (0, 2, 1)))
+    turned = tl.join(a * cos + b * sin, b * cos - a * sin)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (HEADS, D)).to(q.dtype)
+
+
+@triton.jit
 def _attend_prompt(
-    q, pk_ptr, pv_ptr, hidden_ptr, scale, D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr
-):
-    """Return the attention of ``q [HEADS, D]`` over the keys of a prompt that are not hidden, of K."""
+    q, pk_ptr, pv_ptr, hidden_ptr, by_token_ptr, real, scale,
+    D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Return the attention of ``q [HEADS, D]`` over the keys of a prompt that are not hidden, of K.
+
+    If BY_TOKEN, the weights of the ``real`` heads are multiplied by a factor for each key.
+    """
     key = tl.arange(0, K_PADDED)
     place = key[:, None] * D + tl.arange(0, D)[None, :]
     pk = tl.load(pk_ptr + place, mask=(key < K)[:, None], other=0.0)
@@ -207,7 +238,11 @@ def _attend_prompt(
     hidden = tl.load(hidden_ptr + key, mask=key < K, other=float("-inf"))
     score = tl.dot(q, tl.trans(pk)) * scale + hidden[None, :]
     p = tl.exp(score - tl.max(score, 1)[:, None])
-    return tl.dot((p / tl.sum(p, 1)[:, None]).to(pv.dtype), pv)
+    p /= tl.sum(p, 1)[:, None]
+    if BY_TOKEN:
+        own = real[:, None] & (key < K)[None, :]
+        p *= tl.load(by_token_ptr[:, None] + key[None, :], mask=own, other=0.0)
+    return tl.dot(p.to(pv.dtype), pv)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ class Products:
 
         Args:
             x: hidden states ``[B, C]``.
-            norm: the norm's weight ``[C]``.
+            norm: the norm's weight ``[C]``; a trained one is in fp32.
             eps: the norm's.
             weights: of queries ``[H * D, C]``, keys and values ``[G * D, C]``.
             rotation: cosines and sines of every position of the cache, fp32 ``[S, D/2]``.
@@ -183,7 +183,7 @@ def _norm_kernel(x_ptr, norm_ptr, out_ptr, eps, C: tl.constexpr, BLOCK: tl.const
     at = tl.program_id(0) * C + column
     x = tl.load(x_ptr + at, mask=column < C, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps)
-    tl.store(out_ptr + at, y.to(weight.dtype) * weight, mask=column < C)
+    tl.store(out_ptr + at, y.to(x_ptr.dtype.element_ty) * weight, mask=column < C)
 
 
 @triton.jit

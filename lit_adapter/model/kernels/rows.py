@@ -16,6 +16,9 @@ from lit_adapter.model.matrices import Operand, Quantised
 ELEMENTS = 1024
 """Channels of SwiGLU that one program handles, unless the result needs one scale for a whole row."""
 
+SUMMED_TOKENS = 8
+"""Tokens over which one program sums the gradient of a trained norm."""
+
 
 @triton.jit
 def _scale_of(y):
@@ -56,7 +59,7 @@ def _norm_kernel(
             x = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
         weight = tl.load(weight_at + c, mask=c < C, other=0.0)
-        y = (x * rstd).to(weight.dtype) * weight
+        y = (x * rstd).to(x_at.dtype.element_ty) * weight
         _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
         tl.store(rstd_at + t, rstd)
     else:
@@ -65,16 +68,16 @@ def _norm_kernel(
 
 
 @triton.jit
-def _norm_gradient_kernel(
-    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, C,
+def _norm_gradient(
+    dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C,
     QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    """Write the gradient of token ``t``, and return its part of the weight's, fp32 ``[BLOCK]``."""
     c = tl.arange(0, BLOCK)
     at = t * C + c
     x = tl.load(x_at + at, mask=c < C, other=0.0).to(tl.float32)
     dy = tl.load(dy_at + at, mask=c < C, other=0.0).to(tl.float32)
-    weighted = dy * tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
+    weighted = dy * weight
     rstd = tl.load(rstd_at + t)
     along = tl.sum(weighted * x) * rstd * rstd / C
     dx = (weighted - x * along) * rstd
@@ -82,6 +85,37 @@ def _norm_gradient_kernel(
     tl.store(dx_at + at, dx.to(dx_at.dtype.element_ty), mask=c < C)
     if QUANTISE:
         _store(out_at, scale_at, dx, t, at, c < C, True)
+    return dy * (x * rstd).to(x_at.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _norm_gradient_kernel(
+    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, C,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK)
+    weight = tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
+    t = tl.program_id(0).to(tl.int64)
+    _norm_gradient(
+        dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _trained_norm_gradient_kernel(
+    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, sums_at, T, C,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A program owns TOKENS tokens, over which it sums the gradient of the weight."""
+    program = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    weight = tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t in range(program * TOKENS, tl.minimum(program * TOKENS + TOKENS, T)):
+        total += _norm_gradient(
+            dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
+        )  # fmt: skip
+    tl.store(sums_at + program * C + c, total, mask=c < C)
 
 
 @triton.jit
@@ -190,19 +224,34 @@ def add_and_norm(
 
 def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, beside: Tensor, *, quantised: bool = False
-) -> tuple[Tensor, Operand]:
-    """Return the gradient of a norm's input ``x [T, C]``, and the same as an operand (fp8 if ``quantised``).
+) -> tuple[Tensor, Operand, Tensor | None]:
+    """Return the gradients of a norm.
 
-    It is the sum of what the norm passes on of ``dy [T, C]``, the gradient of its output, and of
-    ``beside [T, C]``, the gradient that reaches ``x`` through the residual. ``rstd [T]`` is from `norm`.
+    Args:
+        dy: gradient of its output ``[T, C]``.
+        x: its input ``[T, C]``.
+        weight: its weight ``[C]``.
+        rstd: from `norm`, ``[T]``.
+        beside: the gradient that reaches ``x`` through the residual ``[T, C]``.
+        quantised: whether the next product takes fp8.
+
+    Returns:
+        The gradient of ``x``; the same as an operand; and the gradient of ``weight``, fp32, if it is trained.
     """
     T, C = x.shape
     dx = torch.empty_like(x)
     room, data, scale = _room(T, C, x, True) if quantised else (dx, dx, dx)
-    _norm_gradient_kernel[(T,)](
-        dy, x, weight, rstd, beside, dx, data, scale, C, QUANTISE=quantised, **whole_row(C)
+    given = (dy, x, weight, rstd, beside, dx, data, scale)
+    if not weight.requires_grad:
+        _norm_gradient_kernel[(T,)](*given, C, QUANTISE=quantised, **whole_row(C))
+        return dx, room, None
+    sums = torch.empty(ceil_div(T, SUMMED_TOKENS), C, dtype=torch.float32, device=x.device)
+    sizes = whole_row(C)
+    sizes["num_warps"] = min(16, 2 * sizes["num_warps"])  # its sum takes as many registers as a token
+    _trained_norm_gradient_kernel[(len(sums),)](
+        *given, sums, T, C, QUANTISE=quantised, TOKENS=SUMMED_TOKENS, **sizes
     )
-    return dx, room
+    return dx, room, sums.sum(0)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:

@@ -157,9 +157,12 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
     if layers:
         form = GATE_FORMS[config.gate].description
         found += f" ({layers[0]} to {layers[-1]}), K {config.prompt_length}, gates {form}"
+        found += f", {config.prefix_query} queries" if config.prefix_query != "rotated" else ""
     if "linears" in config.parts:
         with_output = "with" if config.head else "without"
         found += f"; norms, biases and scales of all layers, {with_output} the output layer"
+    elif "norms" in config.parts:
+        found += "; norms of all layers"
     if "lora" in config.parts:
         lora = config.lora
         found += f"; LoRA of rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.on)}"

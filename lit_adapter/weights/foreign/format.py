@@ -73,12 +73,17 @@ class Format(ABC):
             UserError: tensors that are missing, unknown or of other sizes than the base's.
         """
 
-    def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:  # noqa: B027
+    def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse an adapter that the format cannot express, or a base that the code base has no model for.
 
         Raises:
             UserError: says what the code base lacks.
         """
+        if config.prompt_length and config.prefix_query == "unrotated":
+            raise UserError(
+                f"{self.name} attends to prompts by rotated queries alone, so it cannot hold an adapter of "
+                "adapter.prefix_query unrotated; train one with prefix_query rotated"
+            )
 
     def write(self, adapter: PlainAdapter, model: LlamaConfig) -> State:
         """Return the format's tensors of an adapter whose gates have the form `gate`."""

@@ -128,13 +128,22 @@ class _Lit(Format):
         for layer in adapter.config.adapted_layers(model.n_layer):
             found[PROMPT.format(layer)] = adapter.state[f"{prefix_name(layer)}.prompt"]
             found[GATE.format(layer)] = adapter.state[f"{prefix_name(layer)}.gate"].view(self.gate_shape)
-        if "linears" in adapter.config.parts:
-            zeros = torch.zeros(model.vocab_size)
-            state = {"lm_head.adapter_bias": zeros, "lm_head.adapter_scale": zeros + 1} | adapter.state
+        if "norms" in adapter.config.parts:
+            shapes = adapter_shapes(AdapterConfig(version="v2", prompt_length=0, head=True), model)
+            untrained = {
+                name: torch.full(shape, float(not name.endswith("bias"))) for name, shape in shapes.items()
+            }
+            state = untrained | adapter.state
             for theirs, names in self._v2_names(model.n_layer).items():
                 rows = [self._reordered(name, state[name], model, undo=True) for name in names]
                 found[theirs] = torch.cat(rows)
         return {name: tensor.contiguous() for name, tensor in found.items()}
+
+    def remarks(self, config: AdapterConfig) -> list[str]:
+        """Say what is added to norms."""
+        if "norms" not in config.parts or "linears" in config.parts:
+            return []
+        return ["added     biases of 0 and scales of 1: the format has norms in V2 alone"]
 
     def save(self, out: Path, tensors: dict[str, Any], info: AdapterInfo) -> None:
         super().save(out, {"model": tensors} if self.wraps else tensors, info)
@@ -165,7 +174,7 @@ class LitLlama(_Lit):
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Say what was reordered."""
         if "linears" not in config.parts:
-            return []
+            return super().remarks(config)
         return ["reordered query and key rows of biases and scales, between Meta's and Hugging Face's order"]
 
 
@@ -197,8 +206,9 @@ class LitGPT(_Lit):
     def remarks(self, config: AdapterConfig) -> list[str]:
         """Say where recent versions compute something else."""
         if not config.prompt_length:
-            return []
+            return super().remarks(config)
         return [
+            *super().remarks(config),
             "note      litgpt 0.5.5 and later project the prefix through wrong rows of the joint query, key "
-            "and value layer: where gates are open, its logits differ from this formula, lit-llama's"
+            "and value layer: where gates are open, its logits differ from this formula, lit-llama's",
         ]

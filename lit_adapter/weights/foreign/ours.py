@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.model.config import GateName, LlamaConfig
+from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
 from lit_adapter.weights.adapter_file import AdapterInfo, save_adapter
 from lit_adapter.weights.foreign.format import Format, Opened
 from lit_adapter.weights.plain import PlainAdapter, State
@@ -25,6 +25,9 @@ class Ours(Format):
         """Return what opening the file has read already."""
         assert opened.info is not None
         return PlainAdapter(opened.info.adapter, opened.tensors)
+
+    def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
+        """Refuse nothing."""
 
     def write(self, adapter: PlainAdapter, model: LlamaConfig) -> State:
         """Return the tensors as they are."""

@@ -58,10 +58,12 @@ class Peft(Format):
         return PlainAdapter(AdapterConfig(**sizes), state)
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
-        """Refuse a V2 adapter, and a base with biases in attention."""
-        if "linears" in config.parts:
+        """Refuse trained norms, biases and scales, and a base with biases in attention."""
+        super().check_writable(config, model)
+        if "norms" in config.parts:
+            what = "a V2 adapter" if "linears" in config.parts else "an adapter with norms"
             raise UserError(
-                "PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold a V2 adapter; "
+                f"PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold {what}; "
                 "use --to litgpt, or scripts/merge.py if the adapter has no prompts"
             )
         if "lora" in config.parts:
