@@ -227,7 +227,7 @@ def test_cached_decoding_equals_full_passes() -> None:
     [
         (
             {"prompt_length": 0},
-            r"length is 0; expected 1 or more \(0 is for adapter\.version v2 or adapter\.norms true\)",
+            r"length is 0; expected 1 or more \(0 is for adapter\.version v2, norms or lora\)",
         ),
         ({"head": True}, r"adapter\.head is true; it needs adapter\.version v2"),
         (

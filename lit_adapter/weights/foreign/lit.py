@@ -112,7 +112,8 @@ class _Lit(Format):
         return names | {f"lm_head.adapter_{kind}": [f"lm_head.adapter_{kind}"] for kind in KINDS}
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
-        """Refuse LoRA."""
+        """Refuse LoRA, and queries before rotation."""
+        super().check_writable(config, model)
         if "lora" in config.parts:
             raise UserError(
                 f"{self.name}'s adapters have no LoRA, so they cannot hold this one; "
