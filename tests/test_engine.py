@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., A
         found = mixed.step([7] * 3, [len(PROMPTS[n]) for n in (0, 1, 5)])
         wanted = torch.cat([singles[n].step([7], [len(PROMPTS[n])]) for n in (0, 1, 5)])
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_adapters_with_norms_answer_beside_others() -> None:
+    """Each in a lane of its own; those that are prefixes alone share the base's."""
+    base = base_of()
+    forms = [replace(KINDS[5] or V2, norms=True), AdapterConfig(norms=True, prompt_length=0), V2]
+    adapters = eight(base)[:5] + [adapter_of(base, form, n) for n, form in enumerate(forms)]
+    assert len({adapter.model for adapter in adapters}) == 4
+    wanted = [alone(number, adapters) for number in range(8)]
+    assert together(adapters) == wanted
+    assert alone(6, eight(base)) != wanted[6] or alone(5, eight(base)) != wanted[5]
 
 
 @pytest.mark.slow

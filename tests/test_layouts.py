@@ -29,6 +29,7 @@ from lit_adapter.weights.adapter_file import read_adapter
 TESTS = Path(__file__).parent
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
 HEADS = ("--trainer.tensor_parallel", "2")
+FORM = ("--adapter.gate", "token", "--adapter.prefix_query", "unrotated", "--adapter.norms", "true")
 SECONDS = 600
 """What a run may take: seconds on a free machine, minutes on one that others use."""
 
@@ -71,11 +72,11 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        (("ddp",), ()),
+        (("ddp",), ("--adapter.norms", "true")),
         (("fsdp2",), ("--adapter.version", "v2", "--trainer.recompute", "true")),
         (("fsdp2",), ("--adapter.lora.rank", "2", "--optim.eps", "1e-3")),
         (("fsdp2",), ("--adapter.layers", "2")),
-        (("fsdp2", *HEADS), ("--adapter.gate", "layer", "--trainer.recompute", "true")),
+        (("fsdp2", *HEADS), (*FORM, "--trainer.recompute", "true")),
     ],
     ids=["ddp", "fsdp2", "lora", "few layers", "heads"],
 )

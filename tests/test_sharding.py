@@ -56,7 +56,11 @@ def test_a_sharded_base_computes_what_the_whole_one_does(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("n", "adapter", "sizes"),
     [
-        (2, {"gate": "layer"}, {**WIDE, "attention_bias": True, "mlp_bias": True}),
+        (
+            2,
+            {"gate": "token", "prefix_query": "unrotated", "norms": True},
+            {**WIDE, "attention_bias": True, "mlp_bias": True},
+        ),
         pytest.param(
             *(4, {"gate": "channel", "version": "v2"}, {"tie_word_embeddings": True, "mlp_bias": True}),
             marks=pytest.mark.slow,
