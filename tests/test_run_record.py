@@ -110,7 +110,9 @@ def test_the_last_lines_say_which_file_to_use(
         statuses[name] = record(config)["status"]
     assert statuses == {"one": "finished", "two": "finished", "diverged": "diverged"}
     assert len(ends["one"]) == 1
-    assert ends["one"][0].endswith("; held-out loss 0.5000, the lowest of the run")
+    assert ends["one"][0].endswith(
+        "; held-out loss 0.5000, the lowest of the run: best.safetensors is the same"
+    )
     assert ends["two"][0].endswith("in all; held-out loss 2.5000")
     best = "use best.safetensors (step 1, held-out loss 1.0000, the lowest) for free text; "
     assert ends["two"][1].startswith(
