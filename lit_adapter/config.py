@@ -99,7 +99,8 @@ class OptimConfig:
     max_steps: int | None = None
     """End the run after this many optimizer steps, whatever epochs says."""
     lr: float | None = None
-    """Peak learning rate. Without lr and base_lr it is 2e-2, or 1e-2 for adapter.version v2."""
+    """Peak learning rate. Without lr and base_lr it is 2e-2, or 1e-2 in steps of fewer than 16 records and
+    for adapter.version v2."""
     base_lr: float | None = None
     """Peak learning rate in the paper's form: lr = base_lr * batch_size / 256."""
     lr_scale_lora: float = 0.3

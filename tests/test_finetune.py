@@ -279,19 +279,19 @@ def test_an_older_checkpoint_begins_a_branch_of_its_own(tiny: Callable[..., Conf
 
 
 def test_the_rate_is_said_whichever_setting_it_comes_from(tiny: Callable[..., Config]) -> None:
-    """0.02 is the default too, and base_lr 0.32 with 8 records a step is 0.01."""
+    """0.01 is the default of small steps, and base_lr 0.64 with 8 records a step is 0.02."""
     options = ["--optim.lr", "null", "--trainer.val_every", "5"]
     said, first = [], Stopper()
     finetune(tiny(*options, "--optim.max_steps", "1"), say=first)
     assert not any("1 steps" in line for line in first.lines)
-    assert any(line.startswith("run: 1 step of 8 records, epochs 0.2; lr 0.02") for line in first.lines)
-    for steps, name, rate in (("2", "lr", "0.02"), ("3", "base_lr", "0.32")):
+    assert any(line.startswith("run: 1 step of 8 records, epochs 0.2; lr 0.01") for line in first.lines)
+    for steps, name, rate in (("2", "lr", "0.01"), ("3", "base_lr", "0.64")):
         lines = Stopper()
         more = ["--optim.max_steps", steps, f"--optim.{name}", rate]
         finetune(tiny(*options, *more), resume="last", say=lines)
         said.append([line for line in lines.lines if "changed" in line])
     steps = "resuming with optim.max_steps changed from"
-    lr = "resuming with optim.lr changed from 0.02 to 0.01"
+    lr = "resuming with optim.lr changed from 0.01 to 0.02"
     assert said == [[f"{steps} 1 to 2"], [lr, f"{steps} 2 to 3"]]
 
 

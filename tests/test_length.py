@@ -81,6 +81,26 @@ def test_too_few_steps_are_said_with_what_makes_them_enough(
     assert re.search(advice, text or "") if advice else text is None, text
 
 
+@pytest.mark.parametrize(
+    ("optim", "saved", "lr"),
+    [
+        ({"batch_size": 8}, None, 0.01),
+        ({"batch_size": 16}, None, 0.02),
+        ({"batch_size": 8, "lr": 0.02}, None, 0.02),
+        ({"batch_size": 8, "base_lr": 0.64}, None, 0.02),
+        ({}, None, 0.01),  # steps of 4
+        ({"batch_size": 8}, {"optim.lr": None}, 0.02),  # a run of an earlier version goes on
+        ({"batch_size": 8}, {"optim.lr": 0.01}, 0.01),
+    ],
+)
+def test_small_steps_take_half_the_default_rate(
+    optim: dict[str, Any], saved: dict[str, Any] | None, lr: float
+) -> None:
+    earlier = RunIdentity({}, saved or {}, 0)
+    config, _ = with_length(Config(optim=OptimConfig(**optim)), 225, earlier)
+    assert config.optim.peak_lr == lr
+
+
 def test_the_plan_says_what_it_chose_and_the_run_keeps_it(tiny: Callable[..., Config]) -> None:
     """In its configuration, its adapter file and a resume that leaves them open again."""
     config, lines, resumed = tiny(*UNSET), Stopper("step 2/"), Stopper()

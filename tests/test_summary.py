@@ -85,8 +85,8 @@ def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path,
     share, shared = computed / sum(batch.n_tokens for batch in batches), head * len(length) / length.sum()
     [line] = [line for line in describe(data, color=False) if "packed" in line]
     assert line.strip() == (
-        f"packed without padding: {share:.0%} of a step's tokens are computed; "
-        f"{shared:.0%} are the preamble, computed once per row"
+        f"packed without padding; the preamble, {shared:.0%} of the tokens, is computed once per row: "
+        f"{share:.0%} of a step's tokens are computed"
     )
 
 

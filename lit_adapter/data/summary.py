@@ -53,9 +53,11 @@ def _packed(data: AlpacaDataModule) -> str:
     shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
     given = sum(int(length[records].sum()) for records in shown)
     computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
-    text = f"packed without padding: {computed / given:.0%} of a step's tokens are computed"
-    shared = packer.n_preamble.sum() / length.sum()
-    return text + (f"; {shared:.0%} are the preamble, computed once per row" if shared else "")
+    share, shared = f"{computed / given:.0%}", packer.n_preamble.sum() / length.sum()
+    if not shared:
+        return f"packed without padding: {share} of a step's tokens are computed"
+    preamble = f"the preamble, {shared:.0%} of the tokens, is computed once per row"
+    return f"packed without padding; {preamble}: {share} of a step's tokens are computed"
 
 
 def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:

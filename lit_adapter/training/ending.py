@@ -41,7 +41,7 @@ def _loss(module: LitAdapter, folder: RunFolder, steps: int) -> str:
     """Return the held-out loss as the end of a sentence, if there are held-out records."""
     if math.isnan(module.val_loss):
         return ""
-    lowest = ", the lowest of the run" if folder.lowest()[0] == steps else ""
+    lowest = f", the lowest of the run: {folder.best.name} is the same" if folder.lowest()[0] == steps else ""
     return f"; held-out loss {module.val_loss:.4f}{lowest}"
 
 
@@ -53,8 +53,15 @@ def _advice(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int
     if divergence is not None:
         is_better = 0 < step < steps and record.held_out and loss < record.held_out[0][1]
         yield f"warning: the run diverged: {divergence}" + (f"; {best} is better" if is_better else "")
-    elif 0 < step < steps:
+        return
+    rose = record.worst_after_start()
+    if rose is not None:
         yield (
-            f"use {best} for free text; for labels and other short answers {folder.adapter.name} is as good "
-            "as a rule: compare both on held-out records"
+            f"warning: the held-out loss rose above its start, to {rose[1]:.4f} at step {rose[0]}: a lower "
+            "optim.lr or another seed may do better"
+        )
+    if 0 < step < steps and f"{loss:.2f}" != f"{module.val_loss:.2f}":
+        yield (
+            f"use {best} for free text; for labels and other short answers {folder.adapter.name} is usually "
+            "as good: compare both on held-out records"
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lit_adapter.config import Config
+from lit_adapter.config import Config, OptimConfig
 from lit_adapter.errors import counted
 from lit_adapter.training.run_identity import RunIdentity
 
 ENOUGH_STEPS = 100
 """Optimizer steps that a run of chosen length has at least, if its records suffice."""
 BATCH_SIZES = (64, 32, 16, 8, 4)
+SMALL_STEPS = 16
+"""Records of a step below which the default learning rate is halved (docs/learning.md)."""
 LEAST_EPOCHS, MOST_EPOCHS = 3, 8
 """Bounds of the chosen epochs."""
 FEW_STEPS = 50
@@ -60,11 +62,19 @@ def with_length(
         if optim.max_steps is None:
             epochs = epochs or chosen_epochs(n_records, batch_size)
             chosen.append("epochs")
-    config = replace(config, optim=replace(optim, batch_size=batch_size, epochs=epochs))
+    lr = _rate(optim, batch_size, saved)
+    config = replace(config, optim=replace(optim, batch_size=batch_size, epochs=epochs, lr=lr))
     if not chosen:
         return config, ""
     why = "as in the resumed run" if saved.identity else f"chosen for {counted(n_records, 'record')}"
     return config, f"{' and '.join(chosen)} {why}"
+
+
+def _rate(optim: OptimConfig, batch_size: int, saved: RunIdentity) -> float | None:
+    """Return the learning rate: half the default for small steps, unless a resumed run began without that."""
+    is_given = optim.lr is not None or optim.base_lr is not None
+    began_without = bool(saved.changeable) and saved.changeable.get("optim.lr") is None
+    return optim.lr if is_given or batch_size >= SMALL_STEPS or began_without else optim.peak_lr / 2
 
 
 def with_val_every(config: Config, steps: int, saved: RunIdentity) -> Config:

@@ -95,6 +95,13 @@ class RunRecord(Callback):
         """Return what is wrong with a run that ends worse than it began; None if nothing is."""
         return self.notices.divergence(module.val_loss, module.skipped_steps, self.data.finished_steps)
 
+    def worst_after_start(self) -> list[float] | None:
+        """Return step and value of the highest held-out loss, if it is above that of the start."""
+        if len(self.held_out) < 2:
+            return None
+        worst = max(self.held_out[1:], key=lambda point: point[1])
+        return worst if worst[1] > self.held_out[0][1] else None
+
     def _write(self, trainer: Any, module: LitAdapter, status: str) -> None:
         if trainer.is_global_zero and self.folder.is_there():
             write_json(self.folder.record, {"format": FORMAT, "status": status} | self.contents(module))
