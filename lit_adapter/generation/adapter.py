@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], so
     memo = {id(tensor): tensor for tensor in tensors}
     own = [base.decode_weights, *(block.fused_weights for block in base.layers)]
     model: Llama = copy.deepcopy(base, memo | {id(weights): None for weights in own if weights is not None})
-    attach(model, replace(config, dropout=0.0))
+    attach(model, config.without_dropout())
     load_adapter_state(model, dict(state), source=source)
     return model.requires_grad_(False)
 

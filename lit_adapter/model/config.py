@@ -369,6 +369,10 @@ class AdapterConfig:
         trained = {"prefix": True, "norms": v2 or self.norms, "linears": v2, "lora": self.lora.rank > 0}
         return tuple(name for name, is_trained in trained.items() if is_trained)
 
+    def without_dropout(self) -> AdapterConfig:
+        """Return the same form for use after training."""
+        return replace(self, dropout=0.0, lora=replace(self.lora, dropout=0.0))
+
     def adapted_layers(self, n_layer: int) -> range:
         """Return the indices of the layers of a model of ``n_layer`` layers that carry a prefix.
 

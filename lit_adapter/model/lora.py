@@ -26,6 +26,9 @@ from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.matrices import Float8Matrix, float8_linear
 from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 
+ROWS = 8
+"""The rows of a group's joined A are a multiple of this."""
+
 
 class LoraLinear(TrainedModule):
     """A frozen linear layer with a low-rank update.
@@ -184,6 +187,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
+def joined_numbers(model: LlamaConfig, lora: LoraConfig) -> int:
+    """Return how many numbers the joined updates of all blocks have."""
+    layout, total = block_layout(model), 0
+    for names in layout.groups.values():
+        chosen = [name for name in names if name.rpartition(".")[2] in lora.layers]
+        n_out = sum(layout[name].n_out for name in names)
+        total += _n_rows(len(chosen), lora.rank) * (layout[names[0]].n_in + n_out)
+    return model.n_layer * total
+
+
+def _n_rows(n_layers: int, rank: int) -> int:
+    return -(-n_layers * rank // ROWS) * ROWS
+
+
 @torch.no_grad()
 def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]]:
     """Return the updates of each block by the group of `layout`, as the trained tensors are now.
@@ -199,7 +216,7 @@ def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]
             continue
         first = modules[chosen[0]][0]
         rank, n_in = first.lora_a.shape
-        n_rows, n_out = -(-len(chosen) * rank // 8) * 8, sum(layout[name].n_out for name in names)
+        n_rows, n_out = _n_rows(len(chosen), rank), sum(layout[name].n_out for name in names)
         a = first.lora_a.new_zeros(len(model.layers), n_rows, n_in, dtype=dtype)
         b = a.new_zeros(len(model.layers), n_out, n_rows)
         places, start = {}, 0

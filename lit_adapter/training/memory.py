@@ -39,6 +39,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.executors import Setting, choose_for_training
 from lit_adapter.model.layout import base_shapes, n_block_parameters
 from lit_adapter.model.llama import empty_llama
+from lit_adapter.model.lora import joined_numbers
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import kept_per_token
 from lit_adapter.model.torch_internals import flash_attention_on_cpu
@@ -222,7 +223,8 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
     tokens, targets = len(row.ids), len(row.target_index)
     logits = min(targets, max(1, CHUNK_LOGITS // model.vocab_size)) * model.vocab_size
     if fused:
-        return s * max(logits, tokens * (3 * model.n_hidden + 5 * model.n_embd))
+        joined = joined_numbers(model, adapter.lora)
+        return s * (joined + max(logits, tokens * (3 * model.n_hidden + 5 * model.n_embd)))
     view, _ = _plan(row, model.head_dim)
     sights = [group.sight for group in (*view.all_queries, *view.target_queries)]
     pairs = max((x.numel() for x in sights if x[0].numel() <= MOST_SCORED), default=0)

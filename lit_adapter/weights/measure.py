@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
 def _load(base: Path, adapter: PlainAdapter | None) -> Llama:
     model = load_base(base, device="cpu", dtype=torch.float32).eval()
     if adapter is not None:
-        attach(model, replace(adapter.config, dropout=0.0))
+        attach(model, adapter.config.without_dropout())
         load_adapter_state(model, adapter.state)
     return model
 
