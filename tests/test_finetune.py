@@ -7,6 +7,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,6 +21,7 @@ from lit_adapter import device
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
@@ -357,6 +359,8 @@ def another(hint: Any, default: Any) -> Any:
         return next(kind for kind in kinds if kind != default)
     if hint == tuple[float, float]:
         return (0.5, 0.6)
+    if hint == tuple[str, ...]:
+        return ("v_proj", "mlp")
     if bool in kinds:
         return not default
     if int in kinds:
@@ -367,7 +371,12 @@ def another(hint: Any, default: Any) -> Any:
 @pytest.mark.parametrize(
     "apart",  # what cannot be given with the rest
     [
-        ("optim.lr", "optim.lr_scale_norms"),
+        (
+            "optim.lr",
+            "optim.lr_scale_norms",
+            "optim.lr_scale_lora",
+            *(f"adapter.lora.{f.name}" for f in fields(LoraConfig)),
+        ),
         ("optim.base_lr", "optim.lr_scale_v2", "adapter.version", "adapter.head"),
     ],
     ids=["v2", "norms"],
