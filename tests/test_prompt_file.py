@@ -313,9 +313,11 @@ def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         (b"\xef\xbb\xbfone\r\n\n  \n two {\n", [1, 4]),
         (b'\n{"instruction": "one"}\n{"instruction": " two {"}', [2, 3]),
         (b'[{"instruction": "one"},\n{"instruction": " two {"}]', [1, 2]),
+        (b'instruction\none\n" two {"\n', [2, 3]),
+        (b'id;"instruction"\r\n7;one\r\n8; two {\r\n', [2, 3]),
     ],
 )
-def test_standard_input_is_text_json_lines_or_an_array(
+def test_standard_input_is_text_json_lines_an_array_or_csv(
     content: bytes, lines: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     standard_input(monkeypatch, content)
@@ -339,6 +341,8 @@ def test_a_text_file_has_an_instruction_on_each_line(tmp_path: Path) -> None:
         (b" \n", "standard input is empty; expected prompts"),
         (b'{"instruction": "a"}\n{"instruction"', r"standard input:2:\d+: not valid JSON"),
         (b"a\nb\xff", r"standard input:2: not UTF-8: byte 0xff"),
+        (b"text,label\na,b\n", r"standard input:1: 'text,label' looks like .* a CSV .*--columns.instruction"),
+        (b"instruction,label\na,b,c\n", r"standard input:2: 3 fields, but the header names 2 columns"),
     ],
 )
 def test_broken_standard_input_names_its_line(
@@ -347,6 +351,20 @@ def test_broken_standard_input_names_its_line(
     standard_input(monkeypatch, content)
     with pytest.raises(UserError, match=message):
         read_prompts(STANDARD_INPUT)
+
+
+def test_plain_text_has_no_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Say it, twice.\n")
+    for columns, field in ((Columns("question"), "instruction"), (Columns(input="context"), "input")):
+        message = rf"was read as plain text, .*; leave out --columns\.{field}, or give CSV"
+        standard_input(monkeypatch, path.read_bytes())
+        with pytest.raises(UserError, match=f"^standard input {message}"):
+            read_prompts(STANDARD_INPUT, columns)
+        with pytest.raises(UserError, match=rf"prompts\.txt {message}"):
+            read_prompts(path, columns)
+    (prompt,) = read_prompts(path, Columns(output="answer"), ("answer",))
+    assert prompt.instruction == "Say it, twice."
 
 
 def test_standard_input_is_answered_and_goes_on(

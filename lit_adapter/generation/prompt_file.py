@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import Row, rows_of, rows_of_input
+from lit_adapter.data.formats import Row, check_no_columns, rows_of, rows_of_input
 from lit_adapter.data.records import DEFAULT_COLUMNS, tasks_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
@@ -62,7 +62,12 @@ def read_prompts(
         UserError: the file is unreadable or malformed, or a record is not a task; names file and line.
     """
     name = "standard input" if path == STANDARD_INPUT else str(path)
-    rows = _standard_input() if path == STANDARD_INPUT else rows_of(path, name, plain_text=True)
+    if path == STANDARD_INPUT:
+        rows = _standard_input(columns)
+    else:
+        rows = rows_of(path, name, plain_text=True)
+        if path.suffix.lower() == ".txt":
+            check_no_columns(columns, name)
     used = (columns.instruction, columns.input, *answer_columns)
     prompts = []
     for line, values, instruction, input in tasks_of(rows, columns, name):
@@ -74,11 +79,11 @@ def read_prompts(
     return prompts
 
 
-def _standard_input() -> Iterator[Row]:
+def _standard_input(columns: Columns) -> Iterator[Row]:
     content = b"" if sys.stdin is None else sys.stdin.buffer.read()
     if not content.strip():
-        raise UserError("standard input is empty; expected prompts: plain text, JSON Lines or a JSON array")
-    return rows_of_input(content)
+        raise UserError("standard input is empty; expected prompts: plain text, CSV, JSON Lines or a JSON array")
+    return rows_of_input(content, columns)
 
 
 def _plain(values: Mapping[str, Any]) -> Any:
