@@ -357,7 +357,7 @@ def test_plain_text_has_no_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "prompts.txt"
     path.write_text("Say it, twice.\n")
     for columns, field in ((Columns("question"), "instruction"), (Columns(input="context"), "input")):
-        message = rf"was read as plain text, .*; leave out --columns\.{field}, or give CSV"
+        message = rf"was read as plain text, .*; leave out --columns\.{field}, or give JSON Lines"
         standard_input(monkeypatch, path.read_bytes())
         with pytest.raises(UserError, match=f"^standard input {message}"):
             read_prompts(STANDARD_INPUT, columns)

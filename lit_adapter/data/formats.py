@@ -160,8 +160,8 @@ def check_no_columns(columns: Columns, name: str) -> None:
         if given != default:
             raise UserError(
                 f"{name} was read as plain text, an instruction on each line, which has no column "
-                f"{shorten(given)}; leave out --columns.{field}, or give CSV with a first line that names the "
-                "columns, JSON Lines or a JSON array"
+                f"{shorten(given)}; leave out --columns.{field}, or give JSON Lines, a JSON array, or CSV "
+                "whose first line names the columns"
             )
 
 

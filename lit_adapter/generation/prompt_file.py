@@ -82,7 +82,9 @@ def read_prompts(
 def _standard_input(columns: Columns) -> Iterator[Row]:
     content = b"" if sys.stdin is None else sys.stdin.buffer.read()
     if not content.strip():
-        raise UserError("standard input is empty; expected prompts: plain text, CSV, JSON Lines or a JSON array")
+        raise UserError(
+            "standard input is empty; expected prompts: plain text, CSV, JSON Lines or a JSON array"
+        )
     return rows_of_input(content, columns)
 
 
