@@ -51,7 +51,12 @@ LOADS = [
     ({"base": "b", "template": True}, TypeError, r"^template is True; expected text \(str\)"),
     ({}, ValueError, r"^give an adapter, a base, or both"),
     ({"adapter": "gone.safetensors"}, ValueError, r"^gone.safetensors: no such adapter file"),
-    ({"base": "gone"}, ValueError, r"^gone: no fingerprint.json"),
+    ({"adapter": "."}, ValueError, r"^\.: is a folder; name the adapter's file$"),
+    (
+        {"base": "gone"},
+        ValueError,
+        r"^gone: no converted base there; python scripts/download.py smollm2-135m",
+    ),
 ]
 
 

@@ -115,7 +115,7 @@ def _check(options: Any) -> None:
         (options.prompts is not None, "--prompts", ("prompt", "input", "compare")),
         (options.prompts is None, "without --prompts", ("output", "batch_size", "overwrite")),
         (options.adapter is None, "without --adapter", ("no_adapter", "compare")),
-        (options.adapter is not None, "--adapter, which brings its template", ("template",)),
+        (options.adapter is not None, "--adapter, which brings its template,", ("template",)),
         (options.no_adapter, "--no-adapter", ("compare",)),
         (options.choices is not None, "--choices", ("compare",)),
     ]
@@ -123,11 +123,13 @@ def _check(options: Any) -> None:
         given = next((name for name in names if options[name] not in (None, False)), None)
         if applies and given is not None:
             option = "--no-adapter" if given == "no_adapter" else f"--{given}"
-            joint = reason if reason.startswith("without") else f"together with {reason}"
-            raise UserError(f"{option} {joint} has no meaning; leave one of them out or see --help")
+            if reason.startswith("without"):
+                needed = f"{reason.removeprefix('without ')} FILE"
+                raise UserError(f"{option} {reason} has no meaning; add {needed}, or leave {option} out")
+            raise UserError(f"{option} together with {reason} has no meaning; leave one of them out")
     other = next((name for name in COLUMNS if options.columns[name] != name), None)
     if options.prompts is None and other is not None:
-        raise UserError(f"--columns.{other} without --prompts has no meaning; see --help")
+        raise UserError(f"--columns.{other} without --prompts has no meaning; add --prompts FILE")
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
     check_least(options, 1, "batch_size")

@@ -370,6 +370,7 @@ TEXT_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
     ".tsv": partial(csv_rows, delimiters="\t"),
 }
 """Reader by file suffix; arguments: the file's text, and its name for messages."""
+TABLES = (".csv", ".tsv")
 PARQUET = ".parquet"
 SUFFIXES = (*TEXT_READERS, PARQUET)
 """Those of data files."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_adapter import streams
 from lit_adapter.config import Config, with_learning_rate
-from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.module import AlpacaDataModule, check_sources
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.text.template import resolve_template
@@ -92,6 +92,7 @@ def _run(
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
     config = with_learning_rate(config)
+    check_sources(config.data)  # before anything that takes seconds
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
