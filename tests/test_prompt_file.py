@@ -83,11 +83,10 @@ def test_answers_stand_in_the_order_of_the_file(
     model = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
     (tmp_path / "whole.jsonl").write_bytes(whole)
     found = json_lines(tmp_path / "whole.jsonl")
-    asked = [{"input": "", **record} for record in json_lines(prompts)]
-    for record, task in zip(found, asked, strict=True):
+    for record, task in zip(found, json_lines(prompts), strict=True):
         output = model.generate(**task, max_new_tokens=40, temperature=1.0)
         assert record == {**task, "output": output}
-        assert list(record) == ["instruction", "input", "output"]
+        assert list(record) == [*task, "output"]
 
 
 @pytest.mark.slow
@@ -142,7 +141,7 @@ def test_a_precision_chosen_by_a_timing_is_kept(
     out = tmp_path / "out.jsonl"
     run = ("--adapter", adapter, "--base", tiny_base, "--device", "cpu", *SHORT, "--prompts", prompts)
     monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted: 8 of 21 answers are kept; the same command"):
         script(*run, "--output", out)
     monkeypatch.setattr(device, "_bf16_pays", lambda device: False)
     with pytest.raises(UserError, match="an unfinished run with other settings"):
@@ -218,6 +217,11 @@ def test_an_output_in_the_way(
     assert out.read_bytes() == whole
     with pytest.raises(UserError, match="is a folder"):
         script(*common, "--prompts", prompts, "--output", tmp_path, "--overwrite")
+    for suffix in (".csv", ".JSON", ".txt", ".parquet"):
+        with pytest.raises(
+            UserError, match=rf"x\{suffix}: answers are written as JSON Lines; name .* \.jsonl$"
+        ):
+            script(*common, "--prompts", prompts, "--output", tmp_path / f"x{suffix}")
     with pytest.raises(UserError, match="is the file of --prompts"):
         script(*common, "--prompts", prompts, "--output", prompts, "--overwrite")
 
@@ -227,7 +231,7 @@ def test_an_output_in_the_way(
     [
         (
             '{"instuction": "x"}',
-            r":2: key 'instruction' is missing \(found: 'instuction'\); add it, .*; did you mean",
+            r":2: key 'instruction' is missing \(found: 'instuction'\); add it, .* --columns.instruction",
         ),
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
@@ -282,9 +286,9 @@ def test_every_format_of_training_is_read_with_its_columns(tmp_path: Path, suffi
         ("Say; it", "red, blue"),
         ("Say\tit", ""),
     ]
-    assert [json.loads(prompt.line({"answer": "new"})) for prompt in prompts] == [
-        {**row, "answer": "new"} for row in TABLE
-    ]
+    found = [json.loads(prompt.line({"answer": "new"})) for prompt in prompts]
+    assert found == [{**row, "answer": "new"} for row in TABLE]
+    assert [list(row) for row in found] == [["id", "question", "context", "answer"]] * 2
     with pytest.raises(UserError, match="no record has the input column 'text'; correct its name"):
         read_prompts(path, Columns(instruction="question", input="text"))
 
@@ -390,7 +394,6 @@ def test_values_that_json_lacks_become_text(tmp_path: Path) -> None:
     (prompt,) = read_prompts(path)
     assert json.loads(prompt.line({})) == {
         "instruction": "a",
-        "input": "",
         "day": "2026-01-02",
         "x": "NaN",
         "raw": "b'\\xff'",
