@@ -191,6 +191,7 @@ def test_repr_says_what_is_loaded(model: AdaptedLlama, tiny_base: Path, adapter:
 
 
 def test_what_is_exported_is_there() -> None:
+    assert set(lit_adapter.__all__) <= set(dir(lit_adapter))
     assert {name: getattr(lit_adapter, name).__name__ for name in lit_adapter.__all__} == {
         name: name for name in lit_adapter.__all__
     }

@@ -42,7 +42,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
     choice = answering.ModelChoice(**chosen)
     if task is None:
-        target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
+        target, batch_size = Path(options.output), options.batch_size
         number = answering.answer_file(
             choice,
             Path(options.prompts),
@@ -73,10 +73,14 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--output", metavar="FILE", help="JSONL: the rows of --prompts with their answers")
     for name, what in COLUMNS.items():
         parser.add_argument(f"--columns.{name}", metavar="NAME", default=name, help=what)
-    parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
+    parser.add_argument(
+        "--batch_size", type=int, default=BATCH_SIZE, help="how many of --prompts are answered together"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
-    parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
+    parser.add_argument(
+        "--compare", action="store_true", help="plain base and adapter side by side, for one prompt"
+    )
     parser.add_argument("--choices", metavar="A,B,...", help=CHOICES)
     parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
@@ -119,8 +123,9 @@ def _check(options: Any) -> None:
         (options.no_adapter, "--no-adapter", ("compare",)),
         (options.choices is not None, "--choices", ("compare",)),
     ]
+    unset = (None, False, BATCH_SIZE)
     for applies, reason, names in excluded:
-        given = next((name for name in names if options[name] not in (None, False)), None)
+        given = next((name for name in names if options[name] not in unset), None)
         if applies and given is not None:
             option = "--no-adapter" if given == "no_adapter" else f"--{given}"
             if reason.startswith("without"):
