@@ -19,6 +19,11 @@ __all__ = ["AdaptedLlama", "Sampling", "UserError", "load"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    """List what `__getattr__` imports too."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import torch only when it is needed: the commands print --help without it."""
     if name in ("AdaptedLlama", "load"):

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lit_adapter.config import Config
 from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import visible
-from lit_adapter.files.paths import free_path
+from lit_adapter.files.paths import free_path, newest_path
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import say
 from lit_adapter.training.signals import check_launcher
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
+ADAPTER = "adapter.safetensors"
 ANSWER_TOKENS = 48
 """Longest answer when scoring; the longest reference has half as many tokens."""
 SHOWN = 160
@@ -43,7 +45,7 @@ class Score:
 def quickstart(config: Config, seed: int) -> int:
     """Fetch, convert, train, score and show; ``seed`` is that of the demo data.
 
-    A number is added to the name of the run folder if that is taken.
+    A run that was stopped is resumed. Otherwise a number is added to the name of a run folder that is taken.
     """
     check_launcher()
     start = time.perf_counter()
@@ -55,17 +57,36 @@ def quickstart(config: Config, seed: int) -> int:
         say(f"fetching and converting {what} into {base}")
     download(MODEL, base)
     demo.write(DATA, seed)
+    out, status = _train(config)
+    if (out / ADAPTER).is_file():  # otherwise it was stopped
+        report(out / ADAPTER, base, read_records(DATA / "val.json"), start)
+    return status
+
+
+def _train(config: Config) -> tuple[Path, int]:
+    """Resume the run that was stopped, or start one; return its folder and the exit status."""
+    from lit_adapter.training.finetune import finetune
+    from lit_adapter.training.run_folder import AnotherRunError
+
+    train = partial(finetune, how_to_continue="the same command continues, and scores the adapter")
+    stopped = _stopped_run(Path(config.out))
+    if stopped is not None:
+        say(f"{stopped} holds a run that was stopped; continuing it")
+        try:
+            return stopped, train(replace(config, out=str(stopped)), "last")
+        except AnotherRunError as error:
+            say(str(error))
     out = free_path(Path(config.out))
     if out != Path(config.out):
         say(f"{config.out} holds a run already; this one goes to {out}")
-    from lit_adapter.training.finetune import finetune
+    return out, train(replace(config, out=str(out)))
 
-    status = finetune(replace(config, out=str(out)))
-    if status == 0:
-        report(out / "adapter.safetensors", base, read_records(DATA / "val.json"), start)
-    elif out.exists():
-        say(f"to continue: {_python()} scripts/finetune.py --config {out / 'config.yaml'} --resume last")
-    return status
+
+def _stopped_run(out: Path) -> Path | None:
+    """Return the newest of OUT, OUT-2, ... if it has a checkpoint, and no adapter at the end of the run."""
+    newest = newest_path(out)
+    stopped = any(newest.glob("checkpoints/step-*.ckpt")) and not (newest / ADAPTER).exists()
+    return newest if stopped else None
 
 
 def _python() -> str:

@@ -75,14 +75,18 @@ def test_the_card_says_what_the_file_says(tmp_path: Path, hub: type[Hub], adapte
         info.base.weights,
         "    ### Instruction:\n    {instruction}",
         "| data | my\\|records.json |",
-        "| held-out loss (nats per token) | 2.66 |",
+        "| optimizer steps taken | 159 |",
+        "| held-out loss (nats per target) | 2.66 |",
         "python scripts/download.py me/my-adapter --adapter",
     ):
         assert part in body
     fingerprint = read_json(base / "fingerprint.json")
     write_json(base / "fingerprint.json", {**fingerprint, "source": {"model": "org/tiny"}})
-    head = model_card(info, "me/my-adapter", base).split("---\n")[1]
+    _, head, body = model_card(info, "me/my-adapter", base).split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "org/tiny"
+    assert "## Base\n\n`tiny` (org/tiny)\n" in body
+    write_json(base / "fingerprint.json", {**fingerprint, "source": {"model": "tiny"}})
+    assert "## Base\n\n`tiny`\n" in model_card(info, "me/my-adapter", base)
 
 
 def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Path) -> None:

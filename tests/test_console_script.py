@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,24 @@ def test_two_processes_are_started_by_the_same_door(
     done = run(door, "finetune", *arguments(tiny_base, tiny_records, tmp_path / "run", *options))
     assert (done.returncode, done.stderr) == (0, "")
     assert load_file(tmp_path / "run" / "adapter.safetensors")
+
+
+def test_an_editable_install_is_a_path(tmp_path: Path) -> None:
+    """A path on ``sys.path`` comes before a working directory that holds the clone; a finder does not."""
+    pytest.importorskip("setuptools", minversion="77")
+    clone = tmp_path / "lit_adapter"
+    (clone / "lit_adapter").mkdir(parents=True)
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "lit_adapter/__init__.py",
+        "lit_adapter/errors.py",
+    ):
+        shutil.copy(ROOT / name, clone / name)
+    build = "from setuptools.build_meta import build_editable; build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        (added,) = (name for name in files.namelist() if name.endswith(".pth"))
+        assert files.read(added).decode() == f"{clone}\n"

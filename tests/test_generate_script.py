@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from generation_fixtures import CHOICES, ROOT, process, save_random_adapter, scr
 
 import lit_adapter
 from lit_adapter.errors import UserError
+from lit_adapter.generation import answering
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.settings import Sampling
 
 TASK = ("Say it back.", "red blue")
 SHORT = ("--max_new_tokens", 12)
@@ -108,6 +111,23 @@ def test_compare_on_a_terminal(
     assert max(map(len, found.splitlines()[-1:])) <= width
 
 
+def test_compare_cuts_no_long_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON without spaces is one word to a terminal."""
+
+    class Fixed:
+        def stream(self, *task: str, **sampling: object) -> Iterator[str]:
+            yield '{"name":"' + "n" * 200 + '","end":1}'
+
+        base = property(lambda self: self)
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    answering.compare(Fixed(), TASK, Sampling(), out := Terminal())  # type: ignore[arg-type]
+    columns = zip(*(line.split("\u2502")[1:3] for line in out.getvalue().splitlines()[3:-1]), strict=True)
+    texts = ["".join(cell.strip() for cell in column) for column in columns]
+    assert texts == ['{"name":"' + "n" * 200 + '","end":1}'] * 2
+
+
 def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
@@ -144,15 +164,24 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--base b --input x --prompts y --output z", "--input together with --prompts"),
         ("--adapter a --compare --prompts y --output z", "--compare together with --prompts"),
         ("--base b --prompts y", "--prompts needs --output FILE"),
-        ("--base b --prompt x --output z", "--output without --prompts"),
+        (
+            "--base b --prompt x --output z",
+            "--output without --prompts has no meaning; add --prompts FILE, or leave --output out",
+        ),
         ("--base b --prompt x --batch_size 2", "--batch_size without --prompts"),
         ("--base b --prompt x --overwrite", "--overwrite without --prompts"),
         ("--base b --prompt x --columns.input y", "--columns.input without --prompts"),
         ("--base b --prompts - --output z --columns.input output", "expected three different names"),
         ("--base b --prompts y --output z --batch_size 0", "--batch-size is 0; expected 1 or more"),
-        ("--base b --prompt x --no-adapter", "--no-adapter without --adapter"),
+        (
+            "--base b --prompt x --no-adapter",
+            "--no-adapter without --adapter has no meaning; add --adapter FILE",
+        ),
         ("--base b --prompt x --compare", "--compare without --adapter"),
-        ("--adapter a --prompt x --template chat", "--template together with --adapter"),
+        (
+            "--adapter a --prompt x --template chat",
+            "--template together with --adapter, which brings its template, has no meaning",
+        ),
         ("--adapter a --prompt x --compare --no-adapter", "--compare together with --no-adapter"),
         ("--base b --prompt= ", "--prompt is empty"),
         ("--base b --prompt x --temperature -1", "temperature is -1.0; expected"),

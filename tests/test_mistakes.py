@@ -15,6 +15,7 @@ from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_text
+from lit_adapter.training import finetune as training
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,10 @@ from lit_adapter.files.write import write_text
         ("--data.val_size 50", "val_size 50 of the 48 records"),
         ("--base=", "base is empty; name a converted base folder"),
         ("--adapter 5", "adapter is a group of fields; give them one by one"),
-        ("--base nowhere", "nowhere/config.json: file not found"),
+        (
+            "--base nowhere",
+            r"^nowhere: no converted base there; python scripts/download.py smollm2-135m fetches",
+        ),
         ("--resume last", "no such run folder, nothing to resume"),
         ("--out /proc/x", "/proc/x.*cannot write"),
     ],
@@ -242,4 +246,19 @@ def test_a_run_that_is_refused_leaves_no_folder(tiny_base: Path, tmp_path: Path)
     fixed = ["--config", TINY, "--base", tiny_base, "--data.train", data, "--out", tmp_path / "run"]
     with pytest.raises(UserError, match="'instruction' is missing"):
         finetune_main([*map(str, fixed)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_file_is_found_before_anything_slow(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is read, and precisions are timed, only for data that is there."""
+    monkeypatch.setattr(training, "read_base", lambda *unused, **options: pytest.fail("the base was read"))
+    for words, message in (
+        (["--data.train", "gone.json"], r"^gone\.json: file not found; check"),
+        (["--data.train", TINY, "--data.val", "gone.csv"], r"^gone\.csv: file not found; check"),
+        ([], r"^data\.train is not set; give a file of records"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune_main([*map(str, ["--base", tiny_base, "--out", tmp_path / "run", *words])])
     assert not (tmp_path / "run").exists()

@@ -83,11 +83,10 @@ def test_answers_stand_in_the_order_of_the_file(
     model = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
     (tmp_path / "whole.jsonl").write_bytes(whole)
     found = json_lines(tmp_path / "whole.jsonl")
-    asked = [{"input": "", **record} for record in json_lines(prompts)]
-    for record, task in zip(found, asked, strict=True):
+    for record, task in zip(found, json_lines(prompts), strict=True):
         output = model.generate(**task, max_new_tokens=40, temperature=1.0)
         assert record == {**task, "output": output}
-        assert list(record) == ["instruction", "input", "output"]
+        assert list(record) == [*task, "output"]
 
 
 @pytest.mark.slow
@@ -142,7 +141,7 @@ def test_a_precision_chosen_by_a_timing_is_kept(
     out = tmp_path / "out.jsonl"
     run = ("--adapter", adapter, "--base", tiny_base, "--device", "cpu", *SHORT, "--prompts", prompts)
     monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted: 8 of 21 answers are kept; the same command"):
         script(*run, "--output", out)
     monkeypatch.setattr(device, "_bf16_pays", lambda device: False)
     with pytest.raises(UserError, match="an unfinished run with other settings"):
@@ -218,6 +217,11 @@ def test_an_output_in_the_way(
     assert out.read_bytes() == whole
     with pytest.raises(UserError, match="is a folder"):
         script(*common, "--prompts", prompts, "--output", tmp_path, "--overwrite")
+    for suffix in (".csv", ".JSON", ".txt", ".parquet"):
+        with pytest.raises(
+            UserError, match=rf"x\{suffix}: answers are written as JSON Lines; name .* \.jsonl$"
+        ):
+            script(*common, "--prompts", prompts, "--output", tmp_path / f"x{suffix}")
     with pytest.raises(UserError, match="is the file of --prompts"):
         script(*common, "--prompts", prompts, "--output", prompts, "--overwrite")
 
@@ -227,7 +231,7 @@ def test_an_output_in_the_way(
     [
         (
             '{"instuction": "x"}',
-            r":2: key 'instruction' is missing \(found: 'instuction'\); add it, .*; did you mean",
+            r":2: key 'instruction' is missing \(found: 'instuction'\); add it, .* --columns.instruction",
         ),
         ('{"instruction": 3}', ":2: 'instruction' is the number 3; expected a string"),
         ('{"instruction": "x", "input": []}', ":2: 'input' is a list; expected a string"),
@@ -282,9 +286,9 @@ def test_every_format_of_training_is_read_with_its_columns(tmp_path: Path, suffi
         ("Say; it", "red, blue"),
         ("Say\tit", ""),
     ]
-    assert [json.loads(prompt.line({"answer": "new"})) for prompt in prompts] == [
-        {**row, "answer": "new"} for row in TABLE
-    ]
+    found = [json.loads(prompt.line({"answer": "new"})) for prompt in prompts]
+    assert found == [{**row, "answer": "new"} for row in TABLE]
+    assert [list(row) for row in found] == [["id", "question", "context", "answer"]] * 2
     with pytest.raises(UserError, match="no record has the input column 'text'; correct its name"):
         read_prompts(path, Columns(instruction="question", input="text"))
 
@@ -313,9 +317,11 @@ def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
         (b"\xef\xbb\xbfone\r\n\n  \n two {\n", [1, 4]),
         (b'\n{"instruction": "one"}\n{"instruction": " two {"}', [2, 3]),
         (b'[{"instruction": "one"},\n{"instruction": " two {"}]', [1, 2]),
+        (b'instruction\none\n" two {"\n', [2, 3]),
+        (b'id;"instruction"\r\n7;one\r\n8; two {\r\n', [2, 3]),
     ],
 )
-def test_standard_input_is_text_json_lines_or_an_array(
+def test_standard_input_is_text_json_lines_an_array_or_csv(
     content: bytes, lines: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     standard_input(monkeypatch, content)
@@ -339,6 +345,8 @@ def test_a_text_file_has_an_instruction_on_each_line(tmp_path: Path) -> None:
         (b" \n", "standard input is empty; expected prompts"),
         (b'{"instruction": "a"}\n{"instruction"', r"standard input:2:\d+: not valid JSON"),
         (b"a\nb\xff", r"standard input:2: not UTF-8: byte 0xff"),
+        (b"text,label\na,b\n", r"standard input:1: 'text,label' looks like .* a CSV .*--columns.instruction"),
+        (b"instruction,label\na,b,c\n", r"standard input:2: 3 fields, but the header names 2 columns"),
     ],
 )
 def test_broken_standard_input_names_its_line(
@@ -347,6 +355,20 @@ def test_broken_standard_input_names_its_line(
     standard_input(monkeypatch, content)
     with pytest.raises(UserError, match=message):
         read_prompts(STANDARD_INPUT)
+
+
+def test_plain_text_has_no_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("Say it, twice.\n")
+    for columns, field in ((Columns("question"), "instruction"), (Columns(input="context"), "input")):
+        message = rf"was read as plain text, .*; leave out --columns\.{field}, or give JSON Lines"
+        standard_input(monkeypatch, path.read_bytes())
+        with pytest.raises(UserError, match=f"^standard input {message}"):
+            read_prompts(STANDARD_INPUT, columns)
+        with pytest.raises(UserError, match=rf"prompts\.txt {message}"):
+            read_prompts(path, columns)
+    (prompt,) = read_prompts(path, Columns(output="answer"), ("answer",))
+    assert prompt.instruction == "Say it, twice."
 
 
 def test_standard_input_is_answered_and_goes_on(
@@ -372,7 +394,6 @@ def test_values_that_json_lacks_become_text(tmp_path: Path) -> None:
     (prompt,) = read_prompts(path)
     assert json.loads(prompt.line({})) == {
         "instruction": "a",
-        "input": "",
         "day": "2026-01-02",
         "x": "NaN",
         "raw": "b'\\xff'",

@@ -51,7 +51,12 @@ LOADS = [
     ({"base": "b", "template": True}, TypeError, r"^template is True; expected text \(str\)"),
     ({}, ValueError, r"^give an adapter, a base, or both"),
     ({"adapter": "gone.safetensors"}, ValueError, r"^gone.safetensors: no such adapter file"),
-    ({"base": "gone"}, ValueError, r"^gone: no fingerprint.json"),
+    ({"adapter": "."}, ValueError, r"^\.: is a folder; name the adapter's file$"),
+    (
+        {"base": "gone"},
+        ValueError,
+        r"^gone: no converted base there; python scripts/download.py smollm2-135m",
+    ),
 ]
 
 
@@ -186,6 +191,7 @@ def test_repr_says_what_is_loaded(model: AdaptedLlama, tiny_base: Path, adapter:
 
 
 def test_what_is_exported_is_there() -> None:
+    assert set(lit_adapter.__all__) <= set(dir(lit_adapter))
     assert {name: getattr(lit_adapter, name).__name__ for name in lit_adapter.__all__} == {
         name: name for name in lit_adapter.__all__
     }

@@ -75,7 +75,13 @@ def test_renamed_columns_and_absent_input(tmp_path: Path, suffix: str) -> None:
     assert texts(records) == [{"instruction": "a", "input": "", "output": "b"}]
     with pytest.raises(UserError, match="no record has the input column 'ctx'"):
         read_records(path, columns=Columns(instruction="q", input="ctx", output="r"))
-    with pytest.raises(UserError, match=r":[12]: key 'instruction' is missing .*'q', .*add it"):
+    what, header = ("column", ", as the first line is the header") if suffix == ".csv" else ("key", "")
+    message = (
+        rf":[12]: {what} 'instruction' is missing \(found: 'q', 'ignored', 'r'{header}\); add it, or name"
+    )
+    with pytest.raises(
+        UserError, match=f"{message} the column that holds it with --data.columns.instruction"
+    ):
         read_records(path)
 
 
@@ -173,9 +179,9 @@ FAULTS = {
     "tabs.csv": ("instruction\toutput\na\n", r":2: 1 fields, .* text with tabs or line breaks"),
     "commas.tsv": (
         "instruction,output\na,b\n",
-        r":2: key 'instruction' is missing \(found: 'instruction,out",
+        r":2: column 'instruction' is missing \(found: 'instruction,out",
     ),
-    "bars.csv": ("instruction|output\na|b\n", r":2: key 'instruction' is missing"),
+    "bars.csv": ("instruction|output\na|b\n", r":2: column 'instruction' is missing"),
     "column-twice.csv": ("instruction,output,output\na,b,c\n", r":1: column 'output' appears twice"),
     "junk.parquet": ("PAR1 not really", r": (not a readable Parquet file|Parquet needs pyarrow)"),
     "text.txt": ("a", r": unknown data format \(suffix '\.txt'\).*\.jsonl"),

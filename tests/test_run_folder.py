@@ -21,6 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.weights.adapter_file import read_adapter
 
 
 def test_nothing_that_was_set_aside_is_replaced(tmp_path: Path) -> None:
@@ -208,3 +209,16 @@ def test_two_processes_end_where_their_folder_is_gone(
         f"error: {out}: the run folder was moved or deleted while the run went on; step {step} is saved in "
         f"{out}.rescued: go on with --out {out}.rescued --resume last"
     )
+
+
+def test_the_adapter_of_an_unfinished_run_is_said_to_come(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    adapter = run / "adapter.safetensors"
+    with pytest.raises(UserError, match=r"run holds an unfinished run, .* --resume last$"):
+        read_adapter(adapter)
+    (run / "best.safetensors").touch()
+    with pytest.raises(UserError, match=r" --resume last; \S+/run/best\.safetensors is there$"):
+        read_adapter(adapter)
+    with pytest.raises(UserError, match=r"run: is a folder; name the adapter's file; .*best\.safetensors is"):
+        read_adapter(run)

@@ -17,7 +17,8 @@ from lit_adapter.streams import say
 BATCH_SIZE = 16
 PROMPTS = (
     "a JSON, JSONL, CSV, TSV or Parquet file of instruction and input, as for training; a .txt file with an "
-    "instruction on each line; or - for standard input: JSONL, a JSON array or plain text"
+    "instruction on each line; or - for standard input: JSONL, a JSON array, CSV whose first "
+    "line names the instruction's column, or plain text"
 )
 COLUMNS = {
     "instruction": "column of --prompts with the instruction",
@@ -41,7 +42,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
     choice = answering.ModelChoice(**chosen)
     if task is None:
-        target, batch_size = Path(options.output), options.batch_size or BATCH_SIZE
+        target, batch_size = Path(options.output), options.batch_size
         number = answering.answer_file(
             choice,
             Path(options.prompts),
@@ -72,10 +73,14 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--output", metavar="FILE", help="JSONL: the rows of --prompts with their answers")
     for name, what in COLUMNS.items():
         parser.add_argument(f"--columns.{name}", metavar="NAME", default=name, help=what)
-    parser.add_argument("--batch_size", type=int, help=f"of --prompts answered together ({BATCH_SIZE})")
+    parser.add_argument(
+        "--batch_size", type=int, default=BATCH_SIZE, help="how many of --prompts are answered together"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
-    parser.add_argument("--compare", action="store_true", help="plain base and adapter side by side")
+    parser.add_argument(
+        "--compare", action="store_true", help="plain base and adapter side by side, for one prompt"
+    )
     parser.add_argument("--choices", metavar="A,B,...", help=CHOICES)
     parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
@@ -114,19 +119,22 @@ def _check(options: Any) -> None:
         (options.prompts is not None, "--prompts", ("prompt", "input", "compare")),
         (options.prompts is None, "without --prompts", ("output", "batch_size", "overwrite")),
         (options.adapter is None, "without --adapter", ("no_adapter", "compare")),
-        (options.adapter is not None, "--adapter, which brings its template", ("template",)),
+        (options.adapter is not None, "--adapter, which brings its template,", ("template",)),
         (options.no_adapter, "--no-adapter", ("compare",)),
         (options.choices is not None, "--choices", ("compare",)),
     ]
+    unset = (None, False, BATCH_SIZE)
     for applies, reason, names in excluded:
-        given = next((name for name in names if options[name] not in (None, False)), None)
+        given = next((name for name in names if options[name] not in unset), None)
         if applies and given is not None:
             option = "--no-adapter" if given == "no_adapter" else f"--{given}"
-            joint = reason if reason.startswith("without") else f"together with {reason}"
-            raise UserError(f"{option} {joint} has no meaning; leave one of them out or see --help")
+            if reason.startswith("without"):
+                needed = f"{reason.removeprefix('without ')} FILE"
+                raise UserError(f"{option} {reason} has no meaning; add {needed}, or leave {option} out")
+            raise UserError(f"{option} together with {reason} has no meaning; leave one of them out")
     other = next((name for name in COLUMNS if options.columns[name] != name), None)
     if options.prompts is None and other is not None:
-        raise UserError(f"--columns.{other} without --prompts has no meaning; see --help")
+        raise UserError(f"--columns.{other} without --prompts has no meaning; add --prompts FILE")
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
     check_least(options, 1, "batch_size")

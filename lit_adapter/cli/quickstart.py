@@ -10,14 +10,13 @@ from lit_adapter.errors import UserError
 from lit_adapter.streams import output_is_no_result
 
 CONFIG = Path("configs/quickstart.yaml")
+OUT = "run folder; a run there that was stopped continues, a number is added to the name of a complete one"
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, then do everything."""
     parser = command_parser(COMMANDS["quickstart"], program)
-    parser.add_argument(
-        "--out", type=str, default="out/quickstart", help="run folder; a number is added if it is taken"
-    )
+    parser.add_argument("--out", type=str, default="out/quickstart", help=OUT)
     parser.add_argument("--seed", type=int, default=0, help="seed of the demo data")
     options = parse(parser, argv)
     if not CONFIG.is_file():

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lit_adapter.config import Columns
 from lit_adapter.errors import UserError, shorten
 
 Row = tuple[int, Mapping[str, Any]]
@@ -120,18 +121,48 @@ def rows_of(
     return readers[suffix](read_text(path, name), name)
 
 
-def rows_of_input(content: bytes) -> Iterator[Row]:
-    """Yield the rows of standard input: a JSON array, JSON Lines, or else plain text (`text_rows`).
+def rows_of_input(content: bytes, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of standard input: a JSON array, JSON Lines, CSV, or else plain text (`text_rows`).
 
-    The first character tells which: ``[`` or ``{``.
+    The first character tells which: ``[`` or ``{``. CSV is a text whose first line names the instruction's
+    column.
 
     Raises:
-        UserError: it is malformed, not UTF-8 or empty; names the line.
+        UserError: it is malformed, not UTF-8 or empty, or looks like CSV without that column; names the line.
     """
     name = "standard input"
     text = _decoded(content, name)
-    reader = {"[": json_rows, "{": jsonl_rows}.get(text.lstrip()[0], text_rows)
-    return reader(text, name)
+    reader = {"[": json_rows, "{": jsonl_rows}.get(text.lstrip()[0])
+    if reader is not None:
+        return reader(text, name)
+    delimiter, first_line = _delimiter(text)
+    header = next(csv.reader([first_line], delimiter=delimiter))
+    if columns.instruction in header:
+        return csv_rows(text, name)
+    if len(header) > 1 and all(map(str.isidentifier, header)):
+        raise UserError(
+            f"{name}:1: {shorten(first_line)} looks like the first line of a CSV file, without a column "
+            f"{shorten(columns.instruction)}; name the instruction's with --columns.instruction, "
+            "or put plain text into a .txt file"
+        )
+    check_no_columns(columns, name)
+    return text_rows(text, name)
+
+
+def check_no_columns(columns: Columns, name: str) -> None:
+    """Refuse names for the columns of plain text.
+
+    Raises:
+        UserError: the instruction or the input has another name than the default.
+    """
+    for field, default in (("instruction", Columns.instruction), ("input", Columns.input)):
+        given = getattr(columns, field)
+        if given != default:
+            raise UserError(
+                f"{name} was read as plain text, an instruction on each line, which has no column "
+                f"{shorten(given)}; leave out --columns.{field}, or give JSON Lines, a JSON array, or CSV "
+                "whose first line names the columns"
+            )
 
 
 def read_text(path: Path, name: str) -> str:
@@ -266,8 +297,7 @@ def csv_rows(text: str, name: str, delimiters: Iterable[str] = DELIMITERS) -> It
     # A quoted line break is one character, whatever system wrote the file.
     text = text.replace("\r\n", "\n")
     limit = csv.field_size_limit(len(text) + 1)
-    first_line = re.split(r"[\r\n]", _QUOTED.sub("", text[:_LONGEST_HEADER].lstrip("\r\n")))[0]
-    delimiter = max(delimiters, key=first_line.count)
+    delimiter, _ = _delimiter(text, delimiters)
     rows, line = [], 1
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -288,6 +318,13 @@ def csv_rows(text: str, name: str, delimiters: Iterable[str] = DELIMITERS) -> It
                 f'put text with {DELIMITERS[delimiter]} or line breaks in "double quotes"'
             )
         yield line, dict(zip(header, values, strict=True))
+
+
+def _delimiter(text: str, delimiters: Iterable[str] = DELIMITERS) -> tuple[str, str]:
+    """Return what separates the columns of the first line that is not empty, and that line."""
+    start = text[:_LONGEST_HEADER].lstrip("\r\n")
+    unquoted = re.split(r"[\r\n]", _QUOTED.sub("", start))[0]
+    return max(delimiters, key=unquoted.count), re.split(r"[\r\n]", start)[0]
 
 
 def _check_columns(columns: Sequence[str], where: str) -> None:
@@ -333,6 +370,7 @@ TEXT_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
     ".tsv": partial(csv_rows, delimiters="\t"),
 }
 """Reader by file suffix; arguments: the file's text, and its name for messages."""
+TABLES = (".csv", ".tsv")
 PARQUET = ".parquet"
 SUFFIXES = (*TEXT_READERS, PARQUET)
 """Those of data files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
+from lit_adapter.data.formats import check_regular
 from lit_adapter.data.hub import is_hub_name, read_hub
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
 from lit_adapter.data.records import Records, overlap, read_records, split
@@ -25,6 +27,19 @@ from lit_adapter.text.tokenizer import Tokenizer
 def load_records(source: str, columns: Columns) -> Records:
     """Read a file, or a Hub data set if ``source`` is a name like org/name and not a file."""
     return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
+
+
+def check_sources(config: DataConfig) -> None:
+    """Refuse data that is not named or not there, which needs no base and no tokenizer.
+
+    Raises:
+        UserError: no training data is named, or a file is missing or cannot be read.
+    """
+    if not config.train:
+        raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
+    for source in (config.train, config.val):
+        if source and not is_hub_name(source):
+            check_regular(Path(source), source)
 
 
 def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
@@ -72,10 +87,9 @@ class AlpacaDataModule(LightningDataModule):
         Raises:
             UserError: no file, records that cannot be read, or none that fits ``data.max_length``.
         """
-        # Started first, so that its imports are done by the time a loader needs a worker.
+        check_sources(self.config)
+        # Started before the reading, so that its imports are done by the time a loader needs a worker.
         self.worker_context = start_server() if self.config.workers else None
-        if not self.config.train:
-            raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
         self.train_records = load_records(self.config.train, self.config.columns)
         self.whole_sha256, self.n_whole = self.train_records.sha256, len(self.train_records)
         self.val_records: Records | None = None

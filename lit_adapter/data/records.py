@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import Row, json_type, rows_of
+from lit_adapter.data.formats import TABLES, Row, json_type, rows_of
 from lit_adapter.errors import UserError, nearest, shorten
 
 DEFAULT_COLUMNS = Columns()
+OPTION = "--data.columns"
+"""Names the columns of training data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def read_records(
     n_empty = 0
     found = rows_of(path, name, (columns.instruction, columns.input, columns.output))
     for line, values, instruction, input in tasks_of(found, columns, name):
-        output = _text(values, columns.output, name, line)
+        output = _text(values, columns.output, name, line, f"{OPTION}.output")
         if output.strip():
             rows.append(Record(instruction, input, output, name, line))
         else:
@@ -103,9 +105,11 @@ def read_records(
 
 
 def tasks_of(
-    rows: Iterable[Row], columns: Columns, name: str
+    rows: Iterable[Row], columns: Columns, name: str, option: str = OPTION
 ) -> Iterator[tuple[int, Mapping[str, Any], str, str]]:
     """Yield line number, values, instruction and input of the rows of the file ``name``.
+
+    ``option`` is the one that names ``columns``, for messages.
 
     Raises:
         UserError: an instruction is missing or empty, a text is not a string or not valid Unicode, or no row
@@ -113,18 +117,20 @@ def tasks_of(
     """
     n_rows, saw_input = 0, False
     for line, values in rows:
-        yield line, values, *_task_of(values, columns, name, line)
+        yield line, values, *_task_of(values, columns, name, line, option)
         n_rows += 1
         saw_input = saw_input or columns.input in values
     if n_rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
         raise UserError(f"{name}: no record has the input column {shorten(columns.input)}; correct its name")
 
 
-def _task_of(values: Mapping[str, Any], columns: Columns, name: str, line: int) -> tuple[str, str]:
-    instruction = _text(values, columns.instruction, name, line)
+def _task_of(
+    values: Mapping[str, Any], columns: Columns, name: str, line: int, option: str
+) -> tuple[str, str]:
+    instruction = _text(values, columns.instruction, name, line, f"{option}.instruction")
     # Data sets express "no input" by an absent key, null or an empty string.
     given = values.get(columns.input) is not None
-    input = _text(values, columns.input, name, line) if given else ""
+    input = _text(values, columns.input, name, line, f"{option}.input") if given else ""
     if not instruction.strip():
         raise UserError(
             f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove the record"
@@ -132,13 +138,15 @@ def _task_of(values: Mapping[str, Any], columns: Columns, name: str, line: int) 
     return instruction, input
 
 
-def _text(values: Mapping[str, Any], key: str, name: str, line: int) -> str:
+def _text(values: Mapping[str, Any], key: str, name: str, line: int, option: str) -> str:
     if key not in values:
         present = list(values)
         found = ", ".join(map(shorten, present[:6])) or "none"
+        is_table = Path(name).suffix.lower() in TABLES
+        what, header = ("column", ", as the first line is the header") if is_table else ("key", "")
         raise UserError(
-            f"{name}:{line}: key {shorten(key)} is missing (found: {found}); "
-            f"add it, or name the column that holds it{nearest(key, present)}"
+            f"{name}:{line}: {what} {shorten(key)} is missing (found: {found}{header}); "
+            f"add it, or name the column that holds it with {option}{nearest(key, present)}"
         )
     value = values[key]
     if not isinstance(value, str):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count, takewhile
 from pathlib import Path
 
 from lit_adapter.errors import UserError
@@ -35,12 +36,22 @@ def existing_folder(path: Path) -> Path:
 
 def free_path(path: Path) -> Path:
     """Return ``path`` or, if it is taken, the first free ``NAME-2``, ``NAME-3``; a file keeps its suffix."""
-    free, number = path, 2
+    return next(name for name in _numbered(path) if not name.exists())
+
+
+def newest_path(path: Path) -> Path:
+    """Return the last name of ``path``, ``NAME-2``, ... before the one that `free_path` returns, if any."""
+    newest = path
+    for name in takewhile(Path.exists, _numbered(path)):
+        newest = name
+    return newest
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
     suffix = "" if path.is_dir() else path.suffix
-    while free.exists():
-        free = path.with_name(f"{path.name.removesuffix(suffix)}-{number}{suffix}")
-        number += 1
-    return free
+    stem = path.name.removesuffix(suffix)
+    yield from (path.with_name(f"{stem}-{number}{suffix}") for number in count(2))
 
 
 def write_target(path: Path) -> Path:

@@ -135,7 +135,7 @@ class AdaptedLlama:
                   from 0, which is off, to 1.
                 - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
                   before; above 0, 1 is off (arXiv 1909.05858).
-                - ``seed`` (0): of the random numbers; 0 to 2**64 - 1. The same seed gives the same text,
+                - ``seed`` (0): seed of the random numbers; 0 to 2**64 - 1. The same one gives the same text,
                   alone or in a batch.
                 - ``stop`` (none): one text, or several, that end the answer; they are not part of it.
                 - ``stop_ids`` (none): token ids that end the answer, in addition to the base's own.
@@ -160,18 +160,24 @@ class AdaptedLlama:
         tasks: Iterable[str | Task | Mapping[str, Any]],
         *,
         batch_size: int = 16,
-        finished: Callable[[int], None] = lambda number: None,
-        stopped: Callable[[], bool] = lambda: False,
+        finished: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
         **sampling: Any,
     ) -> list[str]:
         """Answer many tasks together.
 
         Args:
-            tasks: of each the instruction, a pair of instruction and input, or a record with these keys.
-            batch_size: answered at a time.
-            finished: called with the index of every task that is done.
-            stopped: asked after every piece of text; once true, the answers are returned as they are.
-            sampling: as in `generate`.
+            tasks: each is an instruction, a pair of instruction and input, or a dict with the keys
+                ``instruction`` and ``input`` (may be absent).
+            batch_size: how many tasks are answered at a time; 1 or more.
+            finished: a function that is called with the index of a task when its answer is complete, for a
+                progress bar; None for none.
+            stopped: a function without arguments that is called after every piece of text; when it returns
+                true, generation ends and the answers are returned as far as they are; None for none.
+            **sampling: the settings of `generate`.
+
+        Returns:
+            The answers, in the order of ``tasks``.
 
         Raises:
             UserError: as `generate`; ``tasks`` is one task or holds something else (a TypeError too); a
@@ -180,16 +186,26 @@ class AdaptedLlama:
         tasks = as_tasks(tasks)
         answers = [""] * len(tasks)
         for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
-            if piece is None:
-                finished(number)
-            else:
+            if piece is not None:
                 answers[number] += piece
-            if stopped():
+            elif finished is not None:
+                finished(number)
+            if stopped is not None and stopped():
                 break
         return answers
 
     def choose(self, instruction: str, input: str = "", *, choices: Sequence[str]) -> list[ScoredChoice]:
-        """Return how probable each of several answers is, the most likely one first (see `choosing`).
+        """Return how probable each of several answers is; nothing is generated.
+
+        Args:
+            instruction: what to do.
+            input: what to do it with; empty for none.
+            choices: two or more different answers.
+
+        Returns:
+            The choices, the most likely one first. Each has its ``text``, its ``log_likelihood`` (the sum
+            over its tokens and the token that ends an answer, in nats, without a correction for length) and
+            its ``probability`` (its likelihood divided by the sum of all choices').
 
         Raises:
             UserError: fewer than two choices, or one that is empty, repeated, too long or no text.
@@ -202,9 +218,18 @@ class AdaptedLlama:
         *,
         choices: Sequence[str],
         batch_size: int = 16,
-        finished: Callable[[int], None] = lambda number: None,
+        finished: Callable[[int], None] | None = None,
     ) -> list[list[ScoredChoice]]:
-        """Do the same for many tasks, given as in `generate_batch`.
+        """Return for many tasks how probable each of several answers is.
+
+        Args:
+            tasks: as in `generate_batch`.
+            choices: two or more different answers, the same for every task.
+            batch_size: how many tasks are scored at a time; 1 or more.
+            finished: a function that is called with the index of a task when it is scored; None for none.
+
+        Returns:
+            For each task, in the order of ``tasks``, what `choose` returns.
 
         Raises:
             UserError: as `choose`; ``tasks`` as in `generate_batch`; a ``batch_size`` below 1.
@@ -220,8 +245,9 @@ class AdaptedLlama:
         for start in range(0, len(encoded), batch_size):
             scores = score(self.model, encoded[start : start + batch_size])
             found += [rank(choices, of_task) for of_task in scores]
-            for number in range(start, len(found)):
-                finished(number)
+            if finished is not None:
+                for number in range(start, len(found)):
+                    finished(number)
         return found
 
     @torch.inference_mode()
@@ -310,8 +336,9 @@ def load(
 
     Args:
         adapter: an ``adapter.safetensors``; None for the plain base.
-        base: a converted base folder; by default the one the adapter names (`base_search` says where it is
-            looked for).
+        base: a converted base folder; by default the one that the adapter names, in ``checkpoints`` of the
+            adapter's folder or of one above it, of ``$LIT_ADAPTER_HOME``, of the working directory, or of the
+            checkout of this package.
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
             faster for one request at a time, and otherwise bf16 where the device multiplies it faster.

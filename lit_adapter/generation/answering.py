@@ -117,7 +117,7 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
     table = Table(expand=True)
     answers = []
     for title, pieces in sides:
-        table.add_column(title, ratio=1)
+        table.add_column(title, ratio=1, overflow="fold")
         # As Text: rich reads square brackets in a plain string as markup.
         answers.append(Text(visible("".join(pieces))))
     table.add_row(*answers)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import Row, rows_of, rows_of_input
+from lit_adapter.data.formats import SUFFIXES, Row, check_no_columns, rows_of, rows_of_input
 from lit_adapter.data.records import DEFAULT_COLUMNS, tasks_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
@@ -28,8 +28,8 @@ from lit_adapter.files.write import write_bytes
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
-
-
+OTHER_SUFFIXES = {*SUFFIXES, ".txt"} - {".jsonl", ".ndjson"}
+"""Of formats that answers are not written in."""
 STANDARD_INPUT = Path("-")
 
 
@@ -42,7 +42,7 @@ class Prompt:
     origin: str
     """``file:line``, for messages."""
     row: Mapping[str, Any]
-    """What the answer's row begins with: instruction, input and the row's other values, by column."""
+    """What the answer's row begins with: the file's columns, without those of answers."""
 
     def line(self, answer: Mapping[str, Any]) -> bytes:
         """Return the output file's line with the columns of the answer."""
@@ -62,23 +62,29 @@ def read_prompts(
         UserError: the file is unreadable or malformed, or a record is not a task; names file and line.
     """
     name = "standard input" if path == STANDARD_INPUT else str(path)
-    rows = _standard_input() if path == STANDARD_INPUT else rows_of(path, name, plain_text=True)
-    used = (columns.instruction, columns.input, *answer_columns)
+    if path == STANDARD_INPUT:
+        rows = _standard_input(columns)
+    else:
+        rows = rows_of(path, name, plain_text=True)
+        if path.suffix.lower() == ".txt":
+            check_no_columns(columns, name)
+    replaced = set(answer_columns) - {columns.instruction, columns.input}
     prompts = []
-    for line, values, instruction, input in tasks_of(rows, columns, name):
-        others = _plain({key: value for key, value in values.items() if key not in used})
-        row = {columns.instruction: instruction, columns.input: input, **others}
+    for line, values, instruction, input in tasks_of(rows, columns, name, "--columns"):
+        row = _plain({key: value for key, value in values.items() if key not in replaced})
         prompts.append(Prompt(instruction, input, f"{name}:{line}", row))
     if not prompts:
         raise UserError(f'{name}: no record; expected objects such as {{"instruction": ..., "input": ...}}')
     return prompts
 
 
-def _standard_input() -> Iterator[Row]:
+def _standard_input(columns: Columns) -> Iterator[Row]:
     content = b"" if sys.stdin is None else sys.stdin.buffer.read()
     if not content.strip():
-        raise UserError("standard input is empty; expected prompts: plain text, JSON Lines or a JSON array")
-    return rows_of_input(content)
+        raise UserError(
+            "standard input is empty; expected prompts: plain text, CSV, JSON Lines or a JSON array"
+        )
+    return rows_of_input(content, columns)
 
 
 def _plain(values: Mapping[str, Any]) -> Any:
@@ -119,9 +125,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
     Raises:
-        UserError: it is a folder, a pipe or device, or a file that must not be replaced; or the path of the
-            unfinished run is not a regular file.
+        UserError: its suffix is another format's; it is a folder, a pipe or device, or a file that must not
+            be replaced; or the path of the unfinished run is not a regular file.
     """
+    if out.suffix.lower() in OTHER_SUFFIXES:
+        raise UserError(f"{out}: answers are written as JSON Lines; name an --output that ends in .jsonl")
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file to write")
     write_target(out)
@@ -177,15 +185,20 @@ class Answers:
 
         Raises:
             UserError: a file cannot be written, or another run is writing it.
+        KeyboardInterrupt: says how many answers are kept.
         """
         with one_at_a_time(self.out, wait=False, option="--output"):
             # Rewritten, so that a line cut short by a kill is gone before another line follows it.
             write_bytes(self.path, json.dumps(self.header).encode() + b"\n" + b"".join(self.lines))
-            while len(self.lines) < len(self.prompts):
-                part = self.prompts[len(self.lines) :][: self.group]
-                lines = [prompt.line(found) for prompt, found in zip(part, answer(part), strict=True)]
-                self._append(b"".join(lines))
-                self.lines += lines
+            try:
+                while len(self.lines) < len(self.prompts):
+                    part = self.prompts[len(self.lines) :][: self.group]
+                    lines = [prompt.line(found) for prompt, found in zip(part, answer(part), strict=True)]
+                    self._append(b"".join(lines))
+                    self.lines += lines
+            except KeyboardInterrupt:
+                kept = f"{len(self.lines)} of {len(self.prompts)} answers are kept"
+                raise KeyboardInterrupt(f"interrupted: {kept}; the same command continues") from None
             if self._read(keep_other=True) != self.lines:
                 raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
             write_bytes(self.out, b"".join(self.lines))

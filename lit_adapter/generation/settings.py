@@ -36,7 +36,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divide (or multiply, if negative) the logits of tokens seen before; 1: off (arXiv 1909.05858)."""
     seed: int = 0
-    """Of the random numbers: the same seed gives the same text, alone or in a batch."""
+    """Seed of the random numbers; the same one gives the same text, alone or in a batch."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     stop_ids: tuple[int, ...] = ()

@@ -169,7 +169,8 @@ class Template:
         text = self.text if input or self.text_without_input is None else self.text_without_input
         if input and INPUT not in text:
             raise UserError(
-                f"template {shorten(text)}: a record has an input, but the template no {INPUT}; add it"
+                f"template {shorten(text)}: has no place for an input; leave the input out, or use a "
+                f"template with {INPUT}"
             )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
         return [values.get(part, (part, True)) for part in _FIELD.split(text)]

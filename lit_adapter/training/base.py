@@ -23,7 +23,7 @@ from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.weights.adapter_file import BaseIdentity, base_identity, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.base_folder import check_converted, read_config
 from lit_adapter.weights.load import empty_base, load_base
 
 
@@ -46,6 +46,7 @@ def read_base(config: Config, say: Say, *, verify: bool = False) -> Base:
             or it has fewer layers than ``adapter.layers`` or a shorter context than ``data.max_length``.
     """
     folder = Path(config.base)
+    check_converted(folder)
     sizes = read_config(folder)
     config.adapter.adapted_layers(sizes.n_layer)
     if config.data.max_length > sizes.context_length:

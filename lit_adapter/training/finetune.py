@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_adapter import streams
 from lit_adapter.config import Config, with_learning_rate
-from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.module import AlpacaDataModule, check_sources
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.text.template import resolve_template
@@ -38,6 +38,7 @@ def finetune(
     *,
     dry_run: bool = False,
     verify: bool = False,
+    how_to_continue: str = "--resume last continues",
 ) -> int:
     """Train an adapter.
 
@@ -48,6 +49,7 @@ def finetune(
         signals: signal handlers that are installed already; by default they are installed here.
         dry_run: print the plan, try three steps, and leave nothing in the run folder.
         verify: compare every byte of the base with its checksums, also where its files look unchanged.
+        how_to_continue: ends the line about a run that was stopped.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
@@ -61,7 +63,7 @@ def finetune(
         signals = Signals()
         signals.install()
     verify = verify and is_first_of_node()
-    run = partial(_run, config, resume, folder, signals, dry_run=dry_run, verify=verify)
+    run = partial(_run, config, resume, folder, signals, dry_run=dry_run, verify=verify, how=how_to_continue)
     try:
         with quiet_lightning():
             if rank() > 0:
@@ -85,10 +87,12 @@ def _run(
     *,
     dry_run: bool,
     verify: bool,
+    how: str,
 ) -> int:
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
     config = with_learning_rate(config)
+    check_sources(config.data)  # before anything that takes seconds
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
@@ -125,7 +129,7 @@ def _run(
     trainer = train(plan, point, module, data, folder, record, say)
     if signals.agreed:
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
-        say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; --resume last continues")
+        say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; {how}")
     elif trainer.is_global_zero:
         conclude(plan, module, folder, record, say)
     return signals.exit_status

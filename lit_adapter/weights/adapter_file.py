@@ -94,7 +94,7 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
     """
     with reading(path):
         if not path.is_file():
-            raise UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors")
+            raise _missing(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get(METADATA_KEY)
@@ -109,6 +109,19 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
     check_adapter_state(shapes, state, str(path))
     return info, state
+
+
+def _missing(path: Path) -> UserError:
+    """Say what there is in place of an adapter's file: a folder, or a run that has not reached its end."""
+    run = path if path.is_dir() else path.parent
+    files = [run / name for name in ("adapter.safetensors", "best.safetensors") if (run / name).is_file()]
+    instead = f"; {' and '.join(map(str, files))} {'is' if len(files) == 1 else 'are'} there" if files else ""
+    if path.is_dir():
+        return UserError(f"{path}: is a folder; name the adapter's file{instead}")
+    if (run / "checkpoints").is_dir() and path.name == "adapter.safetensors":
+        end = "which writes this file at its end; continue it with --resume last"
+        return UserError(f"{path}: not there: {run} holds an unfinished run, {end}{instead}")
+    return UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors{instead}")
 
 
 def _check_header(file: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -67,6 +67,22 @@ def read_config(folder: Path) -> LlamaConfig:
     return LlamaConfig.from_hf(read_object(path), source=str(path))
 
 
+def check_converted(folder: Path) -> None:
+    """Refuse a folder that is not there, or that ``scripts/convert.py`` has not made.
+
+    Raises:
+        UserError: says how to get a base.
+    """
+    if (folder / FINGERPRINT).is_file():
+        return
+    if (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
+    raise UserError(
+        f"{folder}: no converted base there; python scripts/download.py smollm2-135m fetches the default "
+        "one, scripts/convert.py converts your own"
+    )
+
+
 def read_fingerprint(folder: Path) -> dict[str, Any]:
     """Read what identifies a converted base.
 
@@ -79,8 +95,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
         UserError: the folder was not made by ``scripts/convert.py``, or by a newer version of it.
     """
     path = folder / FINGERPRINT
-    if not path.is_file():
-        raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
+    check_converted(folder)
     fingerprint = read_object(path)
     kinds = {"format": int, "weights": str, "tokenizer": str, "files": dict, "source": dict}
     if fingerprint.get("format") == FORMAT_VERSION:

@@ -12,12 +12,12 @@ from lit_adapter.weights.base_folder import read_fingerprint
 
 _TRAINING = {
     "data": "data",
-    "epochs": "epochs",
+    "epochs": "epochs planned",
     "batch_size": "records per step",
     "lr": "peak learning rate",
-    "steps": "optimizer steps",
+    "steps": "optimizer steps taken",
     "train_loss": "training loss of the last step",
-    "val_loss": "held-out loss (nats per token)",
+    "val_loss": "held-out loss (nats per target)",
     "converted_from": "converted from the format",
 }
 
@@ -25,6 +25,7 @@ _TRAINING = {
 def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
     """Return the card's Markdown for the repository ``org/name``; ``base`` is its base, if at hand."""
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
+    other_name = f" ({origin})" if origin and origin != info.base.name else ""
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
     header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
     header += [f"base_model: {json.dumps(known)}"] if known else []
@@ -34,7 +35,7 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
         "\n".join(header),
         f"# {name}",
         _what(info),
-        f"## Base\n\n`{info.base.name}`{f' ({origin})' if origin else ''}\n\n"
+        f"## Base\n\n`{info.base.name}`{other_name}\n\n"
         f"- weights: SHA-256 `{info.base.weights}`\n- tokenizer: SHA-256 `{info.base.tokenizer}`",
         f"## Prompts\n\nTemplate `{info.template.kind}`:\n\n{_indented(info.template.text)}",
     ]

@@ -181,6 +181,12 @@ ROWS = [
         from_standard_input(b'{"instruction": "a"}\n{"instruction": 3}'),
         r"standard input:2: 'instruction' is the number 3; expected a string",
     ),
+    Row(
+        100,
+        "a table without the instruction on standard input",
+        from_standard_input(b"text,label\na,b\n"),
+        r"standard input:1: 'text,label' looks like .* without a column 'instruction'; name",
+    ),
     Row(101, "one choice", option("--choices", "a"), r"choices holds 1; expected two or more answers"),
     Row(101, "a choice twice", option("--choices", "a,b,a"), r"choices holds 'a' twice; keep one"),
     Row(101, "an empty choice", option("--choices", "a,,b"), r"choices holds an empty answer; write a text"),
