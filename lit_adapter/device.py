@@ -33,7 +33,9 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         raise UserError(f"device is {name!r}; expected auto, cpu or cuda{hint}")
     device = torch.device("cpu" if name == "cpu" else "cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r}; expected cpu (or cuda, but this machine has no CUDA device)")
+        raise UserError(
+            f"device is {name!r}, but this machine has no CUDA device; expected cpu, or cuda where one is"
+        )
     return device
 
 

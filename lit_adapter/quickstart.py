@@ -15,6 +15,7 @@ from lit_adapter.data import demo
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import visible
 from lit_adapter.files.paths import free_path, newest_path
+from lit_adapter.files.write import write_json
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import say
 from lit_adapter.training.signals import check_launcher
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ADAPTER = "adapter.safetensors"
+SCORES = "scores.json"
+"""In the run folder, written last: a run without it was stopped in training or while it was scored."""
 ANSWER_TOKENS = 48
 """Longest answer when scoring; the longest reference has half as many tokens."""
 SHOWN = 160
@@ -83,9 +86,9 @@ def _train(config: Config) -> tuple[Path, int]:
 
 
 def _stopped_run(out: Path) -> Path | None:
-    """Return the newest of OUT, OUT-2, ... if it has a checkpoint, and no adapter at the end of the run."""
+    """Return the newest of OUT, OUT-2, ... if it has a checkpoint and no scores."""
     newest = newest_path(out)
-    stopped = any(newest.glob("checkpoints/step-*.ckpt")) and not (newest / ADAPTER).exists()
+    stopped = any(newest.glob("checkpoints/step-*.ckpt")) and not (newest / SCORES).exists()
     return newest if stopped else None
 
 
@@ -98,7 +101,7 @@ def _python() -> str:
 
 
 def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
-    """Score the base and the adapted model on the held-out records and print a table."""
+    """Score the base and the adapted model on the held-out records, print a table, and write the scores."""
     from rich.console import Console
     from rich.table import Table
 
@@ -122,6 +125,8 @@ def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
     console.print(table)
     for index in range(3):
         _show_example(console, held_out[index], before.answers[index], after.answers[index])
+    scores = {"exact_match": {"base": before.exact_match, "adapted": after.exact_match}}
+    write_json(adapter.with_name(SCORES), scores)
     asked = f'--prompt "{demo.INSTRUCTION}" --input "Remind me to water the roses at 17:45"'
     console.print(f"Try it: {_python()} scripts/generate.py --adapter {adapter} {asked}", soft_wrap=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from generation_fixtures import CHOICES, ROOT, process, save_random_adapter, script
 
 import lit_adapter
@@ -190,6 +191,11 @@ def test_nothing_to_answer(common: tuple[object, ...], monkeypatch: pytest.Monke
         ("--adapter nowhere.safetensors --prompt x", "nowhere.safetensors: no such adapter file"),
         ("--base nowhere --prompt x", "nowhere"),
         ("--base b --prompt x --device abacus", "device is 'abacus'; expected auto, cpu or cuda"),
+        *(
+            [("--base b --prompt x --device gpu", "no CUDA device; expected cpu, or cuda where one is")]
+            if not torch.cuda.is_available()
+            else []
+        ),
         ("--base b --prompt x --device cuda:1", "to use another GPU set CUDA_VISIBLE_DEVICES"),
         ("--base b --prompts nowhere.jsonl --output z", "nowhere.jsonl: file not found"),
     ],

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from finetune_runs import TINY, Stopper
+from generation_fixtures import save_random_adapter
 
 from lit_adapter import quickstart
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.data import demo
+from lit_adapter.data.records import Record, Records
+from lit_adapter.files.read import read_json
 from lit_adapter.training import finetune as training
 from lit_adapter.weights import download
 
@@ -32,7 +35,12 @@ def run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qui
     def started(seed: int = 0, stop: str = "never") -> tuple[int, list[str]]:
         said = Stopper(stop)
         monkeypatch.setattr(quickstart, "say", said)
-        monkeypatch.setattr(quickstart, "report", lambda adapter, *rest: said(f"scored {adapter}"))
+
+        def report(adapter: Path, *unused: object) -> None:
+            said(f"scored {adapter}")
+            adapter.with_name("scores.json").touch()
+
+        monkeypatch.setattr(quickstart, "report", report)
         monkeypatch.setattr(training, "finetune", partial(finetune, say=said))
         return quickstart.quickstart(config, seed), said.lines
 
@@ -48,7 +56,21 @@ def test_the_same_command_continues_a_run_that_was_stopped(run: Quickstart) -> N
     assert (status, lines[-1]) == (0, "scored out/quick/adapter.safetensors")
     assert "out/quick holds a run that was stopped; continuing it" in lines
     assert any(line.startswith("resuming from out/quick/checkpoints/step-0000001.ckpt") for line in lines)
+    Path("out/quick/scores.json").unlink()  # as if it had been stopped while it was scored
+    status, lines = run()
+    assert (status, lines[-1]) == (0, "scored out/quick/adapter.safetensors")
+    assert lines[-2] == "out/quick: already complete, 2 steps; nothing to do"
     assert sorted(path.name for path in Path("out").iterdir()) == ["demo-data", "quick"]
+
+
+def test_the_report_leaves_its_scores(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_random_adapter(tiny_base, tmp_path / "adapter.safetensors")
+    rows = [Record("Say it.", word, word) for word in ("red", "blue", "green")]
+    quickstart.report(adapter, tiny_base, Records(tuple(rows), "held out"), 0.0)
+    assert "exact match" in capsys.readouterr().out
+    assert read_json(tmp_path / "scores.json") == {"exact_match": {"base": 0.0, "adapted": 0.0}}
 
 
 @pytest.mark.slow

@@ -215,6 +215,9 @@ def test_the_adapter_of_an_unfinished_run_is_said_to_come(tmp_path: Path) -> Non
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     adapter = run / "adapter.safetensors"
+    with pytest.raises(UserError, match="no such adapter file"):  # bases have a folder of this name too
+        read_adapter(adapter)
+    (run / "checkpoints" / "step-0000002.ckpt").touch()
     with pytest.raises(UserError, match=r"run holds an unfinished run, .* --resume last$"):
         read_adapter(adapter)
     (run / "best.safetensors").touch()

@@ -371,6 +371,7 @@ TEXT_READERS: dict[str, Callable[[str, str], Iterator[Row]]] = {
 }
 """Reader by file suffix; arguments: the file's text, and its name for messages."""
 TABLES = (".csv", ".tsv")
+"""Suffixes of files whose first line names the columns."""
 PARQUET = ".parquet"
 SUFFIXES = (*TEXT_READERS, PARQUET)
 """Those of data files."""

@@ -169,7 +169,7 @@ class Template:
         text = self.text if input or self.text_without_input is None else self.text_without_input
         if input and INPUT not in text:
             raise UserError(
-                f"template {shorten(text)}: has no place for an input; leave the input out, or use a "
+                f"template {shorten(text)}: no place for an input; leave the input out, or use a "
                 f"template with {INPUT}"
             )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}

@@ -118,7 +118,7 @@ def _missing(path: Path) -> UserError:
     instead = f"; {' and '.join(map(str, files))} {'is' if len(files) == 1 else 'are'} there" if files else ""
     if path.is_dir():
         return UserError(f"{path}: is a folder; name the adapter's file{instead}")
-    if (run / "checkpoints").is_dir() and path.name == "adapter.safetensors":
+    if any(run.glob("checkpoints/step-*.ckpt")) and path.name == "adapter.safetensors":
         end = "which writes this file at its end; continue it with --resume last"
         return UserError(f"{path}: not there: {run} holds an unfinished run, {end}{instead}")
     return UserError(f"{path}: no such adapter file; training writes RUN_FOLDER/adapter.safetensors{instead}")
