@@ -115,6 +115,7 @@ def test_the_plan_says_what_it_chose_and_the_run_keeps_it(tiny: Callable[..., Co
     assert not any("changed" in line for line in resumed.lines)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_keeps_its_length_to_the_byte(tiny: Callable[..., Config]) -> None:
     """Its checkpoint stores the epochs, and no val_every, which meant a tenth of the run."""
     earlier = ("--optim.epochs", "1", "--trainer.val_every", "1", "--trainer.samples", "0")

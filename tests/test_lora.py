@@ -165,7 +165,10 @@ def test_cached_decoding_gives_the_tokens_of_the_whole_forward_pass(
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--adapter.prompt_length", "0", "--adapter.layers", "null"]],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--adapter.prompt_length", "0", "--adapter.layers", "null"],
+    ],
     ids=["beside prompts", "alone"],
 )
 def test_a_run_learns_and_resumes_to_the_byte(tiny: Callable[..., Config], options: list[str]) -> None:

@@ -156,7 +156,9 @@ def test_a_precision_chosen_by_a_timing_is_kept(
     ("argv", "change", "message"),
     [
         (("--seed", 1), b"", "an unfinished run with other settings"),
-        (("--no-adapter",), b"", "an unfinished run with other settings"),
+        pytest.param(
+            *(("--no-adapter",), b"", "an unfinished run with other settings"), marks=pytest.mark.slow
+        ),
         ((), b'{"instruction": "one more"}\n', "an unfinished run with other prompts"),
     ],
 )
