@@ -127,6 +127,10 @@ def test_a_wrong_option_is_named(
     ("text", "message"),
     [
         ("optim:\n  lr: 1\n  lr: 2\n", r":3: key 'optim.lr' is given twice; keep one"),
+        (
+            "adapter:\n  lora:\n    on: [mlp]\n",
+            r":3: YAML reads the key on as a truth value; write 'on' in quot",
+        ),
         ("optim:\n  batchsize: 1\n", r":2: unknown key 'optim.batchsize'; did you mean 'batch_size'\?"),
         ("optim:\n  learning_rate: 1\n", r":2: unknown key 'optim.learning_rate'; did you mean 'lr'\?"),
         ("lr: 1\n", r":1: unknown key 'lr'; did you mean 'optim.lr'\?"),
