@@ -124,6 +124,7 @@ class Checkpoints(Callback):
         reason = self.folder.leave()
         if trainer.is_global_zero:
             self.begin()
+            self.folder.take_best()
         trainer.save_checkpoint(self.folder.checkpoint_path(trainer.global_step))
         raise UserError(
             f"{reason}; step {trainer.global_step} is saved in {self.folder.path}: "
