@@ -149,6 +149,8 @@ def test_steps_given_outright_need_no_epochs(tiny: Callable[..., Config]) -> Non
     longer = Stopper()
     assert finetune(tiny(*UNSET), resume="last", say=longer, dry_run=True) == 0
     assert any("optim.epochs changed from null to 8.0" in line for line in longer.lines)
+    said = "epochs 8 (batch_size as in the resumed run, epochs chosen for 40 records); lr"
+    assert any(said in line for line in longer.lines)
 
 
 def test_max_steps_decides_the_epochs_of_a_run_that_also_sets_them(tiny: Callable[..., Config]) -> None:
