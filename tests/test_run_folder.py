@@ -20,7 +20,8 @@ from warm_runs import two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.training import module
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.training import callbacks, module
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.run_folder import RunFolder
@@ -190,6 +191,23 @@ def test_nothing_is_written_where_a_folder_was_before_a_validation_ended(
     assert not out.exists()
     assert (out.with_name("run.rescued") / left).is_file()
     assert not (out.with_name("elsewhere") / "adapter.safetensors").exists()
+
+
+def test_a_folder_that_moves_just_before_its_best_adapter_is_written_is_not_made_again(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--trainer.val_every", "1", "--trainer.save_every", "2", "--trainer.samples", "0")
+    config = tiny("--optim.max_steps", "2", *options)
+    out = Path(config.out)
+
+    def moving(model: Any) -> Any:
+        out.rename(out.with_name("elsewhere"))
+        return adapter_state(model)
+
+    monkeypatch.setattr(callbacks, "adapter_state", moving)
+    with pytest.raises(UserError, match=r"moved or deleted .*step 2 is saved in .*run\.rescued"):
+        finetune(config, say=lambda line: None)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("is_deleted", "lowest"), [(False, (2, 1.0)), (True, (4, 2.0))])

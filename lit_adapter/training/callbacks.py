@@ -165,4 +165,8 @@ class BestAdapter(Callback):
         self.loss = loss
         if trainer.is_global_zero and self.folder.is_there():  # if not, the next save ends the run
             reached = {"steps": trainer.global_step, "val_loss": loss}
-            self.write(self.folder.best, adapter_state(pl_module.model), reached)
+            try:
+                self.write(self.folder.best, adapter_state(pl_module.model), reached)
+            except UserError:
+                if self.folder.is_there():
+                    raise

@@ -141,8 +141,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"note: {why}: the layers run without the fused kernels, and more slowly"
 
 
-def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+def write_adapter(
+    plan: Plan, path: Path, state: dict[str, Tensor], summary: dict[str, Any], *, make_folder: bool = True
+) -> None:
     """Write an adapter of a run, whole or not at all; ``summary`` has the steps and losses it has reached.
+
+    With ``make_folder``, a missing folder is made.
 
     Raises:
         UserError: the file cannot be written.
@@ -162,4 +166,4 @@ def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dic
         mask_prompt=config.data.mask_prompt,
         training=training | summary,
     )
-    save_adapter(path, state, info)
+    save_adapter(path, state, info, make_folder=make_folder)
