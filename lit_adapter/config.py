@@ -25,11 +25,14 @@ def _at_least(least: float, section: object, prefix: str, *names: str) -> None:
             raise UserError(f"{prefix}{name} is {value}; expected {least} or more")
 
 
-def _expand_home(config: object, *names: str) -> None:
-    """Replace ``~`` by the user's home folder, so that saved configurations name it in full."""
+def _read_paths(config: object, prefix: str, *names: str) -> None:
+    """Refuse paths that are not UTF-8, as the saved files are; replace ``~`` by the user's home folder."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
+            if not is_unicode(value):
+                advice = "choose another name, or set PYTHONUTF8=1"
+                raise UserError(f"{prefix}{name} is {value!r}, which is not UTF-8; {advice}")
             object.__setattr__(config, name, os.path.expanduser(value))
 
 
@@ -72,7 +75,7 @@ class DataConfig:
     """Processes that pack batches ahead of training; 0: the training process packs them."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "train", "val", "template")
+        _read_paths(self, "data.", "train", "val", "template")
         if self.val == "":
             raise UserError("data.val is empty; name a file, or leave it out to split off data.val_size")
         _at_least(8, self, "data.", "max_length")
@@ -228,15 +231,11 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        _expand_home(self, "base", "out", "init_from")
+        _read_paths(self, "", "base", "out", "init_from")
         if not self.base:
             raise UserError("base is empty; name a converted base folder, checkpoints/NAME")
         if not self.out or "://" in self.out:
             raise UserError(f"out is {self.out!r}; expected a folder on this machine")
-        if not is_unicode(self.out):
-            raise UserError(
-                f"out is {self.out!r}, which is not UTF-8; choose another name, or set PYTHONUTF8=1"
-            )
         _at_least(0, self, "", "seed")
         if self.seed >= 2**64:
             raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")

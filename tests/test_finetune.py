@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.convert import convert
 
 STEPS = 15  # 40 training records, 8 a step, three epochs of five steps
 
@@ -188,6 +191,31 @@ def test_another_run_is_not_resumed(tiny: Callable[..., Config]) -> None:
     ):
         with pytest.raises(UserError, match=message):
             finetune(tiny("--optim.max_steps", "4", *option), resume="last", say=Stopper())
+
+
+def test_a_chat_template_that_shows_the_time_is_kept_on_resume(
+    tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Rendered again it would be another text; another setting is still refused."""
+    source = shutil.copytree(tiny_base.parent / "source", tmp_path / "source")
+    described = json.loads((source / "tokenizer_config.json").read_text())
+    time, answer = (
+        "{{ strftime_now('%H:%M:%S.%f') }}",
+        "{% if messages[1:] %}{{ messages[1].content }}{% endif %}",
+    )
+    shown = f"{time} {{{{ messages[0].content }}}}: {answer}"
+    (source / "tokenizer_config.json").write_text(json.dumps(described | {"chat_template": shown}))
+    base = convert(source, tmp_path / "chat")
+    options = ("--base", str(base), "--optim.max_steps", "2", "--trainer.samples", "0")
+    chat = tiny(*options, "--data.template", "chat")
+    assert finetune(chat, say=Stopper("step 1/")) == 143
+    first = read_checkpoint(Path(chat.out) / "checkpoints" / "step-0000001.ckpt")
+    with pytest.raises(UserError, match=r"data\.template: its kind was 'chat', now 'alpaca'$"):
+        finetune(tiny(*options), resume="last", say=Stopper())
+    assert finetune(chat, resume="last", say=Stopper()) == 0
+    template = read_adapter(Path(chat.out) / "adapter.safetensors")[0].template
+    assert template.to_dict() == first["lit_adapter"]["identity"]["template"]
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{6} \{instruction\}: $", template.text)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_steps_given_outright_need_no_epochs(tiny: Callable[..., Config]) -> Non
     longer = Stopper()
     assert finetune(tiny(*UNSET), resume="last", say=longer, dry_run=True) == 0
     assert any("optim.epochs changed from null to 8.0" in line for line in longer.lines)
+    said = "epochs 8 (batch_size as in the resumed run, epochs chosen for 40 records); lr"
+    assert any(said in line for line in longer.lines)
+
+
+def test_max_steps_decides_the_epochs_of_a_run_that_also_sets_them(tiny: Callable[..., Config]) -> None:
+    """Plan, adapter file and run.json have the same number: 2 steps of 8 of the 40 records."""
+    config, lines = tiny("--optim.epochs", "3", "--optim.max_steps", "2", "--trainer.samples", "0"), Stopper()
+    assert finetune(config, say=lines) == 0
+    assert any(line.startswith("run: 2 steps of 8 records, epochs 0.4; lr") for line in lines.lines)
+    out = Path(config.out)
+    assert read_adapter(out / "adapter.safetensors")[0].training["epochs"] == 0.4
+    assert json.loads((out / "run.json").read_text())["epochs"] == 0.4
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,12 @@ from lit_adapter.training import finetune as training
         ("--out=", "out is ''; expected a folder on this machine"),
         ("--out https://x/y", "out is 'https://x/y'; expected a folder on this machine"),
         ("--out run\udcff", r"out is 'run\\udcff', which is not UTF-8; choose another name"),
+        ("--base b\udcff", r"base is 'b\\udcff', which is not UTF-8; choose another name"),
+        ("--init_from a\udcff", r"init_from is 'a\\udcff', which is not UTF-8; choose another name"),
+        ("--data.train d\udcff.json", r"data.train is 'd\\udcff.json', which is not UTF-8; choose another"),
+        ("--data.val d\udcff.json", r"data.val is 'd\\udcff.json', which is not UTF-8; choose another"),
+        ("--data.template t\udcff", r"data.template is 't\\udcff', which is not UTF-8; choose another"),
+        ("--optim.epochs 1e8", "optim.epochs makes 500,000,000 steps, more than 9,999,999; lower it"),
         ("--data.workers 9999", "data.workers is 9999; expected 64 or less"),
         (
             "--adapter.prompt_length 99999999999",

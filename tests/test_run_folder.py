@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier, Event
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_runs import arguments
+from finetune_runs import Stopper, arguments
 from warm_runs import two_ranks
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.training import callbacks, module
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.run_folder import RunFolder
@@ -187,6 +191,58 @@ def test_nothing_is_written_where_a_folder_was_before_a_validation_ended(
     assert not out.exists()
     assert (out.with_name("run.rescued") / left).is_file()
     assert not (out.with_name("elsewhere") / "adapter.safetensors").exists()
+
+
+def test_a_folder_that_moves_just_before_its_best_adapter_is_written_is_not_made_again(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--trainer.val_every", "1", "--trainer.save_every", "2", "--trainer.samples", "0")
+    config = tiny("--optim.max_steps", "2", *options)
+    out = Path(config.out)
+
+    def moving(model: Any) -> Any:
+        out.rename(out.with_name("elsewhere"))
+        return adapter_state(model)
+
+    monkeypatch.setattr(callbacks, "adapter_state", moving)
+    with pytest.raises(UserError, match=r"moved or deleted .*step 2 is saved in .*run\.rescued"):
+        finetune(config, say=lambda line: None)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("is_deleted", "lowest"), [(False, (2, 1.0)), (True, (4, 2.0))])
+def test_a_rescued_run_keeps_its_best_adapter_or_says_which_it_has(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, is_deleted: bool, lowest: tuple[int, float]
+) -> None:
+    """The lowest loss is that of step 2; its adapter is lost with a folder that is deleted."""
+    losses = {0: 3.0, 2: 1.0, 4: 2.0}
+
+    def measured(self: Any) -> None:
+        step = self.trainer.global_step
+        self.validated_step, self.val_loss = step, losses[step]
+
+    monkeypatch.setattr(module.LitAdapter, "on_validation_epoch_end", measured)
+    options = ("--optim.max_steps", "4", "--trainer.val_every", "2", "--trainer.samples", "0")
+    config, rescued = tiny(*options), tiny(*options, out="run.rescued")
+    out, moved, lines = Path(config.out), Path(config.out).with_name("elsewhere"), Stopper()
+
+    def say(line: str) -> None:
+        if line.startswith("step 3/"):
+            out.rename(moved)
+            if is_deleted:
+                shutil.rmtree(moved)
+
+    with pytest.raises(UserError, match="moved or deleted"):
+        finetune(config, say=say)
+    assert finetune(rescued, resume="last", say=lines) == 0
+    best = Path(rescued.out) / "best.safetensors"
+    training = read_adapter(best)[0].training
+    assert (training["steps"], training["val_loss"]) == lowest
+    recorded = json.loads((best.parent / "run.json").read_text())["loss"]["lowest"]
+    assert (recorded["step"], recorded["loss"]) == lowest
+    assert is_deleted or best.read_bytes() == (moved / "best.safetensors").read_bytes()
+    said = [line for line in lines.lines if "the lowest" in line]
+    assert len(said) == (not is_deleted), said
 
 
 @pytest.mark.slow

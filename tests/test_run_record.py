@@ -95,7 +95,12 @@ def test_the_last_lines_say_which_file_to_use(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file where the last step has the lowest loss, else two; a warning if it diverged."""
-    losses = {"one": [3.0, 2.0, 1.0, 0.5], "two": [3.0, 1.0, 2.0, 2.5], "diverged": [3.0, 2.0, 4.0, 5.0]}
+    losses = {
+        "one": [3.0, 2.0, 1.0, 0.5],
+        "two": [3.0, 1.0, 2.0, 2.5],
+        "diverged": [3.0, 2.0, 4.0, 5.0],
+        "worse": [3.0, 6.0, 5.0, 4.0],
+    }
     ends, statuses = {}, {}
     for name, curve in losses.items():
         left = iter(curve)
@@ -108,7 +113,10 @@ def test_the_last_lines_say_which_file_to_use(
         assert finetune(config, say=lines) == 0
         ends[name] = lines.lines[next(n for n, x in enumerate(lines.lines) if x.startswith("wrote")) :]
         statuses[name] = record(config)["status"]
-    assert statuses == {"one": "finished", "two": "finished", "diverged": "diverged"}
+    assert statuses == dict.fromkeys(("one", "two"), "finished") | dict.fromkeys(
+        ("diverged", "worse"), "diverged"
+    )
+    assert ends["worse"][0].endswith("in all; held-out loss 4.0000")
     assert len(ends["one"]) == 1
     assert ends["one"][0].endswith(
         "; held-out loss 0.5000, the lowest of the run: best.safetensors is the same"
@@ -122,7 +130,7 @@ def test_the_last_lines_say_which_file_to_use(
     assert ends["diverged"][1].endswith(
         "; best.safetensors (step 1, held-out loss 2.0000, the lowest) is better"
     )
-    assert [len(end) for end in ends.values()] == [1, 2, 2]
+    assert [len(end) for end in ends.values()] == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

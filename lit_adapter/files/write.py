@@ -39,17 +39,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
+def durable_path(path: Path, needed: int | None = None, *, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success sync it and rename it to ``path``.
 
     The error message says that ``needed`` bytes are needed; by default, what had been written.
 
     Raises:
-        UserError: ``path`` names a pipe or device, its folder cannot be written, or the disk is full.
+        UserError: ``path`` names a pipe or device, its folder cannot be written, or does not exist and
+            ``make_folder`` is false, or the disk is full.
     """
     path = write_target(Path(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         _remove(path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"), LEFTOVER_SECONDS)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
     except OSError as error:
@@ -72,9 +74,9 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all."""
-    with durable_path(path, needed=len(content)) as temporary:
+def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:
+    """Write ``content`` to ``path``, whole or not at all; ``make_folder``: and its folder, if missing."""
+    with durable_path(path, len(content), make_folder=make_folder) as temporary:
         temporary.write_bytes(content)
 
 

@@ -40,7 +40,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)
+    environment.globals["strftime_now"] = datetime.now().strftime  # one time for all conversations
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment
 

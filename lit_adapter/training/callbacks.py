@@ -124,6 +124,7 @@ class Checkpoints(Callback):
         reason = self.folder.leave()
         if trainer.is_global_zero:
             self.begin()
+            self.folder.take_best()
         trainer.save_checkpoint(self.folder.checkpoint_path(trainer.global_step))
         raise UserError(
             f"{reason}; step {trainer.global_step} is saved in {self.folder.path}: "
@@ -164,4 +165,8 @@ class BestAdapter(Callback):
         self.loss = loss
         if trainer.is_global_zero and self.folder.is_there():  # if not, the next save ends the run
             reached = {"steps": trainer.global_step, "val_loss": loss}
-            self.write(self.folder.best, adapter_state(pl_module.model), reached)
+            try:
+                self.write(self.folder.best, adapter_state(pl_module.model), reached)
+            except UserError:
+                if self.folder.is_there():
+                    raise

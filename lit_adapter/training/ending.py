@@ -32,23 +32,25 @@ def conclude(plan: Plan, module: LitAdapter, folder: RunFolder, record: RunRecor
         raise UserError(f"{gone}; its adapter is {folder.adapter}")
     size = folder.adapter.stat().st_size
     took = f"after {counted(steps, 'step')}, {record.seconds:.0f} s in all"
-    say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, folder, steps)}")
+    say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, folder, record, steps)}")
     for line in _advice(module, folder, record, steps):
         say(line)
 
 
-def _loss(module: LitAdapter, folder: RunFolder, steps: int) -> str:
+def _loss(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int) -> str:
     """Return the held-out loss as the end of a sentence, if there are held-out records."""
     if math.isnan(module.val_loss):
         return ""
-    lowest = f", the lowest of the run: {folder.best.name} is the same" if folder.lowest()[0] == steps else ""
+    is_best = folder.lowest()[0] == steps and record.is_lowest(module.val_loss)
+    lowest = f", the lowest of the run: {folder.best.name} is the same" if is_best else ""
     return f"; held-out loss {module.val_loss:.4f}{lowest}"
 
 
 def _advice(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int) -> Iterator[str]:
     """Yield which of two different adapters to use, or what went wrong."""
     step, loss = folder.lowest()
-    best = f"{folder.best.name} (step {step}, held-out loss {loss:.4f}, the lowest)"
+    lowest = ", the lowest" if record.is_lowest(loss) else ""
+    best = f"{folder.best.name} (step {step}, held-out loss {loss:.4f}{lowest})"
     divergence = record.divergence(module)
     if divergence is not None:
         is_better = 0 < step < steps and record.held_out and loss < record.held_out[0][1]

@@ -14,7 +14,6 @@ from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule, check_sources
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
-from lit_adapter.text.template import resolve_template
 from lit_adapter.training.base import load_model, read_base, read_initial_adapter
 from lit_adapter.training.dry_run import try_steps
 from lit_adapter.training.ending import conclude
@@ -24,7 +23,7 @@ from lit_adapter.training.notices import Notices, Say
 from lit_adapter.training.placement import choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines
 from lit_adapter.training.processes import follow, is_first_of_node
-from lit_adapter.training.resume import find_resume_point, is_written, saved_run
+from lit_adapter.training.resume import find_resume_point, is_written, saved_run, template_of_run
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.run_record import RunRecord
 from lit_adapter.training.signals import Signals
@@ -96,7 +95,7 @@ def _run(
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
-    template = resolve_template(config.data.template, base.tokenizer)
+    template = template_of_run(config.data.template, base, saved)
     initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)
 
     busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device

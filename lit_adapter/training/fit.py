@@ -67,7 +67,7 @@ def train(
     callbacks: list[pl.Callback] = [
         record,
         Report(options, say, record.notices, redraw=repeats),
-        BestAdapter(folder, partial(write_adapter, plan)),
+        BestAdapter(folder, partial(write_adapter, plan, make_folder=False)),
         Samples(assistant, data.val_records, options),
         StopOnSignal(),  # before the checkpoints: a stop is saved at once
         Checkpoints(folder, asdict(plan.identity), options, begin_writing),

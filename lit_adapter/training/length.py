@@ -51,23 +51,23 @@ def with_length(
 
     A resumed run keeps what its checkpoint has, ``saved``. ``optim.max_steps`` needs no epochs.
     """
-    optim, chosen = config.optim, []
+    optim = config.optim
+    kept: list[str] = []
+    chosen: list[str] = []
     batch_size, epochs = optim.batch_size, optim.epochs
     if batch_size is None:
         batch_size = saved.identity.get("optim.batch_size")
+        (kept if batch_size else chosen).append("batch_size")
         batch_size = batch_size or chosen_batch_size(n_records, epochs, n_processes)
-        chosen.append("batch_size")
     if epochs is None:
         epochs = saved.changeable.get("optim.epochs")
         if optim.max_steps is None:
+            (kept if epochs else chosen).append("epochs")
             epochs = epochs or chosen_epochs(n_records, batch_size)
-            chosen.append("epochs")
     lr = _rate(optim, batch_size, saved)
     config = replace(config, optim=replace(optim, batch_size=batch_size, epochs=epochs, lr=lr))
-    if not chosen:
-        return config, ""
-    why = "as in the resumed run" if saved.identity else f"chosen for {counted(n_records, 'record')}"
-    return config, f"{' and '.join(chosen)} {why}"
+    parts = ((kept, "as in the resumed run"), (chosen, f"chosen for {counted(n_records, 'record')}"))
+    return config, ", ".join(f"{' and '.join(names)} {why}" for names, why in parts if names)
 
 
 def _rate(optim: OptimConfig, batch_size: int, saved: RunIdentity) -> float | None:

@@ -39,7 +39,7 @@ class Plan:
     steps: int
     """Optimizer steps of the run."""
     epochs: float
-    """Passes over the training records: as set, or what ``optim.max_steps`` comes to."""
+    """Passes over the training records: what ``optim.max_steps`` comes to, else as set."""
     chosen: str
     """What was chosen of batch size and epochs, and why; empty if the user has set both."""
     n_records: int
@@ -78,6 +78,7 @@ def make_plan(
     data.batch_size = config.optim.batch_size or 0
     steps_per_epoch = data.training_steps().steps_per_epoch
     steps = total_steps(config.optim, steps_per_epoch)
+    epochs = steps / steps_per_epoch if config.optim.max_steps else config.optim.epochs or 0.0
     config = with_val_every(config, steps, saved)
     facts = {
         "base": base.identity.weights[:16],
@@ -97,7 +98,7 @@ def make_plan(
         placement,
         data.template,
         steps,
-        config.optim.epochs or steps / steps_per_epoch,
+        epochs,
         chosen,
         n_records,
         warmup_steps(config.optim, steps),
@@ -120,9 +121,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
     batch_size = optim.batch_size or 0
-    epochs = plan.epochs if optim.max_steps is None else steps / (plan.n_records // batch_size)
     yield (
-        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {epochs:.3g}"
+        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {plan.epochs:.3g}"
         f"{f' ({plan.chosen})' if plan.chosen else ''}; "
         f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}), {optim.schedule}, "
         f"warm-up {counted(plan.warmup, 'step')}; {config.out}"
@@ -141,8 +141,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"note: {why}: the layers run without the fused kernels, and more slowly"
 
 
-def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+def write_adapter(
+    plan: Plan, path: Path, state: dict[str, Tensor], summary: dict[str, Any], *, make_folder: bool = True
+) -> None:
     """Write an adapter of a run, whole or not at all; ``summary`` has the steps and losses it has reached.
+
+    With ``make_folder``, a missing folder is made.
 
     Raises:
         UserError: the file cannot be written.
@@ -162,4 +166,4 @@ def write_adapter(plan: Plan, path: Path, state: dict[str, Tensor], summary: dic
         mask_prompt=config.data.mask_prompt,
         training=training | summary,
     )
-    save_adapter(path, state, info)
+    save_adapter(path, state, info, make_folder=make_folder)

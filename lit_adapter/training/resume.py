@@ -13,6 +13,8 @@ import torch
 from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.text.template import Template, resolve_template
+from lit_adapter.training.base import Base
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
 from lit_adapter.training.differences import differences
 from lit_adapter.training.notices import Say
@@ -73,6 +75,21 @@ def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
         with suppress(UserError):  # `find_resume_point` will say what is wrong with it
             return _stored(read_checkpoint(path))
     return RunIdentity({}, {}, 0)
+
+
+def template_of_run(setting: str, base: Base, saved: RunIdentity) -> Template:
+    """Return the template that ``data.template`` names; a resumed run keeps its chat template.
+
+    A chat template may show the date, so rendering it again could give another text.
+
+    Raises:
+        UserError: as `resolve_template`.
+    """
+    kept = saved.identity.get("template")
+    same_base = saved.identity.get("tokenizer") == base.identity.tokenizer[:16]  # and its chat template
+    if setting == "chat" and same_base and kept and kept["kind"] == "chat":
+        return Template.from_dict(kept)
+    return resolve_template(setting, base.tokenizer)
 
 
 def _stored(checkpoint: dict[str, Any]) -> RunIdentity:

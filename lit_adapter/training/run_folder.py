@@ -23,7 +23,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.locks import LockFile, is_at
 from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
-from lit_adapter.files.write import check_writable, is_temporary, sweep
+from lit_adapter.files.write import check_writable, is_temporary, sweep, write_bytes
 from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.notices import Say
 from lit_adapter.training.run_identity import plain
@@ -112,6 +112,21 @@ class RunFolder:
         gone = self.path
         self._set_names(free_path(gone.with_name(f"{gone.name}.rescued")))
         return f"{gone}: the run folder was moved or deleted while the run went on"
+
+    def take_best(self) -> None:
+        """Copy ``best.safetensors`` from the folder that was left, unless that was deleted.
+
+        Raises:
+            UserError: the copy cannot be written.
+        """
+        if self._descriptor is None:
+            return
+        try:
+            descriptor = os.open(self.best.name, os.O_RDONLY, dir_fd=self._descriptor)
+        except OSError:
+            return  # the resumed run writes the best of its own validations
+        with open(descriptor, "rb") as file:
+            write_bytes(self.best, file.read())
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the name of the checkpoint after ``step`` optimizer steps."""

@@ -95,6 +95,10 @@ class RunRecord(Callback):
         """Return what is wrong with a run that ends worse than it began; None if nothing is."""
         return self.notices.divergence(module.val_loss, module.skipped_steps, self.data.finished_steps)
 
+    def is_lowest(self, loss: float) -> bool:
+        """Tell whether no held-out loss of the run, that of its start included, is lower."""
+        return all(loss <= other for _, other in self.held_out if math.isfinite(other))
+
     def worst_after_start(self) -> list[float] | None:
         """Return step and value of the highest held-out loss, if it is above that of the start."""
         if len(self.held_out) < 2:
@@ -109,8 +113,7 @@ class RunRecord(Callback):
     def contents(self, module: LitAdapter) -> dict[str, Any]:
         """Return what the file says besides its format and status; NaN and infinity are null."""
         plan, placement, step = self.plan, self.plan.placement, self.data.finished_steps
-        finite = [(loss, at) for at, loss in self.held_out if at and math.isfinite(loss)]
-        lowest = min(finite, default=None)
+        best_step, best_loss = self.folder.lowest()
         packages = ("torch", "lightning", "safetensors")
         return {
             "steps": {"planned": plan.steps, "done": step, "skipped": module.skipped_steps},
@@ -118,7 +121,7 @@ class RunRecord(Callback):
             "loss": {
                 "train": _finite(module.last.get("loss", math.nan)),
                 "held_out": [_point(at, loss) for at, loss in self.held_out],
-                "lowest": lowest and _point(lowest[1], lowest[0]),
+                "lowest": _point(best_step, best_loss) if best_step > 0 else None,
             },
             "time": {
                 "seconds": round(self.seconds, 3),

@@ -19,9 +19,9 @@ def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
     """
     epochs = config.epochs or 0.0
     steps = epochs * steps_per_epoch if config.max_steps is None else config.max_steps
-    if steps > MOST_STEPS:
+    if steps >= MOST_STEPS + 1:
         key = "epochs" if config.max_steps is None else "max_steps"
-        raise UserError(f"optim.{key} makes {steps:,} steps, more than {MOST_STEPS:,}; lower it")
+        raise UserError(f"optim.{key} makes {steps:,.12g} steps, more than {MOST_STEPS:,}; lower it")
     if steps < 1:
         epoch = counted(steps_per_epoch, "step")
         raise UserError(

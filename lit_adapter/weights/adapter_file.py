@@ -74,8 +74,10 @@ class AdapterInfo:
         return LlamaConfig.from_hf(self.base_config, source="adapter metadata")
 
 
-def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) -> None:
-    """Write an adapter, whole or not at all.
+def save_adapter(
+    path: Path, state: dict[str, torch.Tensor], info: AdapterInfo, *, make_folder: bool = True
+) -> None:
+    """Write an adapter, whole or not at all; ``make_folder``: and its folder, if missing.
 
     Raises:
         UserError: tensors that do not fit ``info`` or are not finite, or a file that cannot be written.
@@ -83,7 +85,11 @@ def save_adapter(path: Path, state: dict[str, torch.Tensor], info: AdapterInfo) 
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {"format_version": FORMAT_VERSION, **asdict(info)}
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
-    write_bytes(path, save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}))
+    write_bytes(
+        path,
+        save(tensors, metadata={METADATA_KEY: json.dumps(described, sort_keys=True)}),
+        make_folder=make_folder,
+    )
 
 
 def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
