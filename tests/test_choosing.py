@@ -178,3 +178,14 @@ def test_a_stopped_file_of_choices_goes_on(
 def test_mistakes_about_choices_are_told_in_one_line(argv: tuple[object, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         script("--adapter", "a", "--prompt", "x", *argv)
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+@pytest.mark.parametrize("name", ["probabilities", "log_likelihoods"])
+def test_a_column_that_the_numbers_would_overwrite_is_refused(
+    column: str, name: str, tmp_path: Path
+) -> None:
+    """Before anything is loaded: no file of these exists."""
+    files = ("--adapter", tmp_path / "a", "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl")
+    with pytest.raises(UserError, match=rf"^--columns\.{column} is '{name}', which --choices writes"):
+        script(*files, "--choices", "a,b", f"--columns.{column}", name)

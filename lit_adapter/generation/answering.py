@@ -148,10 +148,12 @@ def answer_file(
     log-likelihoods of all.
 
     Raises:
-        UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
-            a batch that does not fit the GPU.
+        UserError: a column of the prompts that has the name of one of these two, a file that cannot be read
+            or written, a prompt or stop id that does not fit the model, or a batch that does not fit the GPU.
     """
     answer_columns = (columns.output, *(CHOICE_COLUMNS if choices else ()))
+    if choices:
+        _refuse_choice_columns(columns)
     prompts = read_prompts(path, columns, answer_columns)
     if path != STANDARD_INPUT and target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
@@ -190,6 +192,15 @@ def answer_file(
 
         answers.run(answer_group)
     return len(prompts)
+
+
+def _refuse_choice_columns(columns: Columns) -> None:
+    """Refuse a column that the numbers of the choices would overwrite."""
+    for name, column in asdict(columns).items():
+        if column in CHOICE_COLUMNS:
+            raise UserError(
+                f"--columns.{name} is {column!r}, which --choices writes its numbers to; give it another name"
+            )
 
 
 def _chosen(
