@@ -182,9 +182,7 @@ def test_mistakes_about_choices_are_told_in_one_line(argv: tuple[object, ...], m
 
 @pytest.mark.parametrize("column", ["instruction", "input", "output"])
 @pytest.mark.parametrize("name", ["probabilities", "log_likelihoods"])
-def test_a_column_that_the_numbers_would_overwrite_is_refused(
-    column: str, name: str, tmp_path: Path
-) -> None:
+def test_a_column_that_the_numbers_would_overwrite_is_refused(column: str, name: str, tmp_path: Path) -> None:
     """Before anything is loaded: no file of these exists."""
     files = ("--adapter", tmp_path / "a", "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl")
     with pytest.raises(UserError, match=rf"^--columns\.{column} is '{name}', which --choices writes"):
