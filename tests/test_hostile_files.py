@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_a_rendering_comes_back_unchanged() -> None:
 def test_a_template_beyond_a_limit(template: str, message: str) -> None:
     with pytest.raises(LimitedError, match=message):
         ask(RENDERING, request(template))
+
+
+def test_a_process_that_dies_is_an_error_also_where_its_status_is_lost() -> None:
+    """As in a program that ignores SIGCHLD: Python then takes the status for 0."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert ask(RENDERING, request("{{ a }}")) == ["x", "\ud800"]
+        with pytest.raises(LimitedError, match=r"^ends its process without an answer$"):
+            ask("lit_adapter.no_such_module", None)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 OTHERS = [

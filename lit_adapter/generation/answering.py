@@ -126,9 +126,10 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
 
 def choose(model: AdaptedLlama, task: Task, choices: Sequence[str], out: TextIO) -> None:
     """Write the choices with their probabilities and log-likelihoods, the most likely one first."""
-    out.write("probability  log-likelihood  answer\n")
-    for choice in model.choose(*task, choices=choices):
-        out.write(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n")
+    scored = model.choose(*task, choices=choices)
+    write_answer("probability  log-likelihood  answer\n", out)
+    for choice in scored:
+        write_answer(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n", out)
 
 
 def answer_file(
