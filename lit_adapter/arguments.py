@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from lit_adapter.errors import WrongTypeError, shorten
 
@@ -35,9 +35,10 @@ def path(name: str, value: Any) -> Path:
 def whole_number(name: str, value: Any) -> int:
     """Return an integer of any library as Python's; a WrongTypeError refuses bool, float and the rest."""
     try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
+        plain = _scalar(value)
+        if not isinstance(plain, bool):
+            return operator.index(plain)
+    except (TypeError, ValueError, RuntimeError):
         pass
     raise _wrong(name, value, "a whole number")
 
@@ -45,11 +46,18 @@ def whole_number(name: str, value: Any) -> int:
 def number(name: str, value: Any) -> float:
     """Return a number of any library as Python's float; a WrongTypeError refuses bool, text and the rest."""
     try:
-        if not isinstance(value, bool | str | bytes):
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
+        plain = _scalar(value)
+        # float() would also parse a text, and the bytes of any buffer.
+        if isinstance(plain, SupportsFloat | SupportsIndex) and not isinstance(plain, bool):
+            return float(plain)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise _wrong(name, value, "a number")
+
+
+def _scalar(value: Any) -> Any:
+    """Return the single value of an array or tensor as Python's, so that its type is that of its content."""
+    return value.item() if callable(getattr(value, "item", None)) else value
 
 
 def _wrong(name: str, value: Any, expected: str) -> WrongTypeError:

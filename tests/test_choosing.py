@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
 import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.answering import choose
 from lit_adapter.generation.choosing import ScoredChoice
 from lit_adapter.generation.prompt_file import BATCHES_PER_GROUP
 from lit_adapter.model.config import AdapterConfig
@@ -119,6 +121,23 @@ def test_choices_of_one_prompt_on_the_command_line(
         assert text == choice.text
 
 
+def test_a_choice_cannot_command_a_terminal(
+    model: AdaptedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    choose(model, ("Name it.", ""), ["red\x1b[2J", "blue"], out)
+    assert "red\\x1b[2J" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_no_header_stands_above_an_error(model: AdaptedLlama) -> None:
+    out = io.StringIO()
+    with pytest.raises(UserError, match="exceed the base's context"):
+        choose(model, ("Name it.", ""), ["red", "word " * 900], out)
+    assert out.getvalue() == ""
+
+
 def test_choices_of_a_file(tiny_base: Path, adapter: Path, model: AdaptedLlama, tmp_path: Path) -> None:
     common = ("--adapter", adapter, "--base", tiny_base, *CHOICES, "--choices", "red,blue")
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
@@ -178,3 +197,12 @@ def test_a_stopped_file_of_choices_goes_on(
 def test_mistakes_about_choices_are_told_in_one_line(argv: tuple[object, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         script("--adapter", "a", "--prompt", "x", *argv)
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output"])
+@pytest.mark.parametrize("name", ["probabilities", "log_likelihoods"])
+def test_a_column_that_the_numbers_would_overwrite_is_refused(column: str, name: str, tmp_path: Path) -> None:
+    """Before anything is loaded: no file of these exists."""
+    files = ("--adapter", tmp_path / "a", "--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl")
+    with pytest.raises(UserError, match=rf"^--columns\.{column} is '{name}', which --choices writes"):
+        script(*files, "--choices", "a,b", f"--columns.{column}", name)

@@ -317,6 +317,11 @@ def test_a_task_is_a_text_a_pair_or_a_record(model: AdaptedLlama) -> None:
         ([("Say it.", None)], r"tasks\[0\] is"),
         ([{"instruction": 3}], r"tasks\[0\] is"),
         ([7], r"tasks\[0\] is 7; expected"),
+        ([{"instruction": "x", "input": 0}], r"tasks\[0\] is .*'input': 0.*; expected"),
+        ([{"instruction": "x", "input": []}], r"tasks\[0\] is .*'input': \[\].*; expected"),
+        ([{"instruction": "x", "input": False}], r"tasks\[0\] is .*'input': False.*; expected"),
+        (None, "^tasks is None; expected a list of tasks$"),
+        (5, "^tasks is 5; expected a list of tasks$"),
     ],
 )
 def test_what_is_no_list_of_tasks_is_refused(model: AdaptedLlama, tasks: object, message: str) -> None:

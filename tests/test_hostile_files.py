@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_a_rendering_comes_back_unchanged() -> None:
 def test_a_template_beyond_a_limit(template: str, message: str) -> None:
     with pytest.raises(LimitedError, match=message):
         ask(RENDERING, request(template))
+
+
+def test_a_process_that_dies_is_an_error_also_where_its_status_is_lost() -> None:
+    """As in a program that ignores SIGCHLD: Python then takes the status for 0."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert ask(RENDERING, request("{{ a }}")) == ["x", "\ud800"]
+        with pytest.raises(LimitedError, match=r"^ends its process without an answer$"):
+            ask("lit_adapter.no_such_module", None)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 OTHERS = [
@@ -92,3 +104,60 @@ def test_a_pattern_that_passes_the_trial_is_one_line_where_it_fails(
         UserError, match=r"tokenizer\.json: the tokenizer gives up on a text of 41 characters"
     ):
         tokenizer.encode("a" * 40 + "!")
+
+
+def replace(given: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": given}, "content": content}
+
+
+def with_steps(base: Path, folder: Path, **steps: Any) -> Path:
+    """A base whose tokenizer has other steps before its model."""
+    shutil.copytree(base, folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(raw | steps))
+    return folder
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GROWING: list[dict[str, Any]] = [
+    {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "a" * 1000)] * 4}},
+    {"normalizer": {"type": "Sequence", "normalizers": [replace("q", "x" * 50), replace("x", "y" * 50)]}},
+    {"normalizer": {"type": "Prepend", "prepend": "a" * 10_000}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 40}},
+    {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [replace("a", "x") | {"pattern": {"Regex": ""}}] * 40,
+        }
+    },
+]
+
+
+@pytest.mark.parametrize(
+    "steps", GROWING, ids=["explosion", "two steps", "prefix", "bytes of bytes", "nothing"]
+)
+def test_steps_that_let_a_text_fill_the_memory_are_refused(
+    tiny_base: Path, tmp_path: Path, steps: dict[str, Any]
+) -> None:
+    folder = with_steps(tiny_base, tmp_path / "base", **steps)
+    with pytest.raises(UserError, match=r"json: its normalizer or pre_tokenizer fails on a short text: "):
+        load_tokenizer(folder)
+
+
+def test_ordinary_replacements_are_not_tried(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of sentencepiece tokenizers put one character in place of one."""
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface, "ask", lambda module, request: asked.append(module))
+    llama2 = [{"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")]
+    steps = {"normalizer": {"type": "Sequence", "normalizers": llama2}}
+    load_tokenizer(with_steps(tiny_base, tmp_path / "one", **steps))
+    assert asked == []
+    load_tokenizer(with_steps(tiny_base, tmp_path / "two", normalizer=replace("...", " ... ")))
+    assert asked == ["lit_adapter.text.growth_trial"]
+
+
+def test_a_replacement_that_grows_a_little_is_taken(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(with_steps(tiny_base, tmp_path / "base", normalizer=replace("&", " and ")))
+    assert tokenizer.encode("a&b") == tokenizer.encode("a and b")

@@ -193,6 +193,24 @@ def test_a_damaged_unfinished_run_is_refused(
             script(*common, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
 
 
+def test_an_unfinished_run_of_brackets_is_refused(
+    common: tuple[object, ...], prompts: Path, killed: bytes, tmp_path: Path
+) -> None:
+    """JSON nested deeper than Python's reader goes, in the first line and in an answer."""
+    brackets = b"[" * 100_000 + b"\n"
+    header = killed[: killed.index(b"\n") + 1]
+    for content, message in ((brackets, "with a damaged first line"), (header + brackets, ":2: not the ans")):
+        (tmp_path / ".out.jsonl.partial").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            script(*common, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+
+
+def test_a_dash_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--output is -; answers go to a file, so name one"):
+        script("--base", "b", "--prompts", "p.jsonl", "--output", "-")
+
+
 def test_two_runs_do_not_write_one_output(
     common: tuple[object, ...], prompts: Path, killed: bytes, tmp_path: Path
 ) -> None:

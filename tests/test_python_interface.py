@@ -115,6 +115,22 @@ CALLS: list[tuple[Callable[[AdaptedLlama], object], type[Exception], str]] = [
         r"^ids holds 9999; expected token ids from 0",
     ),
     (lambda m: m.logits(torch.tensor([[0, -1]])), ValueError, r"^ids holds -1; expected token ids from 0"),
+    (
+        lambda m: m.logits(torch.zeros(1, 2, dtype=torch.long).to_sparse()),
+        TypeError,
+        r"^ids is a sparse",
+    ),
+    (lambda m: m.logits(torch.zeros(1, 2, dtype=torch.long, device="meta")), TypeError, r"^ids is a sparse"),
+    (lambda m: m.generate("a", top_k=torch.tensor(True)), TypeError, r"^top_k is of type Tensor; expected"),
+    (lambda m: m.generate("a", top_p=torch.tensor(True)), TypeError, r"^top_p is of type Tensor; expected"),
+    (lambda m: m.generate("a", top_k=torch.tensor([1, 2])), TypeError, r"^top_k is of type Tensor; expected"),
+    (lambda m: m.generate("a", top_p=np.True_), TypeError, r"^top_p is of type bool; expected a number"),
+    (lambda m: m.generate("a", top_p=np.array("1")), TypeError, r"^top_p is of type ndarray; expected a num"),
+    (lambda m: m.generate("a", top_p=bytearray(b"1")), TypeError, r"^top_p is of type bytearray; expected"),
+    (lambda m: m.choose("a", choices={"a": 1, "b": 2}), TypeError, r"^choices is of type dict; expected a l"),
+    (lambda m: m.generate(" "), ValueError, r"^instruction is empty; write the task$"),
+    (lambda m: m.generate_batch(["a", ""]), ValueError, r"^the instruction of tasks\[1\] is empty; write"),
+    (lambda m: m.choose("", choices=["a", "b"]), ValueError, r"^the instruction of tasks\[0\] is empty"),
     (lambda m: m.with_adapter(5), TypeError, r"^path is 5; expected a path"),
 ]
 

@@ -219,6 +219,7 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
         ("chatt", "did you mean 'chat'"),
         ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or the path"),
         ("Q: {question}\nA:", "is unknown; expected"),
+        ("a" * 5000, "has no {instruction}, and is no readable file: File name too long"),
         ("{instruction} {output}", "leave out {output}"),
         ("{instruction} {inputs}", "{inputs} is not a field; write {input}"),
         ("{instruction} {instuction}", "{instuction} is not a field; write {instruction}"),

@@ -137,6 +137,8 @@ def _check(options: Any) -> None:
         raise UserError(f"--columns.{other} without --prompts has no meaning; add --prompts FILE")
     if options.prompts is not None and options.output is None:
         raise UserError("--prompts needs --output FILE for the answers")
+    if options.output == "-":  # standard output in other programs
+        raise UserError("--output is -; answers go to a file, so name one, such as answers.jsonl")
     check_least(options, 1, "batch_size")
 
 

@@ -25,7 +25,7 @@ from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, 
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
 from lit_adapter.generation.settings import Sampling, check_choices
-from lit_adapter.generation.task import Task, as_tasks
+from lit_adapter.generation.task import Task, as_tasks, check_instruction
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
@@ -142,7 +142,8 @@ class AdaptedLlama:
 
         Raises:
             UserError: a value out of its range (a ValueError), or of another type or an unknown keyword
-                (a TypeError too); a prompt that does not fit the context; logits that are not finite.
+                (a TypeError too); an empty instruction; a prompt that does not fit the context; logits that
+                are not finite.
         """
         return "".join(self.stream(instruction, input, **sampling))
 
@@ -152,6 +153,7 @@ class AdaptedLlama:
         Arguments and errors are those of `generate`.
         """
         task = arguments.text("instruction", instruction), arguments.text("input", input)
+        check_instruction("instruction", instruction)
         events = self._answers([task], Sampling.of(**sampling), batch_size=1)
         return (piece for _, piece in events if piece)
 
@@ -208,7 +210,8 @@ class AdaptedLlama:
             its ``probability`` (its likelihood divided by the sum of all choices').
 
         Raises:
-            UserError: fewer than two choices, or one that is empty, repeated, too long or no text.
+            UserError: an empty instruction; fewer than two choices, or one that is empty, repeated, too
+                long or no text.
         """
         return self.choose_batch([(instruction, input)], choices=choices)[0]
 
@@ -287,6 +290,8 @@ class AdaptedLlama:
 def _check_ids(ids: Any, config: LlamaConfig) -> None:
     """Refuse token ids that the model cannot read, before they are an index out of range on a GPU."""
     arguments.of_kind("ids", ids, Tensor, "a tensor of token ids [B, T]")
+    if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
+        raise WrongTypeError("ids is a sparse, nested or meta tensor; expected a dense one, [B, T]")
     if ids.dtype not in (torch.int64, torch.int32):
         raise WrongTypeError(f"ids is of dtype {ids.dtype}; expected token ids in torch.int64")
     if ids.ndim != 2 or 0 in ids.shape:

@@ -126,9 +126,10 @@ def compare(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) ->
 
 def choose(model: AdaptedLlama, task: Task, choices: Sequence[str], out: TextIO) -> None:
     """Write the choices with their probabilities and log-likelihoods, the most likely one first."""
-    out.write("probability  log-likelihood  answer\n")
-    for choice in model.choose(*task, choices=choices):
-        out.write(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n")
+    scored = model.choose(*task, choices=choices)
+    write_answer("probability  log-likelihood  answer\n", out)
+    for choice in scored:
+        write_answer(f"{choice.probability:11.4f}  {choice.log_likelihood:14.3f}  {choice.text}\n", out)
 
 
 def answer_file(
@@ -148,10 +149,12 @@ def answer_file(
     log-likelihoods of all.
 
     Raises:
-        UserError: a file that cannot be read or written, a prompt or stop id that does not fit the model, or
-            a batch that does not fit the GPU.
+        UserError: a column of the prompts that has the name of one of these two, a file that cannot be read
+            or written, a prompt or stop id that does not fit the model, or a batch that does not fit the GPU.
     """
     answer_columns = (columns.output, *(CHOICE_COLUMNS if choices else ()))
+    if choices:
+        _refuse_choice_columns(columns)
     prompts = read_prompts(path, columns, answer_columns)
     if path != STANDARD_INPUT and target.exists() and target.samefile(path):
         raise UserError(f"{target}: --output is the file of --prompts; choose another")
@@ -190,6 +193,15 @@ def answer_file(
 
         answers.run(answer_group)
     return len(prompts)
+
+
+def _refuse_choice_columns(columns: Columns) -> None:
+    """Refuse a column that the numbers of the choices would overwrite."""
+    for name, column in asdict(columns).items():
+        if column in CHOICE_COLUMNS:
+            raise UserError(
+                f"--columns.{name} is {column!r}, which --choices writes its numbers to; give it another name"
+            )
 
 
 def _chosen(

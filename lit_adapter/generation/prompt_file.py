@@ -113,7 +113,11 @@ def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | No
     try:
         with _partial(out).open("rb") as stream:
             found = json.loads(stream.readline())
-    except (OSError, ValueError):  # there is none, or `Answers` will say what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # there is none, or `Answers` will say what is wrong with it
         return None
     if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
         return None
@@ -246,7 +250,7 @@ class Answers:
         """Return what differs between this run and the one of ``header``; empty if nothing does."""
         try:
             found = json.loads(header)
-        except ValueError:
+        except (ValueError, RecursionError):
             return "a damaged first line"
         if not isinstance(found, dict) or found.get("prompts") != self.header["prompts"]:
             return "other prompts"
@@ -257,6 +261,6 @@ def _answers(prompt: Prompt, line: bytes) -> bool:
     """Whether ``line`` is one that `Prompt.line` writes for some answer."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return line.startswith(prompt.line({}).removesuffix(b"}\n") + b", ")

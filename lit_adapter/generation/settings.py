@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -116,6 +116,8 @@ def check_choices(choices: Sequence[str]) -> None:
     """
     if isinstance(choices, str):
         raise WrongTypeError("choices is a single text; expected a list of texts")
+    if isinstance(choices, Mapping):
+        raise WrongTypeError(f"choices is of type {type(choices).__name__}; expected a list of texts")
     for number_, choice in enumerate(of_kind("choices", choices, Collection, "a list of texts")):
         text(f"choices[{number_}]", choice)
     if len(choices) < 2:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_adapter.errors import WrongTypeError, shorten
+from lit_adapter.arguments import of_kind
+from lit_adapter.errors import UserError, WrongTypeError, shorten
 
 Task = tuple[str, str]
 """Instruction and input."""
@@ -18,20 +19,30 @@ def as_tasks(given: Iterable[Any]) -> list[Task]:
 
     Raises:
         WrongTypeError: a single task instead of several, or an item that is not a task.
+        UserError: an instruction is empty.
     """
     if isinstance(given, str | Mapping):
         raise WrongTypeError(
             f"tasks is of type {type(given).__name__}; expected a list of tasks: for one task, pass [task]"
         )
-    return [_task(item, number) for number, item in enumerate(given)]
+    tasks = of_kind("tasks", given, Iterable, "a list of tasks")
+    return [_task(item, number) for number, item in enumerate(tasks)]
+
+
+def check_instruction(name: str, instruction: str) -> None:
+    """Refuse an instruction of white space alone, as training data and the command line do."""
+    if not instruction.strip():
+        raise UserError(f"{name} is empty; write the task")
 
 
 def _task(item: Any, number: int) -> Task:
     if isinstance(item, Mapping) and "instruction" in item:
-        pair = (item["instruction"], item.get("input") or "")
+        # An absent key and None mean no input, as in training data; 0 or [] are mistakes.
+        pair = (item["instruction"], "" if item.get("input") is None else item["input"])
     else:
         pair = (item, "") if isinstance(item, str) else item
     if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+        check_instruction(f"the instruction of tasks[{number}]", pair[0])
         return pair[0], pair[1]
     raise WrongTypeError(
         f"tasks[{number}] is {shorten(item)}; expected a str, a pair (instruction, input) of str, or a dict "

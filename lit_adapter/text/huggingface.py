@@ -36,6 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._source = str(source)
         try:
             _try_patterns(raw, source)
+            _try_growth(raw, source)
             vocabulary = tokenizers.Tokenizer.from_str(json.dumps(raw)).get_vocab()
             _mark_control_tokens(raw, vocabulary, about)
             # Left over from a training run; they would silently cut or pad texts.
@@ -139,6 +140,32 @@ def _try_patterns(raw: dict[str, Any], source: object) -> None:
     except LimitedError as error:
         shown = " or ".join(shorten(pattern) for pattern in unknown)
         raise UserError(f"{source}: the pattern {shown} fails on a short text: {error}") from None
+
+
+def _try_growth(raw: dict[str, Any], source: object) -> None:
+    """Refuse replacements that together make a short text fill the memory."""
+    steps = {name: raw.get(name) for name in ("normalizer", "pre_tokenizer")}
+    nodes = [node for step in steps.values() for node in _nodes(step)]
+    byte_levels = [node for node in nodes if node.get("type") == "ByteLevel"]
+    if len(byte_levels) < 3 and not any(map(_grows, nodes)):
+        return
+    patterns = [node["pattern"] for node in nodes if isinstance(node.get("pattern"), dict)]
+    texts = [pattern["String"] for pattern in patterns if pattern.get("String")]
+    letters = "".join(pattern.get("Regex", "")[:200] for pattern in patterns)
+    request = {"steps": steps, "texts": list(dict.fromkeys([*texts, *letters]))}
+    try:
+        ask("lit_adapter.text.growth_trial", request)
+    except LimitedError as error:
+        raise UserError(f"{source}: its normalizer or pre_tokenizer fails on a short text: {error}") from None
+
+
+def _grows(node: dict[str, Any]) -> bool:
+    """Whether a step may put more than one character in place of one, or before a text."""
+    if node.get("type") == "Prepend":
+        return len(node["prepend"]) > 1
+    if node.get("type") == "Replace":
+        return len(node["content"]) > len(node["pattern"].get("String", ""))  # a regex may match nothing
+    return node.get("type") == "Precompiled"
 
 
 def _backend(content: str) -> tokenizers.Tokenizer:

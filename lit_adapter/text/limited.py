@@ -51,7 +51,10 @@ def ask(module: str, request: Any) -> Any:
         raise LimitedError(f"takes more than {CPU_SECONDS} s")
     if done.returncode != 0:
         raise LimitedError(f"ends its process with status {done.returncode}")
-    answer = json.loads(done.stdout)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:  # where SIGCHLD is ignored, the system keeps no status, and Python takes it for 0
+        raise LimitedError("ends its process without an answer") from None
     if "error" in answer:
         raise LimitedError(answer["error"])
     return answer["result"]

@@ -219,7 +219,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
     if INSTRUCTION in name_or_text:
         return _custom(name_or_text, f"template {shorten(name_or_text)}")
     path = Path(name_or_text)
-    if "\n" not in name_or_text and path.is_file():
+    if "\n" not in name_or_text and _is_file(path):
         text = read_text(path).removesuffix("\n")
         if INSTRUCTION not in text:
             raise UserError(f"{path}: {INSTRUCTION} is missing")
@@ -229,6 +229,15 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
         f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or the path of a file with one"
     )
     raise UserError(f"template {shorten(name_or_text)} is unknown{hint or expected}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a text too long for a name, or a folder without permission
+        raise UserError(
+            f"template {shorten(str(path))} has no {INSTRUCTION}, and is no readable file: {error.strerror}"
+        ) from None
 
 
 def _custom(text: str, where: str) -> Template:
