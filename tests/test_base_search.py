@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,34 @@ def test_the_base_that_a_run_records(elsewhere: Path, monkeypatch: pytest.Monkey
 def test_a_configuration_that_names_no_base_is_passed_over(elsewhere: Path, content: str) -> None:
     base = base_at(elsewhere / "home" / "checkpoints" / "tiny")
     (elsewhere / "project" / "config.yaml").write_text(content)
+    assert find_base(TINY, elsewhere / "project" / "adapter.safetensors") == base
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['base: "a\\0b"', "base: loop/tiny", f"base: {'a' * 300}/tiny", 'base: "\\ud800/tiny"', "base: [tiny]"],
+    ids=["null", "loop", "long", "surrogate", "list"],
+)
+def test_a_recorded_place_that_cannot_be_looked_at_is_passed_over(elsewhere: Path, content: str) -> None:
+    base, project = base_at(elsewhere / "home" / "checkpoints" / "tiny"), elsewhere / "project"
+    (project / "loop").symlink_to("loop")
+    (project / "config.yaml").write_text(content)
+    assert find_base(TINY, project / "adapter.safetensors") == base
+
+
+@pytest.mark.parametrize("content", ["[" * 99_000, "a: b\n" * 19_000, "x" * 900_000, "- " * 40_000])
+def test_a_long_configuration_is_passed_over_in_time(elsewhere: Path, content: str) -> None:
+    base = base_at(elsewhere / "home" / "checkpoints" / "tiny")
+    (elsewhere / "project" / "config.yaml").write_text(content)
+    start = time.process_time()
+    assert find_base(TINY, elsewhere / "project" / "adapter.safetensors") == base
+    assert time.process_time() - start < 1
+
+
+def test_the_home_folder_may_start_with_a_tilde(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_at(elsewhere / "home" / "checkpoints" / "tiny")
+    monkeypatch.setenv("HOME", str(elsewhere))
+    monkeypatch.setenv("LIT_ADAPTER_HOME", "~/home")
     assert find_base(TINY, elsewhere / "project" / "adapter.safetensors") == base
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HOME = "LIT_ADAPTER_HOME"
 """Environment variable: a folder whose ``checkpoints`` are found from everywhere."""
 CHECKOUT = Path(__file__).resolve().parents[2]
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 100_000
 
 
 def find_base(wanted: BaseIdentity, adapter: Path) -> Path:
@@ -85,11 +85,11 @@ def _places(name: str, run: Path) -> Iterator[Path]:
     above, recorded = (run, *run.parents), _recorded_base(run / "config.yaml")
     if recorded is not None:
         # A relative path was relative to where the run was started; which folder that was is not recorded.
-        yield from (folder for parent in above if (folder := parent / recorded).resolve().name == name)
+        yield from (folder for parent in above if _real_name(folder := parent / recorded) == name)
     yield from (parent / "checkpoints" / name for parent in above)
     home = os.environ.get(HOME)
     if home:
-        yield Path(home) / "checkpoints" / name
+        yield Path(os.path.expanduser(home)) / "checkpoints" / name
     yield Path("checkpoints") / name
     if _is_checkout():
         yield CHECKOUT / "checkpoints" / name
@@ -97,11 +97,29 @@ def _places(name: str, run: Path) -> Iterator[Path]:
 
 def _recorded_base(config: Path) -> Path | None:
     """Return the base that a run's configuration names; None without one that can be read."""
-    with suppress(UserError, OSError, yaml.YAMLError, RecursionError, RuntimeError):
+    with suppress(UserError, OSError, yaml.YAMLError, RuntimeError):  # RuntimeError: no home of that user
         if config.is_file() and config.stat().st_size <= MAX_CONFIG_BYTES:
-            recorded = yaml.safe_load(read_text(config))
-            base = recorded.get("base") if isinstance(recorded, dict) else None
-            return Path(base).expanduser() if isinstance(base, str) else None
+            nodes = _top_nodes(read_text(config))
+            for key, value in zip(nodes, nodes, strict=False):
+                if isinstance(key, yaml.ScalarEvent) and key.value == "base":
+                    return Path(value.value).expanduser() if isinstance(value, yaml.ScalarEvent) else None
+    return None
+
+
+def _top_nodes(text: str) -> Iterator[yaml.NodeEvent]:
+    """Yield keys and values of a YAML mapping in turn, without the values that an attacker could nest."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth == 1 and isinstance(event, yaml.NodeEvent):
+            yield event
+        depth += isinstance(event, yaml.CollectionStartEvent)
+
+
+def _real_name(folder: Path) -> str | None:
+    """Return a folder's name after its links, or None if it cannot be looked at."""
+    with suppress(OSError, ValueError, RuntimeError):  # a null character; links in a circle
+        return folder.resolve().name
     return None
 
 
