@@ -13,6 +13,7 @@ from hub_stand_in import COMMIT, TOKEN, Hub, script
 from lit_adapter.files.read import read_json
 from lit_adapter.files.write import write_json
 from lit_adapter.weights.adapter_file import AdapterInfo, read_adapter, save_adapter
+from lit_adapter.weights.adapter_hub import push_adapter
 from lit_adapter.weights.model_card import model_card
 
 
@@ -87,6 +88,24 @@ def test_the_card_says_what_the_file_says(tmp_path: Path, hub: type[Hub], adapte
     assert "## Base\n\n`tiny` (org/tiny)\n" in body
     write_json(base / "fingerprint.json", {**fingerprint, "source": {"model": "tiny"}})
     assert "## Base\n\n`tiny`\n" in model_card(info, "me/my-adapter", base)
+
+
+def test_another_base_of_that_name_is_not_the_adapters_base(
+    tmp_path: Path, hub: type[Hub], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its origin does not come onto the card, and a fetched adapter's base is not "there"."""
+    monkeypatch.chdir(tmp_path)
+    fingerprint = tmp_path / "checkpoints" / "tiny" / "fingerprint.json"
+    known = {**read_json(fingerprint), "source": {"model": "org/tiny"}}
+    write_json(fingerprint, known)
+    assert '\nbase_model: "org/tiny"\n' in str(push_adapter(adapter, "me/x", dry_run=True)[1])
+    write_json(fingerprint, {**known, "weights": "0" * 64})
+    assert "org/tiny" not in str(push_adapter(adapter, "me/x", dry_run=True)[1])
+    hub.repositories["me/x"] = tmp_path / "hub"
+    hub.repositories["me/x"].mkdir()
+    shutil.copy(adapter, hub.repositories["me/x"] / "adapter.safetensors")
+    fetched = script(tmp_path, hub.address, "me/x", "--adapter")
+    assert fetched.stdout.splitlines()[1] == ("its base is not checkpoints/tiny: fetch or convert it")
 
 
 def test_a_card_that_is_there_stays(tmp_path: Path, hub: type[Hub], adapter: Path) -> None:

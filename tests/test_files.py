@@ -24,9 +24,9 @@ from generation_fixtures import save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import save
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files import read
-from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.locks import LockFile, one_at_a_time
 from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.write import check_writable, durable_path, sweep, write_bytes, write_text
 from lit_adapter.generation.prompt_file import Answers, read_prompts
@@ -295,6 +295,14 @@ def test_json_beyond_all_reason_is_not_read(tmp_path: Path, monkeypatch: pytest.
     path.write_text('"' + "x" * 200 + '"')
     with pytest.raises(UserError, match=r"config.json: 202 bytes of JSON; expected 100 or less"):
         read.read_json(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_folder_that_takes_no_files_does_not_keep_anybody_waiting() -> None:
+    with one_at_a_time(Path("/proc/self/x")):
+        pass
+    with pytest.raises(WriteError, match=r"^/proc/self/lock: cannot write: No such file"):
+        LockFile(Path("/proc/self/lock"), Path("x"), "--out").acquire()
 
 
 def test_whoever_waited_is_inside_alone(tmp_path: Path) -> None:

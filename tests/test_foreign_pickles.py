@@ -16,7 +16,7 @@ from foreign_adapters import sizes
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.adapter_file import BaseIdentity, read_adapter
 from lit_adapter.weights.base_search import base_at_hand, find_base
 from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 from lit_adapter.weights.foreign.pickles import read_torch_file
@@ -234,10 +234,12 @@ def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
     for attempt in (
         lambda: open_adapter(long),
         lambda: read_adapter(long),
-        lambda: find_base(long.name, tmp_path / "x"),
-        lambda: base_at_hand(long.name, tmp_path / "x"),
         lambda: convert_adapter(long, tmp_path / "out", Wishes()),
         lambda: convert_adapter(tmp_path / "x", long, Wishes()),
     ):
         with pytest.raises(UserError, match=r"a{300}: cannot read: File name too long"):
             attempt()
+    base = BaseIdentity(long.name, "weights", "tokenizer")
+    assert base_at_hand(base, tmp_path / "x") is None
+    with pytest.raises(UserError, match=r"no converted base checkpoints/a{300} in "):
+        find_base(base, tmp_path / "x")

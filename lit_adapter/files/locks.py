@@ -19,6 +19,8 @@ from pathlib import Path
 from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files.space import write_error
 
+MAX_ATTEMPTS = 100
+"""To create a lock file whose folder disappears."""
 _descriptors: set[int] = set()
 """Files that this process holds open for their locks."""
 
@@ -84,11 +86,16 @@ class LockFile:
             UserError: another process holds it and ``wait`` is off.
             WriteError: the lock file cannot be created, or is a symbolic link.
         """
+        attempts = 0
         try:
             while self._descriptor is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # a holder that ended just now has removed the folder
+                try:
                     self._descriptor = self._open(wait=wait)
+                except FileNotFoundError:  # a holder that ended just now has removed the folder
+                    attempts += 1
+                    if attempts == MAX_ATTEMPTS:  # a folder that takes no files, such as /proc/self
+                        raise
         except OSError as error:
             raise write_error(self.path, error) from error
         with suppress(OSError):  # a full disk: the lock holds without the number

@@ -365,7 +365,7 @@ def load(
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
     folder = Path(str(base))
     if base is None and info is not None:
-        folder = find_base(info.base.name, Path(str(adapter)))
+        folder = find_base(info.base, Path(str(adapter)))
     if info is not None:
         check_base(info, folder, Path(str(adapter)))
     target = choose_device(device)

@@ -70,7 +70,7 @@ class ModelChoice:
         if self.base:
             return Path(self.base)
         adapter = Path(str(self.adapter))
-        return find_base(read_adapter(adapter)[0].base.name, adapter)
+        return find_base(read_adapter(adapter)[0].base, adapter)
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""

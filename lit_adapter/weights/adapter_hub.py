@@ -10,7 +10,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
-from lit_adapter.weights.base_search import base_at_hand
+from lit_adapter.weights.base_search import base_at_hand, has_fingerprints
 from lit_adapter.weights.download import fetch_files, list_files
 
 ADAPTER = "adapter.safetensors"
@@ -49,8 +49,11 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
         raise UserError(f"{out}: already there with other content; choose another --out or remove it")
     if not there:
         write_bytes(out, content)
-    base, name = base_at_hand(info.base.name, out), info.base.name
-    have = f"{base} is there" if base else f"checkpoints/{name} is not there: fetch or convert the base"
+    base, name = base_at_hand(info.base, out), info.base.name
+    have = f"checkpoints/{name} is not there: fetch or convert the base"
+    if base is not None:
+        same = has_fingerprints(base, info.base)
+        have = f"{base} is there" if same else f"is not {base}: fetch or convert it"
     first = f"{out} is already there" if there else f"wrote {out}"
     return [first, f"its base {have}"]
 
@@ -79,7 +82,9 @@ def push_adapter(
 
     check_name(name)  # the Hub would make a repository of a bare name, under this login
     info, _ = read_adapter(adapter)
-    base = base_at_hand(info.base.name, adapter)
+    base = base_at_hand(info.base, adapter)
+    if base is not None and not has_fingerprints(base, info.base):
+        base = None  # another one of that name, whose origin is not this adapter's
     text = read_text(card) if card is not None else model_card(info, name, base)
     if dry_run:
         asking_hub(name, None, lambda: validate_repo_id(name))

@@ -48,7 +48,7 @@ def merge(
     """
     info, state = read_adapter(adapter)
     _refuse_unmergeable(info, adapter)
-    folder = find_base(info.base.name, adapter) if base is None else base
+    folder = find_base(info.base, adapter) if base is None else base
     check_base(info, folder, adapter)
     check_content(folder, everything=True)  # all of it is read anyway, and the result is kept
     out = out.absolute()

@@ -121,7 +121,7 @@ def _read(opened: Opened, origin: Format, wishes: Wishes) -> tuple[AdapterInfo, 
     """Return what is known of the adapter, its tensors, and its base's folder if it is at hand."""
     base = wishes.base
     if opened.info is not None:
-        base = base or base_at_hand(opened.info.base.name, opened.path)
+        base = base or base_at_hand(opened.info.base, opened.path)
         if base is not None:
             check_base(opened.info, base, opened.path)
             check_content(base)
