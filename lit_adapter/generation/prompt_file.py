@@ -113,12 +113,8 @@ def earlier_dtype(out: Path, prompts: Sequence[Prompt], device: str) -> str | No
     try:
         with _partial(out).open("rb") as stream:
             found = json.loads(stream.readline())
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ):  # there is none, or `Answers` will say what is wrong with it
-        return None
+    except (OSError, ValueError, RecursionError):
+        return None  # there is none, or `Answers` will say what is wrong with it
     if not isinstance(found, dict) or found.get("prompts") != _digest_of(prompts):
         return None
     dtype = found.get("dtype")
