@@ -47,8 +47,8 @@ def durable_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     Raises:
         UserError: ``path`` names a pipe or device, its folder cannot be written, or the disk is full.
     """
-    path = write_target(Path(path))
     try:
+        path = write_target(Path(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"), LEFTOVER_SECONDS)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
