@@ -104,7 +104,7 @@ def encode_records(
         found = _read_cache(path, key)
         if found is not None:
             return found
-        if path.is_file():
+        if os.path.isfile(path):  # false also for a name that the file system refuses
             say(f"{path}: damaged token cache; encoding again")
         encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
         arrays = vars(encoded)
