@@ -8,6 +8,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ import lit_adapter
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
+from lit_adapter.files import locks
 from lit_adapter.training.base import read_base
 from lit_adapter.training.processes import is_first_of_node
 from lit_adapter.weights import base_content
 from lit_adapter.weights.base_content import check_content
+from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
 
 WEIGHTS = "model.safetensors"
@@ -252,6 +255,101 @@ def test_a_change_that_is_meant_makes_a_new_base_as_the_message_says(base: Path,
     assert json.loads((new / "config.json").read_text())["eos_token_id"] == 5
     identity = [json.loads((folder / "fingerprint.json").read_text())["weights"] for folder in (base, new)]
     assert identity[0] == identity[1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to itself"])
+def test_what_is_no_regular_file_is_named_and_not_opened(base: Path, kind: str) -> None:
+    path = base / "model-2.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "dangling link" else path.name)
+    with pytest.raises(UserError, match=rf"^{path}: was added after the base was converted; remove it"):
+        check_content(base, everything=True)
+
+
+def test_a_pipe_in_place_of_the_last_check_or_of_a_configuration_is_not_opened(base: Path) -> None:
+    check_content(base)
+    path = last_check()
+    path.unlink()
+    os.mkfifo(path)
+    check_content(base)
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: cannot read: a pipe, socket or device$"):
+        read_config(base)
+
+
+def test_empty_weights_are_named_whatever_the_fingerprint_says(base: Path) -> None:
+    (base / WEIGHTS).write_bytes(b"")
+    path = base / "fingerprint.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "files": {**known["files"], WEIGHTS: 0}}))
+    with pytest.raises(UserError, match=rf"^{base / WEIGHTS}: the file is empty"):
+        check_content(base)
+
+
+def test_true_is_no_format(base: Path) -> None:
+    path = base / "fingerprint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": True}))
+    with pytest.raises(UserError, match=r"key 'format' is missing or of another type"):
+        check_content(base)
+
+
+def test_a_path_that_is_not_utf_8_is_refused(base: Path, tiny: Callable[..., Config]) -> None:
+    folder = base.with_name(os.fsdecode(b"b\xff")) / "tiny"
+    folder.parent.mkdir()
+    base.rename(folder)
+    for attempt in (
+        lambda: check_content(folder),
+        lambda: lit_adapter.load(base=folder, device="cpu"),
+        lambda: script("--base", folder, *CHOICES, "--prompt", "x"),
+        lambda: read_base(replace(tiny(), base=str(folder)), print),
+    ):
+        with pytest.raises(UserError, match=r"b\\udcff/tiny': not a UTF-8 path; rename"):
+            attempt()
+
+
+@pytest.mark.parametrize("where", ["a" * 300, "/proc/self", "~nobody-at-all/x"])
+def test_a_cache_folder_that_cannot_be_is_done_without(
+    base: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", where)
+    check_content(base)
+    flip(base, EMBEDDING, 0.0)
+    with pytest.raises(UserError, match=f"tensor {EMBEDDING} has changed"):
+        check_content(base)
+
+
+def test_the_cache_folder_may_start_with_a_tilde(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", "~/cache")
+    check_content(base)
+    assert len(list((tmp_path / "cache").glob("base-*.json"))) == 1
+
+
+def test_a_long_wait_for_another_check_is_reported_once(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_content(base)
+    os.utime(base / WEIGHTS)
+    monkeypatch.setattr(locks, "REPORT_AFTER", 0.05)
+    with locks.one_at_a_time(last_check()):
+        waiting = threading.Thread(target=check_content, args=[base])
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join()
+    assert capsys.readouterr().err == f"waiting for process {os.getpid()}, which compares the base\n"
+
+
+def test_verify_shows_escape_sequences_of_a_path(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = base.rename(base.with_name("\x1b[31mred"))
+    script("--base", base, *CHOICES, "--prompt", "x", "--max_new_tokens", 1, "--verify")
+    assert "\x1b" not in (err := capsys.readouterr().err)
+    assert "\\x1b[31mred" in err
 
 
 def test_files_that_decide_nothing_may_come_and_go(base: Path) -> None:

@@ -166,6 +166,21 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def test_a_cache_whose_name_is_refused_is_done_without(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    long = tmp_path / ("a" * 300)
+    first = encode_records(records, tokenizer, template, max_length=90, cache=None)
+    assert_equal(
+        first, encode_records(records, tokenizer, template, max_length=90, cache=long, say=said.append)
+    )
+    assert [line.startswith("tokens are not cached: ") for line in said] == [True]
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_cache_is_made_anew_with_a_line(
     records: Records,

@@ -100,11 +100,11 @@ def encode_records(
         return _pack(_encode_all(records.rows, tokenizer, template), max_length)
     key = _key(records, template, max_length, tokenizer_key)
     path = cache / f"tokens-{key[:32]}.safetensors"
-    with one_at_a_time(path):  # a run's processes all need this file
+    with one_at_a_time(path, doing="encodes the data"):  # a run's processes all need this file
         found = _read_cache(path, key)
         if found is not None:
             return found
-        if path.is_file():
+        if os.path.isfile(path):  # false also for a name that the file system refuses
             say(f"{path}: damaged token cache; encoding again")
         encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
         arrays = vars(encoded)

@@ -12,13 +12,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 
 from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files.space import write_error
+from lit_adapter.streams import say
 
+REPORT_AFTER = 2.0
+"""Seconds of waiting after which it is reported."""
 MAX_ATTEMPTS = 100
 """To create a lock file whose folder disappears."""
 _descriptors: set[int] = set()
@@ -109,12 +114,19 @@ class LockFile:
         holder = os.pread(descriptor, 20, 0).decode(errors="replace")
         if locked is False or (locked is None and not wait and _is_running(holder)):
             unlock(descriptor)
-            by = f"process {holder}" if holder.isdigit() else "another process"
-            raise UserError(f"{self.guarded}: in use by {by}; wait for it, or choose another {self.option}")
+            raise UserError(
+                f"{self.guarded}: in use by {_named(holder)}; wait for it, or choose another {self.option}"
+            )
         if is_at(self.path, descriptor):
             return descriptor
         unlock(descriptor)
         return None
+
+    def holder(self) -> str:
+        """Return ``process N``, the holder as the file names it, or ``another process``."""
+        with suppress(OSError):
+            return _named(self.path.read_text(errors="replace"))
+        return "another process"
 
     def release(self) -> None:
         """Remove the lock file and release the lock; does nothing if it is not held."""
@@ -127,17 +139,26 @@ class LockFile:
 
 
 @contextmanager
-def one_at_a_time(path: Path, *, wait: bool = True, option: str = "path") -> Iterator[None]:
+def one_at_a_time(
+    path: Path, *, wait: bool = True, option: str = "path", doing: str = "writes it"
+) -> Iterator[None]:
     """Keep other processes from writing the file ``path``, which ``option`` names, meanwhile.
 
-    Where no lock file can be created next to it, nobody is kept out.
+    Where no lock file can be created next to it, nobody is kept out. A longer wait is reported once on
+    standard error, with what the other process is ``doing``.
 
     Raises:
         UserError: another process is writing it and ``wait`` is off.
     """
     lock_file = LockFile(path.with_name(f".{path.name}.lock"), path, option)
-    with suppress(WriteError):
-        lock_file.acquire(wait=wait)
+    waiting = Timer(REPORT_AFTER, lambda: say(f"waiting for {lock_file.holder()}, which {doing}", sys.stderr))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with suppress(WriteError):
+            lock_file.acquire(wait=wait)
+    finally:
+        waiting.cancel()
     try:
         yield
     finally:
@@ -152,6 +173,10 @@ def is_at(path: Path, descriptor: int) -> bool:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
             return False
         raise
+
+
+def _named(holder: str) -> str:
+    return f"process {holder}" if holder.isdigit() else "another process"
 
 
 def _is_running(holder: str) -> bool:

@@ -20,9 +20,9 @@ def cache_folder() -> Path:
         UserError: neither is known.
     """
     own = os.environ.get("LIT_ADAPTER_CACHE")
-    if own:
-        return Path(own)
     try:
+        if own:
+            return Path(own).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_adapter"
     except RuntimeError:
         raise UserError("no home folder for encoded data; name a folder in LIT_ADAPTER_CACHE") from None

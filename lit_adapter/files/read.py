@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ def read_json(path: Path) -> Any:
         UserError: it is missing, unreadable, larger than `MAX_JSON_BYTES`, not UTF-8 or not JSON.
     """
     try:
-        size = path.stat().st_size
+        size, mode = path.stat().st_size, path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe would wait for a writer
+            raise UserError(f"{path}: cannot read: a pipe, socket or device")
         if size > MAX_JSON_BYTES:
             raise UserError(f"{path}: {size:,} bytes of JSON; expected {MAX_JSON_BYTES:,} or less")
         return json.loads(read_text(path))

@@ -48,8 +48,8 @@ def durable_path(path: Path, needed: int | None = None, *, make_folder: bool = T
         UserError: ``path`` names a pipe or device, its folder cannot be written, or does not exist and
             ``make_folder`` is false, or the disk is full.
     """
-    path = write_target(Path(path))
     try:
+        path = write_target(Path(path))
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         _remove(path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"), LEFTOVER_SECONDS)

@@ -35,7 +35,7 @@ from lit_adapter.generation.request import check_prompt, check_stop_ids
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
-from lit_adapter.streams import write_answer
+from lit_adapter.streams import say, write_answer
 from lit_adapter.weights.adapter_file import base_identity, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_search import find_base
@@ -62,7 +62,7 @@ class ModelChoice:
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
         model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
         if self.verify:
-            check_content(self.base_folder(), everything=True, say=partial(print, file=sys.stderr))
+            check_content(self.base_folder(), everything=True, say=partial(say, out=sys.stderr))
         return model.base if self.no_adapter else model
 
     def base_folder(self) -> Path:

@@ -174,10 +174,17 @@ def _check_types(raw: Any) -> None:
     """Refuse, by ValueError, metadata whose values are of other types than `save_adapter` writes."""
     whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
     adapter, base = get_type_hints(AdapterConfig), get_type_hints(BaseIdentity)
-    lora, own_lora = get_type_hints(LoraConfig), raw["adapter"].get("lora", {})
-    adapter["lora"] = dict
-    sections = (("adapter", adapter, raw["adapter"]), ("adapter.lora", lora, own_lora))
-    for part, kinds, values in (*sections, ("base", base, raw["base"]), ("", whole, raw)):
+    given = raw["adapter"]
+    lora = given.get("lora", {}) if isinstance(given, dict) else {}
+    sections = (
+        ("adapter", adapter | {"lora": dict}, given),
+        ("adapter.lora", get_type_hints(LoraConfig), lora),
+        ("base", base, raw["base"]),
+        ("", whole, raw),
+    )
+    for part, kinds, values in sections:
+        if not isinstance(values, dict):
+            raise ValueError(f"{part} is {values!r:.60}; expected an object")
         for key, kind in kinds.items():
             if part.startswith("adapter") and key not in values:
                 continue  # a field that the version that wrote the file did not have has its default

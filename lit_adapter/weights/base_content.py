@@ -23,7 +23,7 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import cache_folder
-from lit_adapter.files.read import file_sha256, reading
+from lit_adapter.files.read import file_sha256, reading, refuse_stand_in
 from lit_adapter.files.write import write_json
 from lit_adapter.weights.base_folder import (
     FINGERPRINT,
@@ -119,9 +119,9 @@ def _check_presence(folder: Path, fingerprint: dict[str, Any]) -> None:
             raise UserError(f"{path}: is missing; {_remedy(path)}")
         if path.stat().st_size != size:
             raise UserError(f"{path}: has {path.stat().st_size} bytes instead of {size}; {_remedy(path)}")
-    there = [*weight_files(folder), *(folder / name for name in SMALL_FILES)]
-    for path in there:
-        if path.name not in files and path.is_file():
+    weights = weight_files(folder)  # any entry counts, also a pipe or a broken link: loading would open it
+    for path in [*weights, *(folder / name for name in SMALL_FILES)]:
+        if path.name not in files and (path in weights or path.is_file()):
             raise UserError(
                 f"{path}: was added after the base was converted; remove it, or {_new_base(path)}"
             )
@@ -214,6 +214,8 @@ def _mapped(folder: Path) -> Iterator[dict[str, _Tensor]]:
     tensors: dict[str, _Tensor] = {}
     with ExitStack() as stack:
         for path in weight_files(folder):
+            with reading(path):
+                refuse_stand_in(path)  # an empty file cannot be mapped
             with reading(path), path.open("rb") as stream:
                 mapped = stack.enter_context(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
             view = stack.enter_context(memoryview(mapped))
@@ -275,7 +277,7 @@ class _LastCheck:
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from checking the same folder meanwhile."""
-        return nullcontext() if self.path is None else one_at_a_time(self.path)
+        return nullcontext() if self.path is None else one_at_a_time(self.path, doing="compares the base")
 
     def is_current(self) -> bool:
         """Tell whether the weights are as they were seen; compares one page of every tensor."""

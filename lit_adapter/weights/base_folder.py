@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
+from lit_adapter.files.paths import is_unicode
 from lit_adapter.files.read import read_json
 from lit_adapter.model.config import LlamaConfig
 
@@ -71,8 +72,10 @@ def check_converted(folder: Path) -> None:
     """Refuse a folder that is not there, or that ``scripts/convert.py`` has not made.
 
     Raises:
-        UserError: says how to get a base.
+        UserError: says how to get a base, or that the path is not UTF-8.
     """
+    if not is_unicode(str(folder)):
+        raise UserError(f"{str(folder)!r}: not a UTF-8 path; rename the folder, or set PYTHONUTF8=1")
     if (folder / FINGERPRINT).is_file():
         return
     if (folder / CONFIG).is_file():
@@ -101,7 +104,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     if fingerprint.get("format") == FORMAT_VERSION:
         kinds |= {"file_sha256": dict, "tensor_crc32": dict}
     for key, kind in kinds.items():
-        if not isinstance(fingerprint.get(key), kind):
+        if type(fingerprint.get(key)) is not kind:  # True is no format 1
             raise UserError(f"{path}: key '{key}' is missing or of another type; convert the base again")
     if fingerprint["format"] not in (1, FORMAT_VERSION):
         raise UserError(
