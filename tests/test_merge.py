@@ -200,8 +200,11 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
 def test_a_base_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     base, adapter = made(tmp_path)
     odd = base.rename(tmp_path / "odd\udcff")
-    with pytest.raises(UserError, match=r"odd.*: the folder's name is not UTF-8; rename it"):
+    with pytest.raises(UserError, match=r"odd.*: not a UTF-8 path; rename the folder"):
         base_identity(odd)
+    (tmp_path / "link").symlink_to(odd)
+    with pytest.raises(UserError, match=r"odd.*: the folder's name is not UTF-8; rename it"):
+        base_identity(tmp_path / "link")
     info, state = read_adapter(adapter)
     save_adapter(adapter, state, replace(info, base=replace(info.base, name="base\ud800")))
     with pytest.raises(UserError, match=r"base\.name is 'base\\ud800'; expected a plain folder name"):
