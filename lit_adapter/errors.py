@@ -50,8 +50,8 @@ def option(name: str) -> str:
     return f"--{name}" if _in_command else f"{name}=..."
 
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""All control characters but tab and line feed, and those that reverse the order of what follows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""All control characters but tab and line feed, those that reverse the order of what follows, and surrogates.
 
 Direction marks (U+200E, U+200F, U+061C) stay: they belong to ordinary right-to-left text, and move only the
 punctuation and digits next to them.
