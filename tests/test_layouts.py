@@ -25,6 +25,8 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.training.signals import Signals, check_launcher
 from lit_adapter.training.strategy import check_layout
 from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.base_content import tensor_checksums
+from lit_adapter.weights.base_folder import FINGERPRINT
 
 TESTS = Path(__file__).parent
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
@@ -120,6 +122,10 @@ def test_a_record_whose_loss_is_nan_is_named_before_a_sharded_run_begins(
     state = load_file(weights)
     state["model.layers.0.mlp.down_proj.weight"][3, 3] = torch.nan
     save_file(state, weights)
+    about = json.loads((base / FINGERPRINT).read_text())  # as if it had been converted from such a file
+    about |= {"tensor_crc32": tensor_checksums(base)}
+    about["files"]["model.safetensors"] = weights.stat().st_size
+    (base / FINGERPRINT).write_text(json.dumps(about))
     script = str(TESTS.parent / "scripts" / "finetune.py")
     options = ["--base", str(base), "--out", str(out), *TWO, "fsdp2"]
     process = start([script, *arguments[1:], *options], environment)
