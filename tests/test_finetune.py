@@ -65,7 +65,7 @@ def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config]) -> None:
         assert stopped_and_resumed(tiny(*options, out=f"stopped-{stop_at}"), stop_at) == whole
 
 
-@pytest.mark.parametrize("val_every", ["5", "7"])
+@pytest.mark.parametrize("val_every", ["5", pytest.param("7", marks=pytest.mark.slow)])
 def test_a_run_killed_before_its_last_write_ends_in_the_same_bytes(
     tiny: Callable[..., Config], val_every: str
 ) -> None:
@@ -145,6 +145,7 @@ def test_a_longer_run_that_is_stopped_at_its_end_does_not_pass_for_finished(
     assert read_adapter(Path(longer.out) / "adapter.safetensors")[0].training["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_precision_that_auto_had_found(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def record(config: Config) -> dict[str, Any]:
     return dict(json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")))
 
 
+@pytest.mark.slow
 def test_a_whole_and_a_stopped_run_say_the_same(tiny: Callable[..., Config], tiny_records: Path) -> None:
     """Also the tokens and the held-out losses; the stopped run's time goes on where it stopped."""
     whole, stopped = tiny(*SHORT, out="whole"), tiny(*SHORT, out="stopped")
