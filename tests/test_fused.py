@@ -24,8 +24,15 @@ pytestmark = pytest.mark.gpu
 
 CASES: list[dict[str, Any]] = [
     {"head_dim": 64, "n_kv_head": 2, "gate": "tanh", "prompt_length": 10},
-    {"head_dim": 128, "n_kv_head": 4, "gate": "identity", "prompt_length": 3, "layers": 2},
-    {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prefix_query": "unrotated", "prompt_length": 17},
+    {
+        "head_dim": 128,
+        "n_kv_head": 4,
+        "gate": "identity",
+        "prefix_query": "unrotated",
+        "prompt_length": 3,
+        "layers": 2,
+    },
+    {"head_dim": 16, "n_kv_head": 1, "gate": "channel", "prompt_length": 17},
     {"head_dim": 64, "n_kv_head": 4, "gate": "layer", "prompt_length": 64, "mask_prompt": False},
     {"head_dim": 64, "n_kv_head": 2, "layers": 2, "lora": LoraConfig(rank=3)},
     {"head_dim": 16, "n_kv_head": 4, "prompt_length": 0, "lora": LoraConfig(rank=16, on=("mlp", "k_proj"))},

@@ -18,6 +18,7 @@ from lit_adapter.model import attention
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import CausalView, PackedRow
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 
@@ -104,6 +105,15 @@ def test_packed_rows_equal_one_record_at_a_time(name: str, share: bool, mask_pro
         assert (len(rows) == 1) == (row_tokens == 1000)
         assert packer.n_targets(np.arange(len(data))) == wanted.n_targets
         assert_same(packed(model, rows), wanted)
+
+
+@pytest.mark.parametrize("query", ["rotated", "unrotated"])
+@pytest.mark.parametrize("gate", GATE_FORMS)
+def test_packed_rows_of_every_form_equal_one_record_at_a_time(gate: Any, query: Any) -> None:
+    config = AdapterConfig(prompt_length=3, layers=2, gate=gate, prefix_query=query, norms=True)
+    model, data = open_adapter(random_llama(11), config, seed=5), encoded(3, 8, cut=True)
+    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=1000)
+    assert_same(packed(model, [packer.row(list(range(8)))]), plain(model, data, range(8), True))
 
 
 @pytest.mark.parametrize("name", MODELS)
