@@ -11,6 +11,7 @@ from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
 from lit_adapter.data.packing import Packer, shared_preambles
+from lit_adapter.errors import UserError
 from lit_adapter.model import tiles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import BaseView, PackedRow, SegmentView
@@ -150,6 +151,17 @@ def test_fp8_is_near_bf16() -> None:
         )
     assert abs(results[1][0] - results[0][0]) / results[0][0] < 0.02
     assert error(results[1][1], results[0][1]) < 0.6
+
+
+def test_lora_keeps_its_base_out_of_fp8() -> None:
+    from lit_adapter.model.fused import prepare
+
+    (case, *_) = (case for case in CASES if "lora" in case)
+    model = on_gpu(model_of(case, 0), torch.bfloat16, torch.float32)
+    with pytest.raises(
+        UserError, match="is fp8, but the updates of LoRA take inputs in the base's precision"
+    ):
+        prepare(model, float8=True)
 
 
 def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:

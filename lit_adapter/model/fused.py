@@ -43,6 +43,8 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
     """
     why = unsupported(model, Setting.of(model))
     device = model.embed_tokens.weight.device
+    if float8 and why is None and any(isinstance(module, LoraLinear) for module in model.modules()):
+        why = "the updates of LoRA take inputs in the base's precision"
     if float8 and why is None and torch.cuda.get_device_capability(device) < (9, 0):
         why = f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
     if float8 and why is not None:
@@ -109,11 +111,8 @@ def _keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
     for group, names in layout.groups.items():
         matrix, start = getattr(weights, group), 0
         for name in names:
-            end, linear = start + layout[name].n_out, block.get_submodule(name)
-            if isinstance(linear, LoraLinear):
-                linear.keep_float8(matrix.outputs(start, end))
-            else:
-                block.set_submodule(name, Float8Linear(matrix.outputs(start, end)))
+            end = start + layout[name].n_out
+            block.set_submodule(name, Float8Linear(matrix.outputs(start, end)))
             start = end
     return weights
 
@@ -207,14 +206,14 @@ class _Site:
         by_token, unrotated = self.adapter.form.per_token, self.adapter.unrotated
         return attention.Prefix(kv, self.strength, by_token, unrotated)
 
-    def add_updates(self, group: str, x: Callable[[], Tensor], y: Tensor) -> None:
-        """Add LoRA's updates of a group to its product ``y``; ``x`` returns the group's input."""
+    def add_updates(self, group: str, x: Any, y: Tensor) -> None:
+        """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""
         update = self.updates.get(group)
         if update is not None:
-            update.add_to(y, update.reduce(x()))
+            update.add_to(y, update.reduce(x))
 
     def learn(
-        self, group: str, x: Callable[[], Any], dy: Tensor, dx: Tensor, learned: dict[str, list[Tensor]]
+        self, group: str, x: Callable[[], Any], dy: Any, dx: Tensor, learned: dict[str, list[Tensor]]
     ) -> None:
         """Add to ``dx`` what reaches a group's input through its updates, and note their gradients.
 
@@ -278,7 +277,7 @@ class _FusedBlock(torch.autograd.Function):
             ctx.save_for_backward(x, *kept)
         product_of_mlp = rows.swiglu(between.gate_up, quantised=site.weights.quantised)
         site.weights.down.add_to(y, product_of_mlp)
-        site.add_updates("down", lambda: plain(product_of_mlp, lambda: _swiglu(between)), y)
+        site.add_updates("down", product_of_mlp, y)
         return y
 
     @staticmethod
@@ -308,24 +307,17 @@ def _attend(site: _Site, x: Tensor) -> _Attended:
     normed, rstd = rows.norm(x, norm.used_weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.query_positions is None:
         qkv = weights.qkv(normed)
-        site.add_updates("qkv", lambda: plain(normed, lambda: _norm_before(site, x)), qkv)
+        site.add_updates("qkv", normed, qkv)
         rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
         q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
     else:
         q, kv = site.q(normed[site.query_positions]), site.kv(normed)
-        _update_targets(site, lambda: plain(normed, lambda: _norm_before(site, x)), q, kv)
+        _update_targets(site, normed, q, kv)
         rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
         rows.rotate_(kv[:T], cos, sin, site.k_width // D)
     k, v = kv[:T].chunk(2, dim=1)
     y, lse = attention.attend(q, k, v, site.rotation, site.plan, D, site.prefix(kv[T:]))
     return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
-
-
-def plain(operand: rows.Operand, again: Callable[[], rows.Operand]) -> Tensor:
-    """Return an operand in the base's precision; one in fp8 is computed again."""
-    operand = operand if isinstance(operand, Tensor) else again()
-    assert isinstance(operand, Tensor)
-    return operand
 
 
 def _norm_before(site: _Site, x: Tensor) -> rows.Operand:
@@ -343,11 +335,11 @@ def _swiglu(between: _Between) -> rows.Operand:
     return rows.swiglu(between.gate_up)
 
 
-def _update_targets(site: _Site, x: Callable[[], Tensor], q: Tensor, kv: Tensor) -> None:
+def _update_targets(site: _Site, x: Any, q: Tensor, kv: Tensor) -> None:
     """Add LoRA's updates to the queries of the targets, and to the keys and values of all positions."""
     update = site.updates.get("qkv")
     if update is not None:
-        z = update.reduce(x())
+        z = update.reduce(x)
         update.add_to(q, z[site.query_positions], slice(site.q_width))
         update.add_to(kv, z, slice(site.q_width, None))
 
@@ -361,7 +353,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
     """
     weights, norm = site.weights, site.between
     attention_output = weights.o(weights.operand(attended.y))
-    site.add_updates("o", lambda: attended.y, attention_output)
+    site.add_updates("o", attended.y, attention_output)
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
         attention_output,
@@ -371,7 +363,7 @@ def _go_between(site: _Site, x: Tensor, attended: _Attended, *, twice: bool) -> 
         twice=twice,
     )
     gate_up = weights.gate_up(normed)
-    site.add_updates("gate_up", lambda: plain(normed, lambda: _norm_between(site, middle)), gate_up)
+    site.add_updates("gate_up", normed, gate_up)
     return _Between(middle, rstd, gate_up), twin
 
 
@@ -386,12 +378,9 @@ def _mlp_backward(
     dproduct = weights.down.backward(weights.operand(dy))
     site.learn("down", lambda: _swiglu(between), dy, dproduct, learned)
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=quantised)
-    if "gate_up" not in site.updates:
-        del dproduct
+    del dproduct
     dnormed = weights.gate_up.backward(dgate_up)
-    if "gate_up" in site.updates:
-        exact = plain(dgate_up, lambda: rows.swiglu_backward(dproduct, between.gate_up))
-        site.learn("gate_up", lambda: _norm_between(site, between.middle), exact, dnormed, learned)
+    site.learn("gate_up", lambda: _norm_between(site, between.middle), dgate_up, dnormed, learned)
     return rows.norm_backward(
         dnormed,
         between.middle,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,11 +132,11 @@ class _CacheRowView:
         self._update("down", layer, middle, hidden)
         return middle[None]
 
-    def _update(self, group: str, layer: int, y: Tensor, x: rows.Operand) -> None:
+    def _update(self, group: str, layer: int, y: Tensor, x: Any) -> None:
         """Add LoRA's updates of a group to its product ``y`` of ``x``."""
         update = self.decode.updates[layer].get(group)
         if update is not None:
-            update.add_to(y, update.reduce(x if isinstance(x, Tensor) else x.plain(y.dtype)))
+            update.add_to(y, update.reduce(x))
 
     @abstractmethod
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:

@@ -23,7 +23,6 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import Linear, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
-from lit_adapter.model.matrices import Float8Matrix, float8_linear
 from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 
 ROWS = 8
@@ -46,8 +45,6 @@ class LoraLinear(TrainedModule):
     bias: nn.Parameter | None
     inputs = outputs = slice(None)
     """What this process computes; everything without tensor parallelism."""
-    float8: Float8Matrix | None = None
-    """The frozen weight if an executor keeps it in fp8."""
 
     def __init__(self, frozen: nn.Linear, config: LoraConfig, shard_axis: str = "outputs") -> None:
         super().__init__()
@@ -67,14 +64,9 @@ class LoraLinear(TrainedModule):
         else:
             self.inputs = share(self.lora_a.shape[1], rank, n_shards)
 
-    def keep_float8(self, matrix: Float8Matrix) -> None:
-        """Replace the frozen weight by its fp8 form."""
-        self.register_parameter("weight", None)
-        self.float8 = matrix
-
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., n_in]`` to ``[..., n_out]`` in x's dtype."""
-        y = F.linear(x, self.weight, self.bias) if self.float8 is None else float8_linear(x, self.float8)
+        y = F.linear(x, self.weight, self.bias)
         if not self.active:
             return y
         a, b = self.lora_a[:, self.inputs].to(x.dtype), self.lora_b[self.outputs].to(x.dtype)

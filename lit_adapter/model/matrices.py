@@ -31,10 +31,6 @@ class Quantised:
     scale: Tensor
     """fp32 ``[T, 1]``"""
 
-    def plain(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix in ``dtype``, as exact as fp8 has it."""
-        return (self.data.float() * self.scale).to(dtype)
-
     def __getitem__(self, places: Tensor) -> Quantised:
         return Quantised(self.data[places], self.scale[places])
 
@@ -191,14 +187,9 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
-        return float8_linear(x, self.matrix)
+        from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring
 
-
-def float8_linear(x: Tensor, matrix: Float8Matrix) -> Tensor:
-    """Map ``x [..., inputs]`` to ``[..., outputs]``."""
-    from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring
-
-    return matrix(quantise(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
+        return self.matrix(quantise(x.reshape(-1, self.in_features))).view(*x.shape[:-1], -1)
 
 
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
