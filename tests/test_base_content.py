@@ -306,7 +306,7 @@ def test_a_path_that_is_not_utf_8_is_refused(base: Path, tiny: Callable[..., Con
         lambda: script("--base", folder, *CHOICES, "--prompt", "x"),
         lambda: read_base(replace(tiny(), base=str(folder)), print),
     ):
-        with pytest.raises(UserError, match=r"b\\udcff/tiny': not a UTF-8 path; rename"):
+        with pytest.raises(UserError, match=r"b\\udcff/tiny'.* not (a )?UTF-8"):
             attempt()
 
 
