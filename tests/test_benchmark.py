@@ -80,6 +80,7 @@ def test_decoding_is_compared(tiny_base: Path, tmp_path: Path) -> None:
     assert {row["batch"] for row in rows.values() if "batch" in row} == {1, 3}
 
 
+@pytest.mark.slow
 def test_prompts_are_the_texts_of_a_file(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> None:
     rows = rows_of("generate", tiny_base, tmp_path, *DECODE, "--data", str(tiny_records), "--methods", "ours")
     assert all(row["useful_tokens_per_s"] for row in rows.values())

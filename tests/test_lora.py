@@ -163,6 +163,7 @@ def test_cached_decoding_gives_the_tokens_of_the_whole_forward_pass(
     assert model.with_adapter(other).generate(*tasks[0], max_new_tokens=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

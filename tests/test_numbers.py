@@ -144,6 +144,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(
         finetune(tiny(), resume="last", say=Stopper())
 
 
+@pytest.mark.slow
 def test_what_does_not_learn_is_said_once(tiny: Callable[..., Config]) -> None:
     """Updates that no fp32 number feels: the gates stay 0 and the loss stays; also across a resume."""
     options = ["--optim.lr", "1e-30", "--optim.eps", "1e30", "--optim.max_steps", "26"]

@@ -133,6 +133,7 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),

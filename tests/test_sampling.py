@@ -64,6 +64,7 @@ def situations(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, Sampling]:
     return logits, seen, how
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(situations())
 def test_an_even_grid_of_numbers_gives_the_reference_distribution(case: Any) -> None:

@@ -118,6 +118,7 @@ def test_before_training_nothing_is_left_behind(
     assert again.wait() == 0, again.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [
@@ -151,6 +152,7 @@ def test_while_it_imports(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -98,6 +98,7 @@ def trainer(pipe: Connection, lock: Path) -> None:
         time.sleep(300)
 
 
+@pytest.mark.slow
 def test_a_loader_worker_comes_from_a_server_without_threads_and_ends_with_the_trainer(
     start: Start, tmp_path: Path
 ) -> None:
