@@ -311,12 +311,13 @@ def test_a_process_that_dies_is_named(
         killed = time.monotonic()
         assert process.wait(60) == 1, log.read_text()
         assert time.monotonic() - killed < 60
-    last = log.read_text().splitlines()[-1]
+    # Python's resource tracker outlives the killed process and may report its semaphores at any moment.
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     newest = sorted(out.glob("checkpoints/*.ckpt"))[-1]
-    assert last == (
+    assert errors == [
         f"error: process 1 (pid {other}) was killed by signal 9; the run ends; "
         f"{newest} is complete, --resume last continues"
-    )
+    ]
     assert "Traceback" not in log.read_text()
     read_checkpoint(newest)
     with launch([*command, "--resume", "last"], environment, log) as process:
