@@ -71,6 +71,8 @@ class DataConfig:
     """Train on the answer only, not on the prompt."""
     max_length: int = 512
     """Longest record, in tokens. A longer one loses the start of its prompt, never any of its answer."""
+    drop_duplicates: bool = False
+    """Leave out training records that repeat an earlier one or are held out too. They are always counted."""
     workers: int = 0
     """Processes that pack batches ahead of training; 0: the training process packs them."""
 

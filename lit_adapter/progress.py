@@ -25,8 +25,8 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextlib.contextmanager
-def count_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a callback that is called with the number of items just finished, out of ``total``."""
+def count_progress(title: str, total: int | None = None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a callback that is called with the number of items just finished, out of ``total`` if known."""
     if not sys.stderr.isatty():
         yield lambda number: None
         return

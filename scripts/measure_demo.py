@@ -15,9 +15,7 @@ from lit_adapter.cli.command import command_parser, parse, run
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.cli.quickstart import CONFIG
 from lit_adapter.data import demo
-from lit_adapter.data.records import read_records
 from lit_adapter.files.write import write_json
-from lit_adapter.quickstart import score
 
 # Name, training records, options that differ from configs/quickstart.yaml.
 VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -60,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
 def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> dict[str, float]:
     """Train one variant and return its scores."""
     import lit_adapter
+    from lit_adapter.data.records import read_records
+    from lit_adapter.quickstart import score
     from lit_adapter.training.finetune import finetune
 
     train, val = demo.write(folder, 0, n_train)

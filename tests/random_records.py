@@ -27,7 +27,8 @@ def encoded(
         whole.append(not shortened)
     return Encoded(
         ids=np.concatenate(ids).astype(np.int32),
-        start=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        start=np.cumsum([0, *map(len, ids[:-1])]).astype(np.int64),
+        length=np.array([*map(len, ids)], np.int32),
         n_prompt=np.array(n_prompt, np.int32),
         variant=np.array(variant, np.int8),
         whole=np.array(whole),

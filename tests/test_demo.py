@@ -79,7 +79,7 @@ def test_files_hold_the_records_byte_for_byte(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in again]
     assert first[0].read_bytes() != other[0].read_bytes()
     train, val = (read_records(path) for path in first)
-    assert (len(train), len(val), overlap(train, val), train.n_duplicate) == (60, 20, 0, 0)
+    assert (len(train), len(val), overlap(val, train).sum(), train.n_duplicate) == (60, 20, 0, 0)
     assert [row.output for row in val] == [record["output"] for record in generate(5, 60, 20)[1]]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["train.json", "val.json"]
 

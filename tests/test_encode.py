@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +25,7 @@ from lit_adapter.data import encode
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.records import Record, Records, read_records
 from lit_adapter.errors import UserError
+from lit_adapter.files import table
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import Tokenizer
@@ -44,8 +49,13 @@ def records(tiny_records: Path) -> Records:
 def assert_equal(a: Encoded, b: Encoded) -> None:
     for field in fields(Encoded):
         one, other = getattr(a, field.name), getattr(b, field.name)
-        assert one.dtype == other.dtype
+        assert one.dtype == other.dtype, field.name
         assert np.array_equal(one, other), field.name
+
+
+def in_memory(data: Encoded) -> Encoded:
+    """A copy that a change of the file does not change."""
+    return Encoded(**{name: np.array(values) for name, values in vars(data).items()})
 
 
 def test_records_are_prompt_answer_and_eos(
@@ -55,7 +65,7 @@ def test_records_are_prompt_answer_and_eos(
     assert len(data) == len(records) == 48
     assert data.n_cut == 0
     assert data.source_row.tolist() == list(range(48))
-    assert data.length.sum() == len(data.ids) == data.start[-1]
+    assert data.length.sum() == len(data.ids)
     for index, record in enumerate(records):
         ids, n_prompt = data.record(index).tolist(), int(data.n_prompt[index])
         assert ids[0] == tokenizer.bos_id
@@ -104,7 +114,7 @@ def test_everything_dropped_leaves_empty_arrays_that_the_cache_keeps(
     for _ in range(2):
         data = encode_records(records, tokenizer, template, max_length=1, cache=tmp_path)
         assert len(data) == 0
-        assert data.start.tolist() == [0]
+        assert data.start.tolist() == []
 
 
 def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,22 +157,16 @@ def test_what_decides_the_tokens_decides_the_file(
         assert len(list(tmp_path.iterdir())) == count
 
 
-def truncated(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
 def flipped(content: bytes) -> bytes:
-    """One bit of a tensor: the file stays a valid safetensors file."""
     return content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "truncated": truncated,
+    "truncated": lambda content: content[: len(content) // 2],
     "flipped": flipped,
     "empty": lambda content: b"",
-    "header": lambda content: content[:20] + b"\xff" + content[21:],
-    "one-byte-short": lambda content: content[:-1],
-    "text": lambda content: b"not a tensor file at all",
+    "short": lambda content: content[:-2],
+    "text": lambda content: b"no numbers at all",
 }
 
 
@@ -181,6 +185,7 @@ def test_a_cache_whose_name_is_refused_is_done_without(
     assert [line.startswith("tokens are not cached: ") for line in said] == [True]
 
 
+@pytest.mark.parametrize("name", ["ids", "length", "about.json"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_cache_is_made_anew_with_a_line(
     records: Records,
@@ -188,55 +193,151 @@ def test_a_damaged_cache_is_made_anew_with_a_line(
     template: Template,
     tmp_path: Path,
     damage: Callable[[bytes], bytes],
+    name: str,
 ) -> None:
     said: list[str] = []
 
     def again() -> Encoded:
         return encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
 
-    first = again()
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    path.write_bytes(damage(content))
+    first = in_memory(again())
+    (folder,) = tmp_path.iterdir()
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
     assert_equal(first, again())
-    assert said == [f"{path}: damaged token cache; encoding again"]
+    assert said == [f"{folder}: damaged cache of tokens, or of another version; it is made again"]
     assert_equal(first, again())
     assert len(said) == 1
 
 
-def test_any_flipped_bit_of_the_tensors_is_noticed(
+def test_any_flipped_bit_of_the_cache_is_noticed(
     records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
 ) -> None:
-    first = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
+    def again() -> Encoded:
+        return encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+
+    said: list[str] = []
+    first = in_memory(again())
     draw = np.random.default_rng(0)
-    for place in draw.integers(header, len(content), 25).tolist():
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << int(draw.integers(8))
-        path.write_bytes(damaged)
-        said: list[str] = []
-        again = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
-        assert_equal(first, again)
-        assert said
+    (folder,) = tmp_path.iterdir()
+    paths = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    for path in [*paths, *draw.choice(paths, 20)]:
+        content = bytearray(path.read_bytes())
+        content[draw.integers(len(content))] ^= 1 << int(draw.integers(8))
+        path.write_bytes(content)
+        said.clear()
+        assert_equal(first, again())
+        assert len(said) == 1
 
 
-def test_any_flipped_bit_of_the_header_is_noticed(
+def test_encoding_goes_on_where_it_was_interrupted(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was committed is not encoded again, and what was written after that is."""
+    monkeypatch.setattr(encode, "CHUNK", 5)
+    monkeypatch.setattr(table, "SECONDS", -1)
+    encode_chunk, firsts = encode._encode_chunk, []
+
+    def stop_at(limit: int) -> Callable:
+        def chunk(*arguments: Any) -> Any:
+            firsts.append(arguments[-2])
+            if arguments[-2] >= limit:
+                raise KeyboardInterrupt
+            return encode_chunk(*arguments)
+
+        return chunk
+
+    whole = encode_records(records, tokenizer, template, max_length=90)
+    for limit in (20, 30):
+        monkeypatch.setattr(encode, "_encode_chunk", stop_at(limit))
+        with pytest.raises(KeyboardInterrupt):
+            encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+        (folder,) = tmp_path.iterdir()
+        with (folder / "ids").open("ab") as file:
+            file.write(b"more than was committed")
+    firsts.clear()
+    monkeypatch.setattr(encode, "_encode_chunk", stop_at(100))
+    said: list[str] = []
+    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+    assert_equal(found, whole)
+    assert (firsts, said) == ([30, 35, 40, 45], [])
+
+
+def test_what_was_committed_and_then_damaged_is_encoded_again(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK", 20)
+    monkeypatch.setattr(table, "SECONDS", -1)
+    encode_chunk = encode._encode_chunk
+
+    def first_only(*arguments: Any) -> Any:
+        if arguments[-2]:
+            raise KeyboardInterrupt
+        return encode_chunk(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_encode_chunk", first_only)
+        with pytest.raises(KeyboardInterrupt):
+            encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / "ids").write_bytes(flipped((folder / "ids").read_bytes()))
+    said: list[str] = []
+    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+    assert len(said) == 1
+
+
+def test_a_full_disk_leaves_no_half_cache(
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(table, "fsync", full)
+    said: list[str] = []
+    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+    assert list(tmp_path.iterdir()) == []
+    (line,) = said
+    assert re.fullmatch(r"tokens are not cached: .*No space left on device \(needs [\d,]+ bytes, .*", line)
+
+
+def test_chosen_records_are_those_of_the_whole(
     records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
 ) -> None:
-    first = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    key = encode._key(records, template, 90, "")
-    assert_equal(first, encode._read_cache(path, key))
-    for place in range(8 + int.from_bytes(content[:8], "little")):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        found = encode._read_cache(path, key)
-        if found is not None:  # a bit that changes nothing, such as one of the padding's
-            assert_equal(first, found)
+    """Some are dropped for their length; tokens are shared, also with another process."""
+    typed = Record("say </s>", "", "what </s> is")
+    every = Records((*records, typed), "all")
+    lengths = encode_records(every, tokenizer, template, max_length=1000)
+    limit = int(np.median(lengths.length - lengths.n_prompt))
+    whole = encode_records(every, tokenizer, template, max_length=limit, cache=tmp_path)
+    rows = np.flatnonzero(np.arange(len(every)) % 3 == 0)
+    chosen, again = whole.choose(rows, len(every)), every.choose(rows, "some")
+    alone = encode_records(again, tokenizer, template, max_length=limit)
+    assert 0 < len(chosen) < len(rows)
+    pickled = pickle.dumps(chosen)
+    for found in (chosen, pickle.loads(pickled)):
+        assert [found.record(i).tolist() for i in range(len(found))] == [
+            alone.record(i).tolist() for i in range(len(alone))
+        ]
+        for name in ("length", "n_prompt", "variant", "whole", "source_row", "look_alikes"):
+            assert np.array_equal(getattr(found, name), getattr(alone, name)), name
+        assert found.look_alikes.tolist() == [[16, tokenizer.eos_id]]
+    assert str(tmp_path).encode() in pickled
+    shutil.rmtree(tmp_path)
+    copied = pickle.loads(pickle.dumps(chosen))  # a cache may be deleted at any time
+    assert np.array_equal(copied.ids, whole.ids)
 
 
 def test_worker_processes_give_the_same_arrays(
@@ -266,7 +367,7 @@ def test_a_worker_that_is_killed_is_an_error_in_one_line(
 ) -> None:
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    monkeypatch.setattr(encode, "_encode_one", die)
+    monkeypatch.setattr(encode, "_encode_in_worker", die)
     with pytest.raises(UserError, match=r"a process that encodes records died; .* lack of memory"):
         encode_records(records, tokenizer, template, max_length=90)
 
@@ -298,7 +399,7 @@ def test_processes_that_want_the_same_encode_it_once(
     assert Counter(type(one.exception()) for one in tries) == {NoneType: 3, MemoryError: 1}
     assert len(calls) == 2
     assert calls[1] - calls[0] > 0.29
-    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["tokens-"]
 
 
 def test_nobody_waits_for_a_process_that_was_killed(
@@ -306,7 +407,7 @@ def test_nobody_waits_for_a_process_that_was_killed(
 ) -> None:
     encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
     (path,) = tmp_path.iterdir()
-    path.unlink()
+    shutil.rmtree(path)
     code = f"""
 from pathlib import Path
 from lit_adapter.files.locks import one_at_a_time

@@ -194,7 +194,8 @@ def test_a_head_never_reaches_into_an_answer() -> None:
     same = {"variant": np.zeros(3, np.int8), "source_row": np.arange(3, dtype=np.int32)}
     data = Encoded(
         ids=ids,
-        start=np.array([0, 10, 20, 30]),
+        start=np.array([0, 10, 20]),
+        length=np.full(3, 10, np.int32),
         n_prompt=np.array([7, 9, 8], np.int32),
         whole=np.ones(3, np.bool_),
         **same,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_adapter.config import Columns
-from lit_adapter.data.records import Record, Records, merge, overlap, read_records, split
+from lit_adapter.data.records import Record, Records, overlap, read_records, split
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'
@@ -62,10 +62,12 @@ def write_format(folder: Path, suffix: str, rows: list[dict[str, str]]) -> Path:
 def test_every_format_gives_the_same_records(tmp_path: Path, suffix: str) -> None:
     records = read_records(write_format(tmp_path, suffix, HARD))
     assert texts(records) == HARD
-    content = b"".join(
-        len(text.encode()).to_bytes(8, "little") + text.encode() for row in HARD for text in row.values()
-    )
-    assert records.sha256 == hashlib.sha256(content).hexdigest()
+    contents = [
+        b"".join(len(text.encode()).to_bytes(8, "little") + text.encode() for text in row.values())
+        for row in HARD
+    ]
+    digests = b"".join(hashlib.sha256(content).digest()[:16] for content in contents)
+    assert records.sha256 == hashlib.sha256(digests).hexdigest()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
@@ -259,8 +261,6 @@ def test_counts_of_what_real_data_holds(tmp_path: Path) -> None:
     null_input = '{"instruction":"a","input":null,"output":"b"}'
     records = read_records(write(tmp_path, "a.jsonl", "\n".join([OK, empty, OK, "", null_input, empty])))
     assert (len(records), records.n_empty_output, records.n_duplicate) == (3, 2, 2)
-    both = merge([records, records], "both")
-    assert (len(both), both.n_empty_output, both.n_duplicate, both.source) == (6, 4, 5, "both")
 
 
 def test_ten_megabyte_record(tmp_path: Path) -> None:
@@ -323,7 +323,8 @@ def test_split_parts_are_the_whole_in_order(total: int, seed: int, data: st.Data
     assert sorted((r.instruction for r in (*train, *val)), key=int) == [str(i) for i in range(total)]
     for side in (train, val):
         assert [int(r.instruction) for r in side] == sorted(int(r.instruction) for r in side)
-    assert split(numbered(total), val_size=size, seed=seed) == (train, val)
+    again = split(numbered(total), val_size=size, seed=seed)
+    assert [*map(list, again)] == [*map(list, (train, val))]
 
 
 def test_split_depends_on_the_seed_and_takes_a_fraction() -> None:
@@ -341,8 +342,9 @@ def test_split_that_leaves_nothing_is_refused(size: float) -> None:
 
 
 def test_overlap_counts_validation_records_in_training() -> None:
-    train, val = numbered(5), merge([numbered(3), numbered(8)], "val")
-    assert overlap(train, val) == 3 + 5
+    train, val = numbered(5), Records((*numbered(3), *numbered(8)), "val")
+    assert overlap(val, train).tolist() == [True] * 3 + [True] * 5 + [False] * 3
+    assert overlap(train, val).all()
 
 
 def test_real_data_is_read_whole() -> None:

@@ -10,9 +10,8 @@ import re
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from lit_adapter.config import Columns
 from lit_adapter.data.formats import SUFFIXES
-from lit_adapter.data.records import DEFAULT_COLUMNS, Records, merge, read_records
+from lit_adapter.data.store import Source
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.hub import asking_hub
 
@@ -29,14 +28,14 @@ def is_hub_name(source: str | Path) -> bool:
     return PurePosixPath(found["repo"]).suffix.lower() not in SUFFIXES
 
 
-def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
-    """Download a Hub data set's training file, or the named file or split, and read its records.
+def hub_files(name: str) -> list[Source]:
+    """Download a Hub data set's training file, or the named file or split.
 
     The name is ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
 
     Raises:
         UserError: the repository is unknown or not accessible, the network is down, there is no data file
-            or more than one candidate, or as `read_records`.
+            or more than one candidate.
     """
     found = _NAME.fullmatch(name)
     if found is None:
@@ -48,10 +47,7 @@ def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
     else:
         listing, commit = _listing(repo)
         files = choose_files(listing, part, repo)
-    parts = [
-        read_records(_download(repo, file, commit), columns=columns, name=f"{repo}:{file}") for file in files
-    ]
-    return parts[0] if len(parts) == 1 else merge(parts, name)
+    return [Source(_download(repo, file, commit), f"{repo}:{file}") for file in files]
 
 
 def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:

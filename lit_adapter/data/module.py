@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.formats import check_regular
-from lit_adapter.data.hub import is_hub_name, read_hub
+from lit_adapter.data.hub import hub_files, is_hub_name
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
-from lit_adapter.data.records import Records, overlap, read_records, split
+from lit_adapter.data.records import Records, overlap, split_rows
+from lit_adapter.data.store import Source, stored_records
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import cache_folder
@@ -24,9 +27,13 @@ from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 
-def load_records(source: str, columns: Columns) -> Records:
+def load_records(
+    source: str, columns: Columns, *, cache: Path | None, say: Callable[[str], None] = print
+) -> Records:
     """Read a file, or a Hub data set if ``source`` is a name like org/name and not a file."""
-    return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
+    files = hub_files(source) if is_hub_name(source) else [Source(Path(source), source)]
+    name = files[0].name if len(files) == 1 else source
+    return stored_records(files, name, columns, cache=cache, say=say)
 
 
 def check_sources(config: DataConfig) -> None:
@@ -90,25 +97,59 @@ class AlpacaDataModule(LightningDataModule):
         check_sources(self.config)
         # Started before the reading, so that its imports are done by the time a loader needs a worker.
         self.worker_context = start_server() if self.config.workers else None
-        self.train_records = load_records(self.config.train, self.config.columns)
-        self.whole_sha256, self.n_whole = self.train_records.sha256, len(self.train_records)
+        records = self._records(self.config.train)
+        self.whole_sha256, self.n_whole = records.sha256, len(records)
+        encoded = self._encode(records)
+        rows = np.arange(len(records))
         self.val_records: Records | None = None
+        self.val_encoded: Encoded | None = None
         if self.config.val:
-            self.val_records = load_records(self.config.val, self.config.columns)
+            self.val_records = self._records(self.config.val)
+            self.val_encoded = self._encode(self.val_records)
         elif self.config.val_size:
-            self.train_records, self.val_records = split(
-                self.train_records, val_size=self.config.val_size, seed=self.seed
-            )
-        self.train_encoded = self._encode(self.train_records)
-        self.val_encoded = self._encode(self.val_records) if self.val_records else None
+            rows, held_out = split_rows(records, val_size=self.config.val_size, seed=self.seed)
+            self.val_records = records.choose(held_out, f"{records.source} (validation)")
+            self.val_encoded = encoded.choose(held_out, len(records))
+        rows = self._without_duplicates(records, rows)
+        if len(rows) < len(records):
+            n_empty, source = records.n_empty_output, f"{records.source} (train)"
+            records, encoded = records.choose(rows, source, n_empty), encoded.choose(rows, len(records))
+        self.train_records, self.train_encoded = records, encoded
+        for side in ((records, encoded), (self.val_records, self.val_encoded)):
+            self._check_lengths(*side)
         self.preambles = shared_preambles(self.train_encoded)
         self.train_packer = self._packer(self.train_encoded)
         self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
-        self.n_overlap = overlap(self.train_records, self.val_records) if self.val_records else 0
         return self
 
+    def _records(self, source: str) -> Records:
+        return load_records(source, self.config.columns, cache=cache_folder(), say=self.say)
+
+    def _without_duplicates(self, records: Records, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count training records that repeat others, and held-out records among them; drop them if asked.
+
+        Raises:
+            UserError: none is left.
+        """
+        train = records.choose(rows, records.source)
+        self.n_duplicate, self.n_overlap, self.n_held_out_too = train.n_duplicate, 0, 0
+        keep = train.is_first
+        if self.val_records is not None:
+            self.n_overlap = int(overlap(self.val_records, train).sum())
+            is_held_out = overlap(train, self.val_records)
+            self.n_held_out_too = int((keep & is_held_out).sum())
+            keep = keep & ~is_held_out
+        if not self.config.drop_duplicates:
+            return rows
+        if not keep.any():
+            raise UserError(
+                f"data.drop_duplicates leaves no training record of {records.source}: all of them are held "
+                "out too; give other data, or leave it out"
+            )
+        return rows[keep]
+
     def _encode(self, records: Records) -> Encoded:
-        encoded = encode_records(
+        return encode_records(
             records,
             self.tokenizer,
             self.template,
@@ -117,12 +158,13 @@ class AlpacaDataModule(LightningDataModule):
             tokenizer_key=self.tokenizer_key,
             say=self.say,
         )
-        if not len(encoded):
+
+    def _check_lengths(self, records: Records | None, encoded: Encoded | None) -> None:
+        if records is not None and not encoded:
             raise UserError(
                 f"{records.source}: every answer is longer than data.max_length "
                 f"{self.config.max_length}; raise it"
             )
-        return encoded
 
     def _packer(self, encoded: Encoded) -> Packer:
         return Packer(

@@ -24,6 +24,8 @@ from lit_adapter.model.attention import PackedRow
 
 SHORTEST_PREAMBLE = 4
 """Tokens below which a preamble is not worth a segment of its own."""
+FIRST_BLOCK, BLOCK = 100, 10_000
+"""Records whose starts are compared together."""
 
 
 @dataclass
@@ -48,15 +50,26 @@ def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
         if len(members) < 2:
             continue
         preamble = encoded.record(members[0])[: encoded.n_prompt[members[0]]]
-        for index in members[1:]:
-            other = encoded.record(index)[: min(len(preamble), encoded.n_prompt[index])]
-            same = preamble[: len(other)] == other
-            preamble = preamble[: len(other) if same.all() else int(same.argmin())]
+        for block in _blocks(members):
+            shortest = min(len(preamble), int(encoded.n_prompt[block].min()))
+            same = _starts(encoded, block, shortest) == preamble[:shortest]
+            preamble = preamble[: int(same.all(axis=0).argmin()) if not same.all() else shortest]
             if len(preamble) < SHORTEST_PREAMBLE:
                 break
         if len(preamble) >= SHORTEST_PREAMBLE:
             preambles[variant] = preamble
     return preambles
+
+
+def _blocks(records: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Divide records into blocks whose starts are compared together; most preambles end in the first one."""
+    starts = [0, *range(FIRST_BLOCK, len(records), BLOCK)]
+    return np.split(records, starts[1:]) if len(records) else []
+
+
+def _starts(encoded: Encoded, records: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+    """Return the first tokens of records that have ``length`` or more ``[records, length]``."""
+    return encoded.ids[encoded.start[records, None] + np.arange(length)]
 
 
 class Packer:
@@ -73,7 +86,7 @@ class Packer:
     ) -> None:
         self.encoded, self.preambles = encoded, preambles
         self.mask_prompt, self.row_tokens = mask_prompt, row_tokens
-        self.n_preamble = np.array([*map(self._preamble_length, range(len(encoded)))], dtype=np.int64)
+        self.n_preamble = self._preamble_lengths()
         self.n_own = encoded.length - 1 - self.n_preamble
         """Tokens that each record adds to a row: all but its preamble and its last token ``[records]``."""
         longest = int(encoded.length.max(initial=1)) - 1
@@ -83,13 +96,16 @@ class Packer:
                 f"raise it to {longest} or lower data.max_length"
             )
 
-    def _preamble_length(self, index: int) -> int:
-        """Return the length of the preamble that a record continues; 0 if it continues none."""
-        preamble = self.preambles.get(int(self.encoded.variant[index]))
-        # A record cut to length has lost its start; a preamble must not reach into an answer.
-        if preamble is None or not self.encoded.whole[index] or self.encoded.n_prompt[index] < len(preamble):
-            return 0
-        return len(preamble) if np.array_equal(self.encoded.record(index)[: len(preamble)], preamble) else 0
+    def _preamble_lengths(self) -> NDArray[np.int32]:
+        """Return the length of the preamble that each record continues; 0 if it continues none."""
+        found = np.zeros(len(self.encoded), np.int32)
+        for variant, preamble in self.preambles.items():
+            # A record cut to length has lost its start; a preamble must not reach into an answer.
+            may = self.encoded.whole & (self.encoded.n_prompt >= len(preamble))
+            for block in _blocks(np.flatnonzero(may & (self.encoded.variant == variant))):
+                same = (_starts(self.encoded, block, len(preamble)) == preamble).all(axis=1)
+                found[block[same]] = len(preamble)
+        return found
 
     def n_targets(self, records: NDArray[np.int64]) -> int:
         """Return how many tokens of ``records`` are learned."""
@@ -162,7 +178,7 @@ class Packer:
         records, n_preamble, start, preamble_start = np.array(rows, np.int64).reshape(-1, 4).T
         first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)
         first = np.maximum(first, 1) - 1  # the token that predicts the first target
-        count = self.encoded.start[records + 1] - self.encoded.start[records] - 1 - first
+        count = self.encoded.length[records] - 1 - first
         predicting = np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
         n_preamble, start, preamble_start = (
             np.repeat(values, count) for values in (n_preamble, start, preamble_start)

@@ -10,8 +10,12 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lit_adapter.config import Columns
 from lit_adapter.data.formats import TABLES, Row, json_type, rows_of
@@ -39,6 +43,24 @@ class Record:
         """Return ``file:line``, for messages."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def digest(self) -> bytes:
+        """Return 16 bytes that tell the texts from all others."""
+        digest = hashlib.sha256()
+        for text in (self.instruction, self.input, self.output):
+            content = text.encode()
+            # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.digest()[:DIGEST_BYTES]
+
+
+DIGEST_BYTES = 16
+
+
+def digests_of(rows: Iterable[Record]) -> NDArray[np.uint64]:
+    """Return the digests of records ``[records, 2]``."""
+    return np.frombuffer(b"".join(row.digest for row in rows), np.uint64).reshape(-1, 2)
+
 
 @dataclass(frozen=True)
 class Records(Sequence[Record]):
@@ -48,30 +70,25 @@ class Records(Sequence[Record]):
         UserError: there is no record.
     """
 
-    rows: tuple[Record, ...]
+    rows: Sequence[Record]
+    """In memory, or read one by one from where they are kept (`store`)."""
     source: str
     """The file or Hub data set, by the user's name for it."""
     n_empty_output: int = 0
     """Number of records skipped because their output is empty or white space."""
-    n_duplicate: int = field(init=False)
-    """Number of records that repeat an earlier one; they are kept."""
-    sha256: str = field(init=False)
-    """Hash of the texts in order; independent of file format, line ends and column names."""
+    digests: NDArray[np.uint64] = field(
+        default_factory=lambda: np.empty((0, 2), np.uint64), compare=False, repr=False
+    )
+    """What tells the texts of each record from others ``[records, 2]``; computed where it is not given."""
 
     def __post_init__(self) -> None:
-        if not self.rows:
+        if not len(self.rows):
             why = f"all {self.n_empty_output} have an empty output" if self.n_empty_output else "it is empty"
             raise UserError(
                 f"{self.source}: no usable record: {why}; expected records of instruction, input and output"
             )
-        digest = hashlib.sha256()
-        for row in self.rows:
-            for text in (row.instruction, row.input, row.output):
-                content = text.encode()
-                # The length in front keeps ("ab", "c") and ("a", "bc") apart.
-                digest.update(len(content).to_bytes(8, "little") + content)
-        object.__setattr__(self, "n_duplicate", len(self.rows) - len(set(self.rows)))
-        object.__setattr__(self, "sha256", digest.hexdigest())
+        if not len(self.digests):
+            object.__setattr__(self, "digests", digests_of(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,11 +96,56 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the texts in order; independent of file format, line ends and column names."""
+        return hashlib.sha256(np.ascontiguousarray(self.digests).data).hexdigest()
+
+    @cached_property
+    def is_first(self) -> NDArray[np.bool_]:
+        """Whether each record does not repeat an earlier one ``[records]``."""
+        return first_of(self.digests) == np.arange(len(self))
+
+    @cached_property
+    def n_duplicate(self) -> int:
+        """Number of records that repeat an earlier one."""
+        return int((~self.is_first).sum())
+
+    def choose(self, indices: NDArray[np.int64], source: str, n_empty_output: int = 0) -> Records:
+        """Return the records at ``indices`` as records of their own; no text is read."""
+        return Records(Chosen(self.rows, indices), source, n_empty_output, self.digests[indices])
+
+
+@dataclass(frozen=True)
+class Chosen(Sequence[Record]):
+    """The records at ``indices`` of others, read one by one."""
+
+    rows: Sequence[Record]
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self.indices[index]
+        return [self.rows[i] for i in chosen.tolist()] if isinstance(index, slice) else self.rows[int(chosen)]
+
+
+def first_of(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the index of the first digest that equals each one ``[records]``."""
+    # That two texts differ and share the first half of their digests is not expected in 2**32 records.
+    order = np.argsort(digests[:, 0], kind="stable")
+    is_new = np.ones(len(order), np.bool_)
+    is_new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    found = np.empty(len(order), np.int64)
+    found[order] = order[is_new][np.cumsum(is_new) - 1]
+    return found
+
 
 def read_records(
     source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
 ) -> Records:
-    """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records; the suffix tells which.
+    """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records into memory; the suffix tells which.
 
     Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
 
@@ -91,17 +153,22 @@ def read_records(
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
             not a string or not valid Unicode, or an instruction is empty. Names file and line.
     """
-    path, name = Path(source), name or str(source)
-    rows: list[Record] = []
-    n_empty = 0
+    name = name or str(source)
+    every = list(records_of(Path(source), name, columns))
+    rows = tuple(row for row in every if row.output.strip())
+    return Records(rows, name, len(every) - len(rows))
+
+
+def records_of(path: Path, name: str, columns: Columns) -> Iterator[Record]:
+    """Yield the records of a file, called ``name`` in messages, also those with an empty output.
+
+    Raises:
+        UserError: as `read_records`, except that the file may have no record.
+    """
     found = rows_of(path, name, (columns.instruction, columns.input, columns.output))
     for line, values, instruction, input in tasks_of(found, columns, name):
         output = _text(values, columns.output, name, line, f"{OPTION}.output")
-        if output.strip():
-            rows.append(Record(instruction, input, output, name, line))
-        else:
-            n_empty += 1
-    return Records(tuple(rows), name, n_empty)
+        yield Record(instruction, input, output, name, line)
 
 
 def tasks_of(
@@ -162,17 +229,22 @@ def _text(values: Mapping[str, Any], key: str, name: str, line: int, option: str
     return value
 
 
-def merge(parts: Sequence[Records], source: str) -> Records:
-    """Return the records of several files as one, in order."""
-    rows = tuple(row for part in parts for row in part.rows)
-    return Records(rows, source, sum(part.n_empty_output for part in parts))
-
-
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
-    """Split into (train, validation), at random by ``seed``; both keep the order of the file.
+    """Split into (train, validation) as `split_rows`. Records skipped while reading are those of train."""
+    train, val = split_rows(records, val_size=val_size, seed=seed)
+    return (
+        records.choose(train, f"{records.source} (train)", records.n_empty_output),
+        records.choose(val, f"{records.source} (validation)"),
+    )
 
-    ``val_size`` is the number of validation records or, below 1, their fraction. Records skipped while
-    reading are counted on the training side. The split is the same on every Python version.
+
+def split_rows(
+    records: Records, *, val_size: int | float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of (train, validation), at random by ``seed``; both keep the order of the file.
+
+    ``val_size`` is the number of validation records or, below 1, their fraction. The split is the same on
+    every Python version.
 
     Raises:
         UserError: ``val_size`` is neither a count nor a fraction, or one side would be empty.
@@ -187,18 +259,20 @@ def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Record
             f"{asked} of the {total} records of {records.source}; "
             f"expected at least 1 record and at most {total - 1} for validation"
         )
-    # Only Random.random() gives the same numbers on every Python version; shuffle() may not.
-    draw = random.Random(seed).random
-    keys = [draw() for _ in range(total)]
-    chosen = set(sorted(range(total), key=keys.__getitem__)[:count])
-    sides = [
-        tuple(row for i, row in enumerate(records.rows) if (i in chosen) is side) for side in (False, True)
-    ]
-    train = Records(sides[0], f"{records.source} (train)", records.n_empty_output)
-    return train, Records(sides[1], f"{records.source} (validation)")
+    held_out = np.zeros(total, np.bool_)
+    held_out[np.argsort(_draws(seed, total), kind="stable")[:count]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def overlap(train: Records, val: Records) -> int:
-    """Return how many validation records are also training records, word for word."""
-    seen = set(train.rows)
-    return sum(row in seen for row in val.rows)
+def _draws(seed: int, count: int) -> NDArray[np.float64]:
+    """Return what ``count`` calls of ``random.Random(seed).random`` return, on every version of Python."""
+    *words, position = random.Random(seed).getstate()[1]
+    generator = np.random.RandomState()
+    generator.set_state(("MT19937", np.array(words, np.uint32), position, 0, 0.0))
+    return generator.random_sample(count)
+
+
+def overlap(records: Records, others: Records) -> NDArray[np.bool_]:
+    """Return whether each of ``records`` is also among ``others``, word for word ``[records]``."""
+    both = np.concatenate([others.digests, records.digests])
+    return first_of(both)[len(others) :] < len(others)

@@ -11,7 +11,6 @@ import numpy as np
 
 from lit_adapter.errors import counted, visible
 from lit_adapter.streams import Shown
-from lit_adapter.text.chat import control_pattern
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 if TYPE_CHECKING:
@@ -72,12 +71,14 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
         f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
         f"optim.batch_size {data.batch_size}"
     )
+    left_out = "left out: " if data.config.drop_duplicates else ""
+    n_before = len(train) + (data.n_duplicate + data.n_held_out_too if left_out else 0)
     return [
         (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
         (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
         (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
-        (train.n_duplicate, len(train), "of the training records repeat an earlier one"),
+        (data.n_duplicate, n_before, f"of the training records {left_out}repeat an earlier one"),
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),
     ]
@@ -90,9 +91,8 @@ def _look_alikes(data: AlpacaDataModule) -> list[str]:
     if own:
         names = ", ".join(sorted(own))
         lines.append(f"warning: the template's {names} is plain text: no control token of this base")
-    pattern = control_pattern(data.tokenizer)
-    texts = ("\n".join((row.instruction, row.input, row.output)) for row in data.train_records)
-    found = Counter(name for text in texts for name in set(pattern.findall(text))) if pattern else Counter()
+    name_of = {id_: name for name, id_ in control.items()}
+    found = Counter(name_of[id_] for id_ in data.train_encoded.look_alikes[:, 1].tolist())
     if found:
         shown = ", ".join(f"{name} in {counted(count, 'record')}" for name, count in found.most_common(3))
         lines.append(

@@ -37,7 +37,8 @@ def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
         n_prompt.append(PREAMBLES[kind] + own)
     return Encoded(
         ids=np.concatenate(ids).astype(np.int32),
-        start=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        start=np.cumsum([0, *map(len, ids[:-1])], dtype=np.int64),
+        length=np.array([*map(len, ids)], np.int32),
         n_prompt=np.array(n_prompt, np.int32),
         variant=variant,
         whole=np.ones(n_records, np.bool_),

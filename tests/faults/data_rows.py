@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import OK, Bench, Outcome, Row
-from safetensors.numpy import load_file, save_file
 
 from lit_adapter.data.encode import encode_records
 from lit_adapter.data.records import Records, overlap, read_records
 from lit_adapter.errors import UserError
+from lit_adapter.files.write import write_json
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 
@@ -73,15 +75,33 @@ def cached_again(change: Callable[[Bench, Path], None]) -> Callable[[Bench], Out
     return tried
 
 
-def flip(bench: Bench, path: Path) -> None:
-    content = bytearray(path.read_bytes())
+def flip(bench: Bench, folder: Path) -> None:
+    content = bytearray((folder / "ids").read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)
+    (folder / "ids").write_bytes(content)
 
 
-def of_another_question(bench: Bench, path: Path) -> None:
-    arrays = load_file(path)
-    save_file(arrays, path, metadata={"key": "another", "checksum": "x"})
+def cut_in_two(bench: Bench, folder: Path) -> None:
+    (folder / "ids").write_bytes((folder / "ids").read_bytes()[:90])
+
+
+def of_another_version(bench: Bench, folder: Path) -> None:
+    about = json.loads((folder / "about.json").read_text())["about"] | {"version": 0}
+    checksum = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    write_json(folder / "about.json", {"checksum": checksum, "about": about})
+
+
+def of_another_question(bench: Bench, folder: Path) -> None:
+    tokenizer = load_tokenizer(bench.base)
+    encode_records(
+        read_records(bench.file("other.json", [LONG])),
+        tokenizer,
+        resolve_template("alpaca", tokenizer),
+        max_length=64,
+        cache=bench.folder / "others",
+    )
+    shutil.rmtree(folder)
+    next((bench.folder / "others").iterdir()).rename(folder)
 
 
 def in_child(task: Callable[[], Outcome]) -> Outcome:
@@ -190,7 +210,7 @@ def data_changed_before_resume(bench: Bench) -> Outcome:
 def counted(bench: Bench) -> str:
     twice = read_records(bench.file("twice.json", [OK, OK, {"instruction": "c", "output": "d"}]))
     held_out = Records(twice.rows[:1], "held out")
-    return f"{twice.n_duplicate} repeated, {overlap(twice, held_out)} in both"
+    return f"{twice.n_duplicate} repeated, {overlap(held_out, twice).sum()} in both"
 
 
 HARD = "\U0001f468‍\U0001f469 שלום </s> ### Response: {input} {0} %s \0 end"
@@ -348,13 +368,18 @@ ROWS = [
         0,
         writes=True,
     ),
-    Row(33, "flipped cache", cached_again(flip), r"1 kept.* 1 files; \['.*tokens-.*damaged token cache", 0),
+    Row(
+        33, "flipped cache", cached_again(flip), r"1 kept.* 1 files; \['.*tokens-.*damaged cache of tokens", 0
+    ),
     Row(
         33,
         "truncated cache",
-        cached_again(lambda bench, path: path.write_bytes(path.read_bytes()[:90]) and None),
-        r"1 kept.* 1 files; \['.*damaged token cache; encoding again'\]",
+        cached_again(cut_in_two),
+        r"1 kept.* 1 files; \['.*damaged cache of tokens, or of another version; it is made again'\]",
         0,
+    ),
+    Row(
+        33, "cache of another version", cached_again(of_another_version), r"1 kept.* 1 files; \['.*damaged", 0
     ),
     Row(
         34,
