@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tomllib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_adapter.config import Columns
-from lit_adapter.data.records import Record, Records, overlap, read_records, split
+from lit_adapter.data import strict_json
+from lit_adapter.data.records import Record, Records, overlap, read_records, records_of, split
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'
@@ -261,6 +263,54 @@ def test_counts_of_what_real_data_holds(tmp_path: Path) -> None:
     null_input = '{"instruction":"a","input":null,"output":"b"}'
     records = read_records(write(tmp_path, "a.jsonl", "\n".join([OK, empty, OK, "", null_input, empty])))
     assert (len(records), records.n_empty_output, records.n_duplicate) == (3, 2, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if name.endswith(("json", "jsonl"))])
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_file_that_is_read_in_pieces_has_its_faults_at_the_same_places(
+    tmp_path: Path, name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strict_json, "BLOCK", block)
+    test_fault_is_refused_where_it_is(tmp_path, name)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9) | st.integers()), max_size=9),
+    st.integers(1, 40),
+    st.sampled_from([None, 0, 3]),
+    st.integers(0, 400),
+)
+def test_an_array_read_in_pieces_is_that_read_at_once(
+    rows: list[dict[str, str | int]], block: int, indent: int | None, cut: int
+) -> None:
+    """Where the text is cut off, the error names the same line and column."""
+
+    def found(text: str) -> object:
+        try:
+            return list(strict_json.json_rows(io.StringIO(text), "x"))
+        except UserError as error:
+            return str(error)
+
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    with pytest.MonkeyPatch.context() as patch:
+        wholes = [found(text), found(text[:cut])]
+        patch.setattr(strict_json, "BLOCK", block)
+        assert [found(text), found(text[:cut])] == wholes
+    assert [values for _, values in wholes[0]] == rows  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
+    rows = [{"instruction": "word " * 100, "output": "\U0001f468" * 50}] * 10_000
+    path = write_format(tmp_path, suffix, rows)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in records_of(path, "x", Columns())) == 10_000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < path.stat().st_size / 3
 
 
 def test_ten_megabyte_record(tmp_path: Path) -> None:

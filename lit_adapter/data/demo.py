@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.data.demo_words import WORDS
-from lit_adapter.data.formats import parse_json
+from lit_adapter.data.strict_json import parse_json
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_json
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import TABLES, Row, json_type, rows_of
+from lit_adapter.data.formats import TABLES, rows_of
+from lit_adapter.data.strict_json import Row, json_type
 from lit_adapter.errors import UserError, nearest, shorten
 
 DEFAULT_COLUMNS = Columns()
