@@ -24,6 +24,9 @@ def as_messages(given: Iterable[Said], name: str = "messages") -> list[Message]:
     """
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
         raise WrongTypeError(f"{name} is of type {type(given).__name__}; expected a list of messages")
+    given = list(given)
+    if not given:
+        raise UserError(f"{name} is empty; give at least one message")
     said = [one.to_dict() if isinstance(one, Message) else one for one in given]
     messages = messages_of(said, name, name)
     if messages[-1].role == "assistant":

@@ -264,7 +264,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer, *, conversations: 
         if INSTRUCTION not in text:
             raise UserError(f"{path}: {INSTRUCTION} is missing; a chat template's file ends in .jinja")
         return _custom(text, str(path))
-    names = ["auto", *(kind for kind in KINDS if kind not in ("jinja", "custom"))]
+    names = [*(kind for kind in KINDS if kind not in ("jinja", "custom")), "auto"]
     hint = nearest(name_or_text, names)
     expected = f"; expected {', '.join(names)}, a text with {INSTRUCTION}, or the path of a file with one"
     raise UserError(f"template {shorten(name_or_text)} is unknown{hint or expected}")
