@@ -23,7 +23,8 @@ import pytest
 
 from lit_adapter.data import encode
 from lit_adapter.data.encode import Encoded, encode_records
-from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.files import table
 from lit_adapter.text.load import load_tokenizer
@@ -358,7 +359,7 @@ def test_worker_processes_give_the_same_arrays(
     assert started == [2]
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -391,6 +391,8 @@ def another(hint: Any, default: Any) -> Any:
         return (0.5, 0.6)
     if hint == tuple[str, ...]:
         return ("v_proj", "mlp")
+    if list[float] in kinds:
+        return [0.25]
     if bool in kinds:
         return not default
     if int in kinds:
@@ -406,8 +408,9 @@ def another(hint: Any, default: Any) -> Any:
             "optim.lr_scale_norms",
             "optim.lr_scale_lora",
             *(f"adapter.lora.{f.name}" for f in fields(LoraConfig)),
+            "data.mask_prompt",
         ),
-        ("optim.base_lr", "optim.lr_scale_v2", "adapter.version", "adapter.head"),
+        ("data.last_answer_only", "optim.base_lr", "optim.lr_scale_v2", "adapter.version", "adapter.head"),
     ],
     ids=["v2", "norms"],
 )

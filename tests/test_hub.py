@@ -96,7 +96,7 @@ class Hub(BaseHTTPRequestHandler):
 READ = """
 import sys
 from lit_adapter.config import Columns
-from lit_adapter.data.module import load_records
+from lit_adapter.data.sources import load_records
 from lit_adapter.errors import UserError
 for name in sys.argv[1:]:
     try:

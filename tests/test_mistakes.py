@@ -246,7 +246,9 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         parse_finetune(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     for name, _ in config_fields(Config):
-        own = said.partition(f" --{name} ")[2].partition(" --")[0].partition("(type: ")[0]
+        # A field that takes a list has an option of the same name with a plus beside it.
+        option = f" --{name}+ " if f" --{name}+ " in said else f" --{name} "
+        own = said.partition(option)[2].partition(" --")[0].partition("(type: ")[0]
         assert len(own.split()) > 2, f"{name} is not explained: {own}"  # the first stands for the value
 
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from lit_adapter.config import Columns
 from lit_adapter.data import strict_json
-from lit_adapter.data.records import Record, Records, overlap, read_records, records_of, split
+from lit_adapter.data.reading import records_of
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records, overlap, read_records, split
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'

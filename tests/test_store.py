@@ -72,10 +72,10 @@ def test_a_file_that_has_changed_is_read_again(files: list[Source], tmp_path: Pa
 def test_a_file_that_changes_while_it_is_read_is_refused(
     files: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def changing(path: Path, *arguments: Any) -> Any:
+    def changing(path: Path, *arguments: Any, **options: Any) -> Any:
         with path.open("a") as file:
             file.write("\n")
-        return records_of(path, *arguments)
+        return records_of(path, *arguments, **options)
 
     records_of = store.records_of
     monkeypatch.setattr(store, "records_of", changing)

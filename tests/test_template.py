@@ -217,7 +217,10 @@ def test_templates_from_files(made: dict[str, Kind], tmp_path: Path) -> None:
     [
         ("alpcaa", "did you mean 'alpaca'"),
         ("chatt", "did you mean 'chat'"),
-        ("", "expected alpaca, alpaca-newline, chat, a text with {instruction}, or the path"),
+        (
+            "",
+            "expected alpaca, alpaca-newline, chat, chatml, llama3, mistral, alpaca-chat, auto, a text with",
+        ),
         ("Q: {question}\nA:", "is unknown; expected"),
         ("a" * 5000, "has no {instruction}, and is no readable file: File name too long"),
         ("{instruction} {output}", "leave out {output}"),

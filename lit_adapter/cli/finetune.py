@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -74,16 +75,21 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
     return FinetuneRequest(config, parsed.get("resume"), *wishes)
 
 
+SINGLE = ("--data.train", "--data.val")
+"""Options that may also have one value alone."""
+LISTS = ("--adapter.lora.on", "--data.train", "--data.val", "--data.weights")
+
+
 def _with_lists(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the names after ``--adapter.lora.on`` as one list, for jsonargparse."""
+    """Return the arguments with several words after one of `LISTS` as one list, for jsonargparse."""
     found: list[str] = []
     words = iter(enumerate(argv))
     for index, word in words:
         found.append(word)
-        if word != "--adapter.lora.on":
+        if word not in LISTS:
             continue
         names = [*takewhile(lambda name: not name.startswith(("-", "[")), argv[index + 1 :])]
-        if names:
-            found.append(f"[{', '.join(names)}]")
+        if len(names) > 1 or (names and word not in SINGLE):
+            found.append(json.dumps(names) if word in SINGLE else f"[{', '.join(names)}]")
             next(islice(words, len(names) - 1, None))
     return found

@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_adapter.data.records import Record, Records
+from lit_adapter.data.examples import encode_example
+from lit_adapter.data.record import AnyRecord
+from lit_adapter.data.records import Records
 from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError, counted
 from lit_adapter.files.table import TableWriter, kept_table
 from lit_adapter.progress import count_progress
 from lit_adapter.text.chat import control_pattern
+from lit_adapter.text.conversation import ANSWER, CONTEXT
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -41,10 +44,11 @@ CHUNKS_AHEAD = 3
 """Chunks per worker that wait for it or for being written."""
 FORMAT_VERSION = 3
 Columns = dict[str, NDArray]
-Chunk = tuple[int, Sequence[Record]]
+Chunk = tuple[int, Sequence[AnyRecord]]
 """The index of the first record, and the records."""
 SCHEMA = {
     "ids": np.int32,
+    "kinds": np.int8,
     "length": np.int32,
     "n_prompt": np.int32,
     "variant": np.int8,
@@ -61,12 +65,14 @@ class Encoded:
 
     ids: NDArray[np.int32]
     """The tokens of all records, perhaps also of others ``[tokens]``."""
+    kinds: NDArray[np.int8]
+    """What each token is to the loss: `NEVER`, `CONTEXT` or `ANSWER` ``[tokens]``."""
     start: NDArray[np.int64]
     """Index of each record's first token ``[records]``."""
     length: NDArray[np.int32]
     """Number of tokens of each record ``[records]``."""
     n_prompt: NDArray[np.int32]
-    """Number of tokens before each record's answer ``[records]``."""
+    """Number of tokens before each record's first answer ``[records]``."""
     variant: NDArray[np.int8]
     """Which text of the template each record uses (`Template.variant`) ``[records]``."""
     whole: NDArray[np.bool_]
@@ -85,7 +91,7 @@ class Encoded:
 
     @property
     def n_cut(self) -> int:
-        """Number of records that lost the start of their prompt."""
+        """Number of records that lost the start of their prompt, their first turns, or the end of a text."""
         return int((~self.whole).sum())
 
     def choose(self, rows: NDArray[np.int64], n_read: int) -> Encoded:
@@ -99,6 +105,7 @@ class Encoded:
         row, token = self.look_alikes.T
         return Encoded(
             ids=self.ids,
+            kinds=self.kinds,
             start=self.start[here],
             length=self.length[here],
             n_prompt=self.n_prompt[here],
@@ -109,13 +116,37 @@ class Encoded:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The process that this goes to maps the file too; without the file, it gets a copy.
-        path = self.ids.filename if isinstance(self.ids, np.memmap) else None
-        return vars(self) | ({"ids": str(path)} if path is not None and os.path.exists(path) else {})
+        # The process that this goes to maps the files too; without the files, it gets copies.
+        return {name: _MappedFile.of(values) or values for name, values in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        is_mapped = isinstance(state["ids"], str)
-        vars(self).update(state | {"ids": np.memmap(state["ids"], np.int32, "r")} if is_mapped else state)
+        opened = {name: v.open() if isinstance(v, _MappedFile) else v for name, v in state.items()}
+        vars(self).update(opened)
+
+
+@dataclass(frozen=True)
+class _MappedFile:
+    """A column of a table, for another process."""
+
+    path: str
+    kind: str
+
+    @classmethod
+    def of(cls, values: NDArray) -> _MappedFile | None:
+        """Return a whole column's file, if it is mapped and its file still there."""
+        path = values.filename if isinstance(values, np.memmap) else None
+        if path is None or not os.path.exists(path) or os.path.getsize(path) != values.nbytes:
+            return None
+        return cls(str(path), values.dtype.str)
+
+    def open(self) -> NDArray:
+        return np.memmap(self.path, np.dtype(self.kind), "r")
+
+
+def kinds_of_tasks(length: NDArray[np.int64], n_prompt: NDArray[np.int32]) -> NDArray[np.int8]:
+    """Return `Encoded.kinds` of tasks of ``length`` tokens, the first ``n_prompt`` of a prompt."""
+    parts = np.stack([n_prompt, length - n_prompt], axis=1).ravel()
+    return np.repeat(np.tile(np.array([CONTEXT, ANSWER], np.int8), len(length)), parts)
 
 
 def encode_records(
@@ -126,26 +157,25 @@ def encode_records(
     max_length: int,
     cache: Path | None = None,
     tokenizer_key: str = "",
+    last_answer_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Encoded:
-    """Encode all records, or read them from the cache.
-
-    A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS. One
-    whose answer does not fit after one token of its prompt is dropped.
+    """Encode all records, or read them from the cache; `encode_example` says how, and which are dropped.
 
     Worker processes get a pickle of the tokenizer. Its fingerprint, ``tokenizer_key``, is part of the key of
     the tables in the folder ``cache``. ``say`` gets a line if many records are encoded, and as `kept_table`.
 
     Raises:
-        UserError: a worker process died, or a record cannot be encoded (see `Template.encode_example`).
+        UserError: a worker process died, or a record cannot be encoded (see `encode_example`).
     """
-    key = _key(records, template, max_length, tokenizer_key)
+    key = _key(records, template, max_length, tokenizer_key, last_answer_only)
+    how = _How(tokenizer, template, max_length, last_answer_only)
 
     def fill(writer: TableWriter) -> dict[str, Any]:
         done = writer.notes.get("n_read", 0)
         _announce(len(records), done, say)
         with count_progress("encoding", len(records), done) as advance:
-            for columns in _encode_all(records, done, tokenizer, template, max_length):
+            for columns in _encode_all(records, done, how):
                 writer.append(columns)
                 n_new = min(CHUNK, len(records) - done)
                 done += n_new
@@ -166,31 +196,42 @@ def _announce(n_records: int, done: int, say: Callable[[str], None]) -> None:
         say(f"encoding {counted(n_records, 'record')}, once{again}")
 
 
-def _key(records: Records, template: Template, max_length: int, tokenizer_key: str) -> str:
-    parts = [FORMAT_VERSION, records.sha256, template.to_dict(), max_length, tokenizer_key]
+def _key(
+    records: Records, template: Template, max_length: int, tokenizer_key: str, last_answer_only: bool
+) -> str:
+    how = [template.to_dict(), max_length, tokenizer_key, last_answer_only]
+    parts = [FORMAT_VERSION, records.sha256, *how]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _encode_all(
-    records: Records, done: int, tokenizer: Tokenizer, template: Template, max_length: int
-) -> Iterator[Columns]:
+@dataclass(frozen=True)
+class _How:
+    """What records are encoded with; the arguments of `encode_example`."""
+
+    tokenizer: Tokenizer
+    template: Template
+    max_length: int
+    last_answer_only: bool
+
+
+def _encode_all(records: Records, done: int, how: _How) -> Iterator[Columns]:
     """Yield the columns of the records after the first ``done``, `CHUNK` records at a time."""
     chunks = ((first, records[first : first + CHUNK]) for first in range(done, len(records), CHUNK))
     # A job queue or container may allow this process only some of the CPUs.
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(MOST_WORKERS, n_cpus)
     if len(records) - done < PARALLEL_FROM or workers == 1:
-        return (_encode_chunk(tokenizer, template, max_length, *chunk) for chunk in chunks)
-    return _in_processes(workers, chunks, tokenizer, template, max_length)
+        return (_encode_chunk(how, *chunk) for chunk in chunks)
+    return _in_processes(workers, chunks, how)
 
 
-def _in_processes(workers: int, chunks: Iterator[Chunk], *settings: Any) -> Iterator[Columns]:
-    """Yield what `_encode_chunk` returns for each chunk, from processes that have got ``settings``."""
+def _in_processes(workers: int, chunks: Iterator[Chunk], how: _How) -> Iterator[Columns]:
+    """Yield what `_encode_chunk` returns for each chunk, from processes that have got ``how``."""
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),  # forking a process with threads can hang; spawning cannot
         initializer=_prepare,
-        initargs=settings,
+        initargs=(how,),
     )
     waiting: deque[Future[Columns]] = deque()
     try:
@@ -210,39 +251,40 @@ def _in_processes(workers: int, chunks: Iterator[Chunk], *settings: Any) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-_settings: list[Any] = []
+_how: list[_How] = []
 """In a worker process: what it encodes with. Reading a tokenizer takes far longer than encoding a record."""
 
 
-def _prepare(*settings: Any) -> None:
+def _prepare(how: _How) -> None:
     follow_parent()
-    _settings[:] = settings
+    _how[:] = [how]
 
 
-def _encode_in_worker(*chunk: Any) -> Columns:
-    return _encode_chunk(*_settings, *chunk)
+def _encode_in_worker(first: int, records: Sequence[AnyRecord]) -> Columns:
+    return _encode_chunk(_how[0], first, records)
 
 
-def _encode_chunk(
-    tokenizer: Tokenizer, template: Template, max_length: int, first: int, records: Sequence[Record]
-) -> Columns:
+def _encode_chunk(how: _How, first: int, records: Sequence[AnyRecord]) -> Columns:
     """Return the columns of records, the first of which has the index ``first``."""
-    kept, facts, look_alikes = [], [], []
-    pattern = control_pattern(tokenizer)
-    for row, record in enumerate(records, start=first):
-        ids, n_prompt = template.encode_example(tokenizer, record.instruction, record.input, record.output)
-        excess = max(0, len(ids) - max_length)
-        if excess < n_prompt:
-            kept.append(np.array(ids[excess:], np.int32))
-            facts.append(
-                (len(kept[-1]), n_prompt - excess, template.variant(bool(record.input)), excess == 0, row)
-            )
-        texts = "\n".join((record.instruction, record.input, record.output))
-        found = set(pattern.findall(texts)) if pattern else set()
-        look_alikes += [(row, tokenizer.control_tokens[name]) for name in sorted(found)]
+    found = [encode_example(record, **vars(how)) for record in records]
+    kept = [(row, example) for row, example in enumerate(found, start=first) if example is not None]
+    facts = [(len(e.ids), e.n_prompt, e.variant, e.whole, row) for row, e in kept]
     names = ("length", "n_prompt", "variant", "whole", "source_row")
     columns = dict(zip(names, np.array(facts, np.int32).reshape(-1, 5).T, strict=True))
     return columns | {
-        "ids": np.concatenate([np.empty(0, np.int32), *kept]),
-        "look_alikes": np.array(look_alikes, np.int32).reshape(-1),
+        "ids": np.concatenate([np.empty(0, np.int32), *(example.ids for _, example in kept)]),
+        "kinds": np.concatenate([np.empty(0, np.int8), *(example.kinds for _, example in kept)]),
+        "look_alikes": np.array(_look_alikes(how.tokenizer, first, records), np.int32).reshape(-1),
     }
+
+
+def _look_alikes(tokenizer: Tokenizer, first: int, records: Sequence[AnyRecord]) -> list[tuple[int, int]]:
+    """Return the index of each record whose texts have the name of a control token, with that token."""
+    pattern = control_pattern(tokenizer)
+    if pattern is None:
+        return []
+    return [
+        (row, tokenizer.control_tokens[name])
+        for row, record in enumerate(records, start=first)
+        for name in sorted(set(pattern.findall("\n".join(record.texts))))
+    ]

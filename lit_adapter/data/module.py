@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,40 +12,17 @@ from lightning.pytorch.strategies import ParallelStrategy
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-from lit_adapter.config import Columns, DataConfig
+from lit_adapter.config import DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
-from lit_adapter.data.formats import check_regular
-from lit_adapter.data.hub import hub_files, is_hub_name
+from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
-from lit_adapter.data.records import Records, overlap, split_rows
-from lit_adapter.data.store import Source, stored_records
+from lit_adapter.data.records import Records, overlap, sources_of, split_rows
+from lit_adapter.data.sources import check_sources, load_records
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import cache_folder
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
-
-
-def load_records(
-    source: str, columns: Columns, *, cache: Path | None, say: Callable[[str], None] = print
-) -> Records:
-    """Read a file, or a Hub data set if ``source`` is a name like org/name and not a file."""
-    files = hub_files(source) if is_hub_name(source) else [Source(Path(source), source)]
-    name = files[0].name if len(files) == 1 else source
-    return stored_records(files, name, columns, cache=cache, say=say)
-
-
-def check_sources(config: DataConfig) -> None:
-    """Refuse data that is not named or not there, which needs no base and no tokenizer.
-
-    Raises:
-        UserError: no training data is named, or a file is missing or cannot be read.
-    """
-    if not config.train:
-        raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
-    for source in (config.train, config.val):
-        if source and not is_hub_name(source):
-            check_regular(Path(source), source)
 
 
 def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
@@ -122,8 +98,9 @@ class AlpacaDataModule(LightningDataModule):
         self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
         return self
 
-    def _records(self, source: str) -> Records:
-        return load_records(source, self.config.columns, cache=cache_folder(), say=self.say)
+    def _records(self, given: list[str] | str) -> Records:
+        config = self.config
+        return load_records(given, config.columns, config.format, cache=cache_folder(), say=self.say)
 
     def _without_duplicates(self, records: Records, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Count training records that repeat others, and held-out records among them; drop them if asked.
@@ -156,6 +133,7 @@ class AlpacaDataModule(LightningDataModule):
             max_length=self.config.max_length,
             cache=cache_folder(),
             tokenizer_key=self.tokenizer_key,
+            last_answer_only=self.config.last_answer_only,
             say=self.say,
         )
 
@@ -174,8 +152,19 @@ class AlpacaDataModule(LightningDataModule):
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
         """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
         return TrainingSteps(
-            self.train_packer, batch_size=self.batch_size, seed=self.seed, rank=rank, n_processes=n_processes
+            self.train_packer,
+            batch_size=self.batch_size,
+            order=self.epoch_order(),
+            rank=rank,
+            n_processes=n_processes,
         )
+
+    def epoch_order(self) -> EpochOrder:
+        """Return the order of the training records in each epoch."""
+        rows, weights, source = self.train_encoded.source_row, self.config.weights, None
+        if weights is not None:
+            source = sources_of(self.train_records.rows)[rows]
+        return EpochOrder(len(rows), self.seed, source, weights)
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the loader of the steps that are not finished."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 from lit_adapter.config import Columns
 from lit_adapter.data.formats import check_regular
-from lit_adapter.data.records import Record, Records, digests_of, records_of
+from lit_adapter.data.reading import records_of
+from lit_adapter.data.recognise import Recognised
+from lit_adapter.data.record import AnyRecord, of_texts
+from lit_adapter.data.records import Records, digests_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import file_sha256, reading
 from lit_adapter.files.table import Table, TableWriter, kept_table
@@ -34,39 +37,46 @@ SCHEMA = {"texts": np.uint8, "end": np.int64, "line": np.int64, "file": np.int32
 
 @dataclass(frozen=True)
 class Source:
-    """A file of records, and its name in messages."""
+    """A file of records."""
 
     path: Path
     name: str
+    """What messages call it."""
+    number: int = 0
+    """Which of the named sources it belongs to."""
 
 
 def stored_records(
     files: Sequence[Source],
     source: str,
     columns: Columns,
+    wanted: str = "auto",
     *,
     cache: Path | None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Records:
     """Return the records of files as one, in order, from the folder ``cache`` if they are there already.
 
+    ``wanted`` is the format of the records (`records_of`).
+
     Raises:
         UserError: as `read_records`.
     """
     states = [_state(file) for file in files]
-    key = _key(files, columns)
+    key = _key(files, columns, wanted)
     folder = cache / f"records-{key[:32]}" if cache is not None else None
 
     def fill(writer: TableWriter) -> dict[str, Any]:
-        notes = _read_into(writer, files, columns)
+        notes = _read_into(writer, files, columns, wanted)
         for file, before in zip(files, states, strict=True):
             if _state(file) != before:
                 raise UserError(f"{file.name}: has changed while it was read; start again")
         return notes
 
     table = kept_table(folder, key, SCHEMA, fill, what="records", doing="reads the data", say=say)
-    rows = StoredRows(table, tuple(file.name for file in files))
-    return Records(rows, source, table.notes["n_empty_output"], table.columns["digests"].reshape(-1, 2))
+    formats = tuple(Recognised(**known) for known in table.notes["formats"])
+    digests = table.columns["digests"].reshape(-1, 2)
+    return Records(StoredRows(table, files), source, table.notes["n_empty_output"], formats, digests)
 
 
 def _state(file: Source) -> tuple[int, int, int]:
@@ -75,32 +85,31 @@ def _state(file: Source) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _key(files: Sequence[Source], columns: Columns) -> str:
-    parts: list[Any] = [VERSION, astuple(columns)]
+def _key(files: Sequence[Source], columns: Columns, wanted: str) -> str:
+    parts: list[Any] = [VERSION, astuple(columns), wanted]
     for file in files:
         with reading(file.path):
             parts.append([file.name, file.path.suffix.lower(), file_sha256(file.path)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns) -> dict[str, Any]:
+def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns, wanted: str) -> dict[str, Any]:
     """Read all files into a table; return its notes."""
     n_empty = 0
+    formats: dict[Recognised, None] = {}
     for number, file in enumerate(files):
-        records = records_of(file.path, file.name, columns)
+        records = records_of(file.path, file.name, columns, wanted, recognised=formats.setdefault)
         with count_progress(f"reading {file.name}") as advance:
             while rows := list(islice(records, CHUNK)):
-                kept = [row for row in rows if row.output.strip()]
+                kept = [row for row in rows if not row.is_empty]
                 n_empty += len(rows) - len(kept)
                 writer.append(_columns(kept, number, writer.length("texts")))
                 advance(len(rows))
-    return {"n_empty_output": n_empty}
+    return {"n_empty_output": n_empty, "formats": [asdict(known) for known in formats]}
 
 
-def _columns(rows: Sequence[Record], file: int, start: int) -> dict[str, NDArray]:
-    texts = [
-        json.dumps((row.instruction, row.input, row.output), ensure_ascii=False).encode() for row in rows
-    ]
+def _columns(rows: Sequence[AnyRecord], file: int, start: int) -> dict[str, NDArray]:
+    texts = [json.dumps(row.texts, ensure_ascii=False).encode() for row in rows]
     return {
         "texts": np.frombuffer(b"".join(texts), np.uint8),
         "end": start + np.cumsum([*map(len, texts)], dtype=np.int64),
@@ -110,11 +119,11 @@ def _columns(rows: Sequence[Record], file: int, start: int) -> dict[str, NDArray
     }
 
 
-class StoredRows(Sequence[Record]):
+class StoredRows(Sequence[AnyRecord]):
     """The records of a table; each is read when it is asked for."""
 
-    def __init__(self, table: Table, names: tuple[str, ...]) -> None:
-        self._columns, self._names = table.columns, names
+    def __init__(self, table: Table, files: Sequence[Source]) -> None:
+        self._columns, self._files = table.columns, files
 
     def __len__(self) -> int:
         return len(self._columns["end"])
@@ -127,9 +136,12 @@ class StoredRows(Sequence[Record]):
         index %= len(self)
         start = self._columns["end"][index - 1] if index else 0
         texts = json.loads(self._columns["texts"][start : self._columns["end"][index]].tobytes())
-        file, line = (int(self._columns[name][index]) for name in ("file", "line"))
-        instruction, input, output = texts
-        return Record(instruction, input, output, self._names[file], line)
+        file, line = self._files[self._columns["file"][index]], int(self._columns["line"][index])
+        return of_texts(texts, file=file.name, line=line, source=file.number)
 
-    def __iter__(self) -> Iterator[Record]:
+    def sources(self) -> NDArray[np.int64]:
+        """Return the number of the source of every record; no text is read ``[records]``."""
+        return np.array([file.number for file in self._files], np.int64)[self._columns["file"]]
+
+    def __iter__(self) -> Iterator[AnyRecord]:
         return (self[index] for index in range(len(self)))

@@ -22,7 +22,8 @@ Answers = Generator[tuple[int, int | None], None, None]
 class Engine:
     """Takes the steps of all requests, from any thread: whoever waits for an answer drives all of them.
 
-    A lane is dropped with its last request, and its cache with it.
+    A lane is dropped with its last request, and its cache with it, unless it holds what later requests may go
+    on from (`Request.resumes`).
     """
 
     def __init__(self) -> None:
@@ -89,6 +90,7 @@ class Engine:
         for lane in self._lanes.values():
             for request in (*lane.waiting, *lane.live):
                 request.fail(RuntimeError("generation was interrupted in another thread; ask again"))
+            lane.forget()
 
     def cancel(self, request: Request) -> None:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
@@ -98,6 +100,13 @@ class Engine:
         if not self._lock.locked():
             with self._lock:
                 self._drop_idle_lanes()
+
+    def forget(self) -> None:
+        """Free what ended requests have left in the caches for later ones."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.forget()
+            self._drop_idle_lanes()
 
     def run(self, requests: Sequence[Request], batch_size: int = 1) -> Answers:
         """Answer requests, at most ``batch_size`` of these at a time.
@@ -140,7 +149,7 @@ class Engine:
                 self.cancel(request)
 
     def _drop_idle_lanes(self) -> None:
-        self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle}
+        self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle or lane.holds}
 
 
 def lane_class(model: Llama) -> type[Lane]:

@@ -15,6 +15,11 @@ from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 
+LEAST_SHARED = 8
+"""Tokens below which a common start is computed again."""
+MOST_KEPT = 8
+"""Slots that ended requests keep for later ones; one more takes the slot that was left first."""
+
 
 class Lane:
     """Takes the steps of a model's requests one by one.
@@ -34,6 +39,8 @@ class Lane:
         self.waiting: list[Request] = []
         self.slots: list[Request] = []
         """The requests of the slots that were ever filled; an ended one leaves its slot to others."""
+        self._left: list[Request] = []
+        """Requests that may keep their slots, the earliest first."""
 
     @property
     def live(self) -> list[Request]:
@@ -44,6 +51,16 @@ class Lane:
     def idle(self) -> bool:
         """Whether nobody waits for an answer."""
         return not self.live and all(request.ended for request in self.waiting)
+
+    @property
+    def holds(self) -> bool:
+        """Whether ended requests have left something that later ones may go on from."""
+        return any(request.resumes for request in self.slots)
+
+    def forget(self) -> None:
+        """Keep no slot for later requests."""
+        for request in self.slots:
+            request.resumes = False
 
     def advance(self) -> None:
         """Read the waiting prompts, or give every live request its next token.
@@ -62,25 +79,69 @@ class Lane:
         self.waiting = []  # only now: an interrupt must find them
 
     def _read(self, new: list[Request]) -> None:
-        """Read prompts into free slots, those with the same adapter together, and choose the first tokens."""
-        free = [slot for slot, request in enumerate(self.slots) if request.ended][: len(new)]
-        added = new[len(free) :]
-        free += range(len(self.slots), len(self.slots) + len(added))
+        """Read prompts into slots, those with the same adapter together, and choose the first tokens.
+
+        What a slot holds of a prompt that `Request.resumes` is not computed again.
+        """
+        shared = [self._longest_shared(request) for request in new]
+        slots = self._slots_for(new, shared)
         longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
-        self._enlarge(len(self.slots) + len(added), longest)
-        self.slots += added
-        groups: dict[Prefixes, list[int]] = {}
-        for request, slot in zip(new, free, strict=True):
-            self.slots[slot] = request
-            request.length = len(request.prompt)
-            groups.setdefault(request.adapter.prefixes, []).append(slot)
-        self._prepare(free)
-        hidden = [
-            self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
-            for prefixes, slots in groups.items()
-        ]
-        order = [slot for slots in groups.values() for slot in slots]
+        self._enlarge(max([len(self.slots), *(slot + 1 for slot in slots)]), longest)
+        for (source, n), slot in zip(shared, slots, strict=True):
+            if n and source != slot:
+                self.executor.move(source, slot, n)
+        groups: dict[Prefixes | int, list[int]] = {}  # one that goes on from a slot is read alone
+        for request, slot, (_, n) in zip(new, slots, shared, strict=True):
+            self.slots[slot : slot + 1] = [request]
+            request.length, request.computed = len(request.prompt), len(request.prompt) - n
+            groups.setdefault(slot if n else request.adapter.prefixes, []).append(slot)
+        self._left += [request for request in new if request.resumes]
+        self._prepare(slots)
+        hidden = [self._read_group(group) for group in groups.values()]
+        order = [slot for group in groups.values() for slot in group]
         self._choose(self.model.logits(torch.cat(hidden)), order)
+
+    def _read_group(self, slots: list[int]) -> Tensor:
+        first = self.slots[slots[0]]
+        prefixes, done = first.adapter.prefixes, len(first.prompt) - first.computed
+        if done:
+            hidden: Tensor = self.executor.go_on(first.prompt, done, slots[0], prefixes)
+        else:
+            hidden = self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
+        return hidden
+
+    def _longest_shared(self, request: Request) -> tuple[int, int]:
+        """Return the slot that holds the longest start of a prompt, and how many tokens; 0 if none does."""
+        if not request.resumes:
+            return 0, 0
+        found = [
+            (min(n_common(request.prompt, other.cached), len(request.prompt) - 1), slot)
+            for slot, other in enumerate(self.slots)
+            if other.adapter.prefixes is request.adapter.prefixes
+        ]
+        n, slot = max(found, default=(0, 0))
+        return (slot, n) if n >= LEAST_SHARED else (0, 0)
+
+    def _slots_for(self, new: list[Request], shared: list[tuple[int, int]]) -> list[int]:
+        """Return a slot for each request: the one it goes on from, if that loses little, or a free one."""
+        chosen: list[int | None] = []
+        for source, n in shared:
+            is_own = n and source not in chosen and self.slots[source].ended
+            chosen.append(source if is_own and 2 * n >= len(self.slots[source].cached) else None)
+        kept = [r for r in self._left if r.resumes and r.ended and r in self.slots]
+        self._left = [r for r in self._left if r.resumes and r in self.slots]
+        n_too_many = max(0, len(kept) + chosen.count(None) - MOST_KEPT)
+        for request in kept[:n_too_many]:
+            request.resumes = False
+        sources = {source for source, n in shared if n}
+        free = [
+            slot
+            for slot, request in enumerate(self.slots)
+            if request.ended and not request.resumes and slot not in sources
+        ]
+        free += range(len(self.slots), len(self.slots) + len(new))
+        places = iter(free)
+        return [next(places) if slot is None else slot for slot in chosen]
 
     def _enlarge(self, n_slots: int, length: int) -> None:
         """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
@@ -140,7 +201,10 @@ class Lane:
         n_live = len(live)
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
-            self.executor.move(source, target, self.slots[source].length)
+            if self.slots[target].resumes:
+                self.executor.swap(source, target)
+            else:
+                self.executor.move(source, target, self.slots[source].length)
             if self.seen is not None:
                 self.seen[target] = self.seen[source]
             self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
@@ -161,6 +225,12 @@ class Lane:
             self.seen[where, token.clamp(min=0)] = True
         for request, chosen in zip(requests, token.tolist(), strict=True):
             request.receive(chosen)
+
+
+def n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

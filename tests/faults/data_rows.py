@@ -265,8 +265,8 @@ ROWS = [
     Row(
         13,
         "no instruction",
-        refused("d.json", '[{"text": "a"}]'),
-        r":1: key 'instruction' is missing .*'text'",
+        refused("d.json", '[{"question": "a"}]'),
+        r":1: key 'instruction' is missing .*'question'",
     ),
     Row(
         14,
@@ -321,7 +321,7 @@ ROWS = [
     ),
     Row(21, "empty file", refused("d.json", ""), r"d\.json: the file is empty"),
     Row(21, "no record", refused("d.json", "[]"), r"d\.json: no usable record: it is empty"),
-    Row(21, "folder", folder, r"folder\.json: is a folder; name one data file"),
+    Row(21, "folder", folder, r"folder\.json: is a folder without a data file"),
     Row(21, "missing", lambda b: b.finetune(data=b.folder / "no.json"), r"no\.json: file not found; check"),
     Row(
         22,

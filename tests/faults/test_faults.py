@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import base_rows
 import config_rows
+import conversation_rows
 import data_rows
 import generation_rows
 import hostile_rows
@@ -29,6 +30,7 @@ TABLE: list[Row] = [
     *generation_rows.ROWS,
     *base_rows.ROWS,
     *hostile_rows.ROWS,
+    *conversation_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"
 NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
