@@ -1,55 +1,101 @@
-"""Compare what adapters learn from the same batches: ours, PEFT's AdaptionPrompt and PEFT's LoRA.
+"""Measure what each kind of adapter learns at each size: held-out loss over trained parameters.
 
-    python scripts/measure_learning.py --data alpaca_libre.json --json learning.json
+    python scripts/measure_learning.py --text RECORDS.json --json frontier.jsonl --plot frontier.svg
 
-Every run sees the same token ids in the same optimizer steps, with the same schedule, clipping and
-token-weighted loss; only the adapter and its optimizer settings differ. PEFT's adapters run on
-transformers' LLaMA with padded batches and PyTorch's loss, so that only the data is shared with ours.
-Untrained adapters change nothing, so all of them must start from the same held-out loss on the same
-targets; the script prints whether they do. Losses are in nats per answer token.
+Every method is trained at the best of its learning rates, and there with three seeds, on free text, short
+tasks with exact answers, the demo, and 300 records; see `benchmarks.frontier`. Run again with the same file,
+the script goes on where it was; with nothing left to run it prints and draws what the file holds.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_adapter.cli.command import check_least, command_parser, parse, run
+from lit_adapter.errors import UserError, nearest
+
+COURSES = ("text", "tasks", "demo", "few")
 
 
 def read_options(argv: Sequence[str]) -> Any:
     """Return the command line's options."""
-    parser = command_parser("Compare adapters on the same batches.")
-    parser.add_argument("--data", required=True, help="a file of records")
+    parser = command_parser("Measure what each kind of adapter learns at each size.")
+    parser.add_argument("--json", metavar="FILE", required=True, help="results, a line after every run")
+    parser.add_argument("--text", metavar="FILE", help="records for the courses text and few")
     parser.add_argument("--base", default="checkpoints/smollm2-135m", help="folder of the converted base")
-    parser.add_argument("--held-out", type=int, default=250, help="number of held-out records")
-    parser.add_argument("--batch", type=int, default=32, help="records in an optimizer step")
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--max-steps", type=int, help="length of each run, whatever --epochs says")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument(
-        "--subset", choices=["all", "quick"], default="all", help="quick: one learning rate a method"
+        "--courses", nargs="+", choices=COURSES, default=list(COURSES), help="what is learned"
     )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen base"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1337, help="seed of the split, the order and the initial adapters"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file after every run")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these lines of the plot")
+    parser.add_argument("--parameters", type=int, nargs=2, metavar=("LEAST", "MOST"), help="only these sizes")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time on each device")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after this time")
+    parser.add_argument("--plot", metavar="FILE", help="draw the results, as SVG or PNG")
     options = parse(parser, argv)
-    check_least(options, 1, "held_out", "batch", "max_steps")
-    check_least(options, 0, "seed")
+    check_least(options, 1, "processes")
     return options
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the comparison; the status is 1 if it was not fair."""
+    """Take the runs that are missing, then print the tables and draw the plot."""
     options = read_options(argv)
-    from benchmarks.learning import compare
+    from benchmarks import frontier
+    from benchmarks.courses import write_courses
 
-    return compare(options)
+    chosen = chosen_methods(options, frontier.methods())
+    stop_at = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        courses = write_courses(options.courses, Path(folder), options.text)
+        devices = sorted(_devices() * options.processes)
+        results = frontier.measure(options.base, courses, chosen, Path(options.json), devices, stop_at)
+    for course in options.courses:
+        print(f"## {course}", frontier.table(results, course), sep="\n\n", end="\n\n")
+    if options.plot:
+        frontier.plot(results, Path(options.plot))
+        print(f"wrote {options.plot}", file=sys.stderr)
+    return 0
+
+
+def chosen_methods(options: Any, methods: Sequence[Any]) -> list[Any]:
+    """Return the methods that were asked for.
+
+    Raises:
+        UserError: a name that no line of the plot has, or no method of these sizes.
+    """
+    names = list(dict.fromkeys(method.line for method in methods))
+    for name in options.methods or []:
+        if name not in names:
+            raise UserError(f"--methods: no method '{name}'{nearest(name, names)}")
+    wanted = [method for method in methods if method.line in (options.methods or names)]
+    if options.parameters:
+        least, most = options.parameters
+        wanted = [m for m in wanted if least <= n_parameters(options.base, m) <= most]
+    if not wanted:
+        raise UserError(f"--parameters: no chosen method has {least:,} to {most:,} of them on this base")
+    return wanted
+
+
+def n_parameters(base: str, method: Any) -> int:
+    """Return how many numbers a method trains on a base."""
+    from lit_adapter.cli.finetune import parse_finetune
+    from lit_adapter.model.adapter import adapter_shapes
+    from lit_adapter.weights.base_folder import read_config
+
+    config = parse_finetune(method.options).config.adapter
+    return sum(math.prod(shape) for shape in adapter_shapes(config, read_config(Path(base))).values())
+
+
+def _devices() -> list[str]:
+    """Return the ``CUDA_VISIBLE_DEVICES`` of each device; one empty text for a machine without GPUs."""
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())] or [""]
 
 
 if __name__ == "__main__":

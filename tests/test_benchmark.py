@@ -14,11 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
 import measure_learning
+import measure_peers
 import measure_scaling
 import torch
+from benchmarks import courses, frontier
 from benchmarks.arithmetic import Work, step_operations
 from benchmarks.run import prompt_ids
 from benchmarks.workload import alpaca_like
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import open_adapter, random_ids, random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +147,7 @@ def test_adapters_are_compared_from_one_untrained_loss(
     out = tmp_path / "learning.json"
     given = ["--data", tiny_records, "--base", tiny_base, "--held-out", 8, "--batch", 8, "--max-steps", 1]
     options = [*given, "--subset", "quick", "--device", "cpu", "--json", out]
-    assert measure_learning.main([*map(str, options)]) == 0
+    assert measure_peers.main([*map(str, options)]) == 0
     found = json.loads(out.read_text())
     starts = [start["held_out_loss"] for start in found["starts"]]
     assert len(starts) == 3
@@ -151,7 +155,65 @@ def test_adapters_are_compared_from_one_untrained_loss(
     assert all(row["held_out_loss"] != pytest.approx(starts[0], abs=1e-6) for row in found["rows"])
 
 
+def result(power: int, seed: int, loss: float) -> frontier.Result:
+    return frontier.Result("text", "a line", ("--x=1",), power, seed, 100, loss, None, 1.0)
+
+
+@given(best=st.integers(-4, 4), noise=st.lists(st.floats(0, 0.2), min_size=20, max_size=20))
+def test_the_search_of_a_frontier_ends_within_its_rates(best: int, noise: list[float]) -> None:
+    """On a valley with its floor anywhere near the grid: no run twice, the best inside, three seeds there."""
+    done: list[frontier.Result] = []
+    while (run := frontier.next_run(done)) is not None:
+        power, seed = run
+        done.append(result(power, seed, abs(power - best) + noise[power] * 0.5))
+    assert len({(r.power, r.seed) for r in done}) == len(done)
+    searched = [r.power for r in done if r.seed == frontier.SEEDS[0]]
+    assert min(searched) < best < max(searched)
+    assert {r.seed for r in done if r.power == best} == set(frontier.SEEDS)
+    assert len(done) == len(searched) + 2
+
+
+def test_a_search_whose_loss_falls_for_ever_ends_too() -> None:
+    done: list[frontier.Result] = []
+    while (run := frontier.next_run(done)) is not None:
+        done.append(result(*run, loss=-float(run[0])))
+    assert len(done) == frontier.MOST_RATES + 2
+
+
+@pytest.mark.slow
+def test_a_frontier_goes_on_where_it_was(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(courses, "N_HELD_OUT_TEXT", 8)
+    monkeypatch.setattr(frontier, "FIRST", (0,))
+    monkeypatch.setattr(frontier, "MOST_RATES", 1)
+    monkeypatch.setattr(frontier, "SEEDS", frontier.SEEDS[:2])
+    out = tmp_path / "frontier.jsonl"
+    fixed = ("--text", tiny_records, "--base", tiny_base, "--json", out, "--courses", "text")
+    only = (
+        "--methods",
+        "LoRA on q, v",
+        "--parameters",
+        1,
+        measure_learning.n_parameters(str(tiny_base), frontier.methods()[20]),
+    )
+    options = [*map(str, (*fixed, *only))]
+    assert measure_learning.main(options) == 0
+    found = frontier.read_results(out)
+    assert sorted((r.line, r.power, r.seed) for r in found) == [
+        ("LoRA on q, v", 0, seed) for seed in frontier.SEEDS for _ in range(len(found) // 2)
+    ]
+    assert all(0 < r.loss < 20 and r.exact is None for r in found)
+    table = capsys.readouterr().out
+    assert f"| LoRA on q, v | {found[0].parameters:,} | 0.02 |" in table
+    before = out.read_bytes()
+    assert measure_learning.main(options) == 0
+    assert out.read_bytes() == before
+    assert capsys.readouterr().out == table
+
+
 LEARNING = ("--data", "x.json")
+FRONTIER = ("--json", "x.jsonl")
 TIMES = ("train", "--model", "7b", "--json", "x.json")
 
 
@@ -165,9 +227,17 @@ TIMES = ("train", "--model", "7b", "--json", "x.json")
         (benchmark, (*TIMES, "--new-tokens", "9"), "--new-tokens is for generate; leave it out of train"),
         (benchmark, ("generate", *TIMES[1:], "--steps", "9"), "--steps is for train; leave it out of"),
         (benchmark, (*TIMES, "--seed", str(2**64)), "--seed is 18446744073709551616; expected less than"),
-        (measure_learning, (), "required: data; see"),
-        (measure_learning, (*LEARNING, "--batch", "0"), "--batch is 0; expected 1 or more"),
-        (measure_learning, (*LEARNING, "--seed=-1"), "--seed is -1; expected 0 or more"),
+        (measure_peers, (), "required: data; see"),
+        (measure_peers, (*LEARNING, "--batch", "0"), "--batch is 0; expected 1 or more"),
+        (measure_peers, (*LEARNING, "--seed=-1"), "--seed is -1; expected 0 or more"),
+        (measure_learning, (), "required: json; see"),
+        (measure_learning, (*FRONTIER, "--processes", "0"), "--processes is 0; expected 1 or more"),
+        (
+            measure_learning,
+            (*FRONTIER, "--methods", "LoRA on q"),
+            "no method 'LoRA on q'; did you mean 'LoRA on q, v'",
+        ),
+        (measure_learning, (*FRONTIER, "--courses", "text"), "the courses text and few need --text"),
         (measure_scaling, (), "required: tokenizer, data; see"),
         (measure_scaling, ("--layouts", "ddp:1", "ddp:0"), "--layouts ddp:0: expected ddp:DEVICES or fsdp2"),
         (measure_scaling, ("--layouts", "fsdp2:x"), "--layouts fsdp2:x: expected ddp:DEVICES or fsdp2"),

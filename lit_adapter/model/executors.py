@@ -6,7 +6,8 @@
     CPU decoding  `cpu_decode`: decode steps on a CPU
 
 A fast executor has a function ``unsupported(model, setting)``, which returns why it cannot compute a model
-exactly as the modules would. It names what it knows; `survey.obstacle` finds everything else.
+exactly as the modules would. It names what it knows; `survey.obstacle` finds everything else. A kernel that
+turns out not to compile raises `KernelError`, and its caller goes on with the modules.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from lit_adapter.errors import shorten
 from lit_adapter.model.adapter import attach
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama, empty_llama
@@ -48,6 +50,32 @@ class Executor:
     why_not_fast: str | None = None
 
 
+class KernelError(RuntimeError):
+    """A kernel cannot be compiled on this device. The modules compute the same without it.
+
+    Args:
+        kernel: its name.
+        cause: what the compiler says.
+    """
+
+    def __init__(self, kernel: str, cause: BaseException) -> None:
+        said = " ".join(str(cause).split())
+        super().__init__(f"the kernel {kernel} does not compile on this device ({shorten(said, 160)})")
+
+
+_given_up: list[KernelError] = []
+
+
+def give_up_kernels(error: KernelError) -> None:
+    """Leave everything that this process computes from now on to the modules."""
+    _given_up.append(error)
+
+
+def kernels_given_up() -> str | None:
+    """Return why this process no longer uses kernels; None while it does."""
+    return str(_given_up[0]) if _given_up else None
+
+
 _FAST: dict[tuple[str, Purpose], tuple[Executor, str]] = {
     ("cuda", "training"): (Executor("fused"), "cuda_support"),
     ("cuda", "decoding"): (Executor("CUDA decoding"), "cuda_support"),
@@ -70,6 +98,8 @@ def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Ex
     executor, module = fast
     # Imported here: these modules import this one.
     why = import_module(f"lit_adapter.model.{module}").unsupported(model, setting)
+    if setting.device.type == "cuda":
+        why = why or kernels_given_up()
     return executor if why is None else Executor("modules", why)
 
 

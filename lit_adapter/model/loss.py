@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_adapter.model.affine import AdaptedLinear
 from lit_adapter.model.attention import PackedRow, SegmentView, View
-from lit_adapter.model.executors import Executor, choose
+from lit_adapter.model.executors import Executor, choose, kernels_given_up
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.precision import widen
 
@@ -60,7 +60,7 @@ class _FrozenOutputLoss(torch.autograd.Function):
 
 def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy and, if asked for, its gradient, which overwrites the logits."""
-    if logits.is_cuda and logits.dtype != torch.float64:
+    if logits.is_cuda and logits.dtype != torch.float64 and kernels_given_up() is None:
         from lit_adapter.model.kernels.loss import cross_entropy_
 
         return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits

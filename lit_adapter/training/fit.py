@@ -24,7 +24,7 @@ from lit_adapter.training.lightning_internals import Bar, leave_signals_alone
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan, write_adapter
-from lit_adapter.training.preflight import check_records, enough_memory
+from lit_adapter.training.preflight import check_kernels, check_records, enough_memory
 from lit_adapter.training.processes import StopOnSignal, end_run, last_words, start_processes
 from lit_adapter.training.report import Report, shows_bar
 from lit_adapter.training.resume import ResumePoint
@@ -115,6 +115,8 @@ def fit(
         first = LambdaCallback(on_fit_start=lambda *_: check_records(module.model, data, plan.needed))
         callbacks = [first, *callbacks]
     else:
+        if placement.executor.name == "fused":
+            check_kernels(module.model, data, plan.needed)
         check_records(module.model, data, plan.needed)
     module.signals.only_note()
     start_processes(options, placement.device, partial(_end_with_dead_process, folder, module.signals))

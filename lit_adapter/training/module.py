@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lit_adapter import streams
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.module import share_of_rows
 from lit_adapter.data.packing import StepBatch
@@ -30,7 +31,7 @@ from lit_adapter.model.adapter import (
     parts_of,
     trained_modules,
 )
-from lit_adapter.model.executors import Executor, choose
+from lit_adapter.model.executors import Executor, KernelError, choose, give_up_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -38,6 +39,7 @@ from lit_adapter.training.signals import Signals
 
 MEASURED = ("last", "bad_steps_in_a_row", "skipped_steps", "validated_step", "val_loss")
 """Attributes of the module that a checkpoint keeps."""
+WITHOUT_KERNELS = "the run goes on without kernels, which is slower"
 
 
 class LitAdapter(LightningModule):
@@ -75,13 +77,29 @@ class LitAdapter(LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
-        if self.has_dropout:  # seeded by the step, so that a resumed run draws what an unstopped run would
-            place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
-            torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
         optimizer: Any = self.optimizers()
         rate = learning_rate(self.config, batch.step, self.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+        try:
+            total = self._accumulate(batch)
+        except KernelError as error:  # some rows may be accumulated already
+            self.go_on_with_modules(error)
+            optimizer.zero_grad()
+            total = self._accumulate(batch)
+        self.last = {"tokens": batch.n_tokens}
+        self._sum_and_targets = total, batch.n_targets
+        optimizer.step()
+        optimizer.zero_grad()
+        self.last["lr"] = optimizer.param_groups[0]["lr"]
+        self._data.finished_steps = batch.step + 1
+        self._count_bad_steps(batch.step)
+
+    def _accumulate(self, batch: StepBatch) -> Tensor:
+        """Accumulate the gradients of the step's rows, and return the sum of their losses."""
+        if self.has_dropout:  # seeded by the step, so that a resumed run draws what an unstopped run would
+            place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
+            torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
         total = torch.zeros((), device=self.device)
         _, n_shares = share_of_rows(self.trainer)
         strategy: Any = self.trainer.strategy
@@ -92,13 +110,19 @@ class LitAdapter(LightningModule):
                 # Gradients are averaged over processes, but the step's loss is a sum over their rows.
                 self.manual_backward(loss * (n_shares / batch.n_targets))
             total += loss.detach()
-        self.last = {"tokens": batch.n_tokens}
-        self._sum_and_targets = total, batch.n_targets
-        optimizer.step()
-        optimizer.zero_grad()
-        self.last["lr"] = optimizer.param_groups[0]["lr"]
-        self._data.finished_steps = batch.step + 1
-        self._count_bad_steps(batch.step)
+        return total
+
+    def go_on_with_modules(self, error: KernelError) -> None:
+        """Leave the rest of the run to the modules.
+
+        Raises:
+            UserError: in one of several processes, the others of which may be waiting for its gradients.
+        """
+        if self.trainer.world_size > 1:
+            raise UserError(f"process {self.global_rank}: {error}; --resume last continues") from error
+        give_up_kernels(error)
+        self._chosen.clear()
+        streams.say(f"warning: {error}; {WITHOUT_KERNELS}")
 
     def _executor(self) -> Executor:
         """Return the executor for training or evaluation mode, chosen once: a survey takes time."""
@@ -177,7 +201,11 @@ class LitAdapter(LightningModule):
         if batch_idx == 0:
             self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
         for row in batch.rows:
-            self.val_sum += row_loss(self.model, row, executor=self._executor())
+            try:
+                self.val_sum += row_loss(self.model, row, executor=self._executor())
+            except KernelError as error:
+                self.go_on_with_modules(error)
+                self.val_sum += row_loss(self.model, row, executor=self._executor())
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:

@@ -19,16 +19,20 @@ from pathlib import Path
 
 import torch
 
+from lit_adapter import streams
 from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.device import free_bytes, own_device
 from lit_adapter.errors import UserError
 from lit_adapter.files.space import free_disk
-from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.model.adapter import adapter_parameters, adapter_shapes
 from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.executors import KernelError, give_up_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
+from lit_adapter.training.lightning_internals import rank
 from lit_adapter.training.memory import Sizes
+from lit_adapter.training.module import WITHOUT_KERNELS
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
 
@@ -169,6 +173,19 @@ def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> 
     found = [name for name, other in tries.items() if run_bytes(model, other, steps) <= free]
     advice = " or ".join([*found[:1], "--out on another disk"])
     raise UserError(f"{line}, but {free:,} are free; {advice} would do")
+
+
+def check_kernels(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
+    """Compile the kernels of a step on the data's first record; without them, the modules compute the run."""
+    parameters = [parameter for _, parameter in adapter_parameters(model)]
+    row = data.train_packer.row([0])
+    try:
+        with enough_memory(needed):
+            torch.autograd.grad(row_loss(model, row, recompute=needed.recompute), parameters)
+    except KernelError as error:
+        give_up_kernels(error)
+        if rank() == 0:
+            streams.say(f"warning: {error}; {WITHOUT_KERNELS}")
 
 
 def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:

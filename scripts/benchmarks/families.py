@@ -1,4 +1,4 @@
-"""The two families of adapters that scripts/measure_learning.py compares: our adapters and PEFT's."""
+"""The two families of adapters that scripts/measure_peers.py compares: our adapters and PEFT's."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.tiles import KEY_TILE, OWNED_KEYS, QUERY_TILE, VISITING_TILE, TilePlan
 
@@ -33,10 +34,11 @@ PLAN = tuple(field.name for field in fields(TilePlan))
 def _kernel(function: Any) -> Any:
     """Compile once for all rows, whose lengths and plan addresses all differ."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(
+    compiled = triton.jit(
         do_not_specialize=[name for name in names if name in LENGTHS],
         do_not_specialize_on_alignment=[name for name in names if name in PLAN],
-    )(function)
+    )
+    return Entry(compiled(function))
 
 
 @dataclass

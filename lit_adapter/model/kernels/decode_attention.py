@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_adapter.model.kernels.decode_products import starts_early
+from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.prefix import PrefixState
 
@@ -105,6 +106,7 @@ def rotate_and_keep(
     )
 
 
+@Entry
 @triton.jit
 def _keep_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slot_ptr, position_ptr, k_ptr, v_ptr, S,
@@ -132,6 +134,7 @@ def _keep_kernel(
     tl.store(value + HALF, b, mask=(head >= H + G) & (head < H + 2 * G))
 
 
+@Entry
 @triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
 
 MOST_TEXTS = 32
@@ -172,6 +173,7 @@ class Products:
         }  # fmt: skip
 
 
+@Entry
 @triton.jit
 def _norm_kernel(x_ptr, norm_ptr, out_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
@@ -277,6 +279,7 @@ def _products_of_some(
     return a, b
 
 
+@Entry
 @triton.jit
 def _project_kernel(
     x_ptr, norm_ptr, wq_ptr, wk_ptr, wv_ptr, cos_ptr, sin_ptr, position_ptr, q_ptr, k_ptr, v_ptr,
@@ -320,6 +323,7 @@ def _project_kernel(
     tl.store(out[None, :] + channel + HALF, b, mask=live[None, :])
 
 
+@Entry
 @triton.jit
 def _gate_up_kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, M, eps, n_texts, C: tl.constexpr,
@@ -337,6 +341,7 @@ def _gate_up_kernel(
     tl.store(out_ptr + text * M + row, a / (1.0 + tl.exp(-a)) * b, mask=(row < M) & (text < n_texts))
 
 
+@Entry
 @triton.jit
 def _linear_kernel(
     x_ptr, norm_ptr, weight_ptr, out_ptr, sums_ptr, arrived_ptr, N, half, eps, n_texts,

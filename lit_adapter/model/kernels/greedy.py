@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_adapter.model.kernels.decode_products import starts_early
+from lit_adapter.model.kernels.entry import Entry
 
 BLOCK = 4096
 """Logits that a program reads at a time."""
@@ -35,6 +36,7 @@ def advance(logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_p
     )  # fmt: skip
 
 
+@Entry
 @triton.jit
 def _advance_kernel(
     logits_ptr, chosen_ptr, token_ptr, place_ptr, last_ptr, B, V, BLOCK: tl.constexpr, EARLY: tl.constexpr

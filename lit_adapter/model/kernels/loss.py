@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.entry import Entry
+
 COLUMNS = 4096
 """Vocabulary entries that a program handles at a time."""
 
 
+@Entry
 @triton.jit(do_not_specialize_on_alignment=["target_at"])  # a slice of a row's targets
 def _cross_entropy_kernel(logits_at, target_at, loss_at, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
 from lit_adapter.model.matrices import Operand, Quantised
 
@@ -34,6 +35,7 @@ def _store(out_at, scale_at, y, t, at, mask, QUANTISE: tl.constexpr):
     tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=mask)
 
 
+@Entry
 @triton.jit
 def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -42,6 +44,7 @@ def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
     _store(out_at, scale_at, x, t, t * C + c, c < C, True)
 
 
+@Entry
 @triton.jit(do_not_specialize=["T"])
 def _norm_kernel(
     x_at, plus_at, sum_at, twin_at, weight_at, below_at, y_at, scale_at, rstd_at, T, C, eps,
@@ -88,6 +91,7 @@ def _norm_gradient(
     return dy * (x * rstd).to(x_at.dtype.element_ty).to(tl.float32)
 
 
+@Entry
 @triton.jit
 def _norm_gradient_kernel(
     dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, C,
@@ -101,6 +105,7 @@ def _norm_gradient_kernel(
     )  # fmt: skip
 
 
+@Entry
 @triton.jit(do_not_specialize=["T"])
 def _trained_norm_gradient_kernel(
     dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, sums_at, T, C,
@@ -118,6 +123,7 @@ def _trained_norm_gradient_kernel(
     tl.store(sums_at + program * C + c, total, mask=c < C)
 
 
+@Entry
 @triton.jit
 def _rotate_kernel(x_at, cos_at, sin_at, stride, n_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -132,6 +138,7 @@ def _rotate_kernel(x_at, cos_at, sin_at, stride, n_heads, HALF: tl.constexpr, HE
     tl.store(at + HALF, (b * cos + a * sin).to(x_at.dtype.element_ty), mask=live)
 
 
+@Entry
 @triton.jit
 def _swiglu_kernel(gate_up_at, y_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -141,6 +148,7 @@ def _swiglu_kernel(gate_up_at, y_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK:
     _store(y_at, scale_at, gate * tl.sigmoid(gate) * up, t, t * M + c, c < M, QUANTISE)
 
 
+@Entry
 @triton.jit
 def _swiglu_gradient_kernel(
     dy_at, gate_up_at, out_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK: tl.constexpr

@@ -1,4 +1,4 @@
-"""The comparison of scripts/measure_learning.py: its data, its runs, its table."""
+"""The comparison of scripts/measure_peers.py: its data, its runs, its table."""
 
 from __future__ import annotations
 

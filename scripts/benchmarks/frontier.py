@@ -1,0 +1,354 @@
+"""What each kind of adapter reaches at each size, every one at the best of its learning rates.
+
+All runs are the product's own (`finetune`), as users start them. A method's rates begin as a grid of five,
+and the grid grows on the side where its best rate lies until that one is no longer at the edge. The best rate
+is then run with two more seeds. Results are appended to a file, so that a stopped measurement goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.courses import SEED, Course
+from lit_adapter.errors import UserError
+
+MIDDLE, RATIO = 2e-2, 1.5
+"""Of the learning rates tried: ``optim.lr``, of which LoRA takes 0.3 and norms 0.1."""
+FIRST = (0, -1, 1, -2, 2)
+"""Powers of the ratio that every method is trained with."""
+MOST_RATES = 11
+ANSWER_TOKENS = 64
+SEEDS = (SEED, SEED + 1, SEED + 2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter of one size."""
+
+    line: str
+    """The kind of adapter: a line of the plot."""
+    options: tuple[str, ...]
+    """Of a run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run."""
+
+    course: str
+    line: str
+    options: tuple[str, ...]
+    power: int
+    """The learning rate is `MIDDLE` times `RATIO` to this power."""
+    seed: int
+    parameters: int
+    loss: float
+    """Held-out loss at the end, nats per target."""
+    exact: float | None
+    """Share of exact answers; None where answers are not either right or wrong."""
+    seconds: float
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return rate(self.power)
+
+
+def rate(power: int) -> float:
+    """Return a learning rate to two digits."""
+    return float(f"{MIDDLE * RATIO**power:.2g}")
+
+
+def _prefix(K: int, *more: str) -> tuple[str, ...]:
+    return (f"--adapter.prompt_length={K}", *more)
+
+
+def _lora(rank: int, *on: str, K: int = 0, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return (
+        f"--adapter.prompt_length={K}",
+        f"--adapter.lora.rank={rank}",
+        f"--adapter.lora.on=[{', '.join(on)}]",
+        *more,
+    )
+
+
+NORMS, TOKEN, UNROTATED = "--adapter.norms=true", "--adapter.gate=token", "--adapter.prefix_query=unrotated"
+
+
+def methods() -> list[Method]:
+    """Return every method at the sizes that it can have on SmolLM2-135M, the smallest first."""
+    lines: dict[str, list[tuple[str, ...]]] = {
+        "prefix, tanh gates": [_prefix(K) for K in (3, 10, 17, 35)],
+        "prefix, tanh gates, norms": [_prefix(K, NORMS) for K in (1, 8, 15, 33)],
+        "prefix, gates by token": [_prefix(K, TOKEN) for K in (3, 10, 17, 34)],
+        "prefix, gates by token, norms": [_prefix(K, TOKEN, NORMS) for K in (1, 8, 15, 32)],
+        "prefix, unrotated, gates by token, norms": [
+            _prefix(K, TOKEN, UNROTATED, NORMS) for K in (1, 8, 15, 32)
+        ],
+        "LoRA on q, v": [_lora(rank, "q_proj", "v_proj") for rank in (1, 3, 5, 10, 42)],
+        "LoRA on attention": [_lora(rank, "attention") for rank in (1, 5, 21)],
+        "LoRA on the MLP": [_lora(rank, "mlp") for rank in (1, 3, 13)],
+        "LoRA on all": [_lora(rank, "all") for rank in (1, 2, 8)],
+        "LoRA on attention, norms": [_lora(1, "attention", more=(NORMS,))],
+        "LoRA on the MLP, norms": [_lora(rank, "mlp", more=(NORMS,)) for rank in (1, 3)],
+        "LoRA on all, norms": [_lora(rank, "all", more=(NORMS,)) for rank in (1, 2)],
+        "prefix, norms and LoRA on v, o": [_lora(1, "v_proj", "o_proj", K=4, more=(TOKEN, NORMS))],
+        "prefix and LoRA on down": [_lora(1, "down_proj", K=6, more=(TOKEN,))],
+        "prefix and LoRA on the MLP": [
+            _lora(rank, "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 6), (3, 2), (12, 10))
+        ],
+        "prefix, norms and LoRA on the MLP": [_lora(1, "mlp", K=4, more=(TOKEN, NORMS))],
+        "prefix and LoRA on all": [_lora(rank, "all", K=17, more=(TOKEN,)) for rank in (1, 7)],
+    }  # fmt: skip
+    return [Method(line, options) for line, sizes in lines.items() for options in sizes]
+
+
+def next_run(done: Sequence[Result]) -> tuple[int, int] | None:
+    """Return the power and seed of a method's next run on a course, or None after its last.
+
+    Args:
+        done: the method's results on that course.
+    """
+    searched = {result.power: result.loss for result in done if result.seed == SEEDS[0]}
+    missing = [power for power in FIRST if power not in searched]
+    if missing:
+        return missing[0], SEEDS[0]
+    best = min(searched, key=searched.__getitem__)
+    if len(searched) < MOST_RATES and best in (min(searched), max(searched)):
+        return best + (1 if best == max(searched) else -1), SEEDS[0]
+    seen = {result.seed for result in done if result.power == best}
+    return next(((best, seed) for seed in SEEDS if seed not in seen), None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to take."""
+
+    base: str
+    course: Course
+    method: Method
+    power: int
+    seed: int
+
+
+def take(task: Task) -> Result:
+    """Train and score an adapter, in a process of the pool."""
+    import lit_adapter
+    from lit_adapter.cli.finetune import parse_finetune
+    from lit_adapter.training.finetune import finetune
+
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):
+        out = Path(scratch) / "run"
+        quiet = ("--trainer.val_every=9999999", "--trainer.save_every=9999999", "--trainer.samples=0")
+        own = (f"--base={task.base}", f"--out={out}", f"--optim.lr={rate(task.power)}")
+        argv = [*own, "--trainer.progress=none", *quiet, *task.course.options, *task.method.options]
+        finetune(parse_finetune([*argv, f"--seed={task.seed}"]).config, say=lambda line: None)
+        record = json.loads((out / "run.json").read_text())
+        model = lit_adapter.load(adapter=out / "adapter.safetensors", base=task.base)
+        exact = share_of_exact_answers(model, task.course)
+    return Result(
+        course=task.course.name,
+        line=task.method.line,
+        options=task.method.options,
+        power=task.power,
+        seed=task.seed,
+        parameters=record["adapter"]["parameters"],
+        loss=record["loss"]["held_out"][-1]["loss"] or float("inf"),
+        exact=exact,
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def share_of_exact_answers(model: Any, course: Course) -> float | None:
+    """Answer a course's held-out records greedily; return None where answers cannot be right or wrong."""
+    if course.is_right is None:
+        return None
+    records = json.loads(course.held_out.read_text())
+    prompts = [(record["instruction"], record.get("input", "")) for record in records]
+    answers = model.generate_batch(prompts, batch_size=50, max_new_tokens=ANSWER_TOKENS)
+    outputs = [record["output"] for record in records]
+    return sum(map(course.is_right, answers, outputs)) / len(records)
+
+
+def _own_device(devices: Any) -> None:
+    """Give a process of the pool its device, before it imports torch."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the results of a file; none if it does not exist yet.
+
+    Raises:
+        UserError: a line that is no result.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            found.append(Result(**values | {"options": tuple(values["options"])}))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: not a result of this script; remove the line") from None
+    return found
+
+
+def measure(
+    base: str,
+    courses: Sequence[Course],
+    chosen: Sequence[Method],
+    path: Path,
+    devices: Sequence[str],
+    stop_at: float,
+) -> list[Result]:
+    """Take every run that the file of results lacks, several at once, until a time.
+
+    Args:
+        base: folder of the converted base.
+        courses: what is learned.
+        chosen: what learns it.
+        path: JSON lines, one a run; appended to.
+        devices: for each process its ``CUDA_VISIBLE_DEVICES``.
+        stop_at: on `time.monotonic`; no run is begun after it.
+    """
+    results, context = read_results(path), get_context("spawn")
+    queue = context.Queue()
+    for device in devices:
+        queue.put(device)
+    with ProcessPoolExecutor(len(devices), context, _own_device, (queue,)) as pool, path.open("a") as lines:
+        running: dict[Future[Result], tuple[str, Method]] = {}
+        while True:
+            busy = set(running.values())
+            for task in _tasks(base, courses, chosen, results, busy):
+                if len(running) == len(devices) or time.monotonic() > stop_at:
+                    break
+                running[pool.submit(take, task)] = (task.course.name, task.method)
+            if not running:
+                return results
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                results.append(future.result())
+                print(json.dumps(asdict(results[-1])), file=lines, flush=True)
+                print(_said(results[-1]), file=sys.stderr, flush=True)
+
+
+def _tasks(
+    base: str,
+    courses: Sequence[Course],
+    chosen: Sequence[Method],
+    results: Sequence[Result],
+    busy: set[tuple[str, Method]],
+) -> Iterator[Task]:
+    """Yield the next run of every method on every course, but for those that are running."""
+    for method in chosen:
+        for course in courses:
+            if (course.name, method) not in busy:
+                run = next_run(of_method(results, course.name, method))
+                if run is not None:
+                    yield Task(base, course, method, *run)
+
+
+def of_method(results: Sequence[Result], course: str, method: Method) -> list[Result]:
+    """Return the results of a method on a course."""
+    return [r for r in results if (r.course, r.line, r.options) == (course, method.line, method.options)]
+
+
+def _said(result: Result) -> str:
+    exact = "" if result.exact is None else f", {result.exact:.1%} exact"
+    run = f"{result.parameters:,} parameters, lr {result.lr:g}, seed {result.seed}"
+    return f"{result.course}, {result.line}, {run}: {result.loss:.4f}{exact} ({result.seconds:.0f} s)"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at its best rate on a course."""
+
+    line: str
+    parameters: int
+    lr: float
+    losses: tuple[float, ...]
+    """One for each seed."""
+    exact: float | None
+
+    @property
+    def loss(self) -> float:
+        """The mean over the seeds."""
+        return mean(self.losses)
+
+
+def points(results: Sequence[Result], course: str) -> list[Point]:
+    """Return a course's frontier: every method at the rate whose first seed was best, by size."""
+    found = []
+    for method in dict.fromkeys(Method(r.line, r.options) for r in results if r.course == course):
+        done = of_method(results, course, method)
+        searched = [result for result in done if result.seed == SEEDS[0]]
+        best = min(searched or done, key=lambda result: result.loss)
+        same = [result for result in done if result.power == best.power]
+        exact = None if best.exact is None else mean(r.exact or 0.0 for r in same)
+        losses = tuple(result.loss for result in same)
+        found.append(Point(method.line, best.parameters, best.lr, losses, exact))
+    return sorted(found, key=lambda point: (point.parameters, point.loss))
+
+
+def table(results: Sequence[Result], course: str) -> str:
+    """Return a course's frontier as Markdown."""
+    lines = [
+        "| adapter | parameters | lr | held-out loss | spread | exact |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for p in points(results, course):
+        spread = f"{max(p.losses) - min(p.losses):.4f}" if len(p.losses) > 1 else ""
+        exact = "" if p.exact is None else f"{p.exact:.1%}"
+        lines.append(f"| {p.line} | {p.parameters:,} | {p.lr:g} | {p.loss:.4f} | {spread} | {exact} |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw held-out loss over parameters, a picture for each course and a line for each kind of adapter.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--plot needs the package matplotlib; run: pip install -e '.[measure]'") from None
+    courses = list(dict.fromkeys(result.course for result in results))
+    kinds = list(dict.fromkeys(result.line for result in results))
+    figure, axes = plt.subplots(1, len(courses), figsize=(5 * len(courses), 5.5), squeeze=False)
+    for axis, course in zip(axes[0], courses, strict=True):
+        found = points(results, course)
+        for index, kind in enumerate(kinds):
+            own = [point for point in found if point.line == kind]
+            if own:
+                sizes, losses = [p.parameters for p in own], [p.loss for p in own]
+                ends = [[p.loss - min(p.losses) for p in own], [max(p.losses) - p.loss for p in own]]
+                style = {
+                    "color": f"C{index % 10}",
+                    "marker": "os^D"[index // 10],
+                    "markersize": 4,
+                    "linewidth": 1,
+                }
+                axis.errorbar(sizes, losses, yerr=ends, label=kind, capsize=2, **style)
+        axis.set(
+            xscale="log", title=course, xlabel="trained parameters", ylabel="held-out loss (nats per target)"
+        )
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(path)
+    plt.close(figure)

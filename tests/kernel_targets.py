@@ -1,0 +1,81 @@
+"""Compiles the attention kernels of training for a GPU that need not be there, and prints what each needs.
+
+    python tests/kernel_targets.py 89    # the compute capability, here of Ada
+
+Each line has a kernel's name and its shared memory in bytes. Triton compiles for any target; only its driver,
+which would launch the kernels, wants the device.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.kernels import attention, entry
+from lit_adapter.model.tiles import HEAD_SIZES, plan_tiles
+
+H, G, T = 4, 2, 200
+FORMS = [(0, False, False), (10, False, False), (10, True, True), (64, True, True)]
+"""Prompt length, strengths by token, unrotated queries."""
+
+
+class Compiled:
+    """In place of an entry: compiles what it is given, and launches nothing."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: Any) -> Any:
+        def compile_(*arguments: Any, **options: Any) -> None:
+            kernel = self.function.warmup(*arguments, grid=grid, **options)
+            print(self.function.__name__, kernel.metadata.shared)
+
+        return compile_
+
+
+def stand_in(capability: int) -> Any:
+    """A driver that knows its device and nothing else."""
+    return SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda *_: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+
+
+def compile_attention(D: int, K: int, by_token: bool, unrotated: bool) -> None:
+    """Compile forward and backward of one form of the prefix."""
+    row = PackedRow(
+        ids=torch.zeros(T, dtype=torch.long),
+        position=torch.arange(T),
+        segment=torch.arange(2).repeat_interleave(T // 2),
+        preamble=torch.zeros(T, dtype=torch.long),
+        target_index=torch.arange(T),
+        target_id=torch.zeros(T, dtype=torch.long),
+    )
+    plan = plan_tiles(row, None, torch.device("cpu"))
+    q, k, v = (torch.zeros(T, heads * D, dtype=torch.bfloat16) for heads in (H, G, G))
+    rotation = (torch.zeros(T, D // 2), torch.zeros(T, D // 2))
+    strength, kv = torch.zeros(H, K if by_token else D), torch.zeros(K, 2 * G * D, dtype=torch.bfloat16)
+    prefix = attention.Prefix(kv, strength, by_token, unrotated) if K else None
+    o, lse = attention.attend(q, k, v, rotation, plan, D, prefix)
+    into = attention.Gradients(*(torch.zeros_like(x) for x in (q, k, v)))
+    below = attention.PrefixGradients(torch.zeros_like(kv), torch.zeros_like(q[:K]), strength) if K else None
+    attention.attend_backward(o, q, k, v, rotation, o, lse, plan, D, prefix, into, below)
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    driver.set_active(stand_in(capability))
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)  # type: ignore[assignment]
+    for name, kernel in vars(attention).items():
+        if isinstance(kernel, entry.Entry):
+            setattr(attention, name, Compiled(kernel.function))
+    for form in FORMS:
+        compile_attention(max(HEAD_SIZES), *form)

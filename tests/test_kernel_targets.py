@@ -1,0 +1,26 @@
+"""The attention kernels of training compile for every generation of GPUs with bf16, and fit its memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Shared memory of a program, in bytes, by compute capability (CUDA C++ Programming Guide)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_attention_compiles_and_fits(capability: int) -> None:
+    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA")
+    script = Path(__file__).with_name("kernel_targets.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    needed = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
+    assert len(needed) == 5
+    assert max(needed.values()) <= SHARED[capability], needed
