@@ -3,8 +3,8 @@
 A thread that has done its part of a product spins for milliseconds before it sleeps. If another program has
 the core of the thread that it waits for, its spinning keeps that thread from its own core, and training slows
 down many times over. GNU's OpenMP library hardly spins while it manages more threads than there are cores
-(see ``gomp_throttled_spin_count_var`` in its source). Idle threads of ours, each with a team of its own, bring
-that about for as long as cores are shared. The threads that compute stay the same, and so do their results.
+(see ``gomp_throttled_spin_count_var`` in its source). Idle threads of ours, each with a team of its own, make
+it do so for as long as cores are shared. The threads that compute stay the same, and so do their results.
 """
 
 from __future__ import annotations

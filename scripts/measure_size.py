@@ -26,7 +26,8 @@ from lit_adapter.streams import say
 
 HEADER = (
     "| records | cache | ready, s | processor time, s | own memory, MB | with mapped files, MB "
-    "| a worker, MB | a step's rows, ms | resume in epoch 4, ms |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|"
+    "| a worker, MB | a step's rows, ms | resume in epoch 4, ms |\n"
+    "|---:|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 STEPS = 20
 
