@@ -3,8 +3,8 @@
     python scripts/measure_busy.py --base checkpoints/smollm2-135m --data alpaca_libre.json --json busy.json
 
 Training is the speed that a dry run forecasts, generating the time of a whole command for 100 tokens. Every
-command runs as users run it, and in turn with the spin count that the OpenMP library has by itself. Both kinds
-are compared within a round only; run it where nothing else runs.
+command runs as users run it, and in turn with the spin count that the OpenMP library has by itself. Both are
+compared within a run only; run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ def command(name: str, *arguments: str, **variables: str) -> str:
         env=environment | variables,
         capture_output=True,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr}")
     return done.stdout
 
 
