@@ -86,7 +86,7 @@ def generating(base: str, variables: dict[str, str]) -> float:
     """Return the seconds of a command that generates 100 tokens."""
     start = time.perf_counter()
     asked = ["--prompt", "Tell a long story.", "--max_new_tokens", "100"]
-    command("generate", "--base", base, "--no-adapter", *asked, **variables)
+    command("generate", "--base", base, *asked, **variables)
     return time.perf_counter() - start
 
 
