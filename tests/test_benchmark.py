@@ -16,6 +16,7 @@ import benchmark
 import measure_learning
 import measure_peers
 import measure_scaling
+import measure_size
 import torch
 from benchmarks import courses, frontier
 from benchmarks.arithmetic import Work, step_operations
@@ -256,3 +257,18 @@ def test_mistakes_on_the_command_line(
     with pytest.raises(UserError, match=message):
         script.main(options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sizes_are_measured_with_and_without_a_cache(
+    tiny_base: Path, tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_ADAPTER_CACHE", "restored after the test")
+    out = tmp_path / "size.json"
+    measure_size.main(
+        ["--base", str(tiny_base), "--data", str(tiny_records), "--sizes", "700", "--json", str(out)]
+    )
+    first, second = json.loads(out.read_text())
+    assert (first["records"], first["cache"], second["cache"]) == (700, "none", "full")
+    assert second["processor_seconds"] < first["processor_seconds"]
+    assert 20 < first["own_mb"] < first["with_files_mb"] < 2000

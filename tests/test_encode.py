@@ -267,6 +267,57 @@ def test_encoding_goes_on_where_it_was_interrupted(
     assert (firsts, said) == ([30, 35, 40, 45], [])
 
 
+KILLED = """
+import sys, time
+from pathlib import Path
+from lit_adapter.data import encode
+from lit_adapter.data.records import read_records
+from lit_adapter.files import table
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+
+base, records, cache = map(Path, sys.argv[1:])
+encode_chunk, encode.CHUNK, table.SECONDS = encode._encode_chunk, 2, -1
+
+def slowly(*arguments):
+    print(arguments[-2], flush=True)
+    time.sleep(0.02)
+    return encode_chunk(*arguments)
+
+encode._encode_chunk = slowly
+tokenizer = load_tokenizer(base)
+template = resolve_template("alpaca", tokenizer)
+encode.encode_records(read_records(records), tokenizer, template, max_length=90, cache=cache)
+"""
+
+
+def test_encoding_goes_on_after_a_kill(
+    tiny_base: Path,
+    tiny_records: Path,
+    records: Records,
+    tokenizer: Tokenizer,
+    template: Template,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = [sys.executable, "-c", KILLED, *map(str, (tiny_base, tiny_records, tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last = next(int(line) for line in process.stdout if int(line) >= 20)
+        process.kill()
+    firsts = []
+
+    def noted(*arguments: Any) -> Any:
+        firsts.append(arguments[-2])
+        return encode_chunk(*arguments)
+
+    encode_chunk = encode._encode_chunk
+    monkeypatch.setattr(encode, "_encode_chunk", noted)
+    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+    assert last - 2 <= firsts[0] < 48
+    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+
+
 def test_what_was_committed_and_then_damaged_is_encoded_again(
     records: Records,
     tokenizer: Tokenizer,

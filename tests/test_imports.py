@@ -26,7 +26,7 @@ BENCHMARKS = sorted((ROOT / "scripts").glob("*/*.py"))
 LAYERS = [
     ("errors",),
     ("arguments", "streams", "progress", "grouping"),
-    ("files", "device", "hub"),
+    ("files", "device", "hub", "spinning"),
     ("model",),
     ("text", "config"),
     ("weights", "data"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lit_adapter.config import DataConfig
+from lit_adapter.data import encode
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.summary import describe
+from lit_adapter.errors import UserError
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 
@@ -71,6 +74,41 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
         "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
         "2 (25.0%) of the held-out records are in the training set too",
     ]
+
+
+def test_duplicates_can_be_left_out(tiny_base: Path, tmp_path: Path) -> None:
+    train = [*plain("task", 4), *plain("task", 2), *plain("held", 2), *plain("held", 1)]
+    config = DataConfig(
+        train=write(tmp_path / "train.jsonl", *train),
+        val=write(tmp_path / "val.jsonl", *plain("held", 5)),
+        drop_duplicates=True,
+    )
+    assert notes(tiny_base, config) == [
+        "3 (33.3%) of the training records left out: they repeat an earlier one",
+        "2 (22.2%) of the training records left out: they are held out too",
+    ]
+    data, kept = module(tiny_base, config), module(tiny_base, replace(config, drop_duplicates=False))
+    assert [row.instruction for row in data.train_records] == [f"task {n}" for n in range(4)]
+    assert len(data.train_encoded) == 4
+    assert [data.origin(n).rpartition(":")[2] for n in range(4)] == ["1", "2", "3", "4"]
+    assert len(kept.train_encoded) == 9
+    assert data.identity()["records"] != kept.identity()["records"]
+
+
+def test_without_duplicates_there_must_be_a_record_left(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "both.jsonl", *plain("task", 4))
+    with pytest.raises(UserError, match=r"data\.drop_duplicates leaves no training record of .*both\.jsonl"):
+        module(tiny_base, DataConfig(train=path, val=path, drop_duplicates=True))
+
+
+def test_another_split_encodes_nothing_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "data.jsonl", *plain("task", 40))
+    module(tiny_base, DataConfig(train=path))
+    monkeypatch.setattr(encode, "_encode_chunk", lambda *_: pytest.fail("encoded again"))
+    sides = [module(tiny_base, DataConfig(train=path, val_size=size)) for size in (4, 7)]
+    assert [len(side.val_records or ()) for side in sides] == [4, 7]
 
 
 @pytest.mark.parametrize("row_tokens", [200, 1000])

@@ -75,17 +75,21 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
         f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
         f"optim.batch_size {data.batch_size}"
     )
-    left_out = "left out: " if data.config.drop_duplicates else ""
-    n_before = len(train) + (data.n_duplicate + data.n_held_out_too if left_out else 0)
-    return [
+    notes = [
         (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),
         (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
         (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
-        (data.n_duplicate, n_before, f"of the training records {left_out}repeat an earlier one"),
+        (data.n_duplicate, len(train), "of the training records repeat an earlier one"),
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),
     ]
+    if not data.config.drop_duplicates:
+        return notes
+    n_before = len(train) + data.n_duplicate + data.n_held_out_too
+    notes[4] = data.n_duplicate, n_before, "of the training records left out: they repeat an earlier one"
+    notes[6] = data.n_held_out_too, n_before, "of the training records left out: they are held out too"
+    return notes
 
 
 def _words(records: Records) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
+from lit_adapter.spinning import yield_shared_cores
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
@@ -449,6 +450,7 @@ def load(
         raise UserError("give an adapter, a base, or both")
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
+    yield_shared_cores()
     info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
     folder = Path(str(base))
     if base is None and info is not None:

@@ -15,6 +15,7 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.sources import check_sources, has_conversations
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
+from lit_adapter.spinning import yield_shared_cores
 from lit_adapter.training.base import load_model, read_base, read_initial_adapter
 from lit_adapter.training.dry_run import try_steps
 from lit_adapter.training.ending import conclude
@@ -91,6 +92,7 @@ def _run(
 ) -> int:
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
+    yield_shared_cores()
     config = with_learning_rate(config)
     check_sources(config.data)  # before anything that takes seconds
     base = read_base(config, say, verify=verify)
