@@ -112,7 +112,7 @@ def test_the_past_is_not_computed_again(talk: Conversation, monkeypatch: pytest.
     assert len(read) == 3
     assert read[0] > max(read[1:])
     words = len(talk.model.tokenizer.encode("### Instruction:\nAnd again.\n\n### Response:"))
-    assert read[2] <= words + 16  # also the answer's end, and what its text is encoded as
+    assert read[2] <= words + 20  # also the answer's end, and what its text is encoded as
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_there_is(
