@@ -86,3 +86,17 @@ def test_what_is_cut_is_counted(tiny: Callable[..., Config], tmp_path: Path) -> 
         "1 (4.2%) of the training records left out: the last turns are longer than data.max_length 250"
         in notes
     )
+
+
+def test_what_the_template_does_not_show_is_named(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    answer = {"role": "assistant", "content": "Hello", "reasoning_content": "hm", "name": "Ann"}
+    row = {"messages": [{"role": "user", "content": "Hi"}, answer], "tools": [{"name": "f"}]}
+    path.write_text(f"{json.dumps(row)}\n" * 20)
+    lines: list[str] = []
+    assert finetune(tiny("--data.train", str(path), "--optim.max_steps", "1"), say=lines.append) == 0
+    (warning,) = [line.strip() for line in lines if "does not show" in line]
+    assert (
+        warning
+        == "warning: the template does not show what conversations hold as 'reasoning_content', 'tools'"
+    )
