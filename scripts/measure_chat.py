@@ -61,7 +61,7 @@ def main() -> None:
         options.adapter, options.base, device=options.device, dtype=options.dtype, template=template
     )
     talk(model, 2, afresh=True)  # warm
-    runs = {way: [] for way in (False, True)}
+    runs: dict[bool, list[Any]] = {False: [], True: []}
     for _ in range(options.repeats):
         for way, found in runs.items():
             model.forget()
@@ -70,9 +70,8 @@ def main() -> None:
     say(f"{model!r}\nthe same answers both ways: {same}\n\nturn  tokens  going on  afresh")
     for turn in range(len(ASKED)):
         kept, fresh = (min(run[turn][1] for run in runs[way]) for way in (False, True))
-        say(
-            f"{turn + 1:4}  {runs[False][0][turn][0]:6}  {kept:6.3f} s  {fresh:6.3f} s  ({fresh / kept:.1f} times)"
-        )
+        n_before = runs[False][0][turn][0]
+        say(f"{turn + 1:4}  {n_before:6}  {kept:6.3f} s  {fresh:6.3f} s  ({fresh / kept:.1f} times)")
 
 
 def answers(runs: dict[bool, list[list[tuple[int, float, str]]]]) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_adapter.generation import graph_lane
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.graph_lane import GraphLane
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
@@ -408,3 +409,44 @@ def test_what_is_not_plain_takes_the_path_of_the_model() -> None:
     for model in (wide, other, biased, odd):
         assert choose_executor(model, "decoding").why_not_fast
         assert list(decode(model, [[1, 2, 3]], Sampling(max_new_tokens=5), frozenset()))[-1] == (0, None)
+
+
+@pytest.mark.parametrize("gate", [None, "tanh", "token unrotated norms"])
+def test_the_rest_of_a_prompt_is_read_as_the_whole(gate: str | None) -> None:
+    model = adapted(4, 2, 32, gate).cuda()
+    prompt = random_ids(150, seed=3, vocab=VOCAB).tolist()
+    prefixes = prefixes_of(model)
+    with torch.inference_mode():
+        whole, parts = (GraphLane(model) for _ in range(2))
+        for lane in (whole, parts):
+            lane._grow(3, 320)
+        wanted = whole.executor.read([prompt], [1], prefixes)
+        parts.executor.read([prompt[:90]], [1], prefixes)
+        found = parts.executor.go_on(prompt, 90, 1, prefixes)
+        found = parts.executor.go_on(prompt, 149, 1, prefixes)
+        parts.executor.read([prompt[:90]], [2], prefixes)
+        middle = parts.executor.go_on(prompt, 90, 2, prefixes)
+    for other in (found, middle):
+        assert distance(other, wanted.double().cpu()) < 0.02
+    for one in ("k", "v"):
+        kept, again = (getattr(lane.executor.cache, one)[:, 1, :, :150] for lane in (whole, parts))
+        assert distance(again, kept.double().cpu()) < 0.02
+    assert type(parts.executor).__name__ == "FusedDecode"
+
+
+@pytest.mark.parametrize("gate", [None, "tanh"])
+def test_a_conversation_goes_on_in_captured_steps(gate: str | None) -> None:
+    """Greedy answers in fp32, where rounding does not decide: as computed afresh, turn after turn."""
+    model = adapted(4, 2, 32, gate).float().cuda()
+    with torch.inference_mode():
+        adapter = Adapter.of(model)
+    own, prompt = Engine(), random_ids(40, seed=5, vocab=VOCAB).tolist()
+    for turn in range(5):
+        how = Sampling(max_new_tokens=12)
+        going, fresh = Request(prompt, how, adapter, resumes=True), Request(prompt, how, adapter)
+        for engine, request in ((own, going), (Engine(), fresh)):
+            for _ in engine.run([request]):
+                pass
+        assert going.answer == fresh.answer
+        assert going.computed == (40 if turn == 0 else 7)
+        prompt = [*prompt, *going.answer, *random_ids(6, seed=turn, vocab=VOCAB).tolist()]

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from lit_adapter.data.hub import choose_files, hub_files, is_hub_name
+from lit_adapter.data.hub import Listing, choose_files, files_of_card, hub_files, is_hub_name
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'
@@ -59,6 +59,35 @@ def test_choose_files_of_a_repository() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             choose_files(files, part, "o/n")
+
+
+def test_files_of_a_subset_are_those_of_its_card() -> None:
+    files = ["a/train.jsonl", "a/test.jsonl", "b/part-1.parquet", "b/part-2.parquet", "README.md"]
+    configs = [
+        {"config_name": "a", "data_files": [{"split": s, "path": f"a/{s}.jsonl"} for s in ("train", "test")]},
+        {"config_name": "b", "data_files": "b/*.parquet"},
+    ]
+    about = Listing(files, None, configs)
+    assert files_of_card(about, "a", "o/n") == ["a/train.jsonl"]
+    assert files_of_card(about, "a:test", "o/n") == ["a/test.jsonl"]
+    assert files_of_card(about, "b:train", "o/n") == files[2:4]
+    assert files_of_card(Listing(files, None), "a", "o/n") == []
+    one = Listing(files, None, configs[:1])
+    assert files_of_card(one, None, "o/n") == ["a/train.jsonl"]
+    assert files_of_card(one, "test", "o/n") == ["a/test.jsonl"]
+    with pytest.raises(UserError, match=r"o/n: name a subset as o/n:SUBSET: a, b"):
+        files_of_card(about, None, "o/n")
+    with pytest.raises(UserError, match=r"o/n: no data file of split 'dev' in subset 'a'; name one as"):
+        files_of_card(about, "a:dev", "o/n")
+
+
+def test_without_a_card_a_subset_is_in_the_names_of_files() -> None:
+    files = [
+        f"{subset}/{split}-00000-of-00001.parquet" for subset in ("one", "two") for split in ("train", "test")
+    ]
+    assert choose_files(files, "two:test", "o/n") == [files[3]]
+    with pytest.raises(UserError, match="no data file of subset 'three'"):
+        choose_files(files, "three:train", "o/n")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lit_adapter.config import Columns
@@ -82,17 +82,8 @@ def conversation_of(
         UserError: it is malformed; names file, line and turn.
     """
     where = f"{file}:{line}"
-    if known.name == "prompt_completion":
-        messages = _prompt_and_completion(values, columns, where)
-    else:
-        key = getattr(columns, known.name)
-        if key not in values:
-            found = ", ".join(map(shorten, [*values][:6])) or "none"
-            option = f"{OPTION}.{known.name}"
-            raise UserError(
-                f"{where}: key {shorten(key)} is missing (found: {found}); name what holds it with {option}"
-            )
-        messages = messages_of(values[key], key, where)
+    parts = [_messages(values, columns, field, where) for field in REQUIRED[known.name]]
+    messages = [message for part in parts for message in part]
     system = values.get(SYSTEM) if known.name == "conversations" else None
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
         messages = [Message("system", system), *messages]
@@ -101,13 +92,19 @@ def conversation_of(
     return Conversation.of(messages, tools, file=file, line=line)
 
 
-def _prompt_and_completion(values: Mapping[str, Any], columns: Columns, where: str) -> list[Message]:
-    """Return prompt and completion given as messages; only the completion's are learned."""
-    prompt, completion = (
-        messages_of(values[key], key, where) for key in (columns.prompt, columns.completion)
-    )
-    context = [Message(m.role, m.content, m.role != "assistant", m.more) for m in prompt]
-    return [*context, *completion]
+def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: str) -> list[Message]:
+    """Return the messages of a field; a prompt's answers are not learned."""
+    key = getattr(columns, field)
+    if key not in values:
+        found = ", ".join(map(shorten, [*values][:6])) or "none"
+        raise UserError(
+            f"{where}: key {shorten(key)} is missing (found: {found}); name what holds it with "
+            f"{OPTION}.{field}"
+        )
+    messages = messages_of(values[key], key, where)
+    if field == "prompt":
+        return [replace(message, learned=message.role != "assistant") for message in messages]
+    return messages
 
 
 def is_conversation(values: Mapping[str, Any], columns: Columns, known: Recognised) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_adapter.data.records import Records
-from lit_adapter.errors import counted, visible
+from lit_adapter.errors import counted, shorten, visible
 from lit_adapter.streams import Shown
 from lit_adapter.text.conversation import ANSWER, CONTEXT
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
@@ -18,6 +18,9 @@ from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 if TYPE_CHECKING:
     from lit_adapter.data.module import AlpacaDataModule
 
+LOOKED_AT = 1000
+"""Conversations that are compared with the template."""
+_IDS = ("name", "tool_call_id", "id")
 STEPS_SHOWN = 20
 """Steps over which the saving by packing is averaged."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -44,7 +47,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
-    lines += [f"      {line}" for line in _look_alikes(data)]
+    lines += [f"      {line}" for line in (*_look_alikes(data), *_not_shown(data))]
     lines.append(f"      {_packed(data)}")
     how = "dimmed: not learned; in reverse" if color else "in [[ ]]: not learned; in {{ }}"
     return [*lines, f"example ({how}: control tokens)", _example(data, color=color)]
@@ -123,6 +126,17 @@ def _look_alikes(data: AlpacaDataModule) -> list[str]:
             f"warning: {shown}: plain text, not the control token; write control tokens into data.template"
         )
     return lines
+
+
+def _not_shown(data: AlpacaDataModule) -> list[str]:
+    """Return a warning of what the first conversations hold and the template never looks at."""
+    talks = [row for row in data.train_records[:LOOKED_AT] if isinstance(row, Conversation)]
+    held = {key for row in talks for message in row.messages for key in message.more if key not in _IDS}
+    held |= {"tools"} if any(row.tools for row in talks) else set()
+    source = data.template.conversation_source(data.tokenizer) if held else ""
+    unseen = sorted(key for key in held if key not in source)
+    what = ", ".join(map(shorten, unseen[:4]))
+    return [f"warning: the template does not show what conversations hold as {what}"] if unseen else []
 
 
 def _example(data: AlpacaDataModule, *, color: bool) -> str:

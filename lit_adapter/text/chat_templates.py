@@ -30,7 +30,7 @@ MISTRAL = (
     "{% elif message.role == 'user' %}{{ '[INST] ' + said.system + message.content + ' [/INST]' }}"
     "{% set said.system = '' %}"
     "{% elif message.role == 'assistant' and not message.tool_calls %}{{ ' ' + message.content + eos_token }}"
-    "{% else %}{{ raise_exception('mistral has no place for tools') }}{% endif %}{% endfor %}"
+    "{% else %}{{ raise_exception('mistral has no place for tool calls') }}{% endif %}{% endfor %}"
 )
 """Of Mistral 7B Instruct v0.1 to v0.3; a system prompt stands before the next user's words."""
 _ALPACA = (
@@ -41,7 +41,7 @@ _ALPACA = (
     "{{ raise_exception('the alpaca form has an answer after each instruction') }}{% endif %}"
     "{% elif message.role == 'assistant' and not message.tool_calls %}"
     "{{ BEFORE + message.content + eos_token + '\n\n' }}"
-    "{% else %}{{ raise_exception('the alpaca form has no place for tools') }}{% endif %}{% endfor %}"
+    "{% else %}{{ raise_exception('the alpaca form has no place for tool calls') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ BEFORE }}{% endif %}"
 )
 _REPEATED = (

@@ -188,5 +188,7 @@ def saved_values(config: Config) -> dict[str, Any]:
     fields = [(values, key) for key in ("base", "out", "init_from")]
     fields += [(values["data"], key) for key in ("train", "val", "template")]
     for section, key in fields:
-        section[key] = section[key] and without_home(section[key])
+        given = section[key]
+        several = isinstance(given, list)
+        section[key] = [*map(without_home, given)] if several else given and without_home(given)
     return dict(values)
