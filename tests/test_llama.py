@@ -10,9 +10,10 @@ from tiny_models import from_transformers, random_ids, random_llama, transformer
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import LlamaConfig, RopeConfig, differences
+from lit_adapter.model.config import LlamaConfig, differences
 from lit_adapter.model.llama import Llama, RMSNorm
 from lit_adapter.model.rope import rotate
+from lit_adapter.model.rope_config import RopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",

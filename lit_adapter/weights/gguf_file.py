@@ -16,9 +16,11 @@ from torch import Tensor
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import refuse_stand_in
-from lit_adapter.model.config import LlamaConfig, RopeConfig, reading_sizes
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config_keys import reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.model.rope import inverse_frequencies
+from lit_adapter.model.rope_config import RopeConfig
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.weights.gguf_header import read_header
 from lit_adapter.weights.shards import AGAIN, read_bytes
