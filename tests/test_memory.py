@@ -219,12 +219,12 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     form = replace(config, gate="token", prefix_query="unrotated", norms=True)
     for own in (config, form, replace(form, prompt_length=0)):
         assert choose_for_training(model, own, gpu).name == "fused"
+    assert choose_for_training(replace(model, attention_bias=True, mlp_bias=True), form, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
     for other, adapter, why in (
         (model, replace(config, dropout=0.1), "the prefix has dropout"),
         (model, replace(config, version="v2"), "the adapter trains linears"),
-        (replace(model, mlp_bias=True), config, "the base has biases"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):
         assert choose_for_training(other, adapter, gpu).why_not_fast == why

@@ -23,7 +23,7 @@ from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import join, joined
+from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
@@ -42,7 +42,7 @@ class _Matrix:
     """
 
     def __init__(self, linears: Sequence[Any], update: JoinedLora | None = None) -> None:
-        self.update = update
+        self.update, self.bias = update, joined_biases(*linears)
         join(*linears)
         whole = joined(*linears)
         self.n_outputs, n_inputs = whole.shape
@@ -52,11 +52,12 @@ class _Matrix:
         self.parts = whole.view(n_parts, -1, n_inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x W^T [B, outputs]`` of ``x [B, inputs]``, with LoRA's updates."""
+        """Return ``x W^T + b [B, outputs]`` of ``x [B, inputs]``, with LoRA's updates."""
         if len(self.parts) == 1:
-            y = F.linear(x, self.parts[0])
+            y = F.linear(x, self.parts[0], self.bias)
         else:
             y = torch.bmm(self.parts, x.T.expand(len(self.parts), -1, -1)).flatten(0, 1)[: self.n_outputs].T
+            y = y if self.bias is None else y + self.bias
         return y if self.update is None else torch.addmm(y, self.update.reduce(x), self.update.b.T)
 
 
@@ -97,12 +98,11 @@ class DecodeWeights:
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why `CpuDecode` cannot compute ``model``; None where it can."""
-    config, free = model.config, free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reasons = (
         (model.is_sharded or model.n_shards > 1, "the model is sharded"),
         (any(parameter.requires_grad for parameter in model.parameters()), "the model is being trained"),
-        (config.attention_bias or config.mlp_bias, "the base has biases"),
         (
             model.decode_weights is None and free is not None and n_bytes > free,
             "joining the matrices takes more memory than is free",

@@ -21,7 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import join, joined
+from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
@@ -92,7 +92,8 @@ def block_weights(block: Block, layout: BlockLayout) -> BlockWeights:
 def float8_weights(block: Block, layout: BlockLayout) -> BlockWeights:
     """Return a block's matrices in fp8."""
     groups = _groups(block, layout)
-    return BlockWeights(**{group: Float8Matrix.of(joined(*linears)) for group, linears in groups.items()})
+    found = {group: (joined(*linears), joined_biases(*linears)) for group, linears in groups.items()}
+    return BlockWeights(**{group: Float8Matrix.of(*given) for group, given in found.items()})
 
 
 def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:

@@ -54,6 +54,8 @@ class FusedDecode(ModuleDecode):
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and not any(self.updates)
         plain = plain and not any(weights.quantised for weights in self.weights)
+        biased = {linear.group for linear in block_layout(config).linears if linear.bias}
+        plain = plain and biased <= {"qkv"}  # what is added to the residual takes no bias there
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
@@ -205,8 +207,11 @@ class _FewTexts:
             qkv, (o,), (gate, up), (down,) = (
                 [block.get_submodule(name).weight for name in names] for names in groups.values()
             )
+            biases = [block.get_submodule(name).bias for name in groups["qkv"]]
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
-            products.project(x, norm.used_weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
+            products.project(
+                x, norm.used_weight, norm.eps, qkv, biases, decode.rotation, position, self.q, cache
+            )
             prefix = prefixes.joined.layer(index)
             decode_attention.attend(
                 self.q, cache, decode.rotation, position, prefix, prefixes.source, decode.parts, decode.y
