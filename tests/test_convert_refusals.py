@@ -132,8 +132,8 @@ SINGLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge header": (lambda p: p.write_bytes(b"\xff" * 64), "model.safetensors: truncated or damaged"),
     "no weights": (lambda p: p.unlink(), "no weights; expected model.safetensors"),
     "architecture": (
-        lambda p: edit_json(p.parent / "config.json", model_type="qwen2"),
-        "config.json: model_type is 'qwen2'; only 'llama'",
+        lambda p: edit_json(p.parent / "config.json", model_type="gpt2"),
+        "config.json: model_type is 'gpt2'; expected llama",
     ),
     "quantised": (
         lambda p: edit_json(p.parent / "config.json", quantization_config={"quant_method": "gptq"}),

@@ -188,8 +188,8 @@ def test_meta_s_sizes_that_no_llama_has_are_refused(change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "cfg: model_type is 'mistral'; only 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; a LLaMA uses 'silu'"),
+        ({"model_type": "mamba"}, "cfg: model_type is 'mamba'; expected llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; a llama model uses 'silu'"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),

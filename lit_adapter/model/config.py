@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model import families
 from lit_adapter.model.config_keys import divided_head_dim, given, reading_sizes, required
+from lit_adapter.model.families import FamilyName
 from lit_adapter.model.gates import GateName
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.rope_config import RopeConfig
@@ -39,7 +40,7 @@ def check_fp32(name: str, value: float, *, zero: bool = False) -> None:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that shapes a LLaMA.
+    """Everything that shapes a model: a LLaMA, or one of the families that differ from it by a setting here.
 
     Raises:
         UserError: sizes that cannot go together, each named with its value.
@@ -58,7 +59,12 @@ class LlamaConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     attention_bias: bool = False
+    """Biases on all four layers of attention."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values alone."""
     mlp_bias: bool = False
+    family: FamilyName = "llama"
+    """Under whose name the configuration is written; nothing is computed from it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden")
@@ -90,6 +96,7 @@ class LlamaConfig:
     def computed(self) -> dict[str, Any]:
         """Return everything besides the weights that a model's output depends on, by name."""
         values = asdict(self)
+        del values["family"]
         rope = {f"rope.{name}": value for name, value in values.pop("rope").items()}
         return {name: value for name, value in values.items() if name != "context_length"} | rope
 

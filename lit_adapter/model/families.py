@@ -6,7 +6,8 @@ reverse. The model itself knows no families.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.config_keys import divided_head_dim, given, required
@@ -14,6 +15,26 @@ from lit_adapter.model.rope_config import RopeConfig
 
 if TYPE_CHECKING:
     from lit_adapter.model.config import LlamaConfig
+
+FamilyName = Literal["llama", "qwen2"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a file of one `model_type` can say."""
+
+    architecture: str
+    """The class of transformers."""
+    bias_keys: tuple[str, ...] = ()
+    """The settings of biases that the file has."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values always have a bias."""
+
+
+FAMILIES: dict[FamilyName, Family] = {
+    "llama": Family("LlamaForCausalLM", bias_keys=("attention_bias", "mlp_bias")),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+}
 
 
 def read(raw: dict[str, Any], source: str) -> dict[str, Any]:
@@ -26,7 +47,8 @@ def read(raw: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         UserError: another architecture, a missing key, or an unknown kind of RoPE.
     """
-    _refuse_other_architectures(raw, source)
+    name = _family_name(raw, source)
+    family = FAMILIES[name]
     n_embd = required(raw, "hidden_size", source)
     n_head = required(raw, "num_attention_heads", source)
     head_dim = raw.get("head_dim")
@@ -42,16 +64,18 @@ def read(raw: dict[str, Any], source: str) -> dict[str, Any]:
         "context_length": int(given(raw, "max_position_embeddings", 2048)),
         "rope": RopeConfig.from_hf(raw, source),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "attention_bias": bool(raw.get("attention_bias", False)),
-        "mlp_bias": bool(raw.get("mlp_bias", False)),
+        "qkv_bias": family.qkv_bias,
+        **{key: bool(raw.get(key, False)) for key in family.bias_keys},
+        "family": name,
     }
 
 
 def write(config: LlamaConfig) -> dict[str, Any]:
     """Return the ``config.json`` that transformers and `read` read."""
+    family = FAMILIES[config.family]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": config.family,
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
@@ -64,18 +88,19 @@ def write(config: LlamaConfig) -> dict[str, Any]:
         "max_position_embeddings": config.context_length,
         "rope_parameters": config.rope.to_hf(),
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **{key: getattr(config, key) for key in family.bias_keys},
     }
 
 
-def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:
+def _family_name(raw: dict[str, Any], source: str) -> FamilyName:
     kind = raw.get("model_type")
-    if kind != "llama":
-        raise UserError(f"{source}: model_type is {kind!r}; only 'llama' models can be adapted")
+    if kind not in FAMILIES:
+        *names, last = FAMILIES
+        raise UserError(f"{source}: model_type is {kind!r}; expected {', '.join(names)} or {last}")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
-        raise UserError(f"{source}: hidden_act is {activation!r}; a LLaMA uses 'silu'")
+        raise UserError(f"{source}: hidden_act is {activation!r}; a {kind} model uses 'silu'")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UserError(f"{source}: the weights are quantised ({method}); convert the original checkpoint")
+    return kind

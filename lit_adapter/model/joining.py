@@ -30,7 +30,7 @@ def weights_of(*linears: Any) -> list[Tensor]:
 
 
 def joined_biases(*linears: Any) -> Tensor | None:
-    """Return the layers' biases as one ``[sum of outputs]``, with zeros for a layer without; None if all are."""
+    """Return the layers' biases as one ``[sum of outputs]``, zeros where a layer has none; or None."""
     if all(linear.bias is None for linear in linears):
         return None
     found = ((linear.bias, linear.weight) for linear in linears)

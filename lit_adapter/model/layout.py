@@ -76,12 +76,13 @@ def block_layout(config: LlamaConfig) -> BlockLayout:
     C, M = config.n_embd, config.n_hidden
     n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     attention, mlp = config.attention_bias, config.mlp_bias
+    qkv = attention or config.qkv_bias
     return BlockLayout(
         norms=(Norm("input_layernorm", C), Norm("post_attention_layernorm", C)),
         linears=(
-            Linear("self_attn.q_proj", C, n_query, attention, "outputs", "qkv", config.n_head),
-            Linear("self_attn.k_proj", C, n_kv, attention, "outputs", "qkv", config.n_kv_head),
-            Linear("self_attn.v_proj", C, n_kv, attention, "outputs", "qkv"),
+            Linear("self_attn.q_proj", C, n_query, qkv, "outputs", "qkv", config.n_head),
+            Linear("self_attn.k_proj", C, n_kv, qkv, "outputs", "qkv", config.n_kv_head),
+            Linear("self_attn.v_proj", C, n_kv, qkv, "outputs", "qkv"),
             Linear("self_attn.o_proj", n_query, C, attention, "inputs", "o"),
             Linear("mlp.gate_proj", C, M, mlp, "outputs", "gate_up"),
             Linear("mlp.up_proj", C, M, mlp, "outputs", "gate_up"),

@@ -1,0 +1,111 @@
+"""Every family against transformers: random models, each option on and off, beyond the window's length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from random_records import encoded
+from tiny_models import from_transformers, random_ids, randomise
+
+from lit_adapter.data.packing import Packer, shared_preambles
+from lit_adapter.model.attention import CausalView, SegmentView
+from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.model.llama import Llama
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+THETA = {"rope_type": "default", "rope_theta": 500.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied-mha": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen2-theta": ("qwen2", {"rope_parameters": THETA}),
+}
+
+
+def theirs(name: str, seed: int = 3) -> Any:
+    """A random model of transformers, in fp32."""
+    kind, options = CASES[name]
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **options}, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    randomise(model, seed)
+    return model.requires_grad_(False)
+
+
+def logits(model: Llama, ids: torch.Tensor) -> torch.Tensor:
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    return model.logits(model(ids, CausalView(model.rotation(position))))
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Relative to the largest logit, which is about 5."""
+    assert wanted.std() > 0.3  # the comparison sees something
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_transformers(name: str) -> None:
+    model, ids = theirs(name), random_ids(2, 90)
+    assert_near(logits(from_transformers(model, torch.float32), ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("executor", [ModuleDecode, CpuDecode])
+def test_cached_steps_equal_transformers(name: str, executor: Any) -> None:
+    """Prompts of unequal length read together, then steps, beyond the window."""
+    model = theirs(name)
+    ours = from_transformers(model, torch.float32)
+    texts = [random_ids(length, seed=length).tolist() for length in (3, 14, 9)]
+    with torch.inference_mode():
+        decode = executor(ours, 3, 40)
+        found = ours.logits(decode.read(texts, range(3), Prefixes()))
+        for _ in range(12):
+            for text, row in zip(texts, found, strict=True):
+                wanted = model(torch.tensor([text])).logits[0, -1]
+                assert_near(row, wanted)
+                text.append(int(wanted.argmax()))
+            found = decode.step([text[-1] for text in texts], [len(text) - 1 for text in texts])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_records_equal_transformers(name: str) -> None:
+    """Records of one row, behind a preamble that they share, each as if it were alone."""
+    model = theirs(name)
+    ours = from_transformers(model, torch.float32)
+    data = encoded(1, 6, longest=40)
+    row = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=10_000).row(list(range(6)))
+    view = SegmentView(row, ours.rotation(row.position[None]))
+    assert len(row.segment.unique()) > 6  # there is a shared preamble
+    found = ours.logits(ours(row.ids[None], view))[0]
+    for number in row.segment.unique().tolist():
+        own = row.segment == number
+        before = row.segment == int(row.preamble[own][0])
+        text = row.ids[own | before][None]
+        assert_near(found[own], model(text).logits[0, -int(own.sum()) :])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_survives_both_round_trips(name: str) -> None:
+    kind, options = CASES[name]
+    raw = transformers.AutoConfig.for_model(kind, **{**SIZES, **options}).to_dict()
+    config = LlamaConfig.from_hf(raw)
+    assert config.family == kind
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    through = transformers.AutoConfig.for_model(**config.to_hf())
+    assert LlamaConfig.from_hf(through.to_dict()) == config
+    assert config.to_hf()["architectures"] == [type(theirs(name)).__name__]
