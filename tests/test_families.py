@@ -31,10 +31,36 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 THETA = {"rope_type": "default", "rope_theta": 500.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 6}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-tied-mha": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen2-theta": ("qwen2", {"rope_parameters": THETA}),
+    "qwen2-upper-windows": ("qwen2", {**WINDOW, "max_window_layers": 2}),
+    "qwen2-windows": ("qwen2", {**WINDOW, "max_window_layers": 0}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3-biases-tied": ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3-windows": ("qwen3", {"head_dim": 8, **WINDOW, "max_window_layers": 1}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-windows": ("mistral", {"sliding_window": 6}),
+    "mistral-one-key": ("mistral", {"sliding_window": 1}),
+    "mistral-wide-heads": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral-yarn": ("mistral", {"sliding_window": 6, "rope_parameters": {**YARN, "truncate": False}}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True}),
+    "smollm3-all-rotated": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "smollm3-second": ("smollm3", {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True}),
+    "smollm3-windows": ("smollm3", {**WINDOW, "no_rope_layers": [0, 1, 1, 0]}),
+    "smollm3-yarn": ("smollm3", {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.0}}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
 }
 
 
@@ -65,21 +91,26 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("executor", [ModuleDecode, CpuDecode])
-def test_cached_steps_equal_transformers(name: str, executor: Any) -> None:
-    """Prompts of unequal length read together, then steps, beyond the window."""
+def test_cached_steps_equal_transformers(name: str) -> None:
+    """Prompts of unequal length read together, then steps, beyond the window; and one text alone."""
     model = theirs(name)
     ours = from_transformers(model, torch.float32)
-    texts = [random_ids(length, seed=length).tolist() for length in (3, 14, 9)]
-    with torch.inference_mode():
-        decode = executor(ours, 3, 40)
-        found = ours.logits(decode.read(texts, range(3), Prefixes()))
-        for _ in range(12):
-            for text, row in zip(texts, found, strict=True):
-                wanted = model(torch.tensor([text])).logits[0, -1]
-                assert_near(row, wanted)
-                text.append(int(wanted.argmax()))
-            found = decode.step([text[-1] for text in texts], [len(text) - 1 for text in texts])
+    texts = [random_ids(length, seed=length) for length in (14, 23, 18)]
+    n_read = (3, 12, 7)
+    for kind in (ModuleDecode, CpuDecode):
+        for n in (1, 3):
+            with torch.inference_mode():
+                wanted = [model(text[None]).logits[0] for text in texts[:n]]
+                decode = kind(ours, n, 40)
+                prompts = [text[:start].tolist() for text, start in zip(texts, n_read, strict=True)][:n]
+                found = [ours.logits(decode.read(prompts, range(n), Prefixes()))]
+                for step in range(11):
+                    places = [start + step for start in n_read[:n]]
+                    tokens = [int(text[place]) for text, place in zip(texts, places, strict=False)]
+                    found.append(decode.step(tokens, places))
+            for step, rows in enumerate(found):
+                for row, exact, start in zip(rows, wanted, n_read, strict=False):
+                    assert_near(row, exact[start - 1 + step])
 
 
 @pytest.mark.parametrize("name", CASES)

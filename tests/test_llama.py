@@ -194,7 +194,10 @@ def test_meta_s_sizes_that_no_llama_has_are_refused(change: dict[str, Any], mess
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),
         ({"head_dim": None, "hidden_size": 34}, "hidden_size 34 is not a multiple"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not known"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not known"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "four"}}, "rope factor is 'four'; expected a"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "key 'factor' is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; here rotary positions turn whole"),
         ({"rope_parameters": {"rope_type": "linear"}}, "key 'factor' is missing"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -63,6 +64,13 @@ class LlamaConfig:
     qkv_bias: bool = False
     """Biases on queries, keys and values alone."""
     mlp_bias: bool = False
+    head_norms: bool = False
+    """A norm of each head's queries and one of its keys, before they are rotated."""
+    window: int | None = None
+    """The last positions that a query sees in `windowed_layers`, its own among them."""
+    windowed_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers without rotary positions."""
     family: FamilyName = "llama"
     """Under whose name the configuration is written; nothing is computed from it."""
 
@@ -87,11 +95,44 @@ class LlamaConfig:
             )
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model config: norm_eps is {self.norm_eps}; expected a number between 0 and 1")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Refuse a window that hides everything or nothing, and settings of layers that are not there."""
+        window = self.window
+        if window is not None and not (isinstance(window, int) and 1 <= window <= self.context_length):
+            raise UserError(
+                f"model config: the window is {window!r}; "
+                f"expected a whole number from 1 to the context length {self.context_length}"
+            )
+        if self.windowed_layers and window is None:
+            raise UserError("model config: layers have a window, but its size is missing")
+        beyond = [layer for layer in (*self.windowed_layers, *self.unrotated_layers) if layer >= self.n_layer]
+        if beyond:
+            raise UserError(
+                f"model config: there is a setting for layer {beyond[0]}, but there are {self.n_layer} layers"
+            )
 
     def shard(self, n_shards: int) -> LlamaConfig:
         """Return the sizes of one shard where ``n_shards`` processes share the heads and the MLP's width."""
         shared = {name: getattr(self, name) // n_shards for name in ("n_head", "n_kv_head", "n_hidden")}
         return replace(self, **shared)
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer; None where a query sees all positions before it."""
+        return self.window if layer in self.windowed_layers else None
+
+    def kind_of(self, layer: int) -> tuple[bool, bool]:
+        """Return whether a layer has a window, and rotary positions; layers of one kind are alike."""
+        return layer in self.windowed_layers, layer not in self.unrotated_layers
+
+    def of_layers(self, layers: Sequence[int]) -> LlamaConfig:
+        """Return the configuration of a model that has some of this one's layers, in the order given."""
+        windowed, unrotated = (
+            tuple(new for new, layer in enumerate(layers) if layer in found)
+            for found in (self.windowed_layers, self.unrotated_layers)
+        )
+        return replace(self, n_layer=len(layers), windowed_layers=windowed, unrotated_layers=unrotated)
 
     def computed(self) -> dict[str, Any]:
         """Return everything besides the weights that a model's output depends on, by name."""

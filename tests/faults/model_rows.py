@@ -420,8 +420,8 @@ ROWS = [
     Row(
         49,
         "unknown rope",
-        source(lambda f: edit(f / "config.json", rope_parameters={"rope_type": "yarn"})),
-        r"'yarn'",
+        source(lambda f: edit(f / "config.json", rope_parameters={"rope_type": "longrope"})),
+        r"'longrope'",
     ),
     Row(
         49, "odd heads", source(lambda f: edit(f / "config.json", num_attention_heads=7, head_dim=None)), r"7"
