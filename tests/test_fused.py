@@ -48,6 +48,17 @@ CASES: list[dict[str, Any]] = [
     },
     {"head_dim": 64, "n_kv_head": 2, "prompt_length": 0, "norms": True},
     {"head_dim": 64, "n_kv_head": 2, "sizes": {"attention_bias": True, "mlp_bias": True}},
+    {"head_dim": 64, "n_kv_head": 2, "sizes": {"head_norms": True}, "layers": 2},
+    {
+        "head_dim": 32,
+        "n_kv_head": 1,
+        "sizes": {"head_norms": True, "window": 9, "windowed_layers": (0, 2)},
+        "norms": True,
+        "prefix_query": "unrotated",
+        "lora": LoraConfig(rank=3, on=("attention",)),
+    },
+    {"head_dim": 64, "n_kv_head": 2, "sizes": {"window": 5, "windowed_layers": (0, 1, 2), "qkv_bias": True}},
+    {"head_dim": 16, "n_kv_head": 4, "sizes": {"unrotated_layers": (1, 2)}, "prefix_query": "unrotated"},
 ]
 
 
