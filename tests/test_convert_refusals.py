@@ -321,7 +321,10 @@ def test_meta_folders(tmp_path: Path, fault: str) -> None:
 
 
 GGUF: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"architecture": "gemma"}, "general.architecture is 'gemma'; only 'llama'"),
+    "architecture": (
+        {"architecture": "gemma"},
+        "general.architecture is 'gemma', which has norms",
+    ),
     "missing": ({"changes": {"blk.1.ffn_up.weight": None}}, "tensor blk.1.ffn_up.weight is missing"),
     "unknown": (
         {"changes": {"extra.weight": np.ones(32, np.float32)}},

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
+from convert_sources import write_gguf
 from random_records import encoded
 from tiny_models import from_transformers, random_ids, randomise
 
 from lit_adapter.data.packing import Packer, shared_preambles
+from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView, SegmentView
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.llama import Llama
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.convert import convert
+from lit_adapter.weights.gguf_config import GGUFKeys
+from lit_adapter.weights.gguf_config import read_config as read_gguf_config
+from lit_adapter.weights.load import load_base
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -38,6 +48,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
     "beta_fast": 8.0,
+}
+GGUF_SIZES: dict[str, Any] = {
+    "embedding_length": 32,
+    "block_count": 4,
+    "attention.head_count": 4,
+    "feed_forward_length": 40,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "context_length": 64,
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
@@ -140,3 +158,54 @@ def test_a_configuration_survives_both_round_trips(name: str) -> None:
     through = transformers.AutoConfig.for_model(**config.to_hf())
     assert LlamaConfig.from_hf(through.to_dict()) == config
     assert config.to_hf()["architectures"] == [type(theirs(name)).__name__]
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "pre", "options"),
+    [
+        ("qwen2", "qwen2", "qwen2", {"tie_word_embeddings": True}),
+        ("qwen2", "qwen2", "deepseek-r1-qwen", {"rope_parameters": {**YARN, "beta_fast": 32.0}}),
+        ("qwen3", "qwen3", "qwen2", {"head_dim": 24}),
+        ("smollm3", "smollm3", "smaug-bpe", {"tie_word_embeddings": True}),
+        ("mistral", "llama", "tekken", {"head_dim": 24, "sliding_window": None}),
+    ],
+)
+def test_gguf_files_give_the_model_they_were_made_of(
+    tmp_path: Path, kind: str, architecture: str, pre: str, options: dict[str, Any]
+) -> None:
+    """Quantised to Q8_0, which needs rows of 32; converted, and read again by transformers."""
+    sizes = {**SIZES, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, **options}
+    config = transformers.AutoConfig.for_model(kind, **{"head_dim": 16, **sizes})
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    randomise(model, 5)
+    control = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    held = write_gguf(model, tmp_path / "model.gguf", q8, architecture=architecture, pre=pre, control=control)
+    model.load_state_dict(held, strict=False)
+    out = convert(tmp_path / "model.gguf", tmp_path / "base")
+    ids = random_ids(1, 60)
+    ours = load_base(out, device="cpu", dtype=torch.float32)
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert_near(logits(ours, ids), model(ids).logits)
+        assert_near(again(ids).logits, model(ids).logits)
+    assert read_config(out).family == architecture
+    tokenizer = load_tokenizer(out)
+    assert tokenizer.stop_ids == ({257} if architecture == "llama" else {256, 257})
+
+
+def test_a_gguf_window_without_its_layers_is_refused() -> None:
+    for architecture, window in (("qwen2", 8), ("smollm3", 8), ("llama", 8), ("qwen2", 64)):
+        fields = {
+            "general.architecture": architecture,
+            f"{architecture}.attention.sliding_window": window,
+            **{f"{architecture}.{key}": value for key, value in GGUF_SIZES.items()},
+        }
+        keys, shapes = GGUFKeys(Path("model.gguf"), fields), {"token_embd.weight": (61, 32)}
+        if architecture == "llama":
+            assert read_gguf_config(keys, shapes, None).window_of(3) == 8
+        elif window < 64:
+            with pytest.raises(UserError, match="does not say which layers have the window"):
+                read_gguf_config(keys, shapes, None)
+        else:
+            assert read_gguf_config(keys, shapes, None).window is None

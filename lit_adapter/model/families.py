@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lit_adapter.model.config import LlamaConfig
 
 FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Layers = dict[str, Any]
 """The fields `window`, `windowed_layers` and `unrotated_layers`, where a family has them."""
 
@@ -141,6 +142,8 @@ def write(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         **{key: getattr(config, key) for key in family.bias_keys},
         **_write_layers(family, config),
+        # Where a file is silent, transformers takes the ids of a family's own vocabulary.
+        **({} if config.family == "llama" else dict.fromkeys(TOKEN_IDS)),
     }
 
 
