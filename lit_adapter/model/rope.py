@@ -47,9 +47,8 @@ def _yarn_scaled(frequency: Tensor, rope: RopeConfig) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * n - 1)
     last = first + 0.001 if last == first else last
-    blend = ((torch.arange(n, dtype=torch.float32, device=frequency.device) - first) / (last - first)).clamp(
-        0, 1
-    )
+    number = torch.arange(n, dtype=torch.float32, device=frequency.device)
+    blend = ((number - first) / (last - first)).clamp(0, 1)
     return frequency / rope.factor * blend + frequency * (1 - blend)
 
 

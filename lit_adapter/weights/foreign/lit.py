@@ -155,6 +155,7 @@ class LitLlama(_Lit):
     """lit-llama's spelling: Meta's order of rows, models without grouped queries or biases."""
 
     name = "lit-llama"
+    families = ("llama",)
     template = "alpaca"
     gate_shape = (1, -1, 1, 1)
     wraps = False
@@ -185,6 +186,7 @@ class LitGPT(_Lit):
     """litgpt's spelling."""
 
     name = "litgpt"
+    families = ("llama", "mistral", "qwen2")
     template = "alpaca-newline"
     gate_shape = (1, 1, -1, 1)
     wraps = True
