@@ -10,14 +10,16 @@ import pytest
 import torch
 import transformers
 from convert_sources import write_gguf
+from prefix_formula import reference_logits
 from random_records import encoded
-from tiny_models import from_transformers, random_ids, randomise
+from tiny_models import from_transformers, open_adapter, random_ids, random_llama, randomise
 
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.attention import CausalView, SegmentView
 from lit_adapter.model.cache import ModuleDecode, Prefixes
-from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -209,3 +211,29 @@ def test_a_gguf_window_without_its_layers_is_refused() -> None:
                 read_gguf_config(keys, shapes, None)
         else:
             assert read_gguf_config(keys, shapes, None).window is None
+
+
+FORMS: list[dict[str, Any]] = [
+    {"prompt_length": 3},
+    {"prompt_length": 4, "layers": 2, "gate": "token", "prefix_query": "unrotated", "norms": True},
+    {"prompt_length": 2, "version": "v2", "gate": "channel"},
+]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True, "window": 5, "windowed_layers": (1, 2)},
+    "qwen3": {"head_norms": True, "window": 5, "windowed_layers": (0,)},
+    "smollm3": {"unrotated_layers": (1,), "attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["v1", "formed", "v2"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_an_adapter_follows_the_formula(settings: dict[str, Any], form: dict[str, Any]) -> None:
+    """In fp64, head by head; the prefix is seen beyond the window, and its keys pass the norm of keys."""
+    config = AdapterConfig(**form)
+    model = open_adapter(random_llama(4, **settings).double(), config, seed=2)
+    ids = random_ids(20, seed=3)
+    with torch.no_grad():
+        found = logits(model, ids[None])[0]
+        state, trained = model.state_dict(), adapter_state(model)
+        wanted = reference_logits(model.config, state, trained, config.gate, ids, config.prefix_query)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)

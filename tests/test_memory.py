@@ -87,6 +87,28 @@ def test_activations_are_what_autograd_keeps(adapter: dict[str, Any], longest: i
     assert estimate(model.config, config, row, precision=precision).activations == kept
 
 
+@pytest.mark.parametrize("adapter", [{}, {"norms": True, "layers": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"qkv_bias": True},
+        {"head_norms": True},
+        {"window": 9, "windowed_layers": (0, 2)},
+        {"unrotated_layers": (1,)},
+    ],
+    ids=["qwen2", "qwen3", "mistral", "smollm3"],
+)
+def test_activations_of_every_family_are_what_autograd_keeps(
+    sizes: dict[str, Any], adapter: dict[str, Any]
+) -> None:
+    model = random_llama(dtype=torch.float32, n_layer=4, **sizes)
+    config = AdapterConfig(prompt_length=5, **adapter)
+    open_adapter(model, config)
+    row = packed()
+    kept = kept_for_backward(model, row) + len(row.target_index) * model.config.n_embd * 4
+    assert estimate(model.config, config, row, precision="32-true").activations == kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("adapter", "vocab"), [({}, 3000), ({"version": "v2", "head": True}, 3000), ({}, 61)]
