@@ -178,8 +178,7 @@ def test_two_processes_share_a_base(
     kind: str, tensor_parallel: int, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     """Sharded by FSDP2, and with the heads of a layer shared; norms of heads are whole in each."""
-    form = {"norms": True, "prompt_length": 3}
-    for found in processes(bases[kind], "float32", tmp_path / "store", 2, tensor_parallel, **form):
+    for found in processes(bases[kind], "float32", tmp_path / "store", 2, tensor_parallel, norms=True):
         assert found["same_tokens"]
         assert found["loss"] < 1e-5
         assert found["gradient"] < 1e-6
