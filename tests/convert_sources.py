@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ GGUF_LAYER = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 
 
@@ -154,6 +157,8 @@ def write_gguf(
     changes: dict[str, np.ndarray | None] | None = None,
     tokens: bool = True,
     architecture: str = "llama",
+    pre: str = "smollm",
+    control: Sequence[str] = ("<s>", "</s>"),
 ) -> dict[str, torch.Tensor]:
     """Write a GGUF file and return the values it holds, under Hugging Face's names.
 
@@ -168,12 +173,21 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope, head_dim = config.rope_parameters, state["model.layers.0.self_attn.q_proj.weight"].shape[0]
+    head_dim //= config.num_attention_heads
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if tokens:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        control = ["<s>", "</s>", *(f"<extra_{i}>" for i in range(VOCAB - 259))]
+        control = [*control, *(f"<extra_{i}>" for i in range(VOCAB - 257 - len(control)))]
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_list([*alphabet, *control, "ab"])
         writer.add_token_types([1] * 256 + [3] * len(control) + [1])
         writer.add_token_merges(["a b"])
@@ -182,6 +196,8 @@ def write_gguf(
     held = {}
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if architecture.startswith("qwen"):
+        heads = {}  # their rows keep Hugging Face's order
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

@@ -44,6 +44,10 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x * x).mean(-1, keepdim=True) + eps) ** 0.5 * weight
 
 
+def _head_norm(config: LlamaConfig, state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return _norm(x, state[f"{name}.weight"], config.norm_eps) if f"{name}.weight" in state else x
+
+
 def _linear(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     y = x @ state[f"{name}.weight"].T
     if f"{name}.lora_a" in state:  # scale: 2, the default
@@ -75,18 +79,22 @@ def _attention(
     stem, D = f"layers.{index}.self_attn", config.head_dim
     project = {part: _linear(base, f"{stem}.{part}_proj", x) for part in "qkv"}
     prompt = adapter.get(f"{stem}.prefix.prompt")
-    future = torch.ones(len(x), len(x)).triu(1).bool()
+    hidden = torch.ones(len(x), len(x)).triu(1).bool()
+    if index in config.windowed_layers:
+        hidden |= torch.ones(len(x), len(x)).tril(-(config.window or 0)).bool()
     heads = []
     for head in range(config.n_head):
         shared = head * config.n_kv_head // config.n_head
         own, group = slice(head * D, head * D + D), slice(shared * D, shared * D + D)
-        q = _turned(config, project["q"][:, own])
-        k = _turned(config, project["k"][:, group])
-        score = (q @ k.T / D**0.5).masked_fill(future, -torch.inf)
+        plain = _head_norm(config, base, f"{stem}.q_norm", project["q"][:, own])
+        k = _head_norm(config, base, f"{stem}.k_norm", project["k"][:, group])
+        q, k = (plain, k) if index in config.unrotated_layers else (_turned(config, x) for x in (plain, k))
+        score = (q @ k.T / D**0.5).masked_fill(hidden, -torch.inf)
         y = score.softmax(-1) @ project["v"][:, group]
         if prompt is not None:
             pk, pv = (_linear(base, f"{stem}.{part}_proj", prompt)[:, group] for part in "kv")
-            asked = q if form[1] == "rotated" else project["q"][:, own]
+            pk = _head_norm(config, base, f"{stem}.k_norm", pk)
+            asked = q if form[1] == "rotated" else plain
             gate = adapter[f"{stem}.prefix.gate"]
             y = y + (asked @ pk.T / D**0.5).softmax(-1) @ (_opening(gate, form[0], head, own, len(pk)) * pv)
         heads.append(y)

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from warm_runs import run_code
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import LlamaConfig, RopeConfig
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
+from lit_adapter.model.rope_config import RopeConfig
 from lit_adapter.weights import tensor_writer
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config, read_fingerprint

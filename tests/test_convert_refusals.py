@@ -132,8 +132,8 @@ SINGLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge header": (lambda p: p.write_bytes(b"\xff" * 64), "model.safetensors: truncated or damaged"),
     "no weights": (lambda p: p.unlink(), "no weights; expected model.safetensors"),
     "architecture": (
-        lambda p: edit_json(p.parent / "config.json", model_type="qwen2"),
-        "config.json: model_type is 'qwen2'; only 'llama'",
+        lambda p: edit_json(p.parent / "config.json", model_type="gpt2"),
+        "config.json: model_type is 'gpt2'; expected llama",
     ),
     "quantised": (
         lambda p: edit_json(p.parent / "config.json", quantization_config={"quant_method": "gptq"}),
@@ -321,7 +321,10 @@ def test_meta_folders(tmp_path: Path, fault: str) -> None:
 
 
 GGUF: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"architecture": "gemma"}, "general.architecture is 'gemma'; only 'llama'"),
+    "architecture": (
+        {"architecture": "gemma"},
+        "general.architecture is 'gemma', which has norms",
+    ),
     "missing": ({"changes": {"blk.1.ffn_up.weight": None}}, "tensor blk.1.ffn_up.weight is missing"),
     "unknown": (
         {"changes": {"extra.weight": np.ones(32, np.float32)}},

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
     "mqa-tied-layer-gates": ({"n_kv_head": 1, "tie_embeddings": True}, AdapterConfig(gate="layer")),
     "gqa-token-gates": ({}, AdapterConfig(prompt_length=4, gate="token", prefix_query="unrotated")),
     "norms": ({}, AdapterConfig(prompt_length=4, layers=1, norms=True)),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, AdapterConfig(prompt_length=4)),
     "plain-base": ({"n_hidden": 20, "head_dim": 6}, None),
 }
 PROMPTS = [[5, 9, 2, 40], [7, 7], [3, 8, 1, 1, 30, 4, 12]]
@@ -93,7 +94,6 @@ def test_it_is_what_answers_and_the_texts_are_the_same(name: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("sizes", "adapter", "reason"),
     [
-        ({"attention_bias": True}, AdapterConfig(), "has biases"),
         ({}, AdapterConfig(version="v2"), "an AdaptedLinear"),
         ({}, None, "being trained"),
     ],

@@ -33,12 +33,22 @@ VOCAB = 509
 LENGTHS = (5, 1, 17, 9, 9, 2, 300, 70)
 
 
-def adapted(n_head: int, n_kv_head: int, head_dim: int, gate: str | None, K: int = 5) -> Llama:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"head_norms": True},
+    "mistral": {"window": 40, "windowed_layers": (0, 1, 2)},
+    "smollm3": {"unrotated_layers": (1,), "window": 3, "windowed_layers": (1,)},
+}
+
+
+def adapted(
+    n_head: int, n_kv_head: int, head_dim: int, gate: str | None, K: int = 5, family: str = "llama"
+) -> Llama:
     """A bf16 base on the CPU with open gates, unrotated queries and trained norms as ``gate`` says."""
-    sizes = {"n_embd": 128, "n_hidden": 208, "vocab_size": VOCAB}
-    model = random_llama(
-        1, torch.bfloat16, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, **sizes
-    ).eval()
+    sizes: dict[str, Any] = {"n_embd": 128, "n_hidden": 208, "vocab_size": VOCAB}
+    sizes |= {"n_head": n_head, "n_kv_head": n_kv_head, "head_dim": head_dim} | FAMILIES[family]
+    model = random_llama(1, torch.bfloat16, **sizes).eval()
     if gate is not None:
         form, *more = gate.split()
         query: Any = "unrotated" if "unrotated" in more else "rotated"
@@ -108,10 +118,26 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lit_adapter.model import fused_decode
-    from lit_adapter.model.fused_decode import FusedDecode
 
     monkeypatch.setattr(fused_decode, "LONGEST_ROW", 100)  # so that some prompts are read in several rows
-    model = adapted(*heads, gate, K)
+    compare_with_fp64(adapted(*heads, gate, K), lengths, few)
+
+
+@pytest.mark.parametrize("lengths", [[70], [1, 130, 63], list(range(1, 41))], ids=["one", "three", "forty"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_decoded_as_near_to_fp64(
+    family: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_adapter.model import fused_decode
+
+    monkeypatch.setattr(fused_decode, "LONGEST_ROW", 100)
+    model = adapted(4, 2, 64, "token unrotated", family=family)
+    compare_with_fp64(model, lengths, family != "qwen3" and len(lengths) < 33)
+
+
+def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
+    from lit_adapter.model.fused_decode import FusedDecode
+
     slots = list(range(len(lengths)))[::-1]
     asked = [random_ids(length, seed=n, vocab=VOCAB).tolist() for n, length in enumerate(lengths)]
     wide, device = widened(model), copy.deepcopy(model).cuda()

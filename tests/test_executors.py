@@ -34,7 +34,7 @@ PLACES: dict[str, Callable[[Llama], nn.Module]] = {
 
 
 def add_child(module: nn.Module) -> None:
-    module.add_module("q_norm", RMSNorm(8, 1e-5))
+    module.add_module("post_norm", RMSNorm(8, 1e-5))
 
 
 def add_parameter(module: nn.Module) -> None:

@@ -10,9 +10,10 @@ from tiny_models import from_transformers, random_ids, random_llama, transformer
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import LlamaConfig, RopeConfig, differences
+from lit_adapter.model.config import LlamaConfig, differences
 from lit_adapter.model.llama import Llama, RMSNorm
 from lit_adapter.model.rope import rotate
+from lit_adapter.model.rope_config import RopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -187,13 +188,16 @@ def test_meta_s_sizes_that_no_llama_has_are_refused(change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "cfg: model_type is 'mistral'; only 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; a LLaMA uses 'silu'"),
+        ({"model_type": "mamba"}, "cfg: model_type is 'mamba'; expected llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; a llama model uses 'silu'"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),
         ({"head_dim": None, "hidden_size": 34}, "hidden_size 34 is not a multiple"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not known"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not known"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "four"}}, "rope factor is 'four'; expected a"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "key 'factor' is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; here rotary positions turn whole"),
         ({"rope_parameters": {"rope_type": "linear"}}, "key 'factor' is missing"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},

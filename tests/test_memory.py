@@ -87,6 +87,28 @@ def test_activations_are_what_autograd_keeps(adapter: dict[str, Any], longest: i
     assert estimate(model.config, config, row, precision=precision).activations == kept
 
 
+@pytest.mark.parametrize("adapter", [{}, {"norms": True, "layers": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"qkv_bias": True},
+        {"head_norms": True},
+        {"window": 9, "windowed_layers": (0, 2)},
+        {"unrotated_layers": (1,)},
+    ],
+    ids=["qwen2", "qwen3", "mistral", "smollm3"],
+)
+def test_activations_of_every_family_are_what_autograd_keeps(
+    sizes: dict[str, Any], adapter: dict[str, Any]
+) -> None:
+    model = random_llama(dtype=torch.float32, n_layer=4, **sizes)
+    config = AdapterConfig(prompt_length=5, **adapter)
+    open_adapter(model, config)
+    row = packed()
+    kept = kept_for_backward(model, row) + len(row.target_index) * model.config.n_embd * 4
+    assert estimate(model.config, config, row, precision="32-true").activations == kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("adapter", "vocab"), [({}, 3000), ({"version": "v2", "head": True}, 3000), ({}, 61)]
@@ -219,12 +241,12 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     form = replace(config, gate="token", prefix_query="unrotated", norms=True)
     for own in (config, form, replace(form, prompt_length=0)):
         assert choose_for_training(model, own, gpu).name == "fused"
+    assert choose_for_training(replace(model, attention_bias=True, mlp_bias=True), form, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
     for other, adapter, why in (
         (model, replace(config, dropout=0.1), "the prefix has dropout"),
         (model, replace(config, version="v2"), "the adapter trains linears"),
-        (replace(model, mlp_bias=True), config, "the base has biases"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):
         assert choose_for_training(other, adapter, gpu).why_not_fast == why

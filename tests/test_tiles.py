@@ -20,10 +20,12 @@ def row_of(seed: int, n_records: int, longest: int, *, mask_prompt: bool = True)
     return packer.row(list(range(n_records)))
 
 
-def visible(row: PackedRow, q: int) -> set[int]:
-    """The positions that position ``q`` sees."""
+def visible(row: PackedRow, q: int, window: int | None = None) -> set[int]:
+    """The positions that position ``q`` sees, in a window that counts positions of the text."""
     segment = row.segment.numpy()[: q + 1]
-    return set(((segment == segment[q]) | (segment == int(row.preamble[q]))).nonzero()[0].tolist())
+    near = row.position.numpy()[: q + 1] > int(row.position[q]) - (window or 10**6)
+    own = (segment == segment[q]) | (segment == int(row.preamble[q]))
+    return set((own & near).nonzero()[0].tolist())
 
 
 def planned(plan: TilePlan, n: int) -> set[int]:
@@ -33,40 +35,46 @@ def planned(plan: TilePlan, n: int) -> set[int]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("targets", [False, True])
-def test_a_query_sees_what_the_rule_lets_it_see(seed: int, targets: bool) -> None:
+@pytest.mark.parametrize("window", [None, 1, 5, 9, 30])
+def test_a_query_sees_what_the_rule_lets_it_see(seed: int, targets: bool, window: int | None) -> None:
     row = row_of(seed, 9, 40, mask_prompt=seed != 2)
     places = row.target_index if targets else torch.arange(len(row.ids))
-    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"))
+    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"), window)
     assert plan.place.tolist() == places.tolist()
     for n, place in enumerate(places.tolist()):
-        assert planned(plan, n) == visible(row, place)
+        assert planned(plan, n) == visible(row, place, window)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("targets", [False, True])
-def test_exactly_the_tiles_that_hold_something_are_visited(seed: int, targets: bool) -> None:
+@pytest.mark.parametrize("window", [None, 12])
+def test_exactly_the_tiles_that_hold_something_are_visited(
+    seed: int, targets: bool, window: int | None
+) -> None:
     row = row_of(seed, 14, 90)
-    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"))
+    plan = plan_tiles(row, row.target_index if targets else None, torch.device("cpu"), window)
     by_query = {
         (m, int(key))
         for m, (start, end) in enumerate(itertools.pairwise(plan.key_from.tolist()))
         for key in plan.key_tile[start:end]
     }
-    assert by_query == met(row, plan, tiles.QUERY_TILE, tiles.KEY_TILE)
+    assert by_query == met(row, plan, tiles.QUERY_TILE, tiles.KEY_TILE, window)
     parts = list(itertools.pairwise(plan.part_from.tolist()))
     by_key = [
         (int(query), int(key))
         for key, (start, end) in zip(plan.part_tile, parts, strict=True)
         for query in plan.query_tile[start:end]
     ]
-    assert set(by_key) == met(row, plan, tiles.VISITING_TILE, tiles.OWNED_KEYS)
+    assert set(by_key) == met(row, plan, tiles.VISITING_TILE, tiles.OWNED_KEYS, window)
     assert len(by_key) == len(set(by_key))
 
 
-def met(row: PackedRow, plan: TilePlan, size: int, key_size: int) -> set[tuple[int, int]]:
+def met(row: PackedRow, plan: TilePlan, size: int, key_size: int, window: int | None) -> set[tuple[int, int]]:
     """Which tiles of ``size`` queries see something in which tiles of ``key_size`` keys."""
     return {
-        (n // size, k // key_size) for n, place in enumerate(plan.place.tolist()) for k in visible(row, place)
+        (n // size, k // key_size)
+        for n, place in enumerate(plan.place.tolist())
+        for k in visible(row, place, window)
     }
 
 

@@ -85,6 +85,10 @@ def test_user_defined_tokens_are_text(tmp_path: Path) -> None:
         ("default", "it's  12345", ["it", "'s", " ", " 12345"]),
         ("llama-bpe", "x12 34567", ["x", "12", " ", "345", "67"]),
         ("llama3", "IT'S\n\n 1", ["IT", "'S", "\n\n", " ", "1"]),
+        ("smaug-bpe", "x12 34567", ["x", "12", " ", "345", "67"]),
+        ("qwen2", "x12 IT'S\n\n", ["x", "1", "2", " IT", "'S", "\n\n"]),
+        ("deepseek-r1-qwen", "a+12", ["a", "+", "1", "2"]),
+        ("tekken", "camelCase HTTPServer 12", ["camel", "Case", " HTTPServer", " ", "1", "2"]),
     ],
 )
 def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
@@ -107,7 +111,7 @@ def test_sentencepiece_settings(tmp_path: Path) -> None:
     [
         ({"model": "bert"}, "'tokenizer.ggml.model' is 'bert'; expected 'gpt2' or 'llama'"),
         ({"model": None}, "key 'tokenizer.ggml.model' is missing"),
-        ({"pre": "qwen2"}, "'tokenizer.ggml.pre' is 'qwen2', which is unknown"),
+        ({"pre": "qwen35"}, "'tokenizer.ggml.pre' is 'qwen35', which is unknown; did you mean 'qwen2'"),
         ({"pre": "smolm"}, "did you mean 'smollm'"),
         ({"pre": None}, "key 'tokenizer.ggml.pre' is missing"),
         ({"merges": None}, "key 'tokenizer.ggml.merges' is missing"),

@@ -6,19 +6,24 @@ segment that its record continues), and
     query q sees key k  if  k <= q  and  (segment[q] == segment[k]  or  segment[k] == preamble[q])
 
 so that many records share a row without padding, and the template text that they all start with is
-computed once per row. The positions of a record continue those of its preamble.
+computed once per row. The positions of a record continue those of its preamble. In a layer with a window of
+W, a query sees only keys with  position[k] > position[q] - W.  An adapter's prefix has no positions, so no
+window hides it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from lit_adapter.model.llama import Attention
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -71,11 +76,15 @@ class BaseView:
         self.rotation, self.recompute = rotation, recompute
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
         """Return attention ``[B, H, T, D]`` of rotated ``q`` over ``k, v [B, G, T, D]``."""
 
-    def rotation_at(self, query_positions: Tensor) -> KeyValue:
-        """Return cosines and sines of ``query_positions [M]``."""
+    def rotation_at(self, query_positions: Tensor | None) -> KeyValue:
+        """Return cosines and sines of ``query_positions [M]``, or of all."""
+        if query_positions is None:
+            return self.rotation
         cos, sin = self.rotation
         return cos[:, query_positions], sin[:, query_positions]
 
@@ -98,17 +107,29 @@ class BaseView:
 class CausalView(BaseView):
     """A plain batch ``[B, T]`` of equally long texts."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
         """Attend causally; the last layer may ask for some positions only."""
-        return attend_causally(q, k, v, query_positions)
+        return attend_causally(q, k, v, query_positions, attention.window)
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+def attend_causally(
+    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, window: int | None
+) -> Tensor:
     """Return causal attention of all positions, or of ``query_positions [M]``, which ``q`` holds."""
-    if query_positions is None:
+    T = k.shape[-2]
+    window = window if window is not None and window < T else None
+    if query_positions is None and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    seen = query_positions[:, None] >= torch.arange(k.shape[-2], device=k.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    place = torch.arange(T, device=k.device)
+    query = (place if query_positions is None else query_positions)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees(query, place, window), enable_gqa=True)
+
+
+def sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Return whether queries see keys of the same text, by their positions, which broadcast."""
+    return key <= query if window is None else (key <= query) & (key > query - window)
 
 
 @dataclass
@@ -121,22 +142,40 @@ class SegmentGroup:
     real: Tensor  # [n] which entries of the flattened `query` are not padding
 
 
+_Plan = tuple[list[SegmentGroup], list[SegmentGroup]]
+
+
 class SegmentView(BaseView):
     """A packed row, attended segment by segment: exact, and without work for pairs that are not visible.
 
     Segments of similar length are gathered into one rectangle per call, so that a row of many short
-    records takes a few calls. Made for CPUs. The plan is made once per row and used by every layer.
+    records takes a few calls. Made for CPUs. The plan is made once per row and used by every layer; layers
+    with a window have another.
     """
 
     def __init__(self, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         super().__init__(rotation, recompute=recompute)
-        device = rotation[0].device
-        self.all_queries = _groups(row, list(range(len(row.ids))), device)
-        self.target_queries = _groups(row, row.target_index.tolist(), device)
+        self.row, self.device = row, rotation[0].device
+        self._plans: dict[int | None, _Plan] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+    def plan(self, window: int | None) -> _Plan:
+        """Return the attention calls of all queries, and those of the targets, in layers with a window."""
+        if window not in self._plans:
+            wanted = (list(range(len(self.row.ids))), self.row.target_index.tolist())
+            every, targets = (_groups(self.row, queries, self.device, window) for queries in wanted)
+            self._plans[window] = every, targets
+        return self._plans[window]
+
+    @property
+    def planned(self) -> list[SegmentGroup]:
+        """The attention calls that were planned so far."""
+        return [group for plan in self._plans.values() for groups in plan for group in groups]
+
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
         """Attend within segments; ``query_positions`` can only be the row's own targets."""
-        groups = self.all_queries if query_positions is None else self.target_queries
+        groups = self.plan(attention.window)[query_positions is not None]
         if not groups:  # no targets: an empty result that keeps k and v in the graph, as DDP needs
             return q + 0 * (k.sum() + v.sum())
         q = q * q.shape[-1] ** -0.5
@@ -210,7 +249,9 @@ def _segments(row: PackedRow) -> list[_Segment]:
 _SPREAD_ALLOWED = 1.5  # a rectangle's longest segment, as a multiple of its shortest
 
 
-def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[SegmentGroup]:
+def _groups(
+    row: PackedRow, wanted: list[int], device: torch.device, window: int | None
+) -> list[SegmentGroup]:
     """Plan the attention calls for ascending query positions."""
     segments = _segments(row)
     owner = iter(segments)
@@ -225,16 +266,21 @@ def _groups(row: PackedRow, wanted: list[int], device: torch.device) -> list[Seg
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return [_rectangle(group, device) for group in groups]
+    return [_rectangle(group, device, row.position, window) for group in groups]
 
 
-def _rectangle(group: list[_Segment], device: torch.device) -> SegmentGroup:
+def _rectangle(
+    group: list[_Segment], device: torch.device, place: Tensor, window: int | None
+) -> SegmentGroup:
+    """Plan one call; ``place [T]`` is where each token of the row stands in its text."""
     position, valid = _padded([[place for place, _ in s.queries] for s in group])
     query, _ = _padded([[number for _, number in s.queries] for s in group])
     key, real_key = _padded(
         [[*range(s.preamble_start, s.preamble_end), *range(s.start, s.end)] for s in group]
     )
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
+    if window is not None:
+        seen &= place[key][:, None, :] > place[position][:, :, None] - window
     seen |= ~valid[:, :, None]  # padding sees everything, so that no softmax is over nothing
     sight = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
     plan = (query, key, sight[:, None, None], valid.flatten().nonzero().flatten())

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_adapter.model.attention import BaseView, attend_causally
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.attention import BaseView, attend_causally, sees
+from lit_adapter.model.llama import Attention, Llama
 from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
 
 
@@ -172,12 +172,14 @@ class PrefillView(_CacheView):
         super().__init__(decode, position, prefixes)
         self.slots = slots
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
         """Keep keys and values, and attend causally within each prompt."""
-        T = k.shape[2]
+        T, layer = k.shape[2], attention.index
         self.cache.k[layer, self.slots, :, :T] = k
         self.cache.v[layer, self.slots, :, :T] = v
-        return attend_causally(q, k, v, query_positions)
+        return attend_causally(q, k, v, query_positions, attention.window)
 
 
 class RestView(_CacheView):
@@ -208,17 +210,28 @@ class DecodeView(_CacheView):
     ) -> None:
         super().__init__(decode, position, prefixes)
         self.slot = torch.arange(len(position), device=position.device)
-        self.position, self.used = position[:, 0], used
-        seen = torch.arange(used, device=position.device) <= position  # [B, used]
-        self.seen = None if exact and len(position) == 1 else seen[:, None, None, :]
+        self.position, self.used, self.exact = position[:, 0], used, exact
+        self._seen: dict[int | None, Tensor | None] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Keep the new key and value, and attend to all so far."""
+    def seen(self, window: int | None) -> Tensor | None:
+        """Return which keys the slots see with a window ``[B, 1, 1, used]``; None if they see all."""
+        if window not in self._seen:
+            sees_all = self.exact and len(self.position) == 1 and (window is None or window >= self.used)
+            place = torch.arange(self.used, device=self.position.device)
+            seen = sees(self.position[:, None], place, window)[:, None, None, :]
+            self._seen[window] = None if sees_all else seen
+        return self._seen[window]
+
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
+        """Keep the new key and value, and attend to all so far, or to those in the window."""
+        layer, seen = attention.index, self.seen(attention.window)
         keys, values = self.cache.k[layer, : len(q)], self.cache.v[layer, : len(q)]
         keys[self.slot, :, self.position] = k[:, :, 0]
         values[self.slot, :, self.position] = v[:, :, 0]
         return F.scaled_dot_product_attention(
-            q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=self.seen, enable_gqa=True
+            q, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=seen, enable_gqa=True
         )
 
 

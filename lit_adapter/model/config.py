@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lit_adapter.errors import UserError, counted
+from lit_adapter.model import families
+from lit_adapter.model.config_keys import divided_head_dim, given, reading_sizes, required
+from lit_adapter.model.families import FamilyName
 from lit_adapter.model.gates import GateName
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.rope_config import RopeConfig
 
 MOST = {"n_layer": 2**12, "n_head": 2**14, "n_kv_head": 2**14, "head_dim": 2**14}
 MOST_WIDE = 2**24
 """Bounds far above any LLaMA. A file with larger sizes is damaged; nothing is allocated for it."""
-RopeKind = Literal["default", "linear", "llama3"]
 MOST_PROMPTS = 65536
 """Prompt tokens per layer. A larger number is a typing error whose allocation would fail."""
 
@@ -39,35 +40,8 @@ def check_fp32(name: str, value: float, *, zero: bool = False) -> None:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: the base frequency, and how it is scaled for long contexts.
-
-    ``linear`` divides every frequency by ``factor``; ``llama3`` (Llama 3.1) divides the low ones, keeps the
-    high ones and blends between them.
-    """
-
-    theta: float = 10_000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int = 8192
-
-    def __post_init__(self) -> None:
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context_length"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UserError(f"model config: rope {name} is {value}; expected a number above 0")
-        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                f"model config: rope low_freq_factor is {self.low_freq_factor}; "
-                f"expected less than high_freq_factor {self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that shapes a LLaMA.
+    """Everything that shapes a model: a LLaMA, or one of the families that differ from it by a setting here.
 
     Raises:
         UserError: sizes that cannot go together, each named with its value.
@@ -83,10 +57,22 @@ class LlamaConfig:
     """Width of the MLP (`intermediate_size`)."""
     norm_eps: float = 1e-5
     context_length: int = 2048
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     attention_bias: bool = False
+    """Biases on all four layers of attention."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values alone."""
     mlp_bias: bool = False
+    head_norms: bool = False
+    """A norm of each head's queries and one of its keys, before they are rotated."""
+    window: int | None = None
+    """The last positions that a query sees in `windowed_layers`, its own among them."""
+    windowed_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers without rotary positions."""
+    family: FamilyName = "llama"
+    """Under whose name the configuration is written; nothing is computed from it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden")
@@ -109,15 +95,49 @@ class LlamaConfig:
             )
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model config: norm_eps is {self.norm_eps}; expected a number between 0 and 1")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Refuse a window that hides everything or nothing, and settings of layers that are not there."""
+        window = self.window
+        if window is not None and not (isinstance(window, int) and 1 <= window <= self.context_length):
+            raise UserError(
+                f"model config: the window is {window!r}; "
+                f"expected a whole number from 1 to the context length {self.context_length}"
+            )
+        if self.windowed_layers and window is None:
+            raise UserError("model config: layers have a window, but its size is missing")
+        beyond = [layer for layer in (*self.windowed_layers, *self.unrotated_layers) if layer >= self.n_layer]
+        if beyond:
+            raise UserError(
+                f"model config: there is a setting for layer {beyond[0]}, but there are {self.n_layer} layers"
+            )
 
     def shard(self, n_shards: int) -> LlamaConfig:
         """Return the sizes of one shard where ``n_shards`` processes share the heads and the MLP's width."""
         shared = {name: getattr(self, name) // n_shards for name in ("n_head", "n_kv_head", "n_hidden")}
         return replace(self, **shared)
 
+    def window_of(self, layer: int) -> int | None:
+        """Return the window of a layer; None where a query sees all positions before it."""
+        return self.window if layer in self.windowed_layers else None
+
+    def kind_of(self, layer: int) -> tuple[bool, bool]:
+        """Return whether a layer has a window, and rotary positions; layers of one kind are alike."""
+        return layer in self.windowed_layers, layer not in self.unrotated_layers
+
+    def of_layers(self, layers: Sequence[int]) -> LlamaConfig:
+        """Return the configuration of a model that has some of this one's layers, in the order given."""
+        windowed, unrotated = (
+            tuple(new for new, layer in enumerate(layers) if layer in found)
+            for found in (self.windowed_layers, self.unrotated_layers)
+        )
+        return replace(self, n_layer=len(layers), windowed_layers=windowed, unrotated_layers=unrotated)
+
     def computed(self) -> dict[str, Any]:
         """Return everything besides the weights that a model's output depends on, by name."""
         values = asdict(self)
+        del values["family"]
         rope = {f"rope.{name}": value for name, value in values.pop("rope").items()}
         return {name: value for name, value in values.items() if name != "context_length"} | rope
 
@@ -133,29 +153,7 @@ class LlamaConfig:
             UserError: another architecture, a missing key, an unknown kind of RoPE, or an impossible value.
         """
         with reading_sizes(source):
-            return cls._from_hf(raw, source)
-
-    @classmethod
-    def _from_hf(cls, raw: dict[str, Any], source: str) -> LlamaConfig:
-        _refuse_other_architectures(raw, source)
-        n_embd = _required(raw, "hidden_size", source)
-        n_head = _required(raw, "num_attention_heads", source)
-        head_dim = raw.get("head_dim")
-        return cls(
-            vocab_size=_required(raw, "vocab_size", source),
-            n_layer=_required(raw, "num_hidden_layers", source),
-            n_head=n_head,
-            n_kv_head=_given(raw, "num_key_value_heads", n_head),
-            n_embd=n_embd,
-            head_dim=_head_dim(n_embd, n_head, "hidden_size") if head_dim is None else head_dim,
-            n_hidden=_required(raw, "intermediate_size", source),
-            norm_eps=float(_given(raw, "rms_norm_eps", 1e-6)),
-            context_length=int(_given(raw, "max_position_embeddings", 2048)),
-            rope=_rope_from_hf(raw, source),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-        )
+            return cls(**families.read(raw, source))
 
     @classmethod
     def from_meta(
@@ -171,127 +169,31 @@ class LlamaConfig:
 
     @classmethod
     def _from_meta(cls, params: dict[str, Any], vocab_size: int, n_hidden: int, source: str) -> LlamaConfig:
-        n_embd, n_head = _required(params, "dim", source), _required(params, "n_heads", source)
-        rope = RopeConfig(theta=float(_given(params, "rope_theta", 10_000.0)))
+        n_embd, n_head = required(params, "dim", source), required(params, "n_heads", source)
+        rope = RopeConfig(theta=float(given(params, "rope_theta", 10_000.0)))
         if params.get("use_scaled_rope"):
             # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
-            rope = RopeConfig(rope.theta, "llama3", float(_given(params, "rope_scaling_factor", 8.0)))
+            rope = RopeConfig(rope.theta, "llama3", float(given(params, "rope_scaling_factor", 8.0)))
         llama3 = vocab_size > 100_000
         context = (
             131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
         )
         return cls(
             vocab_size=vocab_size,
-            n_layer=_required(params, "n_layers", source),
+            n_layer=required(params, "n_layers", source),
             n_head=n_head,
-            n_kv_head=_given(params, "n_kv_heads", n_head),
+            n_kv_head=given(params, "n_kv_heads", n_head),
             n_embd=n_embd,
-            head_dim=_head_dim(n_embd, n_head, "dim"),
+            head_dim=divided_head_dim(n_embd, n_head, "dim"),
             n_hidden=n_hidden,
-            norm_eps=float(_given(params, "norm_eps", 1e-5)),
-            context_length=int(_given(params, "max_seq_len", context)),
+            norm_eps=float(given(params, "norm_eps", 1e-5)),
+            context_length=int(given(params, "max_seq_len", context)),
             rope=rope,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` that transformers and `from_hf` read."""
-        rope: dict[str, Any] = {"rope_type": self.rope.kind, "rope_theta": self.rope.theta}
-        if self.rope.kind != "default":
-            rope["factor"] = self.rope.factor
-        if self.rope.kind == "llama3":
-            rope["low_freq_factor"] = self.rope.low_freq_factor
-            rope["high_freq_factor"] = self.rope.high_freq_factor
-            rope["original_max_position_embeddings"] = self.rope.original_context_length
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "num_hidden_layers": self.n_layer,
-            "num_attention_heads": self.n_head,
-            "num_key_value_heads": self.n_kv_head,
-            "hidden_size": self.n_embd,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.n_hidden,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "max_position_embeddings": self.context_length,
-            "rope_parameters": rope,
-            "tie_word_embeddings": self.tie_embeddings,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-        }
-
-
-@contextmanager
-def reading_sizes(source: str) -> Iterator[None]:
-    """Name the file in errors about the sizes that are read inside the block.
-
-    Raises:
-        UserError: a value of a wrong type, or one that no LLaMA has.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise (error if source in str(error) else UserError(f"{source}: {error}")) from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{source}: a value has the wrong type ({error})") from None
-
-
-def _head_dim(n_embd: int, n_head: int, key: str) -> int:
-    """Return the size of a head, where ``n_head`` heads divide a width; ``key`` names it in messages."""
-    if n_head < 1:
-        raise UserError(f"there are {n_head} attention heads; expected 1 or more")
-    if n_embd % n_head:
-        raise UserError(
-            f"{key} {n_embd} is not a multiple of the {n_head} attention heads, "
-            "and the file does not give head_dim"
-        )
-    return n_embd // n_head
-
-
-def _required(raw: dict[str, Any], key: str, source: str) -> Any:
-    if raw.get(key) is None:
-        raise UserError(f"{source}: key '{key}' is missing")
-    return raw[key]
-
-
-def _given(raw: dict[str, Any], key: str, default: Any) -> Any:
-    """Return a value, or the default where the key is absent or null."""
-    return default if raw.get(key) is None else raw[key]
-
-
-def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise UserError(f"{source}: model_type is {kind!r}; only 'llama' models can be adapted")
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"{source}: hidden_act is {activation!r}; a LLaMA uses 'silu'")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{source}: the weights are quantised ({method}); convert the original checkpoint")
-
-
-def _rope_from_hf(raw: dict[str, Any], source: str) -> RopeConfig:
-    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{source}: rope type {kind!r} is not known; expected default, linear or llama3")
-    theta = _given(rope, "rope_theta", _given(raw, "rope_theta", 10_000.0))
-    if kind == "default":
-        return RopeConfig(float(theta))
-    factor = float(_required(rope, "factor", f"{source}: rope"))
-    if kind == "linear":
-        return RopeConfig(float(theta), "linear", factor)
-    return RopeConfig(
-        theta=float(theta),
-        kind="llama3",
-        factor=factor,
-        low_freq_factor=float(_required(rope, "low_freq_factor", f"{source}: rope")),
-        high_freq_factor=float(_required(rope, "high_freq_factor", f"{source}: rope")),
-        original_context_length=int(_required(rope, "original_max_position_embeddings", f"{source}: rope")),
-    )
+        return families.write(self)
 
 
 def differences(a: LlamaConfig, b: LlamaConfig) -> list[str]:

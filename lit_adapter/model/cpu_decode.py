@@ -20,12 +20,12 @@ from torch import Tensor
 from lit_adapter.device import free_bytes
 from lit_adapter.model import survey
 from lit_adapter.model.affine import AdaptedNorm
-from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.attention import KeyValue, sees
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import join, joined
+from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
-from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.llama import Attention, Block, Llama, normalised
 from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
@@ -42,7 +42,7 @@ class _Matrix:
     """
 
     def __init__(self, linears: Sequence[Any], update: JoinedLora | None = None) -> None:
-        self.update = update
+        self.update, self.bias = update, joined_biases(*linears)
         join(*linears)
         whole = joined(*linears)
         self.n_outputs, n_inputs = whole.shape
@@ -52,11 +52,12 @@ class _Matrix:
         self.parts = whole.view(n_parts, -1, n_inputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x W^T [B, outputs]`` of ``x [B, inputs]``, with LoRA's updates."""
+        """Return ``x W^T + b [B, outputs]`` of ``x [B, inputs]``, with LoRA's updates."""
         if len(self.parts) == 1:
-            y = F.linear(x, self.parts[0])
+            y = F.linear(x, self.parts[0], self.bias)
         else:
             y = torch.bmm(self.parts, x.T.expand(len(self.parts), -1, -1)).flatten(0, 1)[: self.n_outputs].T
+            y = y if self.bias is None else y + self.bias
         return y if self.update is None else torch.addmm(y, self.update.reduce(x), self.update.b.T)
 
 
@@ -68,10 +69,13 @@ def _n_parts(n_outputs: int) -> int:
 
 
 class _Layer:
-    """A layer's matrices, and the weights of its norms as `_norm` takes them."""
+    """A layer's matrices, the weights of its norms as `_norm` takes them, and its window and positions."""
 
     def __init__(self, block: Block, layout: BlockLayout, updates: dict[str, JoinedLora]) -> None:
-        self.before, self.between = (_doubled(block.get_submodule(norm.name)) for norm in layout.norms)
+        attention = block.self_attn
+        self.window, self.is_rotated = attention.window, attention.is_rotated
+        self.before, self.between = _doubled(block.input_layernorm), _doubled(block.post_attention_layernorm)
+        self.of_heads = _of_heads(attention, layout)
         matrices = {
             group: _Matrix([block.get_submodule(name) for name in names], updates.get(group))
             for group, names in layout.groups.items()
@@ -97,12 +101,11 @@ class DecodeWeights:
 
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why `CpuDecode` cannot compute ``model``; None where it can."""
-    config, free = model.config, free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     reasons = (
         (model.is_sharded or model.n_shards > 1, "the model is sharded"),
         (any(parameter.requires_grad for parameter in model.parameters()), "the model is being trained"),
-        (config.attention_bias or config.mlp_bias, "the base has biases"),
         (
             model.decode_weights is None and free is not None and n_bytes > free,
             "joining the matrices takes more memory than is free",
@@ -113,6 +116,14 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
 
 def _doubled(norm: Any) -> Tensor:
     return torch.cat((norm.used_weight, torch.zeros_like(norm.used_weight)))
+
+
+def _of_heads(attention: Attention, layout: BlockLayout) -> Tensor | None:
+    """Return the weights of the norms of queries and keys, ``[H + G, D]``; None in a model without them."""
+    norms = (attention.q_norm, attention.k_norm)
+    counts = (layout[f"self_attn.{name}_proj"].rotated_heads for name in "qk")
+    rows = [norm.used_weight.expand(n, -1) for norm, n in zip(norms, counts, strict=True) if norm is not None]
+    return torch.cat(rows) if rows else None
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -131,8 +142,18 @@ class _Step:
     """The positions of the new tokens ``[B]``."""
     used: int
     """Tokens of the longest text with its new one (S)."""
+    sights: dict[int | None, _Sight]
+    """By the window of the layer; None for layers without one."""
+
+
+@dataclass
+class _Sight:
+    """Which tokens the slots of a step see."""
+
+    start: int
+    """The first that any sees."""
     hidden: Tensor | None
-    """Minus infinity where a slot does not see a token, else 0 ``[B G, 1, S]``; None if all see all."""
+    """Minus infinity where a slot does not see one, else 0 ``[B G, 1, S - start]``; None if all see all."""
 
 
 @dataclass
@@ -176,7 +197,7 @@ class CpuDecode(ModuleDecode):
         eps = model.config.norm_eps
         for index, layer in enumerate(weights.layers):
             qkv = layer.qkv(_norm(x, layer.before, eps))
-            x = x + layer.o(self._attend(index, qkv, step))
+            x = x + layer.o(self._attend(index, layer, qkv, step))
             gate, up = layer.gate_up(_norm(x, layer.between, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
         return weights.head(_norm(x, weights.norm, eps))
@@ -185,16 +206,22 @@ class CpuDecode(ModuleDecode):
         place, used = torch.tensor(position), max(position) + 1
         cos, sin = self.model.rotation(place)  # [B, D/2]
         rotation = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
-        hidden = None
-        if min(position) < used - 1:
-            unseen = torch.arange(used) > place[:, None]
-            hidden = torch.zeros(unseen.shape, dtype=self.cache.k.dtype).masked_fill_(unseen, -torch.inf)
-            hidden = hidden.repeat_interleave(self.G, dim=0)[:, None]
+        windows = {layer.self_attn.window for layer in self.model.layers}
+        sights = {window: self._sight(position, window) for window in windows}
         rows = self.prefixes.rows[: len(position)]
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
-        return _Step(rotation, place, used, hidden)
+        return _Step(rotation, place, used, sights)
+
+    def _sight(self, position: Sequence[int], window: int | None) -> _Sight:
+        shortest, used = min(position), max(position) + 1
+        start = 0 if window is None else max(0, shortest + 1 - window)
+        if shortest == used - 1:
+            return _Sight(start, None)
+        seen = sees(torch.tensor(position)[:, None], torch.arange(start, used), window)
+        hidden = torch.zeros(seen.shape, dtype=self.cache.k.dtype).masked_fill_(~seen, -torch.inf)
+        return _Sight(start, hidden.repeat_interleave(self.G, dim=0)[:, None])
 
     def _bake(self, state: PrefixState | None) -> _Baked | None:
         if state is None:
@@ -208,21 +235,33 @@ class CpuDecode(ModuleDecode):
         unrotated = state.unrotated if isinstance(state.unrotated, bool) else state.unrotated[:, 0]
         return _Baked(k, v, hidden, unrotated)
 
-    def _attend(self, index: int, qkv: Tensor, step: _Step) -> Tensor:
-        """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
-        B, H, G, D = len(qkv), self.H, self.G, self.D
-        heads = qkv.view(B, H + 2 * G, D)
-        turned, (cos, sin) = widen(heads[:, : H + G]), step.rotation
-        turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin).to(qkv.dtype)
-        q, keys, values = turned[:, :H], self.cache.k[index, :B], self.cache.v[index, :B]
+    def _turned(self, heads: Tensor, step: _Step) -> Tensor:
+        """Return queries and keys ``[B, H + G, D]`` rotated to their positions."""
+        turned, (cos, sin) = widen(heads), step.rotation
+        return torch.addcmul(turned * cos, turned.roll(self.D // 2, -1), sin).to(heads.dtype)
+
+    def _keep(self, index: int, k: Tensor, v: Tensor, step: _Step, start: int) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values ``[B, G, D]``; return those from ``start`` on, ``[B G, S - start, D]``."""
+        B = len(k)
+        keys, values = self.cache.k[index, :B], self.cache.v[index, :B]
         if B == 1:
-            keys[0, :, step.used - 1], values[0, :, step.used - 1] = turned[0, H:], heads[0, H + G :]
+            keys[0, :, step.used - 1], values[0, :, step.used - 1] = k[0], v[0]
         else:
             at = (torch.arange(B), slice(None), step.place)
-            keys[at], values[at] = turned[:, H:], heads[:, H + G :]
-        keys, values = (x[:, :, : step.used].reshape(B * G, step.used, D) for x in (keys, values))
+            keys[at], values[at] = k, v
+        keys, values = (x[:, :, start : step.used].reshape(B * self.G, -1, self.D) for x in (keys, values))
+        return keys, values
+
+    def _attend(self, index: int, layer: _Layer, qkv: Tensor, step: _Step) -> Tensor:
+        """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
+        B, H, G, D = len(qkv), self.H, self.G, self.D
+        heads, new_values = qkv.view(B, H + 2 * G, D).split([H + G, G], dim=1)
+        if layer.of_heads is not None:
+            heads = (normalised(heads, self.model.config.norm_eps) * layer.of_heads).to(qkv.dtype)
+        turned, sight = self._turned(heads, step) if layer.is_rotated else heads, step.sights[layer.window]
+        q, hidden = turned[:, :H], sight.hidden
+        keys, values = self._keep(index, turned[:, H:], new_values, step, sight.start)
         grouped = q.reshape(B * G, H // G, D)
-        hidden = step.hidden
         start = grouped.new_zeros(1) if hidden is None else hidden
         score = torch.baddbmm(start, grouped, keys.mT, beta=0 if hidden is None else 1, alpha=self.scale)
         y = torch.bmm(widen(score).softmax(-1).to(q.dtype), values).view(B, H, D)

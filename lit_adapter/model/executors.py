@@ -114,8 +114,9 @@ def choose_for_training(
         setting: device and precision of the run.
         tensor_parallel: processes that share the attention heads.
     """
-    # All blocks of a base are alike, and so are all that are adapted: one of them decides.
-    model = empty_llama(replace(config, n_layer=1))
-    attach(model, replace(adapter, layers=1 if adapter.prompt_length else None))
+    # One block of each kind decides, adapted where any is.
+    alike = {config.kind_of(layer): layer for layer in range(config.n_layer)}
+    model = empty_llama(config.of_layers(sorted(alike.values())))
+    attach(model, replace(adapter, layers=len(alike) if adapter.prompt_length else None))
     model.n_shards = tensor_parallel
     return choose(model, "training", setting)

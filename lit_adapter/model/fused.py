@@ -21,7 +21,8 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import join, joined
+from lit_adapter.model.fused_heads import HeadNorms, unturned
+from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, RMSNorm
@@ -92,7 +93,8 @@ def block_weights(block: Block, layout: BlockLayout) -> BlockWeights:
 def float8_weights(block: Block, layout: BlockLayout) -> BlockWeights:
     """Return a block's matrices in fp8."""
     groups = _groups(block, layout)
-    return BlockWeights(**{group: Float8Matrix.of(joined(*linears)) for group, linears in groups.items()})
+    found = {group: (joined(*linears), joined_biases(*linears)) for group, linears in groups.items()}
+    return BlockWeights(**{group: Float8Matrix.of(*given) for group, given in found.items()})
 
 
 def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:
@@ -129,10 +131,12 @@ class FusedView:
 
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         self.rotation, self.recompute = rotation, recompute
+        self.unturned = unturned(rotation) if model.config.unrotated_layers else rotation
         self.layout = block_layout(model.config)
         device = rotation[0].device
-        self.all_queries = plan_tiles(row, None, device)
-        self.target_queries = plan_tiles(row, row.target_index, device)
+        windows = {block.self_attn.window for block in model.layers}
+        self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
+        self.target_queries = {w: plan_tiles(row, row.target_index, device, w) for w in windows}
         self.strength = _strengths(model)
         self.updates = join_updates(model, model.embed_tokens.weight.dtype)
 
@@ -142,7 +146,8 @@ class FusedView:
         learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
         norms = (site.before.used_weight, site.between.used_weight)
         updates = [parameter for update in site.updates.values() for parameter in update.parameters]
-        return _FusedBlock.apply(x.squeeze(0), site, *learned, *norms, *updates).unsqueeze(0)
+        of_heads = site.head_norms.weights if site.head_norms else []
+        return _FusedBlock.apply(x.squeeze(0), site, *learned, *norms, *of_heads, *updates).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -175,14 +180,35 @@ class _Site:
         self.prompt = None if self.adapter is None else self.adapter.prompt
         self.strength = view.strength.get(attn.index)
         self.updates: dict[str, JoinedLora] = view.updates[attn.index]
+        self.head_norms = HeadNorms.of(attn)
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
         self.D: int = attn.head_dim
         self.q_width = view.layout["self_attn.q_proj"].n_out
         self.k_width = view.layout["self_attn.k_proj"].n_out
-        self.plan: TilePlan = view.all_queries if query_positions is None else view.target_queries
-        cos, sin = view.rotation
+        plans = view.all_queries if query_positions is None else view.target_queries
+        self.plan: TilePlan = plans[attn.window]
+        cos, sin = view.rotation if attn.is_rotated else view.unturned
         self.rotation: KeyValue = (cos[0], sin[0])
+
+    @property
+    def query_rotation(self) -> KeyValue:
+        """Cosines and sines of the queries."""
+        cos, sin = self.rotation
+        return (
+            self.rotation
+            if self.query_positions is None
+            else (
+                cos[self.query_positions],
+                sin[self.query_positions],
+            )
+        )
+
+    def turned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys as attention takes them, from what a block keeps of them."""
+        if self.head_norms is None:  # they were rotated in place
+            return q, kv
+        return self.head_norms.turned(q, kv, self.query_rotation, self.rotation)
 
     def reload(self) -> None:
         """Take weights that FSDP2 gathered anew for the backward pass."""
@@ -240,15 +266,18 @@ class _Attended:
     rstd: Tensor
     """Reciprocal root mean square of the norm before attention, fp32 ``[T]``."""
     q: Tensor
-    """Rotated ``[T, H D]``, or ``[M, H D]``."""
+    """Rotated ``[T, H D]``, or ``[M, H D]``; as the product gave it if the model has norms of heads."""
     kv: Tensor
-    """Rotated keys and values, joined, ``[T, 2 G D]``."""
+    """Keys and values of the row and of the prompt, joined, ``[T + K, 2 G D]``; keys as ``q``."""
     y: Tensor
     """The output, in the same layout as ``q``."""
     lse: Tensor
     """The log-sum-exp of the scores, fp32 ``[H, T]`` or ``[H, M]``."""
-    prompt: Tensor
-    """The prompt's keys and values, joined, ``[K, 2 G D]``; no rows without a prompt."""
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt's keys and values ``[K, 2 G D]``; no rows without a prompt."""
+        return self.kv[len(self.rstd) :]
 
 
 @dataclass
@@ -287,37 +316,41 @@ class _FusedBlock(torch.autograd.Function):
         attended = _Attended(*kept[:-3]) if kept else _attend(site, x)
         between = _Between(*kept[-3:]) if kept else _go_between(site, x, attended, twice=False)[0]
         learned: dict[str, list[Tensor]] = {}
+        of_heads: list[Tensor | None] = [None] * (2 if site.head_norms else 0)
         dmiddle, operand, dbetween = _mlp_backward(site, between, dy.contiguous(), learned)
         del between
         do = site.weights.o.backward(operand)
         site.learn("o", lambda: attended.y, dmiddle, do, learned)
         needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
         if needs_x or needs_norms or "qkv" in site.updates:
-            dx, *dtrained = _attention_backward(site, x, attended, do, dmiddle, learned)
+            dx, *dtrained, of_heads = _attention_backward(site, x, attended, do, dmiddle, learned)
         else:  # in the lowest block that learns
             dx, dtrained = None, [*_prefix_gradients(site, attended, do), None]
         dupdates = [gradient for group in site.updates for gradient in learned[group]]
-        return dx, None, *dtrained, dbetween, *dupdates
+        return dx, None, *dtrained, dbetween, *of_heads, *dupdates
 
 
 def _attend(site: _Site, x: Tensor) -> _Attended:
     """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
-    D, T, weights, (cos, sin) = site.D, x.shape[0], site.weights, site.rotation
+    D, T, weights = site.D, x.shape[0], site.weights
     norm = site.before
     normed, rstd = rows.norm(x, norm.used_weight, norm.eps, site.prompt, quantised=weights.quantised)
     if site.query_positions is None:
         qkv = weights.qkv(normed)
         site.add_updates("qkv", normed, qkv)
-        rows.rotate_(qkv[:T], cos, sin, (site.q_width + site.k_width) // D)
         q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
+        if site.head_norms is None:
+            rows.rotate_(qkv[:T], *site.rotation, (site.q_width + site.k_width) // D)
     else:
         q, kv = site.q(normed[site.query_positions]), site.kv(normed)
         _update_targets(site, normed, q, kv)
-        rows.rotate_(q, cos[site.query_positions], sin[site.query_positions], site.q_width // D)
-        rows.rotate_(kv[:T], cos, sin, site.k_width // D)
-    k, v = kv[:T].chunk(2, dim=1)
-    y, lse = attention.attend(q, k, v, site.rotation, site.plan, D, site.prefix(kv[T:]))
-    return _Attended(rstd, q, kv[:T], y, lse, kv[T:])
+        if site.head_norms is None:
+            rows.rotate_(q, *site.query_rotation, site.q_width // D)
+            rows.rotate_(kv[:T], *site.rotation, site.k_width // D)
+    turned_q, turned = site.turned(q, kv)
+    k, v = turned[:T].chunk(2, dim=1)
+    y, lse = attention.attend(turned_q, k, v, site.rotation, site.plan, D, site.prefix(turned[T:]))
+    return _Attended(rstd, q, kv, y, lse)
 
 
 def _norm_before(site: _Site, x: Tensor) -> rows.Operand:
@@ -410,13 +443,15 @@ def _scores_backward(
     Returns:
         The gradient of the gate, or None where there is no prefix.
     """
-    k, v = attended.kv.chunk(2, dim=1)
-    given = (do, attended.q, k, v, site.rotation, attended.y, attended.lse, site.plan, site.D)
+    q, kv = site.turned(attended.q, attended.kv)
+    T = len(attended.rstd)
+    k, v = kv[:T].chunk(2, dim=1)
+    given = (do, q, k, v, site.rotation, attended.y, attended.lse, site.plan, site.D)
     if site.adapter is None or site.strength is None:
         attention.attend_backward(*given, None, into, None)
         return None
     dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
-    attention.attend_backward(*given, site.prefix(attended.prompt), into, dprefix)
+    attention.attend_backward(*given, site.prefix(kv[T:]), into, dprefix)
     form, (H, _, D) = site.adapter.form, site.adapter.axes
     if form.per_token:
         return form.gradient(site.strength[..., None], dprefix.strength[..., None])
@@ -431,6 +466,9 @@ def _prefix_gradients(site: _Site, attended: _Attended, do: Tensor) -> tuple[Ten
     dgate = _scores_backward(site, attended, do, None, (dkv, None))
     if dgate is None:
         return None, None
+    if site.head_norms is not None:
+        width = site.k_width
+        site.head_norms.keys_backward_(dkv[:, :width], attended.prompt[:, :width])
     return site.kv.backward(site.weights.operand(dkv)).float(), dgate
 
 
@@ -441,10 +479,10 @@ def _attention_backward(
     do: Tensor,
     dmiddle: Tensor,
     learned: dict[str, list[Tensor]],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of the block's input, prompt, gate, and the weight of its trained norm.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Return the gradients of the block's input, prompt, gate, and the weights of its trained norms.
 
-    ``learned`` receives the gradients of LoRA's parameters.
+    Those of the norms of heads come last. ``learned`` receives the gradients of LoRA's parameters.
     """
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]
@@ -456,6 +494,7 @@ def _attention_backward(
     dk, dv = dkv[:T].chunk(2, dim=1)
     into = attention.Gradients(dq, dk, dv)
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
+    of_heads = [] if site.head_norms is None else site.head_norms.backward_(dq, dkv, attended.q, attended.kv)
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
         site.learn("qkv", lambda: _norm_before(site, x), dqkv, dnormed, learned)
@@ -465,7 +504,7 @@ def _attention_backward(
         _learn_targets(site, x, (dq, dkv), dnormed, learned)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
     dx, _, dbefore = rows.norm_backward(dnormed[:T], x, site.before.used_weight, attended.rstd, beside)
-    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore
+    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore, of_heads
 
 
 def _learn_targets(

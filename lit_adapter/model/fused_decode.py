@@ -19,6 +19,7 @@ from lit_adapter.grouping import grouped
 from lit_adapter.model import fused
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.fused_heads import HeadNorms, unturned
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
@@ -50,10 +51,17 @@ class FusedDecode(ModuleDecode):
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
         self.slot = torch.arange(B, device=device)
-        self.rotation = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
+        turned = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
+        still = unturned(turned) if config.unrotated_layers else turned
+        self.rotations = [turned if block.self_attn.is_rotated else still for block in model.layers]
+        self.head_norms = [HeadNorms.of(block.self_attn) for block in model.layers]
+        self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and not any(self.updates)
         plain = plain and not any(weights.quantised for weights in self.weights)
+        biased = {linear.group for linear in block_layout(config).linears if linear.bias}
+        plain = plain and biased <= {"qkv"}  # what is added to the residual takes no bias there
+        plain = plain and not config.head_norms  # a program there has half a head at most
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
@@ -101,20 +109,36 @@ class FusedDecode(ModuleDecode):
         """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
         if self.few is not None:
             return self.few.step(token, position)
-        cos, sin = self.rotation
-        view = _StepView(self, (cos[position], sin[position]), self.slot, position)
+        view = _StepView(self, self.slot, position)
         return self.model.logits(self.model(token[None], view)[0])
+
+    def attend(self, layer: int, q: Tensor, cache: KeyValue, position: Tensor) -> Tensor:
+        """Return the attention of every slot's newest token ``[B, H * D]``, with its prefix branch.
+
+        ``q [B, H * D]`` is rotated; ``cache`` is the layer's; ``position [B]`` is that of the tokens.
+        """
+        prefix, source = self.prefixes.joined.layer(layer), self.prefixes.source
+        rotation, window = self.rotations[layer], self.windows[layer]
+        decode_attention.attend(q, cache, rotation, position, prefix, source, self.parts, self.y, window)
+        return self.y
 
 
 class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
-    ``rotation`` is ``[T, D/2]``; ``slot [T]`` and ``position [T]`` say where each token is kept.
+    ``slot [T]`` and ``position [T]`` say where each token is kept.
     """
 
-    def __init__(self, decode: FusedDecode, rotation: KeyValue, slot: Tensor, position: Tensor) -> None:
-        self.rotation = rotation
+    def __init__(self, decode: FusedDecode, slot: Tensor, position: Tensor) -> None:
         self.decode, self.slot, self.position = decode, slot, position
+        self._rotations: dict[int, KeyValue] = {}
+
+    def rotation(self, layer: int) -> KeyValue:
+        """Return the cosines and sines of the tokens in a layer, each ``[T, D/2]``."""
+        cos, sin = self.decode.rotations[layer]
+        if id(cos) not in self._rotations:  # layers share them
+            self._rotations[id(cos)] = cos[self.position], sin[self.position]
+        return self._rotations[id(cos)]
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
@@ -124,8 +148,11 @@ class _CacheRowView:
         normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=quantised)
         qkv = weights.qkv(normed)
         self._update("qkv", layer, qkv, normed)
+        norms, kept = decode.head_norms[layer], decode.q_width + decode.kv_width
+        if norms is not None:
+            norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
         cache = (decode.cache.k[layer], decode.cache.v[layer])
-        decode_attention.rotate_and_keep(qkv, self.rotation, self.slot, self.position, cache)
+        decode_attention.rotate_and_keep(qkv, self.rotation(layer), self.slot, self.position, cache)
         y = weights.operand(self.attend(layer, qkv, query_positions))
         x = x if query_positions is None else x[query_positions]
         added = weights.o(y)
@@ -165,17 +192,18 @@ class _PromptView(_CacheRowView):
         T = len(slot)
         parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
         self.ids, position, slot, self.last = parts
-        super().__init__(decode, decode.model.rotation(position), slot, position)
+        super().__init__(decode, slot, position)
         self.prefix = prefix
-        self.all_queries = plan_tiles(row, None, device)
-        self.last_queries = plan_tiles(row, row.target_index, device)
+        windows = dict.fromkeys(decode.windows)
+        self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
+        self.last_queries = {window: plan_tiles(row, row.target_index, device, window) for window in windows}
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
-        plan = self.all_queries if query_positions is None else self.last_queries
-        q = q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, self.rotation, plan, decode.D, self.prefix[layer])[0]
+        plans = self.all_queries if query_positions is None else self.last_queries
+        plan, q = plans[decode.windows[layer]], q if query_positions is None else q[query_positions]
+        return attention.attend(q, k, v, self.rotation(layer), plan, decode.D, self.prefix[layer])[0]
 
 
 class _RestView(_CacheRowView):
@@ -215,12 +243,7 @@ class _StepView(_CacheRowView):
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
         cache = (decode.cache.k[layer], decode.cache.v[layer])
-        q = qkv[:, : decode.q_width]
-        prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
-        decode_attention.attend(
-            q, cache, decode.rotation, self.position, prefix, source, decode.parts, decode.y
-        )
-        return decode.y
+        return decode.attend(layer, qkv[:, : decode.q_width], cache, self.position)
 
 
 class _FewTexts:
@@ -238,19 +261,17 @@ class _FewTexts:
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         """Take a step; see `FusedDecode.captured_step`."""
         decode, model, products, x = self.decode, self.decode.model, self.products, self.x
-        prefixes, groups = decode.prefixes, block_layout(model.config).groups
+        groups = block_layout(model.config).groups
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
             qkv, (o,), (gate, up), (down,) = (
                 [block.get_submodule(name).weight for name in names] for names in groups.values()
             )
+            biases = [block.get_submodule(name).bias for name in groups["qkv"]]
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
-            products.project(x, norm.used_weight, norm.eps, qkv, decode.rotation, position, self.q, cache)
-            prefix = prefixes.joined.layer(index)
-            decode_attention.attend(
-                self.q, cache, decode.rotation, position, prefix, prefixes.source, decode.parts, decode.y
-            )
-            products.add_linear(decode.y, o, x)
+            rotation = decode.rotations[index]
+            products.project(x, norm.used_weight, norm.eps, qkv, biases, rotation, position, self.q, cache)
+            products.add_linear(decode.attend(index, self.q, cache, position), o, x)
             norm = block.post_attention_layernorm
             products.gate_up(x, norm.used_weight, norm.eps, gate, up, self.hidden)
             products.add_linear(self.hidden, down, x)

@@ -29,6 +29,14 @@ def weights_of(*linears: Any) -> list[Tensor]:
     return [linear.weight.detach() for linear in linears]
 
 
+def joined_biases(*linears: Any) -> Tensor | None:
+    """Return the layers' biases as one ``[sum of outputs]``, zeros where a layer has none; or None."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    found = ((linear.bias, linear.weight) for linear in linears)
+    return torch.cat([w.new_zeros(len(w)) if bias is None else bias.detach() for bias, w in found])
+
+
 def as_one(weights: list[Tensor]) -> Tensor:
     """Return weights that are side by side in memory as one matrix, without a copy."""
     return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())

@@ -16,6 +16,9 @@ from typing import Literal
 from lit_adapter.model.config import LlamaConfig
 
 Shape = tuple[int, ...]
+NORM_BEFORE, NORM_BETWEEN = "input_layernorm", "post_attention_layernorm"
+QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
+"""Norms of heads, in families that have them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A root mean square norm."""
+    """A root mean square norm of the last ``width`` numbers."""
 
     name: str
     width: int
@@ -72,16 +75,19 @@ class BlockLayout:
 
 @cache
 def block_layout(config: LlamaConfig) -> BlockLayout:
-    """Return the declaration of a block; all blocks of a model are alike."""
+    """Return the declaration of a block; the tensors of all blocks of a model are alike."""
     C, M = config.n_embd, config.n_hidden
     n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     attention, mlp = config.attention_bias, config.mlp_bias
+    qkv = attention or config.qkv_bias
+    norms = (Norm(NORM_BEFORE, C), Norm(NORM_BETWEEN, C))
+    of_heads = (Norm(QUERY_NORM, config.head_dim), Norm(KEY_NORM, config.head_dim))
     return BlockLayout(
-        norms=(Norm("input_layernorm", C), Norm("post_attention_layernorm", C)),
+        norms=norms + (of_heads if config.head_norms else ()),
         linears=(
-            Linear("self_attn.q_proj", C, n_query, attention, "outputs", "qkv", config.n_head),
-            Linear("self_attn.k_proj", C, n_kv, attention, "outputs", "qkv", config.n_kv_head),
-            Linear("self_attn.v_proj", C, n_kv, attention, "outputs", "qkv"),
+            Linear("self_attn.q_proj", C, n_query, qkv, "outputs", "qkv", config.n_head),
+            Linear("self_attn.k_proj", C, n_kv, qkv, "outputs", "qkv", config.n_kv_head),
+            Linear("self_attn.v_proj", C, n_kv, qkv, "outputs", "qkv"),
             Linear("self_attn.o_proj", n_query, C, attention, "inputs", "o"),
             Linear("mlp.gate_proj", C, M, mlp, "outputs", "gate_up"),
             Linear("mlp.up_proj", C, M, mlp, "outputs", "gate_up"),

@@ -1,4 +1,4 @@
-"""LLaMA, written once: the frozen base of every adapter.
+"""LLaMA and the families that differ from it by settings, written once: the frozen base of every adapter.
 
 Parameters have the names of Hugging Face's ``LlamaForCausalLM`` without the leading ``model.``; `layout`
 declares their sizes. Attention has one optional child, `prefix`. A `View` (see `attention`) says which keys
@@ -47,6 +47,11 @@ class _Normalised(torch.autograd.Function):
         return torch.addcmul(dwide, wide, along, value=-1).mul_(rstd).to(x.dtype), None
 
 
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Return ``x`` over the root mean square of its last dimension, in x's dtype."""
+    return _Normalised.apply(x, eps)
+
+
 def linear(layout: BlockLayout, name: str) -> Any:
     """Return a linear layer as declared; an adapter or an executor may put another module in its place."""
     declared = layout[name]
@@ -63,7 +68,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of ``x``, in x's dtype before and after the weight."""
-        return (_Normalised.apply(x, self.eps) * self.used_weight).to(x.dtype)
+        return (normalised(x, self.eps) * self.used_weight).to(x.dtype)
 
     @property
     def used_weight(self) -> Tensor:
@@ -75,16 +80,23 @@ class Attention(nn.Module):
     """Grouped-query attention with one optional child, `prefix`."""
 
     prefix: GatedPrefix | None
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         layout = block_layout(config)
         self.index = index
         self.head_dim = config.head_dim
+        self.window = config.window_of(index)
+        self.is_rotated = index not in config.unrotated_layers
         self.q_proj = linear(layout, "self_attn.q_proj")
         self.k_proj = linear(layout, "self_attn.k_proj")
         self.v_proj = linear(layout, "self_attn.v_proj")
         self.o_proj = linear(layout, "self_attn.o_proj")
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps) if config.head_norms else None for _ in "qk"
+        )
         self.prefix = None
 
     def heads(self, x: Tensor) -> Tensor:
@@ -92,8 +104,17 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
     def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``."""
-        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``.
+
+        Those of a prompt too: its keys pass the norm of keys, where the model has one (see `prefix`).
+        """
+        k = self.heads(self.k_proj(x))
+        return k if self.k_norm is None else self.k_norm(k), self.heads(self.v_proj(x))
+
+    def project_q(self, x: Tensor) -> Tensor:
+        """Project ``x [..., T, C]`` to unrotated queries ``[..., H, T, D]``."""
+        q = self.heads(self.q_proj(x))
+        return q if self.q_norm is None else self.q_norm(q)
 
     def forward(self, x: Tensor, view: BaseView, query_positions: Tensor | None = None) -> Tensor:
         """Attend.
@@ -107,14 +128,11 @@ class Attention(nn.Module):
             ``[B, T, C]``, or ``[B, M, C]`` with ``query_positions``.
         """
         k, v = self.project_kv(x)
-        k = rotate(k, *view.rotation)
-        if query_positions is None:
-            unrotated = self.heads(self.q_proj(x))
-            q = rotate(unrotated, *view.rotation)
-        else:
-            unrotated = self.heads(self.q_proj(x[:, query_positions]))
+        q = unrotated = self.project_q(x if query_positions is None else x[:, query_positions])
+        if self.is_rotated:
+            k = rotate(k, *view.rotation_at(None))
             q = rotate(unrotated, *view.rotation_at(query_positions))
-        y = view.attend(self.index, q, k, v, query_positions)
+        y = view.attend(self, q, k, v, query_positions)
         added = view.attend_prefix(self, q, unrotated, x.dtype)
         y = y if added is None else y + added
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -198,7 +216,7 @@ class Llama(nn.Module):
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""
-        return rotation(position, self.inverse_frequency)
+        return rotation(position, self.inverse_frequency, self.config.rope.attention_factor)
 
     def project_prefixes(self, dtype: torch.dtype) -> list[PrefixState | None]:
         """Return the state of every layer's own prefix, None for a layer without one."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_adapter.model.joining import as_one, lie_side_by_side, weights_of
+from lit_adapter.model.joining import as_one, joined_biases, lie_side_by_side, weights_of
 
 LARGEST = 448.0
 """The largest number of fp8 (e4m3)."""
@@ -40,16 +40,16 @@ Operand = Tensor | Quantised
 
 
 class Matrix(Protocol):
-    """A frozen ``[outputs, inputs]`` matrix."""
+    """A frozen ``[outputs, inputs]`` matrix W, with the bias b of its layers, if they have one."""
 
     quantised: bool
     """Whether its products take `Quantised` operands."""
 
     def __call__(self, x: Operand) -> Tensor:
-        """Return ``x W^T``, ``[T, outputs]``."""
+        """Return ``x W^T + b``, ``[T, outputs]``."""
 
     def add_to(self, total: Tensor, x: Operand) -> None:
-        """Add ``x W^T`` to ``total``, in place."""
+        """Add ``x W^T + b`` to ``total``, in place."""
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``, ``[T, inputs]``."""
@@ -63,16 +63,17 @@ class PlainMatrix:
 
     quantised = False
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: Operand) -> Tensor:
-        """Return ``x W^T``."""
-        return F.linear(_plain(x), self.weight)
+        """Return ``x W^T + b``."""
+        return F.linear(_plain(x), self.weight, self.bias)
 
     def add_to(self, total: Tensor, x: Operand) -> None:
-        """Add ``x W^T`` to ``total``, in place."""
+        """Add ``x W^T + b`` to ``total``, in place."""
         total.addmm_(_plain(x), self.weight.T)
+        _add_bias(total, self.bias)
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``."""
@@ -80,7 +81,7 @@ class PlainMatrix:
 
     def outputs(self, start: int, end: int | None = None) -> PlainMatrix:
         """Return the matrix of the outputs from ``start`` to ``end``."""
-        return PlainMatrix(self.weight[start:end])
+        return PlainMatrix(self.weight[start:end], _part(self.bias, start, end))
 
 
 class SplitMatrix:
@@ -88,22 +89,24 @@ class SplitMatrix:
 
     quantised = False
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
+        self.weights, self.bias = weights, bias
         self.sizes = [len(weight) for weight in weights]
 
     def __call__(self, x: Operand) -> Tensor:
-        """Return ``x W^T``."""
+        """Return ``x W^T + b``."""
         x = _plain(x)
         y = x.new_empty(len(x), sum(self.sizes))
         for weight, part in zip(self.weights, y.split(self.sizes, dim=1), strict=True):
             torch.mm(x, weight.T, out=part)
+        _add_bias(y, self.bias)
         return y
 
     def add_to(self, total: Tensor, x: Operand) -> None:
-        """Add ``x W^T`` to ``total``, in place."""
+        """Add ``x W^T + b`` to ``total``, in place."""
         for weight, part in zip(self.weights, total.split(self.sizes, dim=1), strict=True):
             part.addmm_(_plain(x), weight.T)
+        _add_bias(total, self.bias)
 
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``."""
@@ -119,7 +122,16 @@ class SplitMatrix:
         end = all_ if end is None else end
         numbered = zip(self.weights, firsts, strict=True)
         parts = [weight[max(start - first, 0) : max(end - first, 0)] for weight, first in numbered]
-        return SplitMatrix([part for part in parts if len(part)])
+        return SplitMatrix([part for part in parts if len(part)], _part(self.bias, start, end))
+
+
+def _part(bias: Tensor | None, start: int, end: int | None) -> Tensor | None:
+    return None if bias is None else bias[start:end]
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        y.add_(bias)
 
 
 def _plain(x: Operand) -> Tensor:
@@ -139,20 +151,24 @@ class Float8Matrix:
     """``[inputs, outputs]``"""
     back_scale: Tensor
     """The scale of each input, fp32 ``[1, inputs]``."""
+    bias: Tensor | None = None
+    """``[outputs]``, in the base's precision."""
     quantised: bool = True
 
     @classmethod
-    def of(cls, weight: Tensor) -> Float8Matrix:
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Float8Matrix:
         """Quantise a matrix."""
         forward, backward = _scaled(weight), _scaled(weight.T)
-        return cls(forward[0], forward[1], backward[0], backward[1])
+        return cls(forward[0], forward[1], backward[0], backward[1], bias)
 
     def __call__(self, x: Operand) -> Tensor:
-        """Return ``x W^T``."""
-        return _product(x, self.data, self.scale)
+        """Return ``x W^T + b``."""
+        y = _product(x, self.data, self.scale)
+        _add_bias(y, self.bias)
+        return y
 
     def add_to(self, total: Tensor, x: Operand) -> None:
-        """Add ``x W^T`` to ``total``, in place."""
+        """Add ``x W^T + b`` to ``total``, in place."""
         total.add_(self(x))
 
     def backward(self, dy: Operand) -> Tensor:
@@ -162,7 +178,8 @@ class Float8Matrix:
     def outputs(self, start: int, end: int | None = None) -> Float8Matrix:
         """Return the matrix of the outputs from ``start`` to ``end``."""
         part = slice(start, end)
-        return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale)
+        bias = _part(self.bias, start, end)
+        return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale, bias)
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,5 +211,5 @@ class Float8Linear(nn.Module):
 
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:
     """Return the joined matrix of layers that read the same input; no weight is copied."""
-    weights = weights_of(*linears)
-    return PlainMatrix(as_one(weights)) if lie_side_by_side(weights) else SplitMatrix(weights)
+    weights, bias = weights_of(*linears), joined_biases(*linears)
+    return PlainMatrix(as_one(weights), bias) if lie_side_by_side(weights) else SplitMatrix(weights, bias)

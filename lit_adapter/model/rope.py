@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_adapter.model.config import RopeConfig
 from lit_adapter.model.precision import widen
+from lit_adapter.model.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -21,6 +21,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         return frequency / rope.factor
     if rope.kind == "llama3":
         return _llama3_scaled(frequency, rope)
+    if rope.kind == "yarn":
+        return _yarn_scaled(frequency, rope)
     return frequency
 
 
@@ -32,10 +34,32 @@ def _llama3_scaled(frequency: Tensor, rope: RopeConfig) -> Tensor:
     return frequency * (blend + (1 - blend) / rope.factor)
 
 
-def rotation(position: Tensor, inverse_frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines for ``position [..., T]``, each fp32 ``[..., T, head_dim / 2]``."""
+def _yarn_scaled(frequency: Tensor, rope: RopeConfig) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, and blend between them by number (2309.00071)."""
+    n, length = len(frequency), rope.original_context_length
+
+    def number_of(turns: float) -> float:
+        """Return the number of the frequency that makes so many turns in the original context."""
+        return n * math.log(length / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    first, last = number_of(rope.beta_fast), number_of(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * n - 1)
+    last = first + 0.001 if last == first else last
+    number = torch.arange(n, dtype=torch.float32, device=frequency.device)
+    blend = ((number - first) / (last - first)).clamp(0, 1)
+    return frequency / rope.factor * blend + frequency * (1 - blend)
+
+
+def rotation(position: Tensor, inverse_frequency: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines for ``position [..., T]``, each fp32 ``[..., T, head_dim / 2]``.
+
+    ``scale`` multiplies them (yarn's attention factor), so that rotated queries and keys grow by it.
+    """
     angle = position[..., None] * inverse_frequency
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class TilePlan:
 
     Query n stands at position ``place[n]`` of the row and sees the positions from ``first[n]`` to itself,
     and those from ``preamble_start[n]`` to below ``preamble_end[n]`` (the preamble its record continues).
+    Both ranges are within the window, if there is one.
     """
 
     n_keys: int
@@ -81,13 +82,16 @@ class TilePlan:
         return self.part_tile.shape[0]
 
 
-def plan_tiles(row: PackedRow, query_positions: Tensor | None, device: torch.device) -> TilePlan:
+def plan_tiles(
+    row: PackedRow, query_positions: Tensor | None, device: torch.device, window: int | None = None
+) -> TilePlan:
     """Plan the attention of a row.
 
     Args:
         row: on the CPU.
         query_positions: ascending row positions of the queries ``[M]``; all of the row's if None.
         device: of the kernels.
+        window: of the layers that will use the plan.
     """
     segment, preamble = row.segment.numpy(), row.preamble.numpy()
     n_keys = len(segment)
@@ -98,6 +102,10 @@ def plan_tiles(row: PackedRow, query_positions: Tensor | None, device: torch.dev
     first = start[own]
     preamble_start = np.where(shared == own, 0, start[shared])
     preamble_end = np.where(shared == own, 0, end[shared])
+    if window is not None:
+        unseen = np.maximum(row.position.numpy()[place] + 1 - window, 0)  # from the text's start on
+        preamble_start = np.minimum(preamble_start + unseen, preamble_end)
+        first = np.maximum(first, place + 1 - window)
     sight = (place, first, preamble_start, preamble_end)
     query_from, query_tile = _lists(_visits(*sight, n_keys, VISITING_TILE, OWNED_KEYS).T)
     key_lists = _lists(_visits(*sight, n_keys, QUERY_TILE, KEY_TILE))

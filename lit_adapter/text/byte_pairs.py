@@ -11,8 +11,20 @@ from typing import Any, Literal
 from lit_adapter.errors import UserError
 from lit_adapter.text.huggingface import LLAMA3_PATTERN, added_token, byte_letters
 
-Split = Literal["gpt2", "digits", "llama3"]
-"""Pre-tokenizer: GPT-2's; single digits, then GPT-2's; LLaMA 3's."""
+Split = Literal["gpt2", "digits", "llama3", "qwen2", "tekken"]
+"""Pre-tokenizer: GPT-2's; single digits, then GPT-2's; LLaMA 3's; Qwen's; Mistral Nemo's."""
+LETTERS = {"upper": r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", "lower": r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"}
+PATTERNS: dict[Split, str] = {
+    "llama3": LLAMA3_PATTERN,
+    "qwen2": LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "tekken": r"[^\r\n\p{L}\p{N}]?{upper}*{lower}+|[^\r\n\p{L}\p{N}]?{upper}+{lower}*|\p{N}".replace(
+        "{upper}", LETTERS["upper"]
+    ).replace("{lower}", LETTERS["lower"])
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""Regular expressions whose matches stand apart."""
+WHOLE_WORDS = ("llama3", "tekken")
+"""Those under which a word that is a token stays whole, whatever the merges say."""
 
 LLAMA3_CONTROL = {
     0: "begin_of_text",
@@ -45,17 +57,17 @@ def byte_level_json(
     first: dict[Split, list[dict[str, Any]]] = {
         "gpt2": [],
         "digits": [{"type": "Digits", "individual_digits": True}],
-        "llama3": [
-            {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-        ],
     }
-    parts = [*first[split], byte_level | {"use_regex": split != "llama3"}]
+    if split in PATTERNS:
+        pattern = {"Regex": PATTERNS[split]}
+        first[split] = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}]
+    parts = [*first[split], byte_level | {"use_regex": split not in PATTERNS}]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if split == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts},
         "post_processor": _put_before(bos, added) if bos else None,
         "decoder": byte_level | {"use_regex": True},
@@ -67,7 +79,7 @@ def byte_level_json(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": split == "llama3",
+            "ignore_merges": split in WHOLE_WORDS,
             "vocab": vocab,
             "merges": [list(pair) for pair in merges],
         },

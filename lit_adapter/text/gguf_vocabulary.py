@@ -22,10 +22,16 @@ PRE_TOKENIZERS: dict[str, Split] = {
     "llama-bpe": "llama3",
     "llama-v3": "llama3",
     "llama3": "llama3",
+    "smaug-bpe": "llama3",
+    "qwen2": "qwen2",
+    "deepseek-r1-qwen": "qwen2",
+    "tekken": "tekken",
     "smollm": "digits",
     "starcoder": "digits",
 }
-"""Pre-tokenizers by ``tokenizer.ggml.pre``."""
+"""Pre-tokenizers by ``tokenizer.ggml.pre``. SmolLM3, whose tokenizer is LLaMA 3's, has that of Smaug."""
+PUTS_BOS = ("llama-bpe", "llama-v3", "llama3", "tekken")
+"""Kinds of byte-level vocabulary before whose texts llama.cpp puts BOS, unless the file says otherwise."""
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Types of tokens, numbered as in sentencepiece."""
 BPE = 2
@@ -89,9 +95,8 @@ class _Keys:
 
     @property
     def add_bos(self) -> bool:
-        # By default llama.cpp puts BOS before a text only for LLaMA vocabularies.
-        llama = self.get("model") == "llama" or PRE_TOKENIZERS.get(self.get("pre")) == "llama3"
-        return bool(self.get("add_bos_token", llama)) and self.token_id("bos") is not None
+        by_default = self.get("model") == "llama" or self.get("pre") in PUTS_BOS
+        return bool(self.get("add_bos_token", by_default)) and self.token_id("bos") is not None
 
 
 def _byte_level(keys: _Keys) -> dict[str, Any]:

@@ -137,6 +137,9 @@ def _first_learning(adapter: AdapterConfig, model: LlamaConfig) -> int:
 class _Kind(NamedTuple):
     """A kind of block: blocks of one kind keep equally much."""
 
+    of_layer: int
+    """The first layer with the same window and positions."""
+
     passes_gradient: bool
     """A layer below it learns."""
     has_prefix: bool
@@ -149,13 +152,24 @@ def _measure(
 ) -> tuple[list[int], int]:
     """Return the bytes that each layer keeps, from the first that learns on, and all other bytes kept."""
     prefixes, first = adapter.adapted_layers(model.n_layer), _first_learning(adapter, model)
-    kinds = [_Kind(i > first, i in prefixes, i == model.n_layer - 1) for i in range(first, model.n_layer)]
+    alike = {model.kind_of(i): i for i in reversed(range(model.n_layer))}
+    kinds = [
+        _Kind(alike[model.kind_of(i)], i > first, i in prefixes, i == model.n_layer - 1)
+        for i in range(first, model.n_layer)
+    ]
     form = replace(adapter, layers=1 if prefixes else None)
-    sizes = replace(model, n_layer=2, vocab_size=1)
-    saved = {kind: _saved(sizes, form, row, precision, kind) for kind in {*kinds, None}}
+    saved = {
+        kind: _saved(_two_layers(model, 0 if kind is None else kind.of_layer), form, row, precision, kind)
+        for kind in {*kinds, None}
+    }
     shared = frozenset().union(*(of_plan for _, of_plan in saved.values()))
     rest = saved[None][0] + sum(storage.nbytes() for storage in shared)
     return [saved[kind][0] for kind in kinds], rest
+
+
+def _two_layers(model: LlamaConfig, layer: int) -> LlamaConfig:
+    """Return a model of one layer, twice, and next to no vocabulary."""
+    return replace(model.of_layers((layer, layer)), vocab_size=1)
 
 
 @lru_cache(maxsize=64)
@@ -171,8 +185,6 @@ def _saved(
     attach(model, adapter)
     model.to(META)
     view, target_index = _plan(row, sizes.head_dim)
-    groups = (*view.all_queries, *view.target_queries)
-    plan = [*view.rotation, target_index, *(tensor for group in groups for tensor in vars(group).values())]
     kept: set[UntypedStorage] = set()
 
     def note(tensor: Tensor) -> Tensor:
@@ -188,6 +200,8 @@ def _saved(
             x.requires_grad_(kind.passes_gradient)
             model.layers[kind.has_prefix](x, view, target_index if kind.is_last else None)
     kept -= {parameter.untyped_storage() for parameter in model.parameters()}
+    groups = [tensor for group in view.planned for tensor in vars(group).values()]
+    plan = [*view.rotation, target_index, *groups]
     of_plan = kept & {tensor.untyped_storage() for tensor in plan}
     return sum(storage.nbytes() for storage in kept - of_plan), frozenset(of_plan)
 
@@ -226,7 +240,8 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
         joined = joined_numbers(model, adapter.lora)
         return s * (joined + max(logits, tokens * (3 * model.n_hidden + 5 * model.n_embd)))
     view, _ = _plan(row, model.head_dim)
-    sights = [group.sight for group in (*view.all_queries, *view.target_queries)]
+    view.plan(None)
+    sights = [group.sight for group in view.planned]
     pairs = max((x.numel() for x in sights if x[0].numel() <= MOST_SCORED), default=0)
     states = tokens * model.n_embd * 4
     layer = tokens * 3 * model.n_hidden * s + 5 * states

@@ -2,8 +2,8 @@
 
 The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version,
 form and sizes of the adapter, prompt template and masking, the base's name, sizes and fingerprint, and a
-summary of the training. Those of a prefix are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate``
-(raw, before c).
+summary of the training; on a base with norms of heads or windows also ``prefix``, how they treat it. The
+tensors of a prefix are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate`` (raw, before c).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lit_adapter.files.write import write_bytes
 from lit_adapter.model.adapter import adapter_shapes, check_adapter_state
 from lit_adapter.model.config import AdapterConfig, LlamaConfig, differences
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.prefix import treatment
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
 
@@ -84,6 +85,8 @@ def save_adapter(
     """
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {"format_version": FORMAT_VERSION, **asdict(info)}
+    if treated := _treatment(info):
+        described["prefix"] = treated
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
     write_bytes(
         path,
@@ -115,6 +118,10 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
     check_adapter_state(shapes, state, str(path))
     return info, state
+
+
+def _treatment(info: AdapterInfo) -> dict[str, str]:
+    return treatment(info.model) if info.adapter.prompt_length else {}
 
 
 def _missing(path: Path) -> UserError:
@@ -158,6 +165,10 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
             mask_prompt=raw["mask_prompt"],
             training=raw["training"],
         )
+        if raw.get("prefix", _treatment(info)) != _treatment(info):
+            raise UserError(
+                f"its metadata says that prefixes {raw['prefix']!r:.120}; expected {_treatment(info)}"
+            )
         return info, adapter_shapes(info.adapter, info.model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

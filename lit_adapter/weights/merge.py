@@ -1,8 +1,9 @@
-"""Merge a base and an adapter without prompts into one plain Hugging Face LLaMA.
+"""Merge a base and an adapter without prompts into one plain Hugging Face model of the base's family.
 
 Norms take the place of the base's. V2's ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W``
-and bias ``s * b``, and so is LoRA's, with weight ``W + scale * B A``. A gated prefix cannot be merged: it has
-a second softmax, which no weights of a plain LLaMA can express.
+and bias ``s * b``, and so is LoRA's, with weight ``W + scale * B A``. Where the base's family has no such
+biases, the nearest one that has all the rest is written. A gated prefix cannot be merged: it has a second
+softmax, which no weights of a plain model can express.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.families import nearest
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
@@ -68,7 +70,9 @@ def merge(
 
     merged = _MergedSource(folder, adapter, info.adapter, state)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
-    return (
+    family = merged.config.family
+    written = f"written as {family}, which has all of V2's biases; " if family != info.model.family else ""
+    return written + (
         f"largest logit difference {differences[0]:.3g} between adapter and merged model "
         f"({ids.shape[1]} prompt tokens; logits up to {float(before.abs().max()):.3g})"
     )
@@ -83,7 +87,6 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
     if info.adapter.prompt_length:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
-            "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2 "
             "so it cannot be merged; use it as it is (--adapter), or train one with --adapter.version v2, "
             "--adapter.norms true or --adapter.lora.rank, and --adapter.prompt_length 0"
         )
@@ -92,6 +95,17 @@ def _refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
             f"{path}: adapts the output layer, which has no bias in a plain LLaMA, so it cannot be merged; "
             "train one with --adapter.head false"
         )
+
+
+def _with_biases(config: LlamaConfig, path: Path) -> LlamaConfig:
+    """Return a base's configuration with a bias on every layer, under the nearest family that has them."""
+    try:
+        return nearest(replace(config, attention_bias=True, qkv_bias=False, mlp_bias=True))
+    except UserError as error:
+        raise UserError(
+            f"{path}: V2's biases cannot be merged into a {config.family} model: {error}; "
+            "train one with --adapter.norms true or --adapter.lora.rank instead"
+        ) from None
 
 
 class _MergedSource(Source):
@@ -103,7 +117,7 @@ class _MergedSource(Source):
         self.base, self.adapter, self.form, self.state = HuggingFaceSource(base), adapter, form, state
         self.config = self.base.config
         if "linears" in form.parts:
-            self.config = replace(self.config, attention_bias=True, mlp_bias=True)
+            self.config = _with_biases(self.config, adapter)
         self.dtypes = dict.fromkeys(base_shapes(self.config), torch.float32)
         self.token_ids = self.base.token_ids
         self.generation = self.base.generation

@@ -71,8 +71,8 @@ def check_tensors(
     extra = sorted(name for name in found if name not in expected)
     if extra:
         raise UserError(
-            f"{file_of(extra[0])}: {_listed(extra)} unknown in a LLaMA of the sizes in {sizes}; "
-            "only plain LLaMA checkpoints can be converted"
+            f"{file_of(extra[0])}: {_listed(extra)} unknown in a {config.family} model of the sizes in "
+            f"{sizes}; only plain checkpoints of a family can be converted"
         )
     for name, shape in expected.items():
         if found[name] != shape:

@@ -22,7 +22,25 @@ LLAMA_7B = {
 }
 LLAMA_7B |= {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
 LLAMA_7B |= {"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False}
-SHAPES: dict[str, dict[str, Any]] = {"7b": LLAMA_7B}
+LLAMA3_8B = LLAMA_7B | {
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+}
+QWEN3_8B = LLAMA3_8B | {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+SHAPES: dict[str, dict[str, Any]] = {"7b": LLAMA_7B, "llama3-8b": LLAMA3_8B, "qwen3-8b": QWEN3_8B}
 ADAPTED = {"7b": 30}
 """Adapted layers (L) as in the paper; in other models, all layers are adapted."""
 
@@ -89,15 +107,15 @@ def random_base(hf: dict[str, Any], device: torch.device, dtype: torch.dtype, se
 
 
 def causal_model(base: Base) -> Any:
-    """Return transformers' LlamaForCausalLM over the very same weights."""
+    """Return transformers' model over the very same weights."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    config = transformers.LlamaConfig.from_dict(base.hf)
+    config: Any = transformers.AutoConfig.for_model(**base.hf)
     config._attn_implementation = "sdpa"
     config.dtype = base.dtype
     with torch.device("meta"):
-        causal: Any = transformers.LlamaForCausalLM(config)
+        causal: Any = transformers.AutoModelForCausalLM.from_config(config)
     own = {name: p for name, p in base.model.state_dict().items() if ".prefix." not in name}
     state = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in own.items()}
     causal.load_state_dict(state, strict=True, assign=True)

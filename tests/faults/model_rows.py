@@ -10,7 +10,9 @@ from typing import Any
 
 import gguf
 import torch
+import transformers
 from bench import Bench, Outcome, Row
+from convert_sources import SIZES, write_gguf
 from generation_fixtures import save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,27 @@ def source(change: Callable[[Path], object]) -> Callable[[Bench], Outcome]:
         return bench.convert(folder)
 
     return tried
+
+
+YARN = {"rope_type": "yarn", "factor": "four"}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+
+
+def family(kind: str, **values: Any) -> Callable[[Path], object]:
+    """Make a folder one of another family."""
+    return lambda folder: edit(folder / "config.json", model_type=kind, **values)
+
+
+def mixed(folder: Path) -> None:
+    """Weights of a LLaMA under the configuration of a Qwen2."""
+    edit(folder / "config.json", model_type="qwen2")
+
+
+def wide_norm(folder: Path) -> None:
+    edit(folder / "config.json", model_type="qwen3")
+    layers = range(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+    names = [f"model.layers.{layer}.self_attn.{part}_norm.weight" for layer in layers for part in "qk"]
+    save_file(load_file(folder / WEIGHTS) | {name: torch.ones(7) for name in names}, folder / WEIGHTS)
 
 
 def weights(content: bytes) -> Callable[[Bench], Outcome]:
@@ -223,6 +246,14 @@ def other_gguf(bench: Bench) -> Outcome:
     return bench.convert(path)
 
 
+def unknown_tokenizer(bench: Bench) -> Outcome:
+    config = transformers.Qwen2Config(**{**SIZES, "num_hidden_layers": 1})
+    write_gguf(
+        transformers.Qwen2ForCausalLM(config), bench.folder / "model.gguf", architecture="qwen2", pre="qwen9"
+    )
+    return bench.convert(bench.folder / "model.gguf")
+
+
 def half_precision(bench: Bench) -> str:
     """fp16 on a CPU: slow, but it answers."""
     model = lit_adapter.load(bench.adapter, bench.base, device="cpu", dtype="float16")
@@ -314,7 +345,7 @@ ROWS = [
         40,
         "unknown tensor",
         source(lambda f: edit_tensors(f / WEIGHTS, extra__weight=torch.ones(2))),
-        r"tensor extra.weight is unknown in a LLaMA",
+        r"tensor extra.weight is unknown in a llama model",
     ),
     Row(
         40,
@@ -420,8 +451,8 @@ ROWS = [
     Row(
         49,
         "unknown rope",
-        source(lambda f: edit(f / "config.json", rope_parameters={"rope_type": "yarn"})),
-        r"'yarn'",
+        source(lambda f: edit(f / "config.json", rope_parameters={"rope_type": "longrope"})),
+        r"'longrope'",
     ),
     Row(
         49, "odd heads", source(lambda f: edit(f / "config.json", num_attention_heads=7, head_dim=None)), r"7"
@@ -438,7 +469,63 @@ ROWS = [
         source(lambda f: edit(f / "config.json", hidden_size="48")),
         r"hidden_size|n_embd",
     ),
+    *(
+        Row(49, what, source(family(kind, **values)), message)
+        for what, kind, values, message in (
+            (
+                "window of 0",
+                "mistral",
+                {"sliding_window": 0},
+                r"config\.json.*the window is 0; expected .* from 1",
+            ),
+            (
+                "window beyond the context",
+                "mistral",
+                {"sliding_window": 10**6},
+                r"the window is 1000000; .* to the",
+            ),
+            (
+                "windows above all layers",
+                "qwen2",
+                WINDOWS | {"max_window_layers": 99},
+                r"max_window_layers is 99",
+            ),
+            ("unknown kind of layer", "qwen3", WINDOWS | {"layer_types": ["chunked"]}, r"layer_types is"),
+            ("too few marks", "smollm3", {"no_rope_layers": [1]}, r"no_rope_layers is \[1\]"),
+            (
+                "yarn factor in words",
+                "qwen2",
+                {"rope_parameters": YARN},
+                r"rope factor is 'four'; expected a number",
+            ),
+            ("experts", "qwen3", {"num_experts": 8}, r"num_experts is 8: a mixture of experts"),
+            (
+                "a near relative",
+                "gemma2",
+                {},
+                r"is 'gemma2', which has norms that .*; expected llama, mistral",
+            ),
+        )
+    ),
+    Row(
+        40,
+        "tensors of another family",
+        source(mixed),
+        r"model\.safetensors: .*q_proj\.bias.*(missing|unknown)",
+    ),
+    Row(40, "norms of heads of another size", source(wide_norm), r"q_norm\.weight has shape \[7\]"),
+    Row(
+        47,
+        "GGUF of an unknown tokenizer",
+        unknown_tokenizer,
+        r"'tokenizer\.ggml\.pre' is 'qwen9', which is unknown",
+    ),
     Row(50, "fp16 on a CPU", lambda b: b.call(half_precision, b), r"^answered: True$", 0),
     Row(50, "damaged GGUF", junk_gguf, r"model\.gguf: truncated or damaged"),
-    Row(50, "GGUF of another model", other_gguf, r"general.architecture is 'mamba'; only 'llama'"),
+    Row(
+        50,
+        "GGUF of another model",
+        other_gguf,
+        r"is 'mamba'; expected llama, qwen2, qwen3 or smollm3",
+    ),
 ]

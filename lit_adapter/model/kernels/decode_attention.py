@@ -54,8 +54,9 @@ def attend(
     source: Tensor,
     parts: Parts,
     y: Tensor,
+    window: int | None = None,
 ) -> None:
-    """Attend to all keys up to each slot's position, and add the gated prefix branch.
+    """Attend to all keys up to each slot's position, or the last ones, and add the gated prefix branch.
 
     Args:
         q: rotated queries ``[B, H * D]``; rows may be strided.
@@ -67,6 +68,7 @@ def attend(
         source: the slot whose row of ``prefix`` a slot uses ``[B]``; one row is read for all that are equal.
         parts: room for them; overwritten.
         y: receives the result ``[B, H * D]``.
+        window: how many keys a slot sees at most; None for all.
     """
     B, G, S, D = cache[0].shape
     H = y.shape[1] // D
@@ -78,7 +80,7 @@ def attend(
     _attention_kernel[B * G, n_programs](
         q, *cache, *rotation, position, *some, parts.y if by_token is None else by_token,
         parts.arrived if unrotated is None else unrotated.view(torch.int8),
-        source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, D**-0.5,
+        source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, window or S, D**-0.5,
         GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
         K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
         WIDTH=power_of_two(H // G * D), BY_TOKEN=by_token is not None, UNROTATED=unrotated is not None,
@@ -138,7 +140,8 @@ def _keep_kernel(
 @triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,
-    by_token_ptr, unrotated_ptr, source_ptr, y_ptr, part_ptr, weight_ptr, arrived_ptr, q_stride, S, scale,
+    by_token_ptr, unrotated_ptr, source_ptr, y_ptr, part_ptr, weight_ptr, arrived_ptr, q_stride, S,
+    window, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
     BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, EARLY: tl.constexpr,
@@ -156,8 +159,9 @@ def _attention_kernel(
     d = tl.arange(0, D)[None, :]
     channel = (group * GROUP + head)[:, None] * D + d
     q = tl.load(q_ptr + slot * q_stride + channel, mask=real[:, None], other=0.0)
-    own = tl.cdiv(tl.cdiv(length, KEYS), SPLITS) * KEYS
-    begin = tl.minimum(split * own, length)  # nothing is left for a program beyond SPLITS: the prefix's
+    first = tl.maximum(length - window, 0)
+    own = tl.cdiv(tl.cdiv(length - first, KEYS), SPLITS) * KEYS
+    begin = tl.minimum(first + split * own, length)  # a program beyond SPLITS, the prefix's, has no keys
     at = pair.to(tl.int64) * S * D
     y, weight = _attend_keys(
         q, k_ptr + at, v_ptr + at, begin, tl.minimum(begin + own, length), scale, D, KEYS

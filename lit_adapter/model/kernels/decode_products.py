@@ -96,6 +96,7 @@ class Products:
         norm: Tensor,
         eps: float,
         weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
         rotation: tuple[Tensor, Tensor],
         position: Tensor,
         q: Tensor,
@@ -108,6 +109,7 @@ class Products:
             norm: the norm's weight ``[C]``; a trained one is in fp32.
             eps: the norm's.
             weights: of queries ``[H * D, C]``, keys and values ``[G * D, C]``.
+            biases: of queries ``[H * D]``, keys and values ``[G * D]``; all None without them.
             rotation: cosines and sines of every position of the cache, fp32 ``[S, D/2]``.
             position: of the new tokens ``[B]``.
             q: is given the rotated queries ``[B, H * D]``.
@@ -116,9 +118,10 @@ class Products:
         _, G, S, D = cache[0].shape
         H, how = q.shape[1] // D, self._tiling(ONE_NORMED, SEVERAL_QKV)
         rows = min(how.rows, D // 2)
+        given = [weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
         _project_kernel[((H + 2 * G) * (D // 2 // rows),)](
-            self._ready(x, norm, eps), norm, *weights, *rotation, position, q, *cache, S, eps, self.n_texts,
-            C=self.C, H=H, G=G, D=D, **self._launch(how, rows),
+            self._ready(x, norm, eps), norm, *weights, *given, *rotation, position, q, *cache, S, eps,
+            self.n_texts, C=self.C, H=H, G=G, D=D, BIAS=biases[0] is not None, **self._launch(how, rows),
         )  # fmt: skip
 
     def gate_up(self, x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, hidden: Tensor) -> None:
@@ -282,9 +285,9 @@ def _products_of_some(
 @Entry
 @triton.jit
 def _project_kernel(
-    x_ptr, norm_ptr, wq_ptr, wk_ptr, wv_ptr, cos_ptr, sin_ptr, position_ptr, q_ptr, k_ptr, v_ptr,
-    S, eps, n_texts,
-    C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    x_ptr, norm_ptr, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, cos_ptr, sin_ptr, position_ptr,
+    q_ptr, k_ptr, v_ptr, S, eps, n_texts,
+    C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, TEXTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS channels of the first half of a head, and those they are rotated with."""
@@ -299,14 +302,17 @@ def _project_kernel(
     position = tl.load(position_ptr + text, mask=live, other=0).to(tl.int64)
     if head < H:
         weight_ptr = wq_ptr
+        bias_ptr = bq_ptr
         own = head
         out = q_ptr + (text.to(tl.int64) * H + own) * D
     elif head < H + G:
         weight_ptr = wk_ptr
+        bias_ptr = bk_ptr
         own = head - H
         out = k_ptr + ((text.to(tl.int64) * G + own) * S + position) * D
     else:
         weight_ptr = wv_ptr
+        bias_ptr = bv_ptr
         own = head - H - G
         out = v_ptr + ((text.to(tl.int64) * G + own) * S + position) * D
     row, last = own * D + first, own * D + D - 1
@@ -315,6 +321,9 @@ def _project_kernel(
         C, True, 1, ROWS, DEPTH, TEXTS, EARLY,
     )  # fmt: skip
     channel = (first + tl.arange(0, ROWS))[:, None]
+    if BIAS:
+        a += tl.load(bias_ptr + own * D + channel).to(tl.float32)
+        b += tl.load(bias_ptr + own * D + HALF + channel).to(tl.float32)
     if head < H + G:
         cos = tl.load(cos_ptr + position[None, :] * HALF + channel)
         sin = tl.load(sin_ptr + position[None, :] * HALF + channel)

@@ -55,7 +55,7 @@ def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
     opened = open_adapter(source)
     origin, why = recognise(opened, wishes.given)
     _check_wishes(source, origin, target, wishes)
-    info, adapter, base = _read(opened, origin, wishes)
+    info, adapter, base = _read(opened, origin, target, wishes)
     if base is not None:
         _refuse_inputs(out, target, [base])
     model = info.model
@@ -117,7 +117,9 @@ def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) 
         raise UserError(f"{source}: is in our format already; add --to with another, or --to-gate")
 
 
-def _read(opened: Opened, origin: Format, wishes: Wishes) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
+def _read(
+    opened: Opened, origin: Format, target: Format, wishes: Wishes
+) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
     """Return what is known of the adapter, its tensors, and its base's folder if it is at hand."""
     base = wishes.base
     if opened.info is not None:
@@ -125,11 +127,14 @@ def _read(opened: Opened, origin: Format, wishes: Wishes) -> tuple[AdapterInfo, 
         if base is not None:
             check_base(opened.info, base, opened.path)
             check_content(base)
+        target.check_family(opened.info.model)
         return opened.info, origin.read(opened, opened.info.model), base
     if base is None:
         raise UserError(f"{opened.path}: does not say which base it belongs to; name its folder with --base")
     check_content(base)
     model = read_config(base)
+    for form in (origin, target):
+        form.check_family(model)
     adapter = origin.read(opened, model, wishes.gate)
     template = wishes.template
     if template is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_bytes
 from lit_adapter.model.config import AdapterConfig, GateName, LlamaConfig
+from lit_adapter.model.families import FamilyName
 from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.plain import PlainAdapter, State
@@ -54,6 +55,8 @@ class Format(ABC):
     """If an adapter is a folder: the JSON file that describes it."""
     is_certain = False
     """Whether its files cannot be mistaken for another format's, so that ``--from`` cannot overrule that."""
+    families: tuple[FamilyName, ...] | None = None
+    """The families of bases that the code base has and treats prefixes of as we do; None for all."""
     asks_gate = False
     """Whether the user has to say how the gates act, because the file does not."""
 
@@ -72,6 +75,18 @@ class Format(ABC):
         Raises:
             UserError: tensors that are missing, unknown or of other sizes than the base's.
         """
+
+    def check_family(self, model: LlamaConfig) -> None:
+        """Refuse a base of another family than the format's.
+
+        Raises:
+            UserError: names the family.
+        """
+        if self.families is not None and model.family not in self.families:
+            raise UserError(
+                f"{self.name} adapters are for bases of {', '.join(self.families)}; "
+                f"this one is of {model.family}"
+            )
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse an adapter that the format cannot express, or a base that the code base has no model for.

@@ -19,6 +19,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.gates import GateName
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.prefix import prefix_name
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.foreign.format import Format, Opened, refuse_rest, take, take_prefixes
@@ -154,6 +155,7 @@ class LitLlama(_Lit):
     """lit-llama's spelling: Meta's order of rows, models without grouped queries or biases."""
 
     name = "lit-llama"
+    families = ("llama",)
     template = "alpaca"
     gate_shape = (1, -1, 1, 1)
     wraps = False
@@ -166,7 +168,8 @@ class LitLlama(_Lit):
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse LoRA, and a base with grouped queries or biases."""
         super().check_writable(config, model)
-        if model.n_kv_head != model.n_head or model.attention_bias or model.mlp_bias:
+        biased = any(linear.bias for linear in block_layout(model).linears)
+        if model.n_kv_head != model.n_head or biased:
             raise UserError(
                 "lit-llama has no model with grouped queries or biases, and the base has them; "
                 "use --to litgpt or peft"
@@ -183,6 +186,7 @@ class LitGPT(_Lit):
     """litgpt's spelling."""
 
     name = "litgpt"
+    families = ("llama", "mistral", "qwen2")
     template = "alpaca-newline"
     gate_shape = (1, 1, -1, 1)
     wraps = True

@@ -20,6 +20,7 @@ class Official(Format):
     """LLaMA-Adapter V1, which is only read."""
 
     name = "official"
+    families = ("llama",)
     template = "alpaca"
     asks_gate = True
 

@@ -30,6 +30,7 @@ class Peft(Format):
     """AdaptionPrompt."""
 
     name = "peft"
+    families = ("llama", "mistral")
     gate: GateName | None = "layer"
     weights = (WEIGHTS, "adapter_model.bin")
     companion = CONFIG
