@@ -58,12 +58,21 @@ def afresh(adapter: Adapter, prompt: list[int], how: Sampling = GREEDY) -> list[
     return [token for _, token in Engine().run([Request(prompt, how, adapter)]) if token is not None]
 
 
+WINDOWED = {"qkv_bias": True, "head_norms": True, "window": 9, "windowed_layers": (0, 2)}
+
+
 @LANES
-@pytest.mark.parametrize("which", [0, 2, 5], ids=["prefix", "plain", "unrotated"])
-def test_turn_after_turn_only_the_new_tokens_are_computed(ahead: bool, which: int, run_ahead: Any) -> None:
+@pytest.mark.parametrize(
+    ("which", "sizes"),
+    [(0, {}), (2, {}), (5, {}), (0, WINDOWED)],
+    ids=["prefix", "plain", "unrotated", "windows"],
+)
+def test_turn_after_turn_only_the_new_tokens_are_computed(
+    ahead: bool, which: int, sizes: dict[str, Any], run_ahead: Any
+) -> None:
     if ahead:
         run_ahead()
-    adapter, own, prompt = eight(base_of())[which], Engine(), ids(20, 1)
+    adapter, own, prompt = eight(base_of(**sizes))[which], Engine(), ids(20, 1)
     how = [
         GREEDY,
         Sampling(max_new_tokens=7, temperature=1.1, seed=4),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_adapter.data.record import Conversation
 from lit_adapter.data.records import Records
 from lit_adapter.errors import counted, shorten, visible
 from lit_adapter.streams import Shown

@@ -190,12 +190,14 @@ class RestView(_CacheView):
         self.slot, self.position = slot, position[0]
         self.end = int(position[0, -1]) + 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Keep keys and values, and attend to all up to each token."""
-        keys, values = (x[layer, self.slot, :, : self.end] for x in (self.cache.k, self.cache.v))
+    def attend(
+        self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
+    ) -> Tensor:
+        """Keep keys and values, and attend to all up to each token, or to those in the window."""
+        keys, values = (x[attention.index, self.slot, :, : self.end] for x in (self.cache.k, self.cache.v))
         keys[:, self.position[0] :], values[:, self.position[0] :] = k[0], v[0]
         place = self.position if query_positions is None else self.position[query_positions]
-        seen = torch.arange(self.end, device=place.device) <= place[:, None]
+        seen = sees(place[:, None], torch.arange(self.end, device=place.device), attention.window)
         return F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=seen, enable_gqa=True)
 
 

@@ -215,15 +215,13 @@ class _RestView(_CacheRowView):
         device = decode.device
         everything, none = torch.arange(length), torch.zeros(length, dtype=torch.long)
         new = everything[done:]
-        self.all_rotation = decode.model.rotation(everything.to(device))
-        cos, sin = self.all_rotation
-        slots = torch.full((len(new),), slot, device=device)
-        super().__init__(decode, (cos[done:], sin[done:]), slots, new.to(device))
+        super().__init__(decode, torch.full((len(new),), slot, device=device), new.to(device))
         self.last = torch.tensor([len(new) - 1], device=device)
         self.length, self.own_slot, self.prefix = length, slot, prefix
         row = PackedRow(none, everything, none, none, new, new)
-        self.all_queries = plan_tiles(row, new, device)
-        self.last_queries = plan_tiles(row, new[-1:], device)
+        windows = dict.fromkeys(decode.windows)
+        self.all_queries = {window: plan_tiles(row, new, device, window) for window in windows}
+        self.last_queries = {window: plan_tiles(row, new[-1:], device, window) for window in windows}
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
@@ -231,10 +229,13 @@ class _RestView(_CacheRowView):
             x[layer, self.own_slot, :, : self.length].transpose(0, 1).reshape(self.length, -1)
             for x in (decode.cache.k, decode.cache.v)
         )
+        cos, sin = decode.rotations[layer]
+        plans = self.all_queries if query_positions is None else self.last_queries
         q = qkv[:, : decode.q_width]
-        plan = self.all_queries if query_positions is None else self.last_queries
         q = q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, self.all_rotation, plan, decode.D, self.prefix[layer])[0]
+        rotation = cos[: self.length], sin[: self.length]
+        plan, prefix = plans[decode.windows[layer]], self.prefix[layer]
+        return attention.attend(q, k, v, rotation, plan, decode.D, prefix)[0]
 
 
 class _StepView(_CacheRowView):
