@@ -24,7 +24,7 @@ ROW_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Scored:
-    """A text, of which the tokens after a context are scored."""
+    """A text whose tokens after a context are scored."""
 
     ids: Sequence[int]
     n_context: int
@@ -37,7 +37,7 @@ class _Group:
 
     texts: list[int]
     n_common: int
-    """Tokens with which the contexts of all of them begin."""
+    """Tokens with which all of them begin; a text's last one is not counted."""
     n_tokens: int
     """Of all texts, without the last of each, which is only predicted."""
 
@@ -72,6 +72,13 @@ def rows_of(
         yield packer.row(row), packer.target_records(row)
 
 
+class _Packer(Packer):
+    """Packs texts whose shared starts may reach into what is scored: its tokens then count for each text."""
+
+    def _preamble_length(self, index: int) -> int:
+        return len(self.preambles.get(int(self.encoded.variant[index]), ()))
+
+
 def _rows(parts: list[list[int]], packer: Packer, row_tokens: int) -> Iterator[list[int]]:
     """Fill rows group by group; a group that does not fit is divided, and its start then repeated."""
     row: list[int] = []
@@ -98,17 +105,18 @@ def groups(texts: Sequence[Scored]) -> list[_Group]:
     contexts = [of[: text.n_context] for of, text in zip(ids, texts, strict=True)]
     order = sorted(range(len(texts)), key=lambda i: (contexts[i], ids[i]))
     found: list[_Group] = []
-    for context, members in groupby(order, key=contexts.__getitem__):
+    for _, members in groupby(order, key=contexts.__getitem__):
         same = list(members)
-        new = _Group(same, len(context), sum(len(ids[i]) - 1 for i in same))
-        if not found or not _join(found[-1], new, contexts):
+        n_common = min(_common(ids[same[0]], ids[i]) for i in same)
+        new = _Group(same, n_common, sum(len(ids[i]) - 1 for i in same))
+        if not found or not _join(found[-1], new, ids):
             found.append(new)
     return found
 
 
-def _join(group: _Group, new: _Group, contexts: list[tuple[int, ...]]) -> bool:
+def _join(group: _Group, new: _Group, ids: list[tuple[int, ...]]) -> bool:
     """Join ``new`` to a group if that saves tokens."""
-    n_common = min(group.n_common, _common(contexts[group.texts[0]], contexts[new.texts[0]]))
+    n_common = min(group.n_common, new.n_common, _common(ids[group.texts[0]], ids[new.texts[0]]))
     n_texts, n_tokens = len(group.texts) + len(new.texts), group.n_tokens + new.n_tokens
     if n_common < SHORTEST_PREAMBLE or n_tokens - (n_texts - 1) * n_common >= group.cost + new.cost:
         return False
@@ -118,9 +126,9 @@ def _join(group: _Group, new: _Group, contexts: list[tuple[int, ...]]) -> bool:
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Return how many tokens two texts share at their start."""
-    unlike = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(unlike, min(len(a), len(b)))
+    """Return how many tokens two texts share at their start, without the last one of either."""
+    unlike = (place for place, (x, y) in enumerate(zip(a[:-1], b[:-1], strict=False)) if x != y)
+    return next(unlike, min(len(a), len(b)) - 1)
 
 
 def _encoded(texts: Sequence[Scored], variant: NDArray[np.int64]) -> Encoded:
