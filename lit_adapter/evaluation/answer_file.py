@@ -53,7 +53,8 @@ class AnswerFile:
             return
         if other:
             raise UserError(
-                f"{self.path}: answers of another run ({other}); choose another --out, or start again with --overwrite"
+                f"{self.path}: answers of another run ({other}); choose another --out, "
+                "or start again with --overwrite"
             )
         for number, line in enumerate(lines, 2):
             try:

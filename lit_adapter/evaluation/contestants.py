@@ -38,7 +38,7 @@ class Contestant:
         }
 
 
-def contestants(adapters: Sequence[Path], base: Path | None, **choice: str | None) -> list[Contestant]:
+def contestants(adapters: Sequence[Path], base: Path | None, **choice: Any) -> list[Contestant]:
     """Load the base once, and every adapter on it; the base is prompted with the first adapter's template.
 
     ``choice`` are device, dtype and template, as `load` takes them.
@@ -58,7 +58,7 @@ def contestants(adapters: Sequence[Path], base: Path | None, **choice: str | Non
 
 
 def names(adapters: Sequence[Path]) -> list[str]:
-    """Return short, different names: of the run's folder, with that of the file where it is not the usual one.
+    """Return short, different names: the run folder's, with the file's where that is not the usual one.
 
     Raises:
         UserError: a file is given twice.
