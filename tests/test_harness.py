@@ -19,9 +19,10 @@ from lit_adapter.errors import UserError
 from lit_adapter.evaluation import evaluate as evaluation
 from lit_adapter.evaluation.conversation import ChatTemplate
 from lit_adapter.evaluation.settings import Evaluation
-from lit_adapter.model.config import AdapterConfig, LoraConfig
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.weights.convert import convert
-from lit_adapter.weights.foreign.convert import to_foreign
+from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 
 CHAT = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] | trim + '</s>\n' }}"
@@ -87,6 +88,7 @@ def check_same(ours: Any, theirs: Any, paths: list[Path], **more: Any) -> None:
         assert my_scores[task] == pytest.approx(other_scores[task], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_base_has_the_scores_of_hf(base: Path, source: Path, tmp_path: Path, chat: bool) -> None:
     from lm_eval.models.huggingface import HFLM
@@ -99,6 +101,7 @@ def test_the_base_has_the_scores_of_hf(base: Path, source: Path, tmp_path: Path,
     check_same(HarnessModel(model), theirs, list(write_tasks(tmp_path).values()), **more)
 
 
+@pytest.mark.slow
 def test_an_adapter_has_the_scores_of_its_peft_export(base: Path, source: Path, tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -106,7 +109,7 @@ def test_an_adapter_has_the_scores_of_its_peft_export(base: Path, source: Path, 
 
     config = AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("q_proj", "down_proj")))
     adapter = save_random_adapter(base, tmp_path / "lora" / "adapter.safetensors", config=config)
-    to_foreign(adapter, tmp_path / "peft", "peft-lora")
+    convert_adapter(adapter, tmp_path / "peft", Wishes(to="peft-lora", base=base))
     model = lit_adapter.load(adapter, base, device="cpu", dtype="float32")
     theirs = HFLM(str(source), peft=str(tmp_path / "peft"), device="cpu", dtype="float32", batch_size=3)
     check_same(HarnessModel(model), theirs, list(write_tasks(tmp_path).values()))

@@ -157,9 +157,7 @@ def test_chance_is_told_from_a_difference() -> None:
     same = [statistics.compare(*generator.normal(size=(2, 40))) for _ in range(80)]
     assert sum(not one.is_noise for one in same) <= 10
     least = float(np.mean([one.detectable for one in same]))
-    found = [
-        statistics.compare(generator.normal(least, 1, 40), generator.normal(size=40)) for _ in range(80)
-    ]
+    found = [statistics.compare(generator.normal(least, 1, 40), generator.normal(size=40)) for _ in range(80)]
     assert 0.68 < np.mean([not one.is_noise for one in found]) < 0.92
 
 
