@@ -77,7 +77,7 @@ def number_of(text: str) -> Decimal | None:
 
 def is_number(reference: str) -> bool:
     """Whether a reference is a number alone, or ends in ``####`` and a number."""
-    last = reference.rpartition("####")[2].strip().strip("$€£%").strip()
+    last = reference.rpartition("####")[2].strip().strip("$\u20ac\u00a3%").strip()
     return _NUMBER.fullmatch(last) is not None
 
 
