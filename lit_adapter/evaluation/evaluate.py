@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         answers: dict[str, list[dict[str, Any]]] = {}
         if records is not None:
             base = base_folder(settings)
-            asked, file = on_records.run(settings, records, metrics, models, base)
+            with _answers_kept(settings):
+                asked, file = on_records.run(settings, records, metrics, models, base)
             found["data"] = {
                 "source": without_home(records.source),
                 "records": len(records),
@@ -73,6 +75,21 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         write_json(settings.out / "results.json", found)
         write_report(settings.out, found, answers, settings.adapters)
     return found
+
+
+@contextmanager
+def _answers_kept(settings: Evaluation) -> Iterator[None]:
+    """Say of an interrupt and of a full GPU that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "interrupted: finished answers are kept; the same command continues"
+        raise KeyboardInterrupt(kept) from None
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory with --batch_size {settings.batch_size}; run again with a smaller one: "
+            "finished answers are kept"
+        ) from None
 
 
 def base_folder(settings: Evaluation) -> Path:

@@ -203,7 +203,8 @@ def suggest(references: Sequence[str]) -> tuple[tuple[str, ...], str]:
         return ("label",), f"{len(kinds)} labels"
     if _share(is_number, references) >= FAVOURED:
         return ("numeric", "exact"), "numbers"
-    return tuple(name for name in TEXT if _is_here(METRICS[name])), "free text"
+    here = tuple(name for name in TEXT if _is_here(METRICS[name]))
+    return here, "free text" + (" (rouge_l and chrf need the extra eval)" if len(here) < len(TEXT) else "")
 
 
 def are_labels(references: Sequence[str]) -> bool:
