@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
     "chat": "Talk to a base with its adapter, or to a plain base.",
     "generate": "Prompt a base with its adapter, or a plain base.",
+    "evaluate": "Score adapters beside their base, and write a report.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",

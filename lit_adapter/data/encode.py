@@ -73,7 +73,7 @@ class Encoded:
     """Number of tokens of each record ``[records]``."""
     n_prompt: NDArray[np.int32]
     """Number of tokens before each record's first answer ``[records]``."""
-    variant: NDArray[np.int8]
+    variant: NDArray[np.integer]
     """Which text of the template each record uses (`Template.variant`) ``[records]``."""
     whole: NDArray[np.bool_]
     """Whether each record was kept whole ``[records]``."""
@@ -143,7 +143,7 @@ class _MappedFile:
         return np.memmap(self.path, np.dtype(self.kind), "r")
 
 
-def kinds_of_tasks(length: NDArray[np.int64], n_prompt: NDArray[np.int32]) -> NDArray[np.int8]:
+def kinds_of_tasks(length: NDArray[np.integer], n_prompt: NDArray[np.integer]) -> NDArray[np.int8]:
     """Return `Encoded.kinds` of tasks of ``length`` tokens, the first ``n_prompt`` of a prompt."""
     parts = np.stack([n_prompt, length - n_prompt], axis=1).ravel()
     return np.repeat(np.tile(np.array([CONTEXT, ANSWER], np.int8), len(length)), parts)

@@ -22,6 +22,7 @@ from lit_adapter import arguments
 from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.answer_text import AnswerText
 from lit_adapter.generation.chatting import Said, prompt_of
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
@@ -35,7 +36,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.spinning import yield_shared_cores
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+from lit_adapter.text.tokenizer import Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
@@ -217,29 +218,9 @@ class AdaptedLlama:
         """Answer many conversations together; arguments as in `generate_batch` and `chat`."""
         encode = partial(prompt_of, self.tokenizer, self.template)
         prompts = [encode(one, name=f"conversations[{n}]") for n, one in enumerate(conversations)]
-        return self.answer_prompts(
+        return self.continue_batch(
             prompts, batch_size=batch_size, finished=finished, stopped=stopped, **sampling
         )
-
-    def answer_prompts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        batch_size: int = 16,
-        finished: Callable[[int], None] | None = None,
-        stopped: Callable[[], bool] | None = None,
-        **sampling: Any,
-    ) -> list[str]:
-        """Answer prompts given as token ids; arguments as in `generate_batch`."""
-        answers = [""] * len(prompts)
-        for number, piece in self._answers(prompts, Sampling.of(**sampling), batch_size):
-            if piece is not None:
-                answers[number] += piece
-            elif finished is not None:
-                finished(number)
-            if stopped is not None and stopped():
-                break
-        return answers
 
     def forget(self) -> None:
         """Free the keys and values that earlier calls of `chat` have left."""
@@ -252,6 +233,7 @@ class AdaptedLlama:
         batch_size: int = 16,
         finished: Callable[[int], None] | None = None,
         stopped: Callable[[], bool] | None = None,
+        enough: Callable[[int, str], bool] | None = None,
         **sampling: Any,
     ) -> list[str]:
         """Answer many tasks together.
@@ -264,6 +246,8 @@ class AdaptedLlama:
                 progress bar; None for none.
             stopped: a function without arguments that is called after every piece of text; when it returns
                 true, generation ends and the answers are returned as far as they are; None for none.
+            enough: a function that is called with the index of a task and its answer so far, after every
+                piece of text; when it returns true, that answer ends there; None for none.
             **sampling: the settings of `generate`.
 
         Returns:
@@ -273,13 +257,55 @@ class AdaptedLlama:
             UserError: as `generate`; ``tasks`` is one task or holds something else (a TypeError too); a
                 ``batch_size`` below 1.
         """
-        return self.answer_prompts(
+        return self.continue_batch(
             self._prompts(as_tasks(tasks)),
             batch_size=batch_size,
             finished=finished,
             stopped=stopped,
+            enough=enough,
             **sampling,
         )
+
+    def continue_batch(
+        self,
+        prompts: Iterable[Sequence[int]],
+        *,
+        begun: Sequence[Sequence[int]] | None = None,
+        batch_size: int = 16,
+        finished: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+        enough: Callable[[int, str], bool] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Continue many texts together, without a template.
+
+        Args:
+            prompts: token ids of each text, BOS included if it shall have one.
+            begun: the first tokens of each answer, fewer than ``max_new_tokens``, where they are known
+                already; they belong to the answer. None for none.
+            batch_size: as in `generate_batch`.
+            finished: as in `generate_batch`.
+            stopped: as in `generate_batch`.
+            enough: as in `generate_batch`.
+            **sampling: the settings of `generate`.
+
+        Returns:
+            What follows each text, in the order of ``prompts``.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        prompts = list(prompts)
+        answers = [""] * len(prompts)
+        events = self._answers(prompts, Sampling.of(**sampling), batch_size, enough=enough, begun=begun)
+        for number, piece in events:
+            if piece is not None:
+                answers[number] += piece
+            elif finished is not None:
+                finished(number)
+            if stopped is not None and stopped():
+                break
+        return answers
 
     def choose(self, instruction: str, input: str = "", *, choices: Sequence[str]) -> list[ScoredChoice]:
         """Return how probable each of several answers is; nothing is generated.
@@ -357,17 +383,33 @@ class AdaptedLlama:
         return [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
 
     def _answers(
-        self, prompts: Sequence[Sequence[int]], settings: Sampling, batch_size: int, *, resumes: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        batch_size: int,
+        *,
+        resumes: bool = False,
+        enough: Callable[[int, str], bool] | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
         self._engine.refuse_fork()
         stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
-        requests = [Request(prompt, settings, adapter, stop_ids, resumes) for prompt in prompts]
-        answers = [_Answer(self.tokenizer, settings.stop) for _ in prompts]
+        starts = [()] * len(prompts) if begun is None else begun
+        requests = [
+            Request([*prompt, *start], settings.after(len(start)), adapter, stop_ids, resumes)
+            for prompt, start in zip(prompts, starts, strict=True)
+        ]
+        answers = [AnswerText(self.tokenizer, settings.stop, start) for start in starts]
+        yield from ((index, answer.text) for index, answer in enumerate(answers) if answer.text)
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
-                piece = answers[index].push(token)
-                if answers[index].stopped:
+                answer = answers[index]
+                piece = answer.push(token)
+                answer.text += piece
+                if piece and enough is not None:
+                    answer.stopped = answer.stopped or enough(index, answer.text)
+                if answer.stopped:
                     self._engine.cancel(requests[index])
                 if piece:
                     yield index, piece
@@ -392,28 +434,6 @@ def _check_ids(ids: Any, config: LlamaConfig) -> None:
     if least < 0 or most >= config.vocab_size:
         odd = least if least < 0 else most
         raise UserError(f"ids holds {odd}; expected token ids from 0 to {config.vocab_size - 1}")
-
-
-class _Answer:
-    """An answer's text as its tokens come; text that may begin a stop text is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.decoder = StreamDecoder(tokenizer)
-        self.stop, self.held, self.stopped = stop, "", False
-
-    def push(self, token: int | None) -> str:
-        """Return the text that a token, or with None the end, makes certain to belong to the answer."""
-        if self.stopped:
-            return ""
-        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
-        places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if places:
-            self.stopped = True
-            return text[: min(places)]
-        begun = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
-        keep = 0 if token is None else max(begun, default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
 
 
 def load(

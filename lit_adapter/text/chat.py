@@ -44,7 +44,7 @@ def render_chat(tokenizer: Tokenizer, source: str, name: str, date: str | None =
     padded_user = {"role": "user", "content": f"  {USER}  "}
     answer = {"role": "assistant", "content": ANSWER}
     conversations = [([user], True), ([padded_user], True), ([user, answer], False)]
-    prompt, padded, whole = _render(tokenizer, source, name, date, conversations)
+    prompt, padded, whole = render_conversations(tokenizer, source, name, date, conversations)
     before, found, after = prompt.partition(USER)
     if not found or USER in after:
         raise UserError(
@@ -60,7 +60,7 @@ def render_chat(tokenizer: Tokenizer, source: str, name: str, date: str | None =
     return RenderedChat(before, after, gap if gap == " " else "", end, prompt == padded)
 
 
-def _render(
+def render_conversations(
     tokenizer: Tokenizer,
     source: str,
     name: str,

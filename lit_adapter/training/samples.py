@@ -94,7 +94,7 @@ class Samples(Callback):
 
         prompts = [sample.prompt for sample in self.samples]
         try:
-            answers = self.assistant.answer_prompts(
+            answers = self.assistant.continue_batch(
                 prompts, max_new_tokens=self.max_new_tokens, stopped=stopped
             )
         except NonFiniteLogitsError:  # training counts such steps itself, and stops when there are too many

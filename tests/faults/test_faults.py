@@ -14,6 +14,7 @@ import base_rows
 import config_rows
 import conversation_rows
 import data_rows
+import evaluation_rows
 import generation_rows
 import hostile_rows
 import model_rows
@@ -30,6 +31,7 @@ TABLE: list[Row] = [
     *generation_rows.ROWS,
     *base_rows.ROWS,
     *hostile_rows.ROWS,
+    *evaluation_rows.ROWS,
     *conversation_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"

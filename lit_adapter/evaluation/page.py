@@ -1,0 +1,147 @@
+"""``report.html``: one file that needs nothing else; light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import visible
+from lit_adapter.evaluation import plots, tables
+from lit_adapter.evaluation.history import History, history, strengths
+from lit_adapter.evaluation.samples import Sample
+from lit_adapter.evaluation.style import STYLE
+from lit_adapter.evaluation.tables import Table
+
+BINS = 8
+"""Of lengths."""
+
+
+def page(
+    found: dict[str, Any],
+    answers: dict[str, list[dict[str, Any]]],
+    shown: dict[str, list[Sample]],
+    adapters: Sequence[Path],
+) -> str:
+    """Return the page: summary, tables, plots, answers."""
+    names = [model["name"] for model in found["models"]]
+    title = "Evaluation of " + (", ".join(names[1:]) or names[0])
+    parts = [f"<h1>{_e(title)}</h1>", f'<p class="dim">{_e(_about(found))}</p>']
+    parts += [f'<p class="lead">{_e(line)}</p>' for line in tables.summary(found)]
+    parts += [f'<p class="warning">{_e(line)}</p>' for line in found.get("warnings", [])]
+    if "scores" in found:
+        parts += [_table(tables.score_table(found)), _plots("Scores", _score_plots(found, answers))]
+    if found.get("comparisons"):
+        parts.append(_table(tables.comparison_table(found)))
+    forgetting = tables.forgetting_table(found)
+    parts += [_table(forgetting)] if forgetting else []
+    parts += [_table(tables.field_table(found))] if "fields" in found else []
+    for adapter, name in zip(adapters, names[1:], strict=True):
+        parts.append(_plots(f"Training of {name}", _training_plots(adapter, history(adapter))))
+    for heading, some in shown.items():
+        parts += [f"<h2>{_e(heading)}</h2>", *map(_sample, some)]
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_e(title)}</title>'
+    )
+    head = f"<head>{head}<style>{STYLE}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>{"".join(parts)}</body></html>\n'
+
+
+def _e(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def _about(found: dict[str, Any]) -> str:
+    run = found["run"]
+    parts = []
+    if "data" in found:
+        parts.append(f"{found['data']['source']}, {found['data']['records']:,} records")
+        if found["data"]["stop_early"]:
+            parts.append("answers end where they can no longer be right")
+    return ", ".join([*parts, run["device"], run["precision"], f"{run['seconds']:.0f} s"])
+
+
+def _table(table: Table) -> str:
+    header = "".join(f"<th>{_e(cell)}</th>" for cell in table.header)
+    rows = "".join(f"<tr>{''.join(f'<td>{_e(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    return f'<h2>{_e(table.title)}</h2><div class="wide"><table><tr>{header}</tr>{rows}</table></div>'
+
+
+def _plots(title: str, drawn: dict[str, str]) -> str:
+    cards = [f"<div><h3>{_e(name)}</h3>{plot}</div>" for name, plot in drawn.items() if plot]
+    return f'<h2>{_e(title)}</h2><div class="plots">{"".join(cards)}</div>' if cards else ""
+
+
+def _score_plots(found: dict[str, Any], answers: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    drawn = {}
+    for metric, title in found["metrics"].items():
+        bars = [
+            plots.Bar(name, of["value"], of["low"], of["high"], tables.shown(metric, of["value"]), place)
+            for place, name in enumerate(answers)
+            if (of := found["scores"][name].get(metric)) is not None
+        ]
+        drawn[f"{title}, with 95 % intervals"] = plots.bars(bars) if bars else ""
+    curves = [plots.Series(name, _loss_by_length(rows)) for name, rows in answers.items()]
+    drawn["Loss by length of the output"] = plots.lines(curves, "tokens of the output", "nats per token")
+    for name, matrix in found.get("confusion", {}).items():
+        columns = [*matrix["labels"], matrix["other"]]
+        drawn[f"Confusion, {name}"] = plots.heat(
+            matrix["counts"], matrix["labels"], columns, row_title="output", column_title="answer", shown=True
+        )
+    return drawn
+
+
+def _loss_by_length(rows: Sequence[dict[str, Any]]) -> list[plots.Point]:
+    """Return mean length and loss per token of records of similar length; equal lengths stay together."""
+    measured = sorted((row["targets"], row["loss"]) for row in rows if row["targets"])
+    size = max(1, math.ceil(len(measured) / BINS))
+    parts: list[list[plots.Point]] = []
+    for length, loss in measured:
+        if not parts or (len(parts[-1]) >= size and parts[-1][-1][0] != length):
+            parts.append([])
+        parts[-1].append((length, loss))
+    lengths = [sum(length for length, _ in part) for part in parts]
+    return [(n / len(p), sum(x for _, x in p) / n) for n, p in zip(lengths, parts, strict=True)]
+
+
+def _training_plots(adapter: Path, run: History) -> dict[str, str]:
+    losses = [plots.Series("training", run.train), plots.Series("held out", run.held_out)]
+    drawn = {"Loss": plots.lines([one for one in losses if one.points], "step", "nats per token")}
+    gates = strengths(adapter)
+    if gates:
+        layers = list(map(str, gates))
+        heads = list(map(str, range(max(map(len, gates.values())))))
+        drawn["Strength of the gates at the end"] = plots.heat(
+            list(gates.values()), layers, heads, row_title="layers", column_title="attention heads"
+        )
+    if run.gates:
+        steps = sorted({step for curve in run.gates.values() for step, _ in curve})
+        chosen = steps[:: max(1, math.ceil(len(steps) / 32))]
+        by_layer = {layer: dict(curve) for layer, curve in sorted(run.gates.items())}
+        values = [[of.get(step, math.nan) for step in chosen] for of in by_layer.values()]
+        drawn["Strength of the gates over steps"] = plots.heat(
+            values,
+            list(map(str, by_layer)),
+            [f"{step:.0f}" for step in chosen],
+            row_title="layers",
+            column_title="steps",
+        )
+    return drawn
+
+
+def _sample(sample: Sample) -> str:
+    sides = [f"<div><h3>expected</h3><pre>{_e(sample.reference)}</pre></div>"]
+    for name, text in sample.answers.items():
+        score, loss = sample.scores[name], sample.losses[name]
+        verdict = "" if score is None else "right" if score >= 1 else "wrong"
+        numbers = [
+            f"{score:.2g}" if score is not None else "",
+            f"loss {loss:.2f}" if loss is not None else "",
+        ]
+        shown = ", ".join(filter(None, numbers))
+        title = f'<h3>{_e(name)} <span class="dim">{shown}</span></h3>'
+        sides.append(f'<div>{title}<pre class="{verdict}">{_e(text)}</pre></div>')
+    head = f'<span class="dim">{_e(sample.origin)}</span><pre>{_e(sample.request)}</pre>'
+    return f'<div class="sample">{head}<div class="sides">{"".join(sides)}</div></div>'
