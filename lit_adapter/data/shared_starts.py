@@ -65,7 +65,7 @@ def rows_of(
         if group.n_shared:
             preambles[number] = np.array(texts[group.texts[0]].ids[: group.n_shared], np.int32)
     longest = max(len(text.ids) for text in texts)
-    packer = Packer(
+    packer = _Packer(
         _encoded(texts, variant), preambles, mask_prompt=True, row_tokens=max(row_tokens, longest)
     )
     for row in _rows([group.texts for group in found], packer, row_tokens):
