@@ -131,6 +131,7 @@ def measure(args: Any, paths: dict[str, Path]) -> Any:
     """Yield each task's name with the seconds of both models and the largest difference of a score."""
     import torch
     from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -143,6 +144,8 @@ def measure(args: Any, paths: dict[str, Path]) -> Any:
         "hf": HFLM(args.base, device=args.device, dtype="float32", batch_size=args.batch_size),
     }
     manager = TaskManager(include_defaults=False)
+    for model in models.values():  # what the first call costs is not counted
+        model.loglikelihood([Instance("loglikelihood", {}, ("Some words", " and more " * 300), 0)])
     for name, path in paths.items():
         row: dict[str, Any] = {"threads": torch.get_num_threads()}
         scores = {}

@@ -65,6 +65,7 @@ def test_sharing_never_takes_more_tokens_than_whole_texts(
     found = groups(texts)
     assert sum(group.cost for group in found) <= sum(len(text.ids) - 1 for text in texts)
     assert sorted(i for group in found for i in group.texts) == list(range(len(texts)))
+    assert sum(len(row.ids) for row, _ in rows_of(texts)) == max(1, sum(group.cost for group in found))
 
 
 def test_the_level_that_saves_most_is_shared() -> None:

@@ -25,7 +25,7 @@ h3 { font-size: .95rem; margin: 0 0 .4rem; }
 .dim { color: var(--dim); font-size: .88rem; }
 .lead { font-size: 1.08rem; margin: .5rem 0; }
 .warning { background: var(--warn); padding: .5rem .8rem; border-radius: 6px; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; }
 .plots > div {
   background: var(--card); border-radius: 8px; padding: .8rem 1rem; max-width: 100%; overflow-x: auto;
 }
