@@ -308,7 +308,8 @@ def products_against_formulas(
     cache = (x.new_zeros(B, G, S, D), x.new_zeros(B, G, S, D))
     norm = norm.float() if B % 2 else norm  # as a trained norm's
     products, total = Products(x), x.clone()
-    products.project(x, norm, eps, (q_weight, k_weight, v_weight), (cos, sin), position, q, cache)
+    weights, biases = (q_weight, k_weight, v_weight), (None, None, None)
+    products.project(x, norm, eps, weights, biases, (cos, sin), position, q, cache)
     products.gate_up(x, norm, eps, gate, up, hidden)
     products.norm_linear(x, norm, eps, gate, logits)
     for _ in range(2):  # what counts the programs that have finished begins anew

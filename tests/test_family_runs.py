@@ -181,4 +181,4 @@ def test_two_processes_share_a_base(
     for found in processes(bases[kind], "float32", tmp_path / "store", 2, tensor_parallel, norms=True):
         assert found["same_tokens"]
         assert found["loss"] < 1e-5
-        assert found["gradient"] < 1e-6
+        assert found["gradient"] < 1e-5

@@ -122,7 +122,8 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
             prepare(model)
         assert choose(model, "training").name == "fused"
         view = FusedView(model, row, model.rotation(place), recompute=recompute)
-        assert len(view.all_queries.sum_tile)
+        full = view.all_queries.get(None)  # in a short window no key tile has several parts
+        assert full is None or len(full.sum_tile)
         fused = loss_and_gradients(model, row, view)
         assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
         # Two ways to round the same bf16 products: 0.8 to 1.25 times each other's error.

@@ -13,14 +13,14 @@ from lit_adapter.streams import say
 
 COMMANDS = {
     "quickstart": "Fine-tune and score a small built-in model, from nothing.",
-    "download": "Fetch a LLaMA and convert it into a base folder, or fetch an adapter.",
-    "convert": "Turn a LLaMA checkpoint into a base folder.",
+    "download": "Fetch a model and convert it into a base folder, or fetch an adapter.",
+    "convert": "Turn a checkpoint into a base folder.",
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
     "chat": "Talk to a base with its adapter, or to a plain base.",
     "generate": "Prompt a base with its adapter, or a plain base.",
     "evaluate": "Score adapters beside their base, and write a report.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
-    "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
+    "merge": "Make a plain Hugging Face model of a base and an adapter without prompts.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",
 }
 """What each command does; its module has its name."""

