@@ -238,7 +238,9 @@ def test_a_template_that_fails_names_the_turn(both: tuple[Tokenizer, Any]) -> No
     source = "{% if messages | length == 3 %}{{ raise_exception('not three') }}{% endif %}x"
     with pytest.raises(UserError, match=r"^turn 3: template 'jinja': the chat template fails: not three"):
         encode_conversation(ours, jinja(source), said("a", "b", "c", "d"))
-    with pytest.raises(UserError, match=r"turn 2: template 'jinja' does not keep this answer"):
+    with pytest.raises(
+        UserError, match=r"turn 2: template 'jinja' does not show this answer; choose another"
+    ):
         encode_conversation(ours, jinja("nothing"), said("a", "b"))
     endless = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="the chat template fails: takes more than 1 s"):
