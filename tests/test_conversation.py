@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -300,3 +301,22 @@ def test_a_template_keeps_its_jinja_and_its_day(both: tuple[Tokenizer, Any], tmp
     assert ours.decode(found.ids).startswith("2020-02-29")
     assert "jinja" not in resolve_template("alpaca", ours).to_dict()
     assert Template.from_dict(resolve_template("alpaca", ours).to_dict()) == resolve_template("alpaca", ours)
+
+
+def test_a_forked_process_renders_for_itself(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    template, talk = resolve_template("chatml", ours), said("a", "b", "c", "d")
+    expected = encode_conversation(ours, template, talk)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                same = [encode_conversation(ours, template, talk) == expected for _ in range(20)]
+                status = 0 if all(same) else 2
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert all(encode_conversation(ours, template, talk) == expected for _ in range(20))
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
