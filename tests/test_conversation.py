@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -238,7 +239,9 @@ def test_a_template_that_fails_names_the_turn(both: tuple[Tokenizer, Any]) -> No
     source = "{% if messages | length == 3 %}{{ raise_exception('not three') }}{% endif %}x"
     with pytest.raises(UserError, match=r"^turn 3: template 'jinja': the chat template fails: not three"):
         encode_conversation(ours, jinja(source), said("a", "b", "c", "d"))
-    with pytest.raises(UserError, match=r"turn 2: template 'jinja' does not keep this answer"):
+    with pytest.raises(
+        UserError, match=r"turn 2: template 'jinja' does not show this answer; choose another"
+    ):
         encode_conversation(ours, jinja("nothing"), said("a", "b"))
     endless = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="the chat template fails: takes more than 1 s"):
@@ -298,3 +301,22 @@ def test_a_template_keeps_its_jinja_and_its_day(both: tuple[Tokenizer, Any], tmp
     assert ours.decode(found.ids).startswith("2020-02-29")
     assert "jinja" not in resolve_template("alpaca", ours).to_dict()
     assert Template.from_dict(resolve_template("alpaca", ours).to_dict()) == resolve_template("alpaca", ours)
+
+
+def test_a_forked_process_renders_for_itself(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    template, talk = resolve_template("chatml", ours), said("a", "b", "c", "d")
+    expected = encode_conversation(ours, template, talk)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                same = [encode_conversation(ours, template, talk) == expected for _ in range(20)]
+                status = 0 if all(same) else 2
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert all(encode_conversation(ours, template, talk) == expected for _ in range(20))
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]

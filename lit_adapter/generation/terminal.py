@@ -89,8 +89,11 @@ class Conversation:
             self.messages.pop()
             raise
         write_answer("\n", self.out)
+        most = self.sampling.max_new_tokens
         if interrupted():
             self._tell("(stopped)")
+        elif len(self.model.tokenizer.encode(answer)) >= most:
+            self._tell(f"(ended after {most} tokens; --max_new_tokens allows more)")
         self.messages.append({"role": "assistant", "content": answer})
 
     def _pieces(self) -> Iterator[str]:

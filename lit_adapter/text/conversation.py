@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from lit_adapter.errors import UserError
@@ -136,17 +137,14 @@ class _Rendered:
     def _spans(self, lengths: list[int | None], template: Template) -> list[tuple[int, int, int]]:
         """Return start and end of every answer that was found, and what its tokens are to the loss."""
         spans = []
-        starts, ends = lengths[::2], lengths[1::2]
-        for number, (at, start, end) in enumerate(zip(self.answers, starts, ends, strict=True)):
+        for at, start, end in zip(self.answers, lengths[::2], lengths[1::2], strict=True):
             if start is not None and end is not None and start < end:
                 kind = ANSWER if at in self.wanted else CONTEXT
                 kind = kind if self.messages[at].learned else NEVER
                 spans.append((start, self._end(start, end), kind))
             elif at in self.wanted:
-                raise UserError(
-                    f"turn {at + 1}: {_why(template, number < len(self.answers) - 1, start is None)}; "
-                    "choose another data.template, or set data.last_answer_only true"
-                )
+                why = _why(template, is_last=at == self.answers[-1], no_prompt=start is None)
+                raise UserError(f"turn {at + 1}: {why}")
         return spans
 
     def _end(self, start: int, end: int) -> int:
@@ -185,11 +183,17 @@ class _Rendered:
         return next((kind for start, end, kind in self.spans if start <= place < end), CONTEXT)
 
 
-def _why(template: Template, has_later: bool, no_prompt: bool) -> str:
-    what = f"template '{template.kind}' does not keep this answer as it was"
+def _why(template: Template, *, is_last: bool, no_prompt: bool) -> str:
+    """Say why an answer cannot be learned, and what would help."""
+    name, other = f"template '{template.kind}'", "choose another data.template"
     if no_prompt:
-        return f"template '{template.kind}' writes this answer elsewhere than after the prompt for one"
-    return f"{what} when the turns after it follow" if has_later else what
+        return f"{name} writes this answer elsewhere than after the prompt for one; {other}"
+    if is_last:
+        return f"{name} does not show this answer; {other}"
+    return (
+        f"{name} does not keep this answer as it was when the turns after it follow; {other}, or set "
+        "data.last_answer_only true"
+    )
 
 
 class _Writer:
@@ -259,15 +263,20 @@ def _breaker(values: Any) -> str:
     return found
 
 
+@cache
+def _parts(spellings: tuple[str, ...]) -> tuple[set[str], set[str], int]:
+    """Return how control tokens may begin and end, and the length of the longest one."""
+    heads = {one[:n] for one in spellings for n in range(1, len(one))}
+    tails = {one[n:] for one in spellings for n in range(1, len(one))}
+    return heads, tails, max(map(len, spellings), default=1)
+
+
 class _Protection:
     """Puts ``mark`` into what spells a control token, or could complete one with what stands beside it."""
 
     def __init__(self, tokenizer: Tokenizer, mark: str) -> None:
         self.pattern, self.mark = control_pattern(tokenizer), mark
-        spellings = [*tokenizer.control_tokens]
-        self.heads = {one[:n] for one in spellings for n in range(1, len(one))}
-        self.tails = {one[n:] for one in spellings for n in range(1, len(one))}
-        self.longest = max(map(len, spellings), default=1)
+        self.heads, self.tails, self.longest = _parts(tuple(tokenizer.control_tokens))
 
     def of(self, value: Any) -> Any:
         """Return nested values with all their texts protected."""

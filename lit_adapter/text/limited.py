@@ -51,7 +51,8 @@ def ask(module: str, request: Any) -> Any:
 class LimitedProcess:
     """A process that answers many requests one after another, each under the limits; for several threads.
 
-    It starts with the first request, and again after one that it did not survive. It ends with this process.
+    It starts with the first request, and again after one that it did not survive, or in a process forked from
+    this one. It ends with this process.
 
     Args:
         module: whose work it does.
@@ -60,6 +61,7 @@ class LimitedProcess:
     def __init__(self, module: str) -> None:
         self.module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         self._lock = threading.Lock()
 
     def ask(self, request: Any) -> Any:
@@ -69,8 +71,8 @@ class LimitedProcess:
             LimitedError: the work failed, or needs more than it may.
         """
         with self._lock:
-            if self._process is None:
-                self._process = _start(self.module)
+            if self._process is None or self._owner != os.getpid():
+                self._process, self._owner = _start(self.module), os.getpid()
             process, self._process = self._process, None  # an interrupt would leave an answer unread
             try:
                 answer = _exchange(process, _line(request))
