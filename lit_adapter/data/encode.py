@@ -237,7 +237,7 @@ def _encode_chunk(
             facts.append(
                 (len(kept[-1]), n_prompt - excess, template.variant(bool(record.input)), excess == 0, row)
             )
-        texts = "\n".join((record.instruction, record.input, record.output))
+        texts = "\n".join(record.texts)
         found = set(pattern.findall(texts)) if pattern else set()
         look_alikes += [(row, tokenizer.control_tokens[name]) for name in sorted(found)]
     names = ("length", "n_prompt", "variant", "whole", "source_row")

@@ -1,7 +1,7 @@
 """Instruction records: read, checked, counted, split and compared. No torch.
 
 A malformed record is refused with its line. Two flaws common in real data are only counted: records with an
-empty output, which are skipped since they have nothing to learn, and duplicates, which are kept.
+empty output, which are skipped since they have nothing to learn, and duplicates, which may be dropped later.
 """
 
 from __future__ import annotations
@@ -45,14 +45,30 @@ class Record:
         return f"{self.file}:{self.line}"
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Return all that it says."""
+        return self.instruction, self.input, self.output
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has nothing to learn."""
+        return not self.output.strip()
+
+    @property
     def digest(self) -> bytes:
         """Return 16 bytes that tell the texts from all others."""
         digest = hashlib.sha256()
-        for text in (self.instruction, self.input, self.output):
+        for text in self.texts:
             content = text.encode()
             # The length in front keeps ("ab", "c") and ("a", "bc") apart.
             digest.update(len(content).to_bytes(8, "little") + content)
         return digest.digest()[:DIGEST_BYTES]
+
+
+def of_texts(texts: Sequence[str], *, file: str, line: int) -> Record:
+    """Return the record with these `texts`."""
+    instruction, input, output = texts
+    return Record(instruction, input, output, file, line)
 
 
 DIGEST_BYTES = 16
@@ -156,7 +172,7 @@ def read_records(
     """
     name = name or str(source)
     every = list(records_of(Path(source), name, columns))
-    rows = tuple(row for row in every if row.output.strip())
+    rows = tuple(row for row in every if not row.is_empty)
     return Records(rows, name, len(every) - len(rows))
 
 

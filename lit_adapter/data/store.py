@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lit_adapter.config import Columns
 from lit_adapter.data.formats import check_regular
-from lit_adapter.data.records import Record, Records, digests_of, records_of
+from lit_adapter.data.records import Record, Records, digests_of, of_texts, records_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import file_sha256, reading
 from lit_adapter.files.table import Table, TableWriter, kept_table
@@ -90,7 +90,7 @@ def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns) -
         records = records_of(file.path, file.name, columns)
         with count_progress(f"reading {file.name}") as advance:
             while rows := list(islice(records, CHUNK)):
-                kept = [row for row in rows if row.output.strip()]
+                kept = [row for row in rows if not row.is_empty]
                 n_empty += len(rows) - len(kept)
                 writer.append(_columns(kept, number, writer.length("texts")))
                 advance(len(rows))
@@ -98,9 +98,7 @@ def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns) -
 
 
 def _columns(rows: Sequence[Record], file: int, start: int) -> dict[str, NDArray]:
-    texts = [
-        json.dumps((row.instruction, row.input, row.output), ensure_ascii=False).encode() for row in rows
-    ]
+    texts = [json.dumps(row.texts, ensure_ascii=False).encode() for row in rows]
     return {
         "texts": np.frombuffer(b"".join(texts), np.uint8),
         "end": start + np.cumsum([*map(len, texts)], dtype=np.int64),
@@ -128,8 +126,7 @@ class StoredRows(Sequence[Record]):
         start = self._columns["end"][index - 1] if index else 0
         texts = json.loads(self._columns["texts"][start : self._columns["end"][index]].tobytes())
         file, line = (int(self._columns[name][index]) for name in ("file", "line"))
-        instruction, input, output = texts
-        return Record(instruction, input, output, self._names[file], line)
+        return of_texts(texts, file=self._names[file], line=line)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
