@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Prompt a base with its adapter, or a plain base.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
+    "export": "Write an adapter for transformers, vLLM, llama.cpp or Ollama.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",
 }
 """What each command does; its module has its name."""
