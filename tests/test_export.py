@@ -22,6 +22,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.export import transformers_folder as made_here
 from lit_adapter.weights.export.export import export
 
 PREFIX = AdapterConfig(prompt_length=3, layers=1)
@@ -251,8 +252,6 @@ def test_a_base_of_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     fingerprint = read_json(base / "fingerprint.json")
     origin = {"model": "org/name", "format": "huggingface", "revision": "main", "commit": "c0ffee"}
     write_json(base / "fingerprint.json", {**fingerprint, "source": origin})
-    from lit_adapter.weights.export import transformers_folder as made_here
-
     info, state = read_adapter(adapter)
     told = made_here._write_reference(
         made_here.Adapted(adapter, info, state, base), tmp_path, tmp_path / "out"

@@ -18,6 +18,17 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         "--base", type=Path | None, metavar="FOLDER", help="by default the base that the adapter names"
     )
     parser.add_argument(
+        "--to",
+        choices=["transformers", "gguf"],
+        default="transformers",
+        help="transformers, also for vLLM; gguf, without prompts, for llama.cpp and Ollama",
+    )
+    parser.add_argument(
+        "--type",
+        choices=["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],
+        help="of the matrices in a GGUF file; default: q8_0",
+    )
+    parser.add_argument(
         "--with-base", action="store_true", help="put the base into the folder too; vLLM needs it there"
     )
     parser.add_argument(
@@ -30,8 +41,10 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     from lit_adapter.weights.export.export import export
 
-    choices = {name: options[name] for name in ("base", "with_base", "dtype", "overwrite")}
+    choices = {name: options[name] for name in ("base", "to", "with_base", "dtype", "overwrite")}
     with byte_progress("exporting") as progress:
-        report = export(Path(options.adapter), Path(options.out), progress=progress, **choices)
+        report = export(
+            Path(options.adapter), Path(options.out), kind=options.type, progress=progress, **choices
+        )
     say(f"wrote {shown(Path(options.out))}: {'; '.join(report)}")
     return 0

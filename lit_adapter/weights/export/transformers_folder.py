@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from lit_adapter.model.layout import base_shapes, checkpoint_name
 from lit_adapter.text.chat_export import chat_template
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template
-from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.base_folder import CONFIG, GENERATION_CONFIG, read_fingerprint, read_object
+from lit_adapter.weights.export.adapted import Adapted, Progress
 from lit_adapter.weights.export.prefixes import prefix_settings, prefix_tensors
 from lit_adapter.weights.measure import fixed_prompt, logits
 from lit_adapter.weights.merged import OUTPUT_BIAS, MergedSource
@@ -40,17 +38,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_lit_adapter.LitAdapterModel",
     "AutoModelForCausalLM": "modeling_lit_adapter.LitAdapterForCausalLM",
 }
-Progress = Callable[[int, int], None] | None
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """An adapter file that was read, and the base that it belongs to."""
-
-    path: Path
-    info: AdapterInfo
-    state: dict[str, Tensor]
-    base: Path
 
 
 def export_folder(
@@ -90,15 +77,11 @@ def export_folder(
     return [*told, measured]
 
 
-def _merged(adapted: Adapted) -> MergedSource:
-    return MergedSource(adapted.base, adapted.path, adapted.info.adapter, adapted.state)
-
-
 def _write_whole(
     adapted: Adapted, scratch: Path, out: Path, dtype: str | None, progress: Progress
 ) -> dict[str, Any]:
     """Write base, merged parts and prefixes as one set of weights, and return the keys of ``config.json``."""
-    source, form = _merged(adapted), adapted.info.adapter
+    source, form = adapted.merged(), adapted.info.adapter
     own = DTYPES[dtype] if dtype else _default_dtype(adapted, source)
     prefixes = prefix_tensors(form, source.config, adapted.state)
     entries = [Entry(name, shape, own) for name, shape in base_shapes(source.config).items()]
@@ -146,7 +129,7 @@ def _write_reference(adapted: Adapted, scratch: Path, out: Path) -> dict[str, An
 
 def _write_rest(adapted: Adapted, scratch: Path, settings: dict[str, Any]) -> None:
     """Write configuration, tokenizer, chat template and the modelling file."""
-    source, template = _merged(adapted), adapted.info.template
+    source, template = adapted.merged(), adapted.info.template
     source.write_tokenizer(scratch)
     tokenizer = load_tokenizer(adapted.base)
     write_text(scratch / "chat_template.jinja", chat_template(template, tokenizer))
