@@ -31,6 +31,7 @@ LAYERS = [
     ("text", "config"),
     ("weights", "data"),
     ("generation",),
+    ("evaluation",),
     ("training",),
     ("quickstart",),
     ("cli",),

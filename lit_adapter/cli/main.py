@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "Turn a LLaMA checkpoint into a base folder.",
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
     "generate": "Prompt a base with its adapter, or a plain base.",
+    "evaluate": "Score adapters beside their base, and write a report.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
     "export": "Write an adapter for transformers, vLLM, llama.cpp or Ollama.",

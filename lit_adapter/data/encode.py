@@ -49,7 +49,7 @@ class Encoded:
     """Index of each record's first token, and the end ``[records + 1]``."""
     n_prompt: NDArray[np.int32]
     """Number of tokens before each record's answer ``[records]``."""
-    variant: NDArray[np.int8]
+    variant: NDArray[np.integer]
     """Which text of the template each record uses (`Template.variant`) ``[records]``."""
     whole: NDArray[np.bool_]
     """Whether each record was kept whole ``[records]``."""

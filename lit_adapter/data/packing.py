@@ -131,7 +131,12 @@ class Packer:
     def row(self, records: list[int]) -> PackedRow:
         """Pack ``records`` into one row."""
         segments = self._segments(records)
-        return PackedRow(*map(torch.from_numpy, (*_tokens(segments), *self._targets(segments))))
+        index, token, _ = self._targets(segments)
+        return PackedRow(*map(torch.from_numpy, (*_tokens(segments), index, token)))
+
+    def target_records(self, records: list[int]) -> NDArray[np.int64]:
+        """Return which record each target of ``row(records)`` belongs to ``[M]``."""
+        return self._targets(self._segments(records))[2]
 
     def _segments(self, records: list[int]) -> list[_Segment]:
         """Return a row's segments: records without a preamble, then each preamble and its records."""
@@ -152,8 +157,11 @@ class Packer:
             segment.start = before.start + len(before.ids)
         return segments
 
-    def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the row's indices whose next token is learned, ascending, and those tokens, each ``[M]``."""
+    def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], ...]:
+        """Return the row's indices whose next token is learned, ascending, those tokens, and whose they are.
+
+        Each is ``[M]``.
+        """
         rows = [
             (s.record, s.position, s.start, 0 if s.preamble is None else segments[s.preamble].start)
             for s in segments
@@ -171,7 +179,7 @@ class Packer:
         index = predicting + np.where(predicting < n_preamble, preamble_start, start - n_preamble)
         token = self.encoded.ids[np.repeat(self.encoded.start[records], count) + predicting + 1]
         order = np.argsort(index, kind="stable")
-        return index[order], token[order].astype(np.int64)
+        return index[order], token[order].astype(np.int64), np.repeat(records, count)[order]
 
 
 @dataclass

@@ -21,6 +21,7 @@ from lit_adapter import arguments
 from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.answer_text import AnswerText
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
@@ -32,7 +33,7 @@ from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+from lit_adapter.text.tokenizer import Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
@@ -154,7 +155,7 @@ class AdaptedLlama:
         """
         task = arguments.text("instruction", instruction), arguments.text("input", input)
         check_instruction("instruction", instruction)
-        events = self._answers([task], Sampling.of(**sampling), batch_size=1)
+        events = self._answers(self._prompts([task]), Sampling.of(**sampling), batch_size=1)
         return (piece for _, piece in events if piece)
 
     def generate_batch(
@@ -164,6 +165,7 @@ class AdaptedLlama:
         batch_size: int = 16,
         finished: Callable[[int], None] | None = None,
         stopped: Callable[[], bool] | None = None,
+        enough: Callable[[int, str], bool] | None = None,
         **sampling: Any,
     ) -> list[str]:
         """Answer many tasks together.
@@ -176,6 +178,8 @@ class AdaptedLlama:
                 progress bar; None for none.
             stopped: a function without arguments that is called after every piece of text; when it returns
                 true, generation ends and the answers are returned as far as they are; None for none.
+            enough: a function that is called with the index of a task and its answer so far, after every
+                piece of text; when it returns true, that answer ends there; None for none.
             **sampling: the settings of `generate`.
 
         Returns:
@@ -185,9 +189,45 @@ class AdaptedLlama:
             UserError: as `generate`; ``tasks`` is one task or holds something else (a TypeError too); a
                 ``batch_size`` below 1.
         """
-        tasks = as_tasks(tasks)
-        answers = [""] * len(tasks)
-        for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
+        prompts = self._prompts(as_tasks(tasks))
+        return self._all(prompts, Sampling.of(**sampling), batch_size, finished, stopped, enough)
+
+    def continue_batch(
+        self,
+        prompts: Iterable[Sequence[int]],
+        *,
+        batch_size: int = 16,
+        finished: Callable[[int], None] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Continue many texts together, without a template.
+
+        Args:
+            prompts: token ids of each text, BOS included if it shall have one.
+            batch_size: as in `generate_batch`.
+            finished: as in `generate_batch`.
+            **sampling: the settings of `generate`.
+
+        Returns:
+            What follows each text, in the order of ``prompts``.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        return self._all(list(prompts), Sampling.of(**sampling), batch_size, finished)
+
+    def _all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        batch_size: int,
+        finished: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+        enough: Callable[[int, str], bool] | None = None,
+    ) -> list[str]:
+        """Return the whole answers to prompts; `generate_batch` says what the functions are for."""
+        answers = [""] * len(prompts)
+        for number, piece in self._answers(prompts, settings, batch_size, enough):
             if piece is not None:
                 answers[number] += piece
             elif finished is not None:
@@ -267,19 +307,30 @@ class AdaptedLlama:
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
 
-    def _answers(
-        self, tasks: Sequence[Task], settings: Sampling, batch_size: int
-    ) -> Iterator[tuple[int, str | None]]:
-        """Yield ``(index of the task, piece of text)``, and ``(index, None)`` at each end."""
+    def _prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
         self._engine.refuse_fork()
-        prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
+        return [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sampling,
+        batch_size: int,
+        enough: Callable[[int, str], bool] | None = None,
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
+        self._engine.refuse_fork()
         stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
         requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
-        answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
+        answers = [AnswerText(self.tokenizer, settings.stop) for _ in prompts]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
-                piece = answers[index].push(token)
-                if answers[index].stopped:
+                answer = answers[index]
+                piece = answer.push(token)
+                answer.text += piece
+                if piece and enough is not None:
+                    answer.stopped = answer.stopped or enough(index, answer.text)
+                if answer.stopped:
                     self._engine.cancel(requests[index])
                 if piece:
                     yield index, piece
@@ -304,28 +355,6 @@ def _check_ids(ids: Any, config: LlamaConfig) -> None:
     if least < 0 or most >= config.vocab_size:
         odd = least if least < 0 else most
         raise UserError(f"ids holds {odd}; expected token ids from 0 to {config.vocab_size - 1}")
-
-
-class _Answer:
-    """An answer's text as its tokens come; text that may begin a stop text is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.decoder = StreamDecoder(tokenizer)
-        self.stop, self.held, self.stopped = stop, "", False
-
-    def push(self, token: int | None) -> str:
-        """Return the text that a token, or with None the end, makes certain to belong to the answer."""
-        if self.stopped:
-            return ""
-        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
-        places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if places:
-            self.stopped = True
-            return text[: min(places)]
-        begun = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
-        keep = 0 if token is None else max(begun, default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
 
 
 def load(

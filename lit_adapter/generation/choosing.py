@@ -13,18 +13,18 @@ A task's prompt is computed once: each choice is a segment that continues it, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
+from lit_adapter.data.shared_starts import Scored, rows_of
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.generation.request import NonFiniteLogitsError
 from lit_adapter.generation.task import Task
-from lit_adapter.model.attention import PackedRow, SegmentView
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.loss import CHUNK_LOGITS
+from lit_adapter.model.loss import target_log_likelihoods
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -72,29 +72,49 @@ def encode_choices(
     return EncodedChoices(ids[:n_prompt], list(map(list, answers)))
 
 
-@torch.inference_mode()
-def score(model: Llama, tasks: Sequence[EncodedChoices]) -> list[list[float]]:
-    """Return the log-likelihood of every choice of each task, which are computed as one row.
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model gives the scored tokens of a text."""
+
+    log_likelihood: float
+    """Their sum, in nats."""
+    n_tokens: int
+    is_likeliest: bool
+    """Whether each of them is the likeliest token at its place, which greedy decoding chooses."""
+
+
+def likelihoods(
+    model: Llama, texts: Sequence[Scored], finished: Callable[[int], None] | None = None
+) -> list[Likelihood]:
+    """Return the likelihood of each text's scored tokens, in packed rows that share starts.
+
+    ``finished`` is called with the index of each text that is done.
 
     Raises:
         NonFiniteLogitsError: logits are NaN or infinite.
     """
-    row, choice = _row(tasks)
-    ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
-    view = SegmentView(row, model.rotation(position[None]))
-    hidden = model(ids[None], view, target_index).squeeze(0)
-    n_rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    losses = [
-        F.cross_entropy(model.logits(part).float(), target, reduction="none")
-        for part, target in zip(hidden.split(n_rows), target_id.split(n_rows), strict=True)
-    ]
-    counts = [len(task.answers) for task in tasks]
-    total = torch.zeros(sum(counts), dtype=torch.float64).index_add(
-        0, choice, -torch.cat(losses).double().cpu()
-    )
-    if not total.isfinite().all():
-        raise NonFiniteLogitsError()
-    return [part.tolist() for part in total.split(counts)]
+    found = [Likelihood(0.0, 0, True)] * len(texts)
+    for row, owner in rows_of(texts):
+        values, likeliest = target_log_likelihoods(model, row)
+        if not values.isfinite().all():
+            raise NonFiniteLogitsError()
+        for text in np.unique(owner).tolist():
+            mine = torch.from_numpy(owner == text)
+            found[text] = Likelihood(float(values[mine].sum()), int(mine.sum()), bool(likeliest[mine].all()))
+            if finished is not None:
+                finished(text)
+    return found
+
+
+def score(model: Llama, tasks: Sequence[EncodedChoices]) -> list[list[float]]:
+    """Return the log-likelihood of every choice of each task; they are computed together.
+
+    Raises:
+        NonFiniteLogitsError: logits are NaN or infinite.
+    """
+    texts = [Scored([*task.prompt, *answer], len(task.prompt)) for task in tasks for answer in task.answers]
+    found = iter(likelihoods(model, texts))
+    return [[next(found).log_likelihood for _ in task.answers] for task in tasks]
 
 
 def rank(choices: Sequence[str], log_likelihoods: Sequence[float]) -> list[ScoredChoice]:
@@ -102,26 +122,3 @@ def rank(choices: Sequence[str], log_likelihoods: Sequence[float]) -> list[Score
     probabilities = torch.tensor(log_likelihoods, dtype=torch.float64).softmax(0).tolist()
     scored = map(ScoredChoice, choices, log_likelihoods, probabilities)
     return sorted(scored, key=lambda choice: -choice.log_likelihood)
-
-
-def _row(tasks: Sequence[EncodedChoices]) -> tuple[PackedRow, torch.Tensor]:
-    """Return a row of prompts, each followed by its answers, and which choice every target belongs to."""
-    tokens: list[tuple[int, int, int, int]] = []  # id, position, segment, preamble
-    targets: list[tuple[int, int, int]] = []  # index in the row, id, choice
-    segment = n_choices = 0
-    for task in tasks:
-        prompt, preamble = task.prompt, segment
-        tokens += [(token, place, segment, preamble) for place, token in enumerate(prompt)]
-        last = len(tokens) - 1
-        for answer in task.answers:
-            segment += 1
-            places = [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
-            targets += [(place, token, n_choices) for place, token in zip(places, answer, strict=True)]
-            tokens += [
-                (token, len(prompt) + place, segment, preamble) for place, token in enumerate(answer[:-1])
-            ]
-            n_choices += 1
-        segment += 1
-    ids, position, segments, preambles = torch.tensor(tokens).unbind(1)
-    index, target, choice = torch.tensor(sorted(targets)).unbind(1)
-    return PackedRow(ids, position, segments, preambles, index, target), choice

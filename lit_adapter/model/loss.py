@@ -113,6 +113,45 @@ def row_loss(
         recompute: keep only each block's input for the backward pass; the result is the same.
         executor: as `choose` returned it for training this model; None to choose now.
     """
+    hidden, target_id = _target_hidden(model, row, recompute, executor)
+    output = model.lm_head
+    affine = (
+        (output.adapter_bias, output.adapter_scale) if isinstance(output, AdaptedLinear) else (None, None)
+    )
+    return target_loss(hidden, output.weight, target_id, *affine)
+
+
+@torch.inference_mode()
+def target_log_likelihoods(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood (nats) of each target of a packed row, and whether no token is likelier.
+
+    Args:
+        model: on any device.
+        row: on the CPU, where its attention is planned.
+
+    Returns:
+        Both ``[M]`` on the CPU, in fp64 and bool, in the order of the row's targets.
+    """
+    hidden, target_id = _target_hidden(model, row)
+    n_logits, n_rows = max(1, CHUNK_LOGITS // model.config.vocab_size), rows_at_once()
+    found: list[Tensor] = []
+    likeliest: list[Tensor] = []
+    for chunk, targets in zip(hidden.split(n_logits), target_id.split(n_logits), strict=True):
+        logits = model.logits(chunk)
+        n_together = len(logits) if logits.is_cuda else n_rows
+        for rows, target in zip(logits.split(n_together), targets.split(n_together), strict=True):
+            share = widen(rows).log_softmax(-1)
+            found.append(share.gather(-1, target[:, None]).squeeze(-1))
+            likeliest.append(share.argmax(-1) == target)
+    if not found:
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
+    return torch.cat(found).double().cpu(), torch.cat(likeliest).cpu()
+
+
+def _target_hidden(
+    model: Llama, row: PackedRow, recompute: bool = False, executor: Executor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the normed hidden states ``[M, C]`` at a row's targets, and the targets' ids ``[M]``."""
     executor = choose(model, "training") if executor is None else executor
     ids, position, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
     rotation = model.rotation(position[None])
@@ -123,9 +162,4 @@ def row_loss(
         view = FusedView(model, row, rotation, recompute=recompute)
     else:
         view = SegmentView(row, rotation, recompute=recompute)
-    hidden = model(ids[None], view, target_index).squeeze(0)
-    output = model.lm_head
-    affine = (
-        (output.adapter_bias, output.adapter_scale) if isinstance(output, AdaptedLinear) else (None, None)
-    )
-    return target_loss(hidden, output.weight, target_id, *affine)
+    return model(ids[None], view, target_index).squeeze(0), target_id

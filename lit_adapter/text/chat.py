@@ -39,7 +39,7 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
     user = {"role": "user", "content": USER}
     padded_user = {"role": "user", "content": f"  {USER}  "}
     answer = {"role": "assistant", "content": ANSWER}
-    prompt, padded, whole = _render(
+    prompt, padded, whole = render_conversations(
         tokenizer, [([user], True), ([padded_user], True), ([user, answer], False)]
     )
     before, found, after = prompt.partition(USER)
@@ -59,7 +59,9 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
     return RenderedChat(before, after, gap if gap == " " else "", end, prompt == padded)
 
 
-def _render(tokenizer: Tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[str]:
+def render_conversations(
+    tokenizer: Tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]
+) -> list[str]:
     """Return the text of every conversation; the flag says whether a prompt for an answer ends it."""
     spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
     request = {

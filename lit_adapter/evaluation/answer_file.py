@@ -1,0 +1,106 @@
+"""``answers.jsonl``: what every model answered and predicted, kept as it comes, so that a killed run goes on.
+
+The first line says what the answers depend on. Each other line is a JSON object with ``model``, ``record``
+(from 0) and some of the values of that pair; later lines add to earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.files.read import reading
+from lit_adapter.files.space import write_error
+from lit_adapter.files.write import write_bytes
+
+FORMAT = 1
+Pair = tuple[str, int]
+"""A model's name and a record's index."""
+
+
+class AnswerFile:
+    """The values so far, by model and record.
+
+    Args:
+        path: the file; its folder is made.
+        identity: everything that answers depend on, as JSON values by name.
+        overwrite: forget the answers of another run.
+
+    Raises:
+        UserError: the file is damaged, or of another run, naming what differs.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.path = path
+        self._header = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
+        self.values: dict[Pair, dict[str, Any]] = {}
+        self._read(overwrite=overwrite)
+        self.rewrite()  # a line cut short by a kill is gone before another one follows it
+
+    def _read(self, *, overwrite: bool) -> None:
+        with reading(self.path):
+            try:
+                content = self.path.read_bytes()
+            except FileNotFoundError:
+                return
+        header, *lines = content.split(b"\n")[:-1] or [b""]
+        other = self._difference(header)
+        if other and overwrite:
+            return
+        if other:
+            raise UserError(
+                f"{self.path}: answers of another run ({other}); choose another --out, "
+                "or start again with --overwrite"
+            )
+        for number, line in enumerate(lines, 2):
+            try:
+                row = json.loads(line)
+                pair = str(row.pop("model")), int(row.pop("record"))
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{self.path}:{number}: no line of an evaluation; delete this file") from None
+            self.values.setdefault(pair, {}).update(row)
+
+    def _difference(self, header: bytes) -> str:
+        """Return what differs between this run and the one of ``header``; empty if nothing does."""
+        try:
+            found = json.loads(header)
+        except (ValueError, RecursionError):
+            return "no readable first line"
+        if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+            return "no identity in its first line"
+        theirs, ours = found["identity"], self._header["identity"]
+        names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+        return "other " + ", ".join(names) if names else ""
+
+    def append(self, rows: Iterable[tuple[Pair, dict[str, Any]]]) -> None:
+        """Add values, and put them on the disk before anything else is computed.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        rows = list(rows)
+        for pair, row in rows:
+            self.values.setdefault(pair, {}).update(row)
+        content = b"".join(_line(pair, row) for pair, row in rows)
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise write_error(self.path, error, needed=len(content)) from error
+
+    def rewrite(self) -> None:
+        """Write the file anew, one line for each model and record, in the order of records."""
+        pairs = sorted(self.values, key=lambda pair: pair[1])
+        lines = [_line(pair, self.values[pair]) for pair in pairs]
+        write_bytes(self.path, json.dumps(self._header).encode() + b"\n" + b"".join(lines))
+
+
+def _line(pair: Pair, row: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"model": pair[0], "record": pair[1], **row}, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"

@@ -1,0 +1,73 @@
+"""The models of an evaluation: the plain base, and every adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.files.paths import without_home
+from lit_adapter.files.read import file_sha256
+from lit_adapter.generation.adapted import AdaptedLlama, load
+
+BASE = "base"
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """A model and what it is called."""
+
+    name: str
+    model: AdaptedLlama
+    adapter: Path | None = None
+    """Its file; None for the plain base."""
+
+    def identity(self) -> list[Any]:
+        """Return what its answers depend on."""
+        template = self.model.template.to_dict()
+        return [self.name, file_sha256(self.adapter) if self.adapter else None, template]
+
+    def described(self) -> dict[str, Any]:
+        """Return what the results say of it."""
+        return {
+            "name": self.name,
+            "adapter": without_home(str(self.adapter)) if self.adapter else None,
+            "template": self.model.template.kind,
+        }
+
+
+def contestants(adapters: Sequence[Path], base: Path | None, **choice: Any) -> list[Contestant]:
+    """Load the base once, and every adapter on it; the base is prompted with the first adapter's template.
+
+    ``choice`` are device, dtype and template, as `load` takes them.
+
+    Raises:
+        UserError: as `load`; adapters of different bases.
+    """
+    if not adapters:
+        return [Contestant(BASE, load(base=base, **choice))]
+    first = load(adapters[0], base, **choice)
+    models = [first, *(first.with_adapter(path) for path in adapters[1:])]
+    found = [Contestant(BASE, first.base)]
+    return found + [
+        Contestant(name, model, path)
+        for name, model, path in zip(names(adapters), models, adapters, strict=True)
+    ]
+
+
+def names(adapters: Sequence[Path]) -> list[str]:
+    """Return short, different names: the run folder's, with the file's where that is not the usual one.
+
+    Raises:
+        UserError: a file is given twice.
+    """
+    paths = [path.absolute() for path in adapters]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise UserError(f"--adapter: {twice} is given twice; leave one out")
+    plain = [p.parent.name if p.name == "adapter.safetensors" else f"{p.parent.name}/{p.stem}" for p in paths]
+    if len({BASE, *plain}) == len(plain) + 1:
+        return plain
+    return [str(path) for path in adapters]

@@ -1,0 +1,112 @@
+"""An evaluation from its settings to its folder, read from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lit_adapter
+from lit_adapter.device import device_name
+from lit_adapter.errors import UserError
+from lit_adapter.evaluation import on_records, scores
+from lit_adapter.evaluation.contestants import Contestant, contestants
+from lit_adapter.evaluation.report import write_report
+from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.tasks import Tasks
+from lit_adapter.evaluation.windows import plain_text
+from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.paths import without_home
+from lit_adapter.files.read import read_text
+from lit_adapter.files.write import check_writable, write_json
+from lit_adapter.weights.adapter_file import read_adapter
+from lit_adapter.weights.base_search import find_base
+
+Say = Callable[[str], None]
+FORMAT = 1
+"""Version of the keys of results.json; docs/evaluation.md describes them."""
+
+
+def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
+    """Evaluate the base and every adapter, write the folder, and return the contents of ``results.json``.
+
+    What is wrong with data, metrics or tasks is found before a model is loaded. The same call continues an
+    evaluation that was stopped: answers and losses are kept as they come.
+
+    Raises:
+        UserError: something of the settings is wrong; the message names it.
+    """
+    started = time.perf_counter()
+    check_writable(settings.out)
+    with one_at_a_time(settings.out / "results.json", wait=False, option="--out"):
+        records = on_records.read(settings, say) if settings.data else None
+        metrics = on_records.choose_metrics(settings, records, say) if records else []
+        plain = _plain(settings)
+        tasks = Tasks(settings, say)
+        choice = {"device": settings.device, "dtype": settings.dtype, "template": settings.template}
+        models = contestants(settings.adapters, settings.base, **choice)
+        found: dict[str, Any] = {"format": FORMAT, "models": [one.described() for one in models]}
+        answers: dict[str, list[dict[str, Any]]] = {}
+        if records is not None:
+            base = base_folder(settings)
+            asked, file = on_records.run(settings, records, metrics, models, base)
+            found["data"] = {
+                "source": without_home(records.source),
+                "records": len(records),
+                "sha256": records.sha256,
+                "max_new_tokens": asked.sampling.max_new_tokens,
+                "stop_early": settings.stop_early,
+            }
+            found |= scores.results(asked, models, file)
+            found["warnings"] = scores.warnings(found)
+            answers = {one.name: [file.values[one.name, i] for i in range(len(records))] for one in models}
+        if plain is not None:
+            found["plain"] = {one.name: asdict(plain_text(one.model, plain, one.name)) for one in models}
+        if tasks.loaded:
+            found["tasks"] = tasks.run(models)
+        found["run"] = _about(settings, models, time.perf_counter() - started)
+        write_json(settings.out / "results.json", found)
+        write_report(settings.out, found, answers, settings.adapters)
+    return found
+
+
+def base_folder(settings: Evaluation) -> Path:
+    """Return the base that is given, or that the first adapter names."""
+    if settings.base is not None:
+        return settings.base
+    adapter = settings.adapters[0]
+    return find_base(read_adapter(adapter)[0].base, adapter)
+
+
+def _plain(settings: Evaluation) -> str | None:
+    if settings.plain is None:
+        return None
+    text = read_text(settings.plain)
+    if not text.strip():
+        raise UserError(f"{settings.plain}: the file is empty; expected a text to measure perplexity on")
+    return text
+
+
+def _about(settings: Evaluation, models: Sequence[Contestant], seconds: float) -> dict[str, Any]:
+    """Return where, with what and for how long it ran."""
+    weight = models[0].model.model.embed_tokens.weight
+    packages = ["torch", *(["lm-eval"] if settings.tasks else [])]
+    return {
+        "seconds": round(seconds, 1),
+        "device": device_name(weight.device),
+        "precision": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch_size": settings.batch_size,
+        "limit": settings.limit,
+        "few_shot": settings.few_shot,
+        "chat_template": settings.chat_template,
+        "versions": {
+            "lit_adapter": lit_adapter.__version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }

@@ -1,0 +1,71 @@
+"""``report.md`` and ``report.html``: the results for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import visible
+from lit_adapter.evaluation import tables
+from lit_adapter.evaluation.page import page
+from lit_adapter.evaluation.samples import Sample, samples
+from lit_adapter.evaluation.tables import Table
+from lit_adapter.files.write import write_text
+
+Answers = dict[str, list[dict[str, Any]]]
+"""Every model's rows of ``answers.jsonl``."""
+
+
+def write_report(out: Path, found: dict[str, Any], answers: Answers, adapters: Sequence[Path]) -> None:
+    """Write both files into ``out``.
+
+    Args:
+        out: the evaluation's folder.
+        found: the contents of ``results.json``.
+        answers: empty without records.
+        adapters: whose runs' curves are shown.
+    """
+    shown = samples(found, answers) if answers else {}
+    write_text(out / "report.md", _markdown(found, shown))
+    write_text(out / "report.html", page(found, answers, shown, adapters))
+
+
+def all_tables(found: dict[str, Any]) -> list[Table]:
+    """Return the tables that the results have."""
+    of_records = [tables.score_table(found)] if "scores" in found else []
+    compared = [tables.comparison_table(found)] if found.get("comparisons") else []
+    fields = [tables.field_table(found)] if "fields" in found else []
+    forgetting = tables.forgetting_table(found)
+    return [*of_records, *compared, *fields, *([forgetting] if forgetting else [])]
+
+
+def _markdown(found: dict[str, Any], shown: dict[str, list[Sample]]) -> str:
+    parts = ["# Evaluation", *tables.summary(found)]
+    parts += [f"**Warning:** {line}" for line in found.get("warnings", [])]
+    for table in all_tables(found):
+        parts += [f"## {table.title}", _markdown_table(table)]
+    for title, chosen in shown.items():
+        parts.append(f"## {title}")
+        parts += ["\n".join(_markdown_sample(sample)) for sample in chosen]
+    run = found["run"]
+    parts.append(f"{run['device']}, {run['precision']}, {run['seconds']:.0f} s")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    ruler = ["---", *["---:"] * (len(table.header) - 1)]
+    rows = [table.header, ruler, *table.rows]
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return visible(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_sample(sample: Sample) -> list[str]:
+    texts = {"request": sample.request, "expected": sample.reference, **sample.answers}
+    lines = [f"- {sample.origin}"]
+    for name, text in texts.items():
+        lines += [f"  - {_cell(name)}:", *(f"        {visible(line)}" for line in text.splitlines() or [""])]
+    return lines

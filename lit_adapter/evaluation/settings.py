@@ -1,0 +1,46 @@
+"""What an evaluation is asked to do. No torch: the command line reads it before it loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_adapter.config import Columns
+from lit_adapter.data.records import DEFAULT_COLUMNS
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation; at least one of ``data``, ``plain`` and ``tasks`` is given."""
+
+    out: Path
+    """The folder of the results."""
+    adapters: tuple[Path, ...] = ()
+    base: Path | None = None
+    """By default the base that the first adapter names."""
+    data: Path | None = None
+    """Held-out records."""
+    columns: Columns = DEFAULT_COLUMNS
+    limit: int | None = None
+    """Use only so many records, and documents of each task; None for all."""
+    metrics: tuple[str, ...] = ()
+    """Names, or module:function; none to choose by what the outputs look like."""
+    max_new_tokens: int | None = None
+    """Longest answer; None: half as long again as the longest output."""
+    stop_early: bool = False
+    """End an answer as soon as it can no longer be right."""
+    tasks: tuple[str, ...] = ()
+    """Of lm-evaluation-harness: names, or paths of YAML files."""
+    few_shot: int | None = None
+    """Examples before each question of the tasks; None as each task says."""
+    chat_template: bool = False
+    """Whether tasks are asked in the base's chat template."""
+    plain: Path | None = None
+    """A plain text whose perplexity is measured."""
+    template: str | None = None
+    """Of a plain base without adapters."""
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int = 16
+    overwrite: bool = False
+    """Forget the answers of another run in ``out``."""

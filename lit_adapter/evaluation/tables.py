@@ -1,0 +1,143 @@
+"""The tables of a report, as plain cells that Markdown, HTML and the terminal show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lit_adapter.errors import counted
+from lit_adapter.evaluation.metrics import METRICS
+
+TITLES = {"loss": "loss (nats per token)", "perplexity": "perplexity", "macro_f1": "macro F1"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells by row; the first column is names."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is from 0 to 1, and shown as a percentage."""
+    return metric in METRICS or metric == "macro_f1"
+
+
+def shown(metric: str, value: float) -> str:
+    """Return a value as people read it."""
+    return f"{value:.1%}" if is_share(metric) else f"{value:,.4g}"
+
+
+def with_interval(metric: str, found: dict[str, Any]) -> str:
+    """Return a value with its interval."""
+    low, high = (shown(metric, found[end]).removesuffix("%") for end in ("low", "high"))
+    return f"{shown(metric, found['value'])} ({low} to {high})"
+
+
+def title_of(metric: str, titles: dict[str, str]) -> str:
+    """Return what a metric is called."""
+    return titles.get(metric, TITLES.get(metric, metric))
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """Return one sentence for each adapter against the base, and the warnings."""
+    lines = []
+    if "scores" in found:
+        metric = next(iter(found["metrics"]))
+        for row in found["comparisons"]:
+            if row["metric"] == metric and row["against"] == "base" and row["records"]:
+                lines.append(_sentence(found, metric, row))
+    return lines
+
+
+def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
+    mine, base = (found["scores"][row[key]][metric] for key in ("model", "against"))
+    p = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.2g}"
+    verdict = "a difference that chance can make" if row["noise"] else "more than chance"
+    return (
+        f"{title_of(metric, found['metrics']).capitalize()} on {counted(row['records'], 'record')}: {row['model']} "
+        f"{with_interval(metric, mine)}, base {with_interval(metric, base)}; {verdict} ({p})."
+    )
+
+
+def score_table(found: dict[str, Any]) -> Table:
+    """Return every model's numbers on the records."""
+    names = list(found["scores"])
+    metrics = [*found["metrics"], *(key for key in ("macro_f1", "loss", "perplexity"))]
+    rows = []
+    for metric in metrics:
+        values = [found["scores"][name].get(metric) for name in names]
+        if any(values):
+            cells = ["" if value is None else with_interval(metric, value) for value in values]
+            rows.append([title_of(metric, found["metrics"]), *cells])
+    return Table("Scores, with 95 % intervals", ["", *names], rows)
+
+
+def comparison_table(found: dict[str, Any]) -> Table:
+    """Return every paired comparison."""
+    rows = []
+    for row in found["comparisons"]:
+        if row["records"]:
+            p = "< 0.001" if row["p_value"] < 0.001 else f"{row['p_value']:.3f}"
+            metric = row["metric"]
+            points = is_share(metric)
+            cells = [_points(row[key], points) for key in ("difference", "low", "high", "detectable")]
+            rows.append(
+                [
+                    f"{row['model']} against {row['against']}",
+                    title_of(metric, found["metrics"]),
+                    f"{cells[0]} ({cells[1]} to {cells[2]})",
+                    p,
+                    "chance can make it" if row["noise"] else "more than chance",
+                    cells[3].removeprefix("+"),
+                ]
+            )
+    header = ["", "metric", "difference", "p", "verdict", "smallest difference to be seen"]
+    return Table("Paired comparisons", header, rows)
+
+
+def _points(value: float, points: bool) -> str:
+    return f"{100 * value:+.1f} points" if points else f"{value:+.3g}"
+
+
+def field_table(found: dict[str, Any]) -> Table:
+    """Return the share of equal values by field of JSON outputs."""
+    names = list(found["fields"])
+    keys = list(dict.fromkeys(key for name in names for key in found["fields"][name]))
+    rows = []
+    for key in keys:
+        cells = [found["fields"][name].get(key) for name in names]
+        rows.append([key, str(cells[0]["records"]), *(f"{c['equal'] / c['records']:.1%}" for c in cells)])
+    return Table("JSON fields that are equal", ["field", "records", *names], rows)
+
+
+def forgetting_table(found: dict[str, Any]) -> Table | None:
+    """Return tasks and plain text before and after, with the change; None where neither was asked for."""
+    names = [model["name"] for model in found["models"]]
+    rows = []
+    for task, metrics in found.get("tasks", {}).items():
+        for metric, values in metrics.items():
+            rows.append(
+                [f"{task}, {metric}", *_cells([(values[n]["value"], values[n]["stderr"]) for n in names])]
+            )
+    for key, title in (
+        ("perplexity", "plain text, perplexity"),
+        ("bits_per_byte", "plain text, bits per byte"),
+    ):
+        if "plain" in found:
+            rows.append([title, *_cells([(found["plain"][name][key], None) for name in names])])
+    if not rows:
+        return None
+    changes = [f"{name} - {names[0]}" for name in names[1:]]
+    return Table(
+        "Before and after: what was learned besides, and what was forgotten", ["", *names, *changes], rows
+    )
+
+
+def _cells(values: list[tuple[float, float | None]]) -> list[str]:
+    cells = [
+        f"{value:.4g}" + (f" \u00b1 {spread:.2g}" if spread is not None else "") for value, spread in values
+    ]
+    return cells + [f"{value - values[0][0]:+.3g}" for value, _ in values[1:]]

@@ -1,0 +1,134 @@
+"""Tasks of lm-evaluation-harness, by name or as YAML files, for every model of an evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError, nearest
+from lit_adapter.evaluation.contestants import Contestant
+from lit_adapter.evaluation.settings import Evaluation
+
+Say = Callable[[str], None]
+NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
+"""Loggers that would speak between our own lines."""
+
+
+class Tasks:
+    """The loaded tasks of an evaluation; they are loaded before any model is.
+
+    Raises:
+        UserError: the extra is not installed, a task is unknown or its file is missing, or its data cannot be
+            had; names the task.
+    """
+
+    def __init__(self, settings: Evaluation, say: Say) -> None:
+        self.settings = settings
+        self.loaded: list[Any] = []
+        if not settings.tasks:
+            return
+        if find_spec("lm_eval") is None:
+            raise UserError('--tasks needs lm-evaluation-harness; pip install "lit_adapter[eval]"')
+        for name in settings.tasks:
+            if _is_path(name) and not Path(name).is_file():
+                raise UserError(f"--tasks: {name}: file not found")
+        with _quiet():
+            self._load(say)
+
+    def _load(self, say: Say) -> None:
+        from lm_eval.tasks import TaskManager
+
+        by_name = [name for name in self.settings.tasks if not _is_path(name)]
+        if by_name:
+            say("reading the list of lm-evaluation-harness's tasks")
+        self._manager = TaskManager(include_defaults=bool(by_name))
+        for name in by_name:
+            if name not in self._manager.task_index:
+                hint = nearest(name, self._manager.all_tasks) or "; give a name of its list or a YAML file"
+                raise UserError(f"--tasks: '{name}' is unknown{hint}")
+        for name in self.settings.tasks:
+            self.loaded += self._one(name)
+
+    def _one(self, name: str) -> list[Any]:
+        """Load a task, or all of a group."""
+        try:
+            try:
+                return list(self._manager.load([name])["tasks"].values())
+            except FileNotFoundError:
+                if not _is_path(name):
+                    raise
+                path = Path(name).absolute()
+                with chdir(path.parent):  # data files beside the task
+                    return list(self._manager.load([str(path)])["tasks"].values())
+        except ConnectionError as error:
+            reason = "the network cannot be reached, and its data is not in the cache"
+            raise UserError(f"--tasks: {name}: {reason} ({error}); use a local YAML task") from None
+        except Exception as error:  # of the task's file, its data, or the libraries that read them
+            raise UserError(f"--tasks: {name}: cannot be loaded: {type(error).__name__}: {error}") from None
+
+    def run(self, models: Sequence[Contestant]) -> dict[str, Any]:
+        """Return for each task and metric every model's value and standard error."""
+        found: dict[str, Any] = {}
+        with _quiet():
+            for one in models:
+                for task, numbers in self._results(one).items():
+                    for metric, value in numbers.items():
+                        found.setdefault(task, {}).setdefault(metric, {})[one.name] = value
+        return found
+
+    def _results(self, one: Contestant) -> dict[str, dict[str, Any]]:
+        from lm_eval import simple_evaluate
+
+        from lit_adapter.evaluation.harness import HarnessModel
+
+        done = simple_evaluate(
+            HarnessModel(one.model, one.name, self.settings.batch_size),
+            tasks=self.loaded,
+            task_manager=self._manager,
+            num_fewshot=self.settings.few_shot,
+            limit=self.settings.limit,
+            apply_chat_template=self.settings.chat_template,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+        return {task: _numbers(values) for task, values in done["results"].items()}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's metrics, the harness's ``acc,none`` as ``acc``, each with its standard error."""
+    found = {}
+    for key, value in values.items():
+        metric, _, rule = key.partition(",")
+        if rule and not metric.endswith("_stderr") and isinstance(value, int | float):
+            name = metric if rule == "none" else f"{metric} ({rule})"
+            found[name] = {"value": float(value), "stderr": _finite(values.get(f"{metric}_stderr,{rule}"))}
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number; None for the harness's "N/A"."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness and what it uses from printing bars and remarks between our lines."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    before = {name: logging.getLogger(name).level for name in NOISY}
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

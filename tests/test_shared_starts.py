@@ -1,0 +1,78 @@
+"""Rows that share starts: the same likelihoods as whole texts one by one, in fewer tokens."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import open_adapter, random_llama
+
+from lit_adapter.data.shared_starts import Scored, groups, rows_of
+from lit_adapter.generation.choosing import likelihoods
+from lit_adapter.model.attention import CausalView
+from lit_adapter.model.config import AdapterConfig
+
+MODEL = open_adapter(random_llama(), AdapterConfig(layers=2, prompt_length=3))
+TEXTS = st.lists(
+    st.tuples(
+        st.sampled_from([(), (5, 6, 7, 8, 9), (5, 6, 7, 8, 9, 10, 11), (5, 6)]),
+        st.lists(st.integers(0, 60), max_size=9),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def scored(drawn: list[tuple[tuple[int, ...], list[int]]]) -> list[Scored]:
+    texts = []
+    for start, rest in drawn:
+        ids = [1, *start, *rest, 2]
+        texts.append(Scored(ids, max(1, min(len(ids) - 1, len(start) + len(rest) % 3))))
+    return texts
+
+
+@torch.inference_mode()
+def alone(text: Scored) -> tuple[float, bool]:
+    """The likelihood from the logits of the whole text."""
+    ids = torch.tensor([text.ids])
+    view = CausalView(MODEL.rotation(torch.arange(ids.shape[1])[None]))
+    logits = MODEL.logits(MODEL(ids, view))[0].double()
+    share = logits - logits.logsumexp(-1, keepdim=True)
+    places = range(text.n_context, len(text.ids))
+    greedy = all(int(logits[place - 1].argmax()) == text.ids[place] for place in places)
+    return sum(float(share[place - 1, text.ids[place]]) for place in places), greedy
+
+
+@settings(deadline=None, max_examples=40)
+@given(TEXTS, st.sampled_from([6, 20, 2048]))
+def test_every_text_has_the_likelihood_that_it_has_alone(
+    drawn: list[tuple[tuple[int, ...], list[int]]], row_tokens: int
+) -> None:
+    texts = scored(drawn)
+    owners = [owner for _, owner in rows_of(texts, row_tokens)]
+    assert sorted({int(text) for owner in owners for text in owner}) == list(range(len(texts)))
+    for text, found in zip(texts, likelihoods(MODEL, texts), strict=True):
+        expected, greedy = alone(text)
+        assert abs(found.log_likelihood - expected) < 1e-6
+        assert (found.n_tokens, found.is_likeliest) == (len(text.ids) - text.n_context, greedy)
+
+
+@given(TEXTS)
+def test_sharing_never_takes_more_tokens_than_whole_texts(
+    drawn: list[tuple[tuple[int, ...], list[int]]],
+) -> None:
+    texts = scored(drawn)
+    found = groups(texts)
+    assert sum(group.cost for group in found) <= sum(len(text.ids) - 1 for text in texts)
+    assert sorted(i for group in found for i in group.texts) == list(range(len(texts)))
+
+
+def test_the_level_that_saves_most_is_shared() -> None:
+    examples, question = list(range(3, 43)), [[50 + q] * 10 for q in range(4)]
+    few_shot = [Scored([1, *examples, *q, choice], 51) for q in question for choice in (44, 45)]
+    (group,) = groups(few_shot)  # one start for all questions: each is short
+    assert group.n_shared == 41
+    long_context = [
+        Scored([1, *range(3, 8), *[50 + q] * 40, choice], 46) for q in range(4) for choice in (44, 45)
+    ]
+    assert [group.n_shared for group in groups(long_context)] == [46] * 4
