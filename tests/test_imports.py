@@ -32,6 +32,7 @@ LAYERS = [
     ("weights", "data"),
     ("generation",),
     ("evaluation",),
+    ("comparison",),
     ("training",),
     ("quickstart",),
     ("cli",),

@@ -19,6 +19,7 @@ from lit_adapter.training.dry_run import try_steps
 from lit_adapter.training.ending import conclude
 from lit_adapter.training.fit import make_module, quiet_lightning, train
 from lit_adapter.training.lightning_internals import rank
+from lit_adapter.training.loggers import check_logger
 from lit_adapter.training.notices import Notices, Say
 from lit_adapter.training.placement import choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines
@@ -92,6 +93,7 @@ def _run(
     started = time.perf_counter()
     config = with_learning_rate(config)
     check_sources(config.data)  # before anything that takes seconds
+    check_logger(config.trainer.logger)
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
