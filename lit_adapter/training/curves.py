@@ -52,7 +52,7 @@ class Curves(TensorBoardLogger):
         known = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in chosen.items()
-            if name == "seed" or value not in (None, False, 0) and (name != LORA_ON or settings[LORA_RANK])
+            if name == "seed" or (value not in (None, False, 0) and (name != LORA_ON or settings[LORA_RANK]))
         }
         for summary in hparams(known, dict.fromkeys(LOSSES, 0.0)):
             self.experiment.add_summary(summary)
