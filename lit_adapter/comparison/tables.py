@@ -114,7 +114,7 @@ def groups_table(groups: Sequence[Group]) -> Table:
             cells.append(_with_spread(*(_shown(metric, number) for number in (mean, deviation))))
         cells.append(duration(group.spread(lambda run: run.number("time", "seconds"))[0]))
         rows.append(cells)
-    return Table("Groups over seeds (mean ± standard deviation)", header, rows)
+    return Table("Groups over seeds (mean \u00b1 standard deviation)", header, rows)
 
 
 def _shown(metric: str, value: float) -> str:
@@ -122,7 +122,7 @@ def _shown(metric: str, value: float) -> str:
 
 
 def _with_spread(mean: str, deviation: str) -> str:
-    return mean if deviation == UNKNOWN else f"{mean} ± {deviation}"
+    return mean if deviation == UNKNOWN else f"{mean} \u00b1 {deviation}"
 
 
 def _loss(value: float) -> str:
