@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_adapter.config import Config
 from lit_adapter.data import demo
-from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import visible
+from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.tables import shown
 from lit_adapter.files.paths import free_path, newest_path
-from lit_adapter.files.write import write_json
-from lit_adapter.progress import count_progress
 from lit_adapter.streams import say
 from lit_adapter.training.signals import check_launcher
-
-if TYPE_CHECKING:
-    from lit_adapter.generation.adapted import AdaptedLlama
 
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
 ADAPTER = "adapter.safetensors"
-SCORES = "scores.json"
+SCORES = "report.html"
 """In the run folder, written last: a run without it was stopped in training or while it was scored."""
 ANSWER_TOKENS = 48
 """Longest answer when scoring; the longest reference has half as many tokens."""
+BATCH_SIZE = 50
+"""Answers generated together."""
 SHOWN = 160
 """Characters of an answer shown as an example."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A model's scores on the held-out records."""
-
-    exact_match: float
-    """Share of answers that are the right JSON value."""
-    loss: float
-    """Nats per answer token."""
-    answers: list[str]
 
 
 def quickstart(config: Config, seed: int) -> int:
@@ -62,7 +50,7 @@ def quickstart(config: Config, seed: int) -> int:
     demo.write(DATA, seed)
     out, status = _train(config)
     if (out / ADAPTER).is_file():  # otherwise it was stopped
-        report(out / ADAPTER, base, read_records(DATA / "val.json"), start)
+        report(out / ADAPTER, base, DATA / "val.json", start)
     return status
 
 
@@ -100,72 +88,66 @@ def _python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def report(adapter: Path, base: Path, held_out: Records, start: float) -> None:
-    """Score the base and the adapted model on the held-out records, print a table, and write the scores."""
+def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
+    """Evaluate the adapter beside its base, print a table and examples, and say how to go on."""
     from rich.console import Console
     from rich.table import Table
 
-    import lit_adapter
-    from lit_adapter.model.adapter import adapter_parameters
+    from lit_adapter.evaluation.evaluate import evaluate
 
+    settings = Evaluation(
+        out=adapter.parent,
+        adapters=(adapter,),
+        base=base,
+        data=held_out,
+        metrics=("json_exact",),
+        max_new_tokens=ANSWER_TOKENS,
+        stop_early=True,
+        batch_size=BATCH_SIZE,
+        overwrite=True,
+    )
+    found = evaluate(settings, lambda line: None)
+    before, after = (found["scores"][model["name"]] for model in found["models"])
     console = Console()
-    model = lit_adapter.load(adapter=adapter, base=base)
-    after = score(model, held_out, "scoring the adapted model")
-    before = score(model.base, held_out, "scoring the base")
-    trained = sum(parameter.numel() for _, parameter in adapter_parameters(model.model))
     what = "held-out requests, whose names, places and times do not occur in training"
-    table = Table("", title=f"{len(held_out)} {what}")
+    table = Table("", title=f"{found['data']['records']} {what}")
     for column in ("base", "adapted"):
         table.add_column(column, justify="right")
-    table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
-    table.add_row("held-out loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    table.add_row("trained parameters", "0", f"{trained:,}")
+    exact = [shown("json_exact", scores["json_exact"]["value"]) for scores in (before, after)]
+    table.add_row("exact match", *exact)
+    table.add_row("held-out loss", *(f"{scores['loss']['value']:.3f}" for scores in (before, after)))
+    table.add_row("trained parameters", "0", f"{found['models'][-1]['parameters']:,}")
     table.add_row("adapter file", "", f"{adapter.stat().st_size / 1e6:.2f} MB")
+    table.add_row("scoring", "", f"{found['run']['seconds']:.0f} s")
     table.add_row("total time", "", f"{time.perf_counter() - start:.0f} s")
     console.print(table)
-    for index in range(3):
-        _show_example(console, held_out[index], before.answers[index], after.answers[index])
-    scores = {"exact_match": {"base": before.exact_match, "adapted": after.exact_match}}
-    write_json(adapter.with_name(SCORES), scores)
+    _show_examples(console, adapter.with_name("answers.jsonl"))
+    page = adapter.with_name("report.html")
+    console.print(f"Report: {page} (plots, wrong answers, gates; it opens in any browser)", soft_wrap=True)
     asked = f'--prompt "{demo.INSTRUCTION}" --input "Remind me to water the roses at 17:45"'
     console.print(f"Try it: {_python()} scripts/generate.py --adapter {adapter} {asked}", soft_wrap=True)
 
 
-def _show_example(console: Any, record: Any, before: str, after: str) -> None:
+def _show_examples(console: Any, answers: Path) -> None:
+    """Show the first records with both answers."""
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()[1:]]
+    for index in range(min(3, len(rows) // 2)):
+        before, after = (row for row in rows if row["record"] == index)
+        _show_example(console, before, after)
+
+
+def _show_example(console: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
     from rich.text import Text
 
     from lit_adapter.generation.repeats import until_repeats
 
-    before = "".join(until_repeats(before))
-    console.print(Text(f"\nrequest   {record.input}", style="bold"))
-    lines = (("base", before, "dim"), ("adapted", after, "green"), ("expected", record.output, ""))
+    console.print(Text(visible(f"\nrequest   {before['input']}"), style="bold"))
+    lines = (
+        ("base", "".join(until_repeats(before["answer"])), "dim"),
+        ("adapted", after["answer"], "green"),
+        ("expected", after["reference"], ""),
+    )
     for title, text, style in lines:
         line = " / ".join(text.split("\n"))
-        shown = line if len(line) <= SHOWN else f"{line[:SHOWN]} \u2026"
-        console.print(Text(visible(f"{title:<9} {shown}"), style=style), soft_wrap=True)
-
-
-def score(model: AdaptedLlama, records: Records, title: str) -> Score:
-    """Answer the records greedily, compare the answers with their outputs, and measure the outputs' loss."""
-    tasks = [(record.instruction, record.input) for record in records]
-    with count_progress(title, len(records)) as finished:
-        answers = model.generate_batch(tasks, batch_size=50, finished=finished, max_new_tokens=ANSWER_TOKENS)
-    right = sum(map(demo.exact_match, answers, (record.output for record in records)))
-    return Score(right / len(records), held_out_loss(model, records), answers)
-
-
-def held_out_loss(model: AdaptedLlama, records: Records) -> float:
-    """Return the loss per answer token, as validation during training measures it."""
-    import numpy as np
-    import torch
-
-    from lit_adapter.data.encode import encode_records
-    from lit_adapter.data.packing import Packer, shared_preambles
-    from lit_adapter.model.loss import row_loss
-
-    encoded = encode_records(records, model.tokenizer, model.template, max_length=512)
-    packer = Packer(encoded, shared_preambles(encoded), mask_prompt=True, row_tokens=2048)
-    everything = np.arange(len(encoded))
-    with torch.inference_mode():
-        total = sum(float(row_loss(model.model, packer.row(row))) for row in packer.assign(everything))
-    return total / packer.n_targets(everything)
+        cut = line if len(line) <= SHOWN else f"{line[:SHOWN]} \u2026"
+        console.print(Text(visible(f"{title:<9} {cut}"), style=style), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Score adapters beside their base: python scripts/evaluate.py --adapter FILE --data HELD_OUT --out FOLDER."""
+"""Score adapters beside their base: python scripts/evaluate.py --adapter FILE --data FILE --out FOLDER."""
 
 from lit_adapter.cli.command import run
 from lit_adapter.cli.evaluate import main

@@ -15,9 +15,9 @@ from lit_adapter.cli.command import command_parser, parse, run
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.cli.quickstart import CONFIG
 from lit_adapter.data import demo
-from lit_adapter.data.records import read_records
+from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.files.write import write_json
-from lit_adapter.quickstart import score
+from lit_adapter.quickstart import ANSWER_TOKENS, BATCH_SIZE
 
 # Name, training records, options that differ from configs/quickstart.yaml.
 VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> dict[str, float]:
     """Train one variant and return its scores."""
-    import lit_adapter
+    from lit_adapter.evaluation.evaluate import evaluate
     from lit_adapter.training.finetune import finetune
 
     train, val = demo.write(folder, 0, n_train)
@@ -69,9 +69,22 @@ def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> d
     start = time.perf_counter()
     finetune(config, say=lambda line: print(line, file=sys.stderr))
     seconds = time.perf_counter() - start
-    model = lit_adapter.load(adapter=folder / "run" / "adapter.safetensors", base=base)
-    result = score(model, read_records(val), "scoring")
-    return {"exact_match": result.exact_match, "loss": result.loss, "seconds": seconds}
+    settings = Evaluation(
+        out=folder / "evaluation",
+        adapters=(folder / "run" / "adapter.safetensors",),
+        base=base,
+        data=val,
+        metrics=("json_exact",),
+        max_new_tokens=ANSWER_TOKENS,
+        stop_early=True,
+        batch_size=BATCH_SIZE,
+    )
+    scores = list(evaluate(settings, lambda line: None)["scores"].values())[-1]
+    return {
+        "exact_match": scores["json_exact"]["value"],
+        "loss": scores["loss"]["value"],
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":

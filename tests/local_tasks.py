@@ -67,8 +67,8 @@ metric_list:
 }
 
 
-def write_tasks(folder: Path, n_docs: int = 8) -> dict[str, Path]:
-    """Write the tasks and their data; return the YAML file of each."""
+def write_tasks(folder: Path, n_docs: int = 8, data: str | None = None) -> dict[str, Path]:
+    """Write the tasks and their data, which they call ``data``; return the YAML file of each."""
     docs = [
         {
             "question": f"Which word follows {WORDS[n % 9]}?",
@@ -78,10 +78,10 @@ def write_tasks(folder: Path, n_docs: int = 8) -> dict[str, Path]:
         }
         for n in range(n_docs)
     ]
-    data = folder / "docs.jsonl"
-    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    path = folder / "docs.jsonl"
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
     paths = {}
     for name, text in KINDS.items():
         paths[name] = folder / f"{name}.yaml"
-        paths[name].write_text(f"task: {name}\n" + (SHARED + text).format(data=data))
+        paths[name].write_text(f"task: {name}\n" + (SHARED + text).format(data=data or path))
     return paths

@@ -6,10 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lit_adapter.data.demo import INSTRUCTION, KINDS, exact_match, generate, write
+from lit_adapter.data.demo import INSTRUCTION, KINDS, generate, write
 from lit_adapter.data.records import overlap, read_records
 from lit_adapter.errors import UserError
 
@@ -94,46 +92,3 @@ def test_the_data_of_a_seed_never_changes() -> None:
 def test_counts_below_one_are_refused(n_train: int, n_val: int) -> None:
     with pytest.raises(UserError, match="expected at least 1"):
         generate(0, n_train, n_val)
-
-
-EXPECTED = '{"action":"set_temperature","room":"top office","degrees":21}'
-
-
-@pytest.mark.parametrize(
-    ("text", "same"),
-    [
-        (EXPECTED, True),
-        (f"\n {EXPECTED}\n", True),
-        ('{"degrees": 21, "room": "top office", "action": "set_temperature"}', True),
-        (EXPECTED + "\nDone.", False),
-        ("```json\n" + EXPECTED + "\n```", False),
-        (EXPECTED[:-1], False),
-        (EXPECTED.replace("21", "22"), False),
-        (EXPECTED.replace("21", "21.0"), False),
-        (EXPECTED.replace("21", '"21"'), False),
-        (EXPECTED.replace("21", "NaN"), False),
-        (EXPECTED.replace("21", "1" * 5000), False),
-        (EXPECTED.replace("top", "Top"), False),
-        (EXPECTED.replace('"room"', '"place"'), False),
-        (EXPECTED.replace("}", ',"extra":null}'), False),
-        (EXPECTED.replace("}", ',"degrees":21}'), False),
-        (f"[{EXPECTED}]", False),
-        (EXPECTED.replace('"', "'"), False),
-        ("", False),
-        ("null", False),
-        ("[" * 100_000, False),
-        ("__import__('os').abort()", False),
-    ],
-)
-def test_exact_match(text: str, same: bool) -> None:
-    assert exact_match(text, EXPECTED) is same
-
-
-def test_true_is_not_one() -> None:
-    assert not exact_match('{"a":true}', '{"a":1}')
-
-
-@given(st.text())
-def test_no_text_breaks_the_score(text: str) -> None:
-    assert not exact_match(text, EXPECTED)
-    assert exact_match(json.dumps({"a": text}, indent=3), json.dumps({"a": text}, ensure_ascii=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from generation_fixtures import save_random_adapter
 from lit_adapter import quickstart
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.data import demo
-from lit_adapter.data.records import Record, Records
 from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_json
 from lit_adapter.training import finetune as training
 from lit_adapter.weights import download
 
@@ -38,7 +39,7 @@ def run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qui
 
         def report(adapter: Path, *unused: object) -> None:
             said(f"scored {adapter}")
-            adapter.with_name("scores.json").touch()
+            adapter.with_name("report.html").touch()
 
         monkeypatch.setattr(quickstart, "report", report)
         monkeypatch.setattr(training, "finetune", partial(finetune, say=said))
@@ -56,21 +57,31 @@ def test_the_same_command_continues_a_run_that_was_stopped(run: Quickstart) -> N
     assert (status, lines[-1]) == (0, "scored out/quick/adapter.safetensors")
     assert "out/quick holds a run that was stopped; continuing it" in lines
     assert any(line.startswith("resuming from out/quick/checkpoints/step-0000001.ckpt") for line in lines)
-    Path("out/quick/scores.json").unlink()  # as if it had been stopped while it was scored
+    Path("out/quick/report.html").unlink()  # as if it had been stopped while it was scored
     status, lines = run()
     assert (status, lines[-1]) == (0, "scored out/quick/adapter.safetensors")
     assert lines[-2] == "out/quick: already complete, 2 steps; nothing to do"
     assert sorted(path.name for path in Path("out").iterdir()) == ["demo-data", "quick"]
 
 
-def test_the_report_leaves_its_scores(
+def test_the_report_says_where_it_is_and_how_to_go_on(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = save_random_adapter(tiny_base, tmp_path / "adapter.safetensors")
-    rows = [Record("Say it.", word, word) for word in ("red", "blue", "green")]
-    quickstart.report(adapter, tiny_base, Records(tuple(rows), "held out"), 0.0)
-    assert "exact match" in capsys.readouterr().out
-    assert read_json(tmp_path / "scores.json") == {"exact_match": {"base": 0.0, "adapted": 0.0}}
+    held_out = tmp_path / "val.json"
+    rows = [
+        {"instruction": "Say it.", "input": word, "output": f'{{"a":"{word}"}}'} for word in ("red", "blue")
+    ]
+    write_json(held_out, rows)
+    quickstart.report(adapter, tiny_base, held_out, 0.0)
+    shown = capsys.readouterr().out
+    assert re.search(r"exact match\W+0\.0%\W+0\.0%", shown)
+    assert shown.count("request   ") == 2
+    assert f"Report: {tmp_path / 'report.html'}" in shown
+    assert f"scripts/generate.py --adapter {adapter} --prompt" in shown
+    found = read_json(tmp_path / "results.json")["scores"]
+    assert found["base"]["json_exact"]["value"] == 0.0
+    assert "Evaluation of" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_every_text_has_the_likelihood_that_it_has_alone(
     for text, found in zip(texts, likelihoods(MODEL, texts), strict=True):
         expected, greedy = alone(text)
         assert abs(found.log_likelihood - expected) < 1e-6
-        assert (found.n_tokens, found.is_likeliest) == (len(text.ids) - text.n_context, greedy)
+        assert (found.n_tokens, found.is_greedy) == (len(text.ids) - text.n_context, greedy)
 
 
 @given(TEXTS)

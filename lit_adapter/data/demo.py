@@ -12,12 +12,10 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.data.demo_words import WORDS
-from lit_adapter.data.formats import parse_json
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_json
 
@@ -274,16 +272,3 @@ def write(folder: Path, seed: int, n_train: int = N_TRAIN, n_val: int = N_VAL) -
     for path, records in zip(paths, generate(seed, n_train, n_val), strict=True):
         write_json(path, records)
     return paths
-
-
-def exact_match(text: str, expected: str) -> bool:
-    """Whether ``text`` is the same JSON value as ``expected``.
-
-    White space and the order of keys do not matter; everything else does: 21 is neither 21.0 nor "21".
-    """
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return False
-    canonical = partial(json.dumps, sort_keys=True)
-    return canonical(value) == canonical(parse_json(expected))

@@ -11,6 +11,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.model.adapter import adapter_parameters
 
 BASE = "base"
 
@@ -33,6 +34,7 @@ class Contestant:
         """Return what the results say of it."""
         return {
             "name": self.name,
+            "parameters": sum(parameter.numel() for _, parameter in adapter_parameters(self.model.model)),
             "adapter": without_home(str(self.adapter)) if self.adapter else None,
             "template": self.model.template.kind,
         }

@@ -115,8 +115,8 @@ class HarnessModel(TemplateLM):
         found = self._likelihoods(texts)
         for (given, *_), one in zip(requests, found, strict=True):
             if given is not None:
-                self.cache_hook.add_partial("loglikelihood", given, (one.log_likelihood, one.is_likeliest))
-        return [(one.log_likelihood, one.is_likeliest) for one in found]
+                self.cache_hook.add_partial("loglikelihood", given, (one.log_likelihood, one.is_greedy))
+        return [(one.log_likelihood, one.is_greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the base's context."""

@@ -30,12 +30,13 @@ class History:
 
 
 def history(adapter: Path) -> History:
-    """Read the curves of the run in whose folder an adapter lies; a file that is missing leaves them empty."""
+    """Read the curves of the run in whose folder an adapter lies; a missing file leaves them empty."""
     folder = adapter.parent
     held_out: Curve = []
     try:
         record = read_json(folder / "run.json")
-        held_out = [(point["step"], point["loss"]) for point in record["loss"]["held_out"] if point["loss"]]
+        points = record["loss"]["held_out"]
+        held_out = [(point["step"], point["loss"]) for point in points if point["loss"] is not None]
     except (UserError, KeyError, TypeError):
         pass  # an adapter outside a run folder has none
     train, gates = _train_loss(folder / "csv"), dict[int, Curve]()

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from lit_adapter.data.encode import encode_records
-from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.data.records import Records, read_records
 from lit_adapter.data.shared_starts import Scored
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.answer_file import AnswerFile
 from lit_adapter.evaluation.contestants import Contestant
 from lit_adapter.evaluation.metrics import Metric, metrics_named, suggest
+from lit_adapter.evaluation.samples import SHOWN
 from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.generation.choosing import likelihoods
 from lit_adapter.generation.prompt_file import BATCHES_PER_GROUP
@@ -116,36 +117,11 @@ def identity(asked: Subject, models: Sequence[Contestant], base: Path) -> dict[s
     }
 
 
-def answer(asked: Subject, one: Contestant, file: AnswerFile, batch_size: int) -> None:
-    """Let a model answer the records that it has not answered yet, a few batches at a time."""
-    size = BATCHES_PER_GROUP * batch_size
-    n_records = len(asked.records)
-    groups = [range(at, min(at + size, n_records)) for at in range(0, n_records, size)]
-    open_ = [g for g in groups if any("answer" not in file.values.get((one.name, i), {}) for i in g)]
-    done = n_records - sum(map(len, open_))
-    with count_progress(f"answers, {one.name}", n_records, done) as finished:
-        for group in open_:
-            rows = [asked.records[i] for i in group]
-            texts = one.model.generate_batch(
-                [(row.instruction, row.input) for row in rows],
-                batch_size=batch_size,
-                finished=finished,
-                enough=_enough(asked, rows) if asked.stop_early else None,
-                **asdict(asked.sampling),
-            )
-            file.append(((one.name, i), {"answer": text}) for i, text in zip(group, texts, strict=True))
-
-
-def _enough(asked: Subject, rows: Sequence[Record]) -> Callable[[int, str], bool]:
-    def enough(index: int, text: str) -> bool:
-        tests = (metric.hopeless for metric in asked.metrics if metric.hopeless is not None)
-        return all(hopeless(text, rows[index].output) for hopeless in tests)
-
-    return enough
-
-
 def measure_losses(asked: Subject, one: Contestant, file: AnswerFile) -> None:
-    """Compute the loss of every record's output, as held-out loss in training, unless it is there."""
+    """Compute the loss of every record's output, as held-out loss in training, unless it is there.
+
+    The same pass tells how greedy decoding answers, up to the first token that the output does not have.
+    """
     if all("loss" in file.values.get((one.name, i), {}) for i in range(len(asked.records))):
         return
     context = one.model.model.config.context_length
@@ -155,13 +131,75 @@ def measure_losses(asked: Subject, one: Contestant, file: AnswerFile) -> None:
     ]
     with count_progress(f"losses, {one.name}", len(texts)) as finished:
         found = likelihoods(one.model.model, texts, finished)
-    rows = dict(zip(encoded.source_row.tolist(), found, strict=True))
-    file.append(
-        ((one.name, i), {"loss": -rows[i].log_likelihood, "targets": rows[i].n_tokens})
-        if i in rows
-        else ((one.name, i), {"loss": None, "targets": 0})
-        for i in range(len(asked.records))
-    )
+    rows: dict[int, dict[str, Any]] = {}
+    for place, (text, of) in enumerate(zip(texts, found, strict=True)):
+        row: dict[str, Any] = {"loss": -of.log_likelihood, "targets": of.n_tokens}
+        if encoded.whole[place]:
+            begun = list(text.ids[text.n_context : text.n_context + of.n_greedy])
+            row["greedy"] = begun if of.then < 0 else [*begun, of.then]
+        rows[int(encoded.source_row[place])] = row
+    nothing: dict[str, Any] = {"loss": None, "targets": 0}
+    file.append(((one.name, i), rows.get(i, nothing)) for i in range(len(asked.records)))
+
+
+def answer(asked: Subject, one: Contestant, file: AnswerFile, batch_size: int) -> None:
+    """Let a model answer the records that it has not answered yet, a few batches at a time.
+
+    What the losses have told is not generated again: an answer that is the output itself is complete, and
+    another one goes on from where it leaves the output.
+    """
+    known = [_Start(asked, one, i, file.values[one.name, i].get("greedy")) for i in range(len(asked.records))]
+    size = BATCHES_PER_GROUP * batch_size
+    waiting = [i for i, start in enumerate(known) if not start.is_answer]
+    waiting = [i for i in waiting if "answer" not in file.values[one.name, i]]
+    file.append(((one.name, i), {"answer": start.text}) for i, start in enumerate(known) if start.is_answer)
+    n_records = len(asked.records)
+    with count_progress(f"answers, {one.name}", n_records, n_records - len(waiting)) as finished:
+        for at in range(0, len(waiting), size):
+            group = waiting[at : at + size]
+            texts = one.model.continue_batch(
+                [known[i].prompt for i in group],
+                begun=[known[i].begun for i in group],
+                batch_size=batch_size,
+                finished=finished,
+                enough=_enough(asked, group) if asked.stop_early else None,
+                **asdict(asked.sampling),
+            )
+            file.append(((one.name, i), {"answer": text}) for i, text in zip(group, texts, strict=True))
+
+
+class _Start:
+    """An answer as far as the losses have told it.
+
+    Args:
+        asked: the records.
+        one: the model that answers.
+        record: which record.
+        greedy: the answer's first tokens, the end token included; None if they are not known.
+    """
+
+    def __init__(self, asked: Subject, one: Contestant, record: int, greedy: Sequence[int] | None) -> None:
+        model, row = one.model, asked.records[record]
+        self.prompt = model.template.encode_prompt(model.tokenizer, row.instruction, row.input)
+        known, most = list(greedy or ()), asked.sampling.max_new_tokens
+        stop = model.template.stop_ids(model.tokenizer)
+        ends = bool(known) and known[-1] in stop
+        self.begun = (known[:-1] if ends else known)[:most]
+        self.text = model.tokenizer.decode(self.begun)
+        wrong = asked.stop_early and _cannot_be_right(asked, record, self.text)
+        self.is_answer = bool(known) and (ends or len(self.begun) >= most or wrong)
+
+
+def _cannot_be_right(asked: Subject, record: int, text: str) -> bool:
+    """Whether an answer need not be finished; the first ones are, so that a reader sees what a model says."""
+    if record < SHOWN:
+        return False
+    tests = (metric.hopeless for metric in asked.metrics if metric.hopeless is not None)
+    return all(hopeless(text, asked.records[record].output) for hopeless in tests)
+
+
+def _enough(asked: Subject, group: Sequence[int]) -> Callable[[int, str], bool]:
+    return lambda index, text: _cannot_be_right(asked, group[index], text)
 
 
 def score(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> None:
@@ -170,6 +208,7 @@ def score(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> Non
         for i, record in enumerate(asked.records):
             row = file.values[one.name, i]
             scores = {metric.name: metric.score(row["answer"], record.output) for metric in asked.metrics}
+            row.pop("greedy", None)  # said by the answer
             row |= {
                 "origin": record.origin,
                 "instruction": record.instruction,
@@ -190,7 +229,7 @@ def run(
         settings.out / "answers.jsonl", identity(asked, models, base), overwrite=settings.overwrite
     )
     for one in models:
-        answer(asked, one, file, settings.batch_size)
         measure_losses(asked, one, file)
+        answer(asked, one, file, settings.batch_size)
     score(asked, models, file)
     return asked, file

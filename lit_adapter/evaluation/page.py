@@ -12,37 +12,9 @@ from lit_adapter.errors import visible
 from lit_adapter.evaluation import plots, tables
 from lit_adapter.evaluation.history import History, history, strengths
 from lit_adapter.evaluation.samples import Sample
+from lit_adapter.evaluation.style import STYLE
 from lit_adapter.evaluation.tables import Table
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --dim: #5d6776; --page: #ffffff; --card: #f5f7fa; --line: #d8dee6;
-  --heat: #1f6fb4; --good: #1a7f4b; --bad: #b3372f; --warn: #fff4d6; --series-0: #7b8794; --series-1: #1f6fb4;
-  --series-2: #d9742b; --series-3: #2c8a57; --series-4: #8a55b8; --series-5: #b83a5e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --dim: #9aa5b4; --page: #14181f; --card: #1d232d;
-  --line: #333c49; --heat: #5ab0f2; --good: #5fce94; --bad: #f08a80; --warn: #3a3115; --series-0: #98a4b3;
-  --series-1: #5ab0f2; --series-2: #f0a062; --series-3: #62c995; --series-4: #bf95e6; --series-5: #ef83a2; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: .95rem; margin: 0 0 .4rem; }
-.dim { color: var(--dim); font-size: .88rem; }
-.lead { font-size: 1.08rem; margin: .5rem 0; }
-.warning { background: var(--warn); padding: .5rem .8rem; border-radius: 6px; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots > div { background: var(--card); border-radius: 8px;
-  padding: .8rem 1rem; max-width: 100%; overflow-x: auto; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--dim); font: 11.5px system-ui, sans-serif; }
-svg text.on-heat { fill: var(--page); } svg .grid { stroke: var(--line); } .whisker { stroke: var(--ink); fill: none; }
-.legend { margin: .2rem 0 0; font-size: .85rem; } .legend span { margin-right: 1rem; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
-th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--dim); font-weight: 600; } td { font-variant-numeric: tabular-nums; }
-.sample { background: var(--card); border-radius: 8px; padding: .7rem 1rem; margin: .6rem 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .8rem; margin-top: .4rem; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace; }
-.right { color: var(--good); } .wrong { color: var(--bad); }
-"""
 BINS = 8
 """Of lengths."""
 
@@ -73,7 +45,8 @@ def page(
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_e(title)}</title>'
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>{"".join(parts)}</body></html>\n'
+    head = f"<head>{head}<style>{STYLE}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>{"".join(parts)}</body></html>\n'
 
 
 def _e(text: str) -> str:
@@ -121,11 +94,16 @@ def _score_plots(found: dict[str, Any], answers: dict[str, list[dict[str, Any]]]
 
 
 def _loss_by_length(rows: Sequence[dict[str, Any]]) -> list[plots.Point]:
-    """Return mean length and loss per token of records of similar length."""
+    """Return mean length and loss per token of records of similar length; equal lengths stay together."""
     measured = sorted((row["targets"], row["loss"]) for row in rows if row["targets"])
     size = max(1, math.ceil(len(measured) / BINS))
-    parts = [measured[at : at + size] for at in range(0, len(measured), size)]
-    return [(sum(n for n, _ in p) / len(p), sum(x for _, x in p) / sum(n for n, _ in p)) for p in parts]
+    parts: list[list[plots.Point]] = []
+    for length, loss in measured:
+        if not parts or (len(parts[-1]) >= size and parts[-1][-1][0] != length):
+            parts.append([])
+        parts[-1].append((length, loss))
+    lengths = [sum(length for length, _ in part) for part in parts]
+    return [(n / len(p), sum(x for _, x in p) / n) for n, p in zip(lengths, parts, strict=True)]
 
 
 def _training_plots(adapter: Path, run: History) -> dict[str, str]:
@@ -163,8 +141,7 @@ def _sample(sample: Sample) -> str:
             f"loss {loss:.2f}" if loss is not None else "",
         ]
         shown = ", ".join(filter(None, numbers))
-        sides.append(
-            f'<div><h3>{_e(name)} <span class="dim">{shown}</span></h3><pre class="{verdict}">{_e(text)}</pre></div>'
-        )
+        title = f'<h3>{_e(name)} <span class="dim">{shown}</span></h3>'
+        sides.append(f'<div>{title}<pre class="{verdict}">{_e(text)}</pre></div>')
     head = f'<span class="dim">{_e(sample.origin)}</span><pre>{_e(sample.request)}</pre>'
     return f'<div class="sample">{head}<div class="sides">{"".join(sides)}</div></div>'

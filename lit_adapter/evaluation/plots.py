@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 560, 280
+WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 DASHES = ("none", "7 3", "2 3")
 """Of the first six lines of a plot, the next six, and those after them."""
@@ -142,7 +142,7 @@ def heat(
     most = max((value for row in values for value in row if math.isfinite(value)), default=0.0) or 1.0
     left = 24 + 7 * min(18, max(map(len, rows)))
     width = max(640, left + 12) if len(columns) > 40 else WIDTH
-    cell = min(46.0, (width - left - 8) / max(1, len(columns)))
+    cell = min(72.0 if shown else 46.0, (width - left - 8) / max(1, len(columns)))
     tall = min(cell, 26.0) if shown else max(6.0, min(cell, 16.0))
     parts = []
     for r, row in enumerate(values):

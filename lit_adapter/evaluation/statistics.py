@@ -56,8 +56,17 @@ def estimate(values: NDArray[np.float64], weights: NDArray[np.float64] | None = 
     The latter is a loss: nats and targets of every record.
     """
     weights = np.ones(len(values)) if weights is None else weights
+    value = float(values.sum() / weights.sum())
+    if (values == values[0]).all() and value in (0.0, 1.0):  # every resample is the same
+        return Estimate(value, *_wilson(value, len(values)), len(values))
     low, high = _interval(lambda chosen: values[chosen].sum(-1) / weights[chosen].sum(-1), len(values))
-    return Estimate(float(values.sum() / weights.sum()), low, high, len(values))
+    return Estimate(value, low, high, len(values))
+
+
+def _wilson(share: float, n_records: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share that is 0 or 1."""
+    beyond = 1.96**2 / (n_records + 1.96**2)
+    return (0.0, beyond) if share == 0 else (1 - beyond, 1.0)
 
 
 def estimate_of(statistic: Callable[[NDArray[np.int64]], float], n_records: int) -> Estimate:
@@ -78,9 +87,8 @@ def compare(
     apart = values - other
     found = estimate(apart, weights)
     spread = float(np.sqrt(len(apart)) * apart.std(ddof=1) / weights.sum()) if len(apart) > 1 else 0.0
-    if not apart.any():  # all alike: the least that could be seen is one record's worth
-        spread = float(1 / weights.sum())
-    return Comparison(found.value, found.low, found.high, _p_value(apart), POWER * spread)
+    detectable = max(POWER * spread, 1 / float(weights.sum()))  # where all are alike: one record's worth
+    return Comparison(found.value, found.low, found.high, _p_value(apart), detectable)
 
 
 def _interval(

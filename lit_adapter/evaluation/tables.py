@@ -8,6 +8,7 @@ from typing import Any
 from lit_adapter.errors import counted
 from lit_adapter.evaluation.metrics import METRICS
 
+CHANCE = "a difference that chance can make"
 TITLES = {"loss": "loss (nats per token)", "perplexity": "perplexity", "macro_f1": "macro F1"}
 
 
@@ -27,7 +28,14 @@ def is_share(metric: str) -> bool:
 
 def shown(metric: str, value: float) -> str:
     """Return a value as people read it."""
-    return f"{value:.1%}" if is_share(metric) else f"{value:,.4g}"
+    if is_share(metric):
+        return f"{value:.1%}"
+    return number(value)
+
+
+def number(value: float) -> str:
+    """Return a number with four significant digits, or whole from 1,000."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def with_interval(metric: str, found: dict[str, Any]) -> str:
@@ -54,11 +62,11 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
     mine, base = (found["scores"][row[key]][metric] for key in ("model", "against"))
-    p = "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.2g}"
-    verdict = "a difference that chance can make" if row["noise"] else "more than chance"
+    title = title_of(metric, found["metrics"])
     return (
-        f"{title_of(metric, found['metrics']).capitalize()} on {counted(row['records'], 'record')}: {row['model']} "
-        f"{with_interval(metric, mine)}, base {with_interval(metric, base)}; {verdict} ({p})."
+        f"{title[:1].upper()}{title[1:]} on {counted(row['records'], 'record')}: {row['model']} "
+        f"{with_interval(metric, mine)}, base {with_interval(metric, base)}; "
+        f"{CHANCE if row['noise'] else 'more than chance'} ({_p(row)})."
     )
 
 
@@ -77,29 +85,30 @@ def score_table(found: dict[str, Any]) -> Table:
 
 def comparison_table(found: dict[str, Any]) -> Table:
     """Return every paired comparison."""
-    rows = []
-    for row in found["comparisons"]:
-        if row["records"]:
-            p = "< 0.001" if row["p_value"] < 0.001 else f"{row['p_value']:.3f}"
-            metric = row["metric"]
-            points = is_share(metric)
-            cells = [_points(row[key], points) for key in ("difference", "low", "high", "detectable")]
-            rows.append(
-                [
-                    f"{row['model']} against {row['against']}",
-                    title_of(metric, found["metrics"]),
-                    f"{cells[0]} ({cells[1]} to {cells[2]})",
-                    p,
-                    "chance can make it" if row["noise"] else "more than chance",
-                    cells[3].removeprefix("+"),
-                ]
-            )
+    rows = [_comparison(row, found) for row in found["comparisons"] if row["records"]]
     header = ["", "metric", "difference", "p", "verdict", "smallest difference to be seen"]
     return Table("Paired comparisons", header, rows)
 
 
-def _points(value: float, points: bool) -> str:
-    return f"{100 * value:+.1f} points" if points else f"{value:+.3g}"
+def _comparison(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    share = is_share(row["metric"])
+    unit = " points" if share else ""
+    difference, low, high, least = (
+        f"{100 * row[key]:+.1f}" if share else f"{row[key]:+.3g}"
+        for key in ("difference", "low", "high", "detectable")
+    )
+    return [
+        f"{row['model']} against {row['against']}",
+        title_of(row["metric"], found["metrics"]),
+        f"{difference} ({low} to {high}){unit}",
+        _p(row).removeprefix("p ").removeprefix("= "),
+        CHANCE if row["noise"] else "more than chance",
+        least.removeprefix("+") + unit,
+    ]
+
+
+def _p(row: dict[str, Any]) -> str:
+    return "p < 0.001" if row["p_value"] < 0.001 else f"p = {row['p_value']:.2g}"
 
 
 def field_table(found: dict[str, Any]) -> Table:
@@ -113,31 +122,30 @@ def field_table(found: dict[str, Any]) -> Table:
     return Table("JSON fields that are equal", ["field", "records", *names], rows)
 
 
+PLAIN = {"perplexity": "plain text, perplexity", "bits_per_byte": "plain text, bits per byte"}
+
+
 def forgetting_table(found: dict[str, Any]) -> Table | None:
     """Return tasks and plain text before and after, with the change; None where neither was asked for."""
     names = [model["name"] for model in found["models"]]
-    rows = []
-    for task, metrics in found.get("tasks", {}).items():
-        for metric, values in metrics.items():
-            rows.append(
-                [f"{task}, {metric}", *_cells([(values[n]["value"], values[n]["stderr"]) for n in names])]
-            )
-    for key, title in (
-        ("perplexity", "plain text, perplexity"),
-        ("bits_per_byte", "plain text, bits per byte"),
-    ):
-        if "plain" in found:
-            rows.append([title, *_cells([(found["plain"][name][key], None) for name in names])])
+    rows = [
+        [f"{task}, {metric}", *_cells([(values[name]["value"], values[name]["stderr"]) for name in names])]
+        for task, metrics in found.get("tasks", {}).items()
+        for metric, values in metrics.items()
+    ]
+    if "plain" in found:
+        rows += [
+            [title, *_cells([(found["plain"][name][key], None) for name in names])]
+            for key, title in PLAIN.items()
+        ]
     if not rows:
         return None
     changes = [f"{name} - {names[0]}" for name in names[1:]]
-    return Table(
-        "Before and after: what was learned besides, and what was forgotten", ["", *names, *changes], rows
-    )
+    return Table("Before and after: what else was learned or forgotten", ["", *names, *changes], rows)
 
 
 def _cells(values: list[tuple[float, float | None]]) -> list[str]:
-    cells = [
-        f"{value:.4g}" + (f" \u00b1 {spread:.2g}" if spread is not None else "") for value, spread in values
-    ]
-    return cells + [f"{value - values[0][0]:+.3g}" for value, _ in values[1:]]
+    """Return values with their standard errors, and their differences from the first."""
+    cells = [number(value) + ("" if spread is None else f" \u00b1 {spread:.2g}") for value, spread in values]
+    apart = [value - values[0][0] for value, _ in values[1:]]
+    return [*cells, *("+" * (value >= 0) + number(value) for value in apart)]

@@ -196,16 +196,21 @@ class AdaptedLlama:
         self,
         prompts: Iterable[Sequence[int]],
         *,
+        begun: Sequence[Sequence[int]] | None = None,
         batch_size: int = 16,
         finished: Callable[[int], None] | None = None,
+        enough: Callable[[int, str], bool] | None = None,
         **sampling: Any,
     ) -> list[str]:
         """Continue many texts together, without a template.
 
         Args:
             prompts: token ids of each text, BOS included if it shall have one.
+            begun: the first tokens of each answer, fewer than ``max_new_tokens``, where they are known
+                already; they belong to the answer. None for none.
             batch_size: as in `generate_batch`.
             finished: as in `generate_batch`.
+            enough: as in `generate_batch`.
             **sampling: the settings of `generate`.
 
         Returns:
@@ -214,7 +219,7 @@ class AdaptedLlama:
         Raises:
             UserError: as `generate`.
         """
-        return self._all(list(prompts), Sampling.of(**sampling), batch_size, finished)
+        return self._all(list(prompts), Sampling.of(**sampling), batch_size, finished, None, enough, begun)
 
     def _all(
         self,
@@ -224,10 +229,11 @@ class AdaptedLlama:
         finished: Callable[[int], None] | None = None,
         stopped: Callable[[], bool] | None = None,
         enough: Callable[[int, str], bool] | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> list[str]:
         """Return the whole answers to prompts; `generate_batch` says what the functions are for."""
         answers = [""] * len(prompts)
-        for number, piece in self._answers(prompts, settings, batch_size, enough):
+        for number, piece in self._answers(prompts, settings, batch_size, enough, begun):
             if piece is not None:
                 answers[number] += piece
             elif finished is not None:
@@ -317,12 +323,18 @@ class AdaptedLlama:
         settings: Sampling,
         batch_size: int,
         enough: Callable[[int, str], bool] | None = None,
+        begun: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
         self._engine.refuse_fork()
         stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
-        requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
-        answers = [AnswerText(self.tokenizer, settings.stop) for _ in prompts]
+        starts = [()] * len(prompts) if begun is None else begun
+        requests = [
+            Request([*prompt, *start], settings.after(len(start)), adapter, stop_ids)
+            for prompt, start in zip(prompts, starts, strict=True)
+        ]
+        answers = [AnswerText(self.tokenizer, settings.stop, start) for start in starts]
+        yield from ((index, answer.text) for index, answer in enumerate(answers) if answer.text)
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
                 answer = answers[index]

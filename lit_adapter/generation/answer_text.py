@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer
 
 
 class AnswerText:
     """An answer's text as its tokens come; text that may begin a stop text is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], begun: Sequence[int] = ()) -> None:
         self.decoder = StreamDecoder(tokenizer)
         self.stop, self.held, self.stopped = stop, "", False
         self.text = ""
-        """All that was returned."""
+        """All that was returned, and what ``begun``, the answer's first tokens, says."""
+        for token in begun:
+            self.text += self.push(token)
 
     def push(self, token: int | None) -> str:
         """Return the text that a token, or with None the end, makes certain to belong to the answer."""

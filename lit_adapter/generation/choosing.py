@@ -79,8 +79,16 @@ class Likelihood:
     log_likelihood: float
     """Their sum, in nats."""
     n_tokens: int
-    is_likeliest: bool
-    """Whether each of them is the likeliest token at its place, which greedy decoding chooses."""
+    n_greedy: int
+    """How many of them, from the first, are the likeliest token at their place: greedy decoding's answer
+    begins with these."""
+    then: int
+    """The token that greedy decoding has after these; -1 if they are all there are."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding gives these tokens."""
+        return self.n_greedy == self.n_tokens
 
 
 def likelihoods(
@@ -93,14 +101,17 @@ def likelihoods(
     Raises:
         NonFiniteLogitsError: logits are NaN or infinite.
     """
-    found = [Likelihood(0.0, 0, True)] * len(texts)
+    found = [Likelihood(0.0, 0, 0, -1)] * len(texts)
     for row, owner in rows_of(texts):
         values, likeliest = target_log_likelihoods(model, row)
         if not values.isfinite().all():
             raise NonFiniteLogitsError()
         for text in np.unique(owner).tolist():
-            mine = torch.from_numpy(owner == text)
-            found[text] = Likelihood(float(values[mine].sum()), int(mine.sum()), bool(likeliest[mine].all()))
+            mine = torch.from_numpy(owner == text)  # in the order of the text: its start comes before it
+            unlike = (likeliest[mine] != row.target_id[mine]).nonzero()
+            n_greedy = int(unlike[0]) if len(unlike) else int(mine.sum())
+            then = int(likeliest[mine][n_greedy]) if len(unlike) else -1
+            found[text] = Likelihood(float(values[mine].sum()), int(mine.sum()), n_greedy, then)
             if finished is not None:
                 finished(text)
     return found

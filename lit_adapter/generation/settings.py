@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lit_adapter.arguments import number, of_kind, text, whole_number
@@ -96,6 +96,10 @@ class Sampling:
             hint = nearest(unknown, names) or f"; expected {', '.join(names)}"
             raise WrongTypeError(f"unknown sampling setting '{unknown}'{hint}")
         return cls(**values)
+
+    def after(self, n_tokens: int) -> Sampling:
+        """Return the settings of the rest of an answer whose first tokens are there already."""
+        return replace(self, max_new_tokens=self.max_new_tokens - n_tokens) if n_tokens else self
 
     @property
     def penalised(self) -> bool:

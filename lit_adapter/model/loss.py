@@ -123,14 +123,14 @@ def row_loss(
 
 @torch.inference_mode()
 def target_log_likelihoods(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor]:
-    """Return the log-likelihood (nats) of each target of a packed row, and whether no token is likelier.
+    """Return the log-likelihood (nats) of each target of a packed row, and the likeliest token there.
 
     Args:
         model: on any device.
         row: on the CPU, where its attention is planned.
 
     Returns:
-        Both ``[M]`` on the CPU, in fp64 and bool, in the order of the row's targets.
+        Both ``[M]`` on the CPU, in fp64 and as ids, in the order of the row's targets.
     """
     hidden, target_id = _target_hidden(model, row)
     n_logits, n_rows = max(1, CHUNK_LOGITS // model.config.vocab_size), rows_at_once()
@@ -142,9 +142,9 @@ def target_log_likelihoods(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor
         for rows, target in zip(logits.split(n_together), targets.split(n_together), strict=True):
             share = widen(rows).log_softmax(-1)
             found.append(share.gather(-1, target[:, None]).squeeze(-1))
-            likeliest.append(share.argmax(-1) == target)
+            likeliest.append(share.argmax(-1))
     if not found:
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool)
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     return torch.cat(found).double().cpu(), torch.cat(likeliest).cpu()
 
 

@@ -18,6 +18,7 @@ from finetune_runs import TINY
 from lit_adapter.cli import command
 from lit_adapter.cli.convert import main as convert_main
 from lit_adapter.cli.convert_adapter import main as convert_adapter_main
+from lit_adapter.cli.evaluate import main as evaluate_main
 from lit_adapter.cli.finetune import main as finetune_main
 from lit_adapter.cli.generate import main as generate_main
 from lit_adapter.errors import UserError
@@ -88,6 +89,13 @@ class Bench:
         fixed += [] if given & {"--prompt", "--prompts"} else ["--prompt", "Say it back."]
         self.before = self.snapshot()
         return as_script(generate_main, [*fixed, *options])
+
+    def evaluate(self, *options: object) -> Outcome:
+        """``scripts/evaluate.py`` on the tiny base with its adapter, into the folder ``evaluation``."""
+        fixed: list[object] = ["--device", "cpu", "--dtype", "float32", "--base", self.base]
+        fixed += ["--adapter", self.adapter, "--out", self.folder / "evaluation"]
+        self.before = self.snapshot()
+        return as_script(evaluate_main, [*fixed, *options])
 
     def convert(self, source: Path, *options: object) -> Outcome:
         """``scripts/convert.py``."""

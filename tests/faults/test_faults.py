@@ -13,6 +13,7 @@ from collections.abc import Callable
 import base_rows
 import config_rows
 import data_rows
+import evaluation_rows
 import generation_rows
 import hostile_rows
 import model_rows
@@ -29,6 +30,7 @@ TABLE: list[Row] = [
     *generation_rows.ROWS,
     *base_rows.ROWS,
     *hostile_rows.ROWS,
+    *evaluation_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"
 NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)

@@ -1,0 +1,124 @@
+"""Faults 114 to 119: what an evaluation is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from bench import OK, Bench, Outcome, Row
+
+WITHOUT_DATA = "task: far\ndataset_path: nobody/far-away\noutput_type: loglikelihood\ntest_split: test\n"
+
+
+def on_words(*options: object) -> Callable[[Bench], Outcome]:
+    """Evaluate on two records whose outputs are words."""
+
+    def tried(bench: Bench) -> Outcome:
+        records = [OK, {"instruction": "Which city?", "output": "Paris"}]
+        return bench.evaluate("--data", bench.file("words.json", records), "--max_new_tokens", 3, *options)
+
+    return tried
+
+
+def by(text: str) -> Callable[[Bench], Outcome]:
+    """Evaluate by a metric of one's own."""
+
+    def tried(bench: Bench) -> Outcome:
+        bench.file("fault_metric.py", text)
+        bench.monkeypatch.chdir(bench.folder)
+        bench.monkeypatch.setattr(sys, "path", list(sys.path))
+        bench.monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        sys.modules.pop("fault_metric", None)
+        return on_words("--metrics", "fault_metric:f")(bench)
+
+    return tried
+
+
+def after_another(bench: Bench) -> Outcome:
+    assert on_words()(bench).status == 0
+    return on_words("--max_new_tokens", 4)(bench)
+
+
+def far_away(bench: Bench) -> Outcome:
+    task = bench.file("far.yaml", WITHOUT_DATA)
+    options = ("--base", bench.base, "--tasks", task, "--out", bench.folder / "evaluation", "--device", "cpu")
+    return bench.process("evaluate.py", *options, HF_HUB_OFFLINE="1")
+
+
+ROWS = [
+    Row(
+        114,
+        "numbers asked of words",
+        on_words("--metrics", "exact,numeric"),
+        r"numeric compares with a number, but the output of .*words\.json:1 is 'b'; leave numeric out",
+    ),
+    Row(
+        114,
+        "JSON asked of words",
+        on_words("--metrics", "json_fields"),
+        r"json_fields compares with a JSON obj",
+    ),
+    Row(
+        114,
+        "an unknown metric",
+        on_words("--metrics", "exakt"),
+        r"'exakt' is unknown; did you mean 'exact'\?",
+    ),
+    Row(
+        114,
+        "early stops with a metric of whole answers",
+        on_words("--stop_early", "--metrics", "contains"),
+        r"--stop-early: contains needs whole answers; leave it or --stop-early out",
+    ),
+    Row(
+        115,
+        "answers of another run",
+        after_another,
+        r"answers\.jsonl: answers of another run \(other max_new_tokens\); choose another --out",
+    ),
+    Row(
+        116,
+        "a task file that does not exist",
+        lambda b: b.evaluate("--tasks", "nowhere.yaml"),
+        r"--tasks: nowhere\.yaml: file not found",
+    ),
+    Row(
+        116,
+        "an unknown task",
+        lambda b: b.evaluate("--tasks", "arc_eazy"),
+        r"--tasks: 'arc_eazy' is unknown; did you mean 'arc_easy'\?",
+        slow=True,
+    ),
+    Row(
+        117,
+        "data of the network without a network",
+        far_away,
+        r"--tasks: .*far\.yaml: the network cannot be reached, and its data is not in the cache",
+        slow=True,
+    ),
+    Row(
+        118,
+        "an empty held-out file",
+        lambda b: b.evaluate("--data", b.file("none.json", "[]")),
+        r"none\.json: no usable record: it is empty",
+    ),
+    Row(
+        118,
+        "an empty plain text",
+        lambda b: b.evaluate("--plain", b.file("none.txt", "\n")),
+        r"none\.txt: the file is empty; expected a text to measure perplexity on",
+    ),
+    Row(118, "nothing to evaluate on", lambda b: b.evaluate(), r"nothing to evaluate on: give --data FILE"),
+    Row(
+        119,
+        "a metric that raises",
+        by("def f(answer, reference): return {}[answer]"),
+        r"--metrics: fault_metric:f\('b', 'b'\) raised KeyError: 'b'",
+    ),
+    Row(
+        119,
+        "a metric that is not there",
+        by("def g(answer, reference): return 1"),
+        r"--metrics: fault_metric:f: fault_metric has no function 'f'",
+    ),
+]
