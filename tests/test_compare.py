@@ -89,7 +89,9 @@ def test_results_of_evaluations_are_found_and_order_the_runs(runs: list[Path], t
     ):
         folder.mkdir()
         score = {"value": 0.5 + place / 10, "low": 0.4, "high": 0.9, "records": 100}
-        models = [{"name": "base", "adapter": None}, {"name": "x", "adapter": str(run / "best.safetensors")}]
+        adapter = run / "best.safetensors"  # as it was named then, perhaps from another working directory
+        named = str(adapter.relative_to(tmp_path.parent)) if place == 1 else str(adapter)
+        models = [{"name": "base", "adapter": None}, {"name": "x", "adapter": named}]
         found = {"models": models, "scores": {"x": {"exact": score}}, "metrics": {"exact": "exact match"}}
         (folder / "results.json").write_text(json.dumps(found))
     results, grouped, *_ = compare([*runs, tmp_path / "e", tmp_path / "f"], by="exact")

@@ -136,8 +136,8 @@ def _is_of(run: Run, adapter: object, results: Path) -> bool:
     """Whether an evaluation names an adapter of the run; its path may be relative to several places."""
     if not isinstance(adapter, str):
         return False
-    home = run.folder.resolve()
+    home, given = run.folder.resolve(), Path(adapter).expanduser()
     with suppress(OSError, ValueError):
-        places = (Path(adapter), results.parent / adapter, home.parent / adapter)
+        places = (given, results.parent / given, *(parent / given for parent in home.parents))
         return any(place.resolve().parent == home for place in places)
     return False

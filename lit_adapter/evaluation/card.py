@@ -63,14 +63,22 @@ def _results(adapter: Path, folder: Path | None) -> tuple[dict[str, Any] | None,
             raise UserError(f"{path}: not the results of an evaluation on records")
         for model in models:
             given = model.get("adapter") if isinstance(model, dict) else None
-            same = isinstance(given, str) and adapter.resolve() in {
-                place.expanduser().resolve() for place in (Path(given), path.parent / given)
-            }
-            if same and model.get("name") in found["scores"]:
+            if (
+                isinstance(given, str)
+                and _is_same(adapter.resolve(), given, path)
+                and model.get("name") in found["scores"]
+            ):
                 return found, str(model["name"])
         if folder is not None:
             raise UserError(f"{path}: evaluates other adapters than {adapter}")
     return None, ""
+
+
+def _is_same(adapter: Path, given: str, results: Path) -> bool:
+    """Whether an evaluation's path is the adapter's; it may be relative to a folder above the run."""
+    named = Path(given).expanduser()
+    places = (named, results.parent / named, *(parent / named for parent in adapter.parents))
+    return any(place.resolve() == adapter for place in places)
 
 
 def _table(scores: dict[str, Any], titles: dict[str, str], name: str) -> str:
