@@ -80,8 +80,8 @@ def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
     if info.adapter.prompt_length:
         raise UserError(
             f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
-            "so it cannot be merged; export it (scripts/export.py), or train one with --adapter.version v2, "
-            "--adapter.norms true or --adapter.lora.rank, and --adapter.prompt_length 0"
+            "so it cannot be merged; export it for transformers (scripts/export.py), or train one with "
+            "--adapter.version v2, --adapter.norms true or --adapter.lora.rank, and --adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
