@@ -242,6 +242,9 @@ class TrainerConfig:
     """Held-out records answered in text at each validation."""
     sample_tokens: int = 64
     """Longest answer to such a record, in tokens."""
+    logger: Literal["tensorboard", "csv", "wandb", "mlflow"] = "tensorboard"
+    """Where the curves go: RUN/tensorboard, RUN/csv, or, with their packages, Weights & Biases (also with
+    WANDB_MODE=offline) and MLflow (RUN/mlruns, or MLFLOW_TRACKING_URI)."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """auto: a progress bar on a terminal, lines elsewhere."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import time
 import timeit
 from functools import partial
@@ -47,6 +48,13 @@ def own_device(device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has had in use, on a GPU or in the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def device_name(device: torch.device) -> str:

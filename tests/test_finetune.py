@@ -358,18 +358,18 @@ def test_curves_go_on_without_repeated_steps(tiny: Callable[..., Config]) -> Non
     finetune(config, resume="last", say=Stopper())
     events = EventAccumulator(str(Path(config.out) / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 13))
     wanted = {
-        "train/tokens_per_s",
+        "progress/tokens_per_s",
         "optim/lr",
         "optim/grad_norm",
-        "val/loss",
-        "val/perplexity",
-        "gates/layer_03",
+        "loss/held_out",
+        "perplexity/held_out",
+        "prefix/strength",
     }
     assert wanted <= set(events.Tags()["scalars"])
     assert "samples/0/text_summary" in events.Tags()["tensors"]
-    assert "gates/layers_by_heads" in events.Tags()["images"]
+    assert "prefix/layers_by_heads" in events.Tags()["images"]
 
 
 def test_nothing_to_resume_is_an_error(tiny: Callable[..., Config]) -> None:

@@ -135,7 +135,7 @@ def test_a_run_of_an_earlier_version_keeps_its_length_to_the_byte(tiny: Callable
     for name in ("adapter.safetensors", "best.safetensors"):
         assert (Path(run.out) / name).read_bytes() == (Path(whole.out) / name).read_bytes()
     events = EventAccumulator(str(Path(run.out) / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in events.Scalars("val/loss")] == list(range(6))
+    assert [event.step for event in events.Scalars("loss/held_out")] == list(range(6))
 
 
 @pytest.mark.slow

@@ -83,8 +83,8 @@ def test_stops_anywhere_change_no_byte_of_one_process(
     for folder in ("whole", "stopped"):  # no point is missing, and none is there twice
         events = EventAccumulator(str(tmp_path / folder / "tensorboard"), size_guidance={"scalars": 0})
         events.Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
-        assert [event.step for event in events.Scalars("val/loss")] == [0, 4, 8, 12]
+        assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 13))
+        assert [event.step for event in events.Scalars("loss/held_out")] == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize("options", [[*DROPOUT, *LOW], [*FOUR_ROWS, *WORKERS]])

@@ -21,6 +21,8 @@ COMMANDS = {
     "evaluate": "Score adapters beside their base, and write a report.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face model of a base and an adapter without prompts.",
+    "compare": "Show runs side by side: settings, results, curves and cost.",
+    "export": "Write an adapter for transformers, vLLM, llama.cpp or Ollama.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",
 }
 """What each command does; its module has its name."""

@@ -17,19 +17,32 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument(
         "--card", type=Path | None, metavar="FILE", help="model card; default: write one if missing"
     )
+    parser.add_argument(
+        "--results",
+        type=Path | None,
+        metavar="FOLDER",
+        help="an evaluation for the card; by default one in the adapter's run folder",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent; send nothing")
     options = parse(parser, argv)
 
+    from lit_adapter.errors import UserError
+    from lit_adapter.evaluation.card import evaluated
     from lit_adapter.weights.adapter_hub import push_adapter
 
     adapter, card = Path(options.adapter), options.card
+    if card is not None and options.results is not None:
+        raise UserError("--card and --results are both given; --results is for the card that is written")
+    told = evaluated(adapter, options.results) if card is None else None
     address, text = push_adapter(
-        adapter, options.name, private=options.private, card=card, dry_run=options.dry_run
+        adapter, options.name, private=options.private, card=card, evaluated=told, dry_run=options.dry_run
     )
     if options.dry_run:
         only = "" if card else ", if the repository has none yet"
         say(f"dry run: nothing was sent to {options.name}; it would get")
         say(f"  adapter.safetensors  {adapter.stat().st_size:,} bytes, from {shown(adapter)}")
+        for name, content in told.files.items() if told is not None else ():
+            say(f"  {name:<20} {len(content):,} bytes, a plot for the card")
         say(f"  README.md            this model card{only}:\n\n{text}")
         return 0
     say(f"pushed {shown(adapter)}: {address}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.weights.adapter_file import read_adapter
 
 Curve = list[tuple[float, float]]
-LAYER = re.compile(r"gates/layer_(\d+)")
+TRAIN, STRENGTH = "loss/train", "prefix/strength_by_layer"
+"""Names of curves; the second is a tensor of all layers."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,39 @@ def history(adapter: Path) -> History:
         held_out = [(point["step"], point["loss"]) for point in points if point["loss"] is not None]
     except (UserError, KeyError, TypeError):
         pass  # an adapter outside a run folder has none
-    scalars = _scalars(folder / "tensorboard")
-    found = ((LAYER.fullmatch(tag), curve) for tag, curve in scalars.items())
-    gates = {int(match[1]): curve for match, curve in found if match}
-    return History(scalars.get("train/loss", []), held_out, gates)
+    train, gates = _train_loss(folder / "csv"), dict[int, Curve]()
+    if (folder / "tensorboard").is_dir():
+        train, gates = _tensorboard(folder / "tensorboard")
+    return History(train, held_out, gates)
 
 
-def _scalars(folder: Path) -> dict[str, Curve]:
-    """Return TensorBoard's curves by tag."""
-    if not folder.is_dir():
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+def _tensorboard(folder: Path) -> tuple[Curve, dict[int, Curve]]:
+    """Return training loss and each layer's strength from event files."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
-    reader = EventAccumulator(str(folder), size_guidance={SCALARS: 2000})
+    reader = EventAccumulator(str(folder), size_guidance={SCALARS: 2000, TENSORS: 2000})
     reader.Reload()
-    return {
-        tag: [(event.step, event.value) for event in reader.Scalars(tag) if math.isfinite(event.value)]
-        for tag in reader.Tags()["scalars"]
-    }
+    tags = reader.Tags()
+    points = reader.Scalars(TRAIN) if TRAIN in tags["scalars"] else []
+    gates: dict[int, Curve] = {}
+    for event in reader.Tensors(STRENGTH) if STRENGTH in tags["tensors"] else ():
+        for layer, strength in enumerate(make_ndarray(event.tensor_proto).tolist()):
+            if math.isfinite(strength):
+                gates.setdefault(layer, []).append((event.step, strength))
+    return [(point.step, point.value) for point in points if math.isfinite(point.value)], gates
+
+
+def _train_loss(folder: Path) -> Curve:
+    """Return the training loss from Lightning's CSV files, one for each start; a later start overrides."""
+    curve: Curve = []
+    for path in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [(row.get("step"), row.get(TRAIN)) for row in csv.DictReader(stream)]
+        found = [(float(step), float(loss)) for step, loss in rows if step and loss]
+        first = min((step for step, _ in found), default=math.inf)
+        curve = [point for point in curve if point[0] < first] + found
+    return curve
 
 
 def strengths(adapter: Path) -> dict[int, list[float]]:

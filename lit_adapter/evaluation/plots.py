@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+DASHES = ("none", "7 3", "2 3")
+"""Of the first six lines of a plot, the next six, and those after them."""
 Point = tuple[float, float]
 
 
@@ -64,12 +66,14 @@ def lines(series: Sequence[Series], x_title: str, y_title: str) -> str:
     parts = [frame.axes(x_title, y_title)]
     for number_, one in enumerate(series):
         points = [frame.place(point) for point in one.points]
-        colour = f"var(--series-{number_ % 6})"
+        colour, dashes = f"var(--series-{number_ % 6})", DASHES[number_ // 6 % len(DASHES)]
         if one.dots or len(points) == 1:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points]
         else:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+            style = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dashes}"'
+            title = f"<title>{html.escape(one.name)}</title>"
+            parts.append(f'<polyline points="{path}" {style}>{title}</polyline>')
     return _svg(WIDTH, HEIGHT, parts) + legend([one.name for one in series])
 
 
@@ -170,11 +174,15 @@ def heat(
 
 def legend(names: Sequence[str]) -> str:
     """Return the names of series with their colours."""
-    items = (
-        f'<span><i style="background:var(--series-{place % 6})"></i>{html.escape(name)}</span>'
-        for place, name in enumerate(names)
-    )
+    items = (f"<span>{_swatch(place)}{html.escape(name)}</span>" for place, name in enumerate(names))
     return f'<p class="legend">{"".join(items)}</p>'
+
+
+def _swatch(place: int) -> str:
+    """Return a short piece of a line."""
+    colour, dashes = f"var(--series-{place % 6})", DASHES[place // 6 % len(DASHES)]
+    line = f'<path d="M0 5h22" stroke="{colour}" stroke-width="3" stroke-dasharray="{dashes}"/>'
+    return f'<svg width="26" height="10" aria-hidden="true">{line}</svg>'
 
 
 def _short(text: str, limit: int) -> str:

@@ -15,6 +15,7 @@ from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.training.lightning_internals import let_go_on, validate_now
+from lit_adapter.training.loggers import flush
 from lit_adapter.training.run_folder import RunFolder
 
 
@@ -107,7 +108,7 @@ class Checkpoints(Callback):
         if self._is_gone(trainer):
             self._rescue(trainer)
         if trainer.is_global_zero and trainer.logger is not None:
-            trainer.logger.experiment.flush()  # a resumed run draws only the points after this step
+            flush(trainer.logger)  # a resumed run draws only the points after this step
         trainer.save_checkpoint(self.folder.checkpoint_path(step))
         self.saved_step = step
         if trainer.is_global_zero:

@@ -10,8 +10,13 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from torch.utils.tensorboard.summary import hparams
 
 from lit_adapter.training.notices import Say
+
+LOSSES = ("loss/held_out", "loss/train")
+"""The curves whose newest values stand on the page HPARAMS."""
+LORA_ON, LORA_RANK = "adapter.lora.on", "adapter.lora.rank"
 
 
 class Curves(TensorBoardLogger):
@@ -38,6 +43,20 @@ class Curves(TensorBoardLogger):
             self._guarded = _Guarded(lambda: super(Curves, self).experiment, self.log_dir, self.say)
         return self._guarded
 
+    def log_settings(self, settings: dict[str, Any]) -> None:
+        """Fill the page HPARAMS: settings, beside the newest losses, which it takes from the curves.
+
+        What is off, and where and how the run is computed, would hide the columns that people look for.
+        """
+        chosen = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
+        known = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in chosen.items()
+            if name == "seed" or (value not in (None, False, 0) and (name != LORA_ON or settings[LORA_RANK]))
+        }
+        for summary in hparams(known, dict.fromkeys(LOSSES, 0.0)):
+            self.experiment.add_summary(summary)
+
 
 def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
     """Pass a thread's failure to ``hook``, unless TensorBoard's thread could not write."""
@@ -54,15 +73,19 @@ class _Guarded:
         self._writer: Any = None
         self._failed = False
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            if self._failed:
-                return
-            try:
-                self._writer = self._writer or self._make()
-                getattr(self._writer, name)(*args, **kwargs)
-            except OSError as error:
-                self._failed = True
-                self._say(f"warning: {self._folder}: {error.strerror}; no more curves, but training goes on")
+    def add_summary(self, summary: Any) -> None:
+        """Write what `SummaryWriter` has no method for."""
+        self._call(lambda writer: writer._get_file_writer().add_summary(summary))
 
-        return call
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._call(lambda writer: getattr(writer, name)(*args, **kwargs))
+
+    def _call(self, act: Callable[[Any], Any]) -> None:
+        if self._failed:
+            return
+        try:
+            self._writer = self._writer or self._make()
+            act(self._writer)
+        except OSError as error:
+            self._failed = True
+            self._say(f"warning: {self._folder}: {error.strerror}; no more curves, but training goes on")

@@ -21,6 +21,7 @@ from lit_adapter.training.dry_run import try_steps
 from lit_adapter.training.ending import conclude
 from lit_adapter.training.fit import make_module, quiet_lightning, train
 from lit_adapter.training.lightning_internals import rank
+from lit_adapter.training.loggers import check_logger
 from lit_adapter.training.notices import Notices, Say
 from lit_adapter.training.placement import choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines
@@ -95,6 +96,7 @@ def _run(
     yield_shared_cores()
     config = with_learning_rate(config)
     check_sources(config.data)  # before anything that takes seconds
+    check_logger(config.trainer.logger)
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)

@@ -12,6 +12,7 @@ from functools import partial
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import Logger
 
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.files.write import write_text
@@ -19,8 +20,8 @@ from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.llama import Llama
 from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Validation
 from lit_adapter.training.checkpoint import DurableCheckpointIO
-from lit_adapter.training.curves import Curves
 from lit_adapter.training.lightning_internals import Bar, leave_signals_alone
+from lit_adapter.training.loggers import log_settings, make_logger
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan, write_adapter
@@ -76,8 +77,11 @@ def train(
         callbacks.append(validation)  # after the checkpoint of its step
     if shows_bar(options):
         callbacks.insert(0, Bar(leave=True))
-    curves = Curves(folder.path, point.step + (not repeats) if point.path else None, say)
-    return fit(plan, module, data, callbacks, folder, curves=curves, point=point)
+    drawn_from = point.step + (not repeats) if point.path else None
+    logger = make_logger(options.logger, folder.path, drawn_from, say)
+    settings = saved_values(plan.config)
+    callbacks.append(LambdaCallback(on_train_start=lambda trainer, _: log_settings(trainer.logger, settings)))
+    return fit(plan, module, data, callbacks, folder, logger=logger, point=point)
 
 
 def validation_of(plan: Plan, point: ResumePoint) -> tuple[Validation, bool]:
@@ -96,7 +100,7 @@ def fit(
     callbacks: list[pl.Callback],
     folder: RunFolder,
     *,
-    curves: Curves | None = None,
+    logger: Logger | None = None,
     point: ResumePoint | None = None,
     n_steps: int | None = None,
 ) -> pl.Trainer:
@@ -132,7 +136,7 @@ def fit(
         limit_train_batches=n_steps,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=curves if curves is not None else False,
+        logger=logger if logger is not None else False,
         callbacks=callbacks,
         plugins=[DurableCheckpointIO(), *launcher_plugins()],
         inference_mode=not is_sharded(options),  # weights gathered in it could not be trained with later

@@ -1,4 +1,4 @@
-"""What a run shows of its steps: TensorBoard curves, printed lines, warnings."""
+"""What a run shows of its steps: curves, printed lines, warnings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from lightning.pytorch import Callback
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.model.prefix import GatedPrefix
+from lit_adapter.training.loggers import draw_layers
 from lit_adapter.training.notices import Notices, Say
 
 
 class Report(Callback):
-    """Draws curves for TensorBoard, prints lines where there is no progress bar, and warns.
+    """Draws curves, prints lines where there is no progress bar, and warns.
 
     With ``redraw`` the resume point's own step is drawn again.
     """
@@ -74,44 +75,50 @@ class Report(Callback):
     def _draw(self, trainer: Any, pl_module: Any, step: int) -> None:
         last = pl_module.last
         values = {
-            "train/loss": last["loss"],
-            "train/perplexity": _perplexity(last["loss"]),
-            "train/tokens_per_s": self.tokens_per_s,
-            "train/epoch": step / trainer.datamodule.training_steps().steps_per_epoch,
+            "loss/train": last["loss"],
+            "perplexity/train": _perplexity(last["loss"]),
+            "progress/tokens_per_s": self.tokens_per_s,
+            "progress/epoch": step / trainer.datamodule.training_steps().steps_per_epoch,
             "optim/lr": last["lr"],
             "optim/grad_norm": last["grad_norm"],
         }
         _log(trainer, values, step)
         if trainer.is_global_zero:
-            self._draw_gates(trainer, pl_module, step)
+            self._draw_prefixes(trainer, pl_module, step)
 
-    def _draw_gates(self, trainer: Any, pl_module: Any, step: int) -> None:
-        """Draw every layer's mean strength and prompt norm, and one picture of layers by heads."""
-        rows, values = {}, {}
-        for index, block in enumerate(pl_module.model.layers):
-            prefix = block.self_attn.prefix
-            if isinstance(prefix, GatedPrefix):
-                strength = prefix.strength().detach().abs().mean((-2, -1)).cpu()
-                rows[index] = strength
-                values[f"gates/layer_{index:02d}"] = float(strength.mean())
-                values[f"prompts/layer_{index:02d}"] = float(prefix.prompt.detach().norm(dim=-1).mean())
+    def _draw_prefixes(self, trainer: Any, pl_module: Any, step: int) -> None:
+        """Draw the mean strength and prompt norm over all layers, and one picture of layers by heads.
+
+        The strength of each layer is kept beside them, for reports; TensorBoard shows no card of it.
+        """
+        layers = pl_module.model.layers
+        prefixes = {
+            index: block.self_attn.prefix
+            for index, block in enumerate(layers)
+            if isinstance(block.self_attn.prefix, GatedPrefix)
+        }
+        rows = {index: one.strength().detach().abs().mean((-2, -1)).cpu() for index, one in prefixes.items()}
         self.notices.gates({layer: bool(strength.any()) for layer, strength in rows.items()}, step)
         if trainer.logger is None or not rows:
             return
-        _log(trainer, values, step)
+        norms = [float(one.prompt.detach().norm(dim=-1).mean()) for one in prefixes.values()]
+        by_layer = torch.full((len(layers),), math.nan)
+        by_layer[list(rows)] = torch.stack([strength.mean() for strength in rows.values()])
+        means = {
+            "prefix/strength": float(by_layer.nanmean()),
+            "prefix/prompt_norm": math.fsum(norms) / len(norms),
+        }
+        _log(trainer, means, step)
         # Strengths that have diverged, or are NaN, must not spoil the picture.
         heat = torch.stack(list(rows.values())).nan_to_num(0.0).clamp(max=1e6)
-        picture = (heat / heat.max().clamp(min=1e-8)).repeat_interleave(12, 0).repeat_interleave(12, 1)
-        writer = trainer.logger.experiment
-        writer.add_image("gates/layers_by_heads", picture[None], step)
-        writer.add_histogram("gates/strength", heat, step)
+        draw_layers(trainer.logger, heat, by_layer, step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the held-out loss."""
         if trainer.should_stop:
             return
         loss, step = pl_module.val_loss, trainer.global_step
-        _log(trainer, {"val/perplexity": _perplexity(loss), "val/loss": loss}, step)
+        _log(trainer, {"perplexity/held_out": _perplexity(loss), "loss/held_out": loss}, step)
         self.notices.held_out(loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
 

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 
 import lit_adapter
 from lit_adapter.data.module import AlpacaDataModule
-from lit_adapter.device import device_name, own_device
+from lit_adapter.device import device_name, own_device, peak_bytes
 from lit_adapter.errors import UserError
 from lit_adapter.files.write import write_json
 from lit_adapter.training.module import LitAdapter
@@ -130,6 +130,7 @@ class RunRecord(Callback):
                 "tokens": self.tokens,
                 "tokens_per_s": self.tokens / self.step_seconds if self.step_seconds else None,
             },
+            "memory": {"peak_bytes": peak_bytes(own_device(placement.device))},
             "data": _counts(self.data),
             "base": asdict(plan.base.identity),
             "adapter": {"parameters": plan.n_trained},

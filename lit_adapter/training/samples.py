@@ -1,4 +1,4 @@
-"""Answers to a few held-out records at each validation, as text in TensorBoard."""
+"""Answers to a few held-out records at each validation, as text beside the curves."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.request import NonFiniteLogitsError
 from lit_adapter.text.conversation import encode_prompt
+from lit_adapter.training.loggers import write_text
 from lit_adapter.training.processes import agree
 
 
@@ -75,7 +76,7 @@ class Samples(Callback):
         for number, (sample, answer) in enumerate(zip(self.samples, answers, strict=True)):
             parts = {**sample.shown, "Answer": answer, "Reference": sample.reference}
             text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
-            trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
+            write_text(trainer.logger, f"samples/{number}", text, trainer.global_step)
 
     def answers(self, trainer: Any, pl_module: Any) -> list[str]:
         """Answer the records, on the first process, while the others wait in the next step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_text
@@ -12,6 +12,9 @@ from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
 from lit_adapter.weights.base_search import base_at_hand, has_fingerprints
 from lit_adapter.weights.download import fetch_files, list_files
+
+if TYPE_CHECKING:
+    from lit_adapter.weights.model_card import Evaluated
 
 ADAPTER = "adapter.safetensors"
 CARD = "README.md"
@@ -59,13 +62,20 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
 
 
 def push_adapter(
-    adapter: Path, name: str, *, private: bool = False, card: Path | None = None, dry_run: bool = False
+    adapter: Path,
+    name: str,
+    *,
+    private: bool = False,
+    card: Path | None = None,
+    evaluated: Evaluated | None = None,
+    dry_run: bool = False,
 ) -> tuple[str, str | None]:
     """Upload an adapter to a repository of the Hub, which is created if necessary.
 
     A new repository can be ``private``. The file ``card`` is its model card; by default, one is written from
-    the adapter's metadata, unless a card is already there: its author may have completed it. With ``dry_run``
-    everything is checked that needs neither a login nor the network, and nothing is sent.
+    the adapter's metadata and what was ``evaluated``, unless a card is already there: its author may have
+    completed it. With ``dry_run`` everything is checked that needs neither a login nor the network, and
+    nothing is sent.
 
     Returns:
         The commit's address (``dry_run``: empty), and the card that was, or would be, written, or None if the
@@ -85,7 +95,7 @@ def push_adapter(
     base = base_at_hand(info.base, adapter)
     if base is not None and not has_fingerprints(base, info.base):
         base = None  # another one of that name, whose origin is not this adapter's
-    text = read_text(card) if card is not None else model_card(info, name, base)
+    text = read_text(card) if card is not None else model_card(info, name, base, evaluated)
     if dry_run:
         asking_hub(name, None, lambda: validate_repo_id(name))
         return "", text
@@ -96,7 +106,10 @@ def push_adapter(
     names, _ = list_files(name, None)
     keeps = CARD in names and card is None
     operations = [CommitOperationAdd(ADAPTER, str(adapter))]
-    operations += [] if keeps else [CommitOperationAdd(CARD, text.encode())]
+    if not keeps:
+        pictures = evaluated.files if evaluated is not None and card is None else {}
+        texts = {CARD: text.encode(), **pictures}
+        operations += [CommitOperationAdd(path, content) for path, content in texts.items()]
     commit = asking_hub(
         name, None, lambda: api.create_commit(name, operations, commit_message="Upload adapter")
     )

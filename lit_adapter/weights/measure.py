@@ -9,11 +9,13 @@ from torch import Tensor
 
 from lit_adapter.model.adapter import attach, load_adapter_state, plain_base
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.layout import base_shapes
+from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.load import load_base
 from lit_adapter.weights.plain import PlainAdapter
+from lit_adapter.weights.source import Source
 
 INSTRUCTION = "Give three tips for staying healthy."
 
@@ -28,6 +30,16 @@ def fixed_prompt(base: Path) -> Tensor:
 def logits(base: Path, ids: Tensor, adapter: PlainAdapter | None) -> Tensor:
     """Return logits ``[1, T, V]`` of the base, with an adapter if one is given, in fp32 on the CPU."""
     return _logits(_load(base, adapter), ids)
+
+
+@torch.inference_mode()
+def source_logits(source: Source, ids: Tensor) -> Tensor:
+    """Return logits ``[1, T, V]`` of a checkpoint's tensors, in fp32 on the CPU."""
+    model = empty_llama(source.config).eval()
+    state = {name.removeprefix("model."): source.tensor(name).float() for name in base_shapes(source.config)}
+    tied = {"lm_head.weight": state["embed_tokens.weight"]} if source.config.tie_embeddings else {}
+    model.load_state_dict(state | tied, strict=True, assign=True)
+    return _logits(model, ids)
 
 
 def _load(base: Path, adapter: PlainAdapter | None) -> Llama:

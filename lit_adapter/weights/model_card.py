@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.weights.adapter_file import AdapterInfo
@@ -22,15 +26,32 @@ _TRAINING = {
 }
 
 
-def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation adds to a card."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """The Hub's ``model-index`` of the adapter: tasks, data sets and metrics."""
+    section: str = ""
+    """Markdown, which may show ``files``."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Pictures, by the name that they get in the repository."""
+
+
+def model_card(
+    info: AdapterInfo, repository: str, base: Path | None, evaluated: Evaluated | None = None
+) -> str:
     """Return the card's Markdown for the repository ``org/name``; ``base`` is its base, if at hand."""
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     other_name = f" ({origin})" if origin and origin != info.base.name else ""
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None
     header = ["---", "library_name: lit_adapter", "tags: [llama-adapter]"]
     header += [f"base_model: {json.dumps(known)}"] if known else []
-    header += ["# license: yours to fill in; base and data have terms of their own", "---"]
     name = repository.rpartition("/")[2]
+    if evaluated is not None and evaluated.results:
+        index = {"model-index": [{"name": name, "results": evaluated.results}]}
+        header += yaml.safe_dump(index, sort_keys=False).splitlines()
+    header += ["# license: yours to fill in; base and data have terms of their own", "---"]
     parts = [
         "\n".join(header),
         f"# {name}",
@@ -45,6 +66,8 @@ def model_card(info: AdapterInfo, repository: str, base: Path | None) -> str:
     if told:
         rows = "\n".join(f"| {text} | {value} |" for text, value in told.items())
         parts.append(f"## Training\n\n| | |\n|---|---|\n{rows}")
+    if evaluated is not None and evaluated.section:
+        parts.append(evaluated.section.strip())
     parts.append(
         "## Use\n\nWith lit_adapter, and the base converted to "
         f"`checkpoints/{info.base.name}`:\n\n"

@@ -23,12 +23,19 @@ LOCK = ".lock"
 """Empty until its lock is taken."""
 
 
-def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Refuse an output folder that must not be written.
+def check_output(
+    out: Path,
+    source: Path | None,
+    *,
+    overwrite: bool,
+    mark: str = FINGERPRINT,
+    what: str = "a converted base",
+) -> None:
+    """Refuse an output folder that must not be written; ``mark`` is a file of what it may replace.
 
     Raises:
-        UserError: it exists and ``overwrite`` is off; it is not a converted base, so that replacing it
-            would delete something else; or it and the source lie inside each other.
+        UserError: it exists and ``overwrite`` is off; it has no ``mark``, so that replacing it would delete
+            something else; or it and the source lie inside each other.
     """
     if source is not None:
         ours, theirs = out.resolve(), source.resolve()
@@ -40,8 +47,8 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
         raise UserError(f"{out}: is a file; --out names a folder")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / FINGERPRINT).is_file():
-        raise UserError(f"{out}: holds something other than a converted base; choose another --out")
+    if not (out / mark).is_file():
+        raise UserError(f"{out}: holds something other than {what}; choose another --out")
     if not overwrite:
         raise UserError(f"{out}: already there; use --overwrite to replace it, or choose another --out")
 

@@ -1,0 +1,186 @@
+"""A base merged with an adapter, as a GGUF file that llama.cpp runs, and an Ollama Modelfile beside it.
+
+Matrices are quantised by the gguf package, vectors stay fp32. With types below 8 bits, the embedding and the
+output layer are Q8_0: there the loss would be largest.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from lit_adapter.errors import UserError
+from lit_adapter.files.write import durable_path, write_text
+from lit_adapter.model.config import LlamaConfig
+from lit_adapter.model.layout import base_shapes
+from lit_adapter.model.rope import inverse_frequencies
+from lit_adapter.text.chat_export import chat_template, ollama_template
+from lit_adapter.text.gguf_export import gguf_tokenizer
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.weights.export.adapted import Adapted, Progress
+from lit_adapter.weights.gguf_file import MODULES, ROPE_TABLE, GGUFSource
+from lit_adapter.weights.measure import fixed_prompt, logits, source_logits
+from lit_adapter.weights.output_folder import check_free, check_output, move_into_place, scratch_folder
+from lit_adapter.weights.plain import PlainAdapter
+from lit_adapter.weights.source import half_split, renamed
+
+MODELFILE = "Modelfile"
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+"""llama.cpp's number for a file of each type."""
+Kind: Any = gguf.GGMLQuantizationType
+
+
+def export_gguf(
+    adapted: Adapted, out: Path, kind: str, *, overwrite: bool = False, progress: Progress = None
+) -> list[str]:
+    """Write ``out/NAME-TYPE.gguf`` and ``out/Modelfile``, and return what to tell the user.
+
+    Raises:
+        UserError: a tokenizer that llama.cpp lacks, an output that must not be replaced, or a full disk.
+    """
+    for source in (adapted.path, adapted.base):
+        check_output(out, source, overwrite=overwrite, mark=MODELFILE, what="a GGUF export")
+    template, tokenizer = adapted.info.template, load_tokenizer(adapted.base)
+    name = f"{out.name}-{kind.upper()}.gguf"
+    with scratch_folder(out) as scratch:
+        with durable_path(scratch / name) as temporary:
+            _write(adapted, temporary, out, kind, progress)
+        stop = next(
+            (text for text, id_ in tokenizer.control_tokens.items() if id_ == template.end_id(tokenizer)),
+            None,
+        )
+        lines = [f"FROM ./{name}", f'TEMPLATE """{ollama_template(template, tokenizer)}"""']
+        lines += [f'PARAMETER stop "{stop}"'] if stop else []
+        write_text(scratch / MODELFILE, "\n".join([*lines, "PARAMETER temperature 0"]) + "\n")
+        measured = _compare(adapted, scratch / name)
+        move_into_place(scratch, out)
+    return [measured, f"ollama create {out.name} -f {out / MODELFILE} makes it known to Ollama"]
+
+
+def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progress) -> None:
+    source, template = adapted.merged(), adapted.info.template
+    config = source.config
+    writer: Any = gguf.GGUFWriter(path, "llama")
+    keys = gguf_tokenizer(adapted.base, template, config.vocab_size)
+    _add_sizes(writer, config, out.name, kind)
+    for key, value in keys.items():
+        _add(writer, f"tokenizer.ggml.{key}", value)
+    writer.add_chat_template(chat_template(template, load_tokenizer(adapted.base)))
+    names = renamed(config, MODULES, "blk")
+    kinds = {name: _kind(name, shape, kind) for name, shape in base_shapes(config).items()}
+    table = _rope_table(config)
+    if table is not None:
+        writer.add_tensor_info(ROPE_TABLE, table.shape, table.dtype, table.nbytes, Kind.F32)
+    n_total = 0
+    for name, shape in base_shapes(config).items():
+        n_bytes = _n_bytes(shape, kinds[name])
+        writer.add_tensor_info(names[name], shape, np.float32, n_bytes, kinds[name])
+        n_total += n_bytes
+    check_free(out, n_total)
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if table is not None:
+            writer.write_tensor_data(table)
+        n_done = 0
+        for name in base_shapes(config):
+            rows = half_split(name, source.tensor(name), config, undo=True)
+            with np.errstate(over="ignore"):  # it becomes infinite, which is looked for below
+                packed = gguf.quants.quantize(rows.float().contiguous().numpy(), kinds[name])
+            _check_range(packed, source.label(name), kind)
+            writer.write_tensor_data(packed)
+            n_done += packed.nbytes
+            if progress is not None:
+                progress(n_done, n_total)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """Write a key of the tokenizer as the type that llama.cpp reads it as."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _add_sizes(writer: Any, config: LlamaConfig, name: str, kind: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_hidden)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+    if config.rope.kind == "llama3":
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_context_length)
+
+
+def _rope_table(config: LlamaConfig) -> Any:
+    """Return by what LLaMA 3's scaling divides each frequency, fp32 ``[head_dim / 2]``."""
+    if config.rope.kind != "llama3":
+        return None
+    plain = 1.0 / config.rope.theta ** (torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+    scaled = inverse_frequencies(config.rope, config.head_dim)
+    return (plain / scaled).float().numpy()
+
+
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> Any:
+    if len(shape) == 1:
+        return Kind.F32
+    ends = name in ("model.embed_tokens.weight", "lm_head.weight")
+    wanted = Kind.Q8_0 if ends and kind.startswith(("q4", "q5")) else Kind[kind.upper()]
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else Kind.F16
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Any) -> int:
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * n_bytes
+
+
+def _check_range(packed: np.ndarray, label: str, kind: str) -> None:
+    if packed.dtype.kind == "f" and not np.isfinite(packed).all():
+        raise UserError(f"{label} holds values beyond the range of {kind}; use --type bf16 or f32")
+
+
+def _compare(adapted: Adapted, path: Path) -> str:
+    """Say how far the logits of what the file holds are from the adapter's, and how often they agree."""
+    ids = fixed_prompt(adapted.base)
+    wanted = logits(adapted.base, ids, PlainAdapter(adapted.info.adapter, adapted.state))
+    found = source_logits(GGUFSource(path), ids)
+    same = int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    return (
+        f"largest logit difference {float((found - wanted).abs().max()):.3g} between adapter and file "
+        f"({ids.shape[1]} prompt tokens, of which {same} have the same next token; "
+        f"logits up to {float(wanted.abs().max()):.3g})"
+    )

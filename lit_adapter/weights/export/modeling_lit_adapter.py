@@ -1,0 +1,212 @@
+"""A LLaMA with gated prefix attention (LLaMA-Adapter, arXiv 2303.16199), for transformers.
+
+`lit-adapter export` puts this file beside the weights, and transformers loads it from there::
+
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+
+An adapted layer has a learned prompt ``P [K, C]`` and strengths c. With the layer's own projections,
+
+    y = softmax(q k^T / sqrt(D) + causal) v  +  softmax(q (P Wk)^T / sqrt(D)) (c * (P Wv))
+
+The first term is whatever attention transformers, or the program that calls it, has chosen. The folder holds
+the whole model, or names its base (``base_model``), whose weights are then loaded from there.
+
+Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
+"""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import cached_file
+
+ADAPTER = "adapter.safetensors"
+FINGERPRINT = "fingerprint.json"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class LitAdapterConfig(LlamaConfig):
+    """Sizes of a LLaMA and of its prefixes; a model type of its own, so that no plain LLaMA is loaded."""
+
+    model_type = "lit_adapter"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {"layers.*.self_attn.prefix.strength": "colwise"}
+
+    prefix_length: int = 0
+    """K."""
+    prefix_layers: int = 0
+    """The top layers that have a prefix."""
+    prefix_per_token: bool = False
+    """Whether a head's strengths differ by prompt token."""
+    prefix_per_channel: bool = False
+    """Whether a head's strengths differ by channel."""
+    prefix_unrotated: bool = False
+    """Whether queries attend to the prompt as they are before rotary positions."""
+    lm_head_bias: bool = False
+    """Whether the output layer has a bias."""
+    base_model: str | None = None
+    """Where the base is: a folder, relative to this one, or a name on the Hub. None: in this folder."""
+    base_revision: str | None = None
+    """The base's commit on the Hub."""
+    base_fingerprint: str | None = None
+    """The SHA-256 of the base's weights, compared where the base's folder has one."""
+
+
+class Prefix(nn.Module):
+    """One layer's prompt and strengths."""
+
+    def __init__(self, config: LitAdapterConfig, head_dim: int) -> None:
+        super().__init__()
+        self.axes = (
+            config.prefix_length if config.prefix_per_token else 1,
+            head_dim if config.prefix_per_channel else 1,
+        )
+        n_strength = config.num_attention_heads * self.axes[0] * self.axes[1]
+        self.prompt = nn.Parameter(torch.zeros(config.prefix_length, config.hidden_size))
+        # A linear layer of one input, so that tensor parallelism divides it among processes with the heads.
+        self.strength = nn.Linear(1, n_strength, bias=False)
+
+    def strengths(self) -> Tensor:
+        """Return c ``[H, K or 1, D or 1]`` of the heads that this process computes."""
+        return self.strength(self.prompt.new_ones(1, 1)).view(-1, *self.axes)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from ``query [B, H, T, D]`` to the prompt's ``key, value [G, K, D]``; ``[B, H, T, D]``."""
+        n_group = query.shape[1] // key.shape[0]
+        key, value = (rows.repeat_interleave(n_group, dim=0) for rows in (key, value))
+        score = (query * query.shape[-1] ** -0.5) @ key.mT
+        weight = score.softmax(dim=-1, dtype=torch.float32)
+        return (weight @ (value.float() * self.strengths().float())).to(query.dtype)
+
+
+class PrefixAttention(LlamaAttention):
+    """LLaMA's attention, to which a prefix is added before the output projection."""
+
+    def __init__(self, config: LitAdapterConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.unrotated = config.prefix_unrotated
+        self.prefix = Prefix(config, self.head_dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map ``[B, T, C]`` to ``[B, T, C]``; the cache has either name, by the version of transformers."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        # The prompt is projected together with the texts: the weights are read once.
+        prompt = self.prefix.prompt.to(hidden_states.dtype)
+        rows = torch.cat((prompt, hidden_states.flatten(0, -2)))
+        sizes = (len(prompt), len(rows) - len(prompt))
+        prompt_key, key = self.k_proj(rows).split(sizes)
+        prompt_value, value = self.v_proj(rows).split(sizes)
+        key, value = (own.view(shape).transpose(1, 2) for own in (key, value))
+        rotated, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, rotated, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        prompt_key, prompt_value = (
+            own.view(len(prompt), -1, self.head_dim).transpose(0, 1) for own in (prompt_key, prompt_value)
+        )
+        added = self.prefix(query if self.unrotated else rotated, prompt_key, prompt_value)
+        output = output.reshape(*shape[:-2], -1) + added.transpose(1, 2).reshape(*shape[:-2], -1)
+        return self.o_proj(output), weights
+
+
+class _OnBase(PreTrainedModel):
+    """Loads the base's weights from where the folder says they are, and then the adapter's."""
+
+    config_class = LitAdapterConfig
+    # In fp32 whatever the base's precision; the second, a suffix, is what quantisation leaves alone.
+    _keep_in_fp32_modules = ["prefix", "prefix.strength"]  # noqa: RUF012 (as transformers declares it)
+    _keep_in_fp32_modules_strict = ["prefix"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"\.prefix\."]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As every transformers model; ``base_model=`` names another place of the base."""
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = LitAdapterConfig.from_pretrained(pretrained_model_name_or_path)
+        config.base_model = kwargs.pop("base_model", config.base_model)
+        if config.base_model is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        adapter: Any = cached_file(pretrained_model_name_or_path, ADAPTER, **hub)
+        base, revision = _base(config, pretrained_model_name_or_path), config.base_revision
+        for name in ("revision", "subfolder", "_commit_hash"):
+            kwargs.pop(name, None)
+        config.base_model = config.base_revision = config.base_fingerprint = None  # what is saved is whole
+        kwargs |= {} if revision is None else {"revision": revision}
+        answer = super().from_pretrained(base, *args, config=config, **kwargs)
+        _fill(answer[0] if isinstance(answer, tuple) else answer, load_file(adapter))
+        return answer
+
+
+def _base(config: LitAdapterConfig, folder: Any) -> Any:
+    """Return the base's folder, or its name on the Hub."""
+    place: str = os.path.normpath(os.path.join(folder, str(config.base_model)))
+    if not os.path.isdir(place):
+        if config.base_revision is None:
+            raise OSError(f"{place}: the base of {folder} is not there; give its folder with base_model=...")
+        return config.base_model
+    fingerprint = os.path.join(place, FINGERPRINT)
+    if config.base_fingerprint is not None and os.path.isfile(fingerprint):
+        with open(fingerprint, encoding="utf-8") as stream:
+            found = json.load(stream)["weights"]
+        if found != config.base_fingerprint:
+            raise OSError(f"{place}: is another base than the one that {folder} was trained on")
+    return place
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy the adapter's tensors into a model with or without an output layer."""
+    own = dict(model.named_parameters())
+    for name, tensor in state.items():
+        parameter = own[name if name in own else name.removeprefix("model.")]
+        if ".prefix." in name:  # in fp32; the norms have the base's precision
+            parameter.data = parameter.data.float()
+        parameter.copy_(tensor)
+
+
+class LitAdapterModel(_OnBase, LlamaModel):
+    """A LLaMA whose top layers have prefixes."""
+
+    def __init__(self, config: LitAdapterConfig) -> None:
+        super().__init__(config)
+        for index in range(config.num_hidden_layers - config.prefix_layers, config.num_hidden_layers):
+            self.layers[index].self_attn = PrefixAttention(config, index)
+        self.post_init()
+
+
+class LitAdapterForCausalLM(_OnBase, LlamaForCausalLM):
+    """The same with an output layer."""
+
+    def __init__(self, config: LitAdapterConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # without LLaMA's own model, which would be as large
+        self.model = LitAdapterModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
