@@ -156,7 +156,7 @@ def measure(args: Any, paths: dict[str, Path]) -> Any:
             scores[title] = found["results"][name]
         row["scores"] = {k: v for k, v in scores["ours"].items() if isinstance(v, float)}
         row["difference"] = max(
-            abs(1 - value / scores["hf"][k]) for k, value in row["scores"].items() if value
+            abs(value - scores["hf"][key]) / (abs(value) or 1.0) for key, value in row["scores"].items()
         )
         yield name, row
 
