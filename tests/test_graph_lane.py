@@ -30,17 +30,17 @@ from lit_adapter.model.llama import Llama
 
 
 class _LateLanding:
-    def __init__(self, n_slots: int) -> None:
-        self.tokens: list[int] | None = None
+    def __init__(self, n_slots: int, width: int) -> None:
+        self.sent: tuple[list[int], list[list[float]] | None] | None = None
 
-    def send(self, tokens: Tensor) -> None:
-        assert self.tokens is None  # the place is free: what was sent before has been read
-        self.tokens = tokens.tolist()
+    def send(self, tokens: Tensor, scores: Tensor | None) -> None:
+        assert self.sent is None  # the place is free: what was sent before has been read
+        self.sent = tokens.tolist(), None if scores is None else scores.tolist()
 
-    def wait(self) -> list[int]:
-        tokens, self.tokens = self.tokens, None
-        assert tokens is not None
-        return tokens
+    def wait(self) -> tuple[list[int], list[list[float]] | None]:
+        sent, self.sent = self.sent, None
+        assert sent is not None
+        return sent
 
 
 captured: list[int] = []

@@ -21,6 +21,7 @@ from lit_adapter import arguments
 from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.answer_text import AnswerText
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
@@ -32,7 +33,7 @@ from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer, check_vocabulary
+from lit_adapter.text.tokenizer import Tokenizer, check_vocabulary
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
@@ -89,6 +90,26 @@ class AdaptedLlama:
         return f"AdaptedLlama({base=}, {adapter=}, device={str(weight.device)!r}, {dtype=})"
 
     @property
+    def engine(self) -> Engine:
+        """What answers its requests, and those of all adapters on the same base."""
+        return self._engine
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its base."""
+        return self._shared().folder
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text generated under its template."""
+        return self.template.stop_ids(self.tokenizer)
+
+    @property
+    def adapter(self) -> Adapter:
+        """What its requests are answered with; of a model in training, as it is now."""
+        return self._adapter or Adapter.of(self.model)
+
+    @property
     def base(self) -> AdaptedLlama:
         """The plain base, prompted with the same template."""
         loaded = self._shared()
@@ -135,6 +156,10 @@ class AdaptedLlama:
                   from 0, which is off, to 1.
                 - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
                   before; above 0, 1 is off (arXiv 1909.05858).
+                - ``frequency_penalty`` (0.0): subtract this from a token's logit for each time the answer has
+                  it; -2 to 2.
+                - ``presence_penalty`` (0.0): subtract this from the logits of tokens that the answer has;
+                  -2 to 2.
                 - ``seed`` (0): seed of the random numbers; 0 to 2**64 - 1. The same one gives the same text,
                   alone or in a batch.
                 - ``stop`` (none): one text, or several, that end the answer; they are not part of it.
@@ -273,9 +298,9 @@ class AdaptedLlama:
         """Yield ``(index of the task, piece of text)``, and ``(index, None)`` at each end."""
         self._engine.refuse_fork()
         prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
-        stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
+        adapter, stop_ids = self.adapter, self.stop_ids
         requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
-        answers = [_Answer(self.tokenizer, settings.stop) for _ in tasks]
+        answers = [AnswerText(self.tokenizer, settings.stop) for _ in tasks]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
                 piece = answers[index].push(token)
@@ -304,28 +329,6 @@ def _check_ids(ids: Any, config: LlamaConfig) -> None:
     if least < 0 or most >= config.vocab_size:
         odd = least if least < 0 else most
         raise UserError(f"ids holds {odd}; expected token ids from 0 to {config.vocab_size - 1}")
-
-
-class _Answer:
-    """An answer's text as its tokens come; text that may begin a stop text is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.decoder = StreamDecoder(tokenizer)
-        self.stop, self.held, self.stopped = stop, "", False
-
-    def push(self, token: int | None) -> str:
-        """Return the text that a token, or with None the end, makes certain to belong to the answer."""
-        if self.stopped:
-            return ""
-        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
-        places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if places:
-            self.stopped = True
-            return text[: min(places)]
-        begun = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
-        keep = 0 if token is None else max(begun, default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
 
 
 def load(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.generation.request import Request
-from lit_adapter.generation.sampling import Choice, choose
+from lit_adapter.generation.sampling import Choice, Past, choose, likelihoods
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import choose as choose_executor
@@ -25,8 +25,8 @@ class Lane:
 
     executor: Any = None
     """Has the cache; None before the first request."""
-    seen: Tensor | None = None
-    """Which tokens a slot holds already ``[B, V]``; None before a request with a repetition penalty."""
+    past: Past | None = None
+    """Of every slot; None before a request with a penalty or a bias."""
 
     def __init__(self, model: Llama) -> None:
         self.model, self.executor_name = model, choose_executor(model, "decoding").name
@@ -67,7 +67,7 @@ class Lane:
         added = new[len(free) :]
         free += range(len(self.slots), len(self.slots) + len(added))
         longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
-        self._enlarge(len(self.slots) + len(added), longest)
+        self.enlarge(len(self.slots) + len(added), longest)
         self.slots += added
         groups: dict[Prefixes, list[int]] = {}
         for request, slot in zip(new, free, strict=True):
@@ -82,7 +82,7 @@ class Lane:
         order = [slot for slots in groups.values() for slot in slots]
         self._choose(self.model.logits(torch.cat(hidden)), order)
 
-    def _enlarge(self, n_slots: int, length: int) -> None:
+    def enlarge(self, n_slots: int, length: int) -> None:
         """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
         if self.executor is not None:
             cache = self.executor.cache
@@ -99,7 +99,8 @@ class Lane:
         if self.executor is not None:
             executor.take(self.executor)
         self.executor = executor
-        self.seen = None if self.seen is None else enlarged(self.seen, n_slots)
+        if self.past is not None:
+            self.past = Past(*(enlarged(own, n_slots) for own in vars(self.past).values()))
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
@@ -111,15 +112,14 @@ class Lane:
         return CpuDecode if self.executor_name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
-        """Set up slots for the prompts that will be read: their tokens, if a request has a penalty."""
-        if self.seen is None and not any(request.settings.penalised for request in self.live):
+        """Set up slots for the prompts that will be read: their past, if a request has a penalty or a bias."""
+        if self.past is None and not any(request.adjusted for request in self.live):
             return
-        if self.seen is None:
-            shape = (self.executor.cache.n_slots, self.model.config.vocab_size)
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if self.past is None:
+            B, V = self.executor.cache.n_slots, self.model.config.vocab_size
+            self.past = Past.empty(B, V, self.device)
         for slot in slots:
-            self.seen[slot] = False
-            self.seen[slot, torch.tensor(self.slots[slot].prompt, device=self.device)] = True
+            self.past.begin(slot, self.slots[slot].prompt, self.slots[slot].bias)
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""
@@ -141,8 +141,8 @@ class Lane:
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
             self.executor.move(source, target, self.slots[source].length)
-            if self.seen is not None:
-                self.seen[target] = self.seen[source]
+            if self.past is not None:
+                self.past.copy(source, target)
             self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
         return self.slots[:n_live]
 
@@ -152,15 +152,17 @@ class Lane:
         settings = [request.settings for request in requests]
         where = torch.tensor(list(slots), device=self.device)
         sampled = not all(how.greedy for how in settings)
-        penalised = any(how.penalised for how in settings)
-        choice = Choice.of(settings, self.device) if sampled or penalised else None
-        uniform = torch.stack([r.numbers[r.n_new] for r in requests]).to(self.device) if sampled else None
-        seen = self.seen[where] if penalised and self.seen is not None else None
-        token = choose(logits, choice, uniform, seen)
-        if self.seen is not None:
-            self.seen[where, token.clamp(min=0)] = True
-        for request, chosen in zip(requests, token.tolist(), strict=True):
-            request.receive(chosen)
+        adjusted = any(request.adjusted for request in requests)
+        choice = Choice.of(settings, self.device) if sampled or adjusted else None
+        keys = torch.stack([r.keys[r.n_new] for r in requests]).to(self.device) if sampled else None
+        past = self.past.of(where) if adjusted and self.past is not None else None
+        token = choose(logits, choice, keys, past)
+        if self.past is not None:
+            self.past.add(where, token.clamp(min=0))
+        scored = any(request.most_likely is not None for request in requests)
+        scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
+        for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
+            request.receive(chosen, row)
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:
