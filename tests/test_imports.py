@@ -31,7 +31,7 @@ LAYERS = [
     ("text", "config"),
     ("weights", "data"),
     ("generation",),
-    ("training",),
+    ("serving", "training"),
     ("quickstart",),
     ("cli",),
     ("__main__",),

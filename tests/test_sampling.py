@@ -111,7 +111,7 @@ def test_a_whole_vocabulary_is_drawn_as_often_as_it_is_likely() -> None:
 
 @pytest.mark.parametrize("how", [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.99)])
 def test_logits_that_differ_in_their_last_bits_give_the_same_tokens(how: Sampling) -> None:
-    """As those of a text do that is computed alone, or beside others; most tokens here are about as likely."""
+    """As those of a text computed alone, or beside others, do; here most tokens are about as likely."""
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(40, 50_000, generator=generator)
     noise = 2e-6 * torch.randn(40, 50_000, generator=generator)

@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "Turn a LLaMA checkpoint into a base folder.",
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
     "generate": "Prompt a base with its adapter, or a plain base.",
+    "serve": "Serve a base and its adapters with OpenAI's interface and a chat page.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face LLaMA of a base and a V2 adapter without prompts.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",

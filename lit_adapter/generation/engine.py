@@ -52,7 +52,7 @@ class Engine:
         self._added.append(request)
 
     def reserve(self, model: Llama, n_slots: int, length: int) -> None:
-        """Keep a lane of a model, with a cache for ``n_slots`` requests of ``length`` tokens, also when idle."""
+        """Keep a lane, with a cache for ``n_slots`` requests of ``length`` tokens, also when it is idle."""
         with self._lock, torch.inference_mode():
             lane = self._lanes.setdefault(model, lane_class(model)(model))
             lane.enlarge(n_slots, length)

@@ -112,7 +112,7 @@ class Lane:
         return CpuDecode if self.executor_name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
-        """Set up slots for the prompts that will be read: their past, if a request has a penalty or a bias."""
+        """Set up slots for the prompts that will be read: their past, if a request needs one."""
         if self.past is None and not any(request.adjusted for request in self.live):
             return
         if self.past is None:

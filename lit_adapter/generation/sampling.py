@@ -52,7 +52,10 @@ class Choice:
         temperature, top_p, min_p, *penalties = torch.tensor(table, dtype=torch.float32).T.to(device)
         greedy, top_k = torch.tensor([(how.greedy, min(how.top_k, 2**31)) for how in settings]).T.to(device)
         truncates = any(how.truncates for how in settings)
-        return cls(greedy.bool(), temperature, top_k, top_p, min_p, *penalties, truncates)
+        repetition, frequency, presence = penalties
+        return cls(
+            greedy.bool(), temperature, top_k, top_p, min_p, repetition, frequency, presence, truncates
+        )
 
     def put(self, rows: Tensor, other: Choice) -> None:
         """Replace the settings of ``rows``."""
@@ -172,9 +175,10 @@ MOST_LIKELY = 20
 
 
 def likelihoods(logits: Tensor, token: Tensor) -> Tensor:
-    """Return log-probabilities ``[B, 1 + 2 M]`` in fp64: of ``token [B]``, of the M most likely ones, their ids.
+    """Return log-probabilities in fp64: of ``token [B]``, of the M most likely ones, and then their ids.
 
-    They are the model's own: before temperature, penalties and biases. M is `MOST_LIKELY`, or V if that is less.
+    They are ``[B, 1 + 2 M]``, and the model's own: before temperature, penalties and biases. M is
+    `MOST_LIKELY`, or V if that is less.
     """
     log = logits.float().log_softmax(-1)
     own = log.gather(-1, token.clamp(min=0)[:, None])

@@ -59,6 +59,15 @@ def render_chat(tokenizer: Tokenizer) -> RenderedChat:
     return RenderedChat(before, after, gap if gap == " " else "", end, prompt == padded)
 
 
+def render_conversation(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    """Render the tokenizer's chat template for a conversation that an answer is to continue.
+
+    Raises:
+        UserError: the template fails, or refuses these turns.
+    """
+    return _render(tokenizer, [(messages, True)])[0]
+
+
 def _render(tokenizer: Tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[str]:
     """Return the text of every conversation; the flag says whether a prompt for an answer ends it."""
     spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}

@@ -145,20 +145,7 @@ class Template:
         return [*ids, self.end_id(tokenizer)], len(prompt.ids)
 
     def _prompt(self, tokenizer: Tokenizer, instruction: str, input: str) -> _Prompt:
-        bos = tokenizer.bos_id
-        segments = _segments(self._filled(instruction, input), tokenizer)
-        ids = [bos] if tokenizer.add_bos and bos is not None and segments[:1] != [bos] else []
-        run, run_start, continuation = "", 0, False
-        for place, segment in enumerate(segments):
-            run_start = len(ids)
-            continuation = place > 0 and not tokenizer.space_after_control
-            if isinstance(segment, int):
-                run, ids = "", [*ids, segment]
-            else:
-                run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
-        if not ids:
-            raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
-        return _Prompt(ids, run, run_start, continuation)
+        return _encoded(self._filled(instruction, input), tokenizer)
 
     def _filled(self, instruction: str, input: str) -> list[tuple[str, bool]]:
         """Return the pieces of the prompt, each with whether it is the template's own text."""
@@ -185,6 +172,32 @@ class _Prompt:
     """Index of its first id."""
     continuation: bool
     """Whether it was encoded without a space at its start."""
+
+
+def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a prompt's pieces, each with whether it is the template's own text.
+
+    Raises:
+        UserError: as `Template.encode_prompt`.
+    """
+    return _encoded(parts, tokenizer).ids
+
+
+def _encoded(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> _Prompt:
+    bos = tokenizer.bos_id
+    segments = _segments(parts, tokenizer)
+    ids = [bos] if tokenizer.add_bos and bos is not None and segments[:1] != [bos] else []
+    run, run_start, continuation = "", 0, False
+    for place, segment in enumerate(segments):
+        run_start = len(ids)
+        continuation = place > 0 and not tokenizer.space_after_control
+        if isinstance(segment, int):
+            run, ids = "", [*ids, segment]
+        else:
+            run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
+    if not ids:
+        raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
+    return _Prompt(ids, run, run_start, continuation)
 
 
 def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str | int]:
