@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lit_adapter.errors import UserError, shorten
@@ -29,16 +29,18 @@ def _read_paths(config: object, prefix: str, *names: str) -> None:
     """Refuse paths that are not UTF-8, as the saved files are; replace ``~`` by the user's home folder."""
     for name in names:
         value = getattr(config, name)
-        if value is not None:
-            if not is_unicode(value):
+        for path in [value] if isinstance(value, str) else value or []:
+            if not is_unicode(path):
                 advice = "choose another name, or set PYTHONUTF8=1"
-                raise UserError(f"{prefix}{name} is {value!r}, which is not UTF-8; {advice}")
-            object.__setattr__(config, name, os.path.expanduser(value))
+                raise UserError(f"{prefix}{name} is {path!r}, which is not UTF-8; {advice}")
+        expand = os.path.expanduser
+        expanded = expand(value) if isinstance(value, str) else value and [*map(expand, value)]
+        object.__setattr__(config, name, expanded)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The data's names for the three fields of a record."""
+    """The data's names for the fields of a record."""
 
     instruction: str = "instruction"
     """Required; an empty instruction is an error."""
@@ -46,10 +48,22 @@ class Columns:
     """Data may lack the column of the default name: every input is then empty."""
     output: str = "output"
     """Required; records whose output is empty are left out."""
+    messages: str = "messages"
+    """A conversation: a list of objects with role and content."""
+    conversations: str = "conversations"
+    """The same in ShareGPT's form: a list of objects with from and value."""
+    tools: str = "tools"
+    """What the assistant of a conversation may call; data may lack it."""
+    prompt: str = "prompt"
+    """A text, or a list of messages, to which completion is the answer."""
+    completion: str = "completion"
+    """The answer to prompt, of the same kind."""
+    text: str = "text"
+    """A text to be learned as it is."""
 
     def __post_init__(self) -> None:
-        names = [getattr(self, item.name) for item in fields(self)]
-        if "" in names or len(set(names)) < len(names):
+        names = [self.instruction, self.input, self.output]
+        if "" in vars(self).values() or len(set(names)) < len(names):
             raise UserError(f"columns: {', '.join(map(shorten, names))}; expected three different names")
 
 
@@ -57,27 +71,46 @@ class Columns:
 class DataConfig:
     """The training records, and how they become tokens."""
 
-    train: str = ""
-    """A JSON, JSONL, CSV, TSV or Parquet file, or a data set on the Hugging Face Hub as org/name."""
-    val: str | None = None
-    """A file of held-out records; without one, val_size records are split off, chosen by the seed."""
+    train: list[str] | str = ""
+    """A JSON, JSONL, CSV, TSV or Parquet file, a folder of them, a pattern such as 'chats/*.jsonl', or a data
+    set on the Hugging Face Hub as org/name, org/name:SPLIT or org/name:SUBSET:SPLIT; or a list of these."""
+    weights: list[float] | None = None
+    """Shares of the sources in train, in their order: with [3, 1] three records of four come from the first.
+    null: every record once an epoch."""
+    val: list[str] | str | None = None
+    """Held-out records, named as train; without them, val_size records are split off, chosen by the seed."""
     val_size: int | float = 0.1
     """Records to hold out if there is no val file: a number, or a fraction below 1. 0: no validation."""
+    format: Literal["auto", "alpaca", "messages", "conversations", "prompt_completion", "text"] = "auto"
+    """What a record is: instruction, input and output (alpaca); a conversation in OpenAI's form (messages) or
+    ShareGPT's (conversations); prompt and completion; or a plain text. auto: as the first record's columns
+    say."""
     columns: Columns = field(default_factory=Columns)
-    """Names of the instruction, input and output columns."""
-    template: str = "alpaca"
-    """alpaca, alpaca-newline, chat (the base's own), a text with {instruction} and {input}, or its file."""
+    """Names of the columns."""
+    template: str = "auto"
+    """How a record becomes a text: alpaca, alpaca-newline, chat (the base's own chat template), chatml,
+    llama3, mistral, alpaca-chat, a text with {instruction} and {input}, its file, or a chat template's file
+    NAME.jinja. auto: alpaca, or for conversations chat; for a base without one chatml or alpaca-chat."""
     mask_prompt: bool = True
-    """Train on the answer only, not on the prompt."""
+    """Train on the answers only, not on prompts and users' messages."""
+    last_answer_only: bool = False
+    """Train on the last answer of a conversation only."""
     max_length: int = 512
-    """Longest record, in tokens. A longer one loses the start of its prompt, never any of its answer."""
+    """Longest record, in tokens. A longer one loses the start of its prompt, never any of its answer; a
+    conversation its first turns, but not its system prompt; a text its end."""
     workers: int = 0
     """Processes that pack batches ahead of training; 0: the training process packs them."""
 
     def __post_init__(self) -> None:
         _read_paths(self, "data.", "train", "val", "template")
-        if self.val == "":
+        if self.val in ("", []):
             raise UserError("data.val is empty; name a file, or leave it out to split off data.val_size")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        if self.last_answer_only and not self.mask_prompt:
+            raise UserError(
+                "data.last_answer_only true and data.mask_prompt false exclude each other; set one"
+            )
         _at_least(8, self, "data.", "max_length")
         _at_least(0, self, "data.", "workers", "val_size")
         if self.workers > MOST_WORKERS:
@@ -85,6 +118,18 @@ class DataConfig:
         if isinstance(self.val_size, float) and self.val_size >= 1:
             raise UserError(
                 f"data.val_size is {self.val_size}; expected a whole number of records, or a fraction below 1"
+            )
+
+    def _check_weights(self, weights: list[float]) -> None:
+        n_sources = 1 if isinstance(self.train, str) else len(self.train)
+        if len(weights) != n_sources:
+            raise UserError(
+                f"data.weights has {len(weights)} numbers, but data.train names {n_sources}; give one each"
+            )
+        if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+            raise UserError(
+                f"data.weights is {weights}, with the sum {sum(weights):g}; expected numbers of 0 or more, "
+                "not all of them 0"
             )
 
 

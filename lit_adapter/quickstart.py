@@ -147,10 +147,10 @@ def _show_example(console: Any, record: Any, before: str, after: str) -> None:
 
 def score(model: AdaptedLlama, records: Records, title: str) -> Score:
     """Answer the records greedily, compare the answers with their outputs, and measure the outputs' loss."""
-    tasks = [(record.instruction, record.input) for record in records]
+    tasks = [(record.instruction, record.input) for record in records.tasks]
     with count_progress(title, len(records)) as finished:
         answers = model.generate_batch(tasks, batch_size=50, finished=finished, max_new_tokens=ANSWER_TOKENS)
-    right = sum(map(demo.exact_match, answers, (record.output for record in records)))
+    right = sum(map(demo.exact_match, answers, (record.output for record in records.tasks)))
     return Score(right / len(records), held_out_loss(model, records), answers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lit_adapter.data.encode import Encoded
+from lit_adapter.data.encode import Encoded, kinds_of_tasks
 
 HEADS = (np.arange(20, 26), np.arange(30, 37))  # what each of the template's two texts starts with
 
@@ -28,6 +28,7 @@ def encoded(
     return Encoded(
         ids=np.concatenate(ids).astype(np.int32),
         start=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        kinds=kinds_of_tasks(np.array([*map(len, ids)]), np.array(n_prompt)),
         n_prompt=np.array(n_prompt, np.int32),
         variant=np.array(variant, np.int8),
         whole=np.array(whole),

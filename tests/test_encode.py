@@ -19,7 +19,8 @@ import pytest
 
 from lit_adapter.data import encode
 from lit_adapter.data.encode import Encoded, encode_records
-from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
@@ -228,7 +229,7 @@ def test_any_flipped_bit_of_the_header_is_noticed(
     first = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
-    key = encode._key(records, template, 90, "")
+    key = encode._key(records, template, 90, "", False)
     assert_equal(first, encode._read_cache(path, key))
     for place in range(8 + int.from_bytes(content[:8], "little")):
         damaged = bytearray(content)
@@ -257,7 +258,7 @@ def test_worker_processes_give_the_same_arrays(
     assert started == [2]
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -266,7 +267,7 @@ def test_a_worker_that_is_killed_is_an_error_in_one_line(
 ) -> None:
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    monkeypatch.setattr(encode, "_encode_one", die)
+    monkeypatch.setattr(encode, "encode_example", die)
     with pytest.raises(UserError, match=r"a process that encodes records died; .* lack of memory"):
         encode_records(records, tokenizer, template, max_length=90)
 

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from lit_adapter.data.hub import choose_files, is_hub_name, read_hub
+from lit_adapter.data.hub import choose_files, hub_files, is_hub_name
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'
@@ -95,11 +95,12 @@ class Hub(BaseHTTPRequestHandler):
 
 READ = """
 import sys
-from lit_adapter.data.hub import read_hub
+from lit_adapter.config import Columns
+from lit_adapter.data.sources import load_records
 from lit_adapter.errors import UserError
 for name in sys.argv[1:]:
     try:
-        records = read_hub(name)
+        records = load_records(name, Columns())
         print(len(records), records.source, records[0].origin)
     except UserError as error:
         print("error:", error)
@@ -155,4 +156,4 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 def test_read_hub_refuses_what_is_no_name() -> None:
     with pytest.raises(UserError, match="is not a Hub data set"):
-        read_hub("../x")
+        hub_files("../x")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_records import encoded
 from tiny_models import open_adapter, random_llama
 
-from lit_adapter.data.encode import Encoded
+from lit_adapter.data.encode import Encoded, kinds_of_tasks
 from lit_adapter.data.packing import Packer, share_of_step, shared_preambles
 from lit_adapter.model import attention
 from lit_adapter.model.adapter import adapter_parameters
@@ -195,6 +195,7 @@ def test_a_head_never_reaches_into_an_answer() -> None:
     data = Encoded(
         ids=ids,
         start=np.array([0, 10, 20, 30]),
+        kinds=kinds_of_tasks(np.full(3, 10), np.array([7, 9, 8])),
         n_prompt=np.array([7, 9, 8], np.int32),
         whole=np.ones(3, np.bool_),
         **same,

@@ -13,7 +13,8 @@ from generation_fixtures import save_random_adapter
 from lit_adapter import quickstart
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.data import demo
-from lit_adapter.data.records import Record, Records
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records
 from lit_adapter.files.read import read_json
 from lit_adapter.training import finetune as training
 from lit_adapter.weights import download

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_adapter.config import Columns
-from lit_adapter.data.records import Record, Records, merge, overlap, read_records, split
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records, merge, overlap, read_records, split
 from lit_adapter.errors import UserError
 
 OK = '{"instruction":"a","output":"b"}'

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lit_adapter import quickstart
-from lit_adapter.data.records import Record
+from lit_adapter.data.record import Record
 from lit_adapter.generation.answering import compare
 from lit_adapter.generation.repeats import until_repeats
 from lit_adapter.generation.settings import Sampling

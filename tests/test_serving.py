@@ -81,7 +81,9 @@ def test_models_name_the_base_and_every_adapter(client: openai.OpenAI, base_name
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 5}], ids=["greedy", "sampled"]
+)
 def test_an_answer_is_the_python_objects(
     client: openai.OpenAI, objects: dict[str, AdaptedLlama], base_name: str, name: str, how: dict[str, Any]
 ) -> None:
@@ -272,12 +274,16 @@ def test_a_chats_likelihoods_have_tokens_bytes_and_alternatives(
 ) -> None:
     whole = chat(client, logprobs=True, top_logprobs=2).choices[0]
     tokens = whole.logprobs.content
-    assert b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace") == whole.message.content
+    assert (
+        b"".join(bytes(token.bytes) for token in tokens).decode("utf-8", "replace") == whole.message.content
+    )
     model = objects["alpha"]
     ids = model.template.encode_prompt(model.tokenizer, "Say it back.")
     row = log_probabilities(model, ids)[-1]
     assert tokens[0].logprob == pytest.approx(float(row.max()), abs=1e-4)
-    assert [top.logprob for top in tokens[0].top_logprobs] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    assert [top.logprob for top in tokens[0].top_logprobs] == pytest.approx(
+        row.topk(2).values.tolist(), abs=1e-4
+    )
     streamed = [p.choices[0] for p in chat(client, logprobs=True, top_logprobs=2, stream=True) if p.choices]
     found = [token for choice in streamed if choice.logprobs for token in choice.logprobs.content]
     assert [token.token for token in found] == [token.token for token in tokens]
@@ -297,7 +303,9 @@ def test_prompts_of_completions_are_texts_lists_and_token_ids(
 
     wanted = []
     for prompt in ids:
-        asked = Request(prompt, Sampling(max_new_tokens=6), objects["alpha"].adapter, objects["alpha"].stop_ids)
+        asked = Request(
+            prompt, Sampling(max_new_tokens=6), objects["alpha"].adapter, objects["alpha"].stop_ids
+        )
         wanted.append(tokenizer.decode(t for _, t in Engine().run([asked]) if t is not None))
     assert answers(texts[0]) == wanted[:1]
     assert answers(ids[0]) == wanted[:1]
@@ -336,7 +344,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"n": 17}, 400, "n is 17; this server takes 16 or less", "n"),
     ({"max_tokens": 0}, 400, "max_tokens: ", "max_tokens"),
     ({"max_tokens": 5000}, 400, "max_tokens is 5000; this server takes 4096 or less", "max_tokens"),
-    ({"max_tokens": 190}, 400, r"a prompt of \d+ tokens and max_tokens 190 exceed a context of 200", "max_tokens"),
+    (
+        {"max_tokens": 190},
+        400,
+        r"a prompt of \d+ tokens and max_tokens 190 exceed a context of 200",
+        "max_tokens",
+    ),
     ({"stop": ""}, 400, "a stop text has no or more than 256 characters", "stop"),
     ({"stop": ["x"] * 17}, 400, "17 stop texts; this server takes 16 or fewer", "stop"),
     ({"stop": [1]}, 400, "stop", None),
@@ -346,7 +359,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"logit_bias": {"99999": 1}}, 400, "logit_bias has the key '99999'", "logit_bias"),
     ({"logit_bias": {"5": 101}}, 400, "logit_bias", None),
     ({"tools": [{"type": "function"}]}, 400, "'tools' is not offered by this server", "tools"),
-    ({"response_format": {"type": "json_object"}}, 400, "'response_format' is not offered", "response_format"),
+    (
+        {"response_format": {"type": "json_object"}},
+        400,
+        "'response_format' is not offered",
+        "response_format",
+    ),
     ({"reasoning_effort": "high"}, 400, "'reasoning_effort' is not offered", "reasoning_effort"),
     ({"temprature": 1}, 400, "unknown field 'temprature'; did you mean 'temperature'?", "temprature"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options is only for stream: true", None),
@@ -355,7 +373,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"messages": [{"role": "user"}]}, 400, r"'messages\[0\].content' is missing", "messages[0].content"),
     ({"messages": [{"role": "boss", "content": "x"}]}, 400, r"messages\[0\].role: ", "messages[0].role"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages of role 'tool' are not off", None),
-    ({"messages": [*SAY, {"role": "assistant", "content": "x"}]}, 400, "must be the user's", "messages[1].role"),
+    (
+        {"messages": [*SAY, {"role": "assistant", "content": "x"}]},
+        400,
+        "must be the user's",
+        "messages[1].role",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
@@ -367,9 +390,7 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("change", "status", "message", "param"), REFUSED, ids=lambda value: str(value)[:40]
-)
+@pytest.mark.parametrize(("change", "status", "message", "param"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_cannot_be_answered_is_refused_with_openais_error(
     server: Running, change: dict[str, Any], status: int, message: str, param: str | None
 ) -> None:
@@ -448,7 +469,7 @@ def stream_begun(server: Running, **more: Any) -> socket.socket:
     body = {"model": "alpha", "messages": SAY, "max_tokens": 80, "stream": True, "temperature": 1.0, **more}
     body |= {"logit_bias": {str(id_): -100 for id_ in (0, 1)}}  # it does not end by itself
     content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     seen = b""
@@ -494,7 +515,9 @@ def test_a_client_that_goes_frees_its_slot_within_a_step(
 
 def server_timeout(server: Running) -> None:
     """Ask for a whole answer, and go before it is there."""
-    content = json.dumps({"model": "alpha", "messages": SAY, "max_tokens": 80, "logit_bias": {"0": -100, "1": -100}})
+    content = json.dumps(
+        {"model": "alpha", "messages": SAY, "max_tokens": 80, "logit_bias": {"0": -100, "1": -100}}
+    )
     with socket.create_connection(("127.0.0.1", server.port), timeout=0.5) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())

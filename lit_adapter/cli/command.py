@@ -7,8 +7,9 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from lit_adapter.errors import UserError, nearest, options_of_a_command, shorten
 from lit_adapter.streams import prepare_streams, say
@@ -92,6 +93,27 @@ def _as_known(word: str, known: list[str]) -> str:
     if " " in word:  # a value to argparse too, such as a prompt
         return word
     raise UserError(f"unknown option '{name}'{nearest(name, known) or '; see --help'}")
+
+
+def add_sampling(parser: Any) -> None:
+    """Add the fields of `Sampling` with their defaults; their docstrings are the help."""
+    from docstring_parser import parse_from_object
+
+    from lit_adapter.generation.settings import Sampling
+
+    described = {item.arg_name: item.description for item in parse_from_object(Sampling).params}
+    types = get_type_hints(Sampling)
+    defaults = asdict(Sampling())
+    for field in fields(Sampling):
+        several = get_args(types[field.name])
+        more = {"nargs": "+", "metavar": "ID" if several[0] is int else "TEXT"} if several else {}
+        parser.add_argument(
+            f"--{field.name}",
+            type=several[0] if several else types[field.name],
+            default=list(defaults[field.name]) if several else defaults[field.name],
+            help=described[field.name],
+            **more,
+        )
 
 
 def check_least(options: Any, least: int, *names: str) -> None:

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO, get_args, get_type_hints
+from typing import Any, TextIO
 
-from lit_adapter.cli.command import check_least, command_parser, parse
+from lit_adapter.cli.command import add_sampling, check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
 from lit_adapter.errors import UserError, counted, shorten
@@ -86,29 +86,10 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
     parser.add_argument("--verify", action="store_true", help="compare all of the base with its checksums")
-    _add_sampling(parser)
+    add_sampling(parser)
     options = parse(parser, argv)
     _check(options)
     return options
-
-
-def _add_sampling(parser: Any) -> None:
-    """Add the fields of `Sampling` with their defaults; their docstrings are the help."""
-    from docstring_parser import parse_from_object
-
-    described = {item.arg_name: item.description for item in parse_from_object(Sampling).params}
-    types = get_type_hints(Sampling)
-    defaults = asdict(Sampling())
-    for field in fields(Sampling):
-        several = get_args(types[field.name])
-        more = {"nargs": "+", "metavar": "ID" if several[0] is int else "TEXT"} if several else {}
-        parser.add_argument(
-            f"--{field.name}",
-            type=several[0] if several else types[field.name],
-            default=list(defaults[field.name]) if several else defaults[field.name],
-            help=described[field.name],
-            **more,
-        )
 
 
 def _check(options: Any) -> None:

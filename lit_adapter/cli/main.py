@@ -16,6 +16,7 @@ COMMANDS = {
     "download": "Fetch a LLaMA and convert it into a base folder, or fetch an adapter.",
     "convert": "Turn a LLaMA checkpoint into a base folder.",
     "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
+    "chat": "Talk to a base with its adapter, or to a plain base.",
     "generate": "Prompt a base with its adapter, or a plain base.",
     "serve": "Serve a base and its adapters with OpenAI's interface and a chat page.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",

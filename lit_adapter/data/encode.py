@@ -22,11 +22,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lit_adapter.data.records import Record, Records
+from lit_adapter.data.examples import Example, encode_example
+from lit_adapter.data.record import AnyRecord
+from lit_adapter.data.records import Records
 from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.write import write_bytes
+from lit_adapter.text.conversation import ANSWER, CONTEXT
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -34,9 +37,10 @@ PARALLEL_FROM = 4000
 """Number of records from which worker processes pay."""
 CHUNK = 50
 """Records sent to a worker at a time; after Ctrl-C each worker finishes two chunks."""
-FORMAT_VERSION = 2
-_Example = tuple[list[int], int, int]
-"""A record's ids, the number of its prompt's, and its template variant."""
+FORMAT_VERSION = 3
+
+
+Examples = Iterable[Example | None]
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Encoded:
     """The tokens of all records ``[tokens]``."""
     start: NDArray[np.int64]
     """Index of each record's first token, and the end ``[records + 1]``."""
+    kinds: NDArray[np.int8]
+    """What each token is to the loss: `NEVER`, `CONTEXT` or `ANSWER` ``[tokens]``."""
     n_prompt: NDArray[np.int32]
-    """Number of tokens before each record's answer ``[records]``."""
+    """Number of tokens before each record's first answer ``[records]``."""
     variant: NDArray[np.int8]
     """Which text of the template each record uses (`Template.variant`) ``[records]``."""
     whole: NDArray[np.bool_]
@@ -70,8 +76,14 @@ class Encoded:
 
     @property
     def n_cut(self) -> int:
-        """Number of records that lost the start of their prompt."""
+        """Number of records that lost the start of their prompt, their first turns, or the end of a text."""
         return int((~self.whole).sum())
+
+
+def kinds_of_tasks(length: NDArray[np.int64], n_prompt: NDArray[np.int32]) -> NDArray[np.int8]:
+    """Return `Encoded.kinds` of tasks of ``length`` tokens, the first ``n_prompt`` of a prompt."""
+    parts = np.stack([n_prompt, length - n_prompt], axis=1).ravel()
+    return np.repeat(np.tile(np.array([CONTEXT, ANSWER], np.int8), len(length)), parts)
 
 
 def encode_records(
@@ -82,23 +94,28 @@ def encode_records(
     max_length: int,
     cache: Path | None = None,
     tokenizer_key: str = "",
+    last_answer_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Encoded:
-    """Encode all records, or read them from the cache.
-
-    A record longer than ``max_length`` loses the start of its prompt and keeps its answer and EOS. One
-    whose answer does not fit after one token of its prompt is dropped.
+    """Encode all records, or read them from the cache; `encode_example` says how, and which are dropped.
 
     Worker processes get a pickle of the tokenizer. Its fingerprint, ``tokenizer_key``, is part of the key of
     the cache files in the folder ``cache``. ``say`` gets a line when a damaged cache file is replaced, or a
     cache file cannot be written.
 
     Raises:
-        UserError: a worker process died, or a record cannot be encoded (see `Template.encode_example`).
+        UserError: a worker process died, or a record cannot be encoded.
     """
+    one = partial(
+        encode_example,
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        last_answer_only=last_answer_only,
+    )
     if cache is None:
-        return _pack(_encode_all(records.rows, tokenizer, template), max_length)
-    key = _key(records, template, max_length, tokenizer_key)
+        return _pack(_encode_all(records.rows, one))
+    key = _key(records, template, max_length, tokenizer_key, last_answer_only)
     path = cache / f"tokens-{key[:32]}.safetensors"
     with one_at_a_time(path, doing="encodes the data"):  # a run's processes all need this file
         found = _read_cache(path, key)
@@ -106,7 +123,7 @@ def encode_records(
             return found
         if os.path.isfile(path):  # false also for a name that the file system refuses
             say(f"{path}: damaged token cache; encoding again")
-        encoded = _pack(_encode_all(records.rows, tokenizer, template), max_length)
+        encoded = _pack(_encode_all(records.rows, one))
         arrays = vars(encoded)
         try:
             write_bytes(path, save(arrays, metadata={"key": key, "checksum": _checksum(arrays)}))
@@ -115,8 +132,7 @@ def encode_records(
     return encoded
 
 
-def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template) -> Iterable[_Example]:
-    one = partial(_encode_one, tokenizer, template)
+def _encode_all(rows: Sequence[AnyRecord], one: Callable[[AnyRecord], Example | None]) -> Examples:
     # A job queue or container may allow this process only some of the CPUs.
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, n_cpus)
@@ -137,22 +153,14 @@ def _encode_all(rows: Sequence[Record], tokenizer: Tokenizer, template: Template
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_one(tokenizer: Tokenizer, template: Template, record: Record) -> _Example:
-    ids, n_prompt = template.encode_example(tokenizer, record.instruction, record.input, record.output)
-    return ids, n_prompt, template.variant(bool(record.input))
-
-
-def _pack(examples: Iterable[_Example], max_length: int) -> Encoded:
-    kept, facts = [], []
-    for row, (ids, n_prompt, variant) in enumerate(examples):
-        excess = max(0, len(ids) - max_length)
-        if excess < n_prompt:
-            kept.append(np.array(ids[excess:], np.int32))
-            facts.append((n_prompt - excess, variant, excess == 0, row))
+def _pack(examples: Examples) -> Encoded:
+    kept = [(row, example) for row, example in enumerate(examples) if example is not None]
+    facts = [(example.n_prompt, example.variant, example.whole, row) for row, example in kept]
     columns = np.array(facts, np.int32).reshape(-1, 4).T.copy()
     return Encoded(
-        ids=np.concatenate([np.empty(0, np.int32), *kept]),
-        start=np.cumsum([0, *map(len, kept)], dtype=np.int64),
+        ids=np.concatenate([np.empty(0, np.int32), *(example.ids for _, example in kept)]),
+        start=np.cumsum([0, *(len(example.ids) for _, example in kept)], dtype=np.int64),
+        kinds=np.concatenate([np.empty(0, np.int8), *(example.kinds for _, example in kept)]),
         n_prompt=columns[0],
         variant=columns[1].astype(np.int8),
         whole=columns[2].astype(np.bool_),
@@ -160,8 +168,11 @@ def _pack(examples: Iterable[_Example], max_length: int) -> Encoded:
     )
 
 
-def _key(records: Records, template: Template, max_length: int, tokenizer_key: str) -> str:
-    parts = [FORMAT_VERSION, records.sha256, template.to_dict(), max_length, tokenizer_key]
+def _key(
+    records: Records, template: Template, max_length: int, tokenizer_key: str, last_answer_only: bool
+) -> str:
+    how = [template.to_dict(), max_length, tokenizer_key, last_answer_only]
+    parts = [FORMAT_VERSION, records.sha256, *how]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,12 +7,13 @@ local ones: no code of the data set runs, and error messages name lines.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from lit_adapter.config import Columns
 from lit_adapter.data.formats import SUFFIXES
-from lit_adapter.data.records import DEFAULT_COLUMNS, Records, merge, read_records
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.hub import asking_hub
 
@@ -22,40 +23,96 @@ _ABOUT_THE_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether ``source`` has the form ``org/name[:file-or-split]`` and is not a local path or data file."""
+    """Whether ``source`` is a name as `hub_files` takes it, and not a local path or data file."""
     found = _NAME.fullmatch(str(source))
     if found is None or Path(source).exists():
         return False
     return PurePosixPath(found["repo"]).suffix.lower() not in SUFFIXES
 
 
-def read_hub(name: str, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
-    """Download a Hub data set's training file, or the named file or split, and read its records.
+def hub_files(name: str) -> list[tuple[Path, str]]:
+    """Download a Hub data set's training files, or those of the named split; return paths and names.
 
-    The name is ``org/name``, ``org/name:split`` or ``org/name:path/of/file.json``.
+    The name is ``org/name``, ``org/name:split``, ``org/name:subset:split`` or ``org/name:path/of/file.json``.
+    A subset, or a split, is what the data set's card calls so, or else what its files are named for.
 
     Raises:
-        UserError: the repository is unknown or not accessible, the network is down, there is no data file
-            or more than one candidate, or as `read_records`.
+        UserError: the repository is unknown or not accessible, the network is down, or there is no data file
+            or more than one candidate.
     """
     found = _NAME.fullmatch(name)
     if found is None:
-        raise UserError(f"'{name}' is not a Hub data set; expected org/name, org/name:split or org/name:file")
+        raise UserError(
+            f"'{name}' is not a Hub data set; expected org/name, org/name:split, org/name:subset:split "
+            "or org/name:file"
+        )
     repo, part = found["repo"], found["part"]
     if part and PurePosixPath(part).suffix.lower() in SUFFIXES:
         # A file named in full needs no listing, so a cached one is read without a network.
         files, commit = [part], None
     else:
-        listing, commit = _listing(repo)
-        files = choose_files(listing, part, repo)
-    parts = [
-        read_records(_download(repo, file, commit), columns=columns, name=f"{repo}:{file}") for file in files
-    ]
-    return parts[0] if len(parts) == 1 else merge(parts, name)
+        about = _listing(repo)
+        commit = about.commit
+        files = files_of_card(about, part, repo) or choose_files(about.files, part, repo)
+    return [(_download(repo, file, commit), f"{repo}:{file}") for file in files]
 
 
-def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
-    """Return the data files of ``split`` (default: train): one file, or all its shards.
+@dataclass(frozen=True)
+class Listing:
+    """What the Hub says of a data set."""
+
+    files: list[str]
+    commit: str | None
+    configs: Any = None
+    """``configs`` of its card: subsets with the patterns of their splits' files."""
+
+
+def files_of_card(about: Listing, part: str | None, repo: str) -> list[str]:
+    """Return the files that the card of a data set names for a subset and split; none if it says nothing.
+
+    Raises:
+        UserError: it names subsets, and none or several are meant.
+    """
+    subsets = {
+        str(item.get("config_name")): item.get("data_files")
+        for item in about.configs or ()
+        if isinstance(item, dict) and item.get("data_files")
+    }
+    if not subsets:
+        return []
+    first, _, second = (part or "").partition(":")
+    if first in subsets:
+        subset, split = first, second or "train"
+    elif len(subsets) == 1 or "default" in subsets:
+        subset = "default" if "default" in subsets else next(iter(subsets))
+        split = second or first or "train"
+    else:
+        raise UserError(f"{repo}: name a subset as {repo}:SUBSET: {', '.join([*subsets][:12])}")
+    patterns = _patterns(subsets[subset], split)
+    data = sorted(file for file in about.files if PurePosixPath(file).suffix.lower() in SUFFIXES)
+    files = [file for file in data if any(fnmatchcase(file, pattern) for pattern in patterns)]
+    if not files:
+        raise UserError(
+            f"{repo}: no data file of split '{split}' in subset '{subset}'; {_choice(repo, data)}"
+        )
+    return files
+
+
+def _patterns(data_files: Any, split: str) -> list[str]:
+    """Return the patterns of a split's files, as a card gives them: a text, texts, or splits with paths."""
+    items = data_files if isinstance(data_files, list) else [data_files]
+    found: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and split == "train":
+            found.append(item)
+        elif isinstance(item, dict) and item.get("split", "train") == split:
+            path = item.get("path")
+            found += path if isinstance(path, list) else [path]
+    return [pattern for pattern in found if isinstance(pattern, str)]
+
+
+def choose_files(files: list[str], part: str | None, repo: str) -> list[str]:
+    """Return the data files of a split (default: train), or ``subset:split``: one file, or all its shards.
 
     Raises:
         UserError: there is no candidate, more than one, or a shard is missing.
@@ -63,6 +120,11 @@ def choose_files(files: list[str], split: str | None, repo: str) -> list[str]:
     data = sorted(file for file in files if _is_data(file))
     if not data:
         raise UserError(f"{repo}: has no {', '.join(SUFFIXES)} file; convert the data set to one of them")
+    subset, _, split = (part or "").rpartition(":")
+    if subset:
+        data = [file for file in data if subset in re.split(r"[/_.-]", file) or f"{subset}/" in file]
+    if not data:
+        raise UserError(f"{repo}: no data file of subset '{subset}'; {_choice(repo, files)}")
     chosen = data
     if split or len(data) > 1:
         wanted = re.compile(rf"(^|[/_.-]){re.escape(split or 'train')}([/_.-]|$)", re.IGNORECASE)
@@ -92,11 +154,13 @@ def _choice(repo: str, files: list[str]) -> str:
     return f"name one as {repo}:FILE: {', '.join(files[:12])}{more}"
 
 
-def _listing(repo: str) -> tuple[list[str], str | None]:
+def _listing(repo: str) -> Listing:
     from huggingface_hub import HfApi
 
     info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="and not a local file")
-    return [file.rfilename for file in info.siblings or []], info.sha
+    card = info.card_data
+    configs = card.get("configs") if card is not None else None
+    return Listing([file.rfilename for file in info.siblings or []], info.sha, configs)
 
 
 def _download(repo: str, file: str, commit: str | None) -> Path:

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Sampler
 
-from lit_adapter.config import Columns, DataConfig
+from lit_adapter.config import DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
-from lit_adapter.data.formats import check_regular
-from lit_adapter.data.hub import is_hub_name, read_hub
+from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
-from lit_adapter.data.records import Records, overlap, read_records, split
+from lit_adapter.data.records import Records, overlap, split
+from lit_adapter.data.sources import check_sources, load_records
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import cache_folder
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
-
-
-def load_records(source: str, columns: Columns) -> Records:
-    """Read a file, or a Hub data set if ``source`` is a name like org/name and not a file."""
-    return read_hub(source, columns=columns) if is_hub_name(source) else read_records(source, columns=columns)
-
-
-def check_sources(config: DataConfig) -> None:
-    """Refuse data that is not named or not there, which needs no base and no tokenizer.
-
-    Raises:
-        UserError: no training data is named, or a file is missing or cannot be read.
-    """
-    if not config.train:
-        raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
-    for source in (config.train, config.val):
-        if source and not is_hub_name(source):
-            check_regular(Path(source), source)
 
 
 def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
@@ -90,11 +72,11 @@ class AlpacaDataModule(LightningDataModule):
         check_sources(self.config)
         # Started before the reading, so that its imports are done by the time a loader needs a worker.
         self.worker_context = start_server() if self.config.workers else None
-        self.train_records = load_records(self.config.train, self.config.columns)
+        self.train_records = self._load(self.config.train)
         self.whole_sha256, self.n_whole = self.train_records.sha256, len(self.train_records)
         self.val_records: Records | None = None
         if self.config.val:
-            self.val_records = load_records(self.config.val, self.config.columns)
+            self.val_records = self._load(self.config.val)
         elif self.config.val_size:
             self.train_records, self.val_records = split(
                 self.train_records, val_size=self.config.val_size, seed=self.seed
@@ -107,6 +89,9 @@ class AlpacaDataModule(LightningDataModule):
         self.n_overlap = overlap(self.train_records, self.val_records) if self.val_records else 0
         return self
 
+    def _load(self, given: list[str] | str) -> Records:
+        return load_records(given, self.config.columns, self.config.format)
+
     def _encode(self, records: Records) -> Encoded:
         encoded = encode_records(
             records,
@@ -115,6 +100,7 @@ class AlpacaDataModule(LightningDataModule):
             max_length=self.config.max_length,
             cache=cache_folder(),
             tokenizer_key=self.tokenizer_key,
+            last_answer_only=self.config.last_answer_only,
             say=self.say,
         )
         if not len(encoded):
@@ -132,8 +118,19 @@ class AlpacaDataModule(LightningDataModule):
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
         """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
         return TrainingSteps(
-            self.train_packer, batch_size=self.batch_size, seed=self.seed, rank=rank, n_processes=n_processes
+            self.train_packer,
+            batch_size=self.batch_size,
+            order=self.epoch_order(),
+            rank=rank,
+            n_processes=n_processes,
         )
+
+    def epoch_order(self) -> EpochOrder:
+        """Return the order of the training records in each epoch."""
+        rows, weights, source = self.train_encoded.source_row, self.config.weights, None
+        if weights is not None:
+            source = np.array([self.train_records[int(row)].source for row in rows], np.int64)
+        return EpochOrder(len(rows), self.seed, source, weights)
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the loader of the steps that are not finished."""

@@ -19,11 +19,17 @@ import torch
 from numpy.typing import NDArray
 
 from lit_adapter.data.encode import Encoded
+from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
+from lit_adapter.text.conversation import ANSWER, CONTEXT
 
 SHORTEST_PREAMBLE = 4
 """Tokens below which a preamble is not worth a segment of its own."""
+
+
+BLOCK = 4096
+"""Records whose targets are counted together."""
 
 
 @dataclass
@@ -93,8 +99,20 @@ class Packer:
 
     def n_targets(self, records: NDArray[np.int64]) -> int:
         """Return how many tokens of ``records`` are learned."""
-        first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones(len(records), np.int64)
-        return int((self.encoded.length[records] - np.maximum(first, 1)).sum())
+        blocks = np.array_split(records, max(1, len(records) // BLOCK))
+        return sum(len(self._learned(block)[0]) for block in blocks)
+
+    def _learned(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the learned tokens of records: the place in ``records``, and that in the record.
+
+        A record's first token is never learned: nothing predicts it.
+        """
+        length = self.encoded.length[records].astype(np.int64)
+        which = np.repeat(np.arange(len(records)), length)
+        place = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
+        kinds = self.encoded.kinds[self.encoded.start[records][which] + place]
+        learned = (kinds >= (ANSWER if self.mask_prompt else CONTEXT)) & (place > 0)
+        return which[learned], place[learned]
 
     def assign(self, records: NDArray[np.int64], n_processes: int = 1) -> list[list[int]]:
         """Divide ``records`` into as few rows as they fit in; their number is a multiple of ``n_processes``.
@@ -160,16 +178,12 @@ class Packer:
             if s.record is not None
         ]
         records, n_preamble, start, preamble_start = np.array(rows, np.int64).reshape(-1, 4).T
-        first = self.encoded.n_prompt[records] if self.mask_prompt else np.ones_like(records)
-        first = np.maximum(first, 1) - 1  # the token that predicts the first target
-        count = self.encoded.start[records + 1] - self.encoded.start[records] - 1 - first
-        predicting = np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
-        n_preamble, start, preamble_start = (
-            np.repeat(values, count) for values in (n_preamble, start, preamble_start)
-        )
+        which, place = self._learned(records)
+        predicting = place - 1
+        n_preamble, start, preamble_start = (values[which] for values in (n_preamble, start, preamble_start))
         # A preamble's tokens predict for every record that continues it.
         index = predicting + np.where(predicting < n_preamble, preamble_start, start - n_preamble)
-        token = self.encoded.ids[np.repeat(self.encoded.start[records], count) + predicting + 1]
+        token = self.encoded.ids[self.encoded.start[records][which] + place]
         order = np.argsort(index, kind="stable")
         return index[order], token[order].astype(np.int64)
 
@@ -206,14 +220,24 @@ def _tokens(segments: list[_Segment]) -> tuple[NDArray[np.int64], ...]:
 class TrainingSteps(torch.utils.data.Dataset):
     """The optimizer steps of a run; item s is this process's share of step s.
 
+    The records come in ``order``, by default in permutations by ``seed``.
+
     Raises:
         UserError: there are fewer records than ``batch_size``.
     """
 
     def __init__(
-        self, packer: Packer, *, batch_size: int, seed: int, rank: int = 0, n_processes: int = 1
+        self,
+        packer: Packer,
+        *,
+        batch_size: int,
+        order: EpochOrder | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        n_processes: int = 1,
     ) -> None:
-        self.packer, self.batch_size, self.seed = packer, batch_size, seed
+        self.packer, self.batch_size = packer, batch_size
+        self.order = EpochOrder(len(packer.encoded), seed) if order is None else order
         self.rank, self.n_processes = rank, n_processes
         n_records = len(packer.encoded)
         if n_records < batch_size:
@@ -222,14 +246,13 @@ class TrainingSteps(torch.utils.data.Dataset):
                 f"lower it to {n_records} or less"
             )
         self.steps_per_epoch = n_records // batch_size
-        self._shuffled = -1, np.empty(0, dtype=np.int64)  # the last epoch used, and its permutation
+        self._shuffled = -1, np.empty(0, dtype=np.int64)  # the last epoch used, and its records
 
     def records(self, step: int) -> NDArray[np.int64]:
-        """Return the records of a step: its slice of the epoch's permutation."""
+        """Return the records of a step: its slice of the epoch's."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if self._shuffled[0] != epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            self._shuffled = epoch, generator.permutation(len(self.packer.encoded))
+            self._shuffled = epoch, self.order.epoch(epoch)
         return self._shuffled[1][batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> StepBatch:

@@ -1,58 +1,41 @@
-"""Instruction records: read, checked, counted, split and compared. No torch.
+"""Records: read, counted, split and compared. No torch.
 
-A malformed record is refused with its line. Two flaws common in real data are only counted: records with an
-empty output, which are skipped since they have nothing to learn, and duplicates, which are kept.
+A malformed record is refused with its line. Two flaws common in real data are only counted: records with
+nothing to learn, such as an empty output, which are skipped, and duplicates, which are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
-from lit_adapter.data.formats import TABLES, Row, json_type, rows_of
-from lit_adapter.errors import UserError, nearest, shorten
-
-DEFAULT_COLUMNS = Columns()
-OPTION = "--data.columns"
-"""Names the columns of training data."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One task and its answer. Records with the same three texts are equal, wherever they came from."""
-
-    instruction: str
-    input: str
-    output: str
-    file: str = field(default="", compare=False)
-    """The file's name; all its records share one string."""
-    line: int = field(default=0, compare=False)
-    """The line where the record starts, or for Parquet its row, counted from 1."""
-
-    @property
-    def origin(self) -> str:
-        """Return ``file:line``, for messages."""
-        return f"{self.file}:{self.line}"
+from lit_adapter.data.reading import records_of
+from lit_adapter.data.recognise import Recognised
+from lit_adapter.data.record import AnyRecord, Record
+from lit_adapter.data.tasks import DEFAULT_COLUMNS
+from lit_adapter.errors import UserError
 
 
 @dataclass(frozen=True)
-class Records(Sequence[Record]):
+class Records(Sequence[AnyRecord]):
     """Records, and counts of what reading them found.
 
     Raises:
         UserError: there is no record.
     """
 
-    rows: tuple[Record, ...]
+    rows: tuple[AnyRecord, ...]
     source: str
     """The file or Hub data set, by the user's name for it."""
     n_empty_output: int = 0
-    """Number of records skipped because their output is empty or white space."""
+    """Number of records skipped because their output is empty or white space, or nothing is to be learned."""
+    formats: tuple[Recognised, ...] = ()
+    """What was recognised in the sources."""
     n_duplicate: int = field(init=False)
     """Number of records that repeat an earlier one; they are kept."""
     sha256: str = field(init=False)
@@ -66,7 +49,7 @@ class Records(Sequence[Record]):
             )
         digest = hashlib.sha256()
         for row in self.rows:
-            for text in (row.instruction, row.input, row.output):
+            for text in row.texts:
                 content = text.encode()
                 # The length in front keeps ("ab", "c") and ("a", "bc") apart.
                 digest.update(len(content).to_bytes(8, "little") + content)
@@ -79,93 +62,42 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
+    @property
+    def tasks(self) -> list[Record]:
+        """The instruction records among them."""
+        return [row for row in self.rows if isinstance(row, Record)]
+
 
 def read_records(
-    source: str | Path, *, columns: Columns = DEFAULT_COLUMNS, name: str | None = None
+    path: str | Path,
+    *,
+    columns: Columns = DEFAULT_COLUMNS,
+    name: str | None = None,
+    wanted: str = "auto",
+    source: int = 0,
 ) -> Records:
     """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records; the suffix tells which.
 
-    Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path.
+    Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path. ``wanted``
+    is the format of its records (`records_of`), ``source`` their number among several sources.
 
     Raises:
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
-            not a string or not valid Unicode, or an instruction is empty. Names file and line.
+            not a string or not valid Unicode, or an instruction is empty; a conversation is malformed; a
+            record is of another format than the first one. Names file, line and turn.
     """
-    path, name = Path(source), name or str(source)
-    rows: list[Record] = []
-    n_empty = 0
-    found = rows_of(path, name, (columns.instruction, columns.input, columns.output))
-    for line, values, instruction, input in tasks_of(found, columns, name):
-        output = _text(values, columns.output, name, line, f"{OPTION}.output")
-        if output.strip():
-            rows.append(Record(instruction, input, output, name, line))
-        else:
-            n_empty += 1
-    return Records(tuple(rows), name, n_empty)
-
-
-def tasks_of(
-    rows: Iterable[Row], columns: Columns, name: str, option: str = OPTION
-) -> Iterator[tuple[int, Mapping[str, Any], str, str]]:
-    """Yield line number, values, instruction and input of the rows of the file ``name``.
-
-    ``option`` is the one that names ``columns``, for messages.
-
-    Raises:
-        UserError: an instruction is missing or empty, a text is not a string or not valid Unicode, or no row
-            has the input column, which is not the default one.
-    """
-    n_rows, saw_input = 0, False
-    for line, values in rows:
-        yield line, values, *_task_of(values, columns, name, line, option)
-        n_rows += 1
-        saw_input = saw_input or columns.input in values
-    if n_rows and not saw_input and columns.input != DEFAULT_COLUMNS.input:
-        raise UserError(f"{name}: no record has the input column {shorten(columns.input)}; correct its name")
-
-
-def _task_of(
-    values: Mapping[str, Any], columns: Columns, name: str, line: int, option: str
-) -> tuple[str, str]:
-    instruction = _text(values, columns.instruction, name, line, f"{option}.instruction")
-    # Data sets express "no input" by an absent key, null or an empty string.
-    given = values.get(columns.input) is not None
-    input = _text(values, columns.input, name, line, f"{option}.input") if given else ""
-    if not instruction.strip():
-        raise UserError(
-            f"{name}:{line}: {shorten(columns.instruction)} is empty; write the task, or remove the record"
-        )
-    return instruction, input
-
-
-def _text(values: Mapping[str, Any], key: str, name: str, line: int, option: str) -> str:
-    if key not in values:
-        present = list(values)
-        found = ", ".join(map(shorten, present[:6])) or "none"
-        is_table = Path(name).suffix.lower() in TABLES
-        what, header = ("column", ", as the first line is the header") if is_table else ("key", "")
-        raise UserError(
-            f"{name}:{line}: {what} {shorten(key)} is missing (found: {found}{header}); "
-            f"add it, or name the column that holds it with {option}{nearest(key, present)}"
-        )
-    value = values[key]
-    if not isinstance(value, str):
-        raise UserError(f"{name}:{line}: {shorten(key)} is {json_type(value)}; expected a string")
-    # Tokenizers would fail on lone surrogates later, without a line number.
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{name}:{line}: {shorten(key)} has {value[error.start]!r}, half of a character "
-            f"(a lone surrogate, character {error.start + 1}); write the whole character, or remove it"
-        ) from None
-    return value
+    name = name or str(path)
+    formats: list[Recognised] = []
+    every = list(records_of(Path(path), name, columns, wanted, source=source, recognised=formats.append))
+    rows = tuple(row for row in every if not row.is_empty)
+    return Records(rows, name, len(every) - len(rows), tuple(formats))
 
 
 def merge(parts: Sequence[Records], source: str) -> Records:
     """Return the records of several files as one, in order."""
     rows = tuple(row for part in parts for row in part.rows)
-    return Records(rows, source, sum(part.n_empty_output for part in parts))
+    formats = dict.fromkeys(known for part in parts for known in part.formats)
+    return Records(rows, source, sum(part.n_empty_output for part in parts), tuple(formats))
 
 
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
@@ -194,7 +126,7 @@ def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Record
     sides = [
         tuple(row for i, row in enumerate(records.rows) if (i in chosen) is side) for side in (False, True)
     ]
-    train = Records(sides[0], f"{records.source} (train)", records.n_empty_output)
+    train = Records(sides[0], f"{records.source} (train)", records.n_empty_output, records.formats)
     return train, Records(sides[1], f"{records.source} (validation)")
 
 

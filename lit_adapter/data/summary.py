@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_adapter.data.record import Conversation, PlainText, Record
+from lit_adapter.data.records import Records
 from lit_adapter.errors import counted, visible
 from lit_adapter.streams import Shown
 from lit_adapter.text.chat import control_pattern
+from lit_adapter.text.conversation import ANSWER, CONTEXT
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         f"data: {records.source}: {counted(len(encoded), 'training record')}, {int(length.sum()):,} tokens "
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned"
     ]
+    lines += [f"      format: {known.name}; {known.why}" for known in records.formats]
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
@@ -65,15 +69,16 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     train, val = data.train_records, data.val_records or ()
     n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
     n_val_dropped = len(val) - len(data.val_encoded or ())
-    too_long = f"left out: answer longer than data.max_length {data.config.max_length}"
-    cut = "lost the start of their prompt to data.max_length"
+    lost, left = _words(train)
+    too_long = f"left out: {left} longer than data.max_length {data.config.max_length}"
+    cut = f"lost {lost} to data.max_length"
     n_skipped = len(data.train_encoded) % data.batch_size
     skipped = (
         f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
         f"optim.batch_size {data.batch_size}"
     )
     return [
-        (n_empty, len(train) + len(val) + n_empty, "of all records left out: empty output"),
+        (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),
         (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
         (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
         (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
@@ -81,6 +86,22 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),
     ]
+
+
+def _words(records: Records) -> tuple[str, str]:
+    """Return what records that are too long lose, and what must fit."""
+    kinds = {type(row) for row in records}
+    if kinds == {Conversation}:
+        return "their first turns", "the last turns are"
+    if kinds == {PlainText}:
+        return "their end", "the text is"
+    if kinds == {Record}:
+        return "the start of their prompt", "answer"
+    return "the start of their prompt, their first turns or their end", "what must stay whole is"
+
+
+def _nothing(records: Records) -> str:
+    return "empty output" if all(isinstance(row, Record) for row in records) else "nothing to learn"
 
 
 def _look_alikes(data: AlpacaDataModule) -> list[str]:
@@ -91,7 +112,7 @@ def _look_alikes(data: AlpacaDataModule) -> list[str]:
         names = ", ".join(sorted(own))
         lines.append(f"warning: the template's {names} is plain text: no control token of this base")
     pattern = control_pattern(data.tokenizer)
-    texts = ("\n".join((row.instruction, row.input, row.output)) for row in data.train_records)
+    texts = ("\n".join(row.texts) for row in data.train_records)
     found = Counter(name for text in texts for name in set(pattern.findall(text))) if pattern else Counter()
     if found:
         shown = ", ".join(f"{name} in {counted(count, 'record')}" for name, count in found.most_common(3))
@@ -102,14 +123,16 @@ def _look_alikes(data: AlpacaDataModule) -> list[str]:
 
 
 def _example(data: AlpacaDataModule, *, color: bool) -> str:
-    ids = data.train_encoded.record(0).tolist()
-    n_prompt = int(data.train_encoded.n_prompt[0]) if data.config.mask_prompt else 0
-    prompt, answer = (
-        _decoded(data.tokenizer, part, color=color) for part in (ids[:n_prompt], ids[n_prompt:])
-    )
+    """Return the first record, its parts that are not learned marked; a conversation turn by turn."""
+    encoded = data.train_encoded
+    ids, kinds = encoded.record(0).tolist(), encoded.kinds[encoded.start[0] :][: encoded.length[0]]
+    learned = kinds >= (ANSWER if data.config.mask_prompt else CONTEXT)
     before, after = (DIM, PLAIN) if color else ("[[", "]]")
-    text = f"{before}{prompt}{after}{answer}" if prompt else answer
-    return Shown("\n".join(f"  | {line}" for line in text.split("\n")))
+    parts = []
+    for is_learned, run in groupby(zip(learned.tolist(), ids, strict=True), lambda pair: pair[0]):
+        text = _decoded(data.tokenizer, [token for _, token in run], color=color)
+        parts.append(text if is_learned else f"{before}{text}{after}")
+    return Shown("\n".join(f"  | {line}" for line in "".join(parts).split("\n")))
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int], *, color: bool) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
 from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
 from lit_adapter.generation.answer_text import AnswerText
+from lit_adapter.generation.chatting import Said, prompt_of
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
@@ -95,11 +97,6 @@ class AdaptedLlama:
         return self._engine
 
     @property
-    def folder(self) -> Path:
-        """The folder of its base."""
-        return self._shared().folder
-
-    @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end a text generated under its template."""
         return self.template.stop_ids(self.tokenizer)
@@ -108,6 +105,11 @@ class AdaptedLlama:
     def adapter(self) -> Adapter:
         """What its requests are answered with; of a model in training, as it is now."""
         return self._adapter or Adapter.of(self.model)
+
+    @property
+    def base_name(self) -> str:
+        """The folder of the base, without those above it."""
+        return self._shared().folder.resolve().name
 
     @property
     def base(self) -> AdaptedLlama:
@@ -179,8 +181,88 @@ class AdaptedLlama:
         """
         task = arguments.text("instruction", instruction), arguments.text("input", input)
         check_instruction("instruction", instruction)
-        events = self._answers([task], Sampling.of(**sampling), batch_size=1)
+        events = self._answers(self._prompts([task]), Sampling.of(**sampling), batch_size=1)
         return (piece for _, piece in events if piece)
+
+    def chat(
+        self,
+        messages: Iterable[Said],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Answer the last message of a conversation.
+
+        Keys and values of the conversation stay in memory: a call whose messages begin with those of an
+        earlier one goes on from there. `forget` frees them.
+
+        Args:
+            messages: objects with ``role`` (system, user, assistant or tool) and ``content``, as in OpenAI's
+                interface; the last one is not the assistant's.
+            tools: what the assistant may call, for templates that show it; None for nothing.
+            **sampling: the settings of `generate`.
+
+        Raises:
+            UserError: as `generate`; a message that is malformed, or that the template has no place for.
+        """
+        return "".join(self.stream_chat(messages, tools=tools, **sampling))
+
+    def stream_chat(
+        self,
+        messages: Iterable[Said],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Answer the last message of a conversation, piece by piece; see `chat`."""
+        prompt = prompt_of(self.tokenizer, self.template, messages, tools)
+        events = self._answers([prompt], Sampling.of(**sampling), batch_size=1, resumes=True)
+        return (piece for _, piece in events if piece)
+
+    def room_for_chat(self, messages: Iterable[Said]) -> int:
+        """Return how many tokens the answer to a conversation can have; 0 or less if there is no room."""
+        prompt = prompt_of(self.tokenizer, self.template, messages)
+        return self.model.config.context_length - len(prompt)
+
+    def chat_batch(
+        self,
+        conversations: Iterable[Iterable[Said]],
+        *,
+        batch_size: int = 16,
+        finished: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer many conversations together; arguments as in `generate_batch` and `chat`."""
+        encode = partial(prompt_of, self.tokenizer, self.template)
+        prompts = [encode(one, name=f"conversations[{n}]") for n, one in enumerate(conversations)]
+        return self.answer_prompts(
+            prompts, batch_size=batch_size, finished=finished, stopped=stopped, **sampling
+        )
+
+    def answer_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 16,
+        finished: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer prompts given as token ids; arguments as in `generate_batch`."""
+        answers = [""] * len(prompts)
+        for number, piece in self._answers(prompts, Sampling.of(**sampling), batch_size):
+            if piece is not None:
+                answers[number] += piece
+            elif finished is not None:
+                finished(number)
+            if stopped is not None and stopped():
+                break
+        return answers
+
+    def forget(self) -> None:
+        """Free the keys and values that earlier calls of `chat` have left."""
+        self._engine.forget()
 
     def generate_batch(
         self,
@@ -210,16 +292,13 @@ class AdaptedLlama:
             UserError: as `generate`; ``tasks`` is one task or holds something else (a TypeError too); a
                 ``batch_size`` below 1.
         """
-        tasks = as_tasks(tasks)
-        answers = [""] * len(tasks)
-        for number, piece in self._answers(tasks, Sampling.of(**sampling), batch_size):
-            if piece is not None:
-                answers[number] += piece
-            elif finished is not None:
-                finished(number)
-            if stopped is not None and stopped():
-                break
-        return answers
+        return self.answer_prompts(
+            self._prompts(as_tasks(tasks)),
+            batch_size=batch_size,
+            finished=finished,
+            stopped=stopped,
+            **sampling,
+        )
 
     def choose(self, instruction: str, input: str = "", *, choices: Sequence[str]) -> list[ScoredChoice]:
         """Return how probable each of several answers is; nothing is generated.
@@ -292,15 +371,18 @@ class AdaptedLlama:
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
 
-    def _answers(
-        self, tasks: Sequence[Task], settings: Sampling, batch_size: int
-    ) -> Iterator[tuple[int, str | None]]:
-        """Yield ``(index of the task, piece of text)``, and ``(index, None)`` at each end."""
+    def _prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
         self._engine.refuse_fork()
-        prompts = [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
+        return [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], settings: Sampling, batch_size: int, *, resumes: bool = False
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
+        self._engine.refuse_fork()
         adapter, stop_ids = self.adapter, self.stop_ids
-        requests = [Request(prompt, settings, adapter, stop_ids) for prompt in prompts]
-        answers = [AnswerText(self.tokenizer, settings.stop) for _ in tasks]
+        requests = [Request(prompt, settings, adapter, stop_ids, resumes) for prompt in prompts]
+        answers = [AnswerText(self.tokenizer, settings.stop) for _ in prompts]
         with closing(self._engine.run(requests, batch_size)) as events:
             for index, token in events:
                 piece = answers[index].push(token)
@@ -381,7 +463,7 @@ def load(
     chosen = (
         info.template
         if info is not None
-        else resolve_template("alpaca" if template is None else template, tokenizer)
+        else resolve_template("alpaca" if template is None else template, tokenizer, conversations=True)
     )
     plain = AdaptedLlama(model, tokenizer, chosen, _Loaded(folder, model, Engine()))
     return plain if info is None else plain._with(info, state, Path(str(adapter)))

@@ -22,8 +22,12 @@ Answers = Generator[tuple[int, int | None], None, None]
 class Engine:
     """Takes the steps of all requests, from any thread: whoever waits for an answer drives all of them.
 
-    A lane is dropped with its last request, and its cache with it, unless `reserve` keeps it.
+    A lane is dropped with its last request, and its cache with it, unless it holds what later requests may go
+    on from (`Request.resumes`), or `reserve` keeps it.
     """
+
+    prompt_tokens: int | None = None
+    """How many tokens of prompts a step reads while other requests are live; None reads all prompts first."""
 
     def __init__(self) -> None:
         self._added: deque[Request] = deque()
@@ -90,13 +94,14 @@ class Engine:
                 request.fail(error)
             self._added.popleft()
         for lane in self._lanes.values():
-            lane.advance()
+            lane.advance(self.prompt_tokens)
 
     def _fail_all(self) -> None:
         """End every request that a lane has with an error of its own."""
         for lane in self._lanes.values():
-            for request in (*lane.waiting, *lane.live):
+            for request in (*lane.waiting, *lane.reading, *lane.live):
                 request.fail(RuntimeError("generation was interrupted in another thread; ask again"))
+            lane.forget()
 
     def cancel(self, request: Request) -> None:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
@@ -107,6 +112,13 @@ class Engine:
         if not self._lock.locked():
             with self._lock:
                 self._drop_idle_lanes()
+
+    def forget(self) -> None:
+        """Free what ended requests have left in the caches for later ones."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.forget()
+            self._drop_idle_lanes()
 
     def run(self, requests: Sequence[Request], batch_size: int = 1) -> Answers:
         """Answer requests, at most ``batch_size`` of these at a time.
@@ -150,7 +162,9 @@ class Engine:
 
     def _drop_idle_lanes(self) -> None:
         self._lanes = {
-            model: lane for model, lane in self._lanes.items() if model in self._kept or not lane.idle
+            model: lane
+            for model, lane in self._lanes.items()
+            if model in self._kept or not lane.idle or lane.holds
         }
 
 

@@ -73,6 +73,7 @@ class GraphLane(Lane):
         super()._prepare(slots)
         requests = [self.slots[slot] for slot in slots]
         where = torch.tensor(slots, device=self.device)
+        self.place[:, where] = self.last_place  # until their prompts are read, what steps write there is lost
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
             if not request.settings.greedy:
@@ -107,7 +108,7 @@ class GraphLane(Lane):
     def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
         """Start one step of all slots, and return its requests and where its tokens will arrive."""
         self._graph()()
-        live = [(slot, request) for slot, request in enumerate(self.slots) if not request.ended]
+        live = [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
         for _, request in live:
             request.length += 1
         self.landings.reverse()

@@ -15,6 +15,11 @@ from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 
+LEAST_SHARED = 8
+"""Tokens below which a common start is computed again."""
+MOST_KEPT = 8
+"""Slots that ended requests keep for later ones; one more takes the slot that was left first."""
+
 
 class Lane:
     """Takes the steps of a model's requests one by one.
@@ -34,53 +39,149 @@ class Lane:
         self.waiting: list[Request] = []
         self.slots: list[Request] = []
         """The requests of the slots that were ever filled; an ended one leaves its slot to others."""
+        self.reading: list[Request] = []
+        """Those whose prompts are not wholly in their slots yet, in their order."""
+        self._left: list[Request] = []
+        """Requests that may keep their slots, the earliest first."""
 
     @property
     def live(self) -> list[Request]:
-        """The requests that are being answered."""
-        return [request for request in self.slots if not request.ended]
+        """The requests that are being answered: their prompts are read."""
+        return [request for request in self.slots if self._is_live(request)]
+
+    def _is_live(self, request: Request) -> bool:
+        return not request.ended and request not in self.reading
 
     @property
     def idle(self) -> bool:
         """Whether nobody waits for an answer."""
-        return not self.live and all(request.ended for request in self.waiting)
+        return all(request.ended for request in (*self.slots, *self.waiting))
 
-    def advance(self) -> None:
+    @property
+    def holds(self) -> bool:
+        """Whether ended requests have left something that later ones may go on from."""
+        return any(request.resumes for request in self.slots)
+
+    def forget(self) -> None:
+        """Keep no slot for later requests."""
+        for request in self.slots:
+            request.resumes = False
+
+    def advance(self, most: int | None = None) -> None:
         """Read the waiting prompts, or give every live request its next token.
 
         An error ends the requests that were being computed; it is left to their owners.
+
+        Args:
+            most: how many tokens of prompts to read while other requests are live, which then have their next
+                tokens in the same step; None reads all prompts first.
         """
         new = [request for request in self.waiting if not request.ended]
-        try:
-            if new:
-                self._read(new)
-            else:
-                self._step()
-        except Exception as error:
-            for request in new or self.live:
-                request.fail(error)
+        self._attempt(new, lambda: self._place(new))
         self.waiting = []  # only now: an interrupt must find them
+        self.reading = [request for request in self.reading if not request.ended]
+        live, begun = self.live, self.reading
+        self._attempt(begun, lambda: self._read(most if live else None))
+        if live and (most is not None or not begun):
+            self._attempt(self.live, self._step)
 
-    def _read(self, new: list[Request]) -> None:
-        """Read prompts into free slots, those with the same adapter together, and choose the first tokens."""
-        free = [slot for slot, request in enumerate(self.slots) if request.ended][: len(new)]
-        added = new[len(free) :]
-        free += range(len(self.slots), len(self.slots) + len(added))
+    def _attempt(self, requests: list[Request], work: Callable[[], None]) -> None:
+        if not requests:
+            return
+        try:
+            work()
+        except Exception as error:
+            for request in requests:
+                if not request.ended:
+                    request.fail(error)
+
+    def _place(self, new: list[Request]) -> None:
+        """Give slots to requests, with what other slots hold of the prompts that `Request.resumes`."""
+        shared = [self._longest_shared(request) for request in new]
+        slots = self._slots_for(new, shared)
         longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
-        self.enlarge(len(self.slots) + len(added), longest)
-        self.slots += added
-        groups: dict[Prefixes, list[int]] = {}
-        for request, slot in zip(new, free, strict=True):
-            self.slots[slot] = request
-            request.length = len(request.prompt)
-            groups.setdefault(request.adapter.prefixes, []).append(slot)
-        self._prepare(free)
-        hidden = [
-            self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
-            for prefixes, slots in groups.items()
+        self.enlarge(max([len(self.slots), *(slot + 1 for slot in slots)]), longest)
+        for (source, n), slot in zip(shared, slots, strict=True):
+            if n and source != slot:
+                self.executor.move(source, slot, n)
+        for request, slot, (_, n) in zip(new, slots, shared, strict=True):
+            self.slots[slot : slot + 1] = [request]
+            request.length, request.computed = n, len(request.prompt) - n
+        self._left += [request for request in new if request.resumes]
+        self.reading += new
+        self._prepare(slots)
+
+    def _read(self, most: int | None) -> None:
+        """Read prompts, ``most`` tokens of them or all, and choose the first tokens of those that are read.
+
+        Whole prompts with the same adapter are read together.
+        """
+        groups: dict[Prefixes | Request, list[tuple[Request, int]]] = {}
+        for request in self.reading:
+            left = len(request.prompt) - request.length
+            n = left if most is None else min(left, most)
+            if not n:
+                break
+            most = None if most is None else most - n
+            is_whole = not request.length and n == left
+            key = request.adapter.prefixes if is_whole else request
+            groups.setdefault(key, []).append((request, request.length))
+            request.length += n
+        hidden = {
+            request: row
+            for group in groups.values()
+            for (request, _), row in zip(group, self._read_group(group), strict=True)
+        }
+        read = [request for request in hidden if request.length == len(request.prompt)]
+        self.reading = [request for request in self.reading if request not in read]
+        if read:
+            slots = [self.slots.index(request) for request in read]
+            self._choose(self.model.logits(torch.stack([hidden[request] for request in read])), slots)
+
+    def _read_group(self, group: Sequence[tuple[Request, int]]) -> Tensor:
+        """Read whole prompts, or one from a place up to its ``length``; return hidden states ``[B, C]``."""
+        requests = [request for request, _ in group]
+        slots = [self.slots.index(request) for request in requests]
+        first, start = group[0]
+        prefixes = first.adapter.prefixes
+        if start or first.length < len(first.prompt):
+            hidden: Tensor = self.executor.go_on(first.prompt[: first.length], start, slots[0], prefixes)
+        else:
+            hidden = self.executor.read([request.prompt for request in requests], slots, prefixes)
+        return hidden
+
+    def _longest_shared(self, request: Request) -> tuple[int, int]:
+        """Return the slot that holds the longest start of a prompt, and how many tokens; 0 if none does."""
+        if not request.resumes:
+            return 0, 0
+        found = [
+            (min(n_common(request.prompt, other.cached), len(request.prompt) - 1), slot)
+            for slot, other in enumerate(self.slots)
+            if other.adapter.prefixes is request.adapter.prefixes
         ]
-        order = [slot for slots in groups.values() for slot in slots]
-        self._choose(self.model.logits(torch.cat(hidden)), order)
+        n, slot = max(found, default=(0, 0))
+        return (slot, n) if n >= LEAST_SHARED else (0, 0)
+
+    def _slots_for(self, new: list[Request], shared: list[tuple[int, int]]) -> list[int]:
+        """Return a slot for each request: the one it goes on from, if that loses little, or a free one."""
+        chosen: list[int | None] = []
+        for source, n in shared:
+            is_own = n and source not in chosen and self.slots[source].ended
+            chosen.append(source if is_own and 2 * n >= len(self.slots[source].cached) else None)
+        kept = [r for r in self._left if r.resumes and r.ended and r in self.slots]
+        self._left = [r for r in self._left if r.resumes and r in self.slots]
+        n_too_many = max(0, len(kept) + chosen.count(None) - MOST_KEPT)
+        for request in kept[:n_too_many]:
+            request.resumes = False
+        sources = {source for source, n in shared if n}
+        free = [
+            slot
+            for slot, request in enumerate(self.slots)
+            if request.ended and not request.resumes and slot not in sources
+        ]
+        free += range(len(self.slots), len(self.slots) + len(new))
+        places = iter(free)
+        return [next(places) if slot is None else slot for slot in chosen]
 
     def enlarge(self, n_slots: int, length: int) -> None:
         """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
@@ -113,7 +214,7 @@ class Lane:
 
     def _prepare(self, slots: Sequence[int]) -> None:
         """Set up slots for the prompts that will be read: their past, if a request needs one."""
-        if self.past is None and not any(request.adjusted for request in self.live):
+        if self.past is None and not any(self.slots[slot].adjusted for slot in slots):
             return
         if self.past is None:
             B, V = self.executor.cache.n_slots, self.model.config.vocab_size
@@ -136,13 +237,17 @@ class Lane:
 
         One that is cancelled from now on is computed once more: the step's slots stay as they are.
         """
-        live = [slot for slot, request in enumerate(self.slots) if not request.ended]
+        live = [slot for slot, request in enumerate(self.slots) if self._is_live(request)]
         n_live = len(live)
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
-            self.executor.move(source, target, self.slots[source].length)
+            other = self.slots[target]
+            if other.resumes or not other.ended:
+                self.executor.swap(source, target, max(other.length, self.slots[source].length))
+            else:
+                self.executor.move(source, target, self.slots[source].length)
             if self.past is not None:
-                self.past.copy(source, target)
+                self.past.swap(source, target)
             self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
         return self.slots[:n_live]
 
@@ -163,6 +268,12 @@ class Lane:
         scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
         for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
             request.receive(chosen, row)
+
+
+def n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lit_adapter.config import Columns
 from lit_adapter.data.formats import SUFFIXES, Row, check_no_columns, rows_of, rows_of_input
-from lit_adapter.data.records import DEFAULT_COLUMNS, tasks_of
+from lit_adapter.data.tasks import DEFAULT_COLUMNS, tasks_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import write_target

@@ -97,6 +97,8 @@ class Request:
     adapter: Adapter
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the answer, in addition to those of the settings."""
+    resumes: bool = False
+    """Whether it goes on from what a slot holds of its prompt, and leaves its own slot to later requests."""
     bias: Mapping[int, float] = field(default_factory=dict)
     """What is added to the logits of some ids."""
     most_likely: int | None = None
@@ -105,6 +107,8 @@ class Request:
     """Tokens of the answer that its owner has not taken yet."""
     likelihoods: deque[Likelihood] = field(default_factory=deque, init=False)
     """Those of ``news``, if ``most_likely`` asks for them."""
+    answer: list[int] = field(default_factory=list, init=False)
+    """The tokens of the answer so far."""
     ended: bool = field(default=False, init=False)
     """Whether no token will follow; its slot is then free."""
     error: BaseException | None = field(default=None, init=False)
@@ -113,13 +117,23 @@ class Request:
     """The newest token; it is not in the cache yet."""
     length: int = field(default=0, init=False)
     """Tokens in the cache."""
-    n_new: int = field(default=0, init=False)
-    """Tokens of the answer so far."""
+    computed: int = field(default=0, init=False)
+    """Tokens of its prompt that were computed, and not taken over from a slot."""
 
     def __post_init__(self) -> None:
         check_stop_ids(self.adapter.model.config, self.settings)
         check_prompt(self.adapter.model.config, self.prompt, self.settings)
         self.stop_ids = self.stop_ids | frozenset(self.settings.stop_ids)
+
+    @property
+    def n_new(self) -> int:
+        """Number of tokens of the answer so far."""
+        return len(self.answer)
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens whose keys and values its slot holds, for certain."""
+        return [] if self.error is not None else [*self.prompt, *self.answer][: self.length]
 
     @property
     def adjusted(self) -> bool:
@@ -147,7 +161,7 @@ class Request:
         if token in self.stop_ids:
             self.ended = True
             return
-        self.n_new += 1
+        self.answer.append(token)
         if likelihoods is not None and self.most_likely is not None:
             self.likelihoods.append(Likelihood.of(likelihoods, self.most_likely))
         self.news.append(token)

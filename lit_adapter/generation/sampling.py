@@ -99,10 +99,10 @@ class Past:
         """Return some rows."""
         return Past(*(own[rows] for own in vars(self).values()))
 
-    def copy(self, source: int, target: int) -> None:
-        """Give a row's past to another row."""
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows."""
         for own in vars(self).values():
-            own[target] = own[source]
+            own[[one, other]] = own[[other, one]]
 
     def adjust(self, logits: Tensor, choice: Choice) -> Tensor:
         """Return logits with biases added, then the penalties of repetition, frequency and presence taken.

@@ -180,6 +180,23 @@ class PrefillView(_CacheView):
         return attend_causally(q, k, v, query_positions)
 
 
+class RestView(_CacheView):
+    """The rest of one prompt at ``position [1, T]``, whose earlier tokens the slot holds."""
+
+    def __init__(self, decode: ModuleDecode, position: Tensor, prefixes: Prefixes, slot: int) -> None:
+        super().__init__(decode, position, prefixes)
+        self.slot, self.position = slot, position[0]
+        self.end = int(position[0, -1]) + 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Keep keys and values, and attend to all up to each token."""
+        keys, values = (x[layer, self.slot, :, : self.end] for x in (self.cache.k, self.cache.v))
+        keys[:, self.position[0] :], values[:, self.position[0] :] = k[0], v[0]
+        place = self.position if query_positions is None else self.position[query_positions]
+        seen = torch.arange(self.end, device=place.device) <= place[:, None]
+        return F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=seen, enable_gqa=True)
+
+
 class DecodeView(_CacheView):
     """One new token in each of the first B slots, at ``position [B, 1]``, attending to ``used`` keys.
 
@@ -231,6 +248,27 @@ class ModuleDecode:
         for x in (self.cache.k, self.cache.v):
             x[:, target, :, :length] = x[:, source, :, :length]
         self.prefixes.assign([target], self.prefixes.rows[source])
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two slots of up to ``length`` cached tokens."""
+        for x in (self.cache.k, self.cache.v):
+            x[:, [one, other], :, :length] = x[:, [other, one], :, :length]
+        rows = self.prefixes.rows
+        first, second = rows[one], rows[other]
+        self.prefixes.assign([one], second)
+        self.prefixes.assign([other], first)
+
+    def go_on(self, prompt: Sequence[int], done: int, slot: int, prefixes: Prefixes) -> Tensor:
+        """Read the rest of a prompt whose first ``done`` tokens are in its slot.
+
+        Returns:
+            The normed hidden state of its last token ``[1, C]``.
+        """
+        self.prefixes.assign([slot], prefixes)
+        ids = torch.tensor([prompt[done:]], device=self.device)
+        position = torch.arange(done, len(prompt), device=self.device)[None]
+        last = torch.tensor([ids.shape[1] - 1], device=self.device)
+        return self.model(ids, RestView(self, position, prefixes, slot), last)[:, 0]
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
         """Read the prompts of requests with the same adapter.

@@ -89,6 +89,14 @@ class FusedDecode(ModuleDecode):
         view = _PromptView(self, row, torch.tensor(slots)[segment], prefix)
         return self.model(view.ids[None], view, view.last)[0]
 
+    def go_on(self, prompt: Sequence[int], done: int, slot: int, prefixes: Prefixes) -> Tensor:
+        """Read the rest of a prompt; see `ModuleDecode.go_on`."""
+        self.prefixes.assign([slot], prefixes)
+        prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
+        view = _RestView(self, len(prompt), done, slot, prefix)
+        ids = torch.tensor([prompt[done:]], device=self.device)
+        return self.model(ids, view, view.last)[0]
+
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
         if self.few is not None:
@@ -168,6 +176,37 @@ class _PromptView(_CacheRowView):
         plan = self.all_queries if query_positions is None else self.last_queries
         q = q if query_positions is None else q[query_positions]
         return attention.attend(q, k, v, self.rotation, plan, decode.D, self.prefix[layer])[0]
+
+
+class _RestView(_CacheRowView):
+    """The tokens of a text of ``length`` after the first ``done``, which its slot holds."""
+
+    def __init__(
+        self, decode: FusedDecode, length: int, done: int, slot: int, prefix: Sequence[Prefix | None]
+    ) -> None:
+        device = decode.device
+        everything, none = torch.arange(length), torch.zeros(length, dtype=torch.long)
+        new = everything[done:]
+        self.all_rotation = decode.model.rotation(everything.to(device))
+        cos, sin = self.all_rotation
+        slots = torch.full((len(new),), slot, device=device)
+        super().__init__(decode, (cos[done:], sin[done:]), slots, new.to(device))
+        self.last = torch.tensor([len(new) - 1], device=device)
+        self.length, self.own_slot, self.prefix = length, slot, prefix
+        row = PackedRow(none, everything, none, none, new, new)
+        self.all_queries = plan_tiles(row, new, device)
+        self.last_queries = plan_tiles(row, new[-1:], device)
+
+    def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
+        decode = self.decode
+        k, v = (
+            x[layer, self.own_slot, :, : self.length].transpose(0, 1).reshape(self.length, -1)
+            for x in (decode.cache.k, decode.cache.v)
+        )
+        q = qkv[:, : decode.q_width]
+        plan = self.all_queries if query_positions is None else self.last_queries
+        q = q if query_positions is None else q[query_positions]
+        return attention.attend(q, k, v, self.all_rotation, plan, decode.D, self.prefix[layer])[0]
 
 
 class _StepView(_CacheRowView):

@@ -195,9 +195,7 @@ class Jobs:
                 # The first choice is the one that a request for a single one gets.
                 sampling = _sampling(body, n_new, stop, (first + number) % 2**64)
                 try:
-                    request = Request(
-                        prompt, sampling, adapter, model.stop_ids, bias=bias, most_likely=most_likely
-                    )
+                    request = Request(prompt, sampling, adapter, model.stop_ids, True, bias, most_likely)
                 except UserError as error:
                     raise invalid(str(error)) from None
                 yield prompt, request

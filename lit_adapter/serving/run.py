@@ -109,7 +109,7 @@ def load_adapters(options: ServerOptions) -> Adapters:
         template=template,
         verify=options.verify,
     )
-    adapters = Adapters(base, base_folder.resolve().name, folder)
+    adapters = Adapters(base, base.base_name, folder)
     for name, path in options.adapters.items():
         adapters.load(name, path)
     adapters.scan(patient=False)

@@ -1,14 +1,14 @@
-"""The base's own chat template, rendered once into plain text around a stand-in for the user's message.
+"""A chat template, rendered once into plain text around a stand-in for the user's message.
 
-The Jinja template comes with the base, so it runs in Jinja's sandbox, in a process with limits (`limited`),
-and never sees what users write.
+The Jinja template mostly comes with the base, so it runs in Jinja's sandbox, in a process with limits
+(`limited`), and never sees what users write. Conversations of several turns are rendered by `conversation`.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_adapter.errors import UserError
 from lit_adapter.text.limited import LimitedError, ask
@@ -28,66 +28,69 @@ class RenderedChat(NamedTuple):
     trim: bool
 
 
-def render_chat(tokenizer: Tokenizer) -> RenderedChat:
-    """Render the tokenizer's chat template for one user message.
+def render_chat(tokenizer: Tokenizer, source: str, name: str, date: str | None = None) -> RenderedChat:
+    """Render a chat template for one user message.
+
+    Args:
+        tokenizer: spells BOS and EOS.
+        source: Jinja.
+        name: of the template, for messages.
+        date: the day that it may show (ISO); None for today.
 
     Raises:
-        UserError: there is no chat template, it fails, or it does not show message and answer once each.
+        UserError: the template fails, or does not show message and answer once each.
     """
-    if not tokenizer.chat_template:
-        raise UserError("template 'chat': this base has no chat template; use alpaca or a text of your own")
     user = {"role": "user", "content": USER}
     padded_user = {"role": "user", "content": f"  {USER}  "}
     answer = {"role": "assistant", "content": ANSWER}
-    prompt, padded, whole = _render(
-        tokenizer, [([user], True), ([padded_user], True), ([user, answer], False)]
-    )
+    conversations = [([user], True), ([padded_user], True), ([user, answer], False)]
+    prompt, padded, whole = _render(tokenizer, source, name, date, conversations)
     before, found, after = prompt.partition(USER)
     if not found or USER in after:
         raise UserError(
-            f"template 'chat': the base's template shows the user's message {prompt.count(USER)} times, "
+            f"template '{name}' shows the user's message {prompt.count(USER)} times, "
             "not once; use alpaca or a text of your own"
         )
     until_answer, found, rest = whole.partition(ANSWER)
     if not found:
-        raise UserError(
-            "template 'chat': the base's template shows no answer; use alpaca or a text of your own"
-        )
+        raise UserError(f"template '{name}' shows no answer; use alpaca or a text of your own")
     gap = until_answer[len(prompt) :] if until_answer.startswith(prompt) else ""
     fitting = [token for token in tokenizer.control_tokens if rest.lstrip().startswith(token)]
     end = max(fitting, key=len, default=None)
     return RenderedChat(before, after, gap if gap == " " else "", end, prompt == padded)
 
 
-def render_conversation(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-    """Render the tokenizer's chat template for a conversation that an answer is to continue.
-
-    Raises:
-        UserError: the template fails, or refuses these turns.
-    """
-    return _render(tokenizer, [(messages, True)])[0]
-
-
-def _render(tokenizer: Tokenizer, conversations: list[tuple[list[dict[str, str]], bool]]) -> list[str]:
+def _render(
+    tokenizer: Tokenizer,
+    source: str,
+    name: str,
+    date: str | None,
+    conversations: list[tuple[list[dict[str, str]], bool]],
+) -> list[str]:
     """Return the text of every conversation; the flag says whether a prompt for an answer ends it."""
-    spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
     request = {
-        "template": tokenizer.chat_template,
+        "template": source,
+        "date": date,
         "conversations": [
             {"messages": said, "add_generation_prompt": prompt} for said, prompt in conversations
         ],
-        "common": {
-            "bos_token": "" if tokenizer.bos_id is None else spelled.get(tokenizer.bos_id, ""),
-            "eos_token": spelled.get(tokenizer.eos_id, ""),
-            "tools": None,
-            "documents": None,
-        },
+        "common": common_values(tokenizer) | {"tools": None},
     }
     try:
         texts: list[str] = ask("lit_adapter.text.chat_rendering", request)
     except LimitedError as error:
-        raise UserError(f"template 'chat': the base's chat template fails: {error}") from None
+        raise UserError(f"template '{name}': the chat template fails: {error}") from None
     return texts
+
+
+def common_values(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what every chat template is given besides messages and tools."""
+    spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
+    return {
+        "bos_token": "" if tokenizer.bos_id is None else spelled.get(tokenizer.bos_id, ""),
+        "eos_token": spelled.get(tokenizer.eos_id, ""),
+        "documents": None,
+    }
 
 
 def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

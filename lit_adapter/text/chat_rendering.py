@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from functools import partial
+from functools import cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,8 +20,41 @@ def render(request: dict[str, Any]) -> list[str]:
 
     ``template`` is Jinja; each of ``conversations`` holds the values that differ, ``common`` the others.
     """
-    template = _environment().from_string(request["template"])
+    template = _compiled(request["template"], request.get("date"))
     return [template.render(**request["common"], **values) for values in request["conversations"]]
+
+
+def render_growing(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the text of a conversation, and how much of it its beginnings have in common with it.
+
+    Each of ``starts`` is a number of messages, and whether a prompt for an answer follows them. For each,
+    ``lengths`` holds the length of its text if the whole text begins with that, and otherwise None. Where
+    the template fails, ``failed`` is the number of messages it was given and ``why`` what it says.
+    """
+    template, messages = _compiled(request["template"], request.get("date")), request["messages"]
+    found: dict[str, Any] = {"lengths": []}
+    for number, prompt in ([len(messages), request["prompt"]], *request["starts"]):
+        try:
+            text = template.render(
+                **request["common"], messages=messages[:number], add_generation_prompt=prompt
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            return {"failed": number, "why": f"{error}"[:500] or type(error).__name__}
+        if "text" not in found:
+            found["text"] = text
+        else:
+            found["lengths"].append(len(text) if found["text"].startswith(text) else None)
+    return found
+
+
+def answer(request: dict[str, Any]) -> Any:
+    """Do what is asked for: to render conversations, or one as it grows."""
+    return render_growing(request) if "messages" in request else render(request)
+
+
+@cache
+def _compiled(source: str, date: str | None) -> jinja2.Template:
+    return _environment(date).from_string(source)
 
 
 class _Generation(Extension):
@@ -34,15 +67,24 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment that chat templates expect: transformers' settings and functions."""
+def _environment(date: str | None) -> ImmutableSandboxedEnvironment:
+    """Return the environment that chat templates expect: transformers' settings and functions.
+
+    ``date`` (ISO) is the one that templates may show; None for today's.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = datetime.now().strftime  # one time for all conversations
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    now = datetime.now() if date is None else datetime.fromisoformat(date)
+    environment.globals["strftime_now"] = now.strftime  # one time for all conversations
+    environment.filters["tojson"] = _to_json
     return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """Return JSON as transformers' filter of this name does: characters as they are, and no HTML escapes."""
+    return json.dumps(value, indent=indent, **{"ensure_ascii": False, **options})
 
 
 def _raise(message: str) -> NoReturn:
@@ -50,4 +92,4 @@ def _raise(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(render)
+    serve(answer)

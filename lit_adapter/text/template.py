@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.files.read import read_text
+from lit_adapter.text import chat_templates
 from lit_adapter.text.chat import control_pattern, render_chat
-from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
 INSTRUCTION, INPUT = "{instruction}", "{input}"
 ALPACA = (
@@ -28,7 +30,10 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-KINDS = ("alpaca", "alpaca-newline", "chat", "custom")
+CHATS = ("chat", *chat_templates.NAMES, "jinja")
+"""Kinds of templates for conversations."""
+KINDS = ("alpaca", "alpaca-newline", *CHATS, "custom")
+_OF_CHATS = ("jinja", "date")
 _FIELD = re.compile(r"(\{instruction\}|\{input\})")
 _IN_BRACES = re.compile(r"\{\s*(\w+)\s*\}")
 
@@ -38,9 +43,9 @@ class Template:
     """How a record becomes a prompt and an answer."""
 
     kind: str
-    """alpaca, alpaca-newline, chat or custom."""
+    """alpaca, alpaca-newline, chat (the base's own), the name of a chat template, jinja or custom."""
     text: str
-    """The prompt, with ``{instruction}`` and ``{input}`` for the record's texts. In ``chat``,
+    """The prompt, with ``{instruction}`` and ``{input}`` for the record's texts. In a chat template,
     ``{instruction}`` is the whole message: the instruction, an empty line and the input."""
     text_without_input: str | None = None
     """The prompt for records without input; None to use ``text``."""
@@ -50,6 +55,10 @@ class Template:
     """A space between prompt and answer that is part of the answer's first token."""
     trim: bool = False
     """Whether white space around the message is stripped, as in many chat templates."""
+    jinja: str | None = None
+    """The Jinja of a chat template, which writes conversations of several turns."""
+    date: str | None = None
+    """The day that a chat template shows (ISO), so that it always shows the same one."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,8 +73,9 @@ class Template:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the template as plain values, for a JSON file."""
-        return asdict(self)
+        """Return the template as plain values, for a JSON file; others lack what chat templates have."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _OF_CHATS}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Template:
@@ -74,8 +84,8 @@ class Template:
         Raises:
             ValueError: a key is missing or unknown, or a value is not valid.
         """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(raw, dict) or sorted(raw) != sorted(names):
+        names = [field.name for field in fields(cls) if field.name not in _OF_CHATS]
+        if not isinstance(raw, dict) or sorted({*raw} - {*_OF_CHATS}) != sorted(names):
             raise ValueError(f"template: expected the keys {', '.join(names)}")
         kinds = {"kind": (str,), "text": (str,), "lead": (str,), "trim": (bool,)}
         for name, value in raw.items():
@@ -85,6 +95,22 @@ class Template:
             return cls(**raw)
         except UserError as error:
             raise ValueError(str(error)) from None
+
+    def conversation_source(self, tokenizer: Tokenizer) -> str:
+        """Return the Jinja that writes a conversation under this template.
+
+        A template of one task is repeated for each of the user's messages.
+        """
+        if self.jinja is not None:
+            return self.jinja
+        if self.kind == "chat" and tokenizer.chat_template:  # of an earlier version, which did not keep it
+            return tokenizer.chat_template
+        if self.kind in ("alpaca", "alpaca-newline"):
+            return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
+        text = (self.text if self.text_without_input is None else self.text_without_input).replace(INPUT, "")
+        before, _, after = text.partition(INSTRUCTION)
+        end = next(name for name, id_ in tokenizer.control_tokens.items() if id_ == self.end_id(tokenizer))
+        return chat_templates.repeated(before, after + self.lead, end)
 
     def variant(self, record_has_input: bool) -> int:
         """Return which of the template's texts a record uses: 0, or 1 for the one without input."""
@@ -145,11 +171,24 @@ class Template:
         return [*ids, self.end_id(tokenizer)], len(prompt.ids)
 
     def _prompt(self, tokenizer: Tokenizer, instruction: str, input: str) -> _Prompt:
-        return _encoded(self._filled(instruction, input), tokenizer)
+        bos = tokenizer.bos_id
+        segments = _segments(self._filled(instruction, input), tokenizer)
+        ids = [bos] if tokenizer.add_bos and bos is not None and segments[:1] != [bos] else []
+        run, run_start, continuation = "", 0, False
+        for place, segment in enumerate(segments):
+            run_start = len(ids)
+            continuation = place > 0 and not tokenizer.space_after_control
+            if isinstance(segment, int):
+                run, ids = "", [*ids, segment]
+            else:
+                run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
+        if not ids:
+            raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
+        return _Prompt(ids, run, run_start, continuation)
 
     def _filled(self, instruction: str, input: str) -> list[tuple[str, bool]]:
         """Return the pieces of the prompt, each with whether it is the template's own text."""
-        if self.kind == "chat":
+        if self.kind in CHATS:
             instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
         if self.trim:
             instruction = instruction.strip()
@@ -174,32 +213,6 @@ class _Prompt:
     """Whether it was encoded without a space at its start."""
 
 
-def encode_parts(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a prompt's pieces, each with whether it is the template's own text.
-
-    Raises:
-        UserError: as `Template.encode_prompt`.
-    """
-    return _encoded(parts, tokenizer).ids
-
-
-def _encoded(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> _Prompt:
-    bos = tokenizer.bos_id
-    segments = _segments(parts, tokenizer)
-    ids = [bos] if tokenizer.add_bos and bos is not None and segments[:1] != [bos] else []
-    run, run_start, continuation = "", 0, False
-    for place, segment in enumerate(segments):
-        run_start = len(ids)
-        continuation = place > 0 and not tokenizer.space_after_control
-        if isinstance(segment, int):
-            run, ids = "", [*ids, segment]
-        else:
-            run, ids = segment, ids + tokenizer.encode(segment, continuation=continuation)
-    if not ids:
-        raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
-    return _Prompt(ids, run, run_start, continuation)
-
-
 def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str | int]:
     """Return the longest runs of text, and the ids of the control tokens between them."""
     pattern, control = control_pattern(tokenizer), tokenizer.control_tokens
@@ -215,32 +228,45 @@ def _segments(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[str |
     return [*segments, run] if run else segments
 
 
-def resolve_template(name_or_text: str, tokenizer: Tokenizer) -> Template:
+def resolve_template(name_or_text: str, tokenizer: Tokenizer, *, conversations: bool = False) -> Template:
     """Return the template that a configuration names.
 
-    That is ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a text with ``{instruction}``, or the
-    path of a file with such a text, whose last line break is ignored.
+    That is ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a chat template's name, a text with
+    ``{instruction}``, the path of a file with such a text, whose last line break is ignored, or the path of a
+    chat template that ends in ``.jinja``. ``auto`` is ``alpaca``, or for ``conversations`` the base's own
+    chat template; without one ``chatml`` where the base has its control tokens, and else ``alpaca-chat``.
 
     Raises:
         UserError: the name is unknown, the file cannot be read, or the base has no usable chat template.
     """
-    if name_or_text == "chat":
-        return _chat(tokenizer)
-    if name_or_text in ("alpaca", "alpaca-newline"):
-        newline = "\n" if name_or_text == "alpaca-newline" else ""
-        return Template(name_or_text, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
+    name = name_or_text
+    if name == "auto":
+        name = _name_for_conversations(tokenizer) if conversations else "alpaca"
+    if name == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(
+                "template 'chat': this base has no chat template; use alpaca or a text of your own, or "
+                f"for conversations {', '.join(chat_templates.NAMES)}"
+            )
+        return _chat(tokenizer, tokenizer.chat_template, name)
+    if name in chat_templates.NAMES:
+        return _named_chat(tokenizer, name)
+    if name in ("alpaca", "alpaca-newline"):
+        newline = "\n" if name == "alpaca-newline" else ""
+        return Template(name, ALPACA + newline, ALPACA_WITHOUT_INPUT + newline)
     if INSTRUCTION in name_or_text:
         return _custom(name_or_text, f"template {shorten(name_or_text)}")
     path = Path(name_or_text)
     if "\n" not in name_or_text and _is_file(path):
         text = read_text(path).removesuffix("\n")
+        if path.suffix in (".jinja", ".jinja2", ".j2"):
+            return _chat(tokenizer, text, "jinja")
         if INSTRUCTION not in text:
-            raise UserError(f"{path}: {INSTRUCTION} is missing")
+            raise UserError(f"{path}: {INSTRUCTION} is missing; a chat template's file ends in .jinja")
         return _custom(text, str(path))
-    hint = nearest(name_or_text, list(KINDS[:-1]))
-    expected = (
-        f"; expected alpaca, alpaca-newline, chat, a text with {INSTRUCTION}, or the path of a file with one"
-    )
+    names = ["auto", *(kind for kind in KINDS if kind not in ("jinja", "custom"))]
+    hint = nearest(name_or_text, names)
+    expected = f"; expected {', '.join(names)}, a text with {INSTRUCTION}, or the path of a file with one"
     raise UserError(f"template {shorten(name_or_text)} is unknown{hint or expected}")
 
 
@@ -262,9 +288,27 @@ def _custom(text: str, where: str) -> Template:
     return Template("custom", text)
 
 
-def _chat(tokenizer: Tokenizer) -> Template:
-    chat = render_chat(tokenizer)
+def _name_for_conversations(tokenizer: Tokenizer) -> str:
+    if tokenizer.chat_template:
+        return "chat"
+    return "chatml" if {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys() else "alpaca-chat"
+
+
+def _named_chat(tokenizer: Tokenizer, name: str) -> Template:
+    source = chat_templates.named(name)
+    missing = [one for one in CONTROL_SPELLING.findall(source) if one not in tokenizer.control_tokens]
+    if missing:
+        raise UserError(
+            f"template '{name}': this tokenizer has no control token '{missing[0]}'; choose another one, "
+            "such as alpaca-chat, which needs none"
+        )
+    return _chat(tokenizer, source, name)
+
+
+def _chat(tokenizer: Tokenizer, source: str, kind: str) -> Template:
+    today = date.today().isoformat() if "strftime_now" in source else None
+    chat = render_chat(tokenizer, source, kind, today)
     if _FIELD.search(chat.before + chat.after):
-        raise UserError(f"template 'chat': the base's template has {INSTRUCTION} or {INPUT} in its own text")
+        raise UserError(f"template '{kind}' has {INSTRUCTION} or {INPUT} in its own text")
     text = chat.before + INSTRUCTION + chat.after
-    return Template("chat", text, end=chat.end, lead=chat.lead, trim=chat.trim)
+    return Template(kind, text, end=chat.end, lead=chat.lead, trim=chat.trim, jinja=source, date=today)

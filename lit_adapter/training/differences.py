@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from lit_adapter.config import Config
+from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted, shorten
 from lit_adapter.files.paths import without_home
 from lit_adapter.training.run_identity import RunIdentity, run_identity
@@ -50,7 +51,7 @@ def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[st
 
 def _of_records(keys: set[str], known: dict[str, Any], now: dict[str, Any], config: Config) -> list[str]:
     """Return which records differ, and how many there were and are."""
-    train, val = f"data.train {config.data.train}", config.data.val
+    train, val = f"data.train {title(as_names(config.data.train))}", title(as_names(config.data.val))
     found = []
     if "data.file" in keys:
         found.append(f"{train}: its records have changed ({_numbers('data.n_file', known, now)})")
@@ -81,7 +82,7 @@ def _of_base(what: str, base: str, saved: RunIdentity) -> str:
 
 def _of_template(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return the first part that differs, from where it does."""
-    key = next(key for key in now if before.get(key) != now[key])
+    key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
     texts = [str(side.get(key)) for side in (before, now)]
     same = _common(*texts) if key.startswith("text") else 0
     shown = [shorten(text[same:], EXCERPT) for text in texts]

@@ -63,7 +63,7 @@ class Stopwatch(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Time the sample answers of one validation."""
-        if self.samples.records and not trainer.should_stop:
+        if self.samples.samples and not trainer.should_stop:
             pl_module.eval()
             start = time.perf_counter()
             self.samples.answers(trainer, pl_module)

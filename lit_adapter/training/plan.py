@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_adapter.config import Config
 from lit_adapter.data.hub import is_hub_name
 from lit_adapter.data.module import AlpacaDataModule
+from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_shapes, parameter_counts
 from lit_adapter.model.layout import base_shapes
@@ -151,9 +152,10 @@ def write_adapter(
     Raises:
         UserError: the file cannot be written.
     """
-    config, base, source = plan.config, plan.base, plan.config.data.train
+    config, base = plan.config, plan.base
+    names = [name if is_hub_name(name) else Path(name).name for name in as_names(config.data.train)]
     training = {
-        "data": source if is_hub_name(source) else Path(source).name,
+        "data": title(names),
         "epochs": plan.epochs,
         "batch_size": config.optim.batch_size,
         "lr": config.optim.peak_lr,

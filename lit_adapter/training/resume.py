@@ -77,19 +77,23 @@ def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
     return RunIdentity({}, {}, 0)
 
 
-def template_of_run(setting: str, base: Base, saved: RunIdentity) -> Template:
+def template_of_run(setting: str, base: Base, saved: RunIdentity, *, conversations: bool) -> Template:
     """Return the template that ``data.template`` names; a resumed run keeps its chat template.
 
-    A chat template may show the date, so rendering it again could give another text.
+    A chat template may show the date, so rendering it again could give another text. ``conversations``: the
+    data holds some, which decides what ``auto`` is.
 
     Raises:
         UserError: as `resolve_template`.
     """
     kept = saved.identity.get("template")
     same_base = saved.identity.get("tokenizer") == base.identity.tokenizer[:16]  # and its chat template
-    if setting == "chat" and same_base and kept and kept["kind"] == "chat":
+    is_chat = setting == "chat" or (setting == "auto" and conversations)
+    if is_chat and same_base and kept and kept["kind"] == "chat":
         return Template.from_dict(kept)
-    return resolve_template(setting, base.tokenizer)
+    template = resolve_template(setting, base.tokenizer, conversations=conversations)
+    same = kept is not None and template.jinja is not None and kept.get("jinja") == template.jinja
+    return Template.from_dict(kept) if same and kept else template
 
 
 def _stored(checkpoint: dict[str, Any]) -> RunIdentity:

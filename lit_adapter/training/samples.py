@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -9,11 +10,40 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_adapter.config import TrainerConfig
+from lit_adapter.data.examples import trimmed
+from lit_adapter.data.record import AnyRecord, Conversation, Record
 from lit_adapter.data.records import Records
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.request import NonFiniteLogitsError
+from lit_adapter.text.conversation import encode_prompt
 from lit_adapter.training.processes import agree
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out record to be answered."""
+
+    prompt: list[int]
+    """Token ids."""
+    shown: dict[str, str]
+    """What is to be answered, by its title."""
+    reference: str
+    """The record's own answer."""
+
+
+def _sample_of(record: AnyRecord, assistant: AdaptedLlama) -> Sample | None:
+    """Return what there is to answer in a record; None for a text."""
+    tokenizer, template = assistant.tokenizer, assistant.template
+    if isinstance(record, Record):
+        prompt = template.encode_prompt(tokenizer, record.instruction, record.input)
+        return Sample(prompt, {"Instruction": record.instruction, "Input": record.input}, record.output)
+    if not isinstance(record, Conversation):
+        return None
+    *before, last = trimmed(record.messages)
+    shown = "\n\n".join(f"{message.role}: {message.content}" for message in before)
+    prompt = encode_prompt(tokenizer, template, before, record.tools)
+    return Sample(prompt, {"Conversation": shown}, last.content or str(last.more.get("tool_calls", "")))
 
 
 class Samples(Callback):
@@ -31,13 +61,9 @@ class Samples(Callback):
                 f"trainer.sample_tokens is {options.sample_tokens}, but the base's context is "
                 f"{assistant.model.config.context_length}; lower it"
             )
-        encode, tokenizer = assistant.template.encode_prompt, assistant.tokenizer
-        fitting = (
-            record
-            for record in records or ()
-            if len(encode(tokenizer, record.instruction, record.input)) <= room
-        )
-        self.records = list(islice(fitting, options.samples))
+        samples = (_sample_of(record, assistant) for record in records or ())
+        fitting = (sample for sample in samples if sample is not None and len(sample.prompt) <= room)
+        self.samples = list(islice(fitting, options.samples))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the answers."""
@@ -46,9 +72,8 @@ class Samples(Callback):
         answers = self.answers(trainer, pl_module)
         if not answers:
             return
-        for number, (record, answer) in enumerate(zip(self.records, answers, strict=True)):
-            parts = {"Instruction": record.instruction, "Input": record.input}
-            parts |= {"Answer": answer, "Reference": record.output}
+        for number, (sample, answer) in enumerate(zip(self.samples, answers, strict=True)):
+            parts = {**sample.shown, "Answer": answer, "Reference": sample.reference}
             text = "\n\n".join(f"**{title}**\n\n{_quoted(body)}" for title, body in parts.items() if body)
             trainer.logger.experiment.add_text(f"samples/{number}", text, trainer.global_step)
 
@@ -59,7 +84,7 @@ class Samples(Callback):
         that does not take part, or after a signal, which ends the generation.
         """
         together = isinstance(trainer.strategy, ModelParallelStrategy)
-        if not self.records or not (trainer.is_global_zero or together):
+        if not self.samples or not (trainer.is_global_zero or together):
             return []
 
         def stopped() -> bool:
@@ -67,12 +92,13 @@ class Samples(Callback):
                 agree(trainer, pl_module)
             return bool(pl_module.signals.agreed if together else pl_module.signals.received)
 
-        pairs = [(record.instruction, record.input) for record in self.records]
+        prompts = [sample.prompt for sample in self.samples]
         try:
-            size = self.max_new_tokens
-            answers = self.assistant.generate_batch(pairs, max_new_tokens=size, stopped=stopped)
+            answers = self.assistant.answer_prompts(
+                prompts, max_new_tokens=self.max_new_tokens, stopped=stopped
+            )
         except NonFiniteLogitsError:  # training counts such steps itself, and stops when there are too many
-            answers = ["(no answer: the logits are NaN or infinite)"] * len(pairs)
+            answers = ["(no answer: the logits are NaN or infinite)"] * len(prompts)
         return [] if stopped() else answers
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_adapter.data.encode import Encoded, encode_records
+from lit_adapter.data.encode import Encoded, encode_records, kinds_of_tasks
 from lit_adapter.data.records import read_records
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -38,6 +38,7 @@ def alpaca_like(n_records: int, vocab: int, seed: int) -> Encoded:
     return Encoded(
         ids=np.concatenate(ids).astype(np.int32),
         start=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        kinds=kinds_of_tasks(np.array([*map(len, ids)]), np.array(n_prompt)),
         n_prompt=np.array(n_prompt, np.int32),
         variant=variant,
         whole=np.ones(n_records, np.bool_),

@@ -23,7 +23,8 @@ from tokenizer_kinds import HARD, MAKERS, Kind
 
 from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer
-from lit_adapter.data.records import Record, Records, read_records
+from lit_adapter.data.record import Record
+from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.text.template import Template, resolve_template

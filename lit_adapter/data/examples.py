@@ -1,0 +1,134 @@
+"""One record as token ids, cut to length, with what each token is to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_adapter.data.record import AnyRecord, Conversation, PlainText, Record
+from lit_adapter.errors import UserError
+from lit_adapter.text.conversation import (
+    ANSWER,
+    CONTEXT,
+    EncodedConversation,
+    Message,
+    encode_conversation,
+)
+from lit_adapter.text.template import Template
+from lit_adapter.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is trained on of one record."""
+
+    ids: NDArray[np.int32]
+    """Its tokens ``[T]``."""
+    kinds: NDArray[np.int8]
+    """What each is to the loss: `NEVER`, `CONTEXT` or `ANSWER` ``[T]``."""
+    variant: int
+    """Which text of the template it uses (`Template.variant`)."""
+    whole: bool
+    """Whether nothing was cut off."""
+
+    @property
+    def n_prompt(self) -> int:
+        """The number of tokens before the first one of an answer."""
+        return int((self.kinds == ANSWER).argmax())
+
+
+def encode_example(
+    record: AnyRecord,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_length: int,
+    *,
+    last_answer_only: bool = False,
+) -> Example | None:
+    """Encode a record and cut it to ``max_length`` tokens; return None if it then has nothing to learn.
+
+    An instruction record loses the start of its prompt and keeps its answer and EOS. A conversation loses its
+    first turns, but not its system prompt. A text loses its end.
+
+    Args:
+        record: of any format.
+        tokenizer: the base's.
+        template: of a task or a conversation; a text has none.
+        max_length: in tokens.
+        last_answer_only: of a conversation's answers the last one alone is learned.
+
+    Raises:
+        UserError: as `Template.encode_example` and `encode_conversation`; names the record, and the turn.
+    """
+    if isinstance(record, Conversation):
+        try:
+            return _conversation(record, tokenizer, template, max_length, last_answer_only)
+        except UserError as error:
+            raise UserError(f"{record.origin}: {error}") from None
+    if isinstance(record, PlainText):
+        return _text(record.text, tokenizer, max_length)
+    return _task(record, tokenizer, template, max_length)
+
+
+def _task(record: Record, tokenizer: Tokenizer, template: Template, max_length: int) -> Example | None:
+    ids, n_prompt = template.encode_example(tokenizer, record.instruction, record.input, record.output)
+    excess = max(0, len(ids) - max_length)
+    if excess >= n_prompt:
+        return None
+    kinds = [CONTEXT] * (n_prompt - excess) + [ANSWER] * (len(ids) - n_prompt)
+    return _example(ids[excess:], kinds, template.variant(bool(record.input)), whole=excess == 0)
+
+
+def _text(text: str, tokenizer: Tokenizer, max_length: int) -> Example | None:
+    begins = tokenizer.add_bos and tokenizer.bos_id is not None
+    ids = [int(tokenizer.bos_id or 0)] * begins + tokenizer.encode(text) + [tokenizer.eos_id]
+    kinds = [CONTEXT] * begins + [ANSWER] * (len(ids) - begins)
+    return _example(ids[:max_length], kinds[:max_length], 0, whole=len(ids) <= max_length)
+
+
+def _conversation(
+    record: Conversation, tokenizer: Tokenizer, template: Template, max_length: int, last_answer_only: bool
+) -> Example | None:
+    tools = record.tools
+
+    def encoded(messages: Sequence[Message]) -> EncodedConversation:
+        return encode_conversation(tokenizer, template, messages, tools, last_only=last_answer_only)
+
+    messages = trimmed(record.messages)
+    whole = encoded(messages)
+    found = whole if len(whole.ids) <= max_length else _longest_fitting(messages, encoded, max_length)
+    if found is None or ANSWER not in found.kinds[1:]:
+        return None
+    return _example(found.ids, found.kinds, 0, whole=found is whole)
+
+
+def trimmed(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages up to the last answer: what follows it is answered by nobody."""
+    last = max(at for at, message in enumerate(messages) if message.role == "assistant")
+    return messages[: last + 1]
+
+
+def _longest_fitting(
+    messages: Sequence[Message],
+    encoded: Callable[[Sequence[Message]], EncodedConversation],
+    max_length: int,
+) -> EncodedConversation | None:
+    """Return the longest end of a conversation that fits, with its system prompt; it begins with a user."""
+    system = messages[:1] if messages[0].role == "system" else ()
+    starts = [at for at, message in enumerate(messages) if message.role == "user" and at > len(system)]
+    fitting, low, high = None, 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        found = encoded([*system, *messages[starts[middle] :]])
+        if len(found.ids) <= max_length:
+            fitting, high = found, middle
+        else:
+            low = middle + 1
+    return fitting
+
+
+def _example(ids: list[int], kinds: list[int], variant: int, *, whole: bool) -> Example:
+    return Example(np.array(ids, np.int32), np.array(kinds, np.int8), variant, whole)

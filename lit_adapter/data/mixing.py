@@ -1,0 +1,63 @@
+"""The order of the records: an epoch's is a function of (seed, epoch), with and without weights."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class EpochOrder:
+    """The records of every epoch.
+
+    Without weights an epoch is a permutation of all records. With weights it has as many places, of which
+    every source gets its share. A source fills its places with its own records, each of which comes once
+    before any comes again, over the ends of epochs.
+
+    Args:
+        n_records: of all sources.
+        seed: of the permutations.
+        source: the source of each record ``[records]``; with ``weights``.
+        weights: share of each source; None for no weights.
+    """
+
+    def __init__(
+        self,
+        n_records: int,
+        seed: int,
+        source: NDArray[np.int64] | None = None,
+        weights: list[float] | None = None,
+    ) -> None:
+        self.n_records, self.seed = n_records, seed
+        self._members: list[NDArray[np.int64]] = []
+        if weights is not None and source is not None:
+            self._members = [np.flatnonzero(source == number) for number in range(len(weights))]
+            empty = [not len(members) for members in self._members]
+            self.counts = shares(np.where(empty, 0, weights), n_records)
+
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Return the records of an epoch, in order ``[records]``."""
+        permutation = np.random.default_rng((self.seed, number)).permutation(self.n_records)
+        if not self._members:
+            return permutation
+        chosen = [self._of_source(source, number) for source in range(len(self._members))]
+        return np.concatenate(chosen)[permutation]
+
+    def _of_source(self, source: int, epoch: int) -> NDArray[np.int64]:
+        """Return the records that a source has in an epoch: a part of its permutations, end to end."""
+        members, count = self._members[source], int(self.counts[source])
+        if not count:
+            return members[:0]
+        start = epoch * count
+        passes = range(start // len(members), (start + count - 1) // len(members) + 1)
+        orders = [np.random.default_rng((self.seed, source, one)).permutation(len(members)) for one in passes]
+        first = start - passes[0] * len(members)
+        return members[np.concatenate(orders)[first : first + count]]
+
+
+def shares(weights: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Divide ``total`` by weights into whole numbers; what rounding leaves goes to the largest remainders."""
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * total
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: total - counts.sum()]] += 1
+    return counts

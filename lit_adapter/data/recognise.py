@@ -1,0 +1,122 @@
+"""Which of the formats a record has, and what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lit_adapter.config import Columns
+from lit_adapter.data.conversations import check_turns, messages_of, tools_of
+from lit_adapter.data.record import Conversation
+from lit_adapter.data.tasks import OPTION
+from lit_adapter.errors import UserError, shorten
+from lit_adapter.text.conversation import Message
+
+SYSTEM = "system"
+"""Where records with ``conversations`` may have the system prompt."""
+REQUIRED = {
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The fields of `Columns` that each format must have, the likeliest format first."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The format of a source."""
+
+    name: str
+    why: str
+    """The reason, for the user."""
+
+
+def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto") -> Recognised:
+    """Return the format of a record; ``wanted`` is what the configuration says.
+
+    A column that was given another name decides. A record of no format is taken for one of ``alpaca``, whose
+    reader says what is missing.
+    """
+    if wanted != "auto":
+        return Recognised(wanted, "as data.format says")
+    named = [field.name for field in fields(columns) if getattr(columns, field.name) != field.default]
+    for name, required in REQUIRED.items():
+        own = (*required, *(("input",) if name == "alpaca" else ()))
+        chosen = next((field for field in own if field in named), None)
+        if chosen is not None:
+            return Recognised(name, f"data.columns.{chosen} is given")
+    name = next((name for name in REQUIRED if _has(values, columns, name)), "alpaca")
+    keys = " and ".join(shorten(getattr(columns, field)) for field in REQUIRED[name])
+    return Recognised(name, f"its records have {keys}")
+
+
+def _has(values: Mapping[str, Any], columns: Columns, name: str) -> bool:
+    return all(values.get(getattr(columns, field)) is not None for field in REQUIRED[name])
+
+
+def check_same(values: Mapping[str, Any], columns: Columns, known: Recognised, where: str) -> None:
+    """Refuse a record of another format than the others of its file.
+
+    Raises:
+        UserError: it lacks what its format requires, and has what another one does.
+    """
+    if all(getattr(columns, field) in values for field in REQUIRED[known.name]):
+        return
+    other = next((name for name in REQUIRED if _has(values, columns, name)), None)
+    if other is not None:
+        raise UserError(
+            f"{where}: a record of format {other} in a file of format {known.name} ({known.why}); "
+            "put the formats into files of their own"
+        )
+
+
+def conversation_of(
+    values: Mapping[str, Any], columns: Columns, known: Recognised, *, file: str, line: int
+) -> Conversation:
+    """Return the conversation of a record in ``line`` of ``file``.
+
+    Raises:
+        UserError: it is malformed; names file, line and turn.
+    """
+    where = f"{file}:{line}"
+    if known.name == "prompt_completion":
+        messages = _prompt_and_completion(values, columns, where)
+    else:
+        key = getattr(columns, known.name)
+        if key not in values:
+            found = ", ".join(map(shorten, [*values][:6])) or "none"
+            option = f"{OPTION}.{known.name}"
+            raise UserError(
+                f"{where}: key {shorten(key)} is missing (found: {found}); name what holds it with {option}"
+            )
+        messages = messages_of(values[key], key, where)
+    system = values.get(SYSTEM) if known.name == "conversations" else None
+    if isinstance(system, str) and system.strip() and messages[0].role != "system":
+        messages = [Message("system", system), *messages]
+    check_turns(messages, where)
+    tools = tools_of(values.get(columns.tools), columns.tools, where)
+    return Conversation.of(messages, tools, file=file, line=line)
+
+
+def _prompt_and_completion(values: Mapping[str, Any], columns: Columns, where: str) -> list[Message]:
+    """Return prompt and completion given as messages; only the completion's are learned."""
+    prompt, completion = (
+        messages_of(values[key], key, where) for key in (columns.prompt, columns.completion)
+    )
+    context = [Message(m.role, m.content, m.role != "assistant", m.more) for m in prompt]
+    return [*context, *completion]
+
+
+def is_conversation(values: Mapping[str, Any], columns: Columns, known: Recognised) -> bool:
+    """Whether a record becomes a conversation."""
+    if known.name == "prompt_completion":
+        return isinstance(values.get(columns.prompt), list)
+    return known.name in ("messages", "conversations")
+
+
+def wanted_columns(columns: Columns) -> list[str]:
+    """Return the columns that some format reads."""
+    return [*dict.fromkeys([*(getattr(columns, field.name) for field in fields(columns)), SYSTEM])]

@@ -1,0 +1,294 @@
+"""Conversations: messages become token ids, and which of them are an answer's is found by comparison.
+
+A chat template is a program that writes the whole conversation. Where an answer begins and ends in its text
+is seen by rendering the messages before the answer, with the prompt for one, and the messages up to it: each
+must be how the whole text begins. That works with any template, without marks in it.
+
+The template comes with the base, or is the user's, so it runs in a limited process (`limited`). Users' texts
+pass through it with a character inside everything that spells a control token, or could complete one; the
+character is taken out again after the template's own control tokens have been found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_adapter.errors import UserError
+from lit_adapter.text.chat import common_values, control_pattern
+from lit_adapter.text.limited import LimitedError, LimitedProcess
+from lit_adapter.text.template import Template
+from lit_adapter.text.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+NEVER, CONTEXT, ANSWER = 0, 1, 2
+"""What a token is to the loss: never learned, learned with all of a text, learned as part of an answer."""
+_RENDERER = LimitedProcess("lit_adapter.text.chat_rendering")
+_BREAKERS = [chr(0xE000 + n) for n in range(64)]
+"""Characters for private use, one of which the conversation does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str
+    learned: bool = True
+    """Whether it may be learned; a message of the assistant is by default, others with all text."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else a template may show: tool calls, their ids, reasoning."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the message as templates expect it."""
+        return {"role": self.role, "content": self.content, **self.more}
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids ``[T]``, and what each is to the loss: `NEVER`, `CONTEXT` or `ANSWER`."""
+
+    ids: list[int]
+    kinds: list[int]
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Return the ids of a conversation, which an answer is to continue.
+
+    Raises:
+        UserError: the template fails, or has no place for what a message holds.
+    """
+    return _Rendered(tokenizer, template, messages, tools, prompt=True).encode().ids
+
+
+def encode_conversation(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    last_only: bool = False,
+) -> EncodedConversation:
+    """Return the ids of a whole conversation, and what each is to the loss.
+
+    An answer begins where a prompt for it ends, and its last token is the control token that ends it; an
+    answer without one, at the end of the text, gets EOS. The ids before an answer are those of
+    `encode_prompt`.
+
+    ``last_only``: of the answers only the last one is learned.
+
+    Raises:
+        UserError: the template fails, or an answer that is to be learned cannot be found in the text; names
+            the turn.
+    """
+    return _Rendered(tokenizer, template, messages, tools, last_only=last_only).encode()
+
+
+class _Rendered:
+    """The text of a conversation, and the places of its answers in it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        prompt: bool = False,
+        last_only: bool = False,
+    ) -> None:
+        self.tokenizer, self.messages, self.prompt = tokenizer, messages, prompt
+        self.answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        self.wanted = set() if prompt else {at for at in self.answers if messages[at].learned}
+        if last_only:
+            self.wanted &= set(self.answers[-1:])
+        given = {"messages": [message.to_dict() for message in messages], "tools": list(tools)}
+        self.breaker = _breaker(given)
+        protected = _Protection(tokenizer, self.breaker).of(given)
+        request = {
+            "template": template.conversation_source(tokenizer),
+            "date": template.date,
+            "common": common_values(tokenizer) | {"tools": protected["tools"] or None},
+            "messages": protected["messages"],
+            "prompt": prompt,
+            "starts": [start for at in self.answers for start in ((at, True), (at + 1, False))],
+        }
+        try:
+            found = _RENDERER.ask(request)
+        except LimitedError as error:
+            raise UserError(f"template '{template.kind}': the chat template fails: {error}") from None
+        if "failed" in found:
+            turn = f"turn {found['failed']}: " if found["failed"] else ""
+            raise UserError(f"{turn}template '{template.kind}': the chat template fails: {found['why']}")
+        self.text: str = found["text"]
+        self.spans = self._spans(found["lengths"], template)
+        if self.spans and not prompt and not self.text[self.spans[-1][1] :].strip():
+            self.text = self.text[: self.spans[-1][1]]  # white space after the last answer
+
+    def _spans(self, lengths: list[int | None], template: Template) -> list[tuple[int, int, int]]:
+        """Return start and end of every answer that was found, and what its tokens are to the loss."""
+        spans = []
+        starts, ends = lengths[::2], lengths[1::2]
+        for number, (at, start, end) in enumerate(zip(self.answers, starts, ends, strict=True)):
+            if start is not None and end is not None and start < end:
+                kind = ANSWER if at in self.wanted else CONTEXT
+                kind = kind if self.messages[at].learned else NEVER
+                spans.append((start, self._end(start, end), kind))
+            elif at in self.wanted:
+                raise UserError(
+                    f"turn {at + 1}: {_why(template, number < len(self.answers) - 1, start is None)}; "
+                    "choose another data.template, or set data.last_answer_only true"
+                )
+        return spans
+
+    def _end(self, start: int, end: int) -> int:
+        """Return where an answer ends: with its last control token, if only white space follows that."""
+        last = start
+        for found in self._controls(start, end):
+            last = found.end()
+        return last if last > start and not self.text[last:end].strip() else end
+
+    def _controls(self, start: int, end: int) -> Iterator[re.Match[str]]:
+        pattern = control_pattern(self.tokenizer)
+        return pattern.finditer(self.text, start, end) if pattern else iter(())
+
+    def encode(self) -> EncodedConversation:
+        """Return the ids and their kinds."""
+        tokenizer, control = self.tokenizer, self.tokenizer.control_tokens
+        writer, at, kind = _Writer(tokenizer), 0, self._kind_at
+        cuts = sorted({edge for start, end, _ in self.spans for edge in (start, end)} | {len(self.text)})
+        tokens = [*self._controls(0, len(self.text)), None]
+        for found in tokens:
+            until = len(self.text) if found is None else found.start()
+            for cut in [cut for cut in cuts if at < cut < until] + [until]:
+                writer.text(self.text[at:cut].replace(self.breaker, ""), kind(at))
+                at = cut
+            if found is not None:
+                writer.control(control[found[0]], kind(at))
+                at = found.end()
+        ends_bare = self.spans and self.spans[-1][1] == len(self.text) and not writer.after_control
+        if ends_bare and not self.prompt:
+            writer.control(tokenizer.eos_id, self.spans[-1][2])
+        if not writer.ids:
+            raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
+        return EncodedConversation(writer.ids, writer.kinds)
+
+    def _kind_at(self, place: int) -> int:
+        return next((kind for start, end, kind in self.spans if start <= place < end), CONTEXT)
+
+
+def _why(template: Template, has_later: bool, no_prompt: bool) -> str:
+    what = f"template '{template.kind}' does not keep this answer as it was"
+    if no_prompt:
+        return f"template '{template.kind}' writes this answer elsewhere than after the prompt for one"
+    return f"{what} when the turns after it follow" if has_later else what
+
+
+class _Writer:
+    """Ids so far; text between two control tokens is encoded together as far as that keeps earlier ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.kinds: list[int] = []
+        self.after_control = False
+        self._n_controls = 0
+        self._run, self._run_start = "", 0
+
+    def control(self, token: int, kind: int) -> None:
+        """Add a control token."""
+        if token != self.tokenizer.bos_id:
+            self._begin()
+        self._add([token], kind)
+        self._n_controls += 1
+        self._run, self._run_start, self.after_control = "", len(self.ids), True
+
+    def text(self, text: str, kind: int) -> None:
+        """Add a text."""
+        if not text:
+            return
+        self._begin()
+        continues = self._n_controls > 0 and not self.tokenizer.space_after_control
+        joint = self.tokenizer.encode(self._run + text, continuation=continues)
+        earlier = self.ids[self._run_start :]
+        if joint[: len(earlier)] == earlier:
+            new = joint[len(earlier) :]
+        else:
+            new = self.tokenizer.encode(text, continuation=True)
+        self._add(new, kind)
+        self._run, self.after_control = self._run + text, False
+
+    def _begin(self) -> None:
+        """Put BOS first if the base was trained with it."""
+        if not self.ids and self.tokenizer.add_bos and self.tokenizer.bos_id is not None:
+            self._add([self.tokenizer.bos_id], CONTEXT)
+            self._run_start = 1
+
+    def _add(self, ids: list[int], kind: int) -> None:
+        self.ids += ids
+        self.kinds += [kind] * len(ids)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Yield every text in nested values, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _breaker(values: Any) -> str:
+    """Return a character that the values do not hold."""
+    texts = list(_strings(values))
+    found = next((mark for mark in _BREAKERS if not any(mark in text for text in texts)), None)
+    if found is None:
+        raise UserError("the conversation holds all of the characters U+E000 to U+E03F; remove one")
+    return found
+
+
+class _Protection:
+    """Puts ``mark`` into what spells a control token, or could complete one with what stands beside it."""
+
+    def __init__(self, tokenizer: Tokenizer, mark: str) -> None:
+        self.pattern, self.mark = control_pattern(tokenizer), mark
+        spellings = [*tokenizer.control_tokens]
+        self.heads = {one[:n] for one in spellings for n in range(1, len(one))}
+        self.tails = {one[n:] for one in spellings for n in range(1, len(one))}
+        self.longest = max(map(len, spellings), default=1)
+
+    def of(self, value: Any) -> Any:
+        """Return nested values with all their texts protected."""
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, Mapping):
+            return {self._text(key): self.of(item) for key, item in value.items()}
+        return [self.of(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _text(self, text: str) -> str:
+        if self.pattern is None or not text:
+            return text
+        text = self.pattern.sub(self._broken, text)
+        lengths = range(1, min(self.longest, len(text) + 1))
+        if any(text[:n] in self.tails for n in lengths):
+            text = self.mark + text
+        if any(text[-n:] in self.heads for n in lengths):
+            text += self.mark
+        return text
+
+    def _broken(self, found: re.Match[str]) -> str:
+        if len(found[0]) == 1:
+            raise UserError(f"a text holds {found[0]!r}, which is a control token of this base; remove it")
+        return found[0][0] + self.mark + found[0][1:]
