@@ -21,6 +21,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
+from lit_adapter.text.conversation import ANSWER, CONTEXT, NEVER
 
 
 @dataclass
@@ -204,3 +205,60 @@ def test_a_head_never_reaches_into_an_answer() -> None:
     model = model_of("gqa-top-layers")
     packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=100)
     assert_same(packed(model, [packer.row([0, 1, 2])]), plain(model, data, range(3), True))
+
+
+def conversations(seed: int, n_records: int = 7) -> Encoded:
+    """Records with several answers each, some of them not learned; most begin alike."""
+    draw = np.random.default_rng(seed)
+    ids, kinds = [], []
+    for index in range(n_records):
+        tokens, what = (list(range(20, 26)), [CONTEXT] * 6) if index % 3 else ([], [])
+        for _ in range(draw.integers(1, 5)):
+            asked, answered = draw.integers(1, 9, 2)
+            tokens += draw.integers(2, 61, asked + answered).tolist()
+            what += [CONTEXT] * asked + [ANSWER if draw.random() < 0.7 else NEVER] * answered
+        ids.append(np.array([*tokens, 5, 6]))
+        kinds.append(np.array([*what, ANSWER, ANSWER]))
+    return Encoded(
+        ids=np.concatenate(ids).astype(np.int32),
+        start=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        kinds=np.concatenate(kinds).astype(np.int8),
+        n_prompt=np.array([int((one == ANSWER).argmax()) for one in kinds], np.int32),
+        variant=np.zeros(n_records, np.int8),
+        whole=np.ones(n_records, np.bool_),
+        source_row=np.arange(n_records, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False], ids=["answers", "all-tokens"])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_conversations_equal_padded_ones(seed: int, mask_prompt: bool) -> None:
+    """Loss and gradients of one padded batch, where every token sees its own conversation alone."""
+    model, data = model_of("gqa-top-layers"), conversations(seed)
+    longest = int(data.length.max())
+    ids, labels = torch.zeros(len(data), longest, dtype=torch.long), torch.full((len(data), longest), -100)
+    for row in range(len(data)):
+        tokens = torch.from_numpy(data.record(row).astype(np.int64))
+        kinds = torch.from_numpy(data.kinds[data.start[row] : data.start[row + 1]])
+        ids[row, : len(tokens)] = tokens
+        labels[row, : len(tokens)] = tokens.where(
+            kinds >= (ANSWER if mask_prompt else CONTEXT), torch.tensor(-100)
+        )
+    position = torch.arange(longest).expand_as(ids)
+    logits = model.logits(model(ids, CausalView(model.rotation(position))))
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    wanted = gradients_of(model, loss, int((labels[:, 1:] != -100).sum()))
+
+    for heads in ({0: np.arange(20, 26)}, {}):
+        packer = Packer(data, heads, mask_prompt=mask_prompt, row_tokens=70)
+        found = packed(model, [packer.row(row) for row in packer.assign(np.arange(len(data)))])
+        assert found.n_targets == packer.n_targets(np.arange(len(data)))
+        assert_same(found, wanted)
+
+
+def test_conversations_share_how_they_begin() -> None:
+    data = conversations(0)
+    alike = [row for row in range(len(data)) if row % 3]
+    assert [
+        int(n) for n in Packer(data, {0: np.arange(20, 26)}, mask_prompt=True, row_tokens=70).n_preamble
+    ] == [6 * (row in alike) for row in range(len(data))]

@@ -37,7 +37,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
         verify=options.verify,
     )
     conversation = terminal.Conversation(
-        model, sampling, out or sys.stdout, options.system or "", interactive=interactive
+        *(model, sampling, out or sys.stdout, options.system or "", options.adapter), interactive=interactive
     )
     if interactive:
         who = f"{options.adapter} on " if options.adapter else ""

@@ -12,7 +12,7 @@ from lit_adapter.data.formats import SUFFIXES, check_regular, rows_of
 from lit_adapter.data.hub import hub_files, is_hub_name
 from lit_adapter.data.recognise import is_conversation, recognise, wanted_columns
 from lit_adapter.data.records import Records, merge, read_records
-from lit_adapter.errors import UserError, shorten
+from lit_adapter.errors import UserError
 
 SHOWN = 3
 """Sources that are named together."""
@@ -78,7 +78,7 @@ def _local(name: str, number: int) -> list[Source]:
         paths = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
         files = [found for found in paths if found.is_file()]
         if not files:
-            raise UserError(f"{shorten(name)}: no file matches this pattern; check folder and suffix")
+            raise UserError(f"{name}: no file matches this pattern; check folder and suffix")
         return [Source(file, str(file), number) for file in files]
     return [Source(path, name, number)]
 

@@ -39,6 +39,7 @@ class Conversation:
         sampling: its settings.
         out: where answers go.
         system: the system prompt, or empty.
+        name: of the adapter that answers, as its user gave it; None for the plain base.
         interactive: whether a person types, who is told what happens.
     """
 
@@ -48,13 +49,14 @@ class Conversation:
         sampling: Sampling,
         out: TextIO,
         system: str = "",
+        name: str | None = None,
         *,
         interactive: bool = True,
     ) -> None:
         self.model, self.sampling, self.out = model, sampling, out
         self.system, self.interactive = system, interactive
         self.messages: list[dict[str, Any]] = []
-        self.adapters = {"none": model.base}
+        self.adapters = {"none": model.base} | ({name: model} if name is not None else {})
         self.left = False
 
     def take(self, line: str) -> None:
@@ -95,9 +97,7 @@ class Conversation:
         settings = asdict(self.sampling)
         room = self.model.room_for_chat(self._all())
         if room < LEAST_ANSWER:
-            raise UserError(
-                "the conversation fills the base's context; /undo takes back, /reset starts again"
-            )
+            raise UserError("the conversation fills the base's context; /reset starts again")
         settings["max_new_tokens"] = min(room, self.sampling.max_new_tokens)
         return self.model.stream_chat(self._all(), **settings)
 
@@ -113,9 +113,8 @@ class Conversation:
             "/quit": self._leave,
         }
         if name not in does:
-            raise UserError(
-                f"unknown command {shorten(name)}{nearest(name, list(does)) or '; /help lists them'}"
-            )
+            hint = nearest(name, list(does)) or "; /help lists the commands"
+            raise UserError(f"unknown command {shorten(name)}{hint}")
         does[name](argument)
 
     def _help(self, argument: str) -> None:
@@ -167,7 +166,7 @@ class Conversation:
 
 
 def adapter_file(name: str) -> Path:
-    """Return the file of an adapter named by its path, its run folder, or the run's name in ``out``."""
+    """Return the file of an adapter named by its path, by its run's folder, or by the run's name in out."""
     given = Path(name).expanduser()
     for path in (given, Path("out") / name):
         if path.is_file():

@@ -22,6 +22,7 @@ from lit_adapter.device import free_bytes
 from lit_adapter.errors import UserError, counted
 from lit_adapter.files.write import write_bytes
 from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.lane import MOST_KEPT
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.llama import Llama
@@ -42,6 +43,8 @@ from lit_adapter.weights.base_search import find_base
 logger = logging.getLogger(__name__)
 
 Ready = Callable[[str, Callable[[], None]], None]
+PROMPT_TOKENS = 256
+"""Of prompts, that are read between two steps of other answers: a step takes about as long then."""
 SCAN_SECONDS = 1.0
 """Between two looks at the folder of adapters."""
 
@@ -128,7 +131,7 @@ def choose_context(model: Llama, options: ServerOptions) -> int:
         raise UserError(f"--context is {options.context}; expected 1 to {most}, the base's context")
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * weight.element_size()
     free = free_bytes(weight.device)
-    room = most if free is None else free // 2 // (per_token * options.slots)
+    room = most if free is None else free // 2 // (per_token * (options.slots + MOST_KEPT))
     wanted = options.context or min(most, room)
     if wanted > room or wanted < 64:
         raise UserError(
@@ -149,7 +152,8 @@ async def _serve(
     model = adapters.base.model
     metrics = Metrics(model.model.embed_tokens.weight.device)
     metrics.slots_total.set(options.slots)
-    model.engine.reserve(model.model, options.slots, context)
+    model.engine.reserve(model.model, options.slots + MOST_KEPT, context)
+    model.engine.prompt_tokens = PROMPT_TOKENS
     worker = Worker(model, options.slots, options.limits.queue, metrics)
     jobs = Jobs(adapters, worker, options.limits, context, Postbox())
     service = Service(
