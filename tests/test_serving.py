@@ -91,17 +91,25 @@ def test_an_answer_is_the_python_objects(
     assert text_of(client, base_name if name == "base" else name, **how) == wanted
 
 
-def test_system_and_last_user_message_are_instruction_and_input(
+def test_a_system_and_a_user_message_are_instruction_and_input(
     client: openai.OpenAI, objects: dict[str, AdaptedLlama]
 ) -> None:
-    messages = [
-        {"role": "system", "content": "Say it back."},
-        {"role": "user", "content": "not this"},
-        {"role": "assistant", "content": "nor this"},
-        {"role": "user", "content": [{"type": "text", "text": "red "}, {"type": "text", "text": "river"}]},
-    ]
+    parts = [{"type": "text", "text": "red "}, {"type": "text", "text": "river"}]
+    messages = [{"role": "system", "content": "Say it back."}, {"role": "user", "content": parts}]
     wanted = objects["alpha"].generate("Say it back.", "red river", max_new_tokens=12)
     assert text_of(client, messages=messages) == wanted
+    assert text_of(client, messages=[{"role": "system", "content": " "}, *SAY]) == text_of(client)
+
+
+def test_earlier_turns_are_seen_and_their_start_is_not_computed_again(
+    client: openai.OpenAI, objects: dict[str, AdaptedLlama]
+) -> None:
+    said: list[Any] = [{"role": "user", "content": "red"}]
+    for turn in ("river", "stone"):
+        answer = chat(client, messages=said, max_tokens=5)
+        assert answer.choices[0].message.content == objects["alpha"].chat(said, max_new_tokens=5)
+        said += [answer.choices[0].message.to_dict(), {"role": "user", "content": turn}]
+    assert answer.usage.prompt_tokens_details.cached_tokens > 20
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -77,10 +78,13 @@ class Job:
         self.worker.cancel(self.choices)
 
     @property
-    def usage(self) -> dict[str, int]:
-        """OpenAI's count of tokens."""
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's count of tokens; those of shared starts, which were not computed again, are ``cached``."""
         n_prompt, n_new = sum(map(len, self.prompts)), sum(choice.n_new for choice in self.choices)
+        first = {id(choice.prompt): choice.request for choice in reversed(self.choices)}.values()
+        cached = sum(len(r.prompt) - r.computed for r in first if r is not None and r.computed)
         return {
+            "prompt_tokens_details": {"cached_tokens": cached},
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
