@@ -81,7 +81,6 @@ def running(**options: Any) -> Iterator[Running]:
             serve(ServerOptions(**given | options), told)
         except BaseException as error:
             failed.append(error)
-            raise
         finally:
             ready.set()
 
@@ -95,7 +94,8 @@ def running(**options: Any) -> Iterator[Running]:
     try:
         yield found[0]
     finally:
-        found[0].stop()
+        if thread.is_alive():
+            found[0].stop()
         thread.join(30)
         for name in ("lit_adapter.serving", "lit_adapter.serving.access"):
             logging.getLogger(name).handlers.clear()

@@ -77,7 +77,7 @@ class Guard:
             return
         visit = scope["visit"] = Visit()
         guarded = _Sender(send, visit, self.limits.send_seconds)
-        counted = ""
+        counted, body = "", None
         try:
             self._admit(scope, visit)
             counted = self._count(scope, visit)
@@ -86,7 +86,9 @@ class Guard:
         except ApiError as error:
             if guarded.begun:
                 raise
-            await JSONResponse(error.body(), error.status_code, error.headers)(scope, receive, guarded)
+            # What is left of a body that was not read must not be taken for the next request.
+            headers = {**(error.headers or {}), **({"Connection": "close"} if body is None else {})}
+            await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
         finally:
             if counted:
                 self._under_way[counted] -= 1
@@ -96,6 +98,8 @@ class Guard:
     def _admit(self, scope: MutableMapping[str, Any], visit: Visit) -> None:
         """Refuse strangers, and everybody while the server stops."""
         headers, path = Headers(scope=scope), scope["path"]
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.limits.max_headers:
+            raise ApiError(431, f"headers of more than {self.limits.max_headers} bytes", code="too_large")
         visit.owner = scope["client"][0] if scope.get("client") else "local"
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host

@@ -15,6 +15,8 @@ class Limits:
     """Requests under way for one key, or one address where no keys are used."""
     max_body: int = 2 * 2**20
     """Bytes of a request's body."""
+    max_headers: int = 32 * 2**10
+    """Bytes of a request's headers."""
     max_tokens: int = 4096
     """Longest answer, in tokens."""
     max_messages: int = 512

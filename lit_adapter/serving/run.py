@@ -7,10 +7,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,18 +175,21 @@ async def _serve(
     _warm_up(model, options.slots)
     worker.start()
     service.ready = True
-    server = _Server(_config(app, options), service, guard, options.grace)
+    server = _Server(_config(app, options), service, guard, options)
     watching = asyncio.create_task(_watch(adapters)) if options.folder is not None else None
     url = _url(listening)
-    say(
-        f"serving {adapters.base.name} and {counted(len(adapters), 'adapter')} at {url} "
-        f"({options.slots} slots of {context} tokens)"
-    )
-    try:
+
+    def started() -> None:
+        say(
+            f"serving {adapters.base.name} and {counted(len(adapters), 'adapter')} at {url} "
+            f"({options.slots} slots of {context} tokens)"
+        )
         if ready is not None:
             ready(url, lambda: server.handle_exit(signal.SIGTERM, None))
-        with _ready_file(options.ready_file):
-            await server.serve([listening])
+
+    server.on_start = started
+    try:
+        await server.serve([listening])
     finally:
         if watching is not None:
             watching.cancel()
@@ -255,10 +256,29 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 class _Server(uvicorn.Server):
     """Ends on the first SIGTERM or SIGINT with what is under way, within the grace; on the second at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard, grace: float) -> None:
+    on_start: Callable[[], None]
+    """Is called when clients can connect."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, guard: Guard, options: ServerOptions
+    ) -> None:
         super().__init__(config)
-        self.service, self.guard, self.grace = service, guard, grace
+        self.service, self.guard, self.grace = service, guard, options.grace
+        self.ready_file = options.ready_file
         self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        if self.ready_file is not None:
+            write_bytes(self.ready_file, b"ready\n")
+        self.on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that it ends, and let answers end."""
+        if self.ready_file is not None:
+            self.ready_file.unlink(missing_ok=True)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop; the signal is not raised again afterwards, so that the status is 0."""
@@ -271,19 +291,6 @@ class _Server(uvicorn.Server):
         self.guard.draining, self.service.ready = True, False
         seconds = 0.0 if self.force_exit else self.grace
         self._loop.call_later(seconds, partial(self.service.worker.close, _STOPPED))
-
-
-@contextmanager
-def _ready_file(path: Path | None) -> Iterator[None]:
-    """Let a file exist while requests are answered."""
-    if path is None:
-        yield
-        return
-    write_bytes(path, b"ready\n")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 async def _watch(adapters: Adapters) -> None:
