@@ -9,6 +9,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,9 @@ class Guard:
         except ApiError as error:
             if guarded.begun:
                 raise
+            if body is None and error.status_code not in (408, 413):
+                with suppress(ApiError):  # a client that still sends would not see an answer
+                    body = await self._read(receive)
             # What is left of a body that was not read must not be taken for the next request.
             headers = {**(error.headers or {}), **({"Connection": "close"} if body is None else {})}
             await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
@@ -139,7 +143,10 @@ class Guard:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise ApiError(415, "expected Content-Type: application/json", code="wrong_content_type")
-        body = bytearray()
+        return await self._read(receive)
+
+    async def _read(self, receive: Receive) -> bytes:
+        body, most = bytearray(), self.limits.max_body
         try:
             async with asyncio.timeout(self.limits.receive_seconds):
                 while True:
