@@ -87,7 +87,7 @@ class Guard:
         except ApiError as error:
             if guarded.begun:
                 raise
-            if body is None and error.status_code not in (408, 413):
+            if body is None and error.status_code not in (408, 413, 431):
                 with suppress(ApiError):  # a client that still sends would not see an answer
                     body = await self._read(receive)
             # What is left of a body that was not read must not be taken for the next request.
