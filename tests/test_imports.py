@@ -116,7 +116,7 @@ def test_what_starts_light_stays_light(modules: str, heavy: set[str]) -> None:
     assert done.stdout.split() == []
 
 
-HEAVY = {"torch", "lightning", "transformers", "peft", "numpy", "gguf", "huggingface_hub"}
+HEAVY = {"fastapi", "torch", "lightning", "transformers", "peft", "numpy", "gguf", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -213,7 +213,8 @@ def test_the_check_above_sees_what_it_is_for(tmp_path: Path, monkeypatch: pytest
 def test_every_library_that_is_imported_is_declared() -> None:
     """One that comes with another today may not come with it tomorrow."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["parquet"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["parquet"], *extras["serve"]]
     declared = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
     known = {"lit_adapter", "triton", *sys.stdlib_module_names}  # Triton is a part of torch's CUDA builds
     names = {name.split(".")[0] for tree in TREES.values() for name in imported(tree)} - known

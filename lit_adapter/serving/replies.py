@@ -74,7 +74,7 @@ class Shape:
         self.job, self.is_chat = job, isinstance(job.body, ChatRequest)
         kind = "chat.completion" if self.is_chat else "text_completion"
         chunk = "chat.completion.chunk" if self.is_chat else kind
-        common = {"id": job.id, "created": job.created, "model": job.body.model, "system_fingerprint": None}
+        common = {"id": job.id, "created": job.created, "model": job.body.model}
         self.whole = {**common, "object": kind}
         self.chunk = {**common, "object": chunk}
         body = job.body
