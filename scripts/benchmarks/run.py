@@ -40,6 +40,7 @@ DECODING: tuple[Column, ...] = (
 SERVING: tuple[Column, ...] = (
     ("tokens/s (spread)", spread_if_any),
     ("of the engine's", number("ratio", ".1%")),
+    ("processor time, of the engine's", number("cpu_ratio", ".1%")),
     ("slowest/fastest", number("slowest_to_fastest", ".2f")),
     ("first token p50, ms", number("first_p50", ",.1f", 1e3)),
     ("first token p99, ms", number("first_p99", ",.1f", 1e3)),

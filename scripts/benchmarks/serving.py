@@ -133,17 +133,22 @@ async def arrivals(
     return await asyncio.gather(*tasks)
 
 
-def engine_seconds(models: Sequence[AdaptedLlama], prompts: Sequence[Sequence[int]], n_new: int) -> float:
-    """Return how long the engine takes for the same answers, without a server."""
+def by_engine(models: Sequence[AdaptedLlama], prompts: Sequence[Sequence[int]], n_new: int) -> None:
+    """Let an engine make the same answers, without a server."""
     bias = {0: -100.0, 1: -100.0, 2: -100.0}
     requests = [
         Request(prompt, Sampling(max_new_tokens=n_new), model.adapter, bias=bias)
         for model, prompt in zip(models, prompts, strict=True)
     ]
-    started = time.perf_counter()
     for _ in Engine().run(requests, len(requests)):
         pass
-    return time.perf_counter() - started
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds that work takes, and those of processors in this process, the server's too."""
+    started, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def quantile(values: Seconds, share: float) -> float:
@@ -197,14 +202,17 @@ def _rates(
     repeats: int,
 ) -> None:
     rates: dict[str, Seconds] = {"engine": [], "server": []}
-    unfair = []
+    ratios, cpu, unfair = [], [], []
+    own = [models[name] for name in names]
+    n_tokens = len(prompts) * n_new
     for _ in range(repeats):
-        rates["engine"].append(
-            len(prompts) * n_new / engine_seconds([models[n] for n in names], prompts, n_new)
-        )
-        started = time.perf_counter()
-        found = asyncio.run(together(url, names, prompts, n_new))
-        rates["server"].append(sum(len(a.times) for a in found) / (time.perf_counter() - started))
+        engine = timed(lambda: by_engine(own, prompts, n_new))
+        found: list[Answered] = []
+        server = timed(lambda: found.extend(asyncio.run(together(url, names, prompts, n_new))))  # noqa: B023
+        rates["engine"].append(n_tokens / engine[0])
+        rates["server"].append(n_tokens / server[0])
+        ratios.append(engine[0] / server[0])
+        cpu.append(server[1] / engine[1])
         last = [each.times[-1] for each in found]
         unfair.append(max(last) / min(last))
     for name, values in rates.items():
@@ -214,8 +222,8 @@ def _rates(
             "useful_tokens_per_s_spread": [min(values), max(values)],
         }
         if name == "server":
-            ratios = [s / e for s, e in zip(rates["server"], rates["engine"], strict=True)]
-            row |= {"ratio": statistics.median(ratios), "slowest_to_fastest": max(unfair)}
+            row |= {"ratio": statistics.median(ratios), "cpu_ratio": statistics.median(cpu)}
+            row["slowest_to_fastest"] = max(unfair)
         report.put(row)
 
 
