@@ -27,6 +27,7 @@ def server(tiny_base: Path, paths: dict[str, Path]) -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.slow
 def test_llm_complys_cases_pass_but_for_what_is_not_offered(server: Running, tmp_path: Path) -> None:
     main = "import sys; from llm_comply.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "run", "-u", server.v1, "-m", "alpha", "--json"]
@@ -39,6 +40,7 @@ def test_llm_complys_cases_pass_but_for_what_is_not_offered(server: Running, tmp
     assert len(results) >= 9
 
 
+@pytest.mark.slow
 def test_lm_evals_local_completions_gives_the_models_own_numbers(
     server: Running, tiny_base: Path, paths: dict[str, Path]
 ) -> None:

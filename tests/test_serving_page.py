@@ -14,6 +14,7 @@ from serving_fixtures import Running, folder_of_adapters, running
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on this machine"),
 ]
 PICTURES = os.environ.get("LIT_ADAPTER_PICTURES")
