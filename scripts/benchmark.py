@@ -1,7 +1,8 @@
-"""Measure training or decoding against the libraries a user would pick instead, taking turns in one run.
+"""Measure training or decoding against other libraries, or a server against its engine, taking turns.
 
     python scripts/benchmark.py train --model 7b --json train.json --markdown train.md
     python scripts/benchmark.py generate --model checkpoints/smollm2-135m --json generate.json
+    python scripts/benchmark.py serve --model checkpoints/smollm2-135m --json serve.json
 
 A method that fails gets a row that says so.
 """
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.cli.command import check_least, command_parser, parse, run
+from lit_adapter.cli import command
+from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.errors import UserError
 
 ONLY_FOR = {
     "train": ("steps", "batch", "row_tokens", "peft_batch"),
     "generate": ("batches", "new_tokens", "prompt_tokens", "first_token_prompt"),
+    "serve": ("streams", "new_tokens", "prompt_tokens"),
 }
 """What can be measured, and the options that apply to nothing else."""
 
@@ -48,7 +51,8 @@ def read_options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batch sizes to choose the best from")
     parser.add_argument("--batches", nargs="+", type=int, help="texts decoded together (default: 1 32)")
-    parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256)")
+    parser.add_argument("--streams", type=int, help="answers at a time, each of another adapter (default: 8)")
+    parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256; 32 of a server)")
     parser.add_argument("--prompt-tokens", type=int, help="prompt length for decoding (default: 64)")
     parser.add_argument(
         "--first-token-prompt",
@@ -60,12 +64,13 @@ def read_options(argv: Sequence[str]) -> Any:
     parser.add_argument("--seed", type=int, default=1337, help="seed of weights, records and adapters")
     options = parse(parser, argv)
     check_least(options, 1, "repeats", "steps", "batch", "row_tokens", "peft_batch", "batches", "new_tokens")
-    check_least(options, 1, "prompt_tokens", "first_token_prompt")
+    check_least(options, 1, "prompt_tokens", "first_token_prompt", "streams")
     check_least(options, 0, "seed")
-    for other, names in ONLY_FOR.items():
-        given = next((name for name in names if options[name] is not None), None)
-        if given is not None and other != options.work:
-            raise UserError(f"--{given.replace('_', '-')} is for {other}; leave it out of {options.work}")
+    for name in sorted({name for names in ONLY_FOR.values() for name in names}):
+        works = [work for work, names in ONLY_FOR.items() if name in names]
+        if options[name] is not None and options.work not in works:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for {' and '.join(works)}; leave it out of {options.work}")
     if options.seed >= 2**63:
         raise UserError(f"--seed is {options.seed}; expected less than 2**63")
     if options.data and not options.tokenizer and not (Path(options.model) / "config.json").is_file():
@@ -76,12 +81,12 @@ def read_options(argv: Sequence[str]) -> Any:
 def main(argv: Sequence[str]) -> int:
     """Run the comparison; the status is 1 if one of our own methods failed."""
     options = read_options(argv)
-    from benchmarks.run import generate, train
+    from benchmarks import run
 
-    table, ok = (train if options.work == "train" else generate)(options)
+    table, ok = {"train": run.train, "generate": run.generate, "serve": run.serve}[options.work](options)
     print(table)
     return 0 if ok else 1
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

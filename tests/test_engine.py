@@ -318,3 +318,50 @@ def test_an_interrupt_of_one_thread_ends_no_other_one_with_it(monkeypatch: pytes
 def test_a_batch_size_of_0_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size is 0; expected 1 or more"):
         next(Engine().run([], batch_size=0))
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_prompts_read_in_pieces_give_the_same_answers(most: int) -> None:
+    """Of a few tokens in each step, between the steps of others, whose slots move meanwhile."""
+    adapters = eight(base_of())
+    wanted = [alone(number, adapters) for number in range(8)]
+    engine = Engine()
+    engine.prompt_tokens = most
+    requests = [Request(*each, resumes=True) for each in zip(PROMPTS, HOW, adapters, strict=True)]
+    first = Request(PROMPTS[0], Sampling(max_new_tokens=60), adapters[2])
+    engine.add(first)
+    engine.step()
+    for request in requests[:5]:
+        engine.add(request)
+    n_steps = len(first.answer)
+    for _ in range(4):
+        engine.step()
+        n_steps += 1
+        assert len(first.answer) == n_steps  # its stream goes on while prompts are read
+    assert any(0 < request.length < len(request.prompt) for request in requests[:5]) or most == 8
+    for request in requests[5:]:
+        engine.add(request)
+    while not all(request.ended for request in requests):
+        engine.step()
+    assert [request.answer for request in requests] == wanted
+
+
+def test_a_request_cancelled_while_its_prompt_is_read_frees_its_slot() -> None:
+    engine, adapters = Engine(), eight(base_of())
+    engine.prompt_tokens = 4
+    first, second = (Request(PROMPTS[n], Sampling(max_new_tokens=30), adapters[n]) for n in (0, 6))
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    assert lane.reading == [second]
+    engine.cancel(second)
+    third = Request(PROMPTS[3], Sampling(max_new_tokens=3), adapters[3])
+    engine.add(third)
+    while not third.ended:
+        engine.step()
+    assert lane.executor.cache.n_slots == 2
+    assert (
+        third.answer == [t for _, t in Engine().run([Request(PROMPTS[3], third.settings, adapters[3])])][:-1]
+    )

@@ -7,6 +7,7 @@ they are waited for. On a CUDA device, `test_decode_on_cuda` runs the real thing
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,17 +31,17 @@ from lit_adapter.model.llama import Llama
 
 
 class _LateLanding:
-    def __init__(self, n_slots: int) -> None:
-        self.tokens: list[int] | None = None
+    def __init__(self, n_slots: int, width: int) -> None:
+        self.sent: tuple[list[int], list[list[float]] | None] | None = None
 
-    def send(self, tokens: Tensor) -> None:
-        assert self.tokens is None  # the place is free: what was sent before has been read
-        self.tokens = tokens.tolist()
+    def send(self, tokens: Tensor, scores: Tensor | None) -> None:
+        assert self.sent is None  # the place is free: what was sent before has been read
+        self.sent = tokens.tolist(), None if scores is None else scores.tolist()
 
-    def wait(self) -> list[int]:
-        tokens, self.tokens = self.tokens, None
-        assert tokens is not None
-        return tokens
+    def wait(self) -> tuple[list[int], list[list[float]] | None]:
+        sent, self.sent = self.sent, None
+        assert sent is not None
+        return sent
 
 
 captured: list[int] = []
@@ -141,3 +142,49 @@ def test_requests_with_their_own_adapters_and_settings() -> None:
             its.step()
         assert [list(request.news) for request in requests] == wanted
         assert not its._lanes
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_prompts_read_in_pieces_while_steps_run_ahead(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps write into the slots of prompts that are being read does no harm."""
+    adapters = eight(base_of())
+    wanted = [alone(number, adapters) for number in range(8)]
+    monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
+    running = Engine()
+    running.prompt_tokens = most
+    requests = [Request(*each) for each in zip(PROMPTS, HOW, adapters, strict=True)]
+    waiting = list(requests)
+    while waiting or not all(request.ended for request in requests):
+        if waiting:
+            running.add(waiting.pop(0))
+        for _ in range(3):
+            running.step()
+    assert [request.answer for request in requests] == wanted
+
+
+def test_likelihoods_come_with_their_tokens() -> None:
+    """From a step that has run ahead as from one that has not; with a bias and penalties among them."""
+    adapters = eight(base_of())
+
+    def found() -> list[tuple[list[int], list[float]]]:
+        running = Engine()
+        how = [replace(settings, presence_penalty=0.5 * (n % 3)) for n, settings in enumerate(HOW)]
+        requests = [
+            Request(prompt, settings, adapter, bias={n: 3.0}, most_likely=n % 4 if n else None)
+            for n, (prompt, settings, adapter) in enumerate(zip(PROMPTS, how, adapters, strict=True))
+        ]
+        for request in requests:
+            running.add(request)
+        while not all(request.ended for request in requests):
+            running.step()
+        return [(r.answer, [value.log_probability for value in r.likelihoods]) for r in requests]
+
+    plain = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "lane_class", lambda model: GraphLane)
+        ahead = found()
+    assert not plain[0][1]
+    for (tokens, values), (others, their_values) in zip(plain, ahead, strict=True):
+        assert tokens == others
+        assert len(values) in (0, len(tokens))
+        assert values == pytest.approx(their_values, abs=1e-5)

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Talk to a base with its adapter, or to a plain base.",
     "generate": "Prompt a base with its adapter, or a plain base.",
     "evaluate": "Score adapters beside their base, and write a report.",
+    "serve": "Serve a base and its adapters with OpenAI's interface and a chat page.",
     "convert-adapter": "Turn an adapter of another code base into ours, or ours into theirs.",
     "merge": "Make a plain Hugging Face model of a base and an adapter without prompts.",
     "compare": "Show runs side by side: settings, results, curves and cost.",

@@ -3,5 +3,6 @@
 `adapted` is what Python users hold; `answering` serves the command line, `prompt_file` its files and
 `repeats` its comparisons. `task` reads what Python callers ask. `settings` are the choices of a request (no
 torch), `adapter` is what it is answered with, `sampling` chooses tokens. The `engine` answers every `request`
-in the `lane` of its model, on CUDA a `graph_lane`. `choosing` gives the likelihoods of given answers.
+in the `lane` of its model, on CUDA a `graph_lane`. `choosing` and `prompt_likelihood` give the likelihoods of
+given texts; `answer_text` makes text of tokens, up to a stop text.
 """

@@ -93,6 +93,21 @@ class AdaptedLlama:
         return f"AdaptedLlama({base=}, {adapter=}, device={str(weight.device)!r}, {dtype=})"
 
     @property
+    def engine(self) -> Engine:
+        """What answers its requests, and those of all adapters on the same base."""
+        return self._engine
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text generated under its template."""
+        return self.template.stop_ids(self.tokenizer)
+
+    @property
+    def adapter(self) -> Adapter:
+        """What its requests are answered with; of a model in training, as it is now."""
+        return self._adapter or Adapter.of(self.model)
+
+    @property
     def base_name(self) -> str:
         """The folder of the base, without those above it."""
         return self._shared().folder.resolve().name
@@ -144,6 +159,10 @@ class AdaptedLlama:
                   from 0, which is off, to 1.
                 - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
                   before; above 0, 1 is off (arXiv 1909.05858).
+                - ``frequency_penalty`` (0.0): subtract this from a token's logit for each time the answer has
+                  it; -2 to 2.
+                - ``presence_penalty`` (0.0): subtract this from the logits of tokens that the answer has;
+                  -2 to 2.
                 - ``seed`` (0): seed of the random numbers; 0 to 2**64 - 1. The same one gives the same text,
                   alone or in a batch.
                 - ``stop`` (none): one text, or several, that end the answer; they are not part of it.
@@ -394,7 +413,7 @@ class AdaptedLlama:
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
         self._engine.refuse_fork()
-        stop_ids, adapter = self.template.stop_ids(self.tokenizer), self._adapter or Adapter.of(self.model)
+        adapter, stop_ids = self.adapter, self.stop_ids
         starts = [()] * len(prompts) if begun is None else begun
         requests = [
             Request([*prompt, *start], settings.after(len(start)), adapter, stop_ids, resumes)

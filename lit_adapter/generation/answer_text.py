@@ -25,7 +25,7 @@ class AnswerText:
         text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if places:
-            self.stopped = True
+            self.stopped, self.held = True, ""
             return text[: min(places)]
         begun = (n for stop in self.stop for n in range(len(stop)) if text.endswith(stop[:n]))
         keep = 0 if token is None else max(begun, default=0)

@@ -23,12 +23,16 @@ class Engine:
     """Takes the steps of all requests, from any thread: whoever waits for an answer drives all of them.
 
     A lane is dropped with its last request, and its cache with it, unless it holds what later requests may go
-    on from (`Request.resumes`).
+    on from (`Request.resumes`), or `reserve` keeps it.
     """
+
+    prompt_tokens: int | None = None
+    """How many tokens of prompts a step reads while other requests are live; None reads all prompts first."""
 
     def __init__(self) -> None:
         self._added: deque[Request] = deque()
         self._lanes: dict[Llama, Lane] = {}  # changed by whoever steps, or by others while nobody does
+        self._kept: set[Llama] = set()
         # A plain Lock: an interrupt can leave a Condition held, whose methods are Python code.
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -50,6 +54,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Let the next step read the request's prompt."""
         self._added.append(request)
+
+    def reserve(self, model: Llama, n_slots: int, length: int) -> None:
+        """Keep a lane, with a cache for ``n_slots`` requests of ``length`` tokens, also when it is idle."""
+        with self._lock, torch.inference_mode():
+            lane = self._lanes.setdefault(model, lane_class(model)(model))
+            lane.enlarge(n_slots, length)
+            self._kept.add(model)
 
     def step(self) -> None:
         """Take a step, or wait for the end of the one that another thread is taking.
@@ -83,12 +94,12 @@ class Engine:
                 request.fail(error)
             self._added.popleft()
         for lane in self._lanes.values():
-            lane.advance()
+            lane.advance(self.prompt_tokens)
 
     def _fail_all(self) -> None:
         """End every request that a lane has with an error of its own."""
         for lane in self._lanes.values():
-            for request in (*lane.waiting, *lane.live):
+            for request in (*lane.waiting, *lane.reading, *lane.live):
                 request.fail(RuntimeError("generation was interrupted in another thread; ask again"))
             lane.forget()
 
@@ -96,6 +107,7 @@ class Engine:
         """End a request; its slot is free at once, and what its owner has not taken is dropped."""
         request.ended = True
         request.news.clear()
+        request.likelihoods.clear()
         # A held lock may be this thread's own: garbage collection within a step can close a stream.
         if not self._lock.locked():
             with self._lock:
@@ -149,7 +161,11 @@ class Engine:
                 self.cancel(request)
 
     def _drop_idle_lanes(self) -> None:
-        self._lanes = {model: lane for model, lane in self._lanes.items() if not lane.idle or lane.holds}
+        self._lanes = {
+            model: lane
+            for model, lane in self._lanes.items()
+            if model in self._kept or not lane.idle or lane.holds
+        }
 
 
 def lane_class(model: Llama) -> type[Lane]:

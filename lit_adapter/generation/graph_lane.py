@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_adapter.generation.lane import Lane, enlarged
 from lit_adapter.generation.request import Request
-from lit_adapter.generation.sampling import Choice, choose
+from lit_adapter.generation.sampling import MOST_LIKELY, Choice, choose, likelihoods
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.llama import Llama
@@ -31,7 +31,9 @@ class _Kind(NamedTuple):
 
     used: int  # keys that it attends to
     sampled: bool  # whether a request draws random numbers
-    penalised: bool  # whether a request has a repetition penalty
+    truncates: bool  # whether one of them leaves out the less likely tokens
+    adjusted: bool  # whether a request has a penalty or a bias
+    scored: bool  # whether a request asks for likelihoods
 
 
 class GraphLane(Lane):
@@ -45,8 +47,8 @@ class GraphLane(Lane):
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
         """Of the newest tokens, in their texts and in their answers."""
-        self.numbers = new(0, 0, device=self.device)
-        """The random numbers of every slot's answer."""
+        self.keys = new(0, 0, dtype=torch.long, device=self.device)
+        """The random keys of every slot's answer."""
         self.graphs: dict[_Kind, Callable[[], None]] = {}
         self.prefixes: Prefixes | None = None  # those that the graphs read
         self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
@@ -58,8 +60,10 @@ class GraphLane(Lane):
         self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
         self.place = enlarged(self.place, 2, n_slots)
         self.last_place = torch.full((2, 1), length - 1, device=self.device)
-        self.numbers = enlarged(self.numbers, n_slots, length)
-        self.landings = [Landing(n_slots), Landing(n_slots)]
+        self.keys = enlarged(self.keys, n_slots, length)
+        width = 1 + 2 * min(MOST_LIKELY, self.model.config.vocab_size)
+        self.scores = torch.zeros(n_slots, width, dtype=torch.double, device=self.device)
+        self.landings = [Landing(n_slots, width), Landing(n_slots, width)]
         settings = [request.settings for request in self.slots]
         settings += [Sampling()] * (n_slots - len(settings))
         self.choice = Choice.of(settings, self.device)
@@ -69,10 +73,11 @@ class GraphLane(Lane):
         super()._prepare(slots)
         requests = [self.slots[slot] for slot in slots]
         where = torch.tensor(slots, device=self.device)
+        self.place[:, where] = self.last_place  # until their prompts are read, what steps write there is lost
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
             if not request.settings.greedy:
-                self.numbers[slot, : len(request.numbers)] = request.numbers.to(self.device)
+                self.keys[slot, : len(request.keys)] = request.keys.to(self.device)
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose the first tokens of new requests, from which their steps go on."""
@@ -95,19 +100,20 @@ class GraphLane(Lane):
         read = {request for _, request in requests}  # each of them has one token that was not handed on yet
         wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
-        tokens = landing.wait()
+        tokens, scores = landing.wait()
         for slot, request in requests:
             if self.slots[slot] is request:  # otherwise a new request has taken its place
-                request.receive(tokens[slot])
+                request.receive(tokens[slot], scores[slot] if scores else None)
 
     def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
         """Start one step of all slots, and return its requests and where its tokens will arrive."""
         self._graph()()
-        live = [(slot, request) for slot, request in enumerate(self.slots) if not request.ended]
+        live = [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
         for _, request in live:
             request.length += 1
         self.landings.reverse()
-        self.landings[0].send(self.chosen)
+        scored = any(request.most_likely is not None for _, request in live)
+        self.landings[0].send(self.chosen, self.scores if scored else None)
         return live, self.landings[0]
 
     def _graph(self) -> Callable[[], None]:
@@ -119,7 +125,9 @@ class GraphLane(Lane):
         kind = _Kind(
             self._used(max((request.length for request in live), default=0) + 1),
             sampled=not all(request.settings.greedy for request in live),
-            penalised=any(request.settings.penalised for request in live),
+            truncates=any(request.settings.truncates for request in live),
+            adjusted=any(request.adjusted for request in live),
+            scored=any(request.most_likely is not None for request in live),
         )
         if kind not in self.graphs:
             self.graphs[kind] = capture(lambda: self._advance(kind))
@@ -137,18 +145,21 @@ class GraphLane(Lane):
     def _advance(self, kind: _Kind) -> None:
         """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
         logits = self.executor.captured_step(self.token, self.place[0], kind.used)
-        if self.has_kernels and not (kind.sampled or kind.penalised):
+        if self.has_kernels and not (kind.sampled or kind.adjusted or kind.scored):
             from lit_adapter.model.kernels import greedy  # needs Triton, see `Lane.executor_class`
 
             greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
             return
-        uniform = self.numbers.gather(1, self.place[1:].T)[:, 0] if kind.sampled else None
-        seen = self.seen if kind.penalised else None
-        token = choose(logits, self.choice, uniform, seen)
+        keys = self.keys.gather(1, self.place[1:].T)[:, 0] if kind.sampled else None
+        self.choice.truncates = kind.truncates
+        past = self.past if kind.adjusted else None
+        token = choose(logits, self.choice, keys, past)
         self.chosen.copy_(token)
+        if kind.scored:
+            self.scores.copy_(likelihoods(logits, token))
         torch.clamp(token, min=0, out=self.token)
-        if seen is not None:
-            seen.scatter_(1, self.token[:, None], True)
+        if past is not None:
+            past.add(torch.arange(len(token), device=self.device), self.token)
         # Slots without a request go on counting, within their room, until they are filled.
         torch.minimum(self.place + 1, self.last_place, out=self.place)
 
@@ -168,18 +179,23 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 
 class Landing:
-    """Host memory for the tokens ``[B]`` of one step."""
+    """Host memory for the tokens ``[B]`` of one step, and for their `likelihoods`."""
 
-    def __init__(self, n_slots: int) -> None:
+    def __init__(self, n_slots: int, width: int) -> None:
         self.tokens = torch.empty(n_slots, dtype=torch.long, pin_memory=True)
+        self.scores = torch.empty(n_slots, width, dtype=torch.double, pin_memory=True)
         self.landed = torch.cuda.Event()
+        self.scored = False
 
-    def send(self, tokens: Tensor) -> None:
-        """Start the copy, after the work that makes the tokens."""
+    def send(self, tokens: Tensor, scores: Tensor | None) -> None:
+        """Start the copies, after the work that makes the tokens."""
+        self.scored = scores is not None
         self.tokens.copy_(tokens, non_blocking=True)
+        if scores is not None:
+            self.scores.copy_(scores, non_blocking=True)
         self.landed.record()
 
-    def wait(self) -> list[int]:
-        """Return the tokens as soon as they have arrived."""
+    def wait(self) -> tuple[list[int], list[list[float]] | None]:
+        """Return the tokens and likelihoods as soon as they have arrived."""
         self.landed.synchronize()
-        return self.tokens.tolist()
+        return self.tokens.tolist(), self.scores.tolist() if self.scored else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.generation.request import Request
-from lit_adapter.generation.sampling import Choice, choose
+from lit_adapter.generation.sampling import Choice, Past, choose, likelihoods
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import choose as choose_executor
@@ -30,8 +30,8 @@ class Lane:
 
     executor: Any = None
     """Has the cache; None before the first request."""
-    seen: Tensor | None = None
-    """Which tokens a slot holds already ``[B, V]``; None before a request with a repetition penalty."""
+    past: Past | None = None
+    """Of every slot; None before a request with a penalty or a bias."""
 
     def __init__(self, model: Llama) -> None:
         self.model, self.executor_name = model, choose_executor(model, "decoding").name
@@ -39,18 +39,23 @@ class Lane:
         self.waiting: list[Request] = []
         self.slots: list[Request] = []
         """The requests of the slots that were ever filled; an ended one leaves its slot to others."""
+        self.reading: list[Request] = []
+        """Those whose prompts are not wholly in their slots yet, in their order."""
         self._left: list[Request] = []
         """Requests that may keep their slots, the earliest first."""
 
     @property
     def live(self) -> list[Request]:
-        """The requests that are being answered."""
-        return [request for request in self.slots if not request.ended]
+        """The requests that are being answered: their prompts are read."""
+        return [request for request in self.slots if self._is_live(request)]
+
+    def _is_live(self, request: Request) -> bool:
+        return not request.ended and request not in self.reading
 
     @property
     def idle(self) -> bool:
         """Whether nobody waits for an answer."""
-        return not self.live and all(request.ended for request in self.waiting)
+        return all(request.ended for request in (*self.slots, *self.waiting))
 
     @property
     def holds(self) -> bool:
@@ -62,52 +67,87 @@ class Lane:
         for request in self.slots:
             request.resumes = False
 
-    def advance(self) -> None:
+    def advance(self, most: int | None = None) -> None:
         """Read the waiting prompts, or give every live request its next token.
 
         An error ends the requests that were being computed; it is left to their owners.
+
+        Args:
+            most: how many tokens of prompts to read while other requests are live, which then have their next
+                tokens in the same step; None reads all prompts first.
         """
         new = [request for request in self.waiting if not request.ended]
-        try:
-            if new:
-                self._read(new)
-            else:
-                self._step()
-        except Exception as error:
-            for request in new or self.live:
-                request.fail(error)
+        self._attempt(new, lambda: self._place(new))
         self.waiting = []  # only now: an interrupt must find them
+        self.reading = [request for request in self.reading if not request.ended]
+        live, begun = self.live, self.reading
+        self._attempt(begun, lambda: self._read(most if live else None))
+        if live and (most is not None or not begun):
+            self._attempt(self.live, self._step)
 
-    def _read(self, new: list[Request]) -> None:
-        """Read prompts into slots, those with the same adapter together, and choose the first tokens.
+    def _attempt(self, requests: list[Request], work: Callable[[], None]) -> None:
+        if not requests:
+            return
+        try:
+            work()
+        except Exception as error:
+            for request in requests:
+                if not request.ended:
+                    request.fail(error)
 
-        What a slot holds of a prompt that `Request.resumes` is not computed again.
-        """
+    def _place(self, new: list[Request]) -> None:
+        """Give slots to requests, with what other slots hold of the prompts that `Request.resumes`."""
         shared = [self._longest_shared(request) for request in new]
         slots = self._slots_for(new, shared)
         longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
-        self._enlarge(max([len(self.slots), *(slot + 1 for slot in slots)]), longest)
+        self.enlarge(max([len(self.slots), *(slot + 1 for slot in slots)]), longest)
         for (source, n), slot in zip(shared, slots, strict=True):
             if n and source != slot:
                 self.executor.move(source, slot, n)
-        groups: dict[Prefixes | int, list[int]] = {}  # one that goes on from a slot is read alone
         for request, slot, (_, n) in zip(new, slots, shared, strict=True):
             self.slots[slot : slot + 1] = [request]
-            request.length, request.computed = len(request.prompt), len(request.prompt) - n
-            groups.setdefault(slot if n else request.adapter.prefixes, []).append(slot)
+            request.length, request.computed = n, len(request.prompt) - n
         self._left += [request for request in new if request.resumes]
+        self.reading += new
         self._prepare(slots)
-        hidden = [self._read_group(group) for group in groups.values()]
-        order = [slot for group in groups.values() for slot in group]
-        self._choose(self.model.logits(torch.cat(hidden)), order)
 
-    def _read_group(self, slots: list[int]) -> Tensor:
-        first = self.slots[slots[0]]
-        prefixes, done = first.adapter.prefixes, len(first.prompt) - first.computed
-        if done:
-            hidden: Tensor = self.executor.go_on(first.prompt, done, slots[0], prefixes)
+    def _read(self, most: int | None) -> None:
+        """Read prompts, ``most`` tokens of them or all, and choose the first tokens of those that are read.
+
+        Whole prompts with the same adapter are read together.
+        """
+        groups: dict[Prefixes | Request, list[tuple[Request, int]]] = {}
+        for request in self.reading:
+            left = len(request.prompt) - request.length
+            n = left if most is None else min(left, most)
+            if not n:
+                break
+            most = None if most is None else most - n
+            is_whole = not request.length and n == left
+            key = request.adapter.prefixes if is_whole else request
+            groups.setdefault(key, []).append((request, request.length))
+            request.length += n
+        hidden = {
+            request: row
+            for group in groups.values()
+            for (request, _), row in zip(group, self._read_group(group), strict=True)
+        }
+        read = [request for request in hidden if request.length == len(request.prompt)]
+        self.reading = [request for request in self.reading if request not in read]
+        if read:
+            slots = [self.slots.index(request) for request in read]
+            self._choose(self.model.logits(torch.stack([hidden[request] for request in read])), slots)
+
+    def _read_group(self, group: Sequence[tuple[Request, int]]) -> Tensor:
+        """Read whole prompts, or one from a place up to its ``length``; return hidden states ``[B, C]``."""
+        requests = [request for request, _ in group]
+        slots = [self.slots.index(request) for request in requests]
+        first, start = group[0]
+        prefixes = first.adapter.prefixes
+        if start or first.length < len(first.prompt):
+            hidden: Tensor = self.executor.go_on(first.prompt[: first.length], start, slots[0], prefixes)
         else:
-            hidden = self.executor.read([self.slots[slot].prompt for slot in slots], slots, prefixes)
+            hidden = self.executor.read([request.prompt for request in requests], slots, prefixes)
         return hidden
 
     def _longest_shared(self, request: Request) -> tuple[int, int]:
@@ -143,7 +183,7 @@ class Lane:
         places = iter(free)
         return [next(places) if slot is None else slot for slot in chosen]
 
-    def _enlarge(self, n_slots: int, length: int) -> None:
+    def enlarge(self, n_slots: int, length: int) -> None:
         """Make room for ``n_slots`` requests of ``length`` tokens; a cache grows by a quarter or more."""
         if self.executor is not None:
             cache = self.executor.cache
@@ -160,7 +200,8 @@ class Lane:
         if self.executor is not None:
             executor.take(self.executor)
         self.executor = executor
-        self.seen = None if self.seen is None else enlarged(self.seen, n_slots)
+        if self.past is not None:
+            self.past = Past(*(enlarged(own, n_slots) for own in vars(self.past).values()))
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
         """Return what computes this lane's model."""
@@ -172,15 +213,14 @@ class Lane:
         return CpuDecode if self.executor_name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
-        """Set up slots for the prompts that will be read: their tokens, if a request has a penalty."""
-        if self.seen is None and not any(request.settings.penalised for request in self.live):
+        """Set up slots for the prompts that will be read: their past, if a request needs one."""
+        if self.past is None and not any(self.slots[slot].adjusted for slot in slots):
             return
-        if self.seen is None:
-            shape = (self.executor.cache.n_slots, self.model.config.vocab_size)
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if self.past is None:
+            B, V = self.executor.cache.n_slots, self.model.config.vocab_size
+            self.past = Past.empty(B, V, self.device)
         for slot in slots:
-            self.seen[slot] = False
-            self.seen[slot, torch.tensor(self.slots[slot].prompt, device=self.device)] = True
+            self.past.begin(slot, self.slots[slot].prompt, self.slots[slot].bias)
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""
@@ -197,16 +237,17 @@ class Lane:
 
         One that is cancelled from now on is computed once more: the step's slots stay as they are.
         """
-        live = [slot for slot, request in enumerate(self.slots) if not request.ended]
+        live = [slot for slot, request in enumerate(self.slots) if self._is_live(request)]
         n_live = len(live)
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
-            if self.slots[target].resumes:
-                self.executor.swap(source, target)
+            other = self.slots[target]
+            if other.resumes or not other.ended:
+                self.executor.swap(source, target, max(other.length, self.slots[source].length))
             else:
                 self.executor.move(source, target, self.slots[source].length)
-            if self.seen is not None:
-                self.seen[target] = self.seen[source]
+            if self.past is not None:
+                self.past.swap(source, target)
             self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
         return self.slots[:n_live]
 
@@ -216,15 +257,17 @@ class Lane:
         settings = [request.settings for request in requests]
         where = torch.tensor(list(slots), device=self.device)
         sampled = not all(how.greedy for how in settings)
-        penalised = any(how.penalised for how in settings)
-        choice = Choice.of(settings, self.device) if sampled or penalised else None
-        uniform = torch.stack([r.numbers[r.n_new] for r in requests]).to(self.device) if sampled else None
-        seen = self.seen[where] if penalised and self.seen is not None else None
-        token = choose(logits, choice, uniform, seen)
-        if self.seen is not None:
-            self.seen[where, token.clamp(min=0)] = True
-        for request, chosen in zip(requests, token.tolist(), strict=True):
-            request.receive(chosen)
+        adjusted = any(request.adjusted for request in requests)
+        choice = Choice.of(settings, self.device) if sampled or adjusted else None
+        keys = torch.stack([r.keys[r.n_new] for r in requests]).to(self.device) if sampled else None
+        past = self.past.of(where) if adjusted and self.past is not None else None
+        token = choose(logits, choice, keys, past)
+        if self.past is not None:
+            self.past.add(where, token.clamp(min=0))
+        scored = any(request.most_likely is not None for request in requests)
+        scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
+        for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
+            request.receive(chosen, row)
 
 
 def n_common(one: Sequence[int], other: Sequence[int]) -> int:

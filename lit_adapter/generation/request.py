@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,21 @@ def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:
         raise UserError(f"stop_ids holds {most}, but the base's vocabulary ends at {config.vocab_size - 1}")
 
 
+class Likelihood(NamedTuple):
+    """How likely a token was, before temperature, penalties and biases; natural logarithms."""
+
+    log_probability: float
+    most_likely: tuple[tuple[int, float], ...]
+    """Ids and log-probabilities of the most likely tokens, as many as were asked for."""
+
+    @classmethod
+    def of(cls, row: Sequence[float], most: int) -> Likelihood:
+        """Return one row of `sampling.likelihoods` with its ``most`` most likely tokens."""
+        n_kept = len(row) // 2
+        pairs = zip(row[1 + n_kept :], row[1 : 1 + n_kept], strict=True)
+        return cls(row[0], tuple((int(id_), value) for id_, value in pairs)[:most])
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt to answer.
@@ -84,8 +99,14 @@ class Request:
     """Tokens that end the answer, in addition to those of the settings."""
     resumes: bool = False
     """Whether it goes on from what a slot holds of its prompt, and leaves its own slot to later requests."""
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """What is added to the logits of some ids."""
+    most_likely: int | None = None
+    """Of how many tokens the likelihoods are wanted beside the chosen one's; None for none at all."""
     news: deque[int] = field(default_factory=deque, init=False)
     """Tokens of the answer that its owner has not taken yet."""
+    likelihoods: deque[Likelihood] = field(default_factory=deque, init=False)
+    """Those of ``news``, if ``most_likely`` asks for them."""
     answer: list[int] = field(default_factory=list, init=False)
     """The tokens of the answer so far."""
     ended: bool = field(default=False, init=False)
@@ -114,14 +135,23 @@ class Request:
         """The tokens whose keys and values its slot holds, for certain."""
         return [] if self.error is not None else [*self.prompt, *self.answer][: self.length]
 
-    @cached_property
-    def numbers(self) -> Tensor:
-        """The random numbers of its tokens: the n-th token is drawn with the n-th, alone or in a batch."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        return torch.rand(self.settings.max_new_tokens, generator=generator)
+    @property
+    def adjusted(self) -> bool:
+        """Whether its past or a bias changes its logits."""
+        return self.settings.penalised or bool(self.bias)
 
-    def receive(self, token: int) -> None:
-        """Take the token chosen for it; -1 says that its logits are NaN or infinite."""
+    @cached_property
+    def keys(self) -> Tensor:
+        """The random keys of its tokens: the n-th token is drawn with the n-th, alone or in a batch."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        n, least = self.settings.max_new_tokens, torch.iinfo(torch.long).min
+        return torch.empty(n, dtype=torch.long).random_(least, None, generator=generator)
+
+    def receive(self, token: int, likelihoods: Sequence[float] | None = None) -> None:
+        """Take the token chosen for it; -1 says that its logits are NaN or infinite.
+
+        ``likelihoods`` is its row of `sampling.likelihoods`.
+        """
         if self.ended:  # cancelled meanwhile
             return
         if token < 0:
@@ -132,6 +162,8 @@ class Request:
             self.ended = True
             return
         self.answer.append(token)
+        if likelihoods is not None and self.most_likely is not None:
+            self.likelihoods.append(Likelihood.of(likelihoods, self.most_likely))
         self.news.append(token)
         self.ended = self.n_new >= self.settings.max_new_tokens
 

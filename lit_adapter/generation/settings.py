@@ -35,6 +35,10 @@ class Sampling:
     """Sample among tokens at least this share as likely as the most likely one."""
     repetition_penalty: float = 1.0
     """Divide (or multiply, if negative) the logits of tokens seen before; 1: off (arXiv 1909.05858)."""
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit for each time the answer has it; -2 to 2, 0: off."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the answer has; -2 to 2, 0: off."""
     seed: int = 0
     """Seed of the random numbers; the same one gives the same text, alone or in a batch."""
     stop: tuple[str, ...] = ()
@@ -58,6 +62,10 @@ class Sampling:
             raise UserError(f"min_p is {self.min_p}; expected a number from 0 (off) to 1")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not -2 <= value <= 2:
+                raise UserError(f"{name} is {value}; expected a number from -2 to 2, 0 is off")
         if "" in self.stop:
             raise UserError("stop holds an empty text, which every answer contains; remove it")
         below = next((token for token in self.stop_ids if token < 0), None)
@@ -78,7 +86,8 @@ class Sampling:
         }
         for name in ("max_new_tokens", "top_k", "seed"):
             kept[name] = whole_number(name, getattr(self, name))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
             kept[name] = number(name, getattr(self, name))
         for name, value in kept.items():
             object.__setattr__(self, name, value)
@@ -104,7 +113,12 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         """Whether tokens seen before count."""
-        return self.repetition_penalty != 1
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the less likely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def greedy(self) -> bool:

@@ -264,10 +264,10 @@ class ModuleDecode:
             x[:, target, :, :length] = x[:, source, :, :length]
         self.prefixes.assign([target], self.prefixes.rows[source])
 
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two slots."""
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two slots of up to ``length`` cached tokens."""
         for x in (self.cache.k, self.cache.v):
-            x[:, [one, other]] = x[:, [other, one]]
+            x[:, [one, other], :, :length] = x[:, [other, one], :, :length]
         rows = self.prefixes.rows
         first, second = rows[one], rows[other]
         self.prefixes.assign([one], second)

@@ -72,6 +72,11 @@ def spread(row: Row) -> str:
     return f"{row['useful_tokens_per_s']:,.1f} ({low:,.1f} to {high:,.1f})"
 
 
+def spread_if_any(row: Row) -> str:
+    """Format the rate of a row that has one."""
+    return spread(row) if row["useful_tokens_per_s"] else ""
+
+
 def failure(error: Exception) -> str:
     """Return an exception in one line."""
     first = (str(error).strip() or "no message").splitlines()[0]

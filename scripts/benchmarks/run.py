@@ -1,4 +1,4 @@
-"""The two benchmarks, from options to table."""
+"""The three benchmarks, from options to table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import generation, machine, training, workload
 from benchmarks.models import Base, read_base
-from benchmarks.report import Column, Report, number, spread
+from benchmarks.report import Column, Report, number, spread, spread_if_any
 from lit_adapter.data.encode import Encoded
 from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError, nearest
@@ -34,6 +34,16 @@ DECODING: tuple[Column, ...] = (
     ("tokens/s, whole call", number("call_tokens_per_s", ",.1f")),
     ("first token, ms", number("first_token_seconds", ",.1f", 1e3)),
     ("warm-up, s", number("warmup_seconds", ".1f")),
+)
+
+
+SERVING: tuple[Column, ...] = (
+    ("tokens/s (spread)", spread_if_any),
+    ("of the engine's", number("ratio", ".1%")),
+    ("processor time, of the engine's", number("cpu_ratio", ".1%")),
+    ("slowest/fastest", number("slowest_to_fastest", ".2f")),
+    ("first token p50, ms", number("first_p50", ",.1f", 1e3)),
+    ("first token p99, ms", number("first_p99", ",.1f", 1e3)),
 )
 
 
@@ -77,6 +87,20 @@ def generate(options: Any) -> tuple[str, bool]:
         report.put(generation.limit(base, batch, report.machine["copy_bytes_per_s"]))
     generation.Decoding(base, cases, report, options, ids).run()
     return _finish(options, report, DECODING)
+
+
+def serve(options: Any) -> tuple[str, bool]:
+    """Compare a server with its engine; return the table."""
+    from benchmarks import serving
+
+    _, base = _base(options)
+    options.base_dtype = base.model.embed_tokens.weight.dtype
+    report = _report(
+        options, base, {"new_tokens": options.new_tokens, "prompt_tokens": options.prompt_tokens}
+    )
+    del base
+    serving.compare(options, report)
+    return _finish(options, report, SERVING)
 
 
 def _base(options: Any) -> tuple[torch.device, Base]:

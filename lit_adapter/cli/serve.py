@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.cli.command import check_least, command_parser, parse
+from lit_adapter.cli.main import COMMANDS
+from lit_adapter.errors import UserError, shorten
+from lit_adapter.serving.limits import Limits
+from lit_adapter.serving.options import ServerOptions
+
+
+def main(argv: Sequence[str], program: str | None = None) -> int:
+    """Parse, and serve until a signal ends it."""
+    options = _options(_parse(argv, program))
+    options.check()
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'lit_adapter[serve]'") from None
+    from lit_adapter.serving.run import serve
+
+    serve(options)
+    return 0
+
+
+def _parse(argv: Sequence[str], program: str | None) -> Any:
+    default, limits = ServerOptions(), Limits()
+    parser = command_parser(COMMANDS["serve"], program)
+    add = parser.add_argument
+    add("--adapter", metavar="NAME=FILE", action="append", help="an adapter and its name; may be repeated")
+    add("--adapters", metavar="FOLDER", help="a folder of adapters, watched: NAME.safetensors in it, or runs")
+    add("--base", metavar="FOLDER", help="by default the base that the first adapter names")
+    add("--template", help="of the plain base: its own chat template by default, else alpaca")
+    add("--device", help="cpu or cuda; by default CUDA where there is one")
+    add("--dtype", help="float32, bfloat16 or float16; by default the faster one")
+    add("--verify", action="store_true", help="compare all of the base with its checksums")
+    add("--host", default=default.host, help="address to listen at; others than this machine's need keys")
+    add("--port", type=int, default=default.port, help="0: any free one")
+    add("--slots", type=int, default=default.slots, help="answers that are generated at a time")
+    add("--context", type=int, help="longest prompt with its answer, in tokens; by default as memory allows")
+    add("--queue", type=int, default=limits.queue, help="answers that may wait for a slot")
+    add("--max_tokens", type=int, default=limits.max_tokens, help="longest answer, in tokens")
+    add("--per_key", type=int, default=limits.per_key, help="requests under way for one key or address")
+    add("--api-keys", metavar="FILE", help="keys of clients, one a line; 'admin KEY' may change adapters")
+    add("--insecure", action="store_true", help="serve other machines without keys")
+    add("--cors", nargs="+", metavar="ORIGIN", default=[], help="web pages elsewhere that may ask")
+    add("--grace", type=float, default=default.grace, help="seconds for answers to end after SIGTERM")
+    add("--log-prompts", action="store_true", help="write prompts into the log")
+    add("--ready-file", metavar="FILE", help="a file that exists while requests are answered")
+    options = parse(parser, argv)
+    check_least(options, 1, "slots", "context", "queue", "max_tokens", "per_key")
+    check_least(options, 0, "grace")
+    return options
+
+
+def _options(given: Any) -> ServerOptions:
+    return ServerOptions(
+        adapters=_named(given.adapter or []),
+        folder=_path(given.adapters),
+        base=_path(given.base),
+        template=given.template,
+        device=given.device,
+        dtype=given.dtype,
+        verify=given.verify,
+        host=given.host,
+        port=given.port,
+        slots=given.slots,
+        context=given.context,
+        api_keys=_path(given.api_keys),
+        insecure=given.insecure,
+        cors=tuple(given.cors),
+        grace=given.grace,
+        log_prompts=given.log_prompts,
+        ready_file=_path(given.ready_file),
+        limits=Limits(queue=given.queue, max_tokens=given.max_tokens, per_key=given.per_key),
+    )
+
+
+def _path(given: str | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _named(given: Sequence[str]) -> dict[str, Path]:
+    """Return the files of ``NAME=FILE`` by name."""
+    found: dict[str, Path] = {}
+    for word in given:
+        name, equals, file = word.partition("=")
+        if not (name and equals and file):
+            raise UserError(f"--adapter {shorten(word)}: expected NAME=FILE")
+        if name in found:
+            raise UserError(f"--adapter {shorten(word)}: the name is taken by {found[name]}")
+        found[name] = Path(file)
+    return found

@@ -1,0 +1,234 @@
+"""The adapters that are served: loaded and unloaded while requests run; those keep what they started with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_adapter.errors import UserError, nearest, shorten
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.serving.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+FILE = "adapter.safetensors"
+SUFFIX = ".safetensors"
+
+
+def check_name(name: str) -> str:
+    """Return a name that an adapter can have.
+
+    Raises:
+        UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or more than 100.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"adapter name {shorten(name)}: expected letters, digits, '.', '_' and '-', 100 at most, "
+            "a letter or digit first"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class State:
+    """What tells one content of a file from the next."""
+
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> State:
+        """Return the state of a file now."""
+        found = os.stat(path)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests can name."""
+
+    name: str
+    model: AdaptedLlama
+    created: int
+    path: Path | None = None
+    """None for the plain base."""
+    state: State | None = None
+
+
+class Adapters:
+    """The base and every loaded adapter, by name.
+
+    Args:
+        base: the plain base.
+        name: its name.
+        folder: of more adapters, ``NAME.safetensors`` or ``NAME/adapter.safetensors``. A file that appears is
+            loaded, one that changes is loaded again, and one that goes is unloaded.
+    """
+
+    def __init__(self, base: AdaptedLlama, name: str, folder: Path | None = None) -> None:
+        self.base = Served(check_name(name), base, int(time.time()))
+        self.folder = folder
+        self._served: dict[str, Served] = {}
+        self._seen: dict[str, State] = {}  # of the files in the folder, loaded or not
+        self._failed: dict[str, State] = {}
+        self._unloaded: dict[str, State] = {}  # by a request; they stay out until their files change
+        self._changing = threading.Lock()
+
+    def __iter__(self) -> Iterator[Served]:
+        """Iterate over the base and the adapters by name."""
+        yield self.base
+        yield from (served for _, served in sorted(self._served.items()))
+
+    def __len__(self) -> int:
+        """Return the number of adapters."""
+        return len(self._served)
+
+    def find(self, name: str) -> Served:
+        """Return what is served under a name.
+
+        Raises:
+            ApiError: nothing is (404).
+        """
+        found = self.base if name == self.base.name else self._served.get(name)
+        if found is None:
+            hint = nearest(name, [served.name for served in self]) or "; see /v1/models"
+            raise ApiError(
+                404, f"the model {shorten(name)} does not exist{hint}", param="model", code="model_not_found"
+            )
+        return found
+
+    def get(self, name: str) -> AdaptedLlama:
+        """Return the model of a name; see `find`."""
+        return self.find(name).model
+
+    def load(self, name: str, path: Path) -> None:
+        """Serve an adapter's file under a name, or in place of what has it.
+
+        Raises:
+            UserError: the file is missing, damaged, or of another base; the name is the base's, or none.
+        """
+        if check_name(name) == self.base.name:
+            raise UserError(f"adapter name {shorten(name)} is the base's; give the adapter another")
+        with self._changing:
+            state = State.of(path) if path.exists() else None
+            model = self.base.model.with_adapter(path)
+            self._served[name] = Served(name, model, int(time.time()), path, state)
+            self._failed.pop(name, None)
+            self._unloaded.pop(name, None)
+
+    def unload(self, name: str) -> None:
+        """Stop serving an adapter; requests under way end as they began.
+
+        Raises:
+            ApiError: it is not loaded (404), or it is the base (400).
+        """
+        if name == self.base.name:
+            raise ApiError(400, "the base cannot be unloaded", param="name", code="base_model")
+        with self._changing:
+            served = self.find(name)
+            del self._served[name]
+            if served.state is not None:
+                self._unloaded[name] = served.state
+
+    def load_from_folder(self, name: str) -> Served:
+        """Serve the adapter that the folder has under a name, newly read.
+
+        The name is looked for among the folder's own entries; it never becomes part of a path.
+
+        Raises:
+            ApiError: there is no folder (400), no such entry (404), or the file is refused (400).
+        """
+        if self.folder is None:
+            raise ApiError(400, "this server was started without --adapters FOLDER", code="no_folder")
+        path = self._listed().get(name)
+        if path is None:
+            known = ", ".join(sorted(self._listed())[:10]) or "nothing"
+            raise ApiError(
+                404,
+                f"the folder of adapters has no {shorten(name)}; it has {known}",
+                param="name",
+                code="adapter_not_found",
+            )
+        try:
+            self.load(name, path)
+        except UserError as error:
+            told = str(error).replace(str(path), path.name)
+            raise ApiError(400, told, param="name", code="adapter_refused") from None
+        return self._served[name]
+
+    def _listed(self) -> Mapping[str, Path]:
+        """Return the folder's adapter files by name; other entries are left out."""
+        found: dict[str, Path] = {}
+        if self.folder is None:
+            return found
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.is_dir() and (path / FILE).is_file():
+                    name, path = entry.name, path / FILE
+                elif entry.name.endswith(SUFFIX) and entry.is_file():
+                    name = entry.name.removesuffix(SUFFIX)
+                else:
+                    continue
+                if NAME.fullmatch(name) and name != self.base.name:
+                    found[name] = path
+        return found
+
+    def scan(self, *, patient: bool = True) -> None:
+        """Follow the folder.
+
+        A new or changed file is loaded once it has stayed the same since the last scan; at once if not
+        ``patient``. One that is refused is logged, and tried again when it has changed.
+        """
+        try:
+            listed = self._listed()
+            states = {name: State.of(path) for name, path in listed.items()}
+        except OSError as error:
+            logger.warning("folder of adapters %s: %s", self.folder, error.strerror)
+            return
+        for name, state in states.items():
+            known = self._served.get(name)
+            settled = not patient or self._seen.get(name) == state
+            done = state in (known.state if known else None, self._failed.get(name), self._unloaded.get(name))
+            if settled and not done:
+                self._follow(name, listed[name], state)
+        for name, served in list(self._served.items()):
+            path = served.path
+            if path is not None and self._is_in_folder(path) and name not in states:
+                self._served.pop(name, None)
+                logger.info("adapter %s: its file is gone; unloaded", name)
+        self._seen = states
+
+    def _is_in_folder(self, path: Path) -> bool:
+        return self.folder is not None and self.folder in (path.parent, path.parent.parent)
+
+    def _follow(self, name: str, path: Path, state: State) -> None:
+        """Load one file of the folder, or log why not."""
+        try:
+            self.load(name, path)
+            logger.info("adapter %s: loaded", name)
+        except (UserError, OSError) as error:
+            self._failed[name] = state
+            logger.warning("adapter %s: refused: %s", name, error)
+
+    def described(self, served: Served) -> dict[str, Any]:
+        """Return OpenAI's object of a model, with the base that it belongs to."""
+        is_base = served is self.base
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "lit-adapter",
+            "root": self.base.name,
+            "parent": None if is_base else self.base.name,
+            "template": served.model.template.kind,
+        }

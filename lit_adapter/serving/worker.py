@@ -1,0 +1,269 @@
+"""The thread that takes the engine's steps; it alone computes. Other threads hand it choices and cancel them.
+
+A choice waits in a queue until a slot is free, is read by the next step and answered with all others. Its
+events, pieces of text with their tokens, go to whoever listens after each step, all of them in one call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.answer_text import AnswerText
+from lit_adapter.generation.prompt_likelihood import prompt_likelihoods
+from lit_adapter.generation.request import Likelihood, Request
+from lit_adapter.serving.errors import ApiError
+from lit_adapter.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a prompt or an answer, with the place in the text at which its own text begins."""
+
+    id: int
+    offset: int
+    likelihood: Likelihood | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step has brought for a choice."""
+
+    index: int
+    text: str = ""
+    tokens: Sequence[Token] = ()
+    finish: str | None = None
+    """``stop`` or ``length``, at the end."""
+    error: BaseException | None = None
+
+
+Deliver = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer to one prompt. The fields below ``model`` change in the worker's thread alone."""
+
+    index: int
+    model: AdaptedLlama
+    prompt: Sequence[int]
+    request: Request | None
+    """None if nothing is to be generated."""
+    deliver: Deliver
+    """Called in the worker's thread."""
+    stop: tuple[str, ...] = ()
+    prompt_most_likely: int | None = None
+    """Asks for the likelihoods of the prompt, with this many of the most likely tokens; None for none."""
+    cancelled: bool = False
+    queued: float = field(default_factory=time.monotonic)
+    n_new: int = 0
+    last: float = 0.0
+    """When the newest token came; 0 before the first."""
+
+    def __post_init__(self) -> None:
+        self.text = AnswerText(self.model.tokenizer, self.stop)
+        self.released = 0  # characters of the answer that were sent
+        self.held: list[Token] = []  # tokens whose text was not sent yet
+
+    def take(self) -> Event | None:
+        """Return what the newest tokens of its request have brought; None if that is nothing."""
+        request = self.request
+        assert request is not None
+        text = ""
+        while request.news and not self.text.stopped:
+            token = request.news.popleft()
+            likelihood = request.likelihoods.popleft() if request.likelihoods else None
+            offset = self.released + len(text) + len(self.text.held)
+            self.held.append(Token(token, offset, likelihood))
+            self.n_new += 1
+            text += self.text.push(token)
+        ended = request.ended or self.text.stopped
+        if request.ended and request.error is None:
+            text += self.text.push(None)
+        self.released += len(text)
+        sent = [
+            token for token in self.held if token.offset < self.released or (ended and not self.text.stopped)
+        ]
+        self.held = [] if ended else self.held[len(sent) :]
+        finish = None
+        if ended:
+            full = not self.text.stopped and request.n_new >= request.settings.max_new_tokens
+            finish = "length" if full else "stop"
+        if not (text or sent or finish):
+            return None
+        return Event(self.index, text, sent, finish, request.error)
+
+
+class Worker:
+    """Answers choices with one engine.
+
+    Args:
+        model: the plain base; its engine is the one of all adapters on it.
+        n_slots: choices that are answered at a time.
+        queue: choices that may wait.
+        metrics: what it counts in.
+    """
+
+    def __init__(self, model: AdaptedLlama, n_slots: int, queue: int, metrics: Metrics) -> None:
+        self.engine, self.n_slots, self.queue, self.metrics = model.engine, n_slots, queue, metrics
+        self._waiting: deque[Choice] = deque()
+        self._running: list[Choice] = []
+        self._lock = threading.Lock()  # of the two above
+        self._work = threading.Event()
+        self._closed: ApiError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether choices are answered."""
+        return self._thread.is_alive() and self._closed is None
+
+    def submit(self, choices: Sequence[Choice]) -> None:
+        """Let the next steps answer all of these choices.
+
+        Raises:
+            ApiError: the queue is full (429), or the server stops (503).
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            n_free = self.n_slots - len(self._running) + self.queue - len(self._waiting)
+            if len(choices) > n_free:
+                raise ApiError(
+                    429,
+                    f"the queue is full: {len(self._waiting)} answers wait; try again later",
+                    code="queue_full",
+                    retry_after=self._seconds_until_room(),
+                )
+            self._waiting += choices
+        self._work.set()
+
+    def _seconds_until_room(self) -> int:
+        rounds = 1 + len(self._waiting) / self.n_slots
+        return min(60, max(1, round(rounds * self.metrics.usual_seconds)))
+
+    def cancel(self, choices: Sequence[Choice]) -> None:
+        """End choices; their slots are free at once, and nothing more is delivered for them."""
+        for choice in choices:
+            choice.cancelled = True
+            if choice.request is not None:
+                choice.request.ended = True  # what else it has is its thread's
+        self._work.set()
+
+    def close(self, error: ApiError) -> None:
+        """Take no more choices, and end all there are with an error."""
+        with self._lock:
+            self._closed = error
+        self._work.set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread's end, after `close`."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            while self._closed is None:
+                self._work.clear()
+                self._admit()
+                if not self._running:
+                    self.engine.step()  # drops the caches of adapters whose last answer was cancelled
+                    self._work.wait(1.0)
+                    continue
+                started = time.monotonic()
+                self.engine.step()
+                self._hand_on(started)
+        except BaseException:
+            logger.exception("the engine's thread has failed")
+            self._closed = ApiError(500, "the server has failed; its log says why", code="engine_failed")
+        self._end_all()
+
+    def _admit(self) -> None:
+        """Give free slots to choices that wait, in their order, and read the likelihoods of one prompt."""
+        while True:
+            with self._lock:
+                self._waiting = deque(choice for choice in self._waiting if not choice.cancelled)
+                self._count()
+                if not self._waiting or len(self._running) >= self.n_slots:
+                    return
+                choice = self._waiting.popleft()
+                self._running.append(choice)
+            self.metrics.waited.observe(time.monotonic() - choice.queued)
+            if choice.prompt_most_likely is not None or choice.request is None:
+                self._read_prompt(choice)
+            if choice.request is not None:
+                self.engine.add(choice.request)
+            if choice.prompt_most_likely is not None:
+                return
+
+    def _read_prompt(self, choice: Choice) -> None:
+        """Deliver the likelihoods of a choice's prompt; end the choice if nothing else is wanted."""
+        error, tokens, most = None, [], choice.prompt_most_likely
+        try:
+            if most is not None:
+                found = [None, *prompt_likelihoods(choice.model.model, choice.prompt, most)]
+                tokens = [Token(id_, 0, value) for id_, value in zip(choice.prompt, found, strict=True)]
+        except Exception as caught:  # of this choice, whose owner is told
+            error, choice.request = caught, None
+        finish = "length" if choice.request is None else None
+        choice.deliver(Event(choice.index, "", tokens, finish, error))
+        if finish:
+            self._running.remove(choice)
+
+    def _hand_on(self, started: float) -> None:
+        """Deliver what a step has brought, and leave the slots of what has ended."""
+        now, n_new = time.monotonic(), 0
+        self.metrics.step.observe(now - started)
+        left: list[Choice] = []
+        for choice in self._running:
+            if choice.cancelled:
+                continue
+            before = choice.n_new
+            event = choice.take()
+            n_new += choice.n_new - before
+            if choice.n_new > before:
+                self._observe(choice, now)
+            if event is not None:
+                choice.deliver(event)
+            if event is None or event.finish is None:
+                left.append(choice)
+            elif choice.request is not None and not choice.request.ended:
+                self.engine.cancel(choice.request)  # at a stop text
+        self.metrics.tokens.inc(n_new)
+        with self._lock:
+            self._running = left
+            self._count()
+
+    def _observe(self, choice: Choice, now: float) -> None:
+        if choice.last:
+            self.metrics.between_tokens.observe(now - choice.last)
+        else:
+            self.metrics.first_token.observe(now - choice.queued)
+        choice.last = now
+
+    def _count(self) -> None:
+        self.metrics.queue.set(len(self._waiting))
+        self.metrics.slots.set(len(self._running))
+
+    def _end_all(self) -> None:
+        """End every choice with the error that the worker was closed with."""
+        with self._lock:
+            ended = [*self._running, *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+            self._count()
+        for choice in ended:
+            if choice.request is not None:
+                self.engine.cancel(choice.request)
+            if not choice.cancelled:
+                choice.deliver(Event(choice.index, finish="stop", error=self._closed))

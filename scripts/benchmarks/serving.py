@@ -1,0 +1,232 @@
+"""The comparison of serving: a server's rate beside the engine's own, and the time to first tokens.
+
+The clients run in the server's process. Under load, requests arrive by a Poisson process, which
+does not wait for answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from benchmarks.report import Report, Row
+from lit_adapter.files.read import read_json
+from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
+from lit_adapter.generation.settings import Sampling
+from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.serving.options import ServerOptions
+from lit_adapter.serving.run import serve
+from lit_adapter.text.load import load_tokenizer
+from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
+
+Seconds = list[float]
+
+
+@dataclass
+class Answered:
+    """When the tokens of one streamed answer came, in seconds after it was asked for."""
+
+    times: Seconds
+
+    @property
+    def first(self) -> float:
+        """Time to the first token."""
+        return self.times[0]
+
+
+def save_adapters(base: Path, folder: Path, number: int, seed: int) -> dict[str, Path]:
+    """Write adapters of our default form with random prompts and open gates."""
+    raw, config = read_json(base / "config.json"), AdapterConfig()
+    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
+    template = resolve_template("alpaca", load_tokenizer(base))
+    info = AdapterInfo(config, base_identity(base), raw, template)
+    found = {}
+    for n in range(number):
+        generator = torch.Generator().manual_seed(seed + n)
+        state = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        found[f"a{n}"] = folder / f"a{n}.safetensors"
+        save_adapter(found[f"a{n}"], state, info)
+    return found
+
+
+@contextmanager
+def served(**options: Any) -> Iterator[str]:
+    """Run a server in a thread, and give its address."""
+    found: list[tuple[str, Callable[[], None]]] = []
+    ready = threading.Event()
+
+    def told(url: str, stop: Callable[[], None]) -> None:
+        found.append((url, stop))
+        ready.set()
+
+    thread = threading.Thread(target=lambda: serve(ServerOptions(port=0, **options), told), daemon=True)
+    thread.start()
+    if not ready.wait(600):
+        raise RuntimeError("the server is not ready after ten minutes")
+    try:
+        yield found[0][0]
+    finally:
+        found[0][1]()
+        thread.join()
+
+
+async def ask(url: str, model: str, prompt: Sequence[int], n_new: int) -> Answered:
+    """Ask for one streamed answer that does not end before its last token."""
+    body = {"model": model, "prompt": list(prompt), "max_tokens": n_new, "temperature": 0, "stream": True}
+    body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
+    content = json.dumps(body).encode()
+    place = urlsplit(url)
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    times = []
+    async for line in reader:
+        if line.startswith(b'data: {"id"') and b'"finish_reason":null' in line:
+            times.append(time.perf_counter() - started)
+    writer.close()
+    if not times:
+        raise RuntimeError("an answer without a token")
+    return Answered(times)
+
+
+async def together(
+    url: str, models: Sequence[str], prompts: Sequence[Sequence[int]], n_new: int
+) -> list[Answered]:
+    """Ask for all answers at once."""
+    return await asyncio.gather(*(ask(url, m, p, n_new) for m, p in zip(models, prompts, strict=True)))
+
+
+async def arrivals(
+    url: str,
+    models: Sequence[str],
+    prompt: Callable[[], list[int]],
+    n_new: int,
+    rate: float,
+    number: int,
+    seed: int,
+) -> list[Answered]:
+    """Ask for ``number`` answers at a mean of ``rate`` a second, by a Poisson process."""
+    chance = random.Random(seed)
+    tasks = []
+    for n in range(number):
+        tasks.append(asyncio.create_task(ask(url, models[n % len(models)], prompt(), n_new)))
+        await asyncio.sleep(chance.expovariate(rate))
+    return await asyncio.gather(*tasks)
+
+
+def by_engine(models: Sequence[AdaptedLlama], prompts: Sequence[Sequence[int]], n_new: int) -> None:
+    """Let an engine make the same answers, without a server."""
+    bias = {0: -100.0, 1: -100.0, 2: -100.0}
+    requests = [
+        Request(prompt, Sampling(max_new_tokens=n_new), model.adapter, bias=bias)
+        for model, prompt in zip(models, prompts, strict=True)
+    ]
+    for _ in Engine().run(requests, len(requests)):
+        pass
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds that work takes, and those of processors in this process, the server's too."""
+    started, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - started, time.process_time() - cpu
+
+
+def quantile(values: Seconds, share: float) -> float:
+    """Return the value below which this share of the values is."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def compare(options: Any, report: Report) -> None:
+    """Measure, and put the rows into the report; the engine and the server take turns."""
+    base = Path(options.model)
+    chance = random.Random(options.seed)
+    vocab = read_json(base / "config.json")["vocab_size"]
+    streams, n_new = options.streams or 8, options.new_tokens or 32
+    length = options.prompt_tokens or 64
+
+    def prompt(n: int = length) -> list[int]:
+        return [chance.randrange(100, vocab) for _ in range(n)]
+
+    with TemporaryDirectory() as folder:
+        paths = save_adapters(base, Path(folder), streams, options.seed)
+        plain = load(base=base, device=options.device, dtype=options.base_dtype)
+        models = {name: plain.with_adapter(path) for name, path in paths.items()}
+        names = list(models)
+        given = {"base": base, "adapters": paths, "device": options.device, "slots": streams}
+        with served(**given, context=max(1400, length + n_new), dtype=options.base_dtype) as url:
+            for kinds in (1, min(8, streams), streams):
+                asked = [names[n % kinds] for n in range(streams)]
+                _rates(report, url, asked, models, [prompt() for _ in asked], n_new, options.repeats)
+            alone = [asyncio.run(ask(url, names[0], prompt(512), 2)).first for _ in range(5)]
+            _put(report, "first token of 512, idle", first=alone)
+            capacity = report.rows[f"server, {streams} streams, {streams} adapters"]["useful_tokens_per_s"]
+            found = asyncio.run(
+                arrivals(url, names, prompt, n_new, 0.75 * capacity / n_new, 6 * streams, options.seed)
+            )
+            _put(report, f"first token of {length}, 75 % load", first=[each.first for each in found])
+            shared = prompt(1000)
+            cold = asyncio.run(ask(url, names[0], shared + prompt(20), 2)).first
+            warm = [asyncio.run(ask(url, names[0], shared + prompt(20), 2)).first for _ in range(3)]
+            _put(report, "shared start of 1,000: first request", first=[cold])
+            _put(report, "shared start of 1,000: later requests", first=warm)
+
+
+def _rates(
+    report: Report,
+    url: str,
+    names: Sequence[str],
+    models: dict[str, AdaptedLlama],
+    prompts: Sequence[Sequence[int]],
+    n_new: int,
+    repeats: int,
+) -> None:
+    rates: dict[str, Seconds] = {"engine": [], "server": []}
+    ratios, cpu, unfair = [], [], []
+    own = [models[name] for name in names]
+    n_tokens = len(prompts) * n_new
+    for _ in range(repeats):
+        engine = timed(lambda: by_engine(own, prompts, n_new))
+        found: list[Answered] = []
+        server = timed(lambda: found.extend(asyncio.run(together(url, names, prompts, n_new))))  # noqa: B023
+        rates["engine"].append(n_tokens / engine[0])
+        rates["server"].append(n_tokens / server[0])
+        ratios.append(engine[0] / server[0])
+        cpu.append(server[1] / engine[1])
+        last = [each.times[-1] for each in found]
+        unfair.append(max(last) / min(last))
+    for name, values in rates.items():
+        row: Row = {
+            "name": f"{name}, {len(names)} streams, {len(set(names))} adapters",
+            "useful_tokens_per_s": statistics.median(values),
+            "useful_tokens_per_s_spread": [min(values), max(values)],
+        }
+        if name == "server":
+            row |= {"ratio": statistics.median(ratios), "cpu_ratio": statistics.median(cpu)}
+            row["slowest_to_fastest"] = max(unfair)
+        report.put(row)
+
+
+def _put(report: Report, name: str, *, first: Seconds) -> None:
+    quantiles = {"first_p50": statistics.median(first), "first_p99": quantile(first, 0.99)}
+    report.put({"name": name, "useful_tokens_per_s": None, "n": len(first), **quantiles})
