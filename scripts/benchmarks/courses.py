@@ -10,6 +10,7 @@ from typing import Any
 from lit_adapter.data import demo
 from lit_adapter.data.records import read_records, split
 from lit_adapter.errors import UserError
+from lit_adapter.evaluation.metrics import json_exact
 from lit_adapter.files.write import write_json
 
 SEED = 1337
@@ -43,7 +44,7 @@ class Course:
     name: str
     options: tuple[str, ...]
     held_out: Path
-    is_right: Callable[[str, str], bool] | None = None
+    is_right: Callable[[str, str], float] | None = None
     """Compares an answer with the held-out output; None where answers are not either right or wrong."""
 
 
@@ -69,7 +70,7 @@ def _write(name: str, folder: Path, text: str | None) -> Course:
     if name == "demo":
         train, held_out = demo.write(folder, 0, N_DEMO)
         options = ("--optim.batch_size=16", "--optim.epochs=1")
-        return Course(name, (*_data(train, held_out), *options), held_out, demo.exact_match)
+        return Course(name, (*_data(train, held_out), *options), held_out, json_exact)
     train, held_out = folder / "train.json", folder / "held_out.json"
     sides = _tasks() if name == "tasks" else _text(text, few=name == "few")
     for path, records in zip((train, held_out), sides, strict=True):
@@ -84,9 +85,9 @@ def _data(train: Path, held_out: Path) -> tuple[str, str]:
     return f"--data.train={train}", f"--data.val={held_out}"
 
 
-def same_text(answer: str, expected: str) -> bool:
-    """Whether two texts differ by nothing but white space around them."""
-    return answer.strip() == expected.strip()
+def same_text(answer: str, expected: str) -> float:
+    """Return 1 where two texts differ by nothing but white space around them, else 0."""
+    return float(answer.strip() == expected.strip())
 
 
 def _text(path: str | None, *, few: bool) -> tuple[list[Any], list[Any]]:
