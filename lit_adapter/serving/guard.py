@@ -90,6 +90,8 @@ class Guard:
             if body is None and error.status_code not in (408, 413, 431):
                 with suppress(ApiError):  # a client that still sends would not see an answer
                     body = await self._read(receive)
+            elif error.status_code == 413:
+                await _discard(receive)
             # What is left of a body that was not read must not be taken for the next request.
             headers = {**(error.headers or {}), **({"Connection": "close"} if body is None else {})}
             await JSONResponse(error.body(), error.status_code, headers)(scope, receive, guarded)
@@ -177,6 +179,17 @@ class Guard:
             **visit.facts,
         }
         access.info(json.dumps(line))
+
+
+async def _discard(receive: Receive, most: int = 2**24, seconds: float = 2.0) -> None:
+    """Let a client send some more: one whose connection is closed while it sends does not see the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while most > 0:
+                message = await receive()
+                most -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _Sender:
