@@ -269,7 +269,7 @@ def test_a_dry_run_times_the_samples_of_a_validation(
         time.sleep(0.3)
         return ["x"] * len(pairs)
 
-    monkeypatch.setattr(AdaptedLlama, "generate_batch", slow)
+    monkeypatch.setattr(AdaptedLlama, "continue_batch", slow)
     options = ("--trainer.samples", "2", "--trainer.sample_tokens", "5", "--optim.max_steps", "4")
     for more, end in (
         ((), "; the sample answers of one took 0.3 s)"),

@@ -42,7 +42,7 @@ def test_no_random_state_of_the_process_decides_anything(
     for kind, name in (
         (LitAdapter, "training_step"),
         (LitAdapter, "validation_step"),
-        (AdaptedLlama, "generate_batch"),
+        (AdaptedLlama, "continue_batch"),
         (TrainingSteps, "__getitem__"),
         (ValidationSteps, "__getitem__"),
     ):

@@ -233,8 +233,8 @@ def _nth(
 
 
 def _after_first(generate: Callable, number: int) -> Callable:
-    def call(*arguments: Any) -> Iterator[Any]:
-        for count, item in enumerate(generate(*arguments)):
+    def call(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for count, item in enumerate(generate(*arguments, **options)):
             if count == 0:
                 os.kill(os.getpid(), number)
             yield item
