@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 import warm_runs
-from finetune_runs import TINY
+from finetune_runs import TINY, WORDS
 from hub_stand_in import hub  # noqa: F401 (a fixture)
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -24,8 +24,6 @@ from lit_adapter.weights.convert import convert
 
 torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
-
-WORDS = ("red", "green", "blue", "apple", "river", "stone", "cloud", "seven", "lamp", "Öl")
 
 
 def records() -> list[dict[str, str]]:

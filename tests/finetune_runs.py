@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 
 PR_SET_PDEATHSIG = 1
 _SYSTEM = ctypes.CDLL(None)  # loaded before any fork
+WORDS = ("red", "green", "blue", "apple", "river", "stone", "cloud", "seven", "lamp", "Öl")
+"""Of the tiny records."""
 TINY = Path(__file__).parent / "configs" / "tiny.yaml"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "finetune.py"
 

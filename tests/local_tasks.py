@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import WORDS
+from finetune_runs import WORDS
 
 SHARED = """
 dataset_path: json

@@ -225,7 +225,11 @@ TIMES = ("train", "--model", "7b", "--json", "x.json")
         (benchmark, (), "^the following arguments are required: work, model, json"),
         (benchmark, (*TIMES, "--repeats", "0"), "--repeats is 0; expected 1 or more"),
         (benchmark, (*TIMES, "--row-tokens", "9", "0"), "--row-tokens is 0; expected 1 or more"),
-        (benchmark, (*TIMES, "--new-tokens", "9"), "--new-tokens is for generate; leave it out of train"),
+        (
+            benchmark,
+            (*TIMES, "--new-tokens", "9"),
+            "--new-tokens is for generate and serve; leave",
+        ),
         (benchmark, ("generate", *TIMES[1:], "--steps", "9"), "--steps is for train; leave it out of"),
         (benchmark, (*TIMES, "--seed", str(2**64)), "--seed is 18446744073709551616; expected less than"),
         (measure_peers, (), "required: data; see"),

@@ -181,6 +181,7 @@ def test_a_failed_request_leaves_nothing_to_go_on_from() -> None:
     assert ask(own, adapter, prompt).computed == 20
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_order_of_conversations_is_exact(data: st.DataObject) -> None:

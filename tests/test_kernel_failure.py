@@ -61,7 +61,7 @@ def failing_view(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", [pytest.param("forward", marks=pytest.mark.slow), "backward"])
 def test_a_step_is_computed_again_by_the_modules(
     tiny: Callable[..., Config],
     failing_view: dict[str, Any],

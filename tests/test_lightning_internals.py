@@ -31,8 +31,8 @@ from lit_adapter.training.lightning_internals import (
 )
 
 ROOT = Path(__file__).parents[1]
-OF_OTHERS = {"os._exit", "parser._actions"}
-"""Private names of the standard library."""
+OF_OTHERS = {"os._exit", "parser._actions", "self.config._attn_implementation"}
+"""Private names of the standard library, and the one by which transformers' models choose their attention."""
 
 
 def moved(what: str, function: Any) -> str:
@@ -88,7 +88,7 @@ def private_touches(tree: ast.AST, own: set[str]) -> list[str]:
 def own_names(tree: ast.AST) -> set[str]:
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
             found |= {node.attr} if isinstance(node.ctx, ast.Store) else set()

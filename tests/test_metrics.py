@@ -233,7 +233,7 @@ def test_a_metric_of_ones_own(module: Callable[[str], None]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def f(a, b): return 1 / 0", r"my_metric:f\('x', 'y'\) raised ZeroDivisionError: division by zero"),
+        ("def f(a, b): return 1 / 0", r"my_metric:f\('y', 'y'\) raised ZeroDivisionError: division by zero"),
         ("def f(a, b): return float('nan')", "returned nan; expected a finite number or a bool"),
         ("def f(a, b): return 'good'", "returned 'good'; expected a finite number"),
         ("f = 3", "my_metric has no function 'f'"),

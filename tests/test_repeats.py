@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lit_adapter import quickstart
-from lit_adapter.data.record import Record
 from lit_adapter.generation.answering import compare
 from lit_adapter.generation.repeats import until_repeats
 from lit_adapter.generation.settings import Sampling
@@ -82,8 +81,8 @@ def test_a_comparison_cuts_the_base_alone_and_asks_for_no_more(
 
 def test_the_quickstart_says_where_the_base_is_cut() -> None:
     console = Console(file=io.StringIO(), width=300)
-    record = Record("x", "y", "{}")
-    quickstart._show_example(console, record, "I am.\n" * 100, "long " * 50)
+    before, after = ({"input": "y", "reference": "{}", "answer": a} for a in ("I am.\n" * 100, "long " * 50))
+    quickstart._show_example(console, before, after)
     lines = console.file.getvalue().splitlines()
     assert lines[2].endswith("I am. /  … repeats")
     assert lines[3].startswith("adapted   long long")

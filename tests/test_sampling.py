@@ -97,6 +97,7 @@ def test_draws_have_the_reference_distribution(case: Any, seed: int) -> None:
     assert not counts[wanted == 0].any()
 
 
+@pytest.mark.slow
 def test_a_whole_vocabulary_is_drawn_as_often_as_it_is_likely() -> None:
     """Chi squared of 2,000 tokens, whose probabilities differ by a factor of 1,000."""
     logits = torch.linspace(0, 7, 2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(1))]

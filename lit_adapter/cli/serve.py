@@ -20,7 +20,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}: pip install 'lit_adapter[serve]'") from None
+        raise UserError(f"serving needs {error.name}: pip install -e '.[serve]'") from None
     from lit_adapter.serving.run import serve
 
     serve(options)

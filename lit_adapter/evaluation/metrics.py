@@ -243,7 +243,7 @@ def metrics_named(names: Sequence[str], references: Sequence[str], origins: Sequ
             raise UserError(f"--metrics: '{name}' is unknown{hint}")
         if not _is_here(metric):
             raise UserError(
-                f'--metrics: {name} needs the package of {metric.package}; pip install "lit_adapter[eval]"'
+                f"--metrics: {name} needs the package of {metric.package}; pip install -e '.[eval]'"
             )
         _check_fit(metric, references, origins)
         found.append(metric)

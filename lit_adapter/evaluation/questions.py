@@ -47,7 +47,7 @@ def questions_of(records: Sequence[AnyRecord]) -> list[Question]:
 
 def _question(record: AnyRecord) -> Question:
     if isinstance(record, PlainText):
-        raise UserError(f"{record.origin}: a plain text asks for no answer; --text scores plain texts")
+        raise UserError(f"{record.origin}: a plain text asks for no answer; --plain measures its perplexity")
     if not isinstance(record, Conversation):
         return Question(record, record.instruction, record.input, record.output)
     *before, last = trimmed(record.messages)

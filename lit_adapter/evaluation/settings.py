@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_adapter.config import Columns
-from lit_adapter.data.records import DEFAULT_COLUMNS
+from lit_adapter.data.tasks import DEFAULT_COLUMNS
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Tasks:
         if not settings.tasks:
             return
         if find_spec("lm_eval") is None:
-            raise UserError('--tasks needs lm-evaluation-harness; pip install "lit_adapter[eval]"')
+            raise UserError("--tasks needs lm-evaluation-harness; pip install -e '.[eval]'")
         for name in settings.tasks:
             if _is_path(name) and not Path(name).is_file():
                 raise UserError(f"--tasks: {name}: file not found")

@@ -75,7 +75,7 @@ class _Guarded:
 
     def add_summary(self, summary: Any) -> None:
         """Write what `SummaryWriter` has no method for."""
-        self._call(lambda writer: writer._get_file_writer().add_summary(summary))
+        self._call(lambda writer: writer.file_writer.add_summary(summary))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: self._call(lambda writer: getattr(writer, name)(*args, **kwargs))

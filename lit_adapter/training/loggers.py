@@ -27,9 +27,7 @@ PIXELS = 12
 def check_logger(name: str) -> None:
     """Refuse, by a UserError, a logger whose package is not installed."""
     if name in ("wandb", "mlflow") and find_spec(name) is None:
-        raise UserError(
-            f"trainer.logger is {name}, which is not installed; pip install 'lit_adapter[{name}]'"
-        )
+        raise UserError(f"trainer.logger is {name}, which is not installed; pip install -e '.[{name}]'")
 
 
 def make_logger(name: str, folder: Path, drawn_from: int | None, say: Say) -> Logger:

@@ -1,4 +1,4 @@
-"""Faults 114 to 119: what an evaluation is asked for."""
+"""Faults 133 to 138: what an evaluation is asked for."""
 
 from __future__ import annotations
 
@@ -47,76 +47,76 @@ def far_away(bench: Bench) -> Outcome:
 
 ROWS = [
     Row(
-        114,
+        133,
         "numbers asked of words",
         on_words("--metrics", "exact,numeric"),
         r"numeric compares with a number, but the output of .*words\.json:1 is 'b'; leave numeric out",
     ),
     Row(
-        114,
+        133,
         "JSON asked of words",
         on_words("--metrics", "json_fields"),
         r"json_fields compares with a JSON obj",
     ),
     Row(
-        114,
+        133,
         "an unknown metric",
         on_words("--metrics", "exakt"),
         r"'exakt' is unknown; did you mean 'exact'\?",
     ),
     Row(
-        114,
+        133,
         "early stops with a metric of whole answers",
         on_words("--stop_early", "--metrics", "contains"),
         r"--stop-early: contains needs whole answers; leave it or --stop-early out",
     ),
     Row(
-        115,
+        134,
         "answers of another run",
         after_another,
         r"answers\.jsonl: answers of another run \(other max_new_tokens\); choose another --out",
     ),
     Row(
-        116,
+        135,
         "a task file that does not exist",
         lambda b: b.evaluate("--tasks", "nowhere.yaml"),
         r"--tasks: nowhere\.yaml: file not found",
     ),
     Row(
-        116,
+        135,
         "an unknown task",
         lambda b: b.evaluate("--tasks", "arc_eazy"),
         r"--tasks: 'arc_eazy' is unknown; did you mean 'arc_easy'\?",
         slow=True,
     ),
     Row(
-        117,
+        136,
         "data of the network without a network",
         far_away,
         r"--tasks: .*far\.yaml: the network cannot be reached, and its data is not in the cache",
         slow=True,
     ),
     Row(
-        118,
+        137,
         "an empty held-out file",
         lambda b: b.evaluate("--data", b.file("none.json", "[]")),
         r"none\.json: no usable record: it is empty",
     ),
     Row(
-        118,
+        137,
         "an empty plain text",
         lambda b: b.evaluate("--plain", b.file("none.txt", "\n")),
         r"none\.txt: the file is empty; expected a text to measure perplexity on",
     ),
     Row(118, "nothing to evaluate on", lambda b: b.evaluate(), r"nothing to evaluate on: give --data FILE"),
     Row(
-        119,
+        138,
         "a metric that raises",
         by("def f(answer, reference): return {}[answer]"),
         r"--metrics: fault_metric:f\('b', 'b'\) raised KeyError: 'b'",
     ),
     Row(
-        119,
+        138,
         "a metric that is not there",
         by("def g(answer, reference): return 1"),
         r"--metrics: fault_metric:f: fault_metric has no function 'f'",
