@@ -108,7 +108,7 @@ def test_calls_results_system_prompts_and_reasoning(tmp_path: Path) -> None:
     assert asked.content == ""
     assert asked.more["tool_calls"][0]["function"] == {"name": "f", "arguments": {"b": 1, "a": [2]}}
     assert asked.more["reasoning_content"] == "hm"
-    assert talk.tools == [{"type": "function", "function": {"name": "f"}}]
+    assert talk.tools == record["tools"]
     shared = {
         "system": "Be brief.",
         "conversations": [
@@ -221,3 +221,53 @@ def test_shares_add_up() -> None:
 def test_a_weight_of_an_empty_source_goes_to_the_others() -> None:
     order = EpochOrder(10, 0, np.zeros(10, np.int64), [1, 5])
     assert sorted(order.epoch(0).tolist()) == list(range(10))
+
+
+def test_null_in_arguments_and_tools_is_kept(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    call = {"id": 5, "name": "f", "arguments": {"unit": None}}
+    turns = [
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": 5, "content": "3"},
+        ANSWERED,
+    ]
+    (row,) = read_records(lines(tmp_path / "a.jsonl", {"messages": turns, "tools": [tool]}))
+    assert row.tools == [tool]
+    (made,) = row.messages[1].more["tool_calls"]
+    assert made == {"type": "function", "id": 5, "function": {"name": "f", "arguments": {"unit": None}}}
+
+
+def test_a_system_prompt_beside_the_messages_comes_first(tmp_path: Path) -> None:
+    (row,) = read_records(lines(tmp_path / "a.jsonl", {"system": "Be brief.", "messages": [ASKED, ANSWERED]}))
+    assert next((m.role, m.content) for m in row.messages) == ("system", "Be brief.")
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ({"role": "tool", "tool_call_id": ["x"], "content": "3"}, "turn 2: a tool's result without a call"),
+        ({**ANSWERED, "more": nested(900)}, "turn 2: 'more' is nested more than 100 deep"),
+        ({**ANSWERED, "\ud800": 1}, "turn 2: 'a key' has half of a character"),
+    ],
+)
+def test_what_a_message_cannot_hold(tmp_path: Path, message: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        read_records(lines(tmp_path / "a.jsonl", {"messages": [ASKED, message]}))
+
+
+def test_tools_are_valid_unicode(tmp_path: Path) -> None:
+    record = {"messages": [ASKED, ANSWERED], "tools": [{"\ud800": 1}]}
+    with pytest.raises(UserError, match="'tools' has half of a character"):
+        read_records(lines(tmp_path / "a.jsonl", record))
+
+
+def test_weights_may_be_large() -> None:
+    assert shares(np.array([1e308, 1e308]), 10).tolist() == [5, 5]

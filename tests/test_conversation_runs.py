@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from finetune_runs import Stopper
 
 import lit_adapter
 from lit_adapter.config import Config
+from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -69,6 +71,24 @@ def test_a_weighted_run_is_resumed_exactly(tiny: Callable[..., Config], tmp_path
     assert finetune(stopped, "last", say=lambda line: None) == 0
     same = [Path(one.out, "adapter.safetensors").read_bytes() for one in (whole, stopped)]
     assert same[0] == same[1]
+
+
+def test_another_division_into_weighted_sources_is_another_run(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The records are the same, in the same order."""
+    whole = Path(talks(tmp_path / "a.jsonl", 40, 1)).read_text().splitlines(keepends=True)
+    weights = ("--data.weights", "[3, 1]", "--data.max_length", "200", "--optim.max_steps", "4")
+
+    def run(name: str, first: int) -> Config:
+        paths = [tmp_path / f"{name}-{part}.jsonl" for part in "ab"]
+        paths[0].write_text("".join(whole[:first]))
+        paths[1].write_text("".join(whole[first:]))
+        return tiny("--data.train", json.dumps([*map(str, paths)]), *weights)
+
+    assert finetune(run("one", 20), say=Stopper("step 2")) == 143
+    with pytest.raises(UserError, match=r"data\.sources was \[20, 20\], now \[10, 30\]"):
+        finetune(run("other", 10), "last", say=lambda line: None)
 
 
 def test_what_is_cut_is_counted(tiny: Callable[..., Config], tmp_path: Path) -> None:

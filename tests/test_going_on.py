@@ -234,6 +234,29 @@ def test_chat_from_python(tiny_base: Path, tmp_path: Path) -> None:
     assert not model._engine._lanes
 
 
+@LANES
+def test_a_slot_that_another_request_has_left_is_not_gone_on_from(ahead: bool, run_ahead: Any) -> None:
+    """The first request ends and the second moves to its slot, so that the second's old slot holds a copy."""
+    if ahead:
+        run_ahead()
+    adapter, own = eight(base_of())[0], Engine()
+    one, other = ids(20, 1), ids(20, 2)
+    short = Request(one, Sampling(max_new_tokens=2), adapter)
+    long = Request(other, Sampling(max_new_tokens=14), adapter)
+    for request in (short, long):
+        own.add(request)
+    while not short.ended:
+        own.step()
+    own.step()
+    assert not long.ended
+    later = Request([*one, 7], GREEDY, adapter, resumes=True)
+    own.add(later)
+    while not (later.ended and long.ended):
+        own.step()
+    assert later.answer == afresh(adapter, [*one, 7])
+    assert long.answer == afresh(adapter, other, Sampling(max_new_tokens=14))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -244,3 +244,9 @@ def test_what_is_wrong_with_it_is_said(module: Callable[[str], None], text: str,
     module(text)
     with pytest.raises(UserError, match=message):
         metrics_named(["my_metric:f"], ["y"], ["f:1"])[0].score("x", "y")
+
+
+def test_a_reference_of_nothing_but_an_article_is_no_empty_answer() -> None:
+    (normalised, contains) = metrics_named(["normalised", "contains"], ["A"], ["f:1"])
+    assert [normalised.score(answer, "A") for answer in ("", "a", "A.", "B")] == [0.0, 1.0, 0.0, 0.0]
+    assert [contains.score(answer, "?") for answer in ("", "?")] == [0.0, 1.0]

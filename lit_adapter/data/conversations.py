@@ -24,6 +24,8 @@ NAMES_OF_ROLES = {
 ROLE_OF = {name: role for role, names in NAMES_OF_ROLES.items() for name in names}
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _MARKS = ("train", "weight")
+MOST_NESTED = 100
+"""Lists and objects within each other in a field of a message."""
 MOST_CHARACTERS = 2**20
 """Of a conversation. A longer one could hardly be meant, and would take minutes to render and encode."""
 
@@ -62,7 +64,7 @@ def tools_of(value: Any, key: str, where: str) -> list[Any]:
         return []
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise UserError(f"{where}: {shorten(key)} is {json_type(value)}; expected a list of objects")
-    return [_without_null(item) for item in value]
+    return [_checked(dict(item), where, key) for item in value]
 
 
 def check_turns(messages: Sequence[Message], where: str) -> None:
@@ -83,7 +85,7 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
             raise UserError(f"{turn}: a tool's result without a call before it; add the assistant's call")
         elif message.role == "tool":
             id_ = message.more.get("tool_call_id")
-            if id_ is not None and id_ not in called:
+            if id_ is not None and str(id_) not in called:
                 raise UserError(
                     f"{turn}: a tool's result for call {shorten(id_)}, which was not made before it"
                 )
@@ -95,7 +97,7 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
 def _message(item: Any, turn: str) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(f"{turn}: is {json_type(item)}; expected an object with role and content")
-    item = _without_null(item)
+    item = {key: value for key, value in item.items() if value is not None}
     role_key = next((key for key in _ROLE_KEYS if key in item), None)
     if role_key is None:
         raise UserError(f"{turn}: has no role (found: {', '.join(map(shorten, item)) or 'nothing'})")
@@ -107,6 +109,7 @@ def _message(item: Any, turn: str) -> Message:
         raise UserError(f"{turn}: the role is {shorten(given)}{hint or expected}")
     taken = {*_ROLE_KEYS, *_CONTENT_KEYS, *_MARKS, "function_call", "tool_calls"}
     more = {key: _checked(value, turn, key) for key, value in item.items() if key not in taken}
+    _checked([*more], turn, "a key")
     role, calls = ROLE_OF[name], _calls(item, name, turn)
     content = "" if name == "function_call" else _content(item, turn, may_lack=bool(calls))
     if calls:
@@ -164,7 +167,9 @@ def _call(call: Any, turn: str) -> dict[str, Any]:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise UserError(f"{turn}: the arguments of {shorten(function['name'])} are no object of JSON")
-    outer = {"type": "function"} | (dict(call) if "function" in call else {})
+    outer = {"type": "function"} | (
+        dict(call) if "function" in call else {key: call[key] for key in ("id",) if key in call}
+    )
     return outer | {"function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -186,15 +191,10 @@ def _parsed(value: Any, key: str, where: str) -> Any:
         raise UserError(f"{where}: {shorten(key)} is a text that is no JSON: {error}") from None
 
 
-def _without_null(item: Any) -> Any:
-    """Return nested values without null: Parquet has it wherever another record has a value."""
-    if isinstance(item, Mapping):
-        return {key: _without_null(value) for key, value in item.items() if value is not None}
-    return [_without_null(value) for value in item] if isinstance(item, list) else item
-
-
 def _checked(value: Any, turn: str, key: str) -> Any:
     """Return a value of JSON whose texts are Unicode."""
+    if _depth(value) > MOST_NESTED:
+        raise UserError(f"{turn}: {shorten(key)} is nested more than {MOST_NESTED} deep")
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -204,3 +204,13 @@ def _checked(value: Any, turn: str, key: str) -> Any:
     except TypeError as error:
         raise UserError(f"{turn}: {shorten(key)} is no value of JSON: {error}") from None
     return value
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects are nested in a value."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = (one.values() if isinstance(one, Mapping) else one for one in level)
+        level = [item for items in inner if not isinstance(items, str | int | float | None) for item in items]
+    return depth

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lit_adapter.config import Columns
 from lit_adapter.data.strict_json import Row, json_rows, jsonl_rows
@@ -265,12 +265,19 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str] | None) -> Iterato
             for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
                 for value in batch.to_pylist():
                     row += 1
-                    yield row, ignored | value
+                    yield row, ignored | {key: _without_null(item) for key, item in value.items()}
     except UnicodeDecodeError as error:
         rows = f"rows {row + 1} to {row + _BATCH_ROWS}"
         raise UserError(f"{name}: text that is not UTF-8 in {rows}: {error.reason}; write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name}: not a readable Parquet file: {error}") from None
+
+
+def _without_null(item: Any) -> Any:
+    """Return nested values without null: Parquet has it wherever another record has a value."""
+    if isinstance(item, dict):
+        return {key: _without_null(value) for key, value in item.items() if value is not None}
+    return [_without_null(value) for value in item] if isinstance(item, list) else item
 
 
 TEXT_READERS: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {

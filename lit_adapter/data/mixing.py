@@ -56,7 +56,8 @@ class EpochOrder:
 
 def shares(weights: NDArray[np.float64], total: int) -> NDArray[np.int64]:
     """Divide ``total`` by weights into whole numbers; what rounding leaves goes to the largest remainders."""
-    exact = np.asarray(weights, np.float64) / np.sum(weights) * total
+    parts = np.asarray(weights, np.float64) / np.max(weights)  # whose sum cannot overflow
+    exact = parts / parts.sum() * total
     counts = np.floor(exact).astype(np.int64)
     order = np.argsort(-(exact - counts), kind="stable")
     counts[order[: total - counts.sum()]] += 1

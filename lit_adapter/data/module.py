@@ -75,6 +75,7 @@ class AlpacaDataModule(LightningDataModule):
         self.worker_context = start_server() if self.config.workers else None
         records = self._records(self.config.train)
         self.whole_sha256, self.n_whole = records.sha256, len(records)
+        self.n_of_sources = np.bincount(sources_of(records.rows)).tolist() if self.config.weights else None
         encoded = self._encode(records)
         rows = np.arange(len(records))
         self.val_records: Records | None = None
@@ -214,6 +215,7 @@ class AlpacaDataModule(LightningDataModule):
             "n_val_records": len(self.val_encoded) if self.val_encoded else 0,
             "file": self.whole_sha256[:16],
             "n_file": self.n_whole,
+            "sources": self.n_of_sources,
         }
 
 

@@ -14,7 +14,7 @@ from lit_adapter.errors import UserError, shorten
 from lit_adapter.text.conversation import Message
 
 SYSTEM = "system"
-"""Where records with ``conversations`` may have the system prompt."""
+"""Where records of conversations may have the system prompt."""
 REQUIRED = {
     "alpaca": ("instruction", "output"),
     "messages": ("messages",),
@@ -84,7 +84,7 @@ def conversation_of(
     where = f"{file}:{line}"
     parts = [_messages(values, columns, field, where) for field in REQUIRED[known.name]]
     messages = [message for part in parts for message in part]
-    system = values.get(SYSTEM) if known.name == "conversations" else None
+    system = values.get(SYSTEM) if known.name != "prompt_completion" else None
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
         messages = [Message("system", system), *messages]
     check_turns(messages, where)

@@ -43,9 +43,12 @@ class Metric:
 
 
 def normalise(text: str) -> str:
-    """Return a text in lower case without punctuation, articles and repeated white space, as SQuAD does."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Return a text in lower case without punctuation, articles and repeated white space, as SQuAD does.
+
+    A text that consists of nothing else keeps them, so that "A" is no empty answer.
+    """
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or " ".join(text.lower().split())
 
 
 def exact(answer: str, reference: str) -> float:

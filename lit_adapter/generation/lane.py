@@ -157,7 +157,8 @@ class Lane:
         found = [
             (min(n_common(request.prompt, other.cached), len(request.prompt) - 1), slot)
             for slot, other in enumerate(self.slots)
-            if other.adapter.prefixes is request.adapter.prefixes
+            # A slot that nobody keeps may have been copied from since: what it holds is not known.
+            if (other.resumes or not other.ended) and other.adapter.prefixes is request.adapter.prefixes
         ]
         n, slot = max(found, default=(0, 0))
         return (slot, n) if n >= LEAST_SHARED else (0, 0)
