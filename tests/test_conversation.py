@@ -220,6 +220,17 @@ def test_marks_and_the_last_answer(both: tuple[Tokenizer, Any]) -> None:
     assert learned(ours, last.ids, last.kinds) == ["third<|im_end|>"]
 
 
+def test_a_call_that_the_template_does_not_show_is_no_empty_answer(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = [Message("user", "x"), Message("assistant", "", more={"tool_calls": [call]})]
+    hides = SHOWS_REASONING.replace("m.tool_calls or []", "[]")
+    with pytest.raises(UserError, match=r"^turn 2: template 'jinja' shows nothing of this answer, which"):
+        encode_conversation(ours, jinja(hides), talk)
+    found = encode_conversation(ours, jinja(SHOWS_REASONING), talk)
+    assert len(learned(ours, found.ids, found.kinds)) == 1
+
+
 def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_turn(
     both: tuple[Tokenizer, Any],
 ) -> None:

@@ -271,3 +271,9 @@ def test_tools_are_valid_unicode(tmp_path: Path) -> None:
 
 def test_weights_may_be_large() -> None:
     assert shares(np.array([1e308, 1e308]), 10).tolist() == [5, 5]
+
+
+def test_columns_beside_a_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nBroken pipe,urgent\n")
+    (known,) = read_records(tmp_path / "a.csv").formats
+    assert (known.name, known.why) == ("text", "its records have 'text'; 'label' not used")

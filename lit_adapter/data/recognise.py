@@ -50,7 +50,10 @@ def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto")
             return Recognised(name, f"data.columns.{chosen} is given")
     name = next((name for name in REQUIRED if _has(values, columns, name)), "alpaca")
     keys = " and ".join(shorten(getattr(columns, field)) for field in REQUIRED[name])
-    return Recognised(name, f"its records have {keys}")
+    why = f"its records have {keys}"
+    known = {*wanted_columns(columns)}
+    unused = [shorten(key) for key in values if key not in known] if name == "text" else []
+    return Recognised(name, f"{why}; {', '.join(unused[:3])} not used" if unused else why)
 
 
 def _has(values: Mapping[str, Any], columns: Columns, name: str) -> bool:

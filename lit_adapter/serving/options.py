@@ -30,7 +30,8 @@ class ServerOptions:
     slots: int = 32
     """Answers that are generated at a time."""
     context: int | None = None
-    """Longest prompt with its answer, in tokens; by default what the base and half the free memory allow."""
+    """Longest prompt with its answer, in tokens; by default what the base and half the free memory allow, or
+    on a CPU 4 GiB."""
     api_keys: Path | None = None
     insecure: bool = False
     """Serve another address than this machine's own without keys."""

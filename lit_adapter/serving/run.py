@@ -41,6 +41,8 @@ from lit_adapter.weights.base_search import find_base
 logger = logging.getLogger(__name__)
 
 Ready = Callable[[str, Callable[[], None]], None]
+MOST_UNASKED = 2**32
+"""Bytes of keys and values on a CPU, unless ``--context`` asks for more."""
 PROMPT_TOKENS = 256
 """Of prompts, that are read between two steps of other answers: a step takes about as long then."""
 SCAN_SECONDS = 1.0
@@ -129,8 +131,10 @@ def choose_context(model: Llama, options: ServerOptions) -> int:
         raise UserError(f"--context is {options.context}; expected 1 to {most}, the base's context")
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * weight.element_size()
     free = free_bytes(weight.device)
-    room = most if free is None else free // 2 // (per_token * (options.slots + MOST_KEPT))
-    wanted = options.context or min(most, room)
+    per_context = per_token * (options.slots + MOST_KEPT)  # bytes
+    room = most if free is None else free // 2 // per_context
+    unasked = room if weight.device.type == "cuda" else max(64, MOST_UNASKED // per_context)
+    wanted = options.context or min(most, room, unasked)
     if wanted > room or wanted < 64:
         raise UserError(
             f"{options.slots} slots of {max(wanted, 64)} tokens need more than half of the free memory; "

@@ -139,6 +139,11 @@ class _Rendered:
         spans = []
         for at, start, end in zip(self.answers, lengths[::2], lengths[1::2], strict=True):
             if start is not None and end is not None and start < end:
+                if at in self.wanted and self._is_blank(start, end):
+                    raise UserError(
+                        f"turn {at + 1}: template '{template.kind}' shows nothing of this answer, which "
+                        'calls tools; choose another data.template, or mark the turn with "train": false'
+                    )
                 kind = ANSWER if at in self.wanted else CONTEXT
                 kind = kind if self.messages[at].learned else NEVER
                 spans.append((start, self._end(start, end), kind))
@@ -153,6 +158,12 @@ class _Rendered:
         for found in self._controls(start, end):
             last = found.end()
         return last if last > start and not self.text[last:end].strip() else end
+
+    def _is_blank(self, start: int, end: int) -> bool:
+        """Whether a part of the text has nothing but control tokens and white space."""
+        pattern = control_pattern(self.tokenizer)
+        text = self.text[start:end]
+        return not (pattern.sub("", text) if pattern else text).strip()
 
     def _controls(self, start: int, end: int) -> Iterator[re.Match[str]]:
         pattern = control_pattern(self.tokenizer)
