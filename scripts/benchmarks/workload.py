@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +52,7 @@ def from_file(path: str, tokenizer_folder: Path, vocab: int) -> Encoded:
     tokenizer = load_tokenizer(tokenizer_folder)
     template = resolve_template("alpaca", tokenizer)
     encoded = encode_records(read_records(path), tokenizer, template, max_length=MAX_LENGTH)
-    np.mod(encoded.ids, vocab, out=encoded.ids)
-    return encoded
+    return replace(encoded, ids=np.mod(encoded.ids, vocab))
 
 
 @dataclass(frozen=True)
