@@ -1,9 +1,9 @@
-"""Consecutive items in groups of limited size."""
+"""Sequences: groups of limited size, and what two of them share at their start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -22,3 +22,9 @@ def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> list[lis
         groups[-1].append(item)
         total += size(item)
     return groups
+
+
+def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many items two sequences have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

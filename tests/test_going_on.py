@@ -19,9 +19,10 @@ from lit_adapter.generation import engine, graph_lane
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.graph_lane import GraphLane
-from lit_adapter.generation.lane import MOST_KEPT, n_common
+from lit_adapter.generation.lane import MOST_KEPT
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.grouping import n_common
 from lit_adapter.model.cache import ModuleDecode
 
 GREEDY = Sampling(max_new_tokens=9)

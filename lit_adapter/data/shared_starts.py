@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lit_adapter.data.encode import Encoded, kinds_of_tasks
 from lit_adapter.data.packing import SHORTEST_PREAMBLE, Packer
+from lit_adapter.grouping import n_common
 from lit_adapter.model.attention import PackedRow
 
 ROW_TOKENS = 2048
@@ -128,8 +129,7 @@ def _join(group: _Group, new: _Group, ids: list[tuple[int, ...]]) -> bool:
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Return how many tokens two texts share at their start, without the last one of either."""
-    unlike = (place for place, (x, y) in enumerate(zip(a[:-1], b[:-1], strict=False)) if x != y)
-    return next(unlike, min(len(a), len(b)) - 1)
+    return n_common(a[:-1], b[:-1])
 
 
 def _encoded(texts: Sequence[Scored], variant: NDArray[np.int64]) -> Encoded:

@@ -7,15 +7,13 @@ The first line says what the answers depend on. Each other line is a JSON object
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import reading
-from lit_adapter.files.space import write_error
-from lit_adapter.files.write import write_bytes
+from lit_adapter.files.write import append_bytes, write_bytes
 
 FORMAT = 1
 Pair = tuple[str, int]
@@ -85,14 +83,7 @@ class AnswerFile:
         rows = list(rows)
         for pair, row in rows:
             self.values.setdefault(pair, {}).update(row)
-        content = b"".join(_line(pair, row) for pair, row in rows)
-        try:
-            with self.path.open("ab") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise write_error(self.path, error, needed=len(content)) from error
+        append_bytes(self.path, b"".join(_line(pair, row) for pair, row in rows))
 
     def rewrite(self) -> None:
         """Write the file anew, one line for each model and record, in the order of records."""

@@ -80,6 +80,24 @@ def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None
         temporary.write_bytes(content)
 
 
+def append_bytes(path: Path, content: bytes) -> None:
+    """Append to a file, durably; a part that was written before the disk was full is taken back.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        with suppress(OSError):  # half a line would only keep the disk full
+            os.truncate(path, size)
+        raise write_error(path, error, needed=len(content)) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
     write_bytes(path, text.encode())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, Past, choose, likelihoods
+from lit_adapter.grouping import n_common
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import choose as choose_executor
@@ -269,12 +270,6 @@ class Lane:
         scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
         for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
             request.receive(chosen, row)
-
-
-def n_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common at their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

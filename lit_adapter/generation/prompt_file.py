@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import write_target
 from lit_adapter.files.read import reading
-from lit_adapter.files.space import write_error
-from lit_adapter.files.write import write_bytes
+from lit_adapter.files.write import append_bytes, write_bytes
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
@@ -195,7 +192,7 @@ class Answers:
                 while len(self.lines) < len(self.prompts):
                     part = self.prompts[len(self.lines) :][: self.group]
                     lines = [prompt.line(found) for prompt, found in zip(part, answer(part), strict=True)]
-                    self._append(b"".join(lines))
+                    append_bytes(self.path, b"".join(lines))
                     self.lines += lines
             except KeyboardInterrupt:
                 kept = f"{len(self.lines)} of {len(self.prompts)} answers are kept"
@@ -204,18 +201,6 @@ class Answers:
                 raise UserError(f"{self.path}: changed by another run meanwhile; run again, one at a time")
             write_bytes(self.out, b"".join(self.lines))
             self.path.unlink(missing_ok=True)
-
-    def _append(self, content: bytes) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("ab") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            with suppress(OSError):  # half a line would only keep the disk full
-                os.truncate(self.path, size)
-            raise write_error(self.path, error, needed=len(content)) from error
 
     def _read(self, *, keep_other: bool) -> list[bytes]:
         """Return the complete lines of an unfinished run of these prompts and settings."""

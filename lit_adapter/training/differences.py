@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import Any
 
 from lit_adapter.config import Config
 from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted, shorten
 from lit_adapter.files.paths import without_home
+from lit_adapter.grouping import n_common
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 
 ADDED = ("base.", "data.val_records", "data.file", "data.n_file", "data.n_val_records")
@@ -84,12 +84,7 @@ def _of_template(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return the first part that differs, from where it does."""
     key = next(key for key in {**now, **before} if before.get(key) != now.get(key))
     texts = [str(side.get(key)) for side in (before, now)]
-    same = _common(*texts) if key.startswith("text") else 0
+    same = n_common(*texts) if key.startswith("text") else 0
     shown = [shorten(text[same:], EXCERPT) for text in texts]
     where = f" from character {same + 1} on" if same else ""
     return f"data.template: its {key}{where} was {shown[0]}, now {shown[1]}"
-
-
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts share at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
