@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_adapter.generation.adapted import AdaptedLlama, load
+    from lit_adapter.generation.adapted import AdaptedLlama
+    from lit_adapter.generation.load import load
     from lit_adapter.generation.settings import Sampling
 
 from lit_adapter.errors import UserError
@@ -26,10 +27,14 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import torch only when it is needed: the commands print --help without it."""
-    if name in ("AdaptedLlama", "load"):
-        from lit_adapter.generation import adapted
+    if name == "AdaptedLlama":
+        from lit_adapter.generation.adapted import AdaptedLlama
 
-        return getattr(adapted, name)
+        return AdaptedLlama
+    if name == "load":
+        from lit_adapter.generation.load import load
+
+        return load
     if name == "Sampling":
         from lit_adapter.generation.settings import Sampling
 

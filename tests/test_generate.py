@@ -17,7 +17,7 @@ from tiny_models import open_adapter, random_ids, random_llama
 import lit_adapter
 from lit_adapter import device
 from lit_adapter.errors import UserError
-from lit_adapter.generation import adapted
+from lit_adapter.generation import load
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.engine import Engine
@@ -169,9 +169,9 @@ def test_a_text_at_a_time_is_answered_in_fp32_on_a_cpu_with_memory_for_it(
     assert found() == found(dtype="auto") == torch.float32
     assert found(dtype="bfloat16") == torch.bfloat16
     n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(tiny_base)).values())
-    monkeypatch.setattr(adapted, "free_bytes", lambda device: 2 * n_bytes - 1)
+    monkeypatch.setattr(load, "free_bytes", lambda device: 2 * n_bytes - 1)
     assert found() == torch.bfloat16
-    monkeypatch.setattr(adapted, "free_bytes", lambda device: None)
+    monkeypatch.setattr(load, "free_bytes", lambda device: None)
     assert found() == torch.float32
 
 

@@ -29,7 +29,7 @@ class _FailsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
-        raise KernelError("_query_gradient_kernel", RuntimeError("PassManager::run failed"))
+        raise KernelError("query_gradient_kernel", RuntimeError("PassManager::run failed"))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def failing_view(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def run(self, block: Any, x: torch.Tensor, query_positions: Any) -> torch.Tensor:
             fails = state["rows"] == state["at"] and torch.is_grad_enabled() and block.self_attn.index == 1
             if fails and state["where"] == "forward":
-                raise KernelError("_forward_kernel", RuntimeError("PassManager::run failed"))
+                raise KernelError("forward_kernel", RuntimeError("PassManager::run failed"))
             y = super().run(block, x, query_positions)
             return _FailsBackward.apply(y) if fails else y
 
@@ -73,7 +73,7 @@ def test_a_step_is_computed_again_by_the_modules(
     failing_view |= {"rows": 0, "at": rows // 2, "where": where}
     assert finetune(tiny(*ROWS, out="failing"), say=Stopper()) == 0
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "kernel" in line]
-    name = "_forward_kernel" if where == "forward" else "_query_gradient_kernel"
+    name = "forward_kernel" if where == "forward" else "query_gradient_kernel"
     assert warning == (
         f"warning: the kernel {name} does not compile on this device ('PassManager::run failed'); "
         "the run goes on without kernels, which is slower"

@@ -24,7 +24,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
     interactive = sys.stdin is not None and sys.stdin.isatty()
     from lit_adapter.generation import terminal
-    from lit_adapter.generation.adapted import load
+    from lit_adapter.generation.load import load
 
     template = None if options.adapter else options.template or "auto"
     adapter = terminal.adapter_file(options.adapter) if options.adapter else None

@@ -10,7 +10,8 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import file_sha256
-from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.load import load
 from lit_adapter.model.adapter import adapter_parameters
 
 BASE = "base"

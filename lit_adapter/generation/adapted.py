@@ -7,9 +7,7 @@ print(model.generate("Name three colours."))
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,33 +17,24 @@ import torch
 from torch import Tensor
 
 from lit_adapter import arguments
-from lit_adapter.device import DTYPES, choose_device, choose_dtype, free_bytes
-from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.generation.adapter import Adapter, attached
-from lit_adapter.generation.answer_text import AnswerText
+from lit_adapter.generation.answer_text import AnswerText, pieces
 from lit_adapter.generation.chatting import Said, prompt_of
-from lit_adapter.generation.choosing import ScoredChoice, encode_choices, rank, score
+from lit_adapter.generation.choosing import ScoredChoice, choose, encode_choices
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
 from lit_adapter.generation.settings import Sampling, check_choices
-from lit_adapter.generation.task import Task, as_tasks, check_instruction
+from lit_adapter.generation.task import Task, as_task, as_tasks
+from lit_adapter.generation.token_ids import check_ids
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import LlamaConfig
-from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
-from lit_adapter.spinning import yield_shared_cores
-from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.template import Template, resolve_template
-from lit_adapter.text.tokenizer import Tokenizer, check_vocabulary
-from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
-from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_folder import read_config
-from lit_adapter.weights.base_search import find_base
-from lit_adapter.weights.load import load_base
+from lit_adapter.text.template import Template
+from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.weights.adapter_file import check_base, read_adapter
 
 
 @dataclass(frozen=True, eq=False)
-class _Loaded:
+class Loaded:
     """What all adapters on one loaded base share."""
 
     folder: Path
@@ -76,7 +65,7 @@ class AdaptedLlama:
         model: Llama,
         tokenizer: Tokenizer,
         template: Template,
-        loaded: _Loaded | None = None,
+        loaded: Loaded | None = None,
         source: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template, self._loaded = model, tokenizer, template, loaded
@@ -127,14 +116,10 @@ class AdaptedLlama:
         path, loaded = arguments.path("path", path), self._shared()
         info, state = read_adapter(path)
         check_base(info, loaded.folder, path)
-        return self._with(info, state, path)
-
-    def _with(self, info: AdapterInfo, state: dict[str, Tensor], path: Path) -> AdaptedLlama:
-        loaded = self._shared()
         model = attached(loaded.model, info.adapter, state, str(path))
         return AdaptedLlama(model, self.tokenizer, info.template, loaded, path)
 
-    def _shared(self) -> _Loaded:
+    def _shared(self) -> Loaded:
         self._engine.refuse_fork()
         if self._loaded is None:
             raise ValueError("only a model from `load` knows its plain base")
@@ -180,9 +165,8 @@ class AdaptedLlama:
 
         Arguments and errors are those of `generate`.
         """
-        task = arguments.text("instruction", instruction), arguments.text("input", input)
-        check_instruction("instruction", instruction)
-        events = self._answers(self._prompts([task]), Sampling.of(**sampling), batch_size=1)
+        prompts = self._prompts([as_task(instruction, input)])
+        events = self._answers(prompts, Sampling.of(**sampling), batch_size=1)
         return (piece for _, piece in events if piece)
 
     def chat(
@@ -374,14 +358,7 @@ class AdaptedLlama:
         encoded = [
             encode_choices(self.tokenizer, self.template, task, choices, context) for task in as_tasks(tasks)
         ]
-        found: list[list[ScoredChoice]] = []
-        for start in range(0, len(encoded), batch_size):
-            scores = score(self.model, encoded[start : start + batch_size])
-            found += [rank(choices, of_task) for of_task in scores]
-            if finished is not None:
-                for number in range(start, len(found)):
-                    finished(number)
-        return found
+        return choose(self.model, encoded, choices, batch_size, finished)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
@@ -392,7 +369,7 @@ class AdaptedLlama:
                 not in the vocabulary.
         """
         self._engine.refuse_fork()
-        _check_ids(ids, self.model.config)
+        check_ids(ids, self.model.config)
         ids = ids.to(self.model.embed_tokens.weight.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
@@ -420,111 +397,4 @@ class AdaptedLlama:
             for prompt, start in zip(prompts, starts, strict=True)
         ]
         answers = [AnswerText(self.tokenizer, settings.stop, start) for start in starts]
-        yield from ((index, answer.text) for index, answer in enumerate(answers) if answer.text)
-        with closing(self._engine.run(requests, batch_size)) as events:
-            for index, token in events:
-                answer = answers[index]
-                piece = answer.push(token)
-                answer.text += piece
-                if piece and enough is not None:
-                    answer.stopped = answer.stopped or enough(index, answer.text)
-                if answer.stopped:
-                    self._engine.cancel(requests[index])
-                if piece:
-                    yield index, piece
-                if token is None:
-                    yield index, None
-
-
-def _check_ids(ids: Any, config: LlamaConfig) -> None:
-    """Refuse token ids that the model cannot read, before they are an index out of range on a GPU."""
-    arguments.of_kind("ids", ids, Tensor, "a tensor of token ids [B, T]")
-    if ids.is_meta or ids.is_nested or ids.layout != torch.strided:
-        raise WrongTypeError("ids is a sparse, nested or meta tensor; expected a dense one, [B, T]")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise WrongTypeError(f"ids is of dtype {ids.dtype}; expected token ids in torch.int64")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise UserError(f"ids has shape {list(ids.shape)}; expected [B, T], each 1 or more")
-    if ids.shape[1] > config.context_length:
-        raise UserError(
-            f"ids has {ids.shape[1]} positions, but the base's context is {config.context_length}; shorten it"
-        )
-    least, most = (int(end) for end in ids.aminmax())
-    if least < 0 or most >= config.vocab_size:
-        odd = least if least < 0 else most
-        raise UserError(f"ids holds {odd}; expected token ids from 0 to {config.vocab_size - 1}")
-
-
-def load(
-    adapter: str | Path | None = None,
-    base: str | Path | None = None,
-    *,
-    device: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    template: str | None = None,
-    verify: bool = False,
-) -> AdaptedLlama:
-    """Load an adapter on its base, or a plain base.
-
-    Args:
-        adapter: an ``adapter.safetensors``; None for the plain base.
-        base: a converted base folder; by default the one that the adapter names, in ``checkpoints`` of the
-            adapter's folder or of one above it, of ``$LIT_ADAPTER_HOME``, of the working directory, or of the
-            checkout of this package.
-        device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
-            faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
-        template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
-        verify: compare every byte of the base with its checksums, also where its files look unchanged.
-
-    Returns:
-        A model that several threads may use; a process forked after loading cannot (`AdaptedLlama`).
-
-    Raises:
-        UserError: files that are missing, damaged, changed, or do not belong together; an argument out of its
-            range, or of another type. It is a ValueError, and for types a TypeError too.
-    """
-    _check_kinds(adapter, base, device, dtype, template)
-    if adapter is None and base is None:
-        raise UserError("give an adapter, a base, or both")
-    if adapter is not None and template is not None:
-        raise UserError("an adapter brings its template; leave template out")
-    yield_shared_cores()
-    info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
-    folder = Path(str(base))
-    if base is None and info is not None:
-        folder = find_base(info.base, Path(str(adapter)))
-    if info is not None:
-        check_base(info, folder, Path(str(adapter)))
-    target = choose_device(device)
-    check_content(folder, everything=verify)
-    tokenizer = load_tokenizer(folder)
-    if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):
-        dtype = torch.float32
-    model = load_base(folder, device=target, dtype=choose_dtype(dtype, target)).eval()
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    chosen = (
-        info.template
-        if info is not None
-        else resolve_template("alpaca" if template is None else template, tokenizer, conversations=True)
-    )
-    plain = AdaptedLlama(model, tokenizer, chosen, _Loaded(folder, model, Engine()))
-    return plain if info is None else plain._with(info, state, Path(str(adapter)))
-
-
-def _check_kinds(adapter: Any, base: Any, device: Any, dtype: Any, template: Any) -> None:
-    """Refuse arguments of `load` of other types than it takes."""
-    for name, value in (("adapter", adapter), ("base", base)):
-        if value is not None:
-            arguments.path(name, value)
-    none = type(None)
-    arguments.of_kind("device", device, (str, torch.device, none), "auto, cpu or cuda")
-    arguments.of_kind("dtype", dtype, (str, torch.dtype, none), f"auto, {', '.join(DTYPES)}")
-    arguments.of_kind("template", template, (str, none), "text (str)")
-
-
-def _fits_in_fp32(folder: Path) -> bool:
-    """Whether free memory holds a base in fp32, and as much again for its cache and everything else."""
-    free = free_bytes(torch.device("cpu"))
-    n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(folder)).values())
-    return free is None or 2 * n_bytes <= free
+        yield from pieces(self._engine, requests, answers, batch_size, enough)

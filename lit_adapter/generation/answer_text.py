@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
+from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.request import Request
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -31,3 +34,34 @@ class AnswerText:
         keep = 0 if token is None else max(begun, default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def pieces(
+    engine: Engine,
+    requests: Sequence[Request],
+    answers: Sequence[AnswerText],
+    batch_size: int,
+    enough: Callable[[int, str], bool] | None = None,
+) -> Iterator[tuple[int, str | None]]:
+    """Answer requests, at most ``batch_size`` at a time, each into its `AnswerText`.
+
+    ``enough`` is called with a request's index and its answer so far; true ends that answer.
+
+    Yields:
+        ``(index of the request, piece of text)``, beginning with the text that an answer has already, and
+        ``(index, None)`` at each end.
+    """
+    yield from ((index, answer.text) for index, answer in enumerate(answers) if answer.text)
+    with closing(engine.run(requests, batch_size)) as events:
+        for index, token in events:
+            answer = answers[index]
+            piece = answer.push(token)
+            answer.text += piece
+            if piece and enough is not None:
+                answer.stopped = answer.stopped or enough(index, answer.text)
+            if answer.stopped:
+                engine.cancel(requests[index])
+            if piece:
+                yield index, piece
+            if token is None:
+                yield index, None

@@ -19,8 +19,9 @@ from lit_adapter.device import choose_device, choose_dtype
 from lit_adapter.errors import UserError, visible
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
-from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices
+from lit_adapter.generation.load import load
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
     STANDARD_INPUT,

@@ -117,18 +117,37 @@ def likelihoods(
     return found
 
 
-def score(model: Llama, tasks: Sequence[EncodedChoices]) -> list[list[float]]:
-    """Return the log-likelihood of every choice of each task; they are computed together.
+def choose(
+    model: Llama,
+    tasks: Sequence[EncodedChoices],
+    choices: Sequence[str],
+    batch_size: int,
+    finished: Callable[[int], None] | None = None,
+) -> list[list[ScoredChoice]]:
+    """Return each task's choices with their probabilities, the most likely one first.
+
+    ``batch_size`` tasks are computed at a time; ``finished`` is called with the index of each that is done.
 
     Raises:
         NonFiniteLogitsError: logits are NaN or infinite.
     """
+    found: list[list[ScoredChoice]] = []
+    for start in range(0, len(tasks), batch_size):
+        found += [_ranked(choices, of_task) for of_task in _scores(model, tasks[start : start + batch_size])]
+        if finished is not None:
+            for number in range(start, len(found)):
+                finished(number)
+    return found
+
+
+def _scores(model: Llama, tasks: Sequence[EncodedChoices]) -> list[list[float]]:
+    """Return the log-likelihood of every choice of each task; they are computed together."""
     texts = [Scored([*task.prompt, *answer], len(task.prompt)) for task in tasks for answer in task.answers]
     found = iter(likelihoods(model, texts))
     return [[next(found).log_likelihood for _ in task.answers] for task in tasks]
 
 
-def rank(choices: Sequence[str], log_likelihoods: Sequence[float]) -> list[ScoredChoice]:
+def _ranked(choices: Sequence[str], log_likelihoods: Sequence[float]) -> list[ScoredChoice]:
     """Return the choices with their probabilities, the most likely one first."""
     probabilities = torch.tensor(log_likelihoods, dtype=torch.float64).softmax(0).tolist()
     scored = map(ScoredChoice, choices, log_likelihoods, probabilities)

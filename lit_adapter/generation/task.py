@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_adapter.arguments import of_kind
+from lit_adapter.arguments import of_kind, text
 from lit_adapter.errors import UserError, WrongTypeError, shorten
 
 Task = tuple[str, str]
 """Instruction and input."""
+
+
+def as_task(instruction: Any, input: Any) -> Task:
+    """Return a task given as two texts.
+
+    Raises:
+        WrongTypeError: one of them is no text.
+        UserError: the instruction is empty.
+    """
+    task = text("instruction", instruction), text("input", input)
+    check_instruction("instruction", task[0])
+    return task
 
 
 def as_tasks(given: Iterable[Any]) -> list[Task]:

@@ -19,8 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lit_adapter.device import free_bytes
 from lit_adapter.errors import UserError, counted
 from lit_adapter.files.write import write_bytes
-from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.lane import MOST_KEPT
+from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.llama import Llama

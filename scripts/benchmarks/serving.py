@@ -24,8 +24,9 @@ import torch
 
 from benchmarks.report import Report, Row
 from lit_adapter.files.read import read_json
-from lit_adapter.generation.adapted import AdaptedLlama, load
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.engine import Engine
+from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_shapes
