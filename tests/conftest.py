@@ -14,6 +14,7 @@ import torch
 import warm_runs
 from finetune_runs import TINY, WORDS
 from hub_stand_in import hub  # noqa: F401 (a fixture)
+from hypothesis import HealthCheck, settings
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +25,9 @@ from lit_adapter.weights.convert import convert
 
 torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
+# How long an example takes depends on what else the machine does.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def records() -> list[dict[str, str]]:

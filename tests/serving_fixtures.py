@@ -45,7 +45,7 @@ class Running:
         headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         request = urllib.request.Request(self.url + path.lstrip("/"), data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=250) as answer:
                 return answer.status, parsed(answer.read()), dict(answer.headers)
         except urllib.error.HTTPError as error:
             return error.code, parsed(error.read()), dict(error.headers)
@@ -88,7 +88,7 @@ def running(**options: Any) -> Iterator[Running]:
         logging.getLogger(name).addHandler(handler)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(120)
+    assert ready.wait(250)
     if failed:
         raise failed[0]
     try:
@@ -96,7 +96,7 @@ def running(**options: Any) -> Iterator[Running]:
     finally:
         if thread.is_alive():
             found[0].stop()
-        thread.join(30)
+        thread.join(250)
         for name in ("lit_adapter.serving", "lit_adapter.serving.access"):
             logging.getLogger(name).handlers.clear()
         assert not thread.is_alive()

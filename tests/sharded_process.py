@@ -1,11 +1,12 @@
 """One of several processes that share a base: compares with the whole base, and measures memory.
 
-    RANK=0 WORLD_SIZE=4 python tests/sharded_process.py BASE DTYPE STORE TENSOR_PARALLEL ADAPTER
+    RANK=0 python tests/sharded_process.py BASE DTYPE STORE LAYOUTS ADAPTER
 
-ADAPTER is JSON. Prints one JSON object: the largest differences from the whole base (loss, gradients, next
-tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
-computing, how often weights were gathered for a row, the numbers of the base that it holds, and what autograd
-kept, and what the estimate says.
+LAYOUTS and ADAPTER are JSON. A layout is the number of processes, and how many of them share the heads of a
+row; a process of a higher rank sits it out. Prints an object for each layout, or null: the largest
+differences from the whole base (loss, gradients, next tokens), the bytes of memory of its own that reading
+took and left, how many layers were whole at once while computing, how often weights were gathered for a row,
+the numbers of the base that it holds, and what autograd kept, and what the estimate says.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def count_whole_layers(model: Llama) -> list[int]:
     return counts
 
 
-def losses(model: Llama, share: int, n_shares: int) -> float:
-    """A step of one record: of two shares, one is an empty row."""
-    packer = Packer(encoded(3, 1), {}, mask_prompt=True, row_tokens=200)
-    batch = share_of_step(packer, np.arange(1), 0, share, n_shares)
+def losses(model: Llama, share: int, n_shares: int, n_records: int = 1) -> float:
+    """A step; one record makes the rows of all shares but one empty, more make them uneven."""
+    packer = Packer(encoded(3, n_records), {}, mask_prompt=True, row_tokens=40)
+    batch = share_of_step(packer, np.arange(n_records), 0, share, n_shares)
     total = 0.0
     for row in batch.rows:
         loss = row_loss(model, row)
@@ -110,12 +111,19 @@ def answers(model: Llama) -> list[tuple[int, int | None]]:
     return list(decode(model, PROMPTS, Sampling.of(max_new_tokens=6), frozenset(), batch_size=2))
 
 
-def main(
-    base: Path, dtype: torch.dtype, store: str, tensor_parallel: int, adapter: AdapterConfig
-) -> dict[str, Any]:
-    rank, n_shares = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) // tensor_parallel
-    method = f"file://{store}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=n_shares * tensor_parallel)
+def both_steps(model: Llama, share: int = 0, n_shares: int = 1) -> float:
+    """The gradients of a step of one record and of one of eleven, and their summed loss."""
+    model.zero_grad()
+    return sum(losses(model, share, n_shares, n_records) for n_records in (1, 11))
+
+
+def compared(
+    base: Path, dtype: torch.dtype, store: str, n: int, tensor_parallel: int, adapter: AdapterConfig
+) -> dict[str, Any] | None:
+    rank, n_shares = int(os.environ["RANK"]), n // tensor_parallel
+    if rank >= n:
+        return None
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
     model = open_adapter(empty_base(base, dtype=dtype), adapter)
     mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
     share, part = mesh.get_coordinate() or ()
@@ -131,8 +139,7 @@ def main(
         losses(model, share, n_shares)
     found["gatherings"] = sum(event.name == "fsdp::all_gather_copy_in" for event in seen.events())
     tokens = answers(model)
-    model.zero_grad()
-    loss = losses(model, share, n_shares)  # training goes on after answers
+    loss = both_steps(model, share, n_shares)  # training goes on after answers
     found["whole_layers"] = max(whole_layers)
     parameters = dict(adapter_parameters(model))
     average_gradients(list(parameters.values()))
@@ -144,7 +151,7 @@ def main(
     dist.all_reduce(together)
     whole = open_adapter(load_base(base, device="cpu", dtype=dtype), adapter)
     found["same_tokens"] = tokens == answers(whole)
-    found["loss"] = abs(float(together) - losses(whole, 0, 1))
+    found["loss"] = abs(float(together) - both_steps(whole))
     found["gradient"] = max(
         float((parameter.grad - parameters[name].grad).abs().max())
         for name, parameter in adapter_parameters(whole)
@@ -157,8 +164,15 @@ def main(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    base_, dtype_, store_, tensor_parallel_, adapter_ = sys.argv[1:]
+    base_, dtype_, store_, layouts_, adapter_ = sys.argv[1:]
     given = json.loads(adapter_)
     lora = LoraConfig(**given.pop("lora", {}))
     config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, lora=lora, **given)
-    print(json.dumps(main(Path(base_), getattr(torch, dtype_), store_, int(tensor_parallel_), config)))
+    print(
+        json.dumps(
+            [
+                compared(Path(base_), getattr(torch, dtype_), f"{store_}.{number}", *layout, config)
+                for number, layout in enumerate(json.loads(layouts_))
+            ]
+        )
+    )

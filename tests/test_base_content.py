@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -339,10 +340,16 @@ def test_a_long_wait_for_another_check_is_reported_once(
     with locks.one_at_a_time(last_check()):
         waiting = threading.Thread(target=check_content, args=[base])
         waiting.start()
+        said, end = "", time.monotonic() + 250
+        while not said:
+            assert time.monotonic() < end
+            waiting.join(0.3)
+            said = capsys.readouterr().err
         waiting.join(0.3)
         assert waiting.is_alive()
     waiting.join()
-    assert capsys.readouterr().err == f"waiting for process {os.getpid()}, which compares the base\n"
+    said += capsys.readouterr().err
+    assert said == f"waiting for process {os.getpid()}, which compares the base\n"
 
 
 def test_verify_shows_escape_sequences_of_a_path(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

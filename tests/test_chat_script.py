@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -175,15 +176,29 @@ class Terminal:
         os.close(other)
         self.shown = ""
 
-    def until(self, mark: str, seconds: float = 60) -> str:
-        """What it shows until ``mark``, and that."""
+    def until(self, mark: str, *, again: str = "", seconds: float = 250) -> str:
+        """What it shows until ``mark``, and that; ``again`` is typed while it shows nothing."""
         end = time.monotonic() + seconds
         while mark not in self.shown:
             assert time.monotonic() < end, self.shown
-            if select.select([self.side], [], [], 0.5)[0]:
-                self.shown += os.read(self.side, 4096).decode(errors="replace")
+            if not self.reads():
+                self.type(again)
         before, _, self.shown = self.shown.partition(mark)
         return before + mark
+
+    def until_anything(self, seconds: float = 250) -> None:
+        """Wait until it shows more than it has shown: not white space, not what moves the cursor."""
+        end = time.monotonic() + seconds
+        while not re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.shown).strip():
+            assert time.monotonic() < end, self.shown
+            self.reads()
+
+    def reads(self, seconds: float = 0.5) -> bool:
+        """Whether it shows something in this time."""
+        if not select.select([self.side], [], [], seconds)[0]:
+            return False
+        self.shown += os.read(self.side, 4096).decode(errors="replace")
+        return True
 
     def type(self, text: str) -> None:
         os.write(self.side, text.encode())
@@ -201,7 +216,8 @@ def test_a_person_at_a_terminal(tiny_base: Path, model: AdaptedLlama) -> None:
     assert "/adapter NAME" in own.until("/exit")
     own.until("> ")
     own.type("Hello.\n")
-    time.sleep(0.3)
+    own.until("Hello.")
+    own.until_anything()
     own.type("\x03")
     own.until("> ")
     own.type("/undo\n")
@@ -209,14 +225,12 @@ def test_a_person_at_a_terminal(tiny_base: Path, model: AdaptedLlama) -> None:
     own.until("> ")
     own.type("half a line")
     own.until("half a line")
-    time.sleep(0.3)  # Python's readline misses a signal that comes while it shows what was typed
-    own.type("\x03")
-    own.until("(Ctrl-D leaves)")
+    own.until("(Ctrl-D leaves)", again="\x03")  # readline misses one while it shows what was typed
     own.type("/rest\n")
     assert "did you mean '/reset'" in own.until("'/reset'")
     own.until("> ")
     own.type("\x04")
-    assert own.process.wait(30) == 0
+    assert own.process.wait(250) == 0
 
 
 def test_saved_lines_are_json(talk: Conversation, tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin", "pth"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), tail=st.booleans(), damage=st.binary(min_size=1, max_size=8))
 @example(place=0.0, tail=False, damage=b"\xff" * 8)
 def test_damaged_bytes_give_a_base_or_one_line(

@@ -472,8 +472,8 @@ with one_at_a_time(Path({str(path)!r})):
         assert first.stdout is not None
         assert first.stdout.readline() == b"\n"
         assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
-        threading.Timer(0.5, first.kill).start()
         start = time.monotonic()
+        threading.Timer(0.5, first.kill).start()
         encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
         assert time.monotonic() - start > 0.4
     assert list(tmp_path.iterdir()) == [path]

@@ -133,7 +133,7 @@ def test_adapters_with_norms_answer_beside_others() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_joining_and_leaving_in_any_order_changes_nobodys_answer(data: st.DataObject) -> None:
     base = base_of()

@@ -108,7 +108,7 @@ def test_a_batch_of_unequal_lengths_equals_single_runs(heads: int, how: Sampling
         assert answers(model, asked, how, batch_size) == alone
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 2**64 - 1))
 def test_batches_of_any_shape_equal_single_runs(lengths: list[int], batch_size: int, seed: int) -> None:
     model = tiny()
@@ -219,7 +219,7 @@ def test_the_same_seed_gives_the_same_text(model: AdaptedLlama) -> None:
     assert len(set(texts)) >= 5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_stop_texts_cut_where_they_begin(model: AdaptedLlama, data: st.DataObject) -> None:
     """Whatever stretch of an answer is the stop text, within a token or across several."""

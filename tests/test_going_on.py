@@ -183,7 +183,7 @@ def test_a_failed_request_leaves_nothing_to_go_on_from() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_order_of_conversations_is_exact(data: st.DataObject) -> None:
     adapters = eight(base_of())[:2]

@@ -85,7 +85,7 @@ def test_running_ahead_changes_no_token(heads: int, how: Sampling) -> None:
     assert captured
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 9))
 def test_batches_of_any_shape_and_length_of_answer(lengths: list[int], batch_size: int, n_new: int) -> None:
     model = tiny()

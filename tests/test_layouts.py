@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from lit_adapter.config import Config, TrainerConfig
 from lit_adapter.device import own_device
 from lit_adapter.errors import UserError
+from lit_adapter.training import processes
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.signals import Signals, check_launcher
 from lit_adapter.training.strategy import check_layout
@@ -228,6 +231,45 @@ def test_a_layout_that_would_wait_forever_is_refused(
     else:
         with pytest.raises(UserError, match=message):
             check_layout(TrainerConfig(**options), torch.device("cpu"))
+
+
+def test_of_eight_processes_on_a_node_the_one_that_dies_is_named(
+    no_launcher: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the second of two nodes; all of them know how many there are and where they meet."""
+    code = (
+        "import json, os, pathlib, signal, sys, time; rank = os.environ['LOCAL_RANK']\n"
+        "place = pathlib.Path(sys.argv[1]) / rank\n"
+        "place.with_suffix('.part').write_text(json.dumps(dict(os.environ)))\n"
+        "place.with_suffix('.part').rename(place)\n"
+        "while rank == '5' and len([*place.parent.glob('?')]) < 7: time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if rank == '5' else time.sleep(600)"
+    )
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*arguments, **options))
+        return started[-1]
+
+    no_launcher.setattr(processes, "subprocess", SimpleNamespace(Popen=popen))
+    no_launcher.setattr(sys, "orig_argv", ["python", "-c", code, str(tmp_path)])
+    no_launcher.setattr(os, "environ", {**os.environ, "MASTER_ADDR": "node0", "NODE_RANK": "1"})
+    said: Queue[str] = Queue()
+    options = TrainerConfig(num_nodes=2, devices=8)
+    try:
+        processes.start_processes(options, torch.device("cpu"), said.put)
+        sentence = said.get(timeout=250)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert sentence == f"process 13 (pid {started[4].pid}) was killed by signal 9"
+    found = [json.loads((tmp_path / f"{rank}").read_text()) for rank in range(1, 8)]
+    assert len(found) == len(started)
+    assert [one["LOCAL_RANK"] for one in found] == [*"1234567"]
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        assert {one[name] for one in found} == {os.environ[name]}
+    assert {one["WORLD_SIZE"] for one in found} == {"16"}
 
 
 WORLD = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

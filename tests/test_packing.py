@@ -135,7 +135,7 @@ def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     n_records=st.integers(1, 14),

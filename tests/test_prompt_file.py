@@ -8,14 +8,14 @@ import io
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
-from warm_runs import Run
+from warm_runs import Run, signal_after_answers
 
 import lit_adapter
 from lit_adapter import device
@@ -64,15 +64,12 @@ def killed(
 ) -> bytes:
     """What a process that was killed in the middle left behind."""
     out = tmp_path_factory.mktemp("killed") / "out.jsonl"
-    partial = out.with_name(".out.jsonl.partial")
     command = [str(word) for word in (*common, "--prompts", prompts, "--output", out)]
-    running = Run(command, tmp_path_factory.mktemp("log") / "log", {}, script="generate.py")
-    while running.process.is_alive() and not (partial.exists() and partial.read_bytes().count(b"\n") > 8):
-        time.sleep(0.002)
-    running.process.kill()
-    assert running.wait(60) == -signal.SIGKILL, running.output
+    kill = partial(signal_after_answers, 1, signal.SIGKILL)
+    running = Run(command, tmp_path_factory.mktemp("log") / "log", {}, kill, script="generate.py")
+    assert running.wait() == -signal.SIGKILL, running.output
     assert not out.exists()
-    left = partial.read_bytes()
+    left = out.with_name(".out.jsonl.partial").read_bytes()
     assert 9 <= left.count(b"\n") < 22
     return left
 

@@ -91,7 +91,7 @@ def test_renamed_columns_and_absent_input(tmp_path: Path, suffix: str) -> None:
         read_records(path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1)] * 3).filter(
@@ -107,7 +107,7 @@ def test_any_text_survives_json_jsonl_and_csv(tmp_path: Path, rows: list[tuple[s
         assert texts(read_records(write_format(tmp_path, suffix, given_rows))) == given_rows
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=40), st.integers(0, 200), st.sampled_from(TEXT_FORMATS))
 def test_damage_gives_records_or_one_line(tmp_path: Path, junk: bytes, at: int, suffix: str) -> None:
     whole = write_format(tmp_path, suffix, HARD).read_bytes()
@@ -276,7 +276,7 @@ def test_a_file_that_is_read_in_pieces_has_its_faults_at_the_same_places(
     test_fault_is_refused_where_it_is(tmp_path, name)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9) | st.integers()), max_size=9),
     st.integers(1, 40),

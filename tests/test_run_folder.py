@@ -60,7 +60,7 @@ def test_one_of_two_that_start_at_once_gets_the_folder(tmp_path: Path) -> None:
     both = [FORK.Process(target=_open_often, args=(tmp_path, together, results)) for _ in range(2)]
     for process in both:
         process.start()
-    found = [results.get(timeout=60) for _ in both]
+    found = [results.get(timeout=250) for _ in both]
     for process in both:
         process.join()
     assert all({one, other} == {True, False} for one, other in zip(*found, strict=True)), found
@@ -72,7 +72,7 @@ def test_what_a_run_is_just_writing_or_was_when_killed_is_no_run(tmp_path: Path)
     half_written.touch()
     holder = FORK.Process(target=_open_and_wait, args=(run, has_it := FORK.Event()), daemon=True)
     holder.start()
-    assert has_it.wait(60)
+    assert has_it.wait(250)
     half_written.touch()
     with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
         RunFolder(run).open(resume=False)
@@ -94,13 +94,13 @@ def _open_often(path: Path, together: Barrier, results: Any) -> None:
     won: list[bool | str] = []
     for number in range(ROUNDS):
         folder = RunFolder(path / f"{number}")
-        together.wait(60)
+        together.wait(250)
         try:
             folder.open(resume=False)
             won.append(True)
         except UserError as error:
             won.append("in use by" not in str(error) and str(error))
-        together.wait(60)
+        together.wait(250)
         folder.close()
     results.put(won)
 

@@ -82,7 +82,7 @@ def situations(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, Sampling]:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(situations(), st.integers(0, 99))
 def test_draws_have_the_reference_distribution(case: Any, seed: int) -> None:
     logits, seen, how = case
@@ -120,7 +120,7 @@ def test_logits_that_differ_in_their_last_bits_give_the_same_tokens(how: Samplin
     assert torch.equal(choose(logits, how, keys, None), choose(logits + noise, how, keys, None))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(situations(), st.integers(-(2**63), 2**63 - 1))
 def test_every_draw_stays_among_the_kept(case: Any, key: int) -> None:
     logits, _, how = case
@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused(value: dict[str, Any], message: str) -> None
         Sampling.of(**value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(situations(), min_size=2, max_size=5), st.integers(0, 4))
 def test_rows_with_their_own_settings_are_chosen_as_alone(cases: Any, greedy: int) -> None:
     vocab = min(len(logits) for logits, _, _ in cases)
@@ -206,7 +206,7 @@ def test_rows_with_their_own_settings_are_chosen_as_alone(cases: Any, greedy: in
     assert torch.equal(together, torch.cat(alone))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(situations(), st.data())
 def test_penalties_and_biases_are_those_of_the_formula(case: Any, data: st.DataObject) -> None:
     """In fp64, from the list of tokens, one token of the vocabulary after the other."""

@@ -85,6 +85,6 @@ def test_curl_streams_an_answer(server: Running) -> None:
         "-d",
         body,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=250)
     assert done.stdout.startswith("data: {")
     assert done.stdout.endswith("data: [DONE]\n\n")

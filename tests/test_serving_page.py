@@ -67,7 +67,7 @@ def opened(browser: Any, server: Running) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": 1100, "height": 760}, **more)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(250_000)
         page.on("pageerror", lambda error: mistakes.append(str(error)))
         page.on("console", lambda line: mistakes.append(line.text) if is_mistake(line) else None)
         page.goto(server.url)
@@ -83,7 +83,7 @@ def opened(browser: Any, server: Running) -> Iterator[Open]:
 
 def wait(page: Any, expression: str) -> None:
     """Until an expression is true in the page; its policy forbids the browser's own way of waiting."""
-    for _ in range(200):
+    for _ in range(2500):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(100)

@@ -52,7 +52,7 @@ def served(base: Path, folder: Path, keys: Path) -> Iterator[tuple[subprocess.Po
             yield process, found[0]
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(250)
             log.close()
 
 
@@ -121,7 +121,7 @@ class Soak:
         self.done["streams"] += 1
 
     async def run(self) -> None:
-        while time.monotonic() < self.end:
+        while time.monotonic() < self.end or not all(self.done.values()):
             await self.one()
 
 

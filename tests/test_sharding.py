@@ -16,27 +16,36 @@ WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
 SCRIPT = Path(__file__).parent / "sharded_process.py"
 
 
-def processes(
-    base: Path, dtype: str, store: Path, n: int = 2, tensor_parallel: int = 1, **adapter: Any
-) -> list[dict[str, Any]]:
+def layouts(
+    base: Path, dtype: str, store: Path, several: list[tuple[int, int]], **adapter: Any
+) -> list[list[dict[str, Any]]]:
+    """What each process of each layout found."""
     adapter.setdefault("layers", 2)
-    arguments = [str(base), dtype, str(store), str(tensor_parallel), json.dumps(adapter)]
+    arguments = [str(base), dtype, str(store), json.dumps(several), json.dumps(adapter)]
     runs = [
         Run(
             arguments,
-            store.with_suffix(f".{rank}"),
-            {"RANK": str(rank), "WORLD_SIZE": str(n)},
+            store.with_suffix(f".{rank}.log"),
+            {"RANK": str(rank)},
             script=SCRIPT,
             errors=store.with_suffix(f".{rank}.err"),
         )
-        for rank in range(n)
+        for rank in range(max(n for n, _ in several))
     ]
     try:
-        assert [run.wait(250) for run in runs] == [0] * n, [run.errors.read_text() for run in runs]
+        assert not any(run.wait(600) for run in runs), [run.errors.read_text() for run in runs]
     finally:
         for run in runs:
             run.process.kill()
-    return [json.loads(run.output) for run in runs]
+    found = zip(*(json.loads(run.output) for run in runs), strict=True)
+    return [list(of_layout[:n]) for (n, _), of_layout in zip(several, found, strict=True)]
+
+
+def processes(
+    base: Path, dtype: str, store: Path, n: int = 2, tensor_parallel: int = 1, **adapter: Any
+) -> list[dict[str, Any]]:
+    (found,) = layouts(base, dtype, store, [(n, tensor_parallel)], **adapter)
+    return found
 
 
 def test_a_sharded_base_computes_what_the_whole_one_does(tmp_path: Path) -> None:
@@ -86,6 +95,27 @@ def test_two_processes_share_the_heads_of_a_row(
             if part in found:  # of one group
                 held, estimated = found[part]
                 assert estimated == pytest.approx(held, rel=tolerance), part
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_up_to_eight_processes_share_a_base_and_its_heads(tmp_path: Path) -> None:
+    """Also odd numbers; none divides the vocabulary, and five not the width of the MLP either."""
+    layout = [(8, 1), (8, 4), (8, 8), (5, 1), (3, 1), (6, 3)]
+    sizes = {"hidden_size": 96, "num_attention_heads": 48, "num_key_value_heads": 24, "head_dim": 4}
+    model = random_llama(**sizes, intermediate_size=72, num_hidden_layers=3)
+    base = convert(write_hf(model, tmp_path / "source"), tmp_path / "base")
+    layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
+    around = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - layers
+    found = layouts(base, "float32", tmp_path / "store", layout, gate="token", norms=True)
+    for (n, tensor_parallel), ranks in zip(layout, found, strict=True):
+        assert len(ranks) == n
+        held = (layers / tensor_parallel + around) * tensor_parallel / n
+        assert sum(rank["numbers"] for rank in ranks) == pytest.approx(n * held, rel=1e-6)
+        for rank in ranks:
+            assert rank["same_tokens"], (n, tensor_parallel)
+            assert rank["loss"] < 1e-5, (n, tensor_parallel)
+            assert rank["gradient"] < 1e-6, (n, tensor_parallel)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def alone(text: Scored) -> tuple[float, bool]:
     return sum(float(share[place - 1, text.ids[place]]) for place in places), greedy
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(TEXTS, st.sampled_from([6, 20, 2048]))
 def test_every_text_has_the_likelihood_that_it_has_alone(
     drawn: list[tuple[tuple[int, ...], list[int]]], row_tokens: int

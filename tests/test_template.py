@@ -52,7 +52,7 @@ def test_a_prompt_is_the_same_with_and_without_its_answer(made: dict[str, Kind],
         for template in all_templates
     }
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(st.sampled_from(all_templates), TEXT, TEXT, TEXT)
     def check(template: Template, instruction: str, input_: str, output: str) -> None:
         ids, n_prompt = template.encode_example(ours, instruction, input_, output)

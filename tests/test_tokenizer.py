@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 def test_ids_and_text_are_the_original_library_s(made: dict[str, Kind], name: str) -> None:
     kind = made[name]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(TEXT)
     def check(text: str) -> None:
         ids = kind.ours.encode(text)
@@ -88,13 +88,13 @@ def test_ids_that_end_a_text(made: dict[str, Kind], name: str) -> None:
 def test_streamed_text_is_decoded_text(made: dict[str, Kind], name: str) -> None:
     ours = made[name].ours
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.integers(0, ours.vocab_size + 3), max_size=30))
     def any_ids(ids: list[int]) -> None:
         stream = StreamDecoder(ours)
         assert "".join([stream.push(id_) for id_ in ids]) + stream.flush() == ours.decode(ids)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(TEXT)
     def ids_of_text(text: str) -> None:
         stream = StreamDecoder(ours)

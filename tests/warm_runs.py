@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedWriter, FileIO, TextIOWrapper
 from multiprocessing import forkserver
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune_runs import SCRIPT, end_with_parent
@@ -27,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_adapter.data import module as data_module
 from lit_adapter.files import write
+from lit_adapter.generation import prompt_file
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
@@ -84,7 +86,7 @@ class Run:
             raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
         return self.process.exitcode
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         """Wait until ``text`` has been printed."""
         end = time.monotonic() + seconds
         while text not in self.output:
@@ -106,7 +108,7 @@ def run_script(
     given = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as logs:
         out, err = Path(logs) / "out", Path(logs) / "err"
-        status = Run(given, out, environment, script=script, folder=folder, errors=err).wait(120)
+        status = Run(given, out, environment, script=script, folder=folder, errors=err).wait()
         return subprocess.CompletedProcess(given, status, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
@@ -118,21 +120,32 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         return run_script(script, *arguments)
 
 
+def several_ranks(
+    n: int,
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    prepare: Mapping[int, Callable[[], None] | None] = MappingProxyType({}),
+) -> list[Run]:
+    """Start the ``n`` processes of a run, as a launcher does; ``prepare`` has that of some ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = environment | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = [*arguments, "--trainer.devices", str(n)]
+    return [
+        Run(arguments, log.with_suffix(f".{rank}"), common | {"LOCAL_RANK": str(rank)}, prepare.get(rank))
+        for rank in range(n)
+    ]
+
+
 def two_ranks(
     arguments: list[str],
     log: Path,
     environment: dict[str, str],
     prepare: tuple[Callable[[], None] | None, Callable[[], None] | None] = (None, None),
 ) -> list[Run]:
-    """Start both processes of a run, as a launcher does; each has its own ``prepare``."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    common = environment | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = [*arguments, "--trainer.devices", "2"]
-    return [
-        Run(arguments, log.with_suffix(f".{rank}"), common | {"LOCAL_RANK": str(rank)}, prepare[rank])
-        for rank in range(2)
-    ]
+    """Start both processes of a run, each with its own ``prepare``."""
+    return several_ranks(2, arguments, log, environment, dict(enumerate(prepare)))
 
 
 def _script(
@@ -156,6 +169,8 @@ def _script(
         os.chdir(folder)
     for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
         del sys.modules[name]  # it reads the environment when it is imported
+    n_processes, n_cores = int(environment.get("WORLD_SIZE", 1)), os.cpu_count() or 1
+    os.cpu_count = lambda: max(n_processes, n_cores)  # a test may have more processes than there are cores
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
     if prepare:
         prepare()
@@ -173,6 +188,11 @@ def signal_after_write(count: int, number: int = signal.SIGTERM) -> None:
     write.sync_folder = _nth(write.sync_folder, count, number)  # type: ignore[assignment]
 
 
+def signal_after_answers(count: int, number: int = signal.SIGTERM) -> None:
+    """Send the signal after the ``count``-th group of answers has been appended to a file of them."""
+    prompt_file.append_bytes = _nth(prompt_file.append_bytes, count, number)  # type: ignore[assignment]
+
+
 def signal_in_validation(count: int, number: int = signal.SIGTERM) -> None:
     """Send the signal in the first batch of the ``count``-th validation."""
     LitAdapter.on_validation_batch_start = _nth(  # type: ignore[attr-defined]
@@ -185,9 +205,9 @@ def signal_after_backward(count: int, number: int = signal.SIGTERM) -> None:
     LitAdapter.manual_backward = _nth(LitAdapter.manual_backward, count, number)  # type: ignore[method-assign]
 
 
-def signal_after_token(number: int = signal.SIGTERM) -> None:
-    """Send the signal after the first token of a sample answer."""
-    AdaptedLlama._answers = _after_first(AdaptedLlama._answers, number)  # type: ignore[method-assign]
+def signal_after_token(number: int = signal.SIGTERM, most: int = 10_000) -> None:
+    """Send the signal after the first token of a sample answer, which may have ``most`` pieces of text."""
+    AdaptedLlama._answers = _after_first(AdaptedLlama._answers, number, most)  # type: ignore[method-assign]
 
 
 def spoil_loss(token: int) -> None:
@@ -232,11 +252,12 @@ def _nth(
     return call
 
 
-def _after_first(generate: Callable, number: int) -> Callable:
+def _after_first(generate: Callable, number: int, most: int) -> Callable:
     def call(*arguments: Any, **options: Any) -> Iterator[Any]:
         for count, item in enumerate(generate(*arguments, **options)):
             if count == 0:
                 os.kill(os.getpid(), number)
+            assert count < most, "the answer goes on"
             yield item
 
     return call

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lit_adapter
 from lit_adapter.weights.adapter_file import METADATA_KEY
 
-SECONDS = 5
+SECONDS = 15
 """Within these, whatever a file holds."""
 STEER = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
 """Sets a terminal's title, clears it, colours it, and reverses what follows."""

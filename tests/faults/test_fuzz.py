@@ -114,7 +114,7 @@ FORMATS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 def test_damaged_record_files(suffix: str, tmp_path: Path, examples: list[int]) -> None:
     whole = FORMATS[suffix](ROWS)
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=300, suppress_health_check=QUIET)
     @given(EDITS)
     def check(edits: list[tuple[float, int, bytes]]) -> None:
         examples.append(1)
@@ -129,7 +129,7 @@ def test_damaged_record_files(suffix: str, tmp_path: Path, examples: list[int]) 
 def test_records_of_any_json(tmp_path: Path, examples: list[int]) -> None:
     fields = st.fixed_dictionaries({}, optional=dict.fromkeys(("instruction", "input", "output", "x"), JSON))
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=300, suppress_health_check=QUIET)
     @given(st.lists(fields | JSON, max_size=3) | JSON, st.sampled_from([".json", ".jsonl"]))
     def check(value: Any, suffix: str) -> None:
         examples.append(1)
@@ -147,7 +147,7 @@ def test_records_of_any_json(tmp_path: Path, examples: list[int]) -> None:
 def test_damaged_adapter_files(tmp_path: Path, tiny_adapter: Path, examples: list[int]) -> None:
     whole = tiny_adapter.read_bytes()
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=400, suppress_health_check=QUIET)
     @given(EDITS)
     def check(edits: list[tuple[float, int, bytes]]) -> None:
         examples.append(1)
@@ -173,7 +173,7 @@ def test_adapters_that_say_anything_of_themselves(
         (key, inner) for key in good for inner in [None, *(good[key] if isinstance(good[key], dict) else [])]
     ]
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=400, suppress_health_check=QUIET)
     @given(st.sampled_from(places), JSON | HUGE, st.booleans())
     def check(place: tuple[str, str | None], value: Any, remove: bool) -> None:
         examples.append(1)
@@ -203,7 +203,7 @@ def test_configurations_of_any_json(tmp_path: Path, tiny_base: Path, examples: l
         {"rope_type": st.sampled_from(["linear", "llama3"])}, optional={"factor": JSON}
     )
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=300, suppress_health_check=QUIET)
     @given(keys, JSON | HUGE | rope)
     def check(key: str, value: Any) -> None:
         examples.append(1)
@@ -236,7 +236,7 @@ def test_user_text_is_text_and_masks_are_positions(
     control = set(ours.control_tokens.values())
     templates = [resolve_template(kind, ours) for kind in ("alpaca", "{instruction}\n{input} ### Response:")]
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+    @settings(max_examples=150, suppress_health_check=QUIET)
     @given(st.sampled_from(templates), ANY_TEXT, ANY_TEXT, ANY_TEXT)
     def check(template: Template, instruction: str, input_: str, output: str) -> None:
         examples.append(1)
