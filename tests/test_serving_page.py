@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from serving_fixtures import Running, folder_of_adapters, running
+from test_serving import until
 
 pytestmark = [
     pytest.mark.browser,
@@ -156,7 +157,7 @@ def test_an_answer_comes_piece_by_piece_and_is_stopped(
     stopped = answers(page)[0]
     page.wait_for_timeout(400)
     assert answers(page)[0] == stopped
-    assert server.counter("lit_adapter_slots_used") == 0
+    until(lambda: server.counter("lit_adapter_slots_used") == 0)
     say(page, "and again", wait=False)
     wait(page, "document.querySelectorAll('.answer .text')[1].textContent.length > 1")
     page.keyboard.press("Escape")

@@ -8,7 +8,7 @@ Hugging Face's ``LlamaForCausalLM``. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -37,6 +37,11 @@ class Linear:
     rotated_heads: int = 0
     """Heads of the outputs that rotary positions turn; 0 for outputs that are not rotated."""
 
+    @property
+    def projection(self) -> str:
+        """Its name without the module that holds it, such as ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -56,6 +61,10 @@ class BlockLayout:
     def __getitem__(self, name: str) -> Linear:
         """Return a linear layer by name."""
         return next(linear for linear in self.linears if linear.name == name)
+
+    def projections(self, chosen: Collection[str]) -> list[Linear]:
+        """Return the linear layers whose `Linear.projection` is in ``chosen``, in the order of the block."""
+        return [linear for linear in self.linears if linear.projection in chosen]
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

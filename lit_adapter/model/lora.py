@@ -87,11 +87,10 @@ class LoraPart(TrainedPart):
         return {"lora.rank": lora.rank, "lora scale": lora.scale, "lora.on": " ".join(self._names(model))}
 
     def _layers(self, model: LlamaConfig) -> list[Linear]:
-        chosen = self.config.lora.layers
-        return [linear for linear in block_layout(model).linears if linear.name.rpartition(".")[2] in chosen]
+        return block_layout(model).projections(self.config.lora.layers)
 
     def _names(self, model: LlamaConfig) -> list[str]:
-        return [linear.name.rpartition(".")[2] for linear in self._layers(model)]
+        return [linear.projection for linear in self._layers(model)]
 
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the shapes of A ``[r, n_in]`` and B ``[n_out, r]``."""
@@ -183,7 +182,7 @@ def joined_numbers(model: LlamaConfig, lora: LoraConfig) -> int:
     """Return how many numbers the joined updates of all blocks have."""
     layout, total = block_layout(model), 0
     for names in layout.groups.values():
-        chosen = [name for name in names if name.rpartition(".")[2] in lora.layers]
+        chosen = [name for name in names if layout[name].projection in lora.layers]
         n_out = sum(layout[name].n_out for name in names)
         total += _n_rows(len(chosen), lora.rank) * (layout[names[0]].n_in + n_out)
     return model.n_layer * total

@@ -65,7 +65,7 @@ class PeftLora(Format):
         on = sorted({match[1] for match in map(_NAME.fullmatch, left) if match}, key=GROUPS["all"].index)
         if not on:
             raise UserError(f"{source}: no tensor is named as PEFT's LoRA names those of a LLaMA")
-        chosen = [linear for linear in block_layout(model).linears if linear.name.rpartition(".")[2] in on]
+        chosen = block_layout(model).projections(on)
         state: State = {}
         rank = len(next(tensor for name, tensor in left.items() if name.endswith(".lora_A.weight")))
         lora = opened.info.adapter.lora if opened.info is not None else _lora(_companion(opened), rank, on)
