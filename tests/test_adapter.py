@@ -7,8 +7,7 @@ import peft
 import pytest
 import torch
 from prefix_formula import reference_logits
-from tiny_models import from_transformers, open_adapter, random_ids, random_llama, transformers_llama
-from torch import Tensor
+from tiny_models import from_transformers, logits, open_adapter, random_ids, random_llama, transformers_llama
 
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import (
@@ -19,17 +18,10 @@ from lit_adapter.model.adapter import (
     check_adapter_state,
     load_adapter_state,
 )
-from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.model.llama import Llama
 
 FORMS = ["tanh", "identity", "layer", "channel", "token"]
 QUERIES = ["rotated", "unrotated"]
-
-
-def logits(model: Llama, ids: Tensor) -> Tensor:
-    position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -14,8 +14,7 @@ from finetune_runs import Stopper
 from generation_fixtures import CHOICES, decode, script
 from prefix_formula import reference_logits
 from random_records import encoded
-from tiny_models import open_adapter, random_ids, random_llama
-from torch import Tensor
+from tiny_models import logits, open_adapter, random_ids, random_llama
 
 import lit_adapter
 from lit_adapter.config import Config, OptimConfig
@@ -31,7 +30,6 @@ from lit_adapter.model.adapter import (
     parameter_counts,
     plain_base,
 )
-from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.training.finetune import finetune
@@ -44,11 +42,6 @@ NORMS = AdapterConfig(norms=True, prompt_length=3, layers=2, prompt_init_std=1.0
 ALONE = AdapterConfig(norms=True, prompt_length=0)
 ALL = {"whole": WHOLE, "bare": BARE, "norms": NORMS, "norms alone": ALONE}
 BIASED = {"attention_bias": True, "mlp_bias": True}
-
-
-def logits(model: Llama, ids: Tensor) -> Tensor:
-    position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -12,16 +12,15 @@ import transformers
 from convert_sources import write_gguf
 from prefix_formula import reference_logits
 from random_records import encoded
-from tiny_models import from_transformers, open_adapter, random_ids, random_llama, randomise
+from tiny_models import from_transformers, logits, open_adapter, random_ids, random_llama, randomise
 
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_state
-from lit_adapter.model.attention import CausalView, SegmentView
+from lit_adapter.model.attention import SegmentView
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.cpu_decode import CpuDecode
-from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
@@ -91,11 +90,6 @@ def theirs(name: str, seed: int = 3) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model, seed)
     return model.requires_grad_(False)
-
-
-def logits(model: Llama, ids: torch.Tensor) -> torch.Tensor:
-    position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:

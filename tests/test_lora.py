@@ -17,7 +17,7 @@ from finetune_runs import Stopper
 from prefix_formula import reference_logits
 from random_records import encoded
 from safetensors.torch import load_file
-from tiny_models import open_adapter, random_ids, random_llama
+from tiny_models import logits, open_adapter, random_ids, random_llama
 from torch import Tensor
 
 import lit_adapter
@@ -25,10 +25,8 @@ from lit_adapter.config import Config
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_parameters, adapter_shapes, adapter_state, attach
-from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.executors import choose
-from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora import join_updates, product
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import row_loss
@@ -46,11 +44,6 @@ FORMS = {
     "some": AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("q_proj", "mlp"))),
     "beside": AdapterConfig(prompt_length=3, layers=2, lora=LoraConfig(rank=2, on=("k_proj", "v_proj"))),
 }
-
-
-def logits(model: Llama, ids: Tensor) -> Tensor:
-    position = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(model(ids, CausalView(model.rotation(position))))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from lit_adapter.model.adapter import adapter_parameters, attach
+from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama
 
@@ -109,3 +110,8 @@ def from_transformers(theirs: Any, dtype: torch.dtype = torch.float64) -> Llama:
 
 def random_ids(*shape: int, seed: int = 0, vocab: int = 61) -> Tensor:
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Llama, ids: Tensor) -> Tensor:
+    position = torch.arange(ids.shape[1]).expand_as(ids)
+    return model.logits(model(ids, CausalView(model.rotation(position))))

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any, TextIO
 
-from lit_adapter.cli.command import add_sampling, command_parser, parse
+from lit_adapter.cli.command import add_sampling, command_parser, parse, sampling_of
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.errors import UserError
-from lit_adapter.generation.settings import Sampling
 from lit_adapter.streams import say
 
 TEMPLATE = (
@@ -20,8 +18,7 @@ TEMPLATE = (
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
     """Parse, load, and answer what is typed or piped, on ``out`` (standard output)."""
     options = _parse(argv, program)
-    given: Any = {field.name: options[field.name] for field in fields(Sampling)}
-    sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
+    sampling = sampling_of(options)
     interactive = sys.stdin is not None and sys.stdin.isatty()
     from lit_adapter.generation import terminal
     from lit_adapter.generation.load import load

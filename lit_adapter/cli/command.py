@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from lit_adapter.errors import UserError, nearest, options_of_a_command, shorten
+from lit_adapter.generation.settings import Sampling
 from lit_adapter.streams import prepare_streams, say
 
 INTERRUPTED = 130
@@ -99,8 +100,6 @@ def add_sampling(parser: Any) -> None:
     """Add the fields of `Sampling` with their defaults; their docstrings are the help."""
     from docstring_parser import parse_from_object
 
-    from lit_adapter.generation.settings import Sampling
-
     described = {item.arg_name: item.description for item in parse_from_object(Sampling).params}
     types = get_type_hints(Sampling)
     defaults = asdict(Sampling())
@@ -114,6 +113,12 @@ def add_sampling(parser: Any) -> None:
             help=described[field.name],
             **more,
         )
+
+
+def sampling_of(options: Any) -> Sampling:
+    """Return the settings that the options of `add_sampling` were given."""
+    given: Any = {field.name: options[field.name] for field in fields(Sampling)}
+    return Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
 
 
 def check_least(options: Any, least: int, *names: str) -> None:

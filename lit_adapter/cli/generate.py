@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from lit_adapter.cli.command import add_sampling, check_least, command_parser, parse
+from lit_adapter.cli.command import add_sampling, check_least, command_parser, parse, sampling_of
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
 from lit_adapter.errors import UserError, counted, shorten
@@ -32,8 +32,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     """Parse and answer, on ``out`` (standard output) or into the file of ``--output``."""
     options = _parse(argv, program)
     out = out or sys.stdout
-    given: Any = {field.name: options[field.name] for field in fields(Sampling)}
-    sampling = Sampling(**given | {"stop": tuple(options.stop), "stop_ids": tuple(options.stop_ids)})
+    sampling = sampling_of(options)
     columns = Columns(**options.columns)
     choices = _choices(options, sampling)
     task = (_instruction(options), options.input or "") if options.prompts is None else None

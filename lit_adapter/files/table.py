@@ -210,7 +210,7 @@ def read_table(folder: Path, key: str, schema: Schema) -> Table | None:
         return None
     seen = _seen(folder, types)
     if about["seen"] != seen:
-        if any(_crc32(folder / name, about["bytes"][name]) != about["crc32"][name] for name in types):
+        if _has_changed(folder, types, about):
             return None
         with suppress(WriteError):
             _write_about(folder, about | {"seen": seen})
@@ -228,6 +228,11 @@ def _is_damaged(folder: Path, key: str, schema: Schema) -> bool:
     about = _read_about(folder, key, types)
     if about is None or about["complete"]:
         return True
+    return _has_changed(folder, types, about)
+
+
+def _has_changed(folder: Path, types: dict[str, np.dtype], about: dict[str, Any]) -> bool:
+    """Whether a file of a table is not what its checksum says."""
     return any(_crc32(folder / name, about["bytes"][name]) != about["crc32"][name] for name in types)
 
 

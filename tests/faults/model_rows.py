@@ -218,13 +218,6 @@ def bombed_adapter(bench: Bench) -> Outcome:
     return bench.generate("--adapter", bench.bomb("adapter.pth"))
 
 
-def legacy_adapter(bench: Bench) -> Outcome:
-    """An adapter of another code base whose file holds a path as well as tensors."""
-    path = bench.folder / "adapter.pth"
-    torch.save({"adapter_query.weight": torch.zeros(12, 48), "where": Path("x")}, path)
-    return bench.convert_adapter(path)
-
-
 def bombed_checkpoint(bench: Bench) -> Outcome:
     run = bench.copy_finished_run()
     bench.bomb("bomb.ckpt").replace(run / "checkpoints" / "step-0000009.ckpt")
