@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tokenizers
@@ -22,6 +22,9 @@ from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert
+
+if TYPE_CHECKING:
+    from tokenizer_kinds import Kind
 
 torch.set_num_threads(1)  # tiny tensors: starting threads costs more than they save
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
@@ -94,6 +97,14 @@ def make_base(folder: Path, *, hidden_size: int) -> Path:
     )
     model.float().save_pretrained(source)
     return convert(source, source.parent / "tiny")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    """A tokenizer of every kind, beside the library that it comes from."""
+    from tokenizer_kinds import MAKERS
+
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -104,11 +104,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     return load_tokenizer(folder), theirs
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
-
-
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [*HARD, "<", "<|", "|>", "end|>", "<|im_end", "s>", "Hello", "\n", " x "]
 )

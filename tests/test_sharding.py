@@ -41,6 +41,14 @@ def layouts(
     return [list(of_layout[:n]) for (n, _), of_layout in zip(several, found, strict=True)]
 
 
+def converted(folder: Path, **sizes: Any) -> tuple[Path, int, int]:
+    """A random base, and how many numbers the matrices of its layers have, and those around them."""
+    model = random_llama(**sizes)
+    base = convert(write_hf(model, folder / "source"), folder / "base")
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    return base, layers, sum(p.numel() for p in model.parameters() if p.ndim == 2) - layers
+
+
 def processes(
     base: Path, dtype: str, store: Path, n: int = 2, tensor_parallel: int = 1, **adapter: Any
 ) -> list[dict[str, Any]]:
@@ -82,10 +90,7 @@ def test_two_processes_share_the_heads_of_a_row(
     tmp_path: Path, n: int, adapter: dict[str, Any], sizes: dict[str, Any]
 ) -> None:
     """Each has half of every matrix of a layer; with two groups of two processes, a quarter."""
-    model = random_llama(**sizes)
-    base = convert(write_hf(model, tmp_path / "source"), tmp_path / "base")
-    layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
-    around = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - layers
+    base, layers, around = converted(tmp_path, **sizes)
     for found in processes(base, "float32", tmp_path / "store", n, 2, **adapter):
         assert found["numbers"] == pytest.approx((layers / 2 + around) / (n // 2), rel=0.01)
         assert found["same_tokens"]
@@ -103,10 +108,7 @@ def test_up_to_eight_processes_share_a_base_and_its_heads(tmp_path: Path) -> Non
     """Also odd numbers; none divides the vocabulary, and five not the width of the MLP either."""
     layout = [(8, 1), (8, 4), (8, 8), (5, 1), (3, 1), (6, 3)]
     sizes = {"hidden_size": 96, "num_attention_heads": 48, "num_key_value_heads": 24, "head_dim": 4}
-    model = random_llama(**sizes, intermediate_size=72, num_hidden_layers=3)
-    base = convert(write_hf(model, tmp_path / "source"), tmp_path / "base")
-    layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
-    around = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2) - layers
+    base, layers, around = converted(tmp_path, **sizes, intermediate_size=72, num_hidden_layers=3)
     found = layouts(base, "float32", tmp_path / "store", layout, gate="token", norms=True)
     for (n, tensor_parallel), ranks in zip(layout, found, strict=True):
         assert len(ranks) == n

@@ -32,11 +32,6 @@ ALPACA_INPUT_PROMPT = (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
-
-
 def templates(tokenizer: Tokenizer) -> list[Template]:
     found = [resolve_template(name, tokenizer) for name in ("alpaca", "alpaca-newline", CUSTOM)]
     return [*found, resolve_template("chat", tokenizer)] if tokenizer.chat_template else found

@@ -23,11 +23,6 @@ NAMES = pytest.mark.parametrize("name", list(MAKERS))
 SPACED = ("sentencepiece", "gguf-sentencepiece", "json-prepend", "json-first")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
-
-
 @NAMES
 def test_ids_and_text_are_the_original_library_s(made: dict[str, Kind], name: str) -> None:
     kind = made[name]

@@ -222,17 +222,12 @@ def _described(path: Path) -> dict[str, Any]:
         return json.loads(file.metadata()[METADATA_KEY])
 
 
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
-
-
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_user_text_is_text_and_masks_are_positions(
-    name: str, kinds: dict[str, Kind], examples: list[int]
+    name: str, made: dict[str, Kind], examples: list[int]
 ) -> None:
     """Whatever the record holds, the targets are the answer's own tokens and the end token."""
-    ours = kinds[name].ours
+    ours = made[name].ours
     control = set(ours.control_tokens.values())
     templates = [resolve_template(kind, ours) for kind in ("alpaca", "{instruction}\n{input} ### Response:")]
 
