@@ -5,8 +5,9 @@
 LAYOUTS and ADAPTER are JSON. A layout is the number of processes, and how many of them share the heads of a
 row; a process of a higher rank sits it out. Prints an object for each layout, or null: the largest
 differences from the whole base (loss, gradients, next tokens), the bytes of memory of its own that reading
-took and left, how many layers were whole at once while computing, how often weights were gathered for a row,
-the numbers of the base that it holds, and what autograd kept, and what the estimate says.
+took and left, how many layers were whole at once while computing, how often weights were gathered for a row
+(of a single layout), the numbers of the base that it holds, and what autograd kept, and what the estimate
+says.
 """
 
 from __future__ import annotations
@@ -118,7 +119,14 @@ def both_steps(model: Llama, share: int = 0, n_shares: int = 1) -> float:
 
 
 def compared(
-    base: Path, dtype: torch.dtype, store: str, n: int, tensor_parallel: int, adapter: AdapterConfig
+    base: Path,
+    dtype: torch.dtype,
+    store: str,
+    n: int,
+    tensor_parallel: int,
+    adapter: AdapterConfig,
+    *,
+    profiled: bool,
 ) -> dict[str, Any] | None:
     rank, n_shares = int(os.environ["RANK"]), n // tensor_parallel
     if rank >= n:
@@ -135,9 +143,10 @@ def compared(
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        losses(model, share, n_shares)
-    found["gatherings"] = sum(event.name == "fsdp::all_gather_copy_in" for event in seen.events())
+    if profiled:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            losses(model, share, n_shares)
+        found["gatherings"] = sum(event.name == "fsdp::all_gather_copy_in" for event in seen.events())
     tokens = answers(model)
     loss = both_steps(model, share, n_shares)  # training goes on after answers
     found["whole_layers"] = max(whole_layers)
@@ -151,7 +160,8 @@ def compared(
     dist.all_reduce(together)
     whole = open_adapter(load_base(base, device="cpu", dtype=dtype), adapter)
     found["same_tokens"] = tokens == answers(whole)
-    found["loss"] = abs(float(together) - both_steps(whole))
+    wanted = both_steps(whole)
+    found["loss"] = abs(float(together) - wanted) / wanted
     found["gradient"] = max(
         float((parameter.grad - parameters[name].grad).abs().max())
         for name, parameter in adapter_parameters(whole)
@@ -165,14 +175,13 @@ def compared(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     base_, dtype_, store_, layouts_, adapter_ = sys.argv[1:]
+    layouts = json.loads(layouts_)
     given = json.loads(adapter_)
     lora = LoraConfig(**given.pop("lora", {}))
     config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, lora=lora, **given)
-    print(
-        json.dumps(
-            [
-                compared(Path(base_), getattr(torch, dtype_), f"{store_}.{number}", *layout, config)
-                for number, layout in enumerate(json.loads(layouts_))
-            ]
-        )
-    )
+    of_base, profiled_ = (Path(base_), getattr(torch, dtype_)), len(layouts) == 1
+    found_ = [
+        compared(*of_base, f"{store_}.{number}", *layout, config, profiled=profiled_)
+        for number, layout in enumerate(layouts)
+    ]
+    print(json.dumps(found_))

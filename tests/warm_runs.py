@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 from finetune_runs import SCRIPT, end_with_parent
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -34,7 +35,7 @@ from lit_adapter.training import module
 from lit_adapter.training.module import LitAdapter
 
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTED = ["warm_runs", "lit_adapter.training.finetune", "tensorboard.compat.proto"]
+IMPORTED = ["warm_runs", "lit_adapter.training.finetune", "tensorboard.compat.proto", "frozen_imports"]
 
 
 class Run:
@@ -98,7 +99,10 @@ class Run:
 def start_server() -> None:
     """Start the process that runs are forked from. A Python process has one such server: the first."""
     CONTEXT.set_forkserver_preload(IMPORTED)
-    forkserver.ensure_running()
+    # The server passes over what it cannot import, and before Python 3.13 it does not take over `sys.path`.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
 
 def run_script(
