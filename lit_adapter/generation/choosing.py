@@ -18,11 +18,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lit_adapter.data.shared_starts import Scored, rows_of
 from lit_adapter.errors import UserError, shorten
+from lit_adapter.generation.fallback import go_on_without_kernels
 from lit_adapter.generation.request import NonFiniteLogitsError
 from lit_adapter.generation.task import Task
+from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.executors import KernelError
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import target_log_likelihoods
 from lit_adapter.text.template import Template
@@ -103,7 +107,7 @@ def likelihoods(
     """
     found = [Likelihood(0.0, 0, 0, -1)] * len(texts)
     for row, owner in rows_of(texts):
-        values, likeliest = target_log_likelihoods(model, row)
+        values, likeliest = _scored(model, row)
         if not values.isfinite().all():
             raise NonFiniteLogitsError()
         for text in np.unique(owner).tolist():
@@ -115,6 +119,15 @@ def likelihoods(
             if finished is not None:
                 finished(text)
     return found
+
+
+def _scored(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Do what `target_log_likelihoods` does, by the modules if a kernel does not compile."""
+    try:
+        return target_log_likelihoods(model, row)
+    except KernelError as error:
+        go_on_without_kernels(error, model)
+        return target_log_likelihoods(model, row)
 
 
 def choose(

@@ -8,6 +8,7 @@ Capturing a step takes no longer than launching its kernels once, so that no ans
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import MOST_LIKELY, Choice, choose, likelihoods
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import Prefixes
+from lit_adapter.model.executors import KernelError
 from lit_adapter.model.llama import Llama
 
 LONG = 4 * 10**12
@@ -41,7 +43,6 @@ class GraphLane(Lane):
 
     def __init__(self, model: Llama) -> None:
         super().__init__(model)
-        self.has_kernels = self.executor_name == "CUDA decoding"  # each reads as many keys as its slot has
         new = torch.zeros
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
@@ -53,6 +54,16 @@ class GraphLane(Lane):
         self.prefixes: Prefixes | None = None  # those that the graphs read
         self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
         """The step that the device takes while the host hands on the tokens of the step before."""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels take the steps: each reads as many keys as its slot has."""
+        return self.executor_name == "CUDA decoding"
+
+    def _go_on_with_modules(self, error: KernelError) -> None:
+        """Do the same; a step that the device has begun is whole, and its tokens are still handed on."""
+        super()._go_on_with_modules(error)
+        self.graphs.clear()
 
     def _grow(self, n_slots: int, length: int) -> None:
         super()._grow(n_slots, length)
@@ -173,8 +184,11 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
         graph.capture_begin(capture_error_mode="relaxed")
         try:
             body()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong may have ended the capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph.replay
 
 

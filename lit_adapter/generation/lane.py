@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_adapter.generation.fallback import go_on_without_kernels
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, Past, choose, likelihoods
 from lit_adapter.grouping import n_common
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.model.executors import KernelError
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 
@@ -90,11 +92,33 @@ class Lane:
         if not requests:
             return
         try:
-            work()
+            self._compute(work)
         except Exception as error:
             for request in requests:
                 if not request.ended:
                     request.fail(error)
+
+    def _compute(self, work: Callable[[], None]) -> None:
+        """Do some work, and again by the modules if a kernel of it turns out not to compile.
+
+        What the slots held before is still right: the work writes only behind it.
+        """
+        reading, lengths = [*self.reading], {request: request.length for request in self.reading}
+        try:
+            work()
+        except KernelError as error:
+            self._go_on_with_modules(error)
+            self.reading = reading
+            for request, length in lengths.items():
+                request.length = length
+            work()
+
+    def _go_on_with_modules(self, error: KernelError) -> None:
+        """Let the modules compute the rest of all answers, from what the slots hold."""
+        go_on_without_kernels(error, self.model)
+        self.executor_name = "modules"
+        if self.executor is not None:
+            self.executor = ModuleDecode.in_place_of(self.executor)
 
     def _place(self, new: list[Request]) -> None:
         """Give slots to requests, with what other slots hold of the prompts that `Request.resumes`."""

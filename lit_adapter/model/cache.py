@@ -251,6 +251,14 @@ class ModuleDecode:
         self.device = self.cache.k.device
         self.prefixes = SlotPrefixes(model, n_slots)
 
+    @classmethod
+    def in_place_of(cls, other: ModuleDecode) -> ModuleDecode:
+        """Return one that goes on with the slots of another executor, in the same memory."""
+        decode = cls.__new__(cls)
+        decode.model, decode.cache, decode.device = other.model, other.cache, other.device
+        decode.prefixes = other.prefixes
+        return decode
+
     def take(self, other: Any) -> None:
         """Go on with the slots of an executor of the same class that is no larger."""
         for own, old in ((self.cache.k, other.cache.k), (self.cache.v, other.cache.v)):

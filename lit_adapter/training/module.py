@@ -31,6 +31,7 @@ from lit_adapter.model.adapter import (
     parts_of,
     trained_modules,
 )
+from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.executors import Executor, KernelError, choose, give_up_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
@@ -186,7 +187,7 @@ class LitAdapter(LightningModule):
         records = self._data.training_steps().records(step).tolist()
         bad = {}
         for record in records:
-            loss = float(row_loss(self.model, self._data.train_packer.row([record])))
+            loss = float(self._loss_alone(self._data.train_packer.row([record])))
             if not math.isfinite(loss):
                 bad[record] = f" (loss {loss})"
         named = bad or dict.fromkeys(records, "")
@@ -196,16 +197,20 @@ class LitAdapter(LightningModule):
             return f"the loss is not finite in {shown}; check those records, or lower optim.lr"
         return f"no record's own loss is at fault (of {shown}); lower optim.lr"
 
+    def _loss_alone(self, row: PackedRow) -> Tensor:
+        """Return a row's loss without gradients, by the modules if a kernel does not compile."""
+        try:
+            return row_loss(self.model, row, executor=self._executor())
+        except KernelError as error:
+            self.go_on_with_modules(error)
+            return row_loss(self.model, row, executor=self._executor())
+
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Sum the loss of the held-out records."""
         if batch_idx == 0:
             self.val_sum, self.val_targets = torch.zeros((), device=self.device), 0
         for row in batch.rows:
-            try:
-                self.val_sum += row_loss(self.model, row, executor=self._executor())
-            except KernelError as error:
-                self.go_on_with_modules(error)
-                self.val_sum += row_loss(self.model, row, executor=self._executor())
+            self.val_sum += self._loss_alone(row)
         self.val_targets += batch.n_targets
 
     def on_validation_epoch_end(self) -> None:

@@ -182,13 +182,18 @@ def check_kernels(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
     try:
         with enough_memory(needed):
             loss = row_loss(model, row, recompute=needed.recompute)
-            torch.autograd.grad(
-                loss, parameters, allow_unused=True
-            )  # a record may leave some without a gradient
+            # A record may leave some without a gradient.
+            torch.autograd.grad(loss, parameters, allow_unused=True)
     except KernelError as error:
-        give_up_kernels(error)
-        if rank() == 0:
-            streams.say(f"warning: {error}; {WITHOUT_KERNELS}")
+        _leave_to_modules(error, model)
+
+
+def _leave_to_modules(error: KernelError, model: Llama) -> None:
+    if model.is_sharded:  # the other processes may be waiting for this one's part of a layer
+        raise UserError(f"process {rank()}: {error}") from error
+    give_up_kernels(error)
+    if rank() == 0:
+        streams.say(f"warning: {error}; {WITHOUT_KERNELS}")
 
 
 def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
@@ -203,7 +208,12 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
     lower = torch.autocast(device, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
     with torch.no_grad(), lower, enough_memory(needed):
         for record in records:
-            loss = float(row_loss(model, data.train_packer.row([record])))
+            row = data.train_packer.row([record])
+            try:
+                loss = float(row_loss(model, row))
+            except KernelError as error:
+                _leave_to_modules(error, model)
+                loss = float(row_loss(model, row))
             if not math.isfinite(loss):
                 wider = "" if precision == "32-true" else "use trainer.precision 32-true, or "
                 raise UserError(
