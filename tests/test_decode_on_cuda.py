@@ -22,6 +22,7 @@ from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.attention import CausalView
+from lit_adapter.model.block_weights import prepare
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose as choose_executor
@@ -166,13 +167,12 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
 
 def test_a_base_in_fp8_is_decoded_in_fp8() -> None:
     """As near to its own forward pass as fp8 allows: noise of bf16's size in the input moves it by 0.2."""
-    from lit_adapter.model import fused
     from lit_adapter.model.fused_decode import FusedDecode
 
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("fp8 needs compute capability 9")
     model = adapted(4, 2, 64, "tanh").cuda()
-    fused.prepare(model, float8=True)
+    prepare(model, float8=True)
     for lengths in ([40], [3, 70, 12]):
         slots = list(range(len(lengths)))
         asked = [random_ids(length, seed=length, vocab=VOCAB).tolist() for length in lengths]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapter.grouping import grouped
-from lit_adapter.model import fused
 from lit_adapter.model.attention import KeyValue, PackedRow
+from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.fused_heads import HeadNorms, unturned
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
@@ -41,12 +41,12 @@ class FusedDecode(ModuleDecode):
         super().__init__(model, n_slots, length)
         if model.layers[0].fused_weights is None:
             with torch.inference_mode(False):  # the model may be trained later
-                fused.join_groups(model)
+                join_groups(model)
         config, B, device = model.config, n_slots, self.device
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         self.H, self.D = H, D
         self.q_width, self.kv_width = H * D, G * D
-        self.weights = [fused.block_weights(block, block_layout(config)) for block in model.layers]
+        self.weights = [block_weights(block, block_layout(config)) for block in model.layers]
         self.updates = join_updates(model, model.embed_tokens.weight.dtype)
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
@@ -143,27 +143,28 @@ class _CacheRowView:
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
         decode, layer, x = self.decode, block.self_attn.index, x[0]
-        weights, quantised = decode.weights[layer], decode.weights[layer].quantised
+        weights, updates = decode.weights[layer], decode.updates[layer]
+        in_fp8 = {group: weights.quantised and group not in updates for group in ("qkv", "gate_up", "down")}
         before, between = block.input_layernorm, block.post_attention_layernorm
-        normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=quantised)
-        qkv = weights.qkv(normed)
+        normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=in_fp8["qkv"])
+        qkv = weights.qkv(weights.operand(normed))
         self._update("qkv", layer, qkv, normed)
         norms, kept = decode.head_norms[layer], decode.q_width + decode.kv_width
         if norms is not None:
             norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
         cache = (decode.cache.k[layer], decode.cache.v[layer])
         decode_attention.rotate_and_keep(qkv, self.rotation(layer), self.slot, self.position, cache)
-        y = weights.operand(self.attend(layer, qkv, query_positions))
+        y = self.attend(layer, qkv, query_positions)
         x = x if query_positions is None else x[query_positions]
-        added = weights.o(y)
+        added = weights.o(weights.operand(y))
         self._update("o", layer, added, y)
         middle, _, normed, _ = rows.add_and_norm(
-            x, added, between.used_weight, between.eps, quantised=quantised, twice=False
+            x, added, between.used_weight, between.eps, quantised=in_fp8["gate_up"], twice=False
         )
-        gate_up = weights.gate_up(normed)
+        gate_up = weights.gate_up(weights.operand(normed))
         self._update("gate_up", layer, gate_up, normed)
-        hidden = rows.swiglu(gate_up, quantised=quantised)
-        weights.down.add_to(middle, hidden)
+        hidden = rows.swiglu(gate_up, quantised=in_fp8["down"])
+        weights.down.add_to(middle, weights.operand(hidden))
         self._update("down", layer, middle, hidden)
         return middle[None]
 

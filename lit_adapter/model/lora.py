@@ -23,6 +23,7 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import Linear, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.matrices import Float8Matrix, float8_linear
 from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 
 ROWS = 8
@@ -42,7 +43,10 @@ class LoraLinear(TrainedModule):
 
     part = "lora"
     trained = ("lora_a", "lora_b")
+    weight: Any
     bias: nn.Parameter | None
+    matrix: Float8Matrix | None = None
+    """The frozen layer of a base in fp8, in place of weight and bias."""
     inputs = outputs = slice(None)
     """What this process computes; everything without tensor parallelism."""
 
@@ -64,9 +68,13 @@ class LoraLinear(TrainedModule):
         else:
             self.inputs = share(self.lora_a.shape[1], rank, n_shards)
 
+    def keep_float8(self, matrix: Float8Matrix) -> None:
+        """Keep the frozen layer in fp8; the update stays in the precision of the computation."""
+        self.matrix, self.weight, self.bias = matrix, None, None
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., n_in]`` to ``[..., n_out]`` in x's dtype."""
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias) if self.matrix is None else float8_linear(x, self.matrix)
         if not self.active:
             return y
         a, b = self.lora_a[:, self.inputs].to(x.dtype), self.lora_b[self.outputs].to(x.dtype)

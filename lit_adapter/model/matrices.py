@@ -182,10 +182,16 @@ class Float8Matrix:
         return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale, bias)
 
 
+def quantised(x: Tensor) -> Quantised:
+    """Return ``x [T, C]`` in fp8, as the kernels round it; its data is contiguous."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return Quantised((x / scale).to(torch.float8_e4m3fn).contiguous(), scale)
+
+
 def _scaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``weight`` in fp8, contiguous, and the scales of its rows ``[1, rows]``."""
-    scale = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (weight / scale).to(torch.float8_e4m3fn).contiguous(), scale.T.contiguous()
+    """Return ``weight`` in fp8, and the scales of its rows ``[1, rows]``."""
+    found = quantised(weight)
+    return found.data, found.scale.T.contiguous()
 
 
 def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
@@ -194,8 +200,27 @@ def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
     return F.scaled_mm(x.data, matrix.T, x.scale, rows, scale, rows, use_fast_accum=True)
 
 
+class _Float8Product(torch.autograd.Function):
+    """A product with a frozen matrix in fp8, by PyTorch's operations alone; its backward pass is one too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Float8Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix(quantised(x))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.matrix.backward(quantised(dy)), None
+
+
+def float8_linear(x: Tensor, matrix: Float8Matrix) -> Tensor:
+    """Map ``[..., inputs]`` to ``[..., outputs]`` as the modules do with a base in fp8."""
+    y: Tensor = _Float8Product.apply(x.reshape(-1, x.shape[-1]), matrix)
+    return y.view(*x.shape[:-1], -1)
+
+
 class Float8Linear(nn.Module):
-    """Replaces a linear layer of a block whose weight is kept in fp8; forward pass only."""
+    """Replaces a linear layer of a block whose weight is kept in fp8."""
 
     def __init__(self, matrix: Float8Matrix) -> None:
         super().__init__()
@@ -204,9 +229,7 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
-        from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring
-
-        return self.matrix(quantise(x.reshape(-1, self.in_features))).view(*x.shape[:-1], -1)
+        return float8_linear(x, self.matrix)
 
 
 def side_by_side(*linears: Any) -> PlainMatrix | SplitMatrix:

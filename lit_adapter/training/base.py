@@ -12,6 +12,7 @@ from lit_adapter.device import own_device
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import file_sha256
 from lit_adapter.model.adapter import attach, check_same_form, load_adapter_state
+from lit_adapter.model.block_weights import prepare
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.load import load_tokenizer
@@ -121,7 +122,5 @@ def load_model(config: Config, base: Base, placement: Placement, initial: dict[s
     if initial is not None:
         load_adapter_state(model, initial, source=str(config.init_from))
     if placement.device.type == "cuda" and not sharded:
-        from lit_adapter.model import fused  # needs Triton, which comes with CUDA builds of torch
-
-        fused.prepare(model, float8=config.trainer.base_precision == "fp8")
+        prepare(model, float8=config.trainer.base_precision == "fp8")
     return model

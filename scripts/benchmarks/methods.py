@@ -19,6 +19,7 @@ from lit_adapter.data.encode import Encoded
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters, attach
 from lit_adapter.model.attention import CausalView, PackedRow
+from lit_adapter.model.block_weights import float8_weights, prepare
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose
 from lit_adapter.model.layout import block_layout
@@ -57,9 +58,7 @@ def attach_ours(base: Base, seed: int) -> list[nn.Parameter]:
     """Attach our default adapter to the base and return its parameters."""
     attach(base.model, AdapterConfig(layers=base.adapted), seed)
     if base.device.type == "cuda":
-        from lit_adapter.model import fused
-
-        fused.prepare(base.model)
+        prepare(base.model)
     return [parameter for _, parameter in adapter_parameters(base.model)]
 
 
@@ -89,11 +88,8 @@ class Packed:
         self.executor = choose(base.model, "training")
         self.weights: list[Any] | None = None
         if float8:
-            from lit_adapter.model import fused
-
-            self.weights = [
-                fused.float8_weights(block, block_layout(base.model.config)) for block in base.model.layers
-            ]
+            layout = block_layout(base.model.config)
+            self.weights = [float8_weights(block, layout) for block in base.model.layers]
         preambles = shared_preambles(work.encoded)
         self.packer = Packer(work.encoded, preambles, mask_prompt=True, row_tokens=row_tokens)
 

@@ -30,6 +30,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
     "layer_replication": (None,),
     "modules_to_save": (None, []),
     "target_parameters": (None, []),

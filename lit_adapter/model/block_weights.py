@@ -1,0 +1,114 @@
+"""The frozen matrices of a block as the CUDA executors read them: one for each group of `layout`.
+
+Layers that read the same input are joined. No weight is kept twice, but for a base in fp8 (see `matrices`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.errors import UserError
+from lit_adapter.model.cuda_support import unsupported
+from lit_adapter.model.executors import Setting
+from lit_adapter.model.joining import join, joined, joined_biases
+from lit_adapter.model.layout import BlockLayout, block_layout
+from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.lora import LoraLinear
+from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, Operand, side_by_side
+
+
+def prepare(model: Llama, *, float8: bool = False) -> None:
+    """Store a loaded model's matrices as the CUDA executors read them, where they can compute it.
+
+    Args:
+        model: on its device, adapter attached.
+        float8: keep the matrices of the blocks in fp8.
+
+    Raises:
+        UserError: fp8 on a model or device that cannot have it.
+    """
+    why = unsupported(model, Setting.of(model))
+    device = model.embed_tokens.weight.device
+    if float8 and why is None and torch.cuda.get_device_capability(device) < (9, 0):
+        why = f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
+    if float8 and why is not None:
+        raise UserError(f"trainer.base_precision is fp8, but {why}; use base_precision full")
+    if why is not None:
+        return
+    layout = block_layout(model.config)
+    if not float8:
+        join_groups(model)
+    for block in model.layers:  # one at a time: never a second copy of the whole model
+        block.fused_weights = keep_float8(block, layout) if float8 else _plain_weights(block, layout)
+
+
+def join_groups(model: Llama) -> None:
+    """Store matrices that read the same input side by side, where they are not yet."""
+    for block in model.layers:
+        for linears in _groups(block, block_layout(model.config)).values():
+            join(*linears)
+
+
+@dataclass
+class BlockWeights:
+    """The matrices of a block, one for each group of `layout`."""
+
+    qkv: Matrix
+    o: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the products take fp8."""
+        return self.qkv.quantised
+
+    def operand(self, x: Operand) -> Operand:
+        """Return ``x`` as a product takes it."""
+        if not self.quantised or not isinstance(x, Tensor):
+            return x
+        from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring
+
+        return quantise(x)
+
+
+def block_weights(block: Block, layout: BlockLayout) -> BlockWeights:
+    """Return a block's matrices; after `prepare` none of them is copied."""
+    return block.fused_weights or _plain_weights(block, layout)
+
+
+def float8_weights(block: Block, layout: BlockLayout) -> BlockWeights:
+    """Return a block's matrices in fp8."""
+    groups = _groups(block, layout)
+    found = {group: (joined(*linears), joined_biases(*linears)) for group, linears in groups.items()}
+    return BlockWeights(**{group: Float8Matrix.of(*given) for group, given in found.items()})
+
+
+def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:
+    groups = _groups(block, layout)
+    return BlockWeights(**{group: side_by_side(*linears) for group, linears in groups.items()})
+
+
+def _groups(block: Block, layout: BlockLayout) -> dict[str, list[Any]]:
+    """Return the linear layers of each group."""
+    return {group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()}
+
+
+def keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
+    """Replace a block's matrices by fp8 ones, beside which LoRA's updates stay, and return them."""
+    weights = float8_weights(block, layout)
+    for group, names in layout.groups.items():
+        matrix, start = getattr(weights, group), 0
+        for name in names:
+            end = start + layout[name].n_out
+            part, linear = matrix.outputs(start, end), block.get_submodule(name)
+            if isinstance(linear, LoraLinear):
+                linear.keep_float8(part)
+            else:
+                block.set_submodule(name, Float8Linear(part))
+            start = end
+    return weights

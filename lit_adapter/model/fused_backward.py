@@ -1,0 +1,161 @@
+"""The backward pass of a fused block: the MLP, then attention. No gradient of a frozen weight is formed.
+
+What the forward pass did not keep is computed again where LoRA's gradients need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_adapter.model.fused_site import Attended, Between, Site
+from lit_adapter.model.kernels import attention, rows
+from lit_adapter.model.lora import product
+
+
+def _norm_before(site: Site, x: Tensor) -> rows.Operand:
+    """Return the input of q, k and v, which is not kept: normed tokens, then the prompt."""
+    return rows.norm(x, site.before.used_weight, site.before.eps, site.prompt)[0]
+
+
+def _norm_between(site: Site, middle: Tensor) -> rows.Operand:
+    """Return the input of gate and up, which is not kept."""
+    return rows.norm(middle, site.between.used_weight, site.between.eps, None)[0]
+
+
+def _swiglu(between: Between) -> rows.Operand:
+    """Return the input of the last product of the MLP, which is not kept."""
+    return rows.swiglu(between.gate_up)
+
+
+def mlp_backward(
+    site: Site, between: Between, dy: Tensor, learned: dict[str, list[Tensor]]
+) -> tuple[Tensor, rows.Operand, Tensor | None]:
+    """Return the gradient of the sum after attention, also as an operand, and of a trained norm's weight.
+
+    ``dy`` is that of the block's output; ``learned`` receives the gradients of LoRA's parameters.
+    """
+    weights = site.weights
+    dproduct = weights.down.backward(weights.operand(dy))
+    site.learn("down", lambda: _swiglu(between), dy, dproduct, learned)
+    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=site.quantises("gate_up"))
+    del dproduct
+    dnormed = weights.gate_up.backward(weights.operand(dgate_up))
+    site.learn("gate_up", lambda: _norm_between(site, between.middle), dgate_up, dnormed, learned)
+    return rows.norm_backward(
+        dnormed,
+        between.middle,
+        site.between.used_weight,
+        between.rstd,
+        dy,
+        quantised=weights.quantised,
+    )
+
+
+def _scores_backward(
+    site: Site,
+    attended: Attended,
+    do: Tensor,
+    into: attention.Gradients | None,
+    below: tuple[Tensor, Tensor | None],
+) -> Tensor | None:
+    """Write the gradients of q, k and v to ``into``.
+
+    Args:
+        site: the block on its row.
+        attended: what its forward pass computed.
+        do: gradient of the attention's output.
+        into: receives the gradients of q, k and v; None if they are not needed.
+        below: receives the gradients of the prompt's keys and values, and its rows next to the queries.
+
+    Returns:
+        The gradient of the gate, or None where there is no prefix.
+    """
+    q, kv = site.turned(attended.q, attended.kv)
+    T = len(attended.rstd)
+    k, v = kv[:T].chunk(2, dim=1)
+    given = (do, q, k, v, site.rotation, attended.y, attended.lse, site.plan, site.D)
+    if site.adapter is None or site.strength is None:
+        attention.attend_backward(*given, None, into, None)
+        return None
+    dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
+    attention.attend_backward(*given, site.prefix(kv[T:]), into, dprefix)
+    form, (H, _, D) = site.adapter.form, site.adapter.axes
+    if form.per_token:
+        return form.gradient(site.strength[..., None], dprefix.strength[..., None])
+    return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
+
+
+def prefix_gradients(site: Site, attended: Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a block's prompt and gate alone."""
+    if site.adapter is None:
+        return None, None
+    dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
+    dgate = _scores_backward(site, attended, do, None, (dkv, None))
+    if dgate is None:
+        return None, None
+    if site.head_norms is not None:
+        width = site.k_width
+        site.head_norms.keys_backward_(dkv[:, :width], attended.prompt[:, :width])
+    return site.kv.backward(site.weights.operand(dkv)).float(), dgate
+
+
+def attention_backward(
+    site: Site,
+    x: Tensor,
+    attended: Attended,
+    do: Tensor,
+    dmiddle: Tensor,
+    learned: dict[str, list[Tensor]],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Return the gradients of the block's input, prompt, gate, and the weights of its trained norms.
+
+    Those of the norms of heads come last. ``learned`` receives the gradients of LoRA's parameters.
+    """
+    weights, T, q_width = site.weights, x.shape[0], site.q_width
+    n_rows = T + attended.prompt.shape[0]
+    if site.query_positions is None:
+        dqkv = x.new_empty(n_rows, q_width + 2 * site.k_width)
+        dq, dkv, below = dqkv[:T, :q_width], dqkv[:, q_width:], dqkv[T:, :q_width]
+    else:
+        dq, dkv, below = torch.empty_like(attended.q), x.new_empty(n_rows, 2 * site.k_width), None
+    dk, dv = dkv[:T].chunk(2, dim=1)
+    into = attention.Gradients(dq, dk, dv)
+    dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
+    of_heads = [] if site.head_norms is None else site.head_norms.backward_(dq, dkv, attended.q, attended.kv)
+    if site.query_positions is None:
+        dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
+        site.learn("qkv", lambda: _norm_before(site, x), dqkv, dnormed, learned)
+    else:  # in fp32: many targets can share one position, in a preamble
+        dnormed = site.kv.backward(weights.operand(dkv)).float()
+        dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
+        _learn_targets(site, x, (dq, dkv), dnormed, learned)
+        beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
+    dx, _, dbefore = rows.norm_backward(dnormed[:T], x, site.before.used_weight, attended.rstd, beside)
+    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore, of_heads
+
+
+def _learn_targets(
+    site: Site,
+    x: Tensor,
+    dy: tuple[Tensor, Tensor],
+    dnormed: Tensor,
+    learned: dict[str, list[Tensor]],
+) -> None:
+    """Do what `Site.learn` does for q, k and v where only the targets have queries.
+
+    ``dy`` are the gradients of the targets' queries and of the keys and values; ``dnormed`` is fp32.
+    """
+    update, targets = site.updates.get("qkv"), site.query_positions
+    if update is None or targets is None:
+        return
+    given: Any = _norm_before(site, x)
+    (dq, dkv), split = dy, site.q_width
+    z = update.reduce(given)
+    dz = (dkv @ update.b[split:]).float()
+    dz = dz.index_add_(0, targets, (dq @ update.b[:split]).float()).to(z.dtype)
+    dnormed.add_(dz @ update.a)
+    dyz = torch.cat((product(dq.T, z[targets]), product(dkv.T, z)))
+    learned["qkv"] = update.gradients(dz, dyz, given)

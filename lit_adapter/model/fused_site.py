@@ -1,0 +1,154 @@
+"""One block on one row, for the fused executor: what it reads, and what its backward pass needs.
+
+Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size; M width of the MLP, or
+targets of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.block_weights import block_weights
+from lit_adapter.model.fused_heads import HeadNorms
+from lit_adapter.model.kernels import attention
+from lit_adapter.model.llama import Block, RMSNorm
+from lit_adapter.model.lora import JoinedLora, product
+from lit_adapter.model.matrices import Matrix
+from lit_adapter.model.prefix import GatedPrefix
+from lit_adapter.model.tiles import TilePlan
+
+if TYPE_CHECKING:
+    from lit_adapter.model.fused import FusedView
+
+
+class Site:
+    """One block on one row: everything that its computation reads beside ``x``."""
+
+    def __init__(self, block: Block, view: FusedView, query_positions: Tensor | None) -> None:
+        attn: Any = block.self_attn
+        self.block, self.view, self.query_positions = block, view, query_positions
+        self.weights = block_weights(block, view.layout)
+        self.is_gathered = block.fused_weights is None
+        self.adapter: GatedPrefix | None = attn.prefix
+        self.prompt = None if self.adapter is None else self.adapter.prompt
+        self.strength = view.strength.get(attn.index)
+        self.updates: dict[str, JoinedLora] = view.updates[attn.index]
+        self.head_norms = HeadNorms.of(attn)
+        self.before: RMSNorm = block.input_layernorm
+        self.between: RMSNorm = block.post_attention_layernorm
+        self.D: int = attn.head_dim
+        self.q_width = view.layout["self_attn.q_proj"].n_out
+        self.k_width = view.layout["self_attn.k_proj"].n_out
+        plans = view.all_queries if query_positions is None else view.target_queries
+        self.plan: TilePlan = plans[attn.window]
+        cos, sin = view.rotation if attn.is_rotated else view.unturned
+        self.rotation: KeyValue = (cos[0], sin[0])
+
+    @property
+    def query_rotation(self) -> KeyValue:
+        """Cosines and sines of the queries."""
+        cos, sin = self.rotation
+        return (
+            self.rotation
+            if self.query_positions is None
+            else (
+                cos[self.query_positions],
+                sin[self.query_positions],
+            )
+        )
+
+    def turned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys as attention takes them, from what a block keeps of them."""
+        if self.head_norms is None:  # they were rotated in place
+            return q, kv
+        return self.head_norms.turned(q, kv, self.query_rotation, self.rotation)
+
+    def reload(self) -> None:
+        """Take weights that FSDP2 gathered anew for the backward pass."""
+        if self.is_gathered:
+            self.weights = block_weights(self.block, self.view.layout)
+
+    @property
+    def q(self) -> Matrix:
+        """The matrix of the queries."""
+        return self.weights.qkv.outputs(0, self.q_width)
+
+    @property
+    def kv(self) -> Matrix:
+        """The matrix of keys and values."""
+        return self.weights.qkv.outputs(self.q_width)
+
+    def prefix(self, kv: Tensor) -> attention.Prefix | None:
+        """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
+        if self.adapter is None or self.strength is None:
+            return None
+        by_token, unrotated = self.adapter.form.per_token, self.adapter.unrotated
+        return attention.Prefix(kv, self.strength, by_token, unrotated)
+
+    def quantises(self, group: str) -> bool:
+        """Whether a kernel writes a group's input in fp8; LoRA's updates need it in the base's precision."""
+        return self.weights.quantised and group not in self.updates
+
+    def add_updates(self, group: str, x: Any, y: Tensor) -> None:
+        """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""
+        update = self.updates.get(group)
+        if update is not None:
+            update.add_to(y, update.reduce(x))
+
+    def learn(
+        self, group: str, x: Callable[[], Any], dy: Any, dx: Tensor, learned: dict[str, list[Tensor]]
+    ) -> None:
+        """Add to ``dx`` what reaches a group's input through its updates, and note their gradients.
+
+        Args:
+            group: of `layout`.
+            x: computes the group's input again.
+            dy: the gradient of its product.
+            dx: the gradient of its input, without the updates.
+            learned: receives the gradients by group.
+        """
+        update = self.updates.get(group)
+        if update is None:
+            return
+        given = x()
+        dz = dy @ update.b
+        dx.addmm_(dz, update.a)
+        learned[group] = update.gradients(dz, product(dy.T, update.reduce(given)), given)
+
+
+@dataclass
+class Attended:
+    """What a block's backward pass needs of its attention."""
+
+    rstd: Tensor
+    """Reciprocal root mean square of the norm before attention, fp32 ``[T]``."""
+    q: Tensor
+    """Rotated ``[T, H D]``, or ``[M, H D]``; as the product gave it if the model has norms of heads."""
+    kv: Tensor
+    """Keys and values of the row and of the prompt, joined, ``[T + K, 2 G D]``; keys as ``q``."""
+    y: Tensor
+    """The output, in the same layout as ``q``."""
+    lse: Tensor
+    """The log-sum-exp of the scores, fp32 ``[H, T]`` or ``[H, M]``."""
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt's keys and values ``[K, 2 G D]``; no rows without a prompt."""
+        return self.kv[len(self.rstd) :]
+
+
+@dataclass
+class Between:
+    """What a block's backward pass needs of its MLP."""
+
+    middle: Tensor
+    """The sum after attention ``[T, C]``, or ``[M, C]``."""
+    rstd: Tensor
+    """Reciprocal root mean square of the norm of ``middle``, fp32 ``[T]`` or ``[M]``."""
+    gate_up: Tensor
+    """Gate and up, joined, ``[T, 2 M]``."""
