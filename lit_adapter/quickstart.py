@@ -14,7 +14,7 @@ from typing import Any
 from lit_adapter.config import Config
 from lit_adapter.data import demo
 from lit_adapter.errors import visible
-from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.settings import ADAPTER, Evaluation
 from lit_adapter.evaluation.tables import shown
 from lit_adapter.files.paths import free_path, newest_path
 from lit_adapter.streams import say
@@ -22,7 +22,6 @@ from lit_adapter.training.signals import check_launcher
 
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"
-ADAPTER = "adapter.safetensors"
 SCORES = "report.html"
 """In the run folder, written last: a run without it was stopped in training or while it was scored."""
 ANSWER_TOKENS = 48
@@ -88,15 +87,10 @@ def _python() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
-    """Evaluate the adapter beside its base, print a table and examples, and say how to go on."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from lit_adapter.evaluation.evaluate import evaluate
-
-    settings = Evaluation(
-        out=adapter.parent,
+def scoring(adapter: Path, base: Path, held_out: Path, out: Path) -> Evaluation:
+    """Return how the demo's adapter is scored, with the results in ``out``."""
+    return Evaluation(
+        out=out,
         adapters=(adapter,),
         base=base,
         data=held_out,
@@ -106,7 +100,16 @@ def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
         batch_size=BATCH_SIZE,
         overwrite=True,
     )
-    found = evaluate(settings, lambda line: None)
+
+
+def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
+    """Evaluate the adapter beside its base, print a table and examples, and say how to go on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lit_adapter.evaluation.evaluate import evaluate
+
+    found = evaluate(scoring(adapter, base, held_out, adapter.parent), lambda line: None)
     before, after = (found["scores"][model["name"]] for model in found["models"])
     console = Console()
     what = "held-out requests, whose names, places and times do not occur in training"

@@ -15,9 +15,8 @@ from lit_adapter.cli.command import command_parser, parse, run
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.cli.quickstart import CONFIG
 from lit_adapter.data import demo
-from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.files.write import write_json
-from lit_adapter.quickstart import ANSWER_TOKENS, BATCH_SIZE
+from lit_adapter.quickstart import scoring
 
 # Name, training records, options that differ from configs/quickstart.yaml.
 VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -69,16 +68,7 @@ def measure(folder: Path, base: Path, n_train: int, options: Sequence[str]) -> d
     start = time.perf_counter()
     finetune(config, say=lambda line: print(line, file=sys.stderr))
     seconds = time.perf_counter() - start
-    settings = Evaluation(
-        out=folder / "evaluation",
-        adapters=(folder / "run" / "adapter.safetensors",),
-        base=base,
-        data=val,
-        metrics=("json_exact",),
-        max_new_tokens=ANSWER_TOKENS,
-        stop_early=True,
-        batch_size=BATCH_SIZE,
-    )
+    settings = scoring(folder / "run" / "adapter.safetensors", base, val, folder / "evaluation")
     scores = list(evaluate(settings, lambda line: None)["scores"].values())[-1]
     return {
         "exact_match": scores["json_exact"]["value"],

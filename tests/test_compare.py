@@ -59,7 +59,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_runs_are_ordered_and_grouped_over_seeds(runs: list[Path]) -> None:
     """What changes no result, such as the number of samples, keeps no run out of its group."""
-    results, grouped, settings, cost = compare(runs)
+    results, grouped, settings, cost = compare(runs)[0]
     assert [row[0] for row in results.rows] == ["b1", "a2", "a1"]
     assert cells(results)["b1"] == {
         "run": "b1",
@@ -94,7 +94,7 @@ def test_results_of_evaluations_are_found_and_order_the_runs(runs: list[Path], t
         models = [{"name": "base", "adapter": None}, {"name": "x", "adapter": named}]
         found = {"models": models, "scores": {"x": {"exact": score}}, "metrics": {"exact": "exact match"}}
         (folder / "results.json").write_text(json.dumps(found))
-    results, grouped, *_ = compare([*runs, tmp_path / "e", tmp_path / "f"], by="exact")
+    (results, grouped, *_), _ = compare([*runs, tmp_path / "e", tmp_path / "f"], by="exact")
     assert [row[0] for row in results.rows] == ["b1", "a2", "a1"]
     assert cells(results)["a2"]["exact match"] == "60.0% (40.0 to 90.0)"
     assert (
@@ -102,6 +102,61 @@ def test_results_of_evaluations_are_found_and_order_the_runs(runs: list[Path], t
     )
     with pytest.raises(UserError, match="--by exakt: no run was evaluated by it; did you mean 'exact'"):
         compare([*runs, tmp_path / "e"], by="exakt")
+
+
+def test_losses_on_other_records_are_not_ranked_together(
+    runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the seed chooses the held-out records; a setting's mean over the same sets can be compared."""
+    for run in (*runs, written(runs[0].parent / "b2", 2, 0.2, [3.0, 1.3, 1.3])):
+        record = json.loads((run / "run.json").read_text())
+        record["data"] = {"held_out_sha256": f"hash {record['config']['seed']}"}
+        (run / "run.json").write_text(json.dumps(record))
+    (results, grouped, *_), notes = compare([*runs, runs[0].parent / "b2"])
+    assert [row[0] for row in results.rows] == ["b1", "a1", "a2", "b2"]
+    assert [row[3] for row in results.rows] == ["1", "1", "2", "2"]
+    assert [(row[0], row[2]) for row in grouped.rows] == [("optim.lr 0.2", "1, 2"), ("optim.lr 0.1", "1, 2")]
+    assert notes[0].startswith("the runs have 2 different sets of held-out records")
+    assert compare_main([*map(str, runs)]) == 0
+    assert "note: the runs have 2 different sets" in capsys.readouterr().out
+
+
+def test_scores_on_several_sets_of_records_have_columns_of_their_own(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    for place, (run, data) in enumerate(
+        zip([*runs[:2], runs[0]], ("x.json", "x.json", "y.json"), strict=True)
+    ):
+        folder = tmp_path / f"evaluation-{place}"
+        folder.mkdir()
+        score = {"value": 0.5 + place / 10, "low": 0.4, "high": 0.9, "records": 100}
+        found = {
+            "models": [{"name": "x", "adapter": str(run / "adapter.safetensors")}],
+            "scores": {"x": {"exact": score}},
+            "metrics": {"exact": "exact match"},
+            "data": {"sha256": f"hash of {data}", "source": f"~/{data}"},
+        }
+        (folder / "results.json").write_text(json.dumps(found))
+    given = [*runs, *(tmp_path / f"evaluation-{place}" / "results.json" for place in range(3))]
+    (results, *_), _ = compare(given, by="exact on x.json")
+    assert [row[0] for row in results.rows] == ["a2", "a1", "b1"]
+    assert cells(results)["a1"]["exact match on x.json"] == "50.0% (40.0 to 90.0)"
+    assert cells(results)["a1"]["exact match on y.json"] == "70.0% (40.0 to 90.0)"
+    assert cells(results)["a2"]["exact match on y.json"] == "-"
+    several = "--by exact: runs were evaluated on several sets; expected exact on x.json or exact on y.json"
+    with pytest.raises(UserError, match=several):
+        compare(given, by="exact")
+
+
+def test_the_score_of_the_adapter_at_the_end_stands_before_that_of_the_best(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "e").mkdir()
+    models = [{"name": n, "adapter": str(runs[0] / f"{n}.safetensors")} for n in ("adapter", "best")]
+    scores = {"adapter": {"own:f": {"value": 3.0}}, "best": {"own:f": {"value": 4.0}}}
+    (tmp_path / "e" / "results.json").write_text(json.dumps({"models": models, "scores": scores}))
+    (results, *_), _ = compare([runs[0], tmp_path / "e"], by="own:f")
+    assert cells(results)["a1"]["own:f"] == "3"
 
 
 class Page(HTMLParser):
@@ -133,7 +188,8 @@ def test_the_page_needs_nothing_else_and_draws_every_run_once_a_plot(
 def test_a_real_run_is_read(tiny: Callable[..., Config]) -> None:
     config = tiny("--optim.max_steps", "2", "--trainer.samples", "0", "--trainer.log_every", "1", out="run")
     assert finetune(config, say=lambda line: None) == 0
-    results, cost = compare([Path(config.out)])
+    (results, cost), notes = compare([Path(config.out, "adapter.safetensors")])
+    assert notes == []
     assert cells(results)["run"]["steps"] == "2"
     assert float(cells(results)["run"]["held-out: lowest"]) > 0
     assert float(cells(cost)["run"]["peak memory"].split()[0]) > 0.05
@@ -144,7 +200,7 @@ def test_what_a_record_lacks_is_unknown(runs: list[Path]) -> None:
     (runs[0] / "run.json").write_text(
         json.dumps({"config": record["config"], "status": "running", "loss": None})
     )
-    results, *_ = compare(runs)
+    (results, *_), _ = compare(runs)
     assert results.rows[-1] == ["a1 (running)", "-", "-", "-", "-"]
 
 

@@ -152,6 +152,14 @@ def test_answers_of_another_run_are_refused(
     evaluate(**change, overwrite=True)
 
 
+def test_a_refused_evaluation_leaves_no_folder(
+    evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="'exakt' is unknown"):
+        evaluate(metrics=("exakt",), out=tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
 class _Links(html.parser.HTMLParser):
     """Collects what a page would load, and every tag."""
 

@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
-from lit_adapter.evaluation.history import history
+from lit_adapter.evaluation.history import history, strengths
 from lit_adapter.training.finetune import finetune
 
 FEW = (
@@ -42,11 +42,13 @@ def test_tensorboard_opens_on_losses_and_has_few_cards(tiny: Callable[..., Confi
     cards = sorted(tags["scalars"] + tags["images"] + tags["histograms"])
     assert cards[:2] == ["loss/held_out", "loss/train"]
     assert len(cards) == 12
-    assert [event.step for event in events.Tensors("prefix/strength_by_layer")] == [1, 2, 3]
+    assert [event.step for event in events.Tensors("prefix/strength_by_head")] == [1, 2, 3]
     of = history(folder / "adapter.safetensors")
     assert [step for step, _ in of.train] == [1, 2, 3]
     assert sorted(of.gates) == [1, 2, 3]
-    assert [step for step, _ in of.gates[3]] == [1, 2, 3]
+    last = strengths(folder / "adapter.safetensors")
+    assert of.gates[3].keys() == last.keys()
+    assert all(row == pytest.approx(last[layer], rel=1e-5) for layer, row in of.gates[3].items())
 
 
 def test_hyperparameters_stand_beside_the_newest_losses(tiny: Callable[..., Config]) -> None:

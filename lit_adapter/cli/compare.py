@@ -11,9 +11,8 @@ from lit_adapter.streams import say
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, compare, print the tables, and write the page."""
     parser = command_parser(COMMANDS["compare"], program)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders, and folders of evaluations of their adapters"
-    )
+    runs = "run folders or files in them, and evaluations of their adapters"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--html", type=Path | None, metavar="FILE", help="write curves and tables as a page")
     parser.add_argument(
         "--by",
@@ -25,7 +24,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     from lit_adapter.comparison.compare import compare, show
 
-    show(compare([Path(run) for run in options.runs], html=options.html, by=options.by))
+    show(*compare([Path(run) for run in options.runs], html=options.html, by=options.by))
     if options.html is not None:
         say(f"wrote {shown(options.html)}")
     return 0

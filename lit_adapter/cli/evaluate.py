@@ -8,7 +8,7 @@ from lit_adapter.cli.command import check_least, command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
 from lit_adapter.errors import UserError
-from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.settings import Evaluation, adapter_file
 from lit_adapter.streams import output_is_no_result, say
 
 DATA = "held-out records: a JSON, JSONL, CSV, TSV or Parquet file, as for training"
@@ -42,9 +42,10 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     add(
         "--adapter",
         nargs="+",
+        action="extend",
         default=[],
-        metavar="FILE",
-        help="adapters of runs; the plain base is always added",
+        metavar="RUN",
+        help="run folders or adapter files, also in several options; the plain base is always added",
     )
     add("--base", metavar="FOLDER", help="by default the base the first adapter names")
     add(
@@ -101,7 +102,7 @@ def _settings(options: Any) -> Evaluation:
             raise UserError(f"--{given} without --{needed} has no meaning; leave it out")
     return Evaluation(
         out=Path(options.out),
-        adapters=tuple(map(Path, options.adapter)),
+        adapters=tuple(adapter_file(Path(adapter)) for adapter in options.adapter),
         base=_path(options.base),
         data=_path(options.data),
         columns=Columns(**options.columns),

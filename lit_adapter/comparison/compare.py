@@ -12,28 +12,33 @@ from lit_adapter.comparison.runs import read_runs
 from lit_adapter.errors import visible
 from lit_adapter.evaluation.tables import Table
 from lit_adapter.files.write import write_text
+from lit_adapter.streams import say
 
 
-def compare(folders: Sequence[Path], *, html: Path | None = None, by: str = tables.HELD_OUT) -> list[Table]:
-    """Read runs, write the page ``html`` if it is given, and return the tables, best runs first.
+def compare(
+    paths: Sequence[Path], *, html: Path | None = None, by: str = tables.HELD_OUT
+) -> tuple[list[Table], list[str]]:
+    """Read runs, write the page ``html`` if it is given, and return the tables, best runs first, and notes.
 
     Runs are ordered ``by`` a metric of their evaluations, or their lowest held-out loss.
 
     Raises:
         UserError: a folder that is no run, an unknown metric, or a page that cannot be written.
     """
-    runs = tables.ordered(read_runs(folders), by)
-    grouped, differing = groups(runs), tables.settings_table(runs)
-    found = [tables.results_table(runs), *([tables.groups_table(grouped)] if grouped else [])]
+    runs = read_runs(paths)
+    metric = tables.metric_named(runs, by)
+    runs = tables.ordered(runs, metric)
+    grouped, differing, notes = groups(runs), tables.settings_table(runs), tables.notes(runs)
+    found = [tables.results_table(runs), *([tables.groups_table(grouped, metric)] if grouped else [])]
     found += [differing] if differing else []
     found.append(tables.cost_table(runs))
     if html is not None:
-        write_text(html, page(runs, found))
-    return found
+        write_text(html, page(runs, found, notes))
+    return found, notes
 
 
-def show(found: Sequence[Table]) -> None:
-    """Print tables; in a pipe they are as wide as they need to be."""
+def show(found: Sequence[Table], notes: Sequence[str]) -> None:
+    """Print tables and notes; in a pipe they are as wide as they need to be."""
     from rich.console import Console
     from rich.table import Table as Drawn
     from rich.text import Text
@@ -48,3 +53,5 @@ def show(found: Sequence[Table]) -> None:
         for row in table.rows:
             drawn.add_row(*(Text(visible(cell)) for cell in row))
         console.print(drawn)
+    for note in notes:
+        say(f"note: {note}")

@@ -13,10 +13,11 @@ from lit_adapter.evaluation.page import STYLE
 from lit_adapter.evaluation.tables import Table
 
 
-def page(runs: Sequence[Run], tables: Sequence[Table]) -> str:
-    """Return the page: curves, then tables."""
+def page(runs: Sequence[Run], tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Return the page: notes, curves, tables."""
     title = f"Comparison of {len(runs)} runs"
-    body = [f"<h1>{title}</h1>", _curves(runs), *map(_table, tables)]
+    warned = [f'<p class="warning">{_escaped(note[:1].upper() + note[1:])}.</p>' for note in notes]
+    body = [f"<h1>{title}</h1>", *warned, _curves(runs), *map(_table, tables)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'

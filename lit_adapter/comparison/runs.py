@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
+from lit_adapter.evaluation.settings import ADAPTER
+from lit_adapter.evaluation.tables import title_of
 from lit_adapter.files.read import read_json
 
 RECORD, RESULTS = "run.json", "results.json"
@@ -25,6 +27,23 @@ WITHOUT_EFFECT = (
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A metric and the records that it was measured on."""
+
+    name: str
+    title: str
+    records: str = ""
+    """Their hash."""
+    source: str = ""
+    """What they are called where there are several sets of records; empty for the only one."""
+
+    @property
+    def on(self) -> str:
+        """What is added to its name."""
+        return f" on {self.source}" if self.source else ""
+
+
+@dataclass(frozen=True)
 class Run:
     """One run; numbers that its files do not tell are NaN."""
 
@@ -34,17 +53,24 @@ class Run:
     settings: dict[str, Any]
     """The configuration by dotted names."""
     curves: History
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Value and 95 % interval (``low``, ``high``) of every metric, by name."""
-    titles: dict[str, str] = field(default_factory=dict)
-    """What the metrics are called."""
+    scores: dict[Metric, dict[str, float]] = field(default_factory=dict)
+    """Value and 95 % interval (``low``, ``high``)."""
 
     def number(self, *path: str) -> float:
         """Return a number of ``run.json``."""
+        value = self._at(path)
+        return float(value) if isinstance(value, int | float) else math.nan
+
+    def _at(self, path: Sequence[str]) -> Any:
         value: Any = self.record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, int | float) else math.nan
+        return value
+
+    @property
+    def held_out(self) -> str:
+        """What tells its held-out records from those of other runs; empty if the file does not say."""
+        return str(self._at(("data", "held_out_sha256")) or "")
 
     @property
     def lowest(self) -> float:
@@ -62,13 +88,18 @@ class Run:
         chosen = self.settings.keys() - {*OWN, *WITHOUT_EFFECT}
         return tuple((name, repr(self.settings[name])) for name in sorted(chosen))
 
+    def value(self, metric: Metric | None) -> float:
+        """Return a metric's value; for None the lowest held-out loss."""
+        return self.lowest if metric is None else self.scores.get(metric, {}).get("value", math.nan)
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, and the evaluations among ``folders`` or inside a run.
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run folders, and the evaluations among ``paths`` or inside a run; a file stands for its folder.
 
     Raises:
         UserError: a folder that is neither, or named twice, or no run at all.
     """
+    folders = [path.parent if path.is_file() else path for path in paths]
     known = [folder.resolve() for folder in folders]
     for place, folder in enumerate(folders):
         if known[place] in known[:place]:
@@ -81,8 +112,24 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if not given:
         raise UserError(f"{folders[0]}: is an evaluation; name at least one run folder too")
     evaluations = [folder / RESULTS for folder in folders if (folder / RESULTS).is_file()]
-    names = _names(given)
-    return [_read(folder, name, evaluations) for folder, name in zip(given, names, strict=True)]
+    runs = [_read(folder, name) for folder, name in zip(given, _names(given), strict=True)]
+    measured = [list(_scores(run, evaluations)) for run in runs]
+    only = len({metric.records for of_run in measured for metric, _ in of_run}) < 2
+    names = _names_of_records([metric for of_run in measured for metric, _ in of_run])
+    for run, of_run in zip(runs, measured, strict=True):
+        for metric, score in of_run:
+            source = "" if only else names[metric.records]
+            run.scores[Metric(metric.name, metric.title, metric.records, source)] = score
+    return runs
+
+
+def _names_of_records(metrics: Sequence[Metric]) -> dict[str, str]:
+    """Return a name for each set of records by its hash: the file's, with the hash's start where needed."""
+    names = {metric.records: Path(metric.source).name for metric in metrics}
+    return {
+        records: name if list(names.values()).count(name) == 1 else f"{name} {records[:6]}"
+        for records, name in names.items()
+    }
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -95,14 +142,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(folder: Path, name: str, evaluations: Sequence[Path]) -> Run:
+def _read(folder: Path, name: str) -> Run:
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise UserError(f"{folder / RECORD}: not a run record: it holds no configuration")
-    run = Run(name, folder, record, flat(record["config"]), history(folder / "adapter.safetensors"))
-    for path in dict.fromkeys([*sorted(folder.glob(f"*/{RESULTS}")), *evaluations]):
-        _add_results(run, path)
-    return run
+    return Run(name, folder, record, flat(record["config"]), history(folder / ADAPTER))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,22 +158,30 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _add_results(run: Run, path: Path) -> None:
-    """Take the scores of the model whose adapter lies in the run's folder."""
+def _scores(run: Run, evaluations: Sequence[Path]) -> list[tuple[Metric, dict[str, float]]]:
+    """Return the scores of the run's adapters; those of the one at its end come last."""
+    paths = dict.fromkeys([*sorted(run.folder.glob(f"*/{RESULTS}")), *evaluations])
+    found = [one for path in paths for one in _results(run, path)]
+    found.sort(key=lambda one: one[0] == ADAPTER)
+    return [(metric, score) for _, metric, score in found]
+
+
+def _results(run: Run, path: Path) -> Iterator[tuple[str, Metric, dict[str, float]]]:
+    """Yield the file names of the run's adapters in an evaluation, with their scores."""
     found = read_json(path)
     models = found.get("models") if isinstance(found, dict) else None
     if not isinstance(models, list):
         raise UserError(f"{path}: not the results of an evaluation: it holds no list of models")
+    data, titles = found.get("data", {}), found.get("metrics", {})
+    records, source = str(data.get("sha256", "")), str(data.get("source", "records"))
     for model in models:
         if not isinstance(model, dict) or not _is_of(run, model.get("adapter"), path):
             continue
-        scores = found.get("scores", {}).get(model.get("name"), {})
-        for metric, score in scores.items():
+        for name, score in found.get("scores", {}).get(model.get("name"), {}).items():
             if isinstance(score, dict) and isinstance(score.get("value"), int | float):
-                run.scores[metric] = {
-                    key: float(score[key]) for key in ("value", "low", "high") if key in score
-                }
-                run.titles[metric] = str(found.get("metrics", {}).get(metric, metric))
+                kept = {key: float(score[key]) for key in ("value", "low", "high") if key in score}
+                metric = Metric(name, title_of(name, titles), records, source)
+                yield Path(model["adapter"]).name, metric, kept
 
 
 def _is_of(run: Run, adapter: object, results: Path) -> bool:

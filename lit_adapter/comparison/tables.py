@@ -4,38 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from lit_adapter.comparison.groups import Group, differing, in_a_cell
-from lit_adapter.comparison.runs import Run
+from lit_adapter.comparison.runs import Metric, Run
 from lit_adapter.errors import UserError, nearest
-from lit_adapter.evaluation.tables import Table, is_share, shown, title_of, with_interval
+from lit_adapter.evaluation.tables import Table, shown, with_interval
 
 HELD_OUT = "held-out"
 UNKNOWN = "-"
+LOSSES = ("held-out: lowest", "at the end")
+LOWER_IS_BETTER = ("loss", "perplexity")
 ENDS = {"finished": "", "diverged": " (diverged)", "stopped": " (stopped)", "failed": " (failed)"}
 
 
-def metrics_of(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the metrics that any run was evaluated by, with their titles."""
-    return {metric: title for run in runs for metric, title in run.titles.items()}
+def metrics_of(runs: Sequence[Run]) -> list[Metric]:
+    """Return the metrics that any run was evaluated by."""
+    return list(dict.fromkeys(metric for run in runs for metric in run.scores))
 
 
-def ordered(runs: Sequence[Run], by: str) -> list[Run]:
-    """Return runs from the best to the worst by a metric, or by their lowest held-out loss.
+def metric_named(runs: Sequence[Run], name: str) -> Metric | None:
+    """Return the metric that runs are ordered by; None for their lowest held-out loss.
 
     Raises:
-        UserError: no run was evaluated by that metric.
+        UserError: no run was evaluated by it, or runs were on several sets of records.
     """
-    known = metrics_of(runs)
-    if by != HELD_OUT and by not in known:
-        hint = nearest(by, [HELD_OUT, *known]) or f"; expected {', '.join([HELD_OUT, *known])}"
-        raise UserError(f"--by {by}: no run was evaluated by it{hint}")
+    if name == HELD_OUT:
+        return None
+    known = {metric.name + metric.on: metric for metric in metrics_of(runs)}
+    if name in known:
+        return known[name]
+    several = [other for other, metric in known.items() if metric.name == name]
+    if several:
+        raise UserError(f"--by {name}: runs were evaluated on several sets; expected {' or '.join(several)}")
+    hint = nearest(name, [HELD_OUT, *known]) or f"; expected {', '.join([HELD_OUT, *known])}"
+    raise UserError(f"--by {name}: no run was evaluated by it{hint}")
 
-    def key(run: Run) -> tuple[bool, float]:
-        value = run.lowest if by == HELD_OUT else run.scores.get(by, {}).get("value", math.nan)
-        return math.isnan(value), -value if is_share(by) else value
+
+def held_out_sets(runs: Sequence[Run]) -> dict[str, int]:
+    """Return a number for each set of held-out records; empty if all runs had the same."""
+    found = dict.fromkeys(run.held_out for run in runs if not math.isnan(run.lowest))
+    return {records: number for number, records in enumerate(found, 1)} if len(found) > 1 else {}
+
+
+def ordered(runs: Sequence[Run], by: Metric | None) -> list[Run]:
+    """Return runs from the best to the worst; held-out losses are compared on the same records only."""
+    sets = held_out_sets(runs) if by is None else {}
+
+    def key(run: Run) -> tuple[int, bool, float]:
+        return sets.get(run.held_out, len(sets) + 1), *rank(by, run.value(by))
 
     return sorted(runs, key=key)
+
+
+def rank(by: Metric | None, value: float) -> tuple[bool, float]:
+    """Return what orders values from the best to the worst, the unknown last."""
+    lower = by is None or by.name in LOWER_IS_BETTER
+    return math.isnan(value), value if lower else -value
 
 
 def settings_table(runs: Sequence[Run]) -> Table | None:
@@ -47,23 +72,38 @@ def settings_table(runs: Sequence[Run]) -> Table | None:
 
 def results_table(runs: Sequence[Run]) -> Table:
     """Return losses and scores."""
-    metrics = metrics_of(runs)
-    header = ["run", "steps", "train loss", "held-out: lowest", "at the end"]
-    header += [title_of(metric, metrics) for metric in metrics]
+    metrics, sets = metrics_of(runs), held_out_sets(runs)
+    header = ["run", "steps", "train loss", *(["held-out set"] if sets else []), *LOSSES]
+    header += [metric.title + metric.on for metric in metrics]
     rows = []
     for run in runs:
         status = str(run.record.get("status"))
         cells = [run.name + ENDS.get(status, f" ({status})"), _count(run.number("steps", "done"))]
-        cells += [_loss(run.number("loss", "train")), _loss(run.lowest), _loss(run.last)]
         cells += [
-            with_interval(metric, {"low": math.nan, "high": math.nan, **run.scores[metric]})
-            if metric in run.scores
-            else UNKNOWN
-            for metric in metrics
+            _loss(run.number("loss", "train")),
+            *([str(sets.get(run.held_out, UNKNOWN))] if sets else []),
         ]
+        cells += [_loss(run.lowest), _loss(run.last), *(_score(run, metric) for metric in metrics)]
         rows.append(cells)
     intervals = "; in brackets: 95 % intervals" if metrics else ""
     return Table(f"Results (best first{intervals})", header, rows)
+
+
+def _score(run: Run, metric: Metric) -> str:
+    score = run.scores.get(metric)
+    if score is None:
+        return UNKNOWN
+    return with_interval(metric.name, score) if "low" in score else shown(metric.name, score["value"])
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """Return what a reader of the results has to know."""
+    n_sets = len(held_out_sets(runs))
+    several = (
+        f"the runs have {n_sets} different sets of held-out records: compare losses within one set only "
+        "(--data.val gives all runs the same; without it the seed chooses the records)"
+    )
+    return [several] if n_sets else []
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
@@ -93,32 +133,32 @@ def _device(run: Run) -> str:
     return f"{many}{device.get('name', UNKNOWN)}, {device.get('precision', UNKNOWN)}"
 
 
-def groups_table(groups: Sequence[Group]) -> Table:
-    """Return mean and standard deviation over the seeds of each setting."""
+def groups_table(groups: Sequence[Group], by: Metric | None) -> Table:
+    """Return mean and standard deviation over the seeds of each setting, the best mean first."""
+    groups = sorted(groups, key=lambda group: rank(by, group.spread(lambda run: run.value(by))[0]))
     runs = [run for group in groups for run in group.runs]
-    metrics = metrics_of(runs)
-    header = ["setting", "runs", "held-out: lowest", "at the end"]
-    header += [title_of(metric, metrics) for metric in metrics] + ["time"]
+    metrics, sets = metrics_of(runs), held_out_sets(runs)
+    header = ["setting", "runs", *(["held-out sets"] if sets else []), *LOSSES]
+    header += [metric.title + metric.on for metric in metrics] + ["time"]
     rows = []
     for group in groups:
         cells = [group.name, str(len(group.runs))]
+        if sets:
+            numbers = sorted({sets[run.held_out] for run in group.runs if run.held_out in sets})
+            cells.append(", ".join(map(str, numbers)))
         for measure in (lambda run: run.lowest, lambda run: run.last):
             mean, deviation = group.spread(measure)
             cells.append(_with_spread(_loss(mean), _loss(deviation)))
         for metric in metrics:
-
-            def value(run: Run, metric: str = metric) -> float:
-                return run.scores.get(metric, {}).get("value", math.nan)
-
-            mean, deviation = group.spread(value)
-            cells.append(_with_spread(*(_shown(metric, number) for number in (mean, deviation))))
+            mean_and_deviation = group.spread(partial(Run.value, metric=metric))
+            cells.append(_with_spread(*(_shown(metric, number) for number in mean_and_deviation)))
         cells.append(duration(group.spread(lambda run: run.number("time", "seconds"))[0]))
         rows.append(cells)
     return Table("Groups over seeds (mean \u00b1 standard deviation)", header, rows)
 
 
-def _shown(metric: str, value: float) -> str:
-    return UNKNOWN if math.isnan(value) else shown(metric, value)
+def _shown(metric: Metric, value: float) -> str:
+    return UNKNOWN if math.isnan(value) else shown(metric.name, value)
 
 
 def _with_spread(mean: str, deviation: str) -> str:

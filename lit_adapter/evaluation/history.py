@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json
@@ -15,8 +14,10 @@ from lit_adapter.model.gates import GATE_FORMS
 from lit_adapter.weights.adapter_file import read_adapter
 
 Curve = list[tuple[float, float]]
-TRAIN, STRENGTH = "loss/train", "prefix/strength_by_layer"
-"""Names of curves; the second is a tensor of all layers."""
+TRAIN, STRENGTH = "loss/train", "prefix/strength_by_head"
+"""Names of curves; the second is a tensor of all layers and heads."""
+Strengths = dict[int, list[float]]
+"""How much each attention head takes from its prompts, by layer; one number where heads share a gate."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class History:
 
     train: Curve = field(default_factory=list)
     held_out: Curve = field(default_factory=list)
-    gates: dict[int, Curve] = field(default_factory=dict)
-    """Mean strength of each layer's gates over steps."""
+    gates: dict[int, Strengths] = field(default_factory=dict)
+    """Strengths of the adapted layers by step."""
 
 
 def history(adapter: Path) -> History:
@@ -39,14 +40,14 @@ def history(adapter: Path) -> History:
         held_out = [(point["step"], point["loss"]) for point in points if point["loss"] is not None]
     except (UserError, KeyError, TypeError):
         pass  # an adapter outside a run folder has none
-    train, gates = _train_loss(folder / "csv"), dict[int, Curve]()
+    train, gates = _train_loss(folder / "csv"), dict[int, Strengths]()
     if (folder / "tensorboard").is_dir():
         train, gates = _tensorboard(folder / "tensorboard")
     return History(train, held_out, gates)
 
 
-def _tensorboard(folder: Path) -> tuple[Curve, dict[int, Curve]]:
-    """Return training loss and each layer's strength from event files."""
+def _tensorboard(folder: Path) -> tuple[Curve, dict[int, Strengths]]:
+    """Return training loss and strengths from event files."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -54,11 +55,10 @@ def _tensorboard(folder: Path) -> tuple[Curve, dict[int, Curve]]:
     reader.Reload()
     tags = reader.Tags()
     points = reader.Scalars(TRAIN) if TRAIN in tags["scalars"] else []
-    gates: dict[int, Curve] = {}
+    gates: dict[int, Strengths] = {}
     for event in reader.Tensors(STRENGTH) if STRENGTH in tags["tensors"] else ():
-        for layer, strength in enumerate(make_ndarray(event.tensor_proto).tolist()):
-            if math.isfinite(strength):
-                gates.setdefault(layer, []).append((event.step, strength))
+        rows = enumerate(make_ndarray(event.tensor_proto).tolist())
+        gates[event.step] = {layer: row for layer, row in rows if all(map(math.isfinite, row))}
     return [(point.step, point.value) for point in points if math.isfinite(point.value)], gates
 
 
@@ -74,16 +74,13 @@ def _train_loss(folder: Path) -> Curve:
     return curve
 
 
-def strengths(adapter: Path) -> dict[int, list[float]]:
-    """Return how much every attention head takes from its prompts, by layer; empty without prompts.
-
-    It is the mean of ``|c(g)|`` over prompt tokens and channels; one number where the heads share a gate.
-    """
+def strengths(adapter: Path) -> Strengths:
+    """Return the mean of ``|c(g)|`` over prompt tokens and channels; empty without prompts."""
     info, state = read_adapter(adapter)
     sizes, config = info.model, info.adapter
     form = GATE_FORMS[config.gate]
     axes = form.axes(sizes.n_head, config.prompt_length, sizes.head_dim)
-    found: dict[int, Any] = {}
+    found: Strengths = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"layers\.(\d+)\..*\.gate", name)
         if match:

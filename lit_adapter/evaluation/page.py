@@ -6,17 +6,22 @@ import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from lit_adapter.errors import visible
 from lit_adapter.evaluation import plots, tables
-from lit_adapter.evaluation.history import History, history, strengths
+from lit_adapter.evaluation.history import History, Strengths, history, strengths
 from lit_adapter.evaluation.samples import Sample
 from lit_adapter.evaluation.style import STYLE
 from lit_adapter.evaluation.tables import Table
 
 BINS = 8
 """Of lengths."""
+MOMENTS = 3
+"""Earlier steps whose gates are shown by layer and head."""
 
 
 def page(
@@ -109,26 +114,36 @@ def _loss_by_length(rows: Sequence[dict[str, Any]]) -> list[plots.Point]:
 def _training_plots(adapter: Path, run: History) -> dict[str, str]:
     losses = [plots.Series("training", run.train), plots.Series("held out", run.held_out)]
     drawn = {"Loss": plots.lines([one for one in losses if one.points], "step", "nats per token")}
-    gates = strengths(adapter)
-    if gates:
-        layers = list(map(str, gates))
-        heads = list(map(str, range(max(map(len, gates.values())))))
-        drawn["Strength of the gates at the end"] = plots.heat(
-            list(gates.values()), layers, heads, row_title="layers", column_title="attention heads"
-        )
+    last = strengths(adapter)
     if run.gates:
-        steps = sorted({step for curve in run.gates.values() for step, _ in curve})
-        chosen = steps[:: max(1, math.ceil(len(steps) / 32))]
-        by_layer = {layer: dict(curve) for layer, curve in sorted(run.gates.items())}
-        values = [[of.get(step, math.nan) for step in chosen] for of in by_layer.values()]
-        drawn["Strength of the gates over steps"] = plots.heat(
-            values,
-            list(map(str, by_layer)),
-            [f"{step:.0f}" for step in chosen],
-            row_title="layers",
-            column_title="steps",
-        )
+        drawn["Strength of the gates over steps"] = _over_steps(run.gates)
+    if last:
+        moments = {f"at step {step}": run.gates[step] for step in _spread(sorted(run.gates)[:-1], MOMENTS)}
+        moments["of the adapter"] = last
+        most = max(value for of in moments.values() for row in of.values() for value in row)
+        drawn |= {f"Gates {when}": _by_head(of, most) for when, of in moments.items()}
     return drawn
+
+
+def _spread(items: Sequence[int], most: int) -> Sequence[int]:
+    """Return at most so many items, evenly spread."""
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(most, len(items)))]
+
+
+def _over_steps(gates: dict[int, Strengths]) -> str:
+    """Draw the mean over the heads of each layer."""
+    chosen = _spread(sorted(gates), 32)
+    layers = sorted({layer for step in chosen for layer in gates[step]})
+    values = [[fmean(gates[step].get(layer, [math.nan])) for step in chosen] for layer in layers]
+    names = list(map(str, layers)), list(map(str, chosen))
+    return plots.heat(values, *names, row_title="layers", column_title="steps")
+
+
+def _by_head(of: Strengths, most: float) -> str:
+    """Draw layers by heads, shaded in proportion to ``most``."""
+    heads = list(map(str, range(max(map(len, of.values())))))
+    titles = {"row_title": "layers", "column_title": "attention heads"}
+    return plots.heat(list(of.values()), list(map(str, of)), heads, most=most, **titles)
 
 
 def _sample(sample: Sample) -> str:

@@ -137,9 +137,11 @@ def heat(
     row_title: str = "",
     column_title: str = "",
     shown: bool = False,
+    most: float | None = None,
 ) -> str:
-    """Return a matrix as shades, strongest for the largest value; ``shown`` writes the numbers in."""
-    most = max((value for row in values for value in row if math.isfinite(value)), default=0.0) or 1.0
+    """Return a matrix as shades, strongest for ``most`` or the largest value; ``shown`` writes numbers."""
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    most = (max(finite, default=0.0) if most is None else most) or 1.0
     left = 24 + 7 * min(18, max(map(len, rows)))
     width = max(640, left + 12) if len(columns) > 40 else WIDTH
     cell = min(72.0 if shown else 46.0, (width - left - 8) / max(1, len(columns)))

@@ -83,6 +83,8 @@ class LockFile:
     def __init__(self, path: Path, guarded: Path, option: str) -> None:
         self.path, self.guarded, self.option = path, guarded, option
         self._descriptor: int | None = None
+        self._made: list[Path] = []
+        """Folders that were made for the lock file, the innermost first."""
 
     def acquire(self, *, wait: bool = False) -> None:
         """Take the lock, creating the folder of the lock file if needed.
@@ -94,6 +96,8 @@ class LockFile:
         attempts = 0
         try:
             while self._descriptor is None:
+                folders = (self.path.parent, *self.path.parent.parents)
+                self._made = [folder for folder in folders if not folder.exists()]
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self._descriptor = self._open(wait=wait)
@@ -129,12 +133,18 @@ class LockFile:
         return "another process"
 
     def release(self) -> None:
-        """Remove the lock file and release the lock; does nothing if it is not held."""
+        """Remove the lock file and release the lock; does nothing if it is not held.
+
+        Folders that were made for it go too, unless they hold something by now.
+        """
         if self._descriptor in _descriptors:
             with suppress(OSError):
                 if is_at(self.path, self._descriptor):  # not the lock of another, where the folder was moved
                     self.path.unlink()
             unlock(self._descriptor)
+            with suppress(OSError):
+                for folder in self._made:
+                    folder.rmdir()
         self._descriptor = None
 
 

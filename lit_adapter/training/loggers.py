@@ -64,13 +64,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def draw_layers(logger: Logger, heat: Tensor, by_layer: Tensor, step: int) -> None:
+def draw_layers(logger: Logger, heat: Tensor, by_head: Tensor, step: int) -> None:
     """Draw the strengths of the gates as a picture.
 
     Args:
         logger: any of these here; a CSV file takes no pictures.
         heat: mean strength of each adapted layer's heads, ``[L, H or 1]``, finite and not negative.
-        by_layer: mean strength of every layer ``[N]``, NaN for those without a prefix.
+        by_head: the same of every layer as they are ``[N, H or 1]``, NaN for those without a prefix.
         step: of the run.
     """
     shades = heat / heat.max().clamp(min=1e-8)
@@ -78,7 +78,7 @@ def draw_layers(logger: Logger, heat: Tensor, by_layer: Tensor, step: int) -> No
     if isinstance(logger, Curves):
         logger.experiment.add_image("prefix/layers_by_heads", picture[None], step)
         logger.experiment.add_histogram("prefix/strengths", heat, step)
-        logger.experiment.add_tensor("prefix/strength_by_layer", by_layer, step)
+        logger.experiment.add_tensor("prefix/strength_by_head", by_head, step)
     elif isinstance(logger, WandbLogger):
         logger.log_image("prefix/layers_by_heads", [picture.numpy()])
     elif isinstance(logger, MLFlowLogger):

@@ -89,7 +89,7 @@ class Report(Callback):
     def _draw_prefixes(self, trainer: Any, pl_module: Any, step: int) -> None:
         """Draw the mean strength and prompt norm over all layers, and one picture of layers by heads.
 
-        The strength of each layer is kept beside them, for reports; TensorBoard shows no card of it.
+        The strength of every head is kept beside them, for reports; TensorBoard shows no card of it.
         """
         layers = pl_module.model.layers
         prefixes = {
@@ -102,16 +102,17 @@ class Report(Callback):
         if trainer.logger is None or not rows:
             return
         norms = [float(one.prompt.detach().norm(dim=-1).mean()) for one in prefixes.values()]
-        by_layer = torch.full((len(layers),), math.nan)
-        by_layer[list(rows)] = torch.stack([strength.mean() for strength in rows.values()])
+        adapted = torch.stack(list(rows.values()))
+        by_head = adapted.new_full((len(layers), adapted.shape[1]), math.nan)
+        by_head[list(rows)] = adapted
         means = {
-            "prefix/strength": float(by_layer.nanmean()),
+            "prefix/strength": float(adapted.mean(1).nanmean()),
             "prefix/prompt_norm": math.fsum(norms) / len(norms),
         }
         _log(trainer, means, step)
         # Strengths that have diverged, or are NaN, must not spoil the picture.
-        heat = torch.stack(list(rows.values())).nan_to_num(0.0).clamp(max=1e6)
-        draw_layers(trainer.logger, heat, by_layer, step)
+        heat = adapted.nan_to_num(0.0).clamp(max=1e6)
+        draw_layers(trainer.logger, heat, by_head, step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Report the held-out loss."""

@@ -131,7 +131,7 @@ class RunRecord(Callback):
                 "tokens_per_s": self.tokens / self.step_seconds if self.step_seconds else None,
             },
             "memory": {"peak_bytes": peak_bytes(own_device(placement.device))},
-            "data": _counts(self.data),
+            "data": _about(self.data),
             "base": asdict(plan.base.identity),
             "adapter": {"parameters": plan.n_trained},
             "device": {
@@ -150,9 +150,12 @@ class RunRecord(Callback):
         }
 
 
-def _counts(data: AlpacaDataModule) -> dict[str, int]:
-    """Return the numbers of records, tokens and targets."""
-    found = {}
+def _about(data: AlpacaDataModule) -> dict[str, int | str | None]:
+    """Return the numbers of records, tokens and targets, and what tells the records from others."""
+    found: dict[str, int | str | None] = {
+        "train_sha256": data.train_records.sha256,
+        "held_out_sha256": data.val_records.sha256 if data.val_records else None,
+    }
     for side, packer in (("train", data.train_packer), ("held_out", data.val_packer)):
         length = packer.encoded.length if packer is not None else np.empty(0, np.int64)
         found[f"{side}_records"], found[f"{side}_tokens"] = len(length), int(length.sum())
