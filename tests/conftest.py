@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tokenizers
 import torch
+import transformers
 import warm_runs
 from finetune_runs import TINY, WORDS
 from hub_stand_in import hub  # noqa: F401 (a fixture)
@@ -116,6 +117,13 @@ def _warm_server() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_ADAPTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def own_code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers copies a folder's code into this folder before it imports it."""
+    for module in (transformers.dynamic_module_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @pytest.fixture

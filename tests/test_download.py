@@ -6,14 +6,23 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from convert_sources import random_llama, write_gguf, write_hf
+import torch
+from convert_sources import SIZES, random_llama, write_gguf, write_hf
 from hub_stand_in import COMMIT, Hub, script
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_folder import read_fingerprint
+from lit_adapter.weights.base_folder import read_config, read_fingerprint
 from lit_adapter.weights.download import WHEEL_MODELS, WheelModel, download, small_files, weight_files
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "mistral": {"sliding_window": 20},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    "qwen3": {"tie_word_embeddings": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
 
 
 def test_safetensors_are_preferred_and_nothing_else_is_fetched() -> None:
@@ -145,6 +154,25 @@ def test_a_repository_of_the_hub(tmp_path: Path, hub: type[Hub]) -> None:
     assert other.returncode == 2
     assert "holds org/tiny at v1, not org/tiny at v2" in other.stderr
     assert hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "qwen3" else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES]
+)
+def test_a_model_of_every_family_from_the_hub(kind: str, tmp_path: Path, hub: type[Hub]) -> None:
+    settings = AutoConfig.for_model(kind, **{**SIZES, "head_dim": 16, **FAMILIES[kind]})
+    model = AutoModelForCausalLM.from_config(settings).float().eval()
+    hub.repositories["org/tiny"] = write_hf(model, tmp_path / "source", "sharded")
+    done = script(tmp_path, hub.address, "org/tiny")
+    assert (done.returncode, done.stdout) == (0, "wrote checkpoints/tiny\n"), done.stderr
+    out = tmp_path / "checkpoints" / "tiny"
+    assert read_config(out).family == kind
+    again = AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        loaded = lit_adapter.load(base=out, device="cpu", dtype="float32")
+        torch.testing.assert_close(loaded.logits(ids), model(ids).logits, rtol=2e-5, atol=2e-5)
 
 
 def test_another_architecture_is_refused_before_its_weights_arrive(tmp_path: Path, hub: type[Hub]) -> None:

@@ -25,6 +25,7 @@ from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.export import transformers_folder as made_here
 from lit_adapter.weights.export.export import export
 
+pytestmark = pytest.mark.usefixtures("own_code_cache")
 PREFIX = AdapterConfig(prompt_length=3, layers=1)
 V2 = AdapterConfig(version="v2", prompt_length=2, head=True)
 FORMS = {
@@ -40,13 +41,6 @@ FORMS = {
     ),
     "head alone": AdapterConfig(version="v2", prompt_length=0, head=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_cache_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers copies a folder's code before it imports it."""
-    for module in (transformers.dynamic_module_utils, transformers.utils.hub):
-        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def loaded(
@@ -264,7 +258,7 @@ def test_an_adapter_that_merges_becomes_a_plain_llama(
 ) -> None:
     base, adapter = made(tmp_path, AdapterConfig(norms=True, prompt_length=0))
     assert export_main([str(adapter), "--out", str(tmp_path / "out"), "--base", str(base)]) == 0
-    assert "it is a plain LLaMA of base and adapter" in capsys.readouterr().out
+    assert "it is a plain model of base and adapter" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 

@@ -95,11 +95,9 @@ def test_ollama_is_told_of_template_and_end(tmp_path: Path, capsys: pytest.Captu
     assert "largest logit difference" in told
     assert f"ollama create mine -f {tmp_path / 'mine' / 'Modelfile'}" in told
     text = (tmp_path / "mine" / "Modelfile").read_text()
-    assert text.startswith('FROM ./mine-Q8_0.gguf\nTEMPLATE """Below is an instruction')
-    assert (
-        "### Instruction:\n{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}\n\n### Response:" in text
-    )
-    assert text.endswith('{{ .Response }}</s>"""\nPARAMETER stop "</s>"\nPARAMETER temperature 0\n')
+    assert text.startswith('FROM ./mine-Q8_0.gguf\nTEMPLATE """{{ if .System }}Below is an instruction')
+    assert "### Instruction:\n{{ .System }}\n\n### Input:\n{{ .Prompt }}\n\n### Response:{{ else }}" in text
+    assert text.endswith('{{ end }}{{ .Response }}</s>"""\nPARAMETER stop "</s>"\nPARAMETER temperature 0\n')
     fields = gguf.GGUFReader(tmp_path / "mine" / "mine-Q8_0.gguf").fields
     assert "### Response:" in fields["tokenizer.chat_template"].contents()
     with pytest.raises(UserError, match="mine: already there; use --overwrite"):

@@ -28,6 +28,7 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter, save_adapter
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
+from lit_adapter.weights.export.export import export
 from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 from lit_adapter.weights.merge import merge
 
@@ -41,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LORA = AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("all",)))
 V2 = AdapterConfig(version="v2", prompt_length=0)
 IDS = torch.arange(3, 60)[None]
+pytestmark = pytest.mark.usefixtures("own_code_cache")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     return made
 
 
-def theirs(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def theirs(folder: Path, **options: Any) -> Any:
+    kind = transformers.AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def logits(adapter: Path, base: Path) -> torch.Tensor:
@@ -76,14 +79,17 @@ def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     "kind", [kind if kind == "qwen3" else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES]
 )
-def test_a_run_learns_stops_resumes_and_answers(
-    kind: str, bases: dict[str, Path], tiny: Callable[..., Config]
+def test_a_run_learns_stops_resumes_answers_and_is_exported(
+    kind: str, bases: dict[str, Path], tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """A resumed run ends with the same bytes, and the answers are the adapter's."""
+    """A dry run tells the plan, a resumed run ends with the same bytes, and transformers loads its export."""
     options = ["--base", str(bases[kind]), "--optim.epochs", "1", "--trainer.samples", "0"]
     whole, run = tiny(*options, out="whole"), tiny(*options)
-    lines = Stopper()
-    assert finetune(whole, say=lines) == 0
+    tried = Stopper()
+    assert finetune(run, say=tried, dry_run=True) == 0
+    assert tried.lines[-1].startswith("dry run: no run was started")
+    assert not Path(run.out).exists()
+    assert finetune(whole, say=Stopper()) == 0
     assert finetune(run, say=Stopper("step 3/")) == 143
     assert finetune(run, resume="last", say=Stopper()) == 0
     files = [Path(config.out) / "adapter.safetensors" for config in (whole, run)]
@@ -94,6 +100,10 @@ def test_a_run_learns_stops_resumes_and_answers(
     model = lit_adapter.load(adapter=files[0], base=bases[kind], device="cpu", dtype="float32")
     text = model.generate("Repeat the words 3 times in order.", max_new_tokens=8)
     assert text == "".join(model.stream("Repeat the words 3 times in order.", max_new_tokens=8))
+    export(files[0], tmp_path / "exported", base=bases[kind])
+    exported = theirs(tmp_path / "exported", trust_remote_code=True)
+    with torch.no_grad():
+        assert near(exported(input_ids=IDS).logits, model.logits(IDS))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

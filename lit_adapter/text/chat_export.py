@@ -1,58 +1,87 @@
 """A prompt template in the languages of other programs: Jinja for chat templates, Go's for Ollama.
 
-Both show a conversation as a run would have trained on it, turn by turn: a user's message is the instruction,
-with the system's message and an empty line before the first one.
+Both show messages as the server and a run do: under a template for tasks, a user message alone is the
+instruction, a system message and one user message are instruction and input, and other conversations have the
+form in which a run learns them.
 """
 
 from __future__ import annotations
 
 import json
+from string import Template as Sources
 
 from lit_adapter.errors import UserError
-from lit_adapter.text.template import INPUT, INSTRUCTION, Template
+from lit_adapter.text.template import CHATS, FIELD, INPUT, INSTRUCTION, Template
 from lit_adapter.text.tokenizer import Tokenizer
+
+BETWEEN = "\n\n"
+"""What stands between a system's and a user's words in a template that has one place for both."""
+_TASKS = Sources(
+    "{% set roles = messages | map(attribute='role') | join(' ') %}"
+    "{% if roles == 'user' %}{{ $alone }}"
+    "{% elif roles == 'system user' and not messages[0].content | trim %}{{ $blank }}"
+    "{% elif roles == 'system user' %}{{ $both }}"
+    "{% else %}$conversation{% endif %}"
+)
 
 
 def chat_template(template: Template, tokenizer: Tokenizer) -> str:
-    """Return the Jinja chat template that renders one user message as the template's prompt.
+    """Return the Jinja chat template that renders messages as the template's prompts.
 
-    The base's own if the template is ``chat``; its text comes from there.
+    That of a chat template is its own.
     """
-    if template.kind == "chat" and tokenizer.chat_template:
-        return tokenizer.chat_template
-    said = "(seen.system ~ message['content'])" + ("|trim" if template.trim else "")
-    prompt = f" ~ {said} ~ ".join(_literal(piece) for piece in _pieces(template))
-    end = _literal(_spelling(tokenizer, template.end_id(tokenizer)))
-    lead = _literal(template.lead)
-    bos = "{{ bos_token }}" if _puts_bos(template, tokenizer) else ""
-    return (
-        f"{bos}{{% set seen = namespace(system='') %}}{{% for message in messages %}}"
-        "{% if message['role'] == 'system' %}{% set seen.system = message['content'] ~ '\\n\\n' %}"
-        f"{{% elif message['role'] == 'user' %}}{{{{ {prompt} }}}}{{% set seen.system = '' %}}"
-        f"{{% else %}}{{{{ {lead} ~ message['content'] ~ {end} }}}}{{% endif %}}{{% endfor %}}"
-    )
+    source = template.conversation_source(tokenizer)
+    if template.kind not in CHATS:
+        source = _with_tasks(template, source)
+    return source if template.text.startswith(_bos(tokenizer)) else "{{ bos_token }}" + source
+
+
+def _with_tasks(template: Template, conversation: str) -> str:
+    """Return Jinja for one or two messages, which are a task, and for the conversations that others are."""
+    first, second = (f"messages[{number}].content" for number in range(2))
+    text, bare = template.text, _bare(template)
+    both = f"({first} ~ {_literal(BETWEEN)} ~ {second})"
+    asked = _filled(text, first, second) if INPUT in text else _filled(bare, both)
+    alone, blank = (_filled(bare, one) for one in (first, second))
+    return _TASKS.substitute(alone=alone, blank=blank, both=asked, conversation=conversation)
+
+
+def _bare(template: Template) -> str:
+    """Return the template's text for a task without input."""
+    text = template.text if template.text_without_input is None else template.text_without_input
+    return text.replace(INPUT, "")
+
+
+def _filled(text: str, instruction: str, input: str = "''") -> str:
+    """Return the Jinja expression of a text with expressions in the places of its fields."""
+    values = {INSTRUCTION: instruction, INPUT: input}
+    return " ~ ".join(values.get(part, _literal(part)) for part in FIELD.split(text) if part)
 
 
 def ollama_template(template: Template, tokenizer: Tokenizer) -> str:
     """Return the Go template of one turn; Ollama puts BOS before it where the GGUF file says so."""
-    said = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}"
-    pieces = _pieces(template)
-    bos = "" if tokenizer.bos_id is None else _spelling(tokenizer, tokenizer.bos_id)
-    if tokenizer.add_bos and bos:
-        pieces[0] = pieces[0].removeprefix(bos)
-    end = _spelling(tokenizer, template.end_id(tokenizer))
-    return said.join(map(_go_text, pieces)) + template.lead + "{{ .Response }}" + _go_text(end)
+    bos, bare = _bos(tokenizer), _bare(template)
+    if INPUT in template.text:
+        asked = _in_go(template.text, bos, "{{ .System }}", "{{ .Prompt }}")
+        prompt = f"{{{{ if .System }}}}{asked}{{{{ else }}}}{_in_go(bare, bos, '{{ .Prompt }}')}{{{{ end }}}}"
+    else:
+        system = f"{{{{ if .System }}}}{{{{ .System }}}}{BETWEEN}{{{{ end }}}}"
+        prompt = _in_go(bare, bos, system + "{{ .Prompt }}")
+    end = _go_text(_spelling(tokenizer, template.end_id(tokenizer)))
+    return f"{prompt}{template.lead}{{{{ .Response }}}}{end}"
 
 
-def _pieces(template: Template) -> list[str]:
-    """Return the texts before, between and after the places of the instruction; an input is empty."""
-    text = template.text_without_input or template.text
-    return text.replace(INPUT, "").split(INSTRUCTION)
+def _in_go(text: str, bos: str, instruction: str, input: str = "") -> str:
+    values = {INSTRUCTION: instruction, INPUT: input}
+    parts = FIELD.split(text.removeprefix(bos))
+    return "".join([values.get(part, _go_text(part)) for part in parts])
 
 
-def _puts_bos(template: Template, tokenizer: Tokenizer) -> bool:
-    bos = "" if tokenizer.bos_id is None else _spelling(tokenizer, tokenizer.bos_id)
-    return tokenizer.add_bos and bool(bos) and not _pieces(template)[0].startswith(bos)
+def _bos(tokenizer: Tokenizer) -> str:
+    """Return the spelling of BOS, which is put before every text; empty if none is."""
+    return (
+        _spelling(tokenizer, tokenizer.bos_id) if tokenizer.add_bos and tokenizer.bos_id is not None else ""
+    )
 
 
 def _spelling(tokenizer: Tokenizer, id_: int) -> str:

@@ -11,16 +11,21 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json
-from lit_adapter.text.byte_pairs import Split, llama3_json, looks_like_ranks
+from lit_adapter.text.byte_pairs import PATTERNS, Split, llama3_json, looks_like_ranks
 from lit_adapter.text.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED
-from lit_adapter.text.huggingface import LLAMA3_PATTERN
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.sentencepiece_model import UNUSED, ModelProto
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 NORMAL = 1
-PRE_NAMES: dict[Split, str] = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "llama-bpe"}
+PRE_NAMES: dict[Split, str] = {
+    "gpt2": "gpt-2",
+    "digits": "smollm",
+    "llama3": "llama-bpe",
+    "qwen2": "qwen2",
+    "tekken": "tekken",
+}
 """llama.cpp's names of pre-tokenizers."""
 
 
@@ -81,22 +86,27 @@ def _byte_level(raw: dict[str, Any], tokenizer: Tokenizer, path: Path) -> dict[s
 
 def _split(raw: dict[str, Any], path: Path) -> Split:
     """Recognise how texts are split before merging; a text that splits otherwise would get other ids."""
-    given = raw.get("pre_tokenizer") or {}
-    steps = list(_steps(given))
-    kinds = [step["type"] for step in steps]
-    patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if raw.get("normalizer") is None and kinds[-1:] == ["ByteLevel"] and not steps[-1]["add_prefix_space"]:
-        regex = steps[-1].get("use_regex", True)
-        if kinds == ["ByteLevel"] and regex:
-            return "gpt2"
-        if kinds == ["Digits", "ByteLevel"] and regex and steps[0]["individual_digits"]:
-            return "digits"
-        if kinds == ["Split", "ByteLevel"] and patterns == [LLAMA3_PATTERN] and not regex:
-            return "llama3"
+    steps = list(_steps(raw.get("pre_tokenizer") or {}))
+    split, normalizer = _known_split(steps), (raw.get("normalizer") or {}).get("type")
+    # llama.cpp does not normalise; neither do its own files of Qwen, whose texts mostly are in this form.
+    if split is not None and (normalizer is None or (split, normalizer) == ("qwen2", "NFC")):
+        return split
+    kinds = ", ".join([step["type"] for step in steps]) or "no pre_tokenizer"
     raise UserError(
-        f"{path}: splits texts in a way that is unknown here ({', '.join(kinds) or 'no pre_tokenizer'}), so "
-        "it cannot go into a GGUF file; known are GPT-2's, SmolLM's, LLaMA 3's, and a tokenizer.model"
+        f"{path}: splits texts in a way that is unknown here ({kinds}), so it cannot go into a GGUF file; "
+        "known are GPT-2's, SmolLM's, LLaMA 3's, Qwen's and Mistral Nemo's, and a tokenizer.model"
     )
+
+
+def _known_split(steps: list[dict[str, Any]]) -> Split | None:
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if last.get("use_regex", True):
+        digits = [step["type"] == "Digits" and step["individual_digits"] for step in before]
+        return "digits" if digits == [True] else None if before else "gpt2"
+    patterns = [step.get("pattern") for step in before]
+    return next((name for name, own in PATTERNS.items() if patterns == [{"Regex": own}]), None)
 
 
 def _steps(node: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,7 @@ CHATS = ("chat", *chat_templates.NAMES, "jinja")
 """Kinds of templates for conversations."""
 KINDS = ("alpaca", "alpaca-newline", *CHATS, "custom")
 _OF_CHATS = ("jinja", "date")
-_FIELD = re.compile(r"(\{instruction\}|\{input\})")
+FIELD = re.compile(r"(\{instruction\}|\{input\})")
 _IN_BRACES = re.compile(r"\{\s*(\w+)\s*\}")
 
 
@@ -199,7 +199,7 @@ class Template:
                 f"template with {INPUT}"
             )
         values = {INSTRUCTION: (instruction, False), INPUT: (input, False)}
-        return [values.get(part, (part, True)) for part in _FIELD.split(text)]
+        return [values.get(part, (part, True)) for part in FIELD.split(text)]
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def _named_chat(tokenizer: Tokenizer, name: str) -> Template:
 def _chat(tokenizer: Tokenizer, source: str, kind: str) -> Template:
     today = date.today().isoformat() if "strftime_now" in source else None
     chat = render_chat(tokenizer, source, kind, today)
-    if _FIELD.search(chat.before + chat.after):
+    if FIELD.search(chat.before + chat.after):
         raise UserError(f"template '{kind}' has {INSTRUCTION} or {INPUT} in its own text")
     text = chat.before + INSTRUCTION + chat.after
     return Template(kind, text, end=chat.end, lead=chat.lead, trim=chat.trim, jinja=source, date=today)

@@ -1,4 +1,4 @@
-"""The configuration that the keys of a GGUF file say, by architecture.
+"""The configuration that the keys of a GGUF file say, and the architecture that computes a configuration.
 
 llama.cpp hard-codes what its files do not say: in ``smollm3`` every fourth layer has no rotary positions.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -31,6 +31,33 @@ ARCHITECTURES: dict[str, FamilyName] = {
 META_ROWS = ("llama", "smollm3")
 """Architectures that keep the rows of q and k in Meta's rotary order."""
 ROPE_TABLE = "rope_freqs.weight"
+
+
+def architecture_of(config: LlamaConfig) -> str:
+    """Return the architecture by which llama.cpp computes a configuration, whatever its family is called.
+
+    Raises:
+        UserError: none computes it.
+    """
+    rope, unrotated = config.rope, config.unrotated_layers
+    names = {"qwen3": config.head_norms, "smollm3": bool(unrotated), "qwen2": config.qkv_bias}
+    name = next((name for name, has in names.items() if has), "llama")
+    lacks = {
+        f"no rotary positions in the layers {', '.join(map(str, unrotated))}; its smollm3 has none in every "
+        "fourth one": unrotated not in ((), every_fourth(config.n_layer)),
+        "norms of heads together with biases": config.head_norms and config.attention_bias,
+        "LLaMA 3's scaling of rotary positions outside llama": rope.kind == "llama3" and name != "llama",
+        "yarn without truncation": rope.kind == "yarn" and not rope.truncate,
+    }
+    for what, has in lacks.items():
+        if has:
+            raise UserError(f"a model like this cannot go into a GGUF file: llama.cpp lacks {what}")
+    return name
+
+
+def every_fourth(n_layer: int) -> tuple[int, ...]:
+    """Return the layers without rotary positions of the architecture ``smollm3``."""
+    return tuple(range(3, n_layer, 4))
 
 
 @dataclass(frozen=True)
@@ -127,9 +154,9 @@ def read_config(
 def _layers(keys: GGUFKeys, n_layer: int, context_length: int) -> dict[str, Any]:
     """Return what differs by layer, and the family that the file is named for."""
     family, window = ARCHITECTURES[keys.architecture], keys.get("attention.sliding_window")
-    every_fourth = tuple(range(3, n_layer, 4)) if family == "smollm3" else ()
+    unrotated = every_fourth(n_layer) if family == "smollm3" else ()
     if not window or window >= context_length:
-        return {"family": family, "unrotated_layers": every_fourth}
+        return {"family": family, "unrotated_layers": unrotated}
     if family != "llama":
         raise UserError(
             f"{keys.path}: key '{keys.name('attention.sliding_window')}' is {window}, but the file does not "

@@ -65,12 +65,11 @@ def merge(
 
     merged = MergedSource(folder, adapter, info.adapter, state)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
-    family = merged.config.family
-    written = f"written as {family}, which has all of V2's biases; " if family != info.model.family else ""
-    return written + (
+    measured = (
         f"largest logit difference {differences[0]:.3g} between adapter and merged model "
         f"({ids.shape[1]} prompt tokens; logits up to {float(before.abs().max()):.3g})"
     )
+    return "; ".join([*merged.other_family, measured])
 
 
 def _check_finite(found: Tensor, message: str) -> None:
@@ -79,15 +78,15 @@ def _check_finite(found: Tensor, message: str) -> None:
 
 
 def refuse_unmergeable(info: AdapterInfo, path: Path) -> None:
-    """Refuse, by a UserError, an adapter that a plain LLaMA cannot hold."""
+    """Refuse, by a UserError, an adapter that a plain model cannot hold."""
     if info.adapter.prompt_length:
         raise UserError(
-            f"{path}: has prompts, whose attention has a softmax of its own that a plain LLaMA lacks, "
+            f"{path}: has prompts, whose attention has a softmax of its own that a plain model lacks, "
             "so it cannot be merged; export it for transformers (scripts/export.py), or train one with "
             "--adapter.version v2, --adapter.norms true or --adapter.lora.rank, and --adapter.prompt_length 0"
         )
     if info.adapter.head:
         raise UserError(
-            f"{path}: adapts the output layer, which has no bias in a plain LLaMA, so it cannot be merged; "
+            f"{path}: adapts the output layer, which has no bias in a plain model, so it cannot be merged; "
             "train one with --adapter.head false"
         )

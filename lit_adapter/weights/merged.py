@@ -71,6 +71,12 @@ class MergedSource(Source):
         own = self._own(name) if name in self.base.dtypes else torch.zeros_like(scale)
         return scale * (own + self.state[f"{module}.adapter_bias"])
 
+    @property
+    def other_family(self) -> list[str]:
+        """What to tell the user of a model that is not of the base's family; nothing if it is."""
+        own = self.config.family
+        return [] if own == self.base.config.family else [f"written as {own}, which has all of V2's biases"]
+
     def label(self, name: str) -> str:
         """Return the adapter's file and the name."""
         return f"{self.adapter}: merged tensor {name}"

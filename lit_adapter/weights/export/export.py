@@ -30,7 +30,7 @@ def export(
     """Write an adapter for another program, and return lines for the user.
 
     ``to`` is transformers or gguf, where ``kind`` is the type of the matrices, by default q8_0. For
-    transformers, an adapter without prompts becomes a plain LLaMA (`merge`), which needs no code of ours; of
+    transformers, an adapter without prompts becomes a plain model (`merge`), which needs no code of ours; of
     another, ``with_base`` puts the base into the folder, in ``dtype``. The adapter's ``base`` is by default
     the one that it names.
 
@@ -49,11 +49,9 @@ def export(
     if to != "gguf" and not info.adapter.prompt_length and not info.adapter.head:
         own = dtype or "float32"
         report = merge(adapter, out, base=folder, dtype=own, overwrite=overwrite, progress=progress)
-        return ["without prompts, it is a plain LLaMA of base and adapter", report]
+        return ["without prompts, it is a plain model of base and adapter", report]
     check_base(info, folder, adapter)
     check_content(folder, everything=True)
-    if info.model.to_hf()["model_type"] != "llama":
-        raise UserError(f"{adapter}: its base is no LLaMA; only those are exported")
     out = out.absolute()
     sweep_leftovers(out)
     adapted = Adapted(adapter, info, state, folder)

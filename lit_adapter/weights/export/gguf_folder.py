@@ -1,7 +1,8 @@
 """A base merged with an adapter, as a GGUF file that llama.cpp runs, and an Ollama Modelfile beside it.
 
 Matrices are quantised by the gguf package, vectors stay fp32. With types below 8 bits, the embedding and the
-output layer are Q8_0: there the loss would be largest.
+output layer are Q8_0: there the loss would be largest. llama.cpp computes no windows in these architectures,
+so the context that a file says is no longer than the window.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from lit_adapter.files.write import durable_path, write_text
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.rope import inverse_frequencies
+from lit_adapter.model.rope_config import RopeConfig, yarn_scale
 from lit_adapter.text.chat_export import chat_template, ollama_template
 from lit_adapter.text.gguf_export import gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.weights.export.adapted import Adapted, Progress
-from lit_adapter.weights.gguf_file import MODULES, ROPE_TABLE, GGUFSource
+from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, architecture_of
+from lit_adapter.weights.gguf_file import MODULES, GGUFSource
 from lit_adapter.weights.measure import fixed_prompt, logits, source_logits
 from lit_adapter.weights.output_folder import check_free, check_output, move_into_place, scratch_folder
 from lit_adapter.weights.plain import PlainAdapter
@@ -50,7 +53,8 @@ def export_gguf(
     """Write ``out/NAME-TYPE.gguf`` and ``out/Modelfile``, and return what to tell the user.
 
     Raises:
-        UserError: a tokenizer that llama.cpp lacks, an output that must not be replaced, or a full disk.
+        UserError: a model or a tokenizer that llama.cpp lacks, an output that must not be replaced, or a
+            full disk.
     """
     for source in (adapted.path, adapted.base):
         check_output(out, source, overwrite=overwrite, mark=MODELFILE, what="a GGUF export")
@@ -68,13 +72,32 @@ def export_gguf(
         write_text(scratch / MODELFILE, "\n".join([*lines, "PARAMETER temperature 0"]) + "\n")
         measured = _compare(adapted, scratch / name)
         move_into_place(scratch, out)
-    return [measured, f"ollama create {out.name} -f {out / MODELFILE} makes it known to Ollama"]
+    made = f"ollama create {out.name} -f {out / MODELFILE} makes it known to Ollama"
+    return [*_notes(adapted), measured, made]
+
+
+def _notes(adapted: Adapted) -> list[str]:
+    """Say in what the file differs from the adapter's base."""
+    config, notes = adapted.merged().config, []
+    own, base = architecture_of(config), architecture_of(adapted.info.model)
+    if own != base:
+        notes.append(f"written as {own}, which has all of V2's biases")
+    if _context(config) < config.context_length:
+        notes.append(f"for texts of up to {_context(config)} tokens, as llama.cpp has no windows here")
+    return notes
+
+
+def _context(config: LlamaConfig) -> int:
+    """Return how many tokens a text may have to be computed without windows."""
+    window = config.window if config.windowed_layers else None
+    return min(config.context_length, window or config.context_length)
 
 
 def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progress) -> None:
     source, template = adapted.merged(), adapted.info.template
     config = source.config
-    writer: Any = gguf.GGUFWriter(path, "llama")
+    architecture = architecture_of(config)
+    writer: Any = gguf.GGUFWriter(path, architecture)
     keys = gguf_tokenizer(adapted.base, template, config.vocab_size)
     _add_sizes(writer, config, out.name, kind)
     for key, value in keys.items():
@@ -99,7 +122,9 @@ def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progres
             writer.write_tensor_data(table)
         n_done = 0
         for name in base_shapes(config):
-            rows = half_split(name, source.tensor(name), config, undo=True)
+            rows = source.tensor(name)
+            if architecture in META_ROWS:
+                rows = half_split(name, rows, config, undo=True)
             with np.errstate(over="ignore"):  # it becomes infinite, which is looked for below
                 packed = gguf.quants.quantize(rows.float().contiguous().numpy(), kinds[name])
             _check_range(packed, source.label(name), kind)
@@ -128,7 +153,7 @@ def _add_sizes(writer: Any, config: LlamaConfig, name: str, kind: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.context_length)
+    writer.add_context_length(_context(config))
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_hidden)
     writer.add_head_count(config.n_head)
@@ -137,12 +162,21 @@ def _add_sizes(writer: Any, config: LlamaConfig, name: str, kind: str) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
-    if config.rope.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
-    if config.rope.kind == "llama3":
-        writer.add_rope_scaling_orig_ctx_len(config.rope.original_context_length)
+    _add_rope(writer, config.rope)
+
+
+def _add_rope(writer: Any, rope: RopeConfig) -> None:
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.kind))
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.kind in ("llama3", "yarn"):
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context_length)
+    if rope.kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+        # llama.cpp multiplies this by yarn's own scale.
+        writer.add_rope_scaling_attn_factors(rope.attention_factor / yarn_scale(rope.factor))
 
 
 def _rope_table(config: LlamaConfig) -> Any:
@@ -175,7 +209,7 @@ def _check_range(packed: np.ndarray, label: str, kind: str) -> None:
 
 def _compare(adapted: Adapted, path: Path) -> str:
     """Say how far the logits of what the file holds are from the adapter's, and how often they agree."""
-    ids = fixed_prompt(adapted.base)
+    ids = fixed_prompt(adapted.base)[:, : _context(adapted.info.model)]
     wanted = logits(adapted.base, ids, PlainAdapter(adapted.info.adapter, adapted.state))
     found = source_logits(GGUFSource(path), ids)
     same = int((found.argmax(-1) == wanted.argmax(-1)).sum())

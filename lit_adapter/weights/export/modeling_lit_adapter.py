@@ -1,4 +1,4 @@
-"""A LLaMA with gated prefix attention (LLaMA-Adapter, arXiv 2303.16199), for transformers.
+"""A model of transformers with gated prefix attention (LLaMA-Adapter, arXiv 2303.16199).
 
 `lit-adapter export` puts this file beside the weights, and transformers loads it from there::
 
@@ -8,26 +8,36 @@ An adapted layer has a learned prompt ``P [K, C]`` and strengths c. With the lay
 
     y = softmax(q k^T / sqrt(D) + causal) v  +  softmax(q (P Wk)^T / sqrt(D)) (c * (P Wv))
 
-The first term is whatever attention transformers, or the program that calls it, has chosen. The folder holds
-the whole model, or names its base (``base_model``), whose weights are then loaded from there.
+The first term is whatever attention transformers, or the program that calls it, has chosen. The norm of keys
+applies to the prompt too, where a family has one; rotary positions and windows do not. The folder holds the
+whole model, or names its base (``base_model``), whose weights are then loaded from there.
 
 Letters: B batch, T positions, C width, H query heads, G key/value heads, D head size, K prompt length.
 """
 
 import json
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
 from transformers.utils import cached_file
 
 ADAPTER = "adapter.safetensors"
@@ -35,11 +45,9 @@ FINGERPRINT = "fingerprint.json"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class LitAdapterConfig(LlamaConfig):
-    """Sizes of a LLaMA and of its prefixes; a model type of its own, so that no plain LLaMA is loaded."""
-
-    model_type = "lit_adapter"
-    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {"layers.*.self_attn.prefix.strength": "colwise"}
+@dataclass(init=False, repr=False, eq=False, kw_only=True)
+class PrefixSettings:
+    """What a configuration has beside its family's."""
 
     prefix_length: int = 0
     """K."""
@@ -64,7 +72,7 @@ class LitAdapterConfig(LlamaConfig):
 class Prefix(nn.Module):
     """One layer's prompt and strengths."""
 
-    def __init__(self, config: LitAdapterConfig, head_dim: int) -> None:
+    def __init__(self, config: Any, head_dim: int) -> None:
         super().__init__()
         self.axes = (
             config.prefix_length if config.prefix_per_token else 1,
@@ -88,11 +96,23 @@ class Prefix(nn.Module):
         return (weight @ (value.float() * self.strengths().float())).to(query.dtype)
 
 
-class PrefixAttention(LlamaAttention):
-    """LLaMA's attention, to which a prefix is added before the output projection."""
+class PrefixAttention(nn.Module):
+    """A family's attention, to which a prefix is added before the output projection."""
 
-    def __init__(self, config: LitAdapterConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    config: Any
+    head_dim: int
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # the family's own
         self.unrotated = config.prefix_unrotated
         self.prefix = Prefix(config, self.head_dim)
 
@@ -107,28 +127,30 @@ class PrefixAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Map ``[B, T, C]`` to ``[B, T, C]``; the cache has either name, by the version of transformers."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         # The prompt is projected together with the texts: the weights are read once.
         prompt = self.prefix.prompt.to(hidden_states.dtype)
         rows = torch.cat((prompt, hidden_states.flatten(0, -2)))
-        sizes = (len(prompt), len(rows) - len(prompt))
-        prompt_key, key = self.k_proj(rows).split(sizes)
-        prompt_value, value = self.v_proj(rows).split(sizes)
-        key, value = (own.view(shape).transpose(1, 2) for own in (key, value))
-        rotated, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query = self.q_proj(hidden_states).view(shape)
+        keys, values = (
+            layer(rows).view(len(rows), -1, self.head_dim) for layer in (self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "k_norm"):
+            query, keys = self.q_norm(query), self.k_norm(keys)
+        query = rotated = query.transpose(1, 2)
+        key, value = (own[len(prompt) :].view(shape).transpose(1, 2) for own in (keys, values))
+        if getattr(self, "use_rope", True):
+            rotated, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        kwargs |= {"scaling": self.scaling, "sliding_window": window}
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, rotated, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        prompt_key, prompt_value = (
-            own.view(len(prompt), -1, self.head_dim).transpose(0, 1) for own in (prompt_key, prompt_value)
-        )
+        output, weights = attend(self, rotated, key, value, attention_mask, dropout=dropout, **kwargs)
+        prompt_key, prompt_value = (own[: len(prompt)].transpose(0, 1) for own in (keys, values))
         added = self.prefix(query if self.unrotated else rotated, prompt_key, prompt_value)
         output = output.reshape(*shape[:-2], -1) + added.transpose(1, 2).reshape(*shape[:-2], -1)
         return self.o_proj(output), weights
@@ -137,7 +159,7 @@ class PrefixAttention(LlamaAttention):
 class _OnBase(PreTrainedModel):
     """Loads the base's weights from where the folder says they are, and then the adapter's."""
 
-    config_class = LitAdapterConfig
+    config_class: Any
     # In fp32 whatever the base's precision; the second, a suffix, is what quantisation leaves alone.
     _keep_in_fp32_modules = ["prefix", "prefix.strength"]  # noqa: RUF012 (as transformers declares it)
     _keep_in_fp32_modules_strict = ["prefix"]  # noqa: RUF012
@@ -148,7 +170,7 @@ class _OnBase(PreTrainedModel):
         """As every transformers model; ``base_model=`` names another place of the base."""
         config = kwargs.pop("config", None)
         if config is None:
-            config = LitAdapterConfig.from_pretrained(pretrained_model_name_or_path)
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
         config.base_model = kwargs.pop("base_model", config.base_model)
         if config.base_model is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
@@ -164,7 +186,7 @@ class _OnBase(PreTrainedModel):
         return answer
 
 
-def _base(config: LitAdapterConfig, folder: Any) -> Any:
+def _base(config: Any, folder: Any) -> Any:
     """Return the base's folder, or its name on the Hub."""
     place: str = os.path.normpath(os.path.join(folder, str(config.base_model)))
     if not os.path.isdir(place):
@@ -191,22 +213,65 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
         parameter.copy_(tensor)
 
 
-class LitAdapterModel(_OnBase, LlamaModel):
-    """A LLaMA whose top layers have prefixes."""
+class _Model(_OnBase):
+    """A family's model whose top layers have prefixes."""
 
-    def __init__(self, config: LitAdapterConfig) -> None:
+    attention: ClassVar[Any]
+    layers: Any
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         for index in range(config.num_hidden_layers - config.prefix_layers, config.num_hidden_layers):
-            self.layers[index].self_attn = PrefixAttention(config, index)
+            self.layers[index].self_attn = self.attention(config, index)
         self.post_init()
 
 
-class LitAdapterForCausalLM(_OnBase, LlamaForCausalLM):
+class _CausalLM(_OnBase):
     """The same with an output layer."""
 
-    def __init__(self, config: LitAdapterConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # without LLaMA's own model, which would be as large
-        self.model = LitAdapterModel(config)
+    body: ClassVar[Any]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # without the family's own model, which would be as large
+        self.model = self.body(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+
+def _family(name: str, configuration: Any, code: Any) -> tuple[Any, Any, Any]:
+    """Return configuration, model and language model of a family; the names are those of ``config.json``."""
+
+    def made(kind: str, *bases: Any, **values: Any) -> Any:
+        return type(f"LitAdapter{name}{kind}", bases, {"__module__": __name__, **values})
+
+    config = made(
+        "Config",
+        PrefixSettings,
+        configuration,
+        model_type="lit_adapter",  # of its own, so that no plain model is loaded
+        base_model_tp_plan=configuration.base_model_tp_plan
+        | {"layers.*.self_attn.prefix.strength": "colwise"},
+    )
+    attention = made("Attention", PrefixAttention, getattr(code, f"{name}Attention"))
+    model = made("Model", _Model, getattr(code, f"{name}Model"), config_class=config, attention=attention)
+    theirs = getattr(code, f"{name}ForCausalLM")
+    causal = made("ForCausalLM", _CausalLM, theirs, config_class=config, body=model)
+    return config, model, causal
+
+
+LitAdapterLlamaConfig, LitAdapterLlamaModel, LitAdapterLlamaForCausalLM = _family(
+    "Llama", LlamaConfig, modeling_llama
+)
+LitAdapterMistralConfig, LitAdapterMistralModel, LitAdapterMistralForCausalLM = _family(
+    "Mistral", MistralConfig, modeling_mistral
+)
+LitAdapterQwen2Config, LitAdapterQwen2Model, LitAdapterQwen2ForCausalLM = _family(
+    "Qwen2", Qwen2Config, modeling_qwen2
+)
+LitAdapterQwen3Config, LitAdapterQwen3Model, LitAdapterQwen3ForCausalLM = _family(
+    "Qwen3", Qwen3Config, modeling_qwen3
+)
+LitAdapterSmolLM3Config, LitAdapterSmolLM3Model, LitAdapterSmolLM3ForCausalLM = _family(
+    "SmolLM3", SmolLM3Config, modeling_smollm3
+)

@@ -33,11 +33,8 @@ from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
 MODELLING = Path(__file__).with_name("modeling_lit_adapter.py")
 ADAPTER = "adapter.safetensors"
-AUTO_MAP = {
-    "AutoConfig": "modeling_lit_adapter.LitAdapterConfig",
-    "AutoModel": "modeling_lit_adapter.LitAdapterModel",
-    "AutoModelForCausalLM": "modeling_lit_adapter.LitAdapterForCausalLM",
-}
+CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+"""How the names of a family's classes end, by the class of transformers that loads them."""
 
 
 def export_folder(
@@ -72,6 +69,7 @@ def export_folder(
         measured = _compare(adapted, scratch)
         move_into_place(scratch, out)
     told = [f"holds the base, merged with {' and '.join(sorted(merges))}"] if merges else []
+    told += adapted.merged().other_family
     if "base_model" in settings:
         told = [f"its base is {settings['base_model']}; --with-base puts it into the folder"]
     return [*told, measured]
@@ -133,13 +131,14 @@ def _write_rest(adapted: Adapted, scratch: Path, settings: dict[str, Any]) -> No
     source.write_tokenizer(scratch)
     tokenizer = load_tokenizer(adapted.base)
     write_text(scratch / "chat_template.jinja", chat_template(template, tokenizer))
+    classes = f"LitAdapter{settings['architectures'][0].removesuffix('ForCausalLM')}"
     config = {
         **settings,
         **source.token_ids,
         **prefix_settings(adapted.info.adapter, adapted.info.model),
-        "architectures": ["LitAdapterForCausalLM"],
+        "architectures": [f"{classes}ForCausalLM"],
         "model_type": "lit_adapter",
-        "auto_map": AUTO_MAP,
+        "auto_map": {auto: f"{MODELLING.stem}.{classes}{kind}" for auto, kind in CLASSES.items()},
     }
     write_json(scratch / CONFIG, config)
     write_json(scratch / GENERATION_CONFIG, _generation(source, template, adapted.base))
@@ -158,13 +157,14 @@ def _compare(adapted: Adapted, folder: Path) -> str:
     try:
         from transformers.utils.logging import disable_progress_bar
 
-        from lit_adapter.weights.export.modeling_lit_adapter import LitAdapterForCausalLM
+        from lit_adapter.weights.export import modeling_lit_adapter as modelling
     except ImportError as error:
         return f"not compared with the adapter's logits ({error})"
     ids = fixed_prompt(adapted.base)
     wanted = logits(adapted.base, ids, PlainAdapter(adapted.info.adapter, adapted.state))
     disable_progress_bar()
-    model = LitAdapterForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = getattr(modelling, read_object(folder / CONFIG)["architectures"][0])
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         found = model(input_ids=ids).logits
     return (
