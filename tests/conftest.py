@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,7 @@ def own_code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(tiny_base: Path, tiny_records: Path, tmp_path: Path) -> Callable[..., Config]:
     """Return a function that makes run configurations from command-line options."""
 
+    @cache
     def make(*options: str, out: str = "run") -> Config:
         fixed = ["--base", str(tiny_base), "--data.train", str(tiny_records), "--out", str(tmp_path / out)]
         return parse_finetune(["--config", str(TINY), *fixed, *options])[0]

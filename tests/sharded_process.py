@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,9 @@ def compared(
         found["held"] = peak.now() - peak.start
     found["peak"] = peak.most - peak.start
     whole_layers = count_whole_layers(model)
-    if profiled:
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            losses(model, share, n_shares)
+    with profile(activities=[ProfilerActivity.CPU]) if profiled else nullcontext() as seen:
+        losses(model, share, n_shares)
+    if seen is not None:
         found["gatherings"] = sum(event.name == "fsdp::all_gather_copy_in" for event in seen.events())
     tokens = answers(model)
     loss = both_steps(model, share, n_shares)  # training goes on after answers

@@ -88,12 +88,24 @@ def test_beside_busy_programs_teams_start() -> None:
     assert run(STEPS) == ["True"]
 
 
-@pytest.mark.parametrize(
-    "variables", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"OMP_NUM_THREADS": "1"}]
-)
-def test_a_setting_of_the_users_decides(variables: dict[str, str]) -> None:
-    code = "from lit_adapter.spinning import yield_shared_cores; print(yield_shared_cores())"
-    assert run(code, **variables) == ["None"]
+def test_a_setting_of_the_users_decides() -> None:
+    """As one thread does, for which nothing waits."""
+    code = """
+import os
+import torch
+from lit_adapter.spinning import yield_shared_cores
+decide, n_threads = yield_shared_cores.__wrapped__, torch.get_num_threads()
+for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")):
+    os.environ[name] = value
+    print(decide() is None)
+    del os.environ[name]
+torch.set_num_threads(1)
+print(decide() is None)
+torch.set_num_threads(n_threads)
+print(decide() is None)
+"""
+    alone = len(os.sched_getaffinity(0)) == 1
+    assert run(code) == ["True", "True", "True", str(alone)]
 
 
 class Teams:
