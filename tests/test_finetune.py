@@ -58,7 +58,7 @@ def test_a_resumed_run_has_the_form_of_adamw_that_its_device_takes(
 
 def test_resume_is_exact_to_the_byte(tiny: Callable[..., Config]) -> None:
     """Stopped inside an epoch and on its last step; tests/test_resume.py tries the other places."""
-    options = ["--adapter.dropout", "0.1", "--trainer.save_every", "100"]
+    options = ["--adapter.dropout", "0.1", "--trainer.save_every", "100", "--optim.epochs", "2"]
     assert finetune(tiny(*options, out="whole"), say=Stopper()) == 0
     whole = (Path(tiny(out="whole").out) / "adapter.safetensors").read_bytes()
     for stop_at in (5, 8):

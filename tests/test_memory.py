@@ -70,8 +70,14 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("longest", [40, 700])
+@pytest.mark.parametrize(
+    ("longest", "precision"),
+    [
+        *((40, precision) for precision in DTYPES),
+        (700, "32-true"),
+        *(pytest.param(700, precision, marks=pytest.mark.slow) for precision in list(DTYPES)[1:]),
+    ],
+)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_activations_are_what_autograd_keeps(adapter: dict[str, Any], longest: int, precision: str) -> None:
     """To the byte: grouped queries, two shared preambles, records of uneven length, also very long ones."""
