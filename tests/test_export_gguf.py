@@ -10,7 +10,9 @@ import pytest
 import tokenizer_kinds as kinds
 import torch
 from convert_sources import random_llama
+from llama_cpp import Job, computed, needs_llama_cpp
 from test_merge import BARE, NORMS, made
+from transformers import AutoTokenizer
 
 import lit_adapter
 from lit_adapter.cli.export import main as export_main
@@ -166,24 +168,33 @@ def test_values_beyond_a_types_range_leave_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@needs_llama_cpp
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_llama_cpp_gives_our_greedy_answers(tmp_path: Path) -> None:
-    """Its Python package is no dependency: it has to be compiled."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which compiles llama.cpp")
+    """On the real base, from messages to tokens."""
     root = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"
     if not root.is_dir():
         pytest.skip("needs checkpoints/smollm2-135m; scripts/download.py smollm2-135m fetches it")
     base, adapter = with_random_lora(root, tmp_path)
     export(adapter, tmp_path / "out", base=base, to="gguf", kind="f32")
     ours = lit_adapter.load(adapter=adapter, base=base, device="cpu", dtype="float32")
-    theirs = llama_cpp.Llama(str(tmp_path / "out" / "out-F32.gguf"), n_ctx=512, verbose=False)
+    tokenizer = load_tokenizer(base)
+    theirs = AutoTokenizer.from_pretrained(base)
+    path = str(tmp_path / "out" / "out-F32.gguf")
+    theirs.chat_template = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
     tasks = ["What is the capital of France?", "List three colours.", "12345 + 6789 = ?"]
+    prompts = [
+        theirs.apply_chat_template([{"role": "user", "content": task}], tokenize=False) for task in tasks
+    ]
+    template = resolve_template("alpaca", tokenizer)
+    ids = [template.encode_prompt(tokenizer, task) for task in tasks]
+    jobs = [Job(path, own, 24, prompts, special=True) for own in ids]
     answers = [ours.generate(task, max_new_tokens=24) for task in tasks]
-    for task, answer in zip(tasks, answers, strict=True):
-        said = theirs.create_chat_completion(
-            [{"role": "user", "content": task}], max_tokens=24, temperature=0
-        )
-        assert said["choices"][0]["message"]["content"].strip() == answer.strip()
+    for found, answer in zip(computed(jobs, tmp_path), answers, strict=True):
+        assert found.tokens == ids
+        ended = [id_ in tokenizer.stop_ids for id_ in found.greedy]
+        assert tokenizer.decode(found.greedy[: [*ended, True].index(True)]).strip() == answer.strip()
     assert answers != [ours.base.generate(task, max_new_tokens=24) for task in tasks]
 
 

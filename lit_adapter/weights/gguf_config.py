@@ -42,10 +42,13 @@ def architecture_of(config: LlamaConfig) -> str:
     rope, unrotated = config.rope, config.unrotated_layers
     names = {"qwen3": config.head_norms, "smollm3": bool(unrotated), "qwen2": config.qkv_bias}
     name = next((name for name, has in names.items() if has), "llama")
+    listed = ", ".join(map(str, unrotated))
     lacks = {
-        f"no rotary positions in the layers {', '.join(map(str, unrotated))}; its smollm3 has none in every "
-        "fourth one": unrotated not in ((), every_fourth(config.n_layer)),
-        "norms of heads together with biases": config.head_norms and config.attention_bias,
+        f"layers without rotary positions other than every fourth one (here {listed})": unrotated
+        not in ((), every_fourth(config.n_layer)),
+        "norms of heads together with biases": name == "qwen3" and config.attention_bias,
+        "layers without rotary positions together with biases": name == "smollm3"
+        and (config.attention_bias or config.mlp_bias),
         "LLaMA 3's scaling of rotary positions outside llama": rope.kind == "llama3" and name != "llama",
         "yarn without truncation": rope.kind == "yarn" and not rope.truncate,
     }
