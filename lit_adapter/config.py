@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -9,12 +10,15 @@ from typing import Literal
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.files.paths import is_unicode
 from lit_adapter.model.config import AdapterConfig, check_fp32
+from lit_adapter.model.lora_config import LoraConfig
 
 Precision = Literal["auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true"]
 
 MOST_WORKERS = 64
 """Each worker holds pipes open; some hundreds reach the limit of open files, which ends a run silently."""
 DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
+LORA_SHARE, LORA_RANKS = 0.3, 8
+"""LoRA's share of the learning rate where the ranks of a block's updates add up to no more than this."""
 
 
 def _at_least(least: float, section: object, prefix: str, *names: str) -> None:
@@ -153,8 +157,9 @@ class OptimConfig:
     for adapter.version v2."""
     base_lr: float | None = None
     """Peak learning rate in the paper's form: lr = base_lr * batch_size / 256."""
-    lr_scale_lora: float = 0.3
-    """adapter.lora: learning rate of the updates, as a share of lr. No weight decay."""
+    lr_scale_lora: float | None = None
+    """adapter.lora: learning rate of the updates, as a share of lr; null: 0.3, and less where the ranks of a
+    block's updates add up to more than 8. No weight decay."""
     lr_scale_v2: float = 0.1
     """adapter.version v2: learning rate of norms, biases and scales, as a share of lr. No weight decay."""
     lr_scale_norms: float = 0.1
@@ -304,14 +309,28 @@ def _check_share(config: Config, name: str, needed: str, of: str, *, is_used: bo
     if not is_used and share != getattr(OptimConfig, name):
         raise UserError(f"optim.{name} is {share}; it needs {needed}")
     if is_used:
-        rate = with_learning_rate(config).optim.peak_lr * share
+        optim = with_learning_rate(config).optim
+        rate = optim.peak_lr * getattr(optim, name)
         check_fp32(f"the learning rate of {of}, lr * {name},", rate, zero=True)
 
 
 def with_learning_rate(config: Config) -> Config:
-    """Return the configuration with its adapter's default learning rate if none is given."""
+    """Return the configuration with its adapter's default learning rate, and LoRA's share, if not given."""
+    optim, lora = config.optim, config.adapter.lora
     default = DEFAULT_LR[config.adapter.version]
-    is_given = config.optim.lr is not None or config.optim.base_lr is not None
-    if is_given or default == config.optim.peak_lr:
-        return config
-    return replace(config, optim=replace(config.optim, lr=default))
+    is_given = optim.lr is not None or optim.base_lr is not None
+    if not is_given and default != optim.peak_lr:
+        optim = replace(optim, lr=default)
+    if lora.rank and optim.lr_scale_lora is None:
+        optim = replace(optim, lr_scale_lora=lora_share(lora))
+    return replace(config, optim=optim) if optim is not config.optim else config
+
+
+def lora_share(lora: LoraConfig) -> float:
+    """Return LoRA's default share of the learning rate, which docs/learning.md gives the figures for.
+
+    Every rank adds to the change of its layer, and every layer to that of the hidden state; where Adam moves
+    each number by the rate, the best rate falls with the root of their count.
+    """
+    ranks = lora.rank * len(lora.layers)
+    return LORA_SHARE * min(1.0, math.sqrt(LORA_RANKS / ranks))

@@ -13,7 +13,8 @@ import yaml
 from finetune_runs import Stopper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_adapter.config import Config, OptimConfig
+from lit_adapter.cli.finetune import parse_finetune
+from lit_adapter.config import Config, OptimConfig, with_learning_rate
 from lit_adapter.training.checkpoint import DurableCheckpointIO, read_checkpoint
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.length import (
@@ -180,3 +181,20 @@ def test_validations_are_a_tenth_of_the_run_apart_and_ten_steps_at_least(
 ) -> None:
     config = with_val_every(Config(), steps, saved or RunIdentity({}, {}, 0))
     assert config.trainer.val_every == every
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        (["--adapter.lora.rank", "1"], 6e-3),
+        (["--adapter.lora.rank", "3", "--adapter.lora.on", "q_proj", "v_proj"], 6e-3),
+        (["--adapter.lora.rank", "2"], 4.5e-3),
+        (["--adapter.lora.rank", "8", "--adapter.lora.on", "all"], 2.3e-3),
+        (["--adapter.lora.rank", "8", "--optim.lr_scale_lora", "0.3"], 6e-3),
+        (["--adapter.lora.rank", "8", "--optim.lr", "1e-2", "--adapter.lora.on", "attention"], 1.5e-3),
+    ],
+)
+def test_loras_own_rate_falls_with_its_ranks(options: list[str], rate: float) -> None:
+    """As in docs/learning.md; what is given stays as it is."""
+    optim = with_learning_rate(parse_finetune(options).config).optim
+    assert optim.peak_lr * optim.lr_scale_lora == pytest.approx(rate, rel=0.02)  # type: ignore[operator]

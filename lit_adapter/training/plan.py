@@ -125,7 +125,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {plan.epochs:.3g}"
         f"{f' ({plan.chosen})' if plan.chosen else ''}; "
-        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}), {optim.schedule}, "
+        f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}{_lora_rate(config)}), "
+        f"{optim.schedule}, "
         f"warm-up {counted(plan.warmup, 'step')}; {config.out}"
     )
     if optim.peak_lr == 0:
@@ -140,6 +141,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     why = plan.placement.executor.why_not_fast
     if why is not None:
         yield f"note: {why}: the layers run without the fused kernels, and more slowly"
+
+
+def _lora_rate(config: Config) -> str:
+    share = config.optim.lr_scale_lora if config.adapter.lora.rank else None
+    return "" if share is None else f"; LoRA {share * config.optim.peak_lr:.2g}"
 
 
 def write_adapter(
