@@ -138,7 +138,10 @@ class SegmentGroup:
 
     query: Tensor  # [S, L] which of the given queries
     key: Tensor  # [S, E] row positions of the keys: shared preamble, then the segment itself
-    sight: Tensor  # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16
+    sight: (
+        Tensor | None
+    )  # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16;
+    # None for long texts without a preamble: a kernel that knows them to be causal skips half of the pairs
     real: Tensor  # [n] which entries of the flattened `query` are not padding
 
 
@@ -198,7 +201,7 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> T
     queries = q.index_select(0, group.query.flatten()).view(S, L, G, H // G, D).permute(0, 2, 3, 1, 4)
     keys = k.index_select(0, group.key.flatten()).view(S, E, G, D).permute(0, 2, 3, 1)
     values = v.index_select(0, group.key.flatten()).view(S, E, G, D).transpose(1, 2)
-    if L * E > MOST_SCORED:
+    if L * E > MOST_SCORED or group.sight is None:
         return _attend_fused(queries.flatten(1, 2), keys.mT, values, group)
     score = queries.reshape(S, G, -1, D) @ keys  # [S, G, H/G * L, E]
     score = score.view(S, G, H // G, L, E).add_(group.sight)
@@ -212,8 +215,10 @@ MOST_SCORED = 512 * 512  # pairs of a segment above which scores are recomputed 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup) -> Tensor:
     """Do the same for long segments ``[S, heads, L, D]`` without keeping the score of every pair."""
-    sight = group.sight[:, 0].to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight, enable_gqa=True, scale=1.0)
+    sight = None if group.sight is None else group.sight[:, 0].to(q.dtype)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=sight, is_causal=sight is None, enable_gqa=True, scale=1.0
+    )
     return y.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 
@@ -231,6 +236,11 @@ class _Segment:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def is_whole_text(self) -> bool:
+        """Whether it continues no preamble, and all its positions are queries."""
+        return self.preamble_start == self.preamble_end and len(self.queries) == self.length
 
 
 def _segments(row: PackedRow) -> list[_Segment]:
@@ -278,12 +288,16 @@ def _rectangle(
     key, real_key = _padded(
         [[*range(s.preamble_start, s.preamble_end), *range(s.start, s.end)] for s in group]
     )
+    real = valid.flatten().nonzero().flatten()
+    is_long = key.shape[1] ** 2 > MOST_SCORED
+    if is_long and window is None and all(segment.is_whole_text for segment in group):
+        return SegmentGroup(query.to(device), key.to(device), None, real.to(device))
     seen = (key[:, None, :] <= position[:, :, None]) & real_key[:, None, :]
     if window is not None:
         seen &= place[key][:, None, :] > place[position][:, :, None] - window
     seen |= ~valid[:, :, None]  # padding sees everything, so that no softmax is over nothing
     sight = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
-    plan = (query, key, sight[:, None, None], valid.flatten().nonzero().flatten())
+    plan = (query, key, sight[:, None, None], real)
     return SegmentGroup(*(part.to(device) for part in plan))
 
 

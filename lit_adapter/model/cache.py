@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_adapter.grouping import n_common
 from lit_adapter.model.attention import BaseView, attend_causally, sees
 from lit_adapter.model.llama import Attention, Llama
 from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
+
+LEAST_SAVED = 64
+"""Tokens, of all prompts that are read together, below which their common start is read with each of them."""
 
 
 class KeyValueCache:
@@ -183,22 +187,27 @@ class PrefillView(_CacheView):
 
 
 class RestView(_CacheView):
-    """The rest of one prompt at ``position [1, T]``, whose earlier tokens the slot holds."""
+    """The rests of prompts at one ``position [B, T]``, whose earlier tokens the slots ``slots [B]`` hold.
 
-    def __init__(self, decode: ModuleDecode, position: Tensor, prefixes: Prefixes, slot: int) -> None:
+    They are padded on the right.
+    """
+
+    def __init__(self, decode: ModuleDecode, position: Tensor, prefixes: Prefixes, slots: Tensor) -> None:
         super().__init__(decode, position, prefixes)
-        self.slot, self.position = slot, position[0]
-        self.end = int(position[0, -1]) + 1
+        self.slots, self.position = slots, position[0]
+        self.start, self.end = int(position[0, 0]), int(position[0, -1]) + 1
 
     def attend(
         self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
     ) -> Tensor:
         """Keep keys and values, and attend to all up to each token, or to those in the window."""
-        keys, values = (x[attention.index, self.slot, :, : self.end] for x in (self.cache.k, self.cache.v))
-        keys[:, self.position[0] :], values[:, self.position[0] :] = k[0], v[0]
+        layer = attention.index
+        self.cache.k[layer, self.slots, :, self.start : self.end] = k
+        self.cache.v[layer, self.slots, :, self.start : self.end] = v
+        keys, values = (x[layer, self.slots, :, : self.end] for x in (self.cache.k, self.cache.v))
         place = self.position if query_positions is None else self.position[query_positions]
         seen = sees(place[:, None], torch.arange(self.end, device=place.device), attention.window)
-        return F.scaled_dot_product_attention(q, keys[None], values[None], attn_mask=seen, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=True)
 
 
 class DecodeView(_CacheView):
@@ -288,13 +297,10 @@ class ModuleDecode:
             The normed hidden state of its last token ``[1, C]``.
         """
         self.prefixes.assign([slot], prefixes)
-        ids = torch.tensor([prompt[done:]], device=self.device)
-        position = torch.arange(done, len(prompt), device=self.device)[None]
-        last = torch.tensor([ids.shape[1] - 1], device=self.device)
-        return self.model(ids, RestView(self, position, prefixes, slot), last)[:, 0]
+        return self._read_from(done, [prompt], [slot], prefixes)
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
-        """Read the prompts of requests with the same adapter.
+        """Read the prompts of requests with the same adapter, and their common start once.
 
         Args:
             prompts: token ids of each.
@@ -305,10 +311,24 @@ class ModuleDecode:
             Normed hidden states of the last tokens ``[B, C]``.
         """
         self.prefixes.assign(slots, prefixes)
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(self.device)
-        position = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        view = PrefillView(self, position, prefixes, torch.tensor(slots, device=self.device))
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        n = min(n_common(prompts[0], prompt[:-1]) for prompt in prompts)
+        if n * (len(prompts) - 1) < LEAST_SAVED:
+            return self._read_from(0, prompts, slots, prefixes)
+        self._read_from(0, [prompts[0][:n]], slots[:1], prefixes)
+        for x in (self.cache.k, self.cache.v):
+            x[:, list(slots[1:]), :, :n] = x[:, slots[:1], :, :n]
+        return self._read_from(n, prompts, slots, prefixes)
+
+    def _read_from(
+        self, n: int, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes
+    ) -> Tensor:
+        """Read prompts whose first ``n`` tokens are in their slots; return last hidden states ``[B, C]``."""
+        rests = [torch.tensor(prompt[n:]) for prompt in prompts]
+        ids = pad_sequence(rests, batch_first=True).to(self.device)
+        position = torch.arange(n, n + ids.shape[1], device=self.device).expand_as(ids)
+        where = torch.tensor(slots, device=self.device)
+        view = (RestView if n else PrefillView)(self, position, prefixes, where)
+        last = torch.tensor([len(rest) - 1 for rest in rests], device=self.device)
         if len(prompts) == 1:  # the last layer then computes the last position alone
             return self.model(ids, view, last)[:, 0]
         return self.model(ids, view)[torch.arange(len(prompts), device=self.device), last]

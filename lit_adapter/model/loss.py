@@ -22,6 +22,8 @@ from lit_adapter.model.precision import widen
 
 CHUNK_LOGITS = 2**25
 """Numbers in one chunk of logits: 128 MiB in fp32."""
+CPU_COLUMNS = 1024
+"""Logits of a target that are computed together on a CPU where no gradient is wanted; they fit its caches."""
 FEWEST_ROWS = 16
 """Targets whose softmax is taken together on a CPU with fewer threads; their logits fit its caches."""
 
@@ -114,11 +116,13 @@ def row_loss(
         executor: as `choose` returned it for training this model; None to choose now.
     """
     hidden, target_id = _target_hidden(model, row, recompute, executor)
+    return target_loss(hidden, model.lm_head.weight, target_id, *_affine(model))
+
+
+def _affine(model: Llama) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return V2's bias and scale on the output layer ``[V]``, if it has them."""
     output = model.lm_head
-    affine = (
-        (output.adapter_bias, output.adapter_scale) if isinstance(output, AdaptedLinear) else (None, None)
-    )
-    return target_loss(hidden, output.weight, target_id, *affine)
+    return (output.adapter_bias, output.adapter_scale) if isinstance(output, AdaptedLinear) else (None, None)
 
 
 @torch.inference_mode()
@@ -133,19 +137,35 @@ def target_log_likelihoods(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor
         Both ``[M]`` on the CPU, in fp64 and as ids, in the order of the row's targets.
     """
     hidden, target_id = _target_hidden(model, row)
-    n_logits, n_rows = max(1, CHUNK_LOGITS // model.config.vocab_size), rows_at_once()
-    found: list[Tensor] = []
-    likeliest: list[Tensor] = []
-    for chunk, targets in zip(hidden.split(n_logits), target_id.split(n_logits), strict=True):
-        logits = model.logits(chunk)
-        n_together = len(logits) if logits.is_cuda else n_rows
-        for rows, target in zip(logits.split(n_together), targets.split(n_together), strict=True):
-            share = widen(rows).log_softmax(-1)
-            found.append(share.gather(-1, target[:, None]).squeeze(-1))
-            likeliest.append(share.argmax(-1))
-    if not found:
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(found).double().cpu(), torch.cat(likeliest).cpu()
+    V = model.config.vocab_size
+    n_rows, n_columns = (
+        (CHUNK_LOGITS // V, V) if hidden.is_cuda else (CHUNK_LOGITS // CPU_COLUMNS, CPU_COLUMNS)
+    )
+    parts = zip(hidden.split(max(1, n_rows)), target_id.split(max(1, n_rows)), strict=True)
+    scores, likeliest = zip(*(_scored(model, *part, n_columns) for part in parts), strict=True)
+    return torch.cat(scores).double().cpu(), torch.cat(likeliest).cpu()
+
+
+def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:
+    """Return log-likelihoods and likeliest tokens of targets ``[M]``, a block of the vocabulary at a time."""
+    weight, (bias, scale) = model.lm_head.weight, _affine(model)
+    chosen = widen(hidden).new_empty(len(hidden))
+    sums, highest, where = [], [], []
+    for start in range(0, len(weight), n_columns):
+        block = slice(start, start + n_columns)
+        logits = F.linear(hidden, weight[block])
+        if bias is not None and scale is not None:
+            logits = (logits + bias[block]) * scale[block]
+        logits = widen(logits)
+        here = (target_id >= start) & (target_id < start + n_columns)
+        chosen[here] = logits[here, target_id[here] - start]
+        top = logits.max(-1)
+        highest.append(top.values)
+        where.append(top.indices + start)
+        # Much faster than logsumexp, which writes the exponentials out.
+        sums.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])
+    best = torch.stack(highest).argmax(0, keepdim=True)
+    return chosen - torch.stack(sums).logsumexp(0), torch.stack(where).gather(0, best)[0]
 
 
 def _target_hidden(
