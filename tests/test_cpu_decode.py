@@ -77,6 +77,28 @@ def test_steps_give_the_whole_texts_logits(
             found = executor.step([text[-1] for text in texts], [len(text) - 1 for text in texts])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_common_start_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second prompt is the start with one more token; the slots are not in order."""
+    model, start, slots = model_of(name, torch.float64), [11, 4, 4, 50, 8, 21], [2, 0, 1]
+    texts = [[*start, 5, 9, 2, 40], [*start, 7], [*start, 3, 8, 1, 1, 30, 4]]
+    n_read = []
+    forward = Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda *given: n_read.append(given[1].shape) or forward(*given))
+    monkeypatch.setattr(cache, "LEAST_SAVED", 12)
+    with torch.inference_mode():
+        executor = CpuDecode(model, 3, 16)
+        found = model.logits(executor.read(texts, slots, Adapter.of(model).prefixes))
+        assert n_read == [(1, 6), (3, 6)]
+        for _ in range(3):
+            for text, logits in zip(texts, found, strict=True):
+                exact = wanted(model, text)
+                assert (logits - exact).norm() < 1e-10 * exact.norm()
+                text.append(int(exact.argmax()))
+            by_slot = [texts[slots.index(slot)] for slot in range(3)]
+            found = executor.step([text[-1] for text in by_slot], [len(text) - 1 for text in by_slot])[slots]
+
+
 @pytest.mark.parametrize("name", ["gqa-top-layer", "norms"])
 def test_it_is_what_answers_and_the_texts_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):

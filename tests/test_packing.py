@@ -126,9 +126,10 @@ def test_fp32_is_near_fp64(name: str) -> None:
     assert_same(found, wanted, tolerance=2e-4)
 
 
-def test_long_segments_take_the_fused_kernel_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [True, False])
+def test_long_segments_take_the_fused_kernel_and_agree(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = model_of("gqa-top-layers"), encoded(5, cut=True)
-    packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=1000)
+    packer = Packer(data, shared_preambles(data) if share else {}, mask_prompt=True, row_tokens=1000)
     row = packer.row(list(range(len(data))))
     monkeypatch.setattr(attention, "MOST_SCORED", 0)
     assert_same(packed(model, [row]), plain(model, data, range(len(data)), True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,10 +10,14 @@ from tiny_models import open_adapter, random_llama
 
 from lit_adapter.data.shared_starts import Scored, groups, rows_of
 from lit_adapter.generation.choosing import likelihoods
+from lit_adapter.model import loss
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.llama import Llama
 
 MODEL = open_adapter(random_llama(), AdapterConfig(layers=2, prompt_length=3))
+HEAD = open_adapter(random_llama(1), AdapterConfig(version="v2", head=True))
+"""With a bias and a scale on the output layer."""
 TEXTS = st.lists(
     st.tuples(
         st.sampled_from([(), (5, 6, 7, 8, 9), (5, 6, 7, 8, 9, 10, 11), (5, 6)]),
@@ -32,29 +37,35 @@ def scored(drawn: list[tuple[tuple[int, ...], list[int]]]) -> list[Scored]:
 
 
 @torch.inference_mode()
-def alone(text: Scored) -> tuple[float, bool]:
-    """The likelihood from the logits of the whole text."""
+def alone(model: Llama, text: Scored) -> tuple[float, list[int]]:
+    """The likelihood from the logits of the whole text, and the likeliest token at each scored place."""
     ids = torch.tensor([text.ids])
-    view = CausalView(MODEL.rotation(torch.arange(ids.shape[1])[None]))
-    logits = MODEL.logits(MODEL(ids, view))[0].double()
+    view = CausalView(model.rotation(torch.arange(ids.shape[1])[None]))
+    logits = model.logits(model(ids, view))[0].double()
     share = logits - logits.logsumexp(-1, keepdim=True)
     places = range(text.n_context, len(text.ids))
-    greedy = all(int(logits[place - 1].argmax()) == text.ids[place] for place in places)
-    return sum(float(share[place - 1, text.ids[place]]) for place in places), greedy
+    likeliest = [int(logits[place - 1].argmax()) for place in places]
+    return sum(float(share[place - 1, text.ids[place]]) for place in places), likeliest
 
 
 @settings(max_examples=40)
-@given(TEXTS, st.sampled_from([6, 20, 2048]))
+@given(TEXTS, st.sampled_from([6, 20, 2048]), st.sampled_from([MODEL, HEAD]), st.sampled_from([7, 64]))
 def test_every_text_has_the_likelihood_that_it_has_alone(
-    drawn: list[tuple[tuple[int, ...], list[int]]], row_tokens: int
+    drawn: list[tuple[tuple[int, ...], list[int]]], row_tokens: int, model: Llama, n_columns: int
 ) -> None:
     texts = scored(drawn)
     owners = [owner for _, owner in rows_of(texts, row_tokens)]
     assert sorted({int(text) for owner in owners for text in owner}) == list(range(len(texts)))
-    for text, found in zip(texts, likelihoods(MODEL, texts), strict=True):
-        expected, greedy = alone(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CPU_COLUMNS", n_columns)
+        scored_texts = likelihoods(model, texts)
+    for text, found in zip(texts, scored_texts, strict=True):
+        expected, likeliest = alone(model, text)
+        wanted = list(text.ids[text.n_context :])
         assert abs(found.log_likelihood - expected) < 1e-6
-        assert (found.n_tokens, found.is_greedy) == (len(text.ids) - text.n_context, greedy)
+        assert (found.n_tokens, found.is_greedy) == (len(wanted), likeliest == wanted)
+        begun = [*wanted[: found.n_greedy], *([] if found.is_greedy else [found.then])]
+        assert likeliest[: len(begun)] == begun
 
 
 @given(TEXTS)
