@@ -138,10 +138,9 @@ class SegmentGroup:
 
     query: Tensor  # [S, L] which of the given queries
     key: Tensor  # [S, E] row positions of the keys: shared preamble, then the segment itself
-    sight: (
-        Tensor | None
-    )  # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16;
-    # None for long texts without a preamble: a kernel that knows them to be causal skips half of the pairs
+    # [S, 1, 1, L, E] 0 where a query sees a key, else minus infinity, both exact in bf16. None for long texts
+    # without a preamble: a kernel that knows them to be causal skips half of the pairs.
+    sight: Tensor | None
     real: Tensor  # [n] which entries of the flattened `query` are not padding
 
 
