@@ -101,7 +101,7 @@ def test_an_editable_install_is_a_path(tmp_path: Path) -> None:
     ):
         shutil.copy(ROOT / name, clone / name)
     build = "from setuptools.build_meta import build_editable; build_editable('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         (added,) = (name for name in files.namelist() if name.endswith(".pth"))

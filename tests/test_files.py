@@ -312,13 +312,13 @@ def test_whoever_waited_is_inside_alone(tmp_path: Path) -> None:
     def wait_for_the_first() -> None:
         with one_at_a_time(tmp_path / "x"):
             inside.set()
-            leave.wait(60)
+            leave.wait(300)
 
     second = threading.Thread(target=wait_for_the_first)
     with one_at_a_time(tmp_path / "x"):
         second.start()
         assert not inside.wait(0.5)
-    assert inside.wait(60)
+    assert inside.wait(300)
     with pytest.raises(UserError, match=f"x: in use by process {os.getpid()}; wait for it, or"):
         one_at_a_time(tmp_path / "x", wait=False).__enter__()
     leave.set()

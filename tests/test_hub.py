@@ -152,7 +152,7 @@ def read_in_process(folder: Path, endpoint: str, *names: str, **more: str) -> li
         env={**os.environ, **own, **more},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     return done.stdout.splitlines()

@@ -126,7 +126,7 @@ def test_a_fork_runs_the_script_itself(tiny_base: Path, tiny_records: Path, tmp_
     fork = Run(command, tmp_path / "log", {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")})
     assert fork.wait() == 2
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, timeout=120
+        [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
     assert fork.output == done.stdout + done.stderr

@@ -478,7 +478,7 @@ def stream_begun(server: Running, **more: Any) -> socket.socket:
     body |= {"logit_bias": {str(id_): -100 for id_ in (0, 1)}}  # it does not end by itself
     content = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=300)
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     seen = b""
     while b'"content":"' not in seen.replace(b'"content":""', b""):
@@ -576,17 +576,15 @@ def test_an_error_in_the_model_ends_one_answer_alone(
 
 
 def test_threads_of_clients_are_all_served(server: Running, client: openai.OpenAI) -> None:
-    """Twenty at once in eight slots: nobody waits three times as long as another for each of its tokens."""
-    seconds: list[float] = []
+    """Twenty at once in eight slots."""
+    answered: list[int] = []
 
     def one() -> None:
-        started = time.monotonic()
-        chat(client, max_tokens=20, logprobs=False)
-        seconds.append(time.monotonic() - started)
+        answered.append(len(chat(client, max_tokens=20, logprobs=False).choices))
 
     threads = [threading.Thread(target=one) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(seconds) == 20
+    assert answered == [1] * 20

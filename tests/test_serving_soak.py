@@ -134,7 +134,7 @@ async def gauges(client: httpx2.AsyncClient) -> dict[str, float]:
 async def soak(url: str, wanted: Wanted) -> tuple[Soak, list[float]]:
     memory: list[float] = []
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    async with httpx2.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=300, headers=headers) as client:
         found = Soak(client, wanted, time.monotonic() + SECONDS)
 
         async def watch() -> None:

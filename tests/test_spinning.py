@@ -41,7 +41,7 @@ import torch
 from lit_adapter.spinning import yield_shared_cores
 
 yield_shared_cores()
-matrix, end = torch.randn(256, 256), time.monotonic() + 60
+matrix, end = torch.randn(256, 256), time.monotonic() + 250
 while time.monotonic() < end and "idle team" not in (thread.name for thread in threading.enumerate()):
     matrix.mm(matrix)
 print(time.monotonic() < end)
@@ -57,7 +57,7 @@ def run(code: str, **variables: str) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout.split()
 

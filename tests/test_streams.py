@@ -44,7 +44,7 @@ def shell(redirection: str, *command: object, **environment: str) -> subprocess.
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -176,7 +176,7 @@ def huge_record(bench: Bench) -> Outcome:
     )
     tests = str(Path(__file__).parents[1])
     arguments = [sys.executable, "-c", code, tests, bench.base, bench.folder, path]
-    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout.replace("\n", "; "), done.stderr)
 
 
