@@ -51,7 +51,7 @@ def objects(tiny_base: Path, paths: dict[str, Path]) -> dict[str, AdaptedLlama]:
 
 @pytest.fixture(scope="module")
 def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.v1, api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=server.v1, api_key="none", max_retries=0, timeout=250)
 
 
 def chat(client: openai.OpenAI, name: str = "alpha", **more: Any) -> Any:
@@ -149,7 +149,9 @@ def test_a_loaded_server_gives_every_answer_that_it_gives_alone(
     wanted = [objects[name].generate("Say it back.", **sampling(given, n)) for name, given, n in cases]
 
     async def main() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=server.v1, api_key="none", max_retries=0) as asked:
+        async with openai.AsyncOpenAI(
+            base_url=server.v1, api_key="none", max_retries=0, timeout=250
+        ) as asked:
             return await asyncio.gather(*(one(asked, *case) for case in cases))
 
     async def one(asked: openai.AsyncOpenAI, name: str, given: dict[str, Any], n: int) -> str:
@@ -162,7 +164,7 @@ def test_a_loaded_server_gives_every_answer_that_it_gives_alone(
 
     assert asyncio.run(main()) == wanted
     assert len(set(wanted)) > 20
-    assert server.counter("lit_adapter_slots_used") == 0
+    until(lambda: server.counter("lit_adapter_slots_used") == 0)
 
 
 def test_streams_have_the_events_that_clients_expect(server: Running) -> None:
