@@ -21,7 +21,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 20},
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     "qwen3": {"tie_word_embeddings": True},
-    "smollm3": {"no_rope_layers": [1, 0]},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 258},
 }
 
 

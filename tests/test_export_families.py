@@ -178,6 +178,33 @@ def test_two_families_live_in_one_process(tmp_path: Path) -> None:
             assert_near(model(input_ids=IDS).logits, ours(base, adapter).logits(IDS))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "smollm3"])
+def test_a_pipeline_and_lm_eval_take_a_family(tmp_path: Path, kind: str) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    base, adapter = made(tmp_path, kind, PREFIXES["unrotated"])
+    folder, mine = tmp_path / "out", ours(base, adapter)
+    export(adapter, folder, base=base)
+    decoder = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer = read_json(folder / "tokenizer.json") | {"decoder": {"type": "ByteLevel", **decoder}}
+    write_json(folder / "tokenizer.json", tokenizer)  # the tests' base has no decoder
+    pipe = transformers.pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    said = pipe([{"role": "user", "content": "Say it back."}], max_new_tokens=9, do_sample=False)
+    assert said[0]["generated_text"][-1]["content"] == mine.generate("Say it back.", max_new_tokens=9)
+    harness = HFLM(
+        pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2
+    )
+    asked = [("The cat", " sat down."), ("Count to", " three slowly, please")]
+    found = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked])
+    for (context, text), (log_likelihood, _) in zip(asked, found, strict=True):
+        ids, start = harness.tok_encode(context + text), len(harness.tok_encode(context))
+        logs = mine.logits(torch.tensor([ids]))[0].log_softmax(-1)
+        wanted = sum(float(logs[at - 1, ids[at]]) for at in range(start, len(ids)))
+        assert log_likelihood == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize(("name", "config"), pairs(MERGED, ("qwen3", "smollm3"), LACKING))
 def test_a_gguf_file_gives_the_adapters_logits(tmp_path: Path, name: str, config: AdapterConfig) -> None:
     """By our own reader: within the window, which llama.cpp does not have."""
