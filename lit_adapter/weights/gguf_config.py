@@ -33,11 +33,11 @@ META_ROWS = ("llama", "smollm3")
 ROPE_TABLE = "rope_freqs.weight"
 
 
-def architecture_of(config: LlamaConfig) -> str:
+def architecture_of(config: LlamaConfig, source: Path) -> str:
     """Return the architecture by which llama.cpp computes a configuration, whatever its family is called.
 
     Raises:
-        UserError: none computes it.
+        UserError: none computes it; names the ``source`` that has it.
     """
     rope, unrotated = config.rope, config.unrotated_layers
     names = {"qwen3": config.head_norms, "smollm3": bool(unrotated), "qwen2": config.qkv_bias}
@@ -54,7 +54,7 @@ def architecture_of(config: LlamaConfig) -> str:
     }
     for what, has in lacks.items():
         if has:
-            raise UserError(f"a model like this cannot go into a GGUF file: llama.cpp lacks {what}")
+            raise UserError(f"{source}: cannot go into a GGUF file: llama.cpp lacks {what}")
     return name
 
 

@@ -79,7 +79,7 @@ def export_gguf(
 def _notes(adapted: Adapted) -> list[str]:
     """Say in what the file differs from the adapter's base."""
     config, notes = adapted.merged().config, []
-    own, base = architecture_of(config), architecture_of(adapted.info.model)
+    own, base = (architecture_of(one, adapted.path) for one in (config, adapted.info.model))
     if own != base:
         notes.append(f"written as {own}, which has all of V2's biases")
     if _context(config) < config.context_length:
@@ -96,7 +96,7 @@ def _context(config: LlamaConfig) -> int:
 def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progress) -> None:
     source, template = adapted.merged(), adapted.info.template
     config = source.config
-    architecture = architecture_of(config)
+    architecture = architecture_of(config, adapted.path)
     writer: Any = gguf.GGUFWriter(path, architecture)
     keys = gguf_tokenizer(adapted.base, template, config.vocab_size)
     _add_sizes(writer, config, out.name, kind)
