@@ -27,6 +27,7 @@ from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -165,13 +166,15 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
         assert distance(fused.cache.v, exact.cache.v) < 0.03
 
 
-def test_a_base_in_fp8_is_decoded_in_fp8() -> None:
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_base_in_fp8_is_decoded_in_fp8(rank: int) -> None:
     """As near to its own forward pass as fp8 allows: noise of bf16's size in the input moves it by 0.2."""
     from lit_adapter.model.fused_decode import FusedDecode
 
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("fp8 needs compute capability 9")
-    model = adapted(4, 2, 64, "tanh").cuda()
+    form = AdapterConfig(layers=2, prompt_length=5, lora=LoraConfig(rank=rank))
+    model = open_adapter(adapted(4, 2, 64, None), form, seed=2).requires_grad_(False).cuda()
     prepare(model, float8=True)
     for lengths in ([40], [3, 70, 12]):
         slots = list(range(len(lengths)))

@@ -1,7 +1,8 @@
-"""The attention kernels of training compile for every generation of GPUs with bf16, and fit its memory."""
+"""Kernels without a GPU: they compile for every generation with bf16 and fit its memory, and they compute."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,16 @@ def test_attention_compiles_and_fits(capability: int) -> None:
     needed = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
     assert len(needed) == 5
     assert max(needed.values()) <= SHARED[capability], needed
+
+
+@pytest.mark.slow
+def test_fused_blocks_learn_what_the_modules_learn_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA")
+    script, interpreted = Path(__file__).with_name("interpreted.py"), os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=interpreted, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(errors) == 12
+    assert max(errors) < 1e-5, done.stdout

@@ -23,6 +23,7 @@ from lit_adapter.model.attention import PackedRow
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.executors import Setting, choose_for_training
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training import memory
 from lit_adapter.training.memory import Memory, Sizes
@@ -253,6 +254,7 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     for other, adapter, why in (
         (model, replace(config, dropout=0.1), "the prefix has dropout"),
         (model, replace(config, version="v2"), "the adapter trains linears"),
+        (model, replace(config, lora=LoraConfig(rank=2, dropout=0.1)), "LoRA has dropout"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):
         assert choose_for_training(other, adapter, gpu).why_not_fast == why
