@@ -129,6 +129,8 @@ def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
     console.print(f"Report: {page} (plots, wrong answers, gates; it opens in any browser)", soft_wrap=True)
     asked = f'--prompt "{demo.INSTRUCTION}" --input "Remind me to water the roses at 17:45"'
     console.print(f"Try it: {_python()} scripts/generate.py --adapter {adapter} {asked}", soft_wrap=True)
+    chat = f'scripts/chat.py --adapter {adapter} --system "{demo.INSTRUCTION}"'
+    console.print(f"Chat:   {_python()} {chat}", soft_wrap=True)
 
 
 def _show_examples(console: Any, answers: Path) -> None:

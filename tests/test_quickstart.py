@@ -79,6 +79,7 @@ def test_the_report_says_where_it_is_and_how_to_go_on(
     assert shown.count("request   ") == 2
     assert f"Report: {tmp_path / 'report.html'}" in shown
     assert f"scripts/generate.py --adapter {adapter} --prompt" in shown
+    assert f"scripts/chat.py --adapter {adapter} --system" in shown
     found = read_json(tmp_path / "results.json")["scores"]
     assert found["base"]["json_exact"]["value"] == 0.0
     assert "Evaluation of" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -135,15 +135,17 @@ def _over_steps(gates: dict[int, Strengths]) -> str:
     chosen = _spread(sorted(gates), 32)
     layers = sorted({layer for step in chosen for layer in gates[step]})
     values = [[fmean(gates[step].get(layer, [math.nan])) for step in chosen] for layer in layers]
-    names = list(map(str, layers)), list(map(str, chosen))
-    return plots.heat(values, *names, row_title="layers", column_title="steps")
+    rows, columns = list(map(str, layers)), list(map(str, chosen))
+    return plots.heat(values, rows, columns, row_title="layers", column_title="steps")
 
 
 def _by_head(of: Strengths, most: float) -> str:
     """Draw layers by heads, shaded in proportion to ``most``."""
     heads = list(map(str, range(max(map(len, of.values())))))
-    titles = {"row_title": "layers", "column_title": "attention heads"}
-    return plots.heat(list(of.values()), list(map(str, of)), heads, most=most, **titles)
+    rows = list(of.values())
+    return plots.heat(
+        rows, list(map(str, of)), heads, row_title="layers", column_title="attention heads", most=most
+    )
 
 
 def _sample(sample: Sample) -> str:
