@@ -241,7 +241,7 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
         return s * (joined + max(logits, tokens * (3 * model.n_hidden + 5 * model.n_embd)))
     view, _ = _plan(row, model.head_dim)
     view.plan(None)
-    sights = [group.sight for group in view.planned]
+    sights = [group.sight for group in view.planned if group.sight is not None]
     pairs = max((x.numel() for x in sights if x[0].numel() <= MOST_SCORED), default=0)
     states = tokens * model.n_embd * 4
     layer = tokens * 3 * model.n_hidden * s + 5 * states
