@@ -67,6 +67,8 @@ def test_hyperparameters_stand_beside_the_newest_losses(tiny: Callable[..., Conf
     )
     names = [metric.name.tag for metric in experiment.experiment.metric_infos]
     assert names == ["loss/held_out", "loss/train"]
+    first = [setting.name for setting in experiment.experiment.hparam_infos if setting.differs]
+    assert sorted(first) == ["adapter.gate", "adapter.prompt_length", "optim.lr", "seed"]
     for name in names:
         assert events.Scalars(name)[-1].step == 3
 

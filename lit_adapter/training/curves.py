@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
 from lit_adapter.training.notices import Say
@@ -17,6 +18,8 @@ from lit_adapter.training.notices import Say
 LOSSES = ("loss/held_out", "loss/train")
 """The curves whose newest values stand on the page HPARAMS."""
 LORA_ON, LORA_RANK = "adapter.lora.on", "adapter.lora.rank"
+VARIED = ("adapter.gate", LORA_RANK, "adapter.prompt_length", "optim.lr", "seed")
+"""Settings in which runs differ most often."""
 
 
 class Curves(TensorBoardLogger):
@@ -54,8 +57,19 @@ class Curves(TensorBoardLogger):
             for name, value in chosen.items()
             if name == "seed" or (value not in (None, False, 0) and (name != LORA_ON or settings[LORA_RANK]))
         }
-        for summary in hparams(known, dict.fromkeys(LOSSES, 0.0)):
+        experiment, *rest = hparams(known, dict.fromkeys(LOSSES, 0.0))
+        _put_first(experiment, VARIED)
+        for summary in (experiment, *rest):
             self.experiment.add_summary(summary)
+
+
+def _put_first(experiment: Any, names: Sequence[str]) -> None:
+    """Let the page begin with these settings: it shows five at first, those marked as differing first."""
+    content = experiment.value[0].metadata.plugin_data
+    known = HParamsPluginData.FromString(content.content)
+    for setting in known.experiment.hparam_infos:
+        setting.differs = setting.name in names
+    content.content = known.SerializeToString()
 
 
 def _quiet(hook: Callable[[Any], Any], failure: Any) -> None:
