@@ -32,14 +32,14 @@ def parts_of(config: AdapterConfig) -> list[TrainedPart]:
     return [PARTS[name](config) for name in config.parts]
 
 
-def attach(model: Llama, config: AdapterConfig, seed: int = 0) -> None:
-    """Give a frozen model what ``config`` trains; prompts are drawn with ``seed``.
+def attach(model: Llama, config: AdapterConfig, seed: int | None = 0) -> None:
+    """Give a frozen model what ``config`` trains; prompts are drawn with ``seed``, or with None left unset.
 
     Raises:
         UserError: more adapted layers than layers.
     """
     model.adapter = config
-    generator = torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     for part in parts_of(config):
         part.attach(model, generator)
 

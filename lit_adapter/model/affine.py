@@ -99,7 +99,7 @@ class NormPart(TrainedPart):
             norms |= {f"{block}.{norm.name}": norm.width for norm in block_layout(model).norms}
         return {f"{name}.adapter_weight": (width,) for name, width in norms.items()}
 
-    def attach(self, model: Llama, generator: torch.Generator) -> None:
+    def attach(self, model: Llama, generator: torch.Generator | None) -> None:
         """Replace the norms."""
         for tensor in self.shapes(model.config):
             name = tensor.rpartition(".")[0]
@@ -137,7 +137,7 @@ class LinearPart(TrainedPart):
             for tensor in AdaptedLinear.trained
         }
 
-    def attach(self, model: Llama, generator: torch.Generator) -> None:
+    def attach(self, model: Llama, generator: torch.Generator | None) -> None:
         """Replace the linear layers."""
         for name, (_, axis) in self._axes(model.config).items():
             model.set_submodule(name, AdaptedLinear(model.get_submodule(name), axis))  # type: ignore[arg-type]

@@ -109,16 +109,17 @@ class LoraPart(TrainedPart):
                 shapes[f"{block}.{linear.name}.lora_b"] = (linear.n_out, rank)
         return shapes
 
-    def attach(self, model: Llama, generator: torch.Generator) -> None:
+    def attach(self, model: Llama, generator: torch.Generator | None) -> None:
         """Replace the layers; A is uniform with variance 1 / (3 n_in), as in PEFT, and B is 0."""
         for block in block_names(model.config):
             for declared in self._layers(model.config):
                 name = f"{block}.{declared.name}"
                 frozen: Any = model.get_submodule(name)
                 linear = LoraLinear(frozen, self.config.lora, declared.shard)
-                bound = declared.n_in**-0.5
-                drawn = torch.empty(linear.lora_a.shape).uniform_(-bound, bound, generator=generator)
-                linear.lora_a.data.copy_(drawn)
+                if generator is not None:
+                    bound = declared.n_in**-0.5
+                    drawn = torch.empty(linear.lora_a.shape).uniform_(-bound, bound, generator=generator)
+                    linear.lora_a.data.copy_(drawn)
                 model.set_submodule(name, linear)
 
     def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:

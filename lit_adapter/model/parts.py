@@ -56,8 +56,8 @@ class TrainedPart(ABC):
         """Return the name and shape of every tensor of the part."""
 
     @abstractmethod
-    def attach(self, model: Llama, generator: Generator) -> None:
-        """Give a frozen model the part's modules, initialised with ``generator``."""
+    def attach(self, model: Llama, generator: Generator | None) -> None:
+        """Give a frozen model the part's modules, initialised with ``generator``; None: loaded afterwards."""
 
     @abstractmethod
     def summary(self, model: LlamaConfig, count: Mapping[str, int]) -> str:

@@ -163,15 +163,15 @@ class PrefixPart(TrainedPart):
             }
         return shapes
 
-    def attach(self, model: Llama, generator: torch.Generator) -> None:
+    def attach(self, model: Llama, generator: torch.Generator | None) -> None:
         """Attach prefixes with normally distributed prompts and gates of 0."""
         for index in self.config.adapted_layers(model.config.n_layer):
             attention = model.layers[index].self_attn
             device = attention.o_proj.weight.device
             with torch.device("cpu"):
                 prefix = GatedPrefix(self.config, model.config)
-            with torch.no_grad():
-                prefix.prompt.normal_(0.0, self.config.prompt_init_std, generator=generator)
+            if generator is not None:
+                nn.init.normal_(prefix.prompt, 0.0, self.config.prompt_init_std, generator)
             # On the meta device the base is not loaded yet, but the adapter has its values.
             attention.prefix = prefix if device.type == "meta" else prefix.to(device)
 
