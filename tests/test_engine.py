@@ -25,12 +25,13 @@ from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
-from lit_adapter.model.adapter import adapter_state
+from lit_adapter.model.adapter import adapter_parameters, adapter_state
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.norms import normed
 
 KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=2, prompt_length=4),
@@ -64,7 +65,10 @@ def adapter_of(base: Llama, config: AdapterConfig | None, seed: int) -> Adapter:
     if config is None:
         return Adapter.of(base)
     state = adapter_state(open_adapter(copy.deepcopy(base), config, seed=seed))
-    return Adapter.of(attached(base, config, state, "it"), base)
+    model = attached(base, config, state, "it")
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(torch.promote_types(torch.float32, base.embed_tokens.weight.dtype))
+    return Adapter.of(model, base)
 
 
 def eight(base: Llama) -> list[Adapter]:
@@ -101,7 +105,11 @@ def test_eight_requests_with_eight_adapters_and_settings(sizes: dict[str, Any]) 
 @pytest.mark.parametrize("executor", [CpuDecode, ModuleDecode])
 def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., Any]) -> None:
     base = base_of(torch.float64)
-    prefixes = [adapter.prefixes for adapter in eight(base)]
+    adapters = eight(base)
+    if executor is CpuDecode:
+        adapters[3] = adapter_of(base, replace(KINDS[3] or V2, norms=True), 3)
+        assert adapters[3].prefixes.norms is not None
+    prefixes = [adapter.prefixes for adapter in adapters]
     with torch.inference_mode():
         mixed = executor(base, 8, 40)
         singles = [executor(base, 1, 40) for _ in prefixes]
@@ -121,15 +129,30 @@ def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., A
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_adapters_with_norms_answer_beside_others() -> None:
-    """Each in a lane of its own; those that are prefixes alone share the base's."""
-    base = base_of()
+@pytest.mark.parametrize("sizes", [{}, {"head_norms": True}], ids=["llama", "norms of heads"])
+def test_adapters_with_norms_share_steps_with_others(sizes: dict[str, Any]) -> None:
+    """With prefixes alone, and with the base; an adapter of linear layers has a lane of its own."""
+    base = base_of(**sizes)
     forms = [replace(KINDS[5] or V2, norms=True), AdapterConfig(norms=True, prompt_length=0), V2]
     adapters = eight(base)[:5] + [adapter_of(base, form, n) for n, form in enumerate(forms)]
-    assert len({adapter.model for adapter in adapters}) == 4
+    assert len({adapter.model for adapter in adapters}) == 2
+    own = [Adapter.of(adapter.prefixes.norms.model) for adapter in adapters[5:7] if adapter.prefixes.norms]
     wanted = [alone(number, adapters) for number in range(8)]
-    assert together(adapters) == wanted
+    assert [alone(number, [*adapters[:5], *own, adapters[7]]) for number in range(8)] == wanted
+    for batch_size in (8, 3):
+        assert together(adapters, batch_size) == wanted
     assert alone(6, eight(base)) != wanted[6] or alone(5, eight(base)) != wanted[5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_each_row_are_those_of_one_model_to_the_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(5, 96, generator=generator) for _ in range(2))
+    x, weights = x.to(dtype), weights + 1
+    together = normed(x, weights, 1e-5)
+    for n, weight in enumerate(weights):
+        doubled = torch.cat((weight, torch.zeros_like(weight)))
+        assert torch.equal(together[n : n + 1], normed(x[n : n + 1], doubled, 1e-5))
 
 
 @pytest.mark.slow
@@ -137,7 +160,7 @@ def test_adapters_with_norms_answer_beside_others() -> None:
 @given(st.data())
 def test_joining_and_leaving_in_any_order_changes_nobodys_answer(data: st.DataObject) -> None:
     base = base_of()
-    adapters = [*eight(base)[:7], adapter_of(base, V2, 7)]
+    adapters = [*eight(base)[:6], adapter_of(base, AdapterConfig(norms=True), 6), adapter_of(base, V2, 7)]
     waiting = data.draw(st.permutations(range(8)))
     requests = {number: Request(PROMPTS[number], HOW[number], adapters[number]) for number in waiting}
     found: dict[int, list[int]] = {number: [] for number in waiting}

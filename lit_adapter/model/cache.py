@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from lit_adapter.grouping import n_common
 from lit_adapter.model.attention import BaseView, attend_causally, sees
 from lit_adapter.model.llama import Attention, Llama
 from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
+
+if TYPE_CHECKING:
+    from lit_adapter.model.norms import Norms
 
 LEAST_SAVED = 64
 """Tokens, of all prompts that are read together, below which their common start is read with each of them."""
@@ -46,18 +49,21 @@ class Prefixes:
     """Indices of the adapted layers."""
     stacked: PrefixState | None = None
     """The states of these layers, all tensors ``[L, ...]``; None without a prefix."""
+    norms: Norms | None = None
+    """The norms that the adapter trains beside them, if those are not the executor's model's: that model then
+    decodes with these norms, and theirs reads the prompts."""
 
     @classmethod
-    def of(cls, states: Sequence[PrefixState | None]) -> Prefixes:
+    def of(cls, states: Sequence[PrefixState | None], norms: Norms | None = None) -> Prefixes:
         """Stack the states of all layers, None for a layer without a prefix."""
         found = {layer: state for layer, state in enumerate(states) if state is not None}
         if not found:
-            return cls()
+            return cls(norms=norms)
         k, v, strength = (
             torch.stack([getattr(state, name) for state in found.values()]) for name in ("k", "v", "strength")
         )
         some = next(iter(found.values()))
-        return cls(tuple(found), PrefixState(k, v, strength, some.unrotated))
+        return cls(tuple(found), PrefixState(k, v, strength, some.unrotated), norms)
 
     @property
     def length(self) -> int:
@@ -299,6 +305,9 @@ class ModuleDecode:
         self.prefixes.assign([slot], prefixes)
         return self._read_from(done, [prompt], [slot], prefixes)
 
+    def _reader(self, prefixes: Prefixes) -> Llama:
+        return self.model if prefixes.norms is None else prefixes.norms.model
+
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
         """Read the prompts of requests with the same adapter, and their common start once.
 
@@ -330,8 +339,8 @@ class ModuleDecode:
         view = (RestView if n else PrefillView)(self, position, prefixes, where)
         last = torch.tensor([len(rest) - 1 for rest in rests], device=self.device)
         if len(prompts) == 1:  # the last layer then computes the last position alone
-            return self.model(ids, view, last)[:, 0]
-        return self.model(ids, view)[torch.arange(len(prompts), device=self.device), last]
+            return self._reader(prefixes)(ids, view, last)[:, 0]
+        return self._reader(prefixes)(ids, view)[torch.arange(len(prompts), device=self.device), last]
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put the newest tokens of the first B slots into the cache.

@@ -25,8 +25,9 @@ from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
-from lit_adapter.model.llama import Attention, Block, Llama, normalised
+from lit_adapter.model.llama import Block, Llama, normalised
 from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
+from lit_adapter.model.norms import Norms, StepNorms, normed
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
 
@@ -69,13 +70,11 @@ def _n_parts(n_outputs: int) -> int:
 
 
 class _Layer:
-    """A layer's matrices, the weights of its norms as `_norm` takes them, and its window and positions."""
+    """A layer's matrices, and its window and positions."""
 
     def __init__(self, block: Block, layout: BlockLayout, updates: dict[str, JoinedLora]) -> None:
         attention = block.self_attn
         self.window, self.is_rotated = attention.window, attention.is_rotated
-        self.before, self.between = _doubled(block.input_layernorm), _doubled(block.post_attention_layernorm)
-        self.of_heads = _of_heads(attention, layout)
         matrices = {
             group: _Matrix([block.get_submodule(name) for name in names], updates.get(group))
             for group, names in layout.groups.items()
@@ -85,7 +84,7 @@ class _Layer:
 
 
 class DecodeWeights:
-    """A model's joined matrices and the weights of its norms.
+    """A model's joined matrices, and its norms.
 
     Args:
         model: one for which `unsupported` returns None; it keeps using the joined matrices.
@@ -93,7 +92,7 @@ class DecodeWeights:
 
     def __init__(self, model: Llama) -> None:
         with torch.inference_mode(False):  # the model may be trained later
-            self.norm, self.head = _doubled(model.norm), _Matrix([model.lm_head])
+            self.norms, self.head = Norms.of(model), _Matrix([model.lm_head])
             layout, updates = block_layout(model.config), join_updates(model, model.embed_tokens.weight.dtype)
             blocks = zip(model.layers, updates, strict=True)
             self.layers = [_Layer(block, layout, update) for block, update in blocks]
@@ -102,34 +101,17 @@ class DecodeWeights:
 def unsupported(model: Llama, setting: Setting) -> str | None:
     """Return why `CpuDecode` cannot compute ``model``; None where it can."""
     free = free_bytes(torch.device("cpu"))
-    n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    parameters = list(model.parameters())
+    n_bytes = sum(parameter.nbytes for parameter in parameters)
     reasons = (
         (model.is_sharded or model.n_shards > 1, "the model is sharded"),
-        (any(parameter.requires_grad for parameter in model.parameters()), "the model is being trained"),
+        (any(parameter.requires_grad for parameter in parameters), "the model is being trained"),
         (
             model.decode_weights is None and free is not None and n_bytes > free,
             "joining the matrices takes more memory than is free",
         ),
     )
     return next((why for applies, why in reasons if applies), None) or survey.obstacle(model, KNOWN)
-
-
-def _doubled(norm: Any) -> Tensor:
-    return torch.cat((norm.used_weight, torch.zeros_like(norm.used_weight)))
-
-
-def _of_heads(attention: Attention, layout: BlockLayout) -> Tensor | None:
-    """Return the weights of the norms of queries and keys, ``[H + G, D]``; None in a model without them."""
-    norms = (attention.q_norm, attention.k_norm)
-    counts = (layout[f"self_attn.{name}_proj"].rotated_heads for name in "qk")
-    rows = [norm.used_weight.expand(n, -1) for norm, n in zip(norms, counts, strict=True) if norm is not None]
-    return torch.cat(rows) if rows else None
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the root mean square norm of ``x [B, C]``: the layer norm of x and -x, whose mean is 0."""
-    C = x.shape[-1]
-    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * C,), weight, None, eps)[:, :C]
 
 
 @dataclass
@@ -179,30 +161,34 @@ class CpuDecode(ModuleDecode):
     ``model`` is one for which `unsupported` returns None.
     """
 
+    _norms: StepNorms
+    """Of the rows of the last step."""
+
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         super().__init__(model, n_slots, length)
         config = model.config
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.head_dim**-0.5
-        self._rows: list[Prefixes] = []  # whose prefixes are baked
+        self._rows: list[Prefixes] = []  # whose prefixes are baked, and whose norms are joined
         self._baked: list[_Baked | None] = []
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put the newest tokens of the first B slots into the cache; see `ModuleDecode.step`."""
-        model, step = self.model, self._prepared(position)
+        model = self.model
         if model.decode_weights is None:  # joined now, not earlier: the first token has not waited for it
             model.decode_weights = DecodeWeights(model)
         weights: DecodeWeights = model.decode_weights
+        step = self._prepared(position, weights.norms)
+        norms, eps = self._norms, model.config.norm_eps
         x = F.embedding(torch.tensor(token), model.embed_tokens.weight)
-        eps = model.config.norm_eps
         for index, layer in enumerate(weights.layers):
-            qkv = layer.qkv(_norm(x, layer.before, eps))
+            qkv = layer.qkv(normed(x, norms.before[index], eps))
             x = x + layer.o(self._attend(index, layer, qkv, step))
-            gate, up = layer.gate_up(_norm(x, layer.between, eps)).chunk(2, dim=-1)
+            gate, up = layer.gate_up(normed(x, norms.between[index], eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
-        return weights.head(_norm(x, weights.norm, eps))
+        return weights.head(normed(x, norms.last, eps))
 
-    def _prepared(self, position: Sequence[int]) -> _Step:
+    def _prepared(self, position: Sequence[int], norms: Norms) -> _Step:
         place, used = torch.tensor(position), max(position) + 1
         cos, sin = self.model.rotation(place)  # [B, D/2]
         rotation = (torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
@@ -212,6 +198,7 @@ class CpuDecode(ModuleDecode):
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
+            self._norms = StepNorms.of([norms if row.norms is None else row.norms for row in rows])
         return _Step(rotation, place, used, sights)
 
     def _sight(self, position: Sequence[int], window: int | None) -> _Sight:
@@ -256,8 +243,9 @@ class CpuDecode(ModuleDecode):
         """Keep the new keys and values, and return attention with its prefix branch ``[B, H D]``."""
         B, H, G, D = len(qkv), self.H, self.G, self.D
         heads, new_values = qkv.view(B, H + 2 * G, D).split([H + G, G], dim=1)
-        if layer.of_heads is not None:
-            heads = (normalised(heads, self.model.config.norm_eps) * layer.of_heads).to(qkv.dtype)
+        of_heads = self._norms.of_heads[index]
+        if of_heads is not None:
+            heads = (normalised(heads, self.model.config.norm_eps) * of_heads).to(qkv.dtype)
         turned, sight = self._turned(heads, step) if layer.is_rotated else heads, step.sights[layer.window]
         q, hidden = turned[:, :H], sight.hidden
         keys, values = self._keep(index, turned[:, H:], new_values, step, sight.start)
