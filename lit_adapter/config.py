@@ -279,7 +279,7 @@ class Config:
     seed: int = 1337
     """Seed of the initial prompts, of the order of the records and of the split."""
     init_from: str | None = None
-    """Initial adapter: an adapter.safetensors of the same base, sizes and form."""
+    """Initial adapter: the file or run folder of one of the same base, sizes and form."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -26,8 +26,9 @@ FORM = ("--adapter.layers", "3", "--adapter.prompt_length", "5", "--optim.max_st
 def test_a_run_starts_from_the_file_and_resumes_to_the_byte(
     tiny: Callable[..., Config], tiny_base: Path, tmp_path: Path
 ) -> None:
-    start = save_random_adapter(tiny_base, tmp_path / "start.safetensors", seed=3)
-    still = tiny(*FORM, "--optim.lr", "0", "--init-from", str(start), out="still")
+    (tmp_path / "run").mkdir()
+    start = save_random_adapter(tiny_base, tmp_path / "run" / "adapter.safetensors", seed=3)
+    still = tiny(*FORM, "--optim.lr", "0", "--init-from", str(start.parent), out="still")
     lines = Stopper()
     finetune(still, say=lines)
     assert f"starting from {start}" in lines.lines

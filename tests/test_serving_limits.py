@@ -368,9 +368,11 @@ def test_after_the_grace_an_answer_ends_with_an_error(
 
 COMMANDS: list[tuple[list[str], str]] = [
     ([], "give --base FOLDER, or an adapter with --adapter NAME=FILE"),
-    (["--adapter", "a.safetensors"], "--adapter 'a.safetensors': expected NAME=FILE"),
-    (["--adapter", "a=x", "--adapter", "a=y"], "the name is taken by x"),
-    (["--adapter", "../a=x"], "adapter name '../a': expected letters, digits"),
+    (["--adapter", "a="], "--adapter 'a=': expected NAME=FILE, or a file"),
+    (["--adapter", "a.safetensors"], "a.safetensors: no such adapter file"),
+    (["--adapter", "a=x", "--adapter", "a=y"], "the name a is taken by x; give NAME=FILE"),
+    (["--adapter", "out/a", "--adapter", "b/a.safetensors"], "the name a is taken by out/a"),
+    (["--adapter", "../a=x"], "--adapter '../a=x': 'a=x' cannot be its name; give NAME=../a=x"),
     (
         ["--base", "b", "--host", "0.0.0.0"],
         "--host 0.0.0.0 can be reached from elsewhere; give --api-keys FILE",

@@ -37,7 +37,10 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     choices = _choices(options, sampling)
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
+    from lit_adapter.weights.adapter_search import adapter_file
 
+    if options.adapter is not None:
+        options.adapter = str(adapter_file(options.adapter))
     chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
     choice = answering.ModelChoice(**chosen)
     if task is None:
@@ -64,7 +67,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
 
 def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser = command_parser(COMMANDS["generate"], program)
-    parser.add_argument("--adapter", metavar="FILE", help="adapter.safetensors of a run")
+    parser.add_argument("--adapter", metavar="FILE", help="adapter.safetensors of a run, or the run's folder")
     parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
     parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
     parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")

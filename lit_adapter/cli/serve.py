@@ -6,9 +6,15 @@ from typing import Any
 
 from lit_adapter.cli.command import check_least, command_parser, parse
 from lit_adapter.cli.main import COMMANDS
-from lit_adapter.errors import UserError, shorten
+from lit_adapter.errors import UserError
 from lit_adapter.serving.limits import Limits
+from lit_adapter.serving.names import named_adapters
 from lit_adapter.serving.options import ServerOptions
+
+ADAPTER = (
+    "an adapter's file or run folder; its name is that of the run folder or file unless it is given; "
+    "may be repeated"
+)
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -31,7 +37,7 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     default, limits = ServerOptions(), Limits()
     parser = command_parser(COMMANDS["serve"], program)
     add = parser.add_argument
-    add("--adapter", metavar="NAME=FILE", action="append", help="an adapter and its name; may be repeated")
+    add("--adapter", metavar="[NAME=]FILE", action="append", help=ADAPTER)
     add("--adapters", metavar="FOLDER", help="a folder of adapters, watched: NAME.safetensors in it, or runs")
     add("--base", metavar="FOLDER", help="by default the base that the first adapter names")
     add("--template", help="of the plain base: its own chat template by default, else alpaca")
@@ -59,7 +65,7 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
 
 def _options(given: Any) -> ServerOptions:
     return ServerOptions(
-        adapters=_named(given.adapter or []),
+        adapters=named_adapters(given.adapter or []),
         folder=_path(given.adapters),
         base=_path(given.base),
         template=given.template,
@@ -82,16 +88,3 @@ def _options(given: Any) -> ServerOptions:
 
 def _path(given: str | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-def _named(given: Sequence[str]) -> dict[str, Path]:
-    """Return the files of ``NAME=FILE`` by name."""
-    found: dict[str, Path] = {}
-    for word in given:
-        name, equals, file = word.partition("=")
-        if not (name and equals and file):
-            raise UserError(f"--adapter {shorten(word)}: expected NAME=FILE")
-        if name in found:
-            raise UserError(f"--adapter {shorten(word)}: the name is taken by {found[name]}")
-        found[name] = Path(file)
-    return found

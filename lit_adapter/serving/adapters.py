@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,26 +14,12 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
+from lit_adapter.serving.names import NAME, check_name
+from lit_adapter.weights.adapter_search import FILE
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-FILE = "adapter.safetensors"
 SUFFIX = ".safetensors"
-
-
-def check_name(name: str) -> str:
-    """Return a name that an adapter can have.
-
-    Raises:
-        UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or more than 100.
-    """
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"adapter name {shorten(name)}: expected letters, digits, '.', '_' and '-', 100 at most, "
-            "a letter or digit first"
-        )
-    return name
 
 
 @dataclass(frozen=True)
@@ -149,9 +134,9 @@ class Adapters:
         """
         if self.folder is None:
             raise ApiError(400, "this server was started without --adapters FOLDER", code="no_folder")
-        path = self._listed().get(name)
+        path = self.listed().get(name)
         if path is None:
-            known = ", ".join(sorted(self._listed())[:10]) or "nothing"
+            known = ", ".join(sorted(self.listed())[:10]) or "nothing"
             raise ApiError(
                 404,
                 f"the folder of adapters has no {shorten(name)}; it has {known}",
@@ -165,7 +150,7 @@ class Adapters:
             raise ApiError(400, told, param="name", code="adapter_refused") from None
         return self._served[name]
 
-    def _listed(self) -> Mapping[str, Path]:
+    def listed(self) -> Mapping[str, Path]:
         """Return the folder's adapter files by name; other entries are left out."""
         found: dict[str, Path] = {}
         if self.folder is None:
@@ -190,7 +175,7 @@ class Adapters:
         ``patient``. One that is refused is logged, and tried again when it has changed.
         """
         try:
-            listed = self._listed()
+            listed = self.listed()
             states = {name: State.of(path) for name, path in listed.items()}
         except OSError as error:
             logger.warning("folder of adapters %s: %s", self.folder, error.strerror)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -25,13 +26,14 @@ from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.llama import Llama
-from lit_adapter.serving.adapters import Adapters, check_name
+from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.app import Service, make_app
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.guard import LOCAL, Guard
 from lit_adapter.serving.jobs import Jobs, Postbox
 from lit_adapter.serving.keys import Keys
 from lit_adapter.serving.metrics import Metrics
+from lit_adapter.serving.names import check_name
 from lit_adapter.serving.options import ServerOptions
 from lit_adapter.serving.worker import Worker
 from lit_adapter.streams import say
@@ -114,9 +116,14 @@ def load_adapters(options: ServerOptions) -> Adapters:
         verify=options.verify,
     )
     adapters = Adapters(base, base.base_name, folder)
+    gc.freeze()  # what stays is not looked through again with every few adapters that are loaded
     for name, path in options.adapters.items():
+        other = adapters.listed().get(name)
+        if other is not None and not (path.exists() and path.samefile(other)):
+            raise UserError(f"--adapter {name}: {other} has the same name; give the adapter another")
         adapters.load(name, path)
     adapters.scan(patient=False)
+    gc.freeze()
     return adapters
 
 

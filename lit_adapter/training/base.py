@@ -23,6 +23,7 @@ from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.weights.adapter_file import BaseIdentity, base_identity, check_base, read_adapter
+from lit_adapter.weights.adapter_search import adapter_file
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import check_converted, read_config
 from lit_adapter.weights.load import empty_base, load_base
@@ -90,7 +91,7 @@ def read_initial_adapter(
     """
     if config.init_from is None:
         return InitialAdapter()
-    path = Path(config.init_from)
+    path = adapter_file(config.init_from)
     if saved_sha256 is not None and not path.exists():
         say(f"{path}: is gone, and not needed: the checkpoint has what came of it")
         return InitialAdapter(sha256=saved_sha256)

@@ -1,0 +1,24 @@
+"""Where the adapter is that a user names: the same for every command that takes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FILE = "adapter.safetensors"
+"""What a run's folder calls its adapter."""
+RUNS = Path("out")
+"""Where runs are, unless their configuration says otherwise."""
+
+
+def adapter_file(name: str | Path) -> Path:
+    """Return the file of an adapter named by its path, by its run's folder, or by the run's name in ``out``.
+
+    A name that fits nothing is returned as it is: whoever reads it says what is there instead.
+    """
+    given = Path(name).expanduser()
+    for path in (given, RUNS / name):
+        if path.is_file():
+            return path
+        if (path / FILE).is_file():
+            return path / FILE
+    return given

@@ -1,0 +1,67 @@
+"""An adapter is named by its file, its run's folder or its run's name, wherever one is asked for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from generation_fixtures import CHOICES, save_random_adapter, script
+
+from lit_adapter.errors import UserError
+from lit_adapter.serving.names import named_adapters
+from lit_adapter.serving.options import ServerOptions
+from lit_adapter.serving.run import load_adapters
+
+
+@pytest.fixture
+def run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run, from whose grandparent commands are given."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "out" / "colours"
+    folder.mkdir(parents=True)
+    save_random_adapter(tiny_base, folder / "adapter.safetensors")
+    return folder
+
+
+def test_generate_takes_a_run(run: Path, tiny_base: Path) -> None:
+    fixed = ("--base", tiny_base, "--prompt", "Say it.", "--max_new_tokens", 8, *CHOICES)
+    wanted = script("--adapter", run / "adapter.safetensors", *fixed)
+    assert wanted != script(*fixed)
+    for name in (run, "out/colours", "colours"):
+        assert script("--adapter", name, *fixed) == wanted
+
+
+def test_a_server_takes_a_run_and_its_name(run: Path, tiny_base: Path) -> None:
+    shutil.copy(run / "adapter.safetensors", "plain.safetensors")
+    file = Path("out/colours/adapter.safetensors")
+    for word in ("out/colours", "colours", str(file)):
+        assert named_adapters([word]) == {"colours": file}
+    assert named_adapters(["colours", "plain.safetensors", "x=colours"]) == {
+        "colours": file,
+        "plain": Path("plain.safetensors"),
+        "x": file,
+    }
+    options = ServerOptions(
+        adapters=named_adapters([str(run)]), base=tiny_base, device="cpu", dtype="float32"
+    )
+    assert [served.name for served in load_adapters(options)][1:] == ["colours"]
+
+
+def test_a_word_that_may_mean_two_things_is_refused(run: Path, tiny_base: Path) -> None:
+    for name in ("x=plain.safetensors", "plain.safetensors"):
+        shutil.copy(run / "adapter.safetensors", name)
+    with pytest.raises(UserError, match=r"is there, and may also be the file plain.safetensors .* name x;"):
+        named_adapters(["x=plain.safetensors"])
+    assert named_adapters(["y=x=plain.safetensors"]) == {"y": Path("x=plain.safetensors")}
+    assert named_adapters(["x=./plain.safetensors"]) == {"x": Path("plain.safetensors")}
+
+
+def test_a_name_that_the_folder_has_too_is_refused(run: Path, tiny_base: Path) -> None:
+    shutil.copytree(run, "adapters/colours")
+    given = {"base": tiny_base, "folder": Path("adapters"), "device": "cpu", "dtype": "float32"}
+    options = ServerOptions(adapters=named_adapters(["colours"]), **given)
+    with pytest.raises(UserError, match=r"--adapter colours: adapters/colours/.* has the same name"):
+        load_adapters(options)
+    options = ServerOptions(adapters=named_adapters(["adapters/colours"]), **given)
+    assert len(load_adapters(options)) == 1
