@@ -23,8 +23,10 @@ import lit_adapter
 from lit_adapter.cli.chat import main
 from lit_adapter.data.records import read_records
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.loaded_models import LoadedModels
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.generation.terminal import Conversation, adapter_file, converse
+from lit_adapter.generation.terminal import Conversation, converse
+from lit_adapter.weights.adapter_search import adapter_file
 
 HOW = {"max_new_tokens": 8}
 
@@ -37,7 +39,7 @@ def model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> AdaptedL
 
 @pytest.fixture
 def talk(model: AdaptedLlama) -> Conversation:
-    return Conversation(model, Sampling(**HOW), io.StringIO(), name="ours")
+    return Conversation(LoadedModels(model, "ours"), Sampling(**HOW), io.StringIO())
 
 
 def user(*texts: str) -> list[dict[str, Any]]:
@@ -81,20 +83,27 @@ def test_what_is_saved_can_be_trained_on(talk: Conversation, tmp_path: Path) -> 
 
 
 def test_another_adapter_goes_on_with_the_conversation(
-    talk: Conversation, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    talk: Conversation,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "other").mkdir(parents=True)
     path = save_random_adapter(tiny_base, tmp_path / "out/other/adapter.safetensors", seed=8)
     assert adapter_file("other") == adapter_file("out/other") == Path("out/other/adapter.safetensors")
-    first_model = talk.model
+    first_model = talk.partner.model
     converse(talk, iter(["Say it.", "/adapter other", "Again."]))
     other = lit_adapter.load(path, tiny_base, device="cpu", dtype="float32")
     assert talk.messages[-1]["content"] == other.chat(talk.messages[:-1], **HOW)
     converse(talk, iter(["/adapter none", "And now?"]))
     assert talk.messages[-1]["content"] == first_model.base.chat(talk.messages[:-1], **HOW)
     converse(talk, iter(["/adapter ours"]))
-    assert talk.model is first_model
+    assert talk.partner.model is first_model
+    capsys.readouterr()
+    converse(talk, iter(["/adapter"]))
+    assert capsys.readouterr().err == "  none\n  ours  (answers now)\n  other\n"
 
 
 def test_the_past_is_not_computed_again(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +116,12 @@ def test_the_past_is_not_computed_again(talk: Conversation, monkeypatch: pytest.
         read.extend(self.slots[slot].computed for slot in slots if not self.slots[slot].answer)
         whole(self, logits, slots)
 
-    talk.model.forget()
+    talk.partner.model.forget()
     monkeypatch.setattr(Lane, "_choose", noted)
     converse(talk, iter(["Say it.", "Again.", "And again."]))
     assert len(read) == 3
     assert read[0] > max(read[1:])
-    words = len(talk.model.tokenizer.encode("### Instruction:\nAnd again.\n\n### Response:"))
+    words = len(talk.partner.model.tokenizer.encode("### Instruction:\nAnd again.\n\n### Response:"))
     assert read[2] <= words + 20  # also the answer's end, and what its text is encoded as
 
 
@@ -159,7 +168,20 @@ def test_lines_of_a_pipe_are_answered(
     assert plain == model.base.chat([system, *user("Say it.")], **HOW) + "\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["--adapter", "x", "--template", "chatml"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--adapter", "x", "--template", "chatml"],
+        ["--base", "x", "--api-key-file", "x"],
+        ["--url", "http://127.0.0.1:1", "--base", "x"],
+        ["--url", "http://127.0.0.1:1", "--stop_ids", "3"],
+        ["--url", ""],
+        ["--url", "127.0.0.1:8000"],
+        ["--url", "file:///etc/passwd"],
+        ["--url", "http://127.0.0.1:99999"],
+    ],
+)
 def test_options_that_make_no_sense(argv: list[str]) -> None:
     with pytest.raises(lit_adapter.UserError):
         main(argv)

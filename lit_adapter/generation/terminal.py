@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.files.paths import write_target
 from lit_adapter.files.write import write_bytes
-from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.streams import say, write_answer
 
@@ -24,39 +22,63 @@ COMMANDS = {
     "/undo": "take back the last message and its answer",
     "/system TEXT": "set the system prompt, or with no text remove it; this starts again",
     "/save FILE": "write the conversation as a line of JSONL that can be trained on",
-    "/adapter NAME": "go on with another adapter: a file, a run folder, or none for the plain base",
+    "/adapter NAME": "go on with another adapter, or none for the plain base; with no name list them",
     "/exit": "leave, as Ctrl-D does",
 }
-LEAST_ANSWER = 16
-"""Tokens of the context that an answer must have, or the conversation is too long."""
+
+
+class Partner(Protocol):
+    """Who answers: models in this process, or those of a server."""
+
+    name: str
+    """Of the model that answers now."""
+    cut_after: int | None
+    """The tokens after which the last answer was cut; None if it came to its own end."""
+
+    def names(self) -> list[str]:
+        """Return the names of the models that are there."""
+
+    def choose(self, name: str) -> None:
+        """Let another model answer from here on.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> Iterator[str]:
+        """Yield the answer to a conversation piece by piece.
+
+        Raises:
+            UserError: it cannot be given.
+        """
+
+    def stop(self) -> None:
+        """Wait no longer for the rest of an answer; called from a signal's handler."""
 
 
 class Conversation:
     """The messages so far, who answers them, and the commands.
 
     Args:
-        model: answers.
+        partner: answers.
         sampling: its settings.
         out: where answers go.
         system: the system prompt, or empty.
-        name: of the adapter that answers, as its user gave it; None for the plain base.
         interactive: whether a person types, who is told what happens.
     """
 
     def __init__(
         self,
-        model: AdaptedLlama,
+        partner: Partner,
         sampling: Sampling,
         out: TextIO,
         system: str = "",
-        name: str | None = None,
         *,
         interactive: bool = True,
     ) -> None:
-        self.model, self.sampling, self.out = model, sampling, out
+        self.partner, self.sampling, self.out = partner, sampling, out
         self.system, self.interactive = system, interactive
         self.messages: list[dict[str, Any]] = []
-        self.adapters = {"none": model.base} | ({name: model} if name is not None else {})
         self.left = False
 
     def take(self, line: str) -> None:
@@ -79,8 +101,8 @@ class Conversation:
         self.messages.append({"role": "user", "content": line})
         answer = ""
         try:
-            with _interrupts() as interrupted:
-                for piece in self._pieces():
+            with _interrupts(self.partner.stop) as interrupted:
+                for piece in self.partner.answer(self._all(), self.sampling):
                     answer += piece
                     write_answer(piece, self.out)
                     if interrupted():
@@ -89,20 +111,11 @@ class Conversation:
             self.messages.pop()
             raise
         write_answer("\n", self.out)
-        most = self.sampling.max_new_tokens
         if interrupted():
             self._tell("(stopped)")
-        elif len(self.model.tokenizer.encode(answer)) >= most:
-            self._tell(f"(ended after {most} tokens; --max_new_tokens allows more)")
+        elif self.partner.cut_after is not None:
+            self._tell(f"(ended after {self.partner.cut_after} tokens; --max_new_tokens allows more)")
         self.messages.append({"role": "assistant", "content": answer})
-
-    def _pieces(self) -> Iterator[str]:
-        settings = asdict(self.sampling)
-        room = self.model.room_for_chat(self._all())
-        if room < LEAST_ANSWER:
-            raise UserError("the conversation fills the base's context; /reset starts again")
-        settings["max_new_tokens"] = min(room, self.sampling.max_new_tokens)
-        return self.model.stream_chat(self._all(), **settings)
 
     def _command(self, name: str, argument: str) -> None:
         does: dict[str, Callable[[str], None]] = {
@@ -154,11 +167,12 @@ class Conversation:
 
     def _choose_adapter(self, argument: str) -> None:
         if not argument:
-            raise UserError(f"/adapter needs a name; loaded are {', '.join(self.adapters)}")
-        if argument not in self.adapters:
-            self.adapters[argument] = self.model.with_adapter(adapter_file(argument))
-        self.model = self.adapters[argument]
-        self._tell(f"({'the plain base' if argument == 'none' else argument} answers from here on)")
+            for name in self.partner.names():
+                self._tell(f"  {name}{'  (answers now)' if name == self.partner.name else ''}")
+            return
+        self.partner.choose(argument)
+        plain = self.partner.name == "none"
+        self._tell(f"({'the plain base' if plain else self.partner.name} answers from here on)")
 
     def _leave(self, argument: str) -> None:
         self.left = True
@@ -168,26 +182,16 @@ class Conversation:
             say(text, sys.stderr)
 
 
-def adapter_file(name: str) -> Path:
-    """Return the file of an adapter named by its path, by its run's folder, or by the run's name in out."""
-    given = Path(name).expanduser()
-    for path in (given, Path("out") / name):
-        if path.is_file():
-            return path
-        if (path / "adapter.safetensors").is_file():
-            return path / "adapter.safetensors"
-    return given
-
-
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C only be noticed, so that an answer ends between two tokens."""
+def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C only be noticed and call ``stop``, so that an answer ends between two tokens."""
     seen: list[int] = []
 
     def notice(number: int, frame: Any) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        stop()
 
     earlier = signal.signal(signal.SIGINT, notice)
     try:
