@@ -44,6 +44,9 @@ SERVING: tuple[Column, ...] = (
     ("slowest/fastest", number("slowest_to_fastest", ".2f")),
     ("first token p50, ms", number("first_p50", ",.1f", 1e3)),
     ("first token p99, ms", number("first_p99", ",.1f", 1e3)),
+    ("s", number("seconds", ",.1f")),
+    ("s of processors", number("cpu_seconds", ",.1f")),
+    ("MB each", number("bytes_each", ",.2f", 1e-6)),
 )
 
 

@@ -29,10 +29,10 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.model.adapter import adapter_parameters, adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.serving.options import ServerOptions
-from lit_adapter.serving.run import serve
+from lit_adapter.serving.run import load_adapters, serve
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
@@ -52,19 +52,47 @@ class Answered:
         return self.times[0]
 
 
-def save_adapters(base: Path, folder: Path, number: int, seed: int) -> dict[str, Path]:
-    """Write adapters of our default form with random prompts and open gates."""
-    raw, config = read_json(base / "config.json"), AdapterConfig()
+def save_adapters(
+    base: Path, folder: Path, number: int, seed: int, config: AdapterConfig, name: str = "a"
+) -> dict[str, Path]:
+    """Write adapters of one form with random prompts, open gates and norms about 1."""
+    raw = read_json(base / "config.json")
     shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     template = resolve_template("alpaca", load_tokenizer(base))
     info = AdapterInfo(config, base_identity(base), raw, template)
     found = {}
     for n in range(number):
         generator = torch.Generator().manual_seed(seed + n)
-        state = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        found[f"a{n}"] = folder / f"a{n}.safetensors"
-        save_adapter(found[f"a{n}"], state, info)
+        state = {
+            tensor: 0.3 * torch.randn(shape, generator=generator) + tensor.endswith("adapter_weight")
+            for tensor, shape in shapes.items()
+        }
+        found[f"{name}{n}"] = folder / f"{name}{n}.safetensors"
+        save_adapter(found[f"{name}{n}"], state, info)
     return found
+
+
+def own_bytes(model: AdaptedLlama) -> int:
+    """Return the bytes that an adapter takes beside its base, as trained and as decoding takes it."""
+    prefixes = model.adapter.prefixes
+    kept = [parameter for _, parameter in adapter_parameters(model.model)]
+    parts = [part for part in (prefixes.stacked, prefixes.norms) if part is not None]
+    kept += [x for part in parts for x in vars(part).values()]
+    return sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
+
+
+def load_many(report: Report, options: ServerOptions, paths: Sequence[Path], number: int) -> None:
+    """Load adapters from a few files, over and over, as a server does, and put the row into the report."""
+    adapters = load_adapters(options)
+
+    def load() -> None:
+        for n in range(number):
+            adapters.load(f"x{n}", paths[n % len(paths)])
+
+    wall, cpu = timed(load)
+    each = statistics.mean(own_bytes(served.model) for served in adapters if served.path is not None)
+    row: Row = {"name": f"{number} adapters loaded", "useful_tokens_per_s": None}
+    report.put(row | {"seconds": wall, "cpu_seconds": cpu, "bytes_each": each})
 
 
 @contextmanager
@@ -170,15 +198,19 @@ def compare(options: Any, report: Report) -> None:
         return [chance.randrange(100, vocab) for _ in range(n)]
 
     with TemporaryDirectory() as folder:
-        paths = save_adapters(base, Path(folder), streams, options.seed)
+        paths = save_adapters(base, Path(folder), streams, options.seed, AdapterConfig(norms=False))
+        normed = save_adapters(base, Path(folder), streams, options.seed, AdapterConfig(norms=True), "n")
         plain = load(base=base, device=options.device, dtype=options.base_dtype)
-        models = {name: plain.with_adapter(path) for name, path in paths.items()}
-        names = list(models)
-        given = {"base": base, "adapters": paths, "device": options.device, "slots": streams}
+        loading = ServerOptions(base=base, device=options.device, dtype=options.base_dtype)
+        load_many(report, loading, list(paths.values()), 200)
+        models = {name: plain.with_adapter(path) for name, path in (paths | normed).items()}
+        names = list(paths)
+        given = {"base": base, "adapters": paths | normed, "device": options.device, "slots": streams}
         with served(**given, context=max(1400, length + n_new), dtype=options.base_dtype) as url:
-            for kinds in (1, min(8, streams), streams):
-                asked = [names[n % kinds] for n in range(streams)]
-                _rates(report, url, asked, models, prompt, n_new, options.repeats)
+            for kinds in dict.fromkeys((1, min(8, streams), streams)):
+                for kind, of in (("", names), (" with norms", list(normed))):
+                    asked = [of[n % kinds] for n in range(streams)]
+                    _rates(report, url, asked, models, prompt, n_new, options.repeats, kind)
             alone = [asyncio.run(ask(url, names[0], prompt(512), 2)).first for _ in range(5)]
             _put(report, "first token of 512, idle", first=alone)
             capacity = report.rows[f"server, {streams} streams, {streams} adapters"]["useful_tokens_per_s"]
@@ -201,6 +233,7 @@ def _rates(
     prompt: Callable[[], list[int]],
     n_new: int,
     repeats: int,
+    kind: str,
 ) -> None:
     rates: dict[str, Seconds] = {"engine": [], "server": []}
     ratios, cpu, unfair = [], [], []
@@ -219,7 +252,7 @@ def _rates(
         unfair.append(max(last) / min(last))
     for name, values in rates.items():
         row: Row = {
-            "name": f"{name}, {len(names)} streams, {len(set(names))} adapters",
+            "name": f"{name}, {len(names)} streams, {len(set(names))} adapters{kind}",
             "useful_tokens_per_s": statistics.median(values),
             "useful_tokens_per_s_spread": [min(values), max(values)],
         }
