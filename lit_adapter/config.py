@@ -104,8 +104,11 @@ class DataConfig:
     conversation its first turns, but not its system prompt; a text its end."""
     drop_duplicates: bool = False
     """Leave out training records that repeat an earlier one or are held out too. They are always counted."""
+    stream: bool = False
+    """Read the records of train during training, without downloading or keeping them: JSON Lines and Parquet,
+    for data larger than the disk. It needs optim.max_steps, optim.batch_size, and val or val_size 0."""
     workers: int = 0
-    """Processes that pack batches ahead of training; 0: the training process packs them."""
+    """Processes that pack batches ahead of training, of a stream also encode; 0: the training process."""
 
     def __post_init__(self) -> None:
         _read_paths(self, "data.", "train", "val", "template")
@@ -117,6 +120,8 @@ class DataConfig:
             raise UserError(
                 "data.last_answer_only true and data.mask_prompt false exclude each other; set one"
             )
+        if self.stream:
+            self._check_stream()
         _at_least(8, self, "data.", "max_length")
         _at_least(0, self, "data.", "workers", "val_size")
         if self.workers > MOST_WORKERS:
@@ -124,6 +129,19 @@ class DataConfig:
         if isinstance(self.val_size, float) and self.val_size >= 1:
             raise UserError(
                 f"data.val_size is {self.val_size}; expected a whole number of records, or a fraction below 1"
+            )
+
+    def _check_stream(self) -> None:
+        """Refuse what needs to know all records."""
+        if self.weights is not None or self.drop_duplicates:
+            what = "weights" if self.weights is not None else "drop_duplicates"
+            raise UserError(
+                f"data.stream true and data.{what} exclude each other: it needs to know all records; set one"
+            )
+        if self.val is None and self.val_size:
+            raise UserError(
+                "data.stream true cannot split off data.val_size, which needs to know all records; name "
+                "held-out records with data.val, or set data.val_size 0"
             )
 
     def _check_weights(self, weights: list[float]) -> None:
@@ -299,6 +317,11 @@ class Config:
         needed = "adapter.norms true with version v1; v2 has lr_scale_v2" if is_v2 else "adapter.norms true"
         _check_share(self, "lr_scale_norms", needed, "norms", is_used=self.adapter.norms and not is_v2)
         _check_share(self, "lr_scale_lora", "adapter.lora.rank", "LoRA", is_used=self.adapter.lora.rank > 0)
+        missing = [f"optim.{key}" for key in ("max_steps", "batch_size") if getattr(self.optim, key) is None]
+        if self.data.stream and missing:
+            raise UserError(
+                f"data.stream true needs {' and '.join(missing)}: how many records a stream has is not known"
+            )
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")
 

@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from tokenizer_kinds import HARD, LLAMA2_CHAT, MAKERS, Kind, byte_level_json
 from transformers import PreTrainedTokenizerFast
 
-from lit_adapter.data.examples import encode_example
+from lit_adapter.data.encode import encode_records
+from lit_adapter.data.examples import encode_examples
 from lit_adapter.data.record import Conversation
+from lit_adapter.data.records import Records
 from lit_adapter.errors import UserError
 from lit_adapter.text import chat_templates
 from lit_adapter.text.conversation import (
@@ -22,6 +25,7 @@ from lit_adapter.text.conversation import (
     CONTEXT,
     NEVER,
     Message,
+    RewrittenError,
     encode_conversation,
     encode_prompt,
 )
@@ -226,18 +230,106 @@ def test_a_call_that_the_template_does_not_show_is_no_empty_answer(both: tuple[T
     assert len(learned(ours, found.ids, found.kinds)) == 1
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_turn(
+def test_a_template_that_rewrites_earlier_answers_is_known_by_the_turn(
     both: tuple[Tokenizer, Any],
 ) -> None:
     ours, _ = both
     talk = said("a", "<think>so</think>first", "b", "<think>why</think>second")
     with pytest.raises(
-        UserError, match=r"^turn 2: template 'jinja' does not keep this answer as it was when"
+        RewrittenError, match=r"^turn 2: template 'jinja' does not keep this answer as it was when"
     ):
         encode_conversation(ours, jinja(DROPS_THINKING), talk)
     found = encode_conversation(ours, jinja(DROPS_THINKING), talk, last_only=True)
     assert learned(ours, found.ids, found.kinds) == ["<think>why</think>second<|im_end|>"]
     assert "so" not in ours.decode(found.ids)
+
+
+EMPTY_THINKING = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ m.reasoning_content or '' }}\n"
+    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Shows reasoning after the last user's message only, there also an empty one, as reasoning models do."""
+
+
+@pytest.mark.parametrize("source", [EMPTY_THINKING, DROPS_THINKING])
+@settings(max_examples=20, deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(*[st.text("abc <>\n|é", min_size=1, max_size=8)] * 2, st.booleans()), min_size=1, max_size=4
+    ),
+    system=st.none() | st.just("Be brief."),
+)
+def test_answers_that_are_rewritten_later_are_learned_one_by_one(
+    both: tuple[Tokenizer, Any], source: str, turns: list[tuple[str, str, bool]], system: str | None
+) -> None:
+    ours, theirs = both
+    talk = [Message("system", system)] if system else []
+    for asked, answer, is_learned in turns:
+        more = {} if source == DROPS_THINKING else {"reasoning_content": answer[:2]}
+        talk += [
+            Message("user", asked),
+            Message("assistant", f"<think>{answer}</think>x{answer}y", is_learned, more),
+        ]
+    ends = [at for at, one in enumerate(talk, start=1) if one.role == "assistant" and one.learned]
+    if not ends:
+        return
+    record = Conversation.of(talk, [], file="x.jsonl", line=3)
+    examples = encode_examples(record, ours, jinja(source), 10_000)
+    if len(ends) == 1 and ends[0] == len(talk):
+        assert len(examples) == 1
+    if len(examples) == 1:
+        return  # nothing was rewritten
+    for end, example in zip(ends, examples, strict=True):
+        said_so_far = [one.to_dict() for one in talk[:end]]
+        whole, prompt = (
+            theirs.apply_chat_template(part, chat_template=source, tokenize=False, add_generation_prompt=asks)
+            for part, asks in ((said_so_far, False), (said_so_far[:-1], True))
+        )
+        assert example is not None
+        assert example.whole
+        assert whole.startswith(prompt)
+        assert ours.decode(example.ids.tolist()) == whole.rstrip()
+        (text,) = learned(ours, example.ids.tolist(), example.kinds.tolist())
+        assert prompt + text == whole.removesuffix("\n")
+        expected = theirs(prompt, add_special_tokens=False)["input_ids"]
+        assert example.ids.tolist()[: example.n_prompt] == expected
+        is_last = end == ends[-1]
+        assert set(example.kinds[: example.n_prompt].tolist()) == ({CONTEXT} if is_last else {NEVER})
+
+
+def test_an_answer_of_several_that_does_not_fit_is_left_out_alone(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    talk = said("a", "short", "b", "long " * 60, "c", "brief")
+    record = Conversation.of(talk, [], file="x.jsonl", line=3)
+    first, second, third = encode_examples(record, ours, jinja(EMPTY_THINKING), 80)
+    assert first is not None
+    assert first.whole
+    assert second is None
+    assert third is not None
+    assert not third.whole
+    assert "long" not in ours.decode(third.ids.tolist())
+    records = Records((record, Conversation.of(talk[:2], [], file="x.jsonl", line=4)), "x.jsonl")
+    encoded = encode_records(records, ours, jinja(EMPTY_THINKING), max_length=80)
+    assert encoded.source_row.tolist() == [0, 0, 1]
+    assert encoded.left_out.tolist() == [0]
+    assert (encoded.n_read, encoded.n_divided, encoded.n_cut) == (2, 1, 1)
+    assert encoded.choose(np.array([1]), 2).left_out.tolist() == []
+    assert encoded.choose(np.array([0]), 2).left_out.tolist() == [0]
+
+
+def test_a_template_that_shows_no_answer_as_a_prompt_asks_for_it_is_refused_with_the_turn(
+    both: tuple[Tokenizer, Any],
+) -> None:
+    """Not even one by one."""
+    ours, _ = both
+    asks = DROPS_THINKING.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
+    record = Conversation.of(said("a", "b", "c", "d"), [], file="x.jsonl", line=3)
+    with pytest.raises(UserError, match=r"^x.jsonl:3: turn 2: template 'jinja' writes this answer elsewhere"):
+        encode_examples(record, ours, jinja(asks), 1000)
 
 
 def test_a_template_that_fails_names_the_turn(both: tuple[Tokenizer, Any]) -> None:
@@ -264,11 +356,11 @@ def test_a_long_conversation_loses_its_first_turns_and_keeps_its_system_prompt(
     texts = [f"turn {number} " + "word " * 20 for number in range(12)]
     talk = said(*texts, system="Remember.")
     record = Conversation.of(talk, [], file="x.jsonl", line=3)
-    whole = encode_example(record, ours, template, 10_000)
+    (whole,) = encode_examples(record, ours, template, 10_000)
     assert whole is not None
     assert whole.whole
     for max_length in (len(whole.ids), 900, 600, 300):
-        example = encode_example(record, ours, template, max_length)
+        (example,) = encode_examples(record, ours, template, max_length)
         assert example is not None
         assert len(example.ids) <= max_length
         kept = [n for n in range(12) if f"turn {n} " in ours.decode(example.ids.tolist())]
@@ -278,7 +370,7 @@ def test_a_long_conversation_loses_its_first_turns_and_keeps_its_system_prompt(
         assert example.ids.tolist() == expected.ids
         longer = encode_conversation(ours, template, [talk[0], *talk[max(1, kept[0] - 1) :]])
         assert kept[0] == 0 or len(longer.ids) > max_length
-    assert encode_example(record, ours, template, 40) is None
+    assert encode_examples(record, ours, template, 40) == [None]
 
 
 def test_named_templates_need_their_control_tokens(

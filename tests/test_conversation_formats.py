@@ -158,6 +158,29 @@ def test_csv_and_parquet_hold_conversations_too(tmp_path: Path) -> None:
     assert second == HELLO
 
 
+def test_csv_holds_prompts_and_completions_of_messages(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        cells = [json.dumps([ASKED]), json.dumps([ANSWERED], indent=1)]
+        writer.writerows([["prompt", "completion"], cells, ["Say [{'a': 1}]", "[1, 2]"]])
+    records = read_records(path)
+    assert records.formats[0].why.endswith("'prompt' and 'completion', lists of messages")
+    assert messages(Records(records[:1], "x")) == [HELLO]
+    assert records[1] == Record("Say [{'a': 1}]", "", "[1, 2]")
+
+
+def test_formats_that_fit_too_are_named(tmp_path: Path) -> None:
+    both = {"instruction": "a", "output": "b", "messages": [ASKED, ANSWERED], "text": "c"}
+    (known,) = read_records(lines(tmp_path / "b.jsonl", both)).formats
+    assert known.name == "alpaca"
+    assert known.why == (
+        "its records have 'instruction' and 'output'; messages or text could be read too, with data.format"
+    )
+    chosen = read_records(lines(tmp_path / "b.jsonl", both), wanted="messages")
+    assert messages(chosen) == [HELLO]
+
+
 def test_folders_patterns_and_lists_are_read_in_order(tmp_path: Path) -> None:
     for name in ("b", "a"):
         lines(tmp_path / f"{name}.jsonl", {"prompt": name, "completion": "x"})

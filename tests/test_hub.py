@@ -11,7 +11,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from huggingface_hub import constants
 
+from lit_adapter.data import hub
 from lit_adapter.data.hub import Listing, choose_files, files_of_card, hub_files, is_hub_name
 from lit_adapter.errors import UserError
 
@@ -79,6 +81,26 @@ def test_files_of_a_subset_are_those_of_its_card() -> None:
         files_of_card(about, None, "o/n")
     with pytest.raises(UserError, match=r"o/n: no data file of split 'dev' in subset 'a'; name one as"):
         files_of_card(about, "a:dev", "o/n")
+
+
+def test_what_the_disk_cannot_take_is_refused_and_many_files_can_be_streamed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = [f"data/train-{n:05}-of-00012.parquet" for n in range(12)]
+    about, said = Listing(files, COMMIT, None, dict.fromkeys(files, 1000)), []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "free_disk", lambda folder: 12_000)
+    hub._check_room("o/n", files, about, said.append)
+    hub._check_room("o/n", files[:3], about, said.append)
+    assert said == [
+        "downloading 12 files of o/n, 12,000 bytes; data.stream true would read them without keeping them"
+    ]
+    monkeypatch.setattr(hub, "free_disk", lambda folder: 11_999)
+    with pytest.raises(
+        UserError,
+        match=r"o/n: 12 files of 12,000 bytes to download, but 11,999 are free in .*; data\.stream true",
+    ):
+        hub._check_room("o/n", files, about, said.append)
 
 
 def test_without_a_card_a_subset_is_in_the_names_of_files() -> None:

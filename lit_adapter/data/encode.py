@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_adapter.data.examples import encode_example
+from lit_adapter.data.examples import encode_examples
 from lit_adapter.data.record import AnyRecord
 from lit_adapter.data.records import Records
 from lit_adapter.data.worker import follow_parent, holding_signals
@@ -42,7 +42,7 @@ CHUNK = 500
 """Records encoded together: a tenth of a second; after Ctrl-C each worker finishes what it has begun."""
 CHUNKS_AHEAD = 3
 """Chunks per worker that wait for it or for being written."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 Columns = dict[str, NDArray]
 Chunk = tuple[int, Sequence[AnyRecord]]
 """The index of the first record, and the records."""
@@ -55,13 +55,17 @@ SCHEMA = {
     "whole": np.bool_,
     "source_row": np.int32,
     "look_alikes": np.int32,
+    "left_out": np.int32,
 }
 """Columns of the cache: the fields of `Encoded` without ``start``, which follows."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded records: record r is ``ids[start[r] : start[r] + length[r]]``."""
+    """Encoded records: record r is ``ids[start[r] : start[r] + length[r]]``.
+
+    Each example counts as a record here, also where one that was read has become several (`examples`).
+    """
 
     ids: NDArray[np.int32]
     """The tokens of all records, perhaps also of others ``[tokens]``."""
@@ -81,6 +85,8 @@ class Encoded:
     """Index of each record among those read ``[records]``."""
     look_alikes: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))
     """Index of a record that was read, and a control token whose name is in its texts ``[pairs, 2]``."""
+    left_out: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Index of a record that was read, for each of several examples of it that did not fit ``[examples]``."""
 
     def __len__(self) -> int:
         return len(self.n_prompt)
@@ -88,6 +94,17 @@ class Encoded:
     def record(self, index: int) -> NDArray[np.int32]:
         """Return the tokens of one record."""
         return self.ids[self.start[index] : self.start[index] + self.length[index]]
+
+    @property
+    def n_read(self) -> int:
+        """Number of records that were read and are here, as one example or several."""
+        return len(np.unique(self.source_row))
+
+    @property
+    def n_divided(self) -> int:
+        """Number of records that were read and have become several examples."""
+        rows, n_examples = np.unique(self.source_row, return_counts=True)
+        return len(np.union1d(rows[n_examples > 1], self.left_out))
 
     @property
     def n_cut(self) -> int:
@@ -113,6 +130,7 @@ class Encoded:
             whole=self.whole[here],
             source_row=place[self.source_row[here]],
             look_alikes=np.stack([place[row], token], axis=1)[place[row] >= 0],
+            left_out=place[self.left_out][place[self.left_out] >= 0],
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,13 +178,13 @@ def encode_records(
     last_answer_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Encoded:
-    """Encode all records, or read them from the cache; `encode_example` says how, and which are dropped.
+    """Encode all records, or read them from the cache; `encode_examples` says how, and which are dropped.
 
     Worker processes get a pickle of the tokenizer. Its fingerprint, ``tokenizer_key``, is part of the key of
     the tables in the folder ``cache``. ``say`` gets a line if many records are encoded, and as `kept_table`.
 
     Raises:
-        UserError: a worker process died, or a record cannot be encoded (see `encode_example`).
+        UserError: a worker process died, or a record cannot be encoded (see `encode_examples`).
     """
     key = _key(records, template, max_length, tokenizer_key, last_answer_only)
     how = _How(tokenizer, template, max_length, last_answer_only)
@@ -185,9 +203,29 @@ def encode_records(
 
     folder = cache / f"tokens-{key[:32]}" if cache is not None else None
     table = kept_table(folder, key, SCHEMA, fill, what="tokens", doing="encodes the data", say=say)
-    columns = table.columns | {"look_alikes": table.columns["look_alikes"].reshape(-1, 2)}
-    length = columns["length"]
-    return Encoded(start=np.cumsum(length, dtype=np.int64) - length, **columns)
+    return _encoded(table.columns)
+
+
+def encode_few(
+    records: Sequence[AnyRecord],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    max_length: int,
+    last_answer_only: bool = False,
+) -> Encoded:
+    """Encode some records here and now, as `encode_records` does.
+
+    Raises:
+        UserError: as `encode_examples`.
+    """
+    return _encoded(_encode_chunk(_How(tokenizer, template, max_length, last_answer_only), 0, records))
+
+
+def _encoded(columns: Columns) -> Encoded:
+    length, look_alikes = columns["length"], columns["look_alikes"].reshape(-1, 2)
+    start = np.cumsum(length, dtype=np.int64) - length
+    return Encoded(start=start, **columns | {"look_alikes": look_alikes})
 
 
 def _announce(n_records: int, done: int, say: Callable[[str], None]) -> None:
@@ -206,7 +244,7 @@ def _key(
 
 @dataclass(frozen=True)
 class _How:
-    """What records are encoded with; the arguments of `encode_example`."""
+    """What records are encoded with; the arguments of `encode_examples`."""
 
     tokenizer: Tokenizer
     template: Template
@@ -266,8 +304,11 @@ def _encode_in_worker(first: int, records: Sequence[AnyRecord]) -> Columns:
 
 def _encode_chunk(how: _How, first: int, records: Sequence[AnyRecord]) -> Columns:
     """Return the columns of records, the first of which has the index ``first``."""
-    found = [encode_example(record, **vars(how)) for record in records]
-    kept = [(row, example) for row, example in enumerate(found, start=first) if example is not None]
+    found = [encode_examples(record, **vars(how)) for record in records]
+    every = [(row, example) for row, examples in enumerate(found, start=first) for example in examples]
+    kept = [(row, example) for row, example in every if example is not None]
+    has_some = {row for row, _ in kept}
+    left_out = [row for row, example in every if example is None and row in has_some]
     facts = [(len(e.ids), e.n_prompt, e.variant, e.whole, row) for row, e in kept]
     names = ("length", "n_prompt", "variant", "whole", "source_row")
     columns = dict(zip(names, np.array(facts, np.int32).reshape(-1, 5).T, strict=True))
@@ -275,6 +316,7 @@ def _encode_chunk(how: _How, first: int, records: Sequence[AnyRecord]) -> Column
         "ids": np.concatenate([np.empty(0, np.int32), *(example.ids for _, example in kept)]),
         "kinds": np.concatenate([np.empty(0, np.int8), *(example.kinds for _, example in kept)]),
         "look_alikes": np.array(_look_alikes(how.tokenizer, first, records), np.int32).reshape(-1),
+        "left_out": np.array(left_out, np.int32),
     }
 
 

@@ -1,9 +1,15 @@
-"""One record as token ids, cut to length, with what each token is to the loss."""
+"""A record as token ids, cut to length, with what each token is to the loss.
+
+A record is one example, except a conversation whose template writes earlier answers differently from the
+last one, as some do to drop reasoning. Each of its answers is then an example of its own: the conversation up
+to this answer, rendered as it is when the answer is generated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +19,10 @@ from lit_adapter.errors import UserError
 from lit_adapter.text.conversation import (
     ANSWER,
     CONTEXT,
+    NEVER,
     EncodedConversation,
     Message,
+    RewrittenError,
     encode_conversation,
 )
 from lit_adapter.text.template import Template
@@ -40,15 +48,15 @@ class Example:
         return int((self.kinds == ANSWER).argmax())
 
 
-def encode_example(
+def encode_examples(
     record: AnyRecord,
     tokenizer: Tokenizer,
     template: Template,
     max_length: int,
     *,
     last_answer_only: bool = False,
-) -> Example | None:
-    """Encode a record and cut it to ``max_length`` tokens; return None if it then has nothing to learn.
+) -> list[Example | None]:
+    """Encode a record and cut its examples to ``max_length`` tokens; None: it then has nothing to learn.
 
     An instruction record loses the start of its prompt and keeps its answer and EOS. A conversation loses its
     first turns, but not its system prompt. A text loses its end.
@@ -69,8 +77,8 @@ def encode_example(
         except UserError as error:
             raise UserError(f"{record.origin}: {error}") from None
     if isinstance(record, PlainText):
-        return _text(record.text, tokenizer, max_length)
-    return _task(record, tokenizer, template, max_length)
+        return [_text(record.text, tokenizer, max_length)]
+    return [_task(record, tokenizer, template, max_length)]
 
 
 def _task(record: Record, tokenizer: Tokenizer, template: Template, max_length: int) -> Example | None:
@@ -91,13 +99,33 @@ def _text(text: str, tokenizer: Tokenizer, max_length: int) -> Example | None:
 
 def _conversation(
     record: Conversation, tokenizer: Tokenizer, template: Template, max_length: int, last_answer_only: bool
+) -> list[Example | None]:
+    tools, messages = record.tools, trimmed(record.messages)
+
+    def encoded(messages: Sequence[Message], last_only: bool = last_answer_only) -> EncodedConversation:
+        return encode_conversation(tokenizer, template, messages, tools, last_only=last_only)
+
+    try:
+        return [_cut(messages, encoded, max_length)]
+    except RewrittenError:
+        ends = [at for at, m in enumerate(messages, start=1) if m.role == "assistant" and m.learned]
+        last_only = partial(encoded, last_only=True)
+        found = [_cut(messages[:end], last_only, max_length) for end in ends]
+    # Where all of a text is learned, the last example has it.
+    return [*map(_answer_alone, found[:-1]), found[-1]]
+
+
+def _answer_alone(example: Example | None) -> Example | None:
+    """Return an example of which nothing but the answer may be learned."""
+    if example is None:
+        return None
+    return replace(example, kinds=np.where(example.kinds == ANSWER, ANSWER, NEVER).astype(np.int8))
+
+
+def _cut(
+    messages: Sequence[Message], encoded: Callable[[Sequence[Message]], EncodedConversation], max_length: int
 ) -> Example | None:
-    tools = record.tools
-
-    def encoded(messages: Sequence[Message]) -> EncodedConversation:
-        return encode_conversation(tokenizer, template, messages, tools, last_only=last_answer_only)
-
-    messages = trimmed(record.messages)
+    """Return a conversation as an example that fits; None if it then has nothing to learn."""
     whole = encoded(messages)
     found = whole if len(whole.ids) <= max_length else _longest_fitting(messages, encoded, max_length)
     if found is None or ANSWER not in found.kinds[1:]:

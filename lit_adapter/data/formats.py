@@ -98,7 +98,8 @@ def rows_of_input(content: bytes, columns: Columns) -> Iterator[Row]:
         raise _not_utf8(content, error.start, name) from None
     if not text.strip():
         raise _empty(name)
-    reader = {"[": json_rows, "{": jsonl_rows}.get(text.lstrip()[0])
+    readers: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {"[": json_rows, "{": jsonl_rows}
+    reader = readers.get(text.lstrip()[0])
     if reader is not None:
         return reader(io.StringIO(text), name)
     delimiter, first_line = _delimiter(text[:_LONGEST_HEADER])
@@ -265,7 +266,7 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str] | None) -> Iterato
             for batch in source.iter_batches(batch_size=_BATCH_ROWS, columns=chosen):
                 for value in batch.to_pylist():
                     row += 1
-                    yield row, ignored | {key: _without_null(item) for key, item in value.items()}
+                    yield row, ignored | {key: without_null(item) for key, item in value.items()}
     except UnicodeDecodeError as error:
         rows = f"rows {row + 1} to {row + _BATCH_ROWS}"
         raise UserError(f"{name}: text that is not UTF-8 in {rows}: {error.reason}; write it again") from None
@@ -273,11 +274,11 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str] | None) -> Iterato
         raise UserError(f"{name}: not a readable Parquet file: {error}") from None
 
 
-def _without_null(item: Any) -> Any:
+def without_null(item: Any) -> Any:
     """Return nested values without null: Parquet has it wherever another record has a value."""
     if isinstance(item, dict):
-        return {key: _without_null(value) for key, value in item.items() if value is not None}
-    return [_without_null(value) for value in item] if isinstance(item, list) else item
+        return {key: without_null(value) for key, value in item.items() if value is not None}
+    return [without_null(value) for value in item] if isinstance(item, list) else item
 
 
 TEXT_READERS: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {

@@ -1,24 +1,28 @@
 """Records of a Hugging Face Hub data set, such as ``yahma/alpaca-cleaned``.
 
 The repository's own JSON, JSONL, CSV, TSV or Parquet files are downloaded to the Hub's cache and read like
-local ones: no code of the data set runs, and error messages name lines.
+local ones, or streamed (`streaming`): no code of the data set runs, and error messages name lines.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lit_adapter.data.formats import SUFFIXES
-from lit_adapter.errors import UserError, nearest
+from lit_adapter.errors import UserError, counted, nearest
+from lit_adapter.files.space import free_disk
 from lit_adapter.hub import asking_hub
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<part>.+))?", re.ASCII)
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
+MANY_FILES = 8
+"""Files of a data set from which a line says that they can be streamed."""
 _ABOUT_THE_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
@@ -30,16 +34,35 @@ def is_hub_name(source: str | Path) -> bool:
     return PurePosixPath(found["repo"]).suffix.lower() not in SUFFIXES
 
 
-def hub_files(name: str) -> list[tuple[Path, str]]:
+def hub_files(name: str, say: Callable[[str], None] = lambda line: None) -> list[tuple[Path, str]]:
     """Download a Hub data set's training files, or those of the named split; return paths and names.
 
     The name is ``org/name``, ``org/name:split``, ``org/name:subset:split`` or ``org/name:path/of/file.json``.
-    A subset, or a split, is what the data set's card calls so, or else what its files are named for.
+    A subset, or a split, is what the data set's card calls so, or else what its files are named for. ``say``
+    gets a line if there are many files.
 
     Raises:
         UserError: the repository is unknown or not accessible, the network is down, or there is no data file
-            or more than one candidate.
+            or more than one candidate, or the disk has no room for them.
     """
+    repo, files, about = _chosen(name)
+    _check_room(repo, files, about, say)
+    return [(_download(repo, file, about.commit), f"{repo}:{file}") for file in files]
+
+
+def hub_addresses(name: str) -> list[tuple[str, str]]:
+    """Return where the files of `hub_files` are read on the Hub, without a download, and their names.
+
+    Raises:
+        UserError: as `hub_files`.
+    """
+    repo, files, about = _chosen(name)
+    commit = about.commit or _listing(repo).commit  # a run reads one commit, whatever is added meanwhile
+    return [(f"hf://datasets/{repo}@{commit}/{file}", f"{repo}:{file}") for file in files]
+
+
+def _chosen(name: str) -> tuple[str, list[str], Listing]:
+    """Return a data set's repository, the files that a name means, and what the Hub says of them."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(
@@ -49,12 +72,34 @@ def hub_files(name: str) -> list[tuple[Path, str]]:
     repo, part = found["repo"], found["part"]
     if part and PurePosixPath(part).suffix.lower() in SUFFIXES:
         # A file named in full needs no listing, so a cached one is read without a network.
-        files, commit = [part], None
-    else:
-        about = _listing(repo)
-        commit = about.commit
-        files = files_of_card(about, part, repo) or choose_files(about.files, part, repo)
-    return [(_download(repo, file, commit), f"{repo}:{file}") for file in files]
+        return repo, [part], Listing([part], None)
+    about = _listing(repo)
+    return repo, files_of_card(about, part, repo) or choose_files(about.files, part, repo), about
+
+
+def _check_room(repo: str, files: Sequence[str], about: Listing, say: Callable[[str], None]) -> None:
+    """Say that many files can be streamed, and refuse what the disk cannot take."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if about.commit is None:
+        return
+    absent = [
+        file
+        for file in files
+        if not isinstance(try_to_load_from_cache(repo, file, revision=about.commit, repo_type="dataset"), str)
+    ]
+    size, folder = sum(about.sizes.get(file, 0) for file in absent), Path(constants.HF_HUB_CACHE)
+    free = free_disk(folder)
+    if size > free:
+        raise UserError(
+            f"{repo}: {counted(len(absent), 'file')} of {size:,} bytes to download, but {free:,} are free in "
+            f"{folder}; data.stream true reads them without keeping them"
+        )
+    if len(absent) > MANY_FILES:
+        say(
+            f"downloading {len(absent)} files of {repo}, {size:,} bytes; "
+            "data.stream true would read them without keeping them"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +110,8 @@ class Listing:
     commit: str | None
     configs: Any = None
     """``configs`` of its card: subsets with the patterns of their splits' files."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of its files, as far as they are known."""
 
 
 def files_of_card(about: Listing, part: str | None, repo: str) -> list[str]:
@@ -157,10 +204,14 @@ def _choice(repo: str, files: list[str]) -> str:
 def _listing(repo: str) -> Listing:
     from huggingface_hub import HfApi
 
-    info = asking_hub(repo, None, lambda: HfApi().dataset_info(repo), absent="and not a local file")
+    info = asking_hub(
+        repo, None, lambda: HfApi().dataset_info(repo, files_metadata=True), absent="and not a local file"
+    )
     card = info.card_data
     configs = card.get("configs") if card is not None else None
-    return Listing([file.rfilename for file in info.siblings or []], info.sha, configs)
+    files = info.siblings or []
+    sizes = {file.rfilename: file.size for file in files if file.size}
+    return Listing([file.rfilename for file in files], info.sha, configs, sizes)
 
 
 def _download(repo: str, file: str, commit: str | None) -> Path:

@@ -21,6 +21,7 @@ from lit_adapter.data.sources import check_sources, load_records
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import cache_folder
+from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -63,6 +64,8 @@ class AlpacaDataModule(LightningDataModule):
         self.batch_size, self.row_tokens, self.seed = batch_size, row_tokens, seed
         self.finished_steps = 0
         self.total_steps = 0
+        self.remarks: list[str] = []
+        """What is worth noting beside the counts."""
 
     def read(self) -> AlpacaDataModule:
         """Read, split and encode the records, which everything else needs; return this module.
@@ -150,6 +153,31 @@ class AlpacaDataModule(LightningDataModule):
             encoded, self.preambles, mask_prompt=self.config.mask_prompt, row_tokens=self.row_tokens
         )
 
+    @property
+    def n_skipped(self) -> int:
+        """The number of records that each epoch skips, because they do not fill a step."""
+        return len(self.train_encoded) % self.batch_size
+
+    @property
+    def n_records(self) -> int | None:
+        """The number of training records; None where it is not known."""
+        return len(self.train_encoded)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """The optimizer steps of an epoch; None where the number of records is not known."""
+        return self.training_steps().steps_per_epoch
+
+    def first_steps(self, most: int) -> list[NDArray[np.int64]]:
+        """Return the records of the first steps, ``most`` or an epoch, as `train_packer` knows them."""
+        steps = self.training_steps()
+        return [steps.records(step) for step in range(min(most, steps.steps_per_epoch))]
+
+    def rows_of_step(self, step: int) -> Iterator[tuple[str, PackedRow]]:
+        """Yield each record of a step alone in a row, with the file and line it comes from."""
+        for record in self.training_steps().records(step).tolist():
+            yield self.origin(record), self.train_packer.row([record])
+
     def training_steps(self, rank: int = 0, n_processes: int = 1) -> TrainingSteps:
         """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
         return TrainingSteps(
@@ -170,7 +198,7 @@ class AlpacaDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the loader of the steps that are not finished."""
         steps = self.training_steps(*share_of_rows(self.trainer))
-        return self._loader(steps, _Remaining(self))
+        return self._loader(steps, Remaining(self))
 
     def val_dataloader(self) -> DataLoader[StepBatch] | list[Any]:
         """Return the loader of the held-out records."""
@@ -193,6 +221,10 @@ class AlpacaDataModule(LightningDataModule):
             # A generator of its own, so that an iteration draws no seed from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def finish(self, batch: StepBatch) -> None:
+        """Move the position behind a step."""
+        self.finished_steps = batch.step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position."""
@@ -219,7 +251,7 @@ class AlpacaDataModule(LightningDataModule):
         }
 
 
-class _Remaining(Sampler[int]):
+class Remaining(Sampler[int]):
     """The indices of the run's steps that are not finished; its length is that of the whole run."""
 
     def __init__(self, module: AlpacaDataModule) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lit_adapter.data.encode import Encoded
 from lit_adapter.data.mixing import EpochOrder
+from lit_adapter.data.streaming import Place
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import PackedRow
 from lit_adapter.text.conversation import ANSWER, CONTEXT
@@ -42,6 +43,8 @@ class StepBatch:
     n_tokens: int
     """Tokens of the whole step's records, the preamble counted for every record."""
     step: int
+    place: Place | None = None
+    """Of a stream: where what follows the step is read from."""
 
 
 def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:

@@ -51,7 +51,14 @@ def records_of(
         return
     known = recognise(first[1], columns, wanted)
     recognised(known)
-    rows = _of_one_format(chain([first], rows), columns, known, name)
+    yield from records_of_rows(chain([first], rows), name, columns, known, source=source)
+
+
+def records_of_rows(
+    rows: Iterable[Row], name: str, columns: Columns, known: Recognised, *, source: int = 0
+) -> Iterator[AnyRecord]:
+    """Yield the records of a file's rows, which all have the format ``known``; as `records_of`."""
+    rows = _of_one_format(rows, columns, known, name)
     read = {"alpaca": _tasks, "prompt_completion": _prompts, "text": _texts}.get(known.name, _conversations)
     for record in read(rows, columns, known, name):
         yield replace(record, source=source) if source else record

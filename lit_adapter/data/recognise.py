@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from lit_adapter.data.tasks import OPTION
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.text.conversation import Message
 
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 SYSTEM = "system"
 """Where records of conversations may have the system prompt."""
 REQUIRED = {
@@ -22,7 +24,7 @@ REQUIRED = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The fields of `Columns` that each format must have, the likeliest format first."""
+"""The fields of `Columns` that each format must have. Records of several are read as the first of them."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto")
         chosen = next((field for field in own if field in named), None)
         if chosen is not None:
             return Recognised(name, f"data.columns.{chosen} is given")
-    name = next((name for name in REQUIRED if _has(values, columns, name)), "alpaca")
+    name, *others = [name for name in REQUIRED if _has(values, columns, name)] or ["alpaca"]
     keys = " and ".join(shorten(getattr(columns, field)) for field in REQUIRED[name])
     why = f"its records have {keys}"
+    if is_conversation(values, columns, Recognised(name, why)) and name == "prompt_completion":
+        why += ", lists of messages"
+    if others:
+        why += f"; {' or '.join(others)} could be read too, with data.format"
     known = {*wanted_columns(columns)}
     unused = [shorten(key) for key in values if key not in known] if name == "text" else []
     return Recognised(name, f"{why}; {', '.join(unused[:3])} not used" if unused else why)
@@ -113,8 +119,13 @@ def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: st
 def is_conversation(values: Mapping[str, Any], columns: Columns, known: Recognised) -> bool:
     """Whether a record becomes a conversation."""
     if known.name == "prompt_completion":
-        return isinstance(values.get(columns.prompt), list)
+        return any(_is_list(values.get(key)) for key in (columns.prompt, columns.completion))
     return known.name in ("messages", "conversations")
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list, or a text that looks like one of messages, as in CSV files."""
+    return isinstance(value, list) or (isinstance(value, str) and _MESSAGES.match(value) is not None)
 
 
 def wanted_columns(columns: Columns) -> list[str]:

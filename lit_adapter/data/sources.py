@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.formats import SUFFIXES, check_regular, rows_of
-from lit_adapter.data.hub import hub_files, is_hub_name
+from lit_adapter.data.hub import hub_addresses, hub_files, is_hub_name
 from lit_adapter.data.recognise import is_conversation, recognise, wanted_columns
 from lit_adapter.data.records import Records
 from lit_adapter.data.store import Source, stored_records
+from lit_adapter.data.streaming import check_streamable, streamed_rows
 from lit_adapter.errors import UserError
 
 SHOWN = 3
@@ -33,27 +34,37 @@ def check_sources(config: DataConfig) -> None:
     """Refuse data that is not named or not there, which needs no base, no tokenizer and no network.
 
     Raises:
-        UserError: no training data is named, a file is missing or cannot be read, or a folder or pattern has
-            no data file.
+        UserError: no training data is named, a file is missing or cannot be read, or cannot be streamed where
+            it should be, or a folder or pattern has no data file.
     """
     if not all(as_names(config.train)) or not config.train:
         raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
-    for name in (*as_names(config.train), *as_names(config.val)):
+    train = [*as_names(config.train)]
+    for number, name in enumerate((*train, *as_names(config.val))):
         if not is_hub_name(name):
             for source in _local(name, 0):
                 check_regular(source.path, source.name)
+                if config.stream and number < len(train):
+                    check_streamable(source)
 
 
-def sources_of(given: Sequence[str] | str) -> list[Source]:
-    """Return the files that a setting names, in its order; those of a Hub data set are downloaded.
+def sources_of(
+    given: Sequence[str] | str, say: Callable[[str], None] = lambda line: None, *, stream: bool = False
+) -> list[Source]:
+    """Return the files that a setting names, in its order.
+
+    Those of a Hub data set are downloaded, of which ``say`` gets a line if they are many, or with ``stream``
+    only named.
 
     Raises:
-        UserError: as `check_sources`, or the Hub has no such data set.
+        UserError: as `check_sources`, or the Hub has no such data set, or the disk no room for it.
     """
-    found = []
+    found: list[Source] = []
     for number, name in enumerate(as_names(given)):
-        if is_hub_name(name):
-            found += [Source(path, known, number) for path, known in hub_files(name)]
+        if is_hub_name(name) and stream:
+            found += [Source(Path(known), known, number, address) for address, known in hub_addresses(name)]
+        elif is_hub_name(name):
+            found += [Source(path, known, number) for path, known in hub_files(name, say)]
         else:
             found += _local(name, number)
     return found
@@ -98,24 +109,27 @@ def load_records(
     Raises:
         UserError: as `sources_of` and `stored_records`.
     """
-    files = sources_of(given)
+    files = sources_of(given, say)
     name = files[0].name if len(files) == 1 else title(as_names(given))
     return stored_records(files, name, columns, wanted, cache=cache, say=say)
 
 
-def has_conversations(config: DataConfig) -> bool:
-    """Whether the first record of a training source is a conversation.
+def has_conversations(config: DataConfig, say: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether the first record of a training source is a conversation; ``say`` is that of `sources_of`.
 
     Raises:
         UserError: a source cannot be read.
     """
-    seen: set[int] = set()
-    for file in sources_of(config.train):
-        if file.number in seen:
-            continue
-        seen.add(file.number)
-        _, values = next(rows_of(file.path, file.name, wanted_columns(config.columns)), (0, {}))
+    wanted = wanted_columns(config.columns)
+    for file in _first_of_each(sources_of(config.train, say, stream=config.stream)):
+        rows = streamed_rows(file, wanted) if config.stream else rows_of(file.path, file.name, wanted)
+        _, values = next(rows, (0, {}))
         known = recognise(values, config.columns, config.format)
         if is_conversation(values, config.columns, known):
             return True
     return False
+
+
+def _first_of_each(files: Iterable[Source]) -> list[Source]:
+    """Return the first file of each named source."""
+    return [*{file.number: file for file in reversed([*files])}.values()]

@@ -44,6 +44,8 @@ class Source:
     """What messages call it."""
     number: int = 0
     """Which of the named sources it belongs to."""
+    address: str = ""
+    """Where it is read on the Hub, if it is not on this machine."""
 
 
 def stored_records(

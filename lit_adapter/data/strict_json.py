@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 from lit_adapter.errors import UserError, shorten
@@ -61,11 +61,14 @@ def json_type(value: object) -> str:
     return f"the number {shorten(value)}" if isinstance(value, int | float) else type(value).__name__
 
 
-def jsonl_rows(stream: TextIO, name: str) -> Iterator[Row]:
-    """Yield one object per line; only a line feed ends a line, not U+2028 or U+0085."""
+def jsonl_rows(lines: Iterable[str], name: str, first: int = 1) -> Iterator[Row]:
+    """Yield one object per line; only a line feed ends a line, not U+2028 or U+0085.
+
+    ``first`` is the number of the first of the lines.
+    """
     hint = "; each line must hold one whole JSON object"
-    is_first = True
-    for line, ended in enumerate(stream, start=1):
+    is_first = first == 1
+    for line, ended in enumerate(lines, start=first):
         content = ended.removesuffix("\n")
         start = _skip(content, 0)
         if start == len(content):

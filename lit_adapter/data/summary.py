@@ -40,23 +40,22 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     length = encoded.length
     n_targets = data.train_packer.n_targets(np.arange(len(encoded)))
     lines = [
-        f"data: {records.source}: {counted(len(encoded), 'training record')}, {int(length.sum()):,} tokens "
+        f"data: {records.source}: {counted(encoded.n_read, 'training record')}, {int(length.sum()):,} tokens "
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned"
     ]
     lines += [f"      format: {known.name}; {known.why}" for known in records.formats]
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())
-        lines.append(f"      {counted(len(data.val_encoded), 'held-out record')}, {n_tokens:,} tokens")
+        lines.append(f"      {counted(data.val_encoded.n_read, 'held-out record')}, {n_tokens:,} tokens")
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
-    lines += [f"      {line}" for line in (*_look_alikes(data), *_not_shown(data))]
+    lines += [f"      {line}" for line in (*data.remarks, *_look_alikes(data), *_not_shown(data))]
     lines.append(f"      {_packed(data)}")
     how = "dimmed: not learned; in reverse" if color else "in [[ ]]: not learned; in {{ }}"
     return [*lines, f"example ({how}: control tokens)", _example(data, color=color)]
 
 
 def _packed(data: AlpacaDataModule) -> str:
-    packer, steps, length = data.train_packer, data.training_steps(), data.train_encoded.length
-    shown = [steps.records(step) for step in range(min(STEPS_SHOWN, steps.steps_per_epoch))]
+    packer, length, shown = data.train_packer, data.train_encoded.length, data.first_steps(STEPS_SHOWN)
     given = sum(int(length[records].sum()) for records in shown)
     computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
     share, shared = f"{computed / given:.0%}", packer.n_preamble.sum() / length.sum()
@@ -70,23 +69,31 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     """Return what is worth noting: number of records, out of how many, and what happened to them."""
     train, val = data.train_records, data.val_records or ()
     n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
-    n_val_dropped = len(val) - len(data.val_encoded or ())
+    encoded, held_out = data.train_encoded, data.val_encoded
+    kind = "examples" if encoded.n_divided else "records"
+    n_examples = len(encoded) + len(encoded.left_out)
+    divided = (
+        f"are learned one answer at a time, {n_examples:,} examples in all: the template writes earlier "
+        "answers differently from the last one"
+    )
+    n_val_dropped = len(val) - held_out.n_read if held_out is not None else 0
     lost, left = _words(train)
     too_long = f"left out: {left} longer than data.max_length {data.config.max_length}"
     cut = f"lost {lost} to data.max_length"
-    n_skipped = len(data.train_encoded) % data.batch_size
     skipped = (
         f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
         f"optim.batch_size {data.batch_size}"
     )
     notes = [
         (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),
-        (len(train) - len(data.train_encoded), len(train), f"of the training records {too_long}"),
-        (data.train_encoded.n_cut, len(train), f"of the training records {cut}"),
-        (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
+        (len(train) - encoded.n_read, len(train), f"of the training records {too_long}"),
+        (encoded.n_cut, max(len(train), len(encoded)), f"of the training {kind} {cut}"),
+        (data.n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
         (data.n_duplicate, len(train), "of the training records repeat an earlier one"),
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),
+        (encoded.n_divided, len(train), f"of the training records {divided}"),
+        (len(encoded.left_out), n_examples, f"of the training examples {too_long}"),
     ]
     if not data.config.drop_duplicates:
         return notes

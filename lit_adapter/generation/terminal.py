@@ -218,7 +218,7 @@ def converse(conversation: Conversation, lines: Iterator[str]) -> None:
 
 
 def typed_lines(prompt: str = "> ") -> Iterator[str]:
-    """Yield what is typed, until Ctrl-D; Ctrl-C drops a line that is being typed.
+    """Yield what is typed, until Ctrl-D; Ctrl-C drops a line that is being typed, as does what is not UTF-8.
 
     A line that ends in a backslash goes on in the next.
     """
@@ -228,6 +228,11 @@ def typed_lines(prompt: str = "> ") -> Iterator[str]:
     while True:
         try:
             line = input("  " if parts else prompt)
+            line.encode()  # where the locale lets any byte pass, it fails here
+        except UnicodeError:
+            say("error: not UTF-8 text; set the terminal to UTF-8 and type it again", sys.stderr)
+            parts.clear()
+            continue
         except EOFError:
             say("", sys.stderr)
             return

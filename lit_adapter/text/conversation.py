@@ -31,6 +31,10 @@ _BREAKERS = [chr(0xE000 + n) for n in range(64)]
 """Characters for private use, one of which the conversation does not hold."""
 
 
+class RewrittenError(UserError):
+    """The template writes an answer differently once other turns follow it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation."""
@@ -88,7 +92,7 @@ def encode_conversation(
 
     Raises:
         UserError: the template fails, or an answer that is to be learned cannot be found in the text; names
-            the turn.
+            the turn. It is a `RewrittenError` if that is not the last answer.
     """
     return _Rendered(tokenizer, template, messages, tools, last_only=last_only).encode()
 
@@ -148,8 +152,9 @@ class _Rendered:
                 kind = kind if self.messages[at].learned else NEVER
                 spans.append((start, self._end(start, end), kind))
             elif at in self.wanted:
-                why = _why(template, is_last=at == self.answers[-1], no_prompt=start is None)
-                raise UserError(f"turn {at + 1}: {why}")
+                is_last = at == self.answers[-1]
+                why = _why(template, is_last=is_last, no_prompt=start is None)
+                raise (UserError if is_last else RewrittenError)(f"turn {at + 1}: {why}")
         return spans
 
     def _end(self, start: int, end: int) -> int:

@@ -13,6 +13,7 @@ from lit_adapter import streams
 from lit_adapter.config import Config, with_learning_rate
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.sources import check_sources, has_conversations
+from lit_adapter.data.stream_module import StreamDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.spinning import yield_shared_cores
@@ -100,12 +101,12 @@ def _run(
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
-    chats = config.data.template == "auto" and has_conversations(config.data)
+    chats = config.data.template == "auto" and has_conversations(config.data, say)
     template = template_of_run(config.data.template, base, saved, conversations=chats)
     initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)
 
     busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
-    data = AlpacaDataModule(
+    data = (StreamDataModule if config.data.stream else AlpacaDataModule)(
         config.data,
         tokenizer=base.tokenizer,
         template=template,

@@ -93,7 +93,7 @@ class LitAdapter(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         self.last["lr"] = optimizer.param_groups[0]["lr"]
-        self._data.finished_steps = batch.step + 1
+        self._data.finish(batch)
         self._count_bad_steps(batch.step)
 
     def _accumulate(self, batch: StepBatch) -> Tensor:
@@ -184,14 +184,10 @@ class LitAdapter(LightningModule):
     @torch.no_grad()
     def _culprits(self, step: int) -> str:
         """Compute every record of the step alone, on all processes alike, and name those that fail."""
-        records = self._data.training_steps().records(step).tolist()
-        bad = {}
-        for record in records:
-            loss = float(self._loss_alone(self._data.train_packer.row([record])))
-            if not math.isfinite(loss):
-                bad[record] = f" (loss {loss})"
-        named = bad or dict.fromkeys(records, "")
-        shown = ", ".join(self._data.origin(record) + text for record, text in list(named.items())[:4])
+        losses = {where: float(self._loss_alone(row)) for where, row in self._data.rows_of_step(step)}
+        bad = {where: f" (loss {loss})" for where, loss in losses.items() if not math.isfinite(loss)}
+        named = bad or dict.fromkeys(losses, "")
+        shown = ", ".join(where + text for where, text in list(named.items())[:4])
         shown += f" and {len(named) - 4} more" if len(named) > 4 else ""
         if bad:
             return f"the loss is not finite in {shown}; check those records, or lower optim.lr"

@@ -39,12 +39,12 @@ class Plan:
     template: Template
     steps: int
     """Optimizer steps of the run."""
-    epochs: float
-    """Passes over the training records: what ``optim.max_steps`` comes to, else as set."""
+    epochs: float | None
+    """Passes over the training records: what ``optim.max_steps`` comes to, else as set; None of a stream."""
     chosen: str
     """What was chosen of batch size and epochs, and why; empty if the user has set both."""
-    n_records: int
-    """Training records."""
+    n_records: int | None
+    """Training records; None of a stream."""
     warmup: int
     """Those in which the learning rate rises."""
     needed: Sizes
@@ -74,12 +74,14 @@ def make_plan(
     Raises:
         UserError: the epochs or the warm-up do not fit the number of records.
     """
-    n_records, processes = len(data.train_encoded), n_processes(config.trainer, placement.device)
-    config, chosen = with_length(config, n_records, saved, processes)
+    n_records, processes = data.n_records, n_processes(config.trainer, placement.device)
+    config, chosen = with_length(config, n_records or 0, saved, processes)
     data.batch_size = config.optim.batch_size or 0
-    steps_per_epoch = data.training_steps().steps_per_epoch
-    steps = total_steps(config.optim, steps_per_epoch)
-    epochs = steps / steps_per_epoch if config.optim.max_steps else config.optim.epochs or 0.0
+    steps_per_epoch = data.steps_per_epoch
+    steps = total_steps(config.optim, steps_per_epoch or 0)
+    epochs: float | None = config.optim.epochs or 0.0
+    if config.optim.max_steps:
+        epochs = steps / steps_per_epoch if steps_per_epoch else None
     config = with_val_every(config, steps, saved)
     facts = {
         "base": base.identity.weights[:16],
@@ -122,8 +124,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
     batch_size = optim.batch_size or 0
+    epochs = f", epochs {plan.epochs:.3g}" if plan.epochs is not None else ""
     yield (
-        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}, epochs {plan.epochs:.3g}"
+        f"run: {counted(steps, 'step')} of {counted(batch_size, 'record')}{epochs}"
         f"{f' ({plan.chosen})' if plan.chosen else ''}; "
         f"lr {optim.peak_lr:g} (base_lr {optim.peak_lr * 256 / batch_size:g}{_lora_rate(config)}), "
         f"{optim.schedule}, "
@@ -136,7 +139,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             f"warning: the warm-up takes {plan.warmup} of the run's {counted(steps, 'step')}; "
             "lower optim.warmup (0.05 is usual) or train longer"
         )
-    elif (few := few_steps(config, steps, plan.n_records)) is not None:
+    elif (few := few_steps(config, steps, plan.n_records or 0)) is not None:
         yield f"warning: {few}"
     why = plan.placement.executor.why_not_fast
     if why is not None:

@@ -44,11 +44,10 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement: Placement) -> Sizes:
     """Return the sizes of the first steps' longest row, or of the longest record's if that needs more."""
-    steps, packer, options = data.training_steps(), data.train_packer, config.trainer
+    packer, options = data.train_packer, config.trainer
     device = placement.device
     alone = [int(packer.encoded.length.argmax())]
-    first_steps = range(min(STEPS_LOOKED_AT, steps.steps_per_epoch))
-    rows = [row for step in first_steps for row in packer.assign(steps.records(step))]
+    rows = [row for records in data.first_steps(STEPS_LOOKED_AT) for row in packer.assign(records)]
     longest, fullest = packer.row(alone), packer.row(max([alone, *rows], key=packer.row_length))
     whole = device.type != "cuda" or whole_because(options)
     needed = Sizes(
@@ -63,7 +62,10 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
         tensor_parallel=options.tensor_parallel,
         shardable_over=1 if whole else torch.cuda.device_count(),
     )
-    return max(needed, replace(needed, row=longest), key=lambda one: one.memory.total)
+    least = replace(needed, row=longest)
+    if data.n_records is None and len(fullest.ids) > len(longest.ids):  # what comes may fill a row
+        needed = replace(needed, tokens=data.row_tokens)
+    return max(needed, least, key=lambda one: one.memory.total)
 
 
 def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | None, int]:

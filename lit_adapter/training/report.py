@@ -78,10 +78,11 @@ class Report(Callback):
             "loss/train": last["loss"],
             "perplexity/train": _perplexity(last["loss"]),
             "progress/tokens_per_s": self.tokens_per_s,
-            "progress/epoch": step / trainer.datamodule.training_steps().steps_per_epoch,
             "optim/lr": last["lr"],
             "optim/grad_norm": last["grad_norm"],
         }
+        if trainer.datamodule.steps_per_epoch is not None:
+            values["progress/epoch"] = step / trainer.datamodule.steps_per_epoch
         _log(trainer, values, step)
         if trainer.is_global_zero:
             self._draw_prefixes(trainer, pl_module, step)

@@ -117,7 +117,7 @@ class RunRecord(Callback):
         packages = ("torch", "lightning", "safetensors")
         return {
             "steps": {"planned": plan.steps, "done": step, "skipped": module.skipped_steps},
-            "epochs": step / self.data.training_steps().steps_per_epoch,
+            "epochs": step / self.data.steps_per_epoch if self.data.steps_per_epoch else None,
             "loss": {
                 "train": _finite(module.last.get("loss", math.nan)),
                 "held_out": [_point(at, loss) for at, loss in self.held_out],
@@ -151,7 +151,10 @@ class RunRecord(Callback):
 
 
 def _about(data: AlpacaDataModule) -> dict[str, int | str | None]:
-    """Return the numbers of records, tokens and targets, and what tells the records from others."""
+    """Return the numbers of records, tokens and targets, and what tells the records from others.
+
+    None for those of a stream.
+    """
     found: dict[str, int | str | None] = {
         "train_sha256": data.train_records.sha256,
         "held_out_sha256": data.val_records.sha256 if data.val_records else None,
@@ -160,6 +163,8 @@ def _about(data: AlpacaDataModule) -> dict[str, int | str | None]:
         length = packer.encoded.length if packer is not None else np.empty(0, np.int64)
         found[f"{side}_records"], found[f"{side}_tokens"] = len(length), int(length.sum())
         found[f"{side}_targets"] = packer.n_targets(np.arange(len(length))) if packer is not None else 0
+    if data.n_records is None:
+        found |= dict.fromkeys(key for key in found if key.startswith("train"))
     return found
 
 

@@ -71,10 +71,9 @@ def terminal(*lines: str, options: Sequence[object] = ()) -> Callable[[Bench], O
 
 SPIN = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 FILL = "{{ 'x' * 400000000 }}"
-HIDES = (
-    "{% for m in messages %}{{ m.role }}: "
-    "{{ m.content | upper if m.role == 'assistant' and not loop.last else m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+ELSEWHERE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'bot: ' if messages | length < 2 else 'assistant: ' }}{% endif %}"
 )
 ONLY_USERS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
 
@@ -179,9 +178,9 @@ ROWS = [
     Row(FIRST + 8, "broken template", template("{% for %}"), r"template 'jinja': the chat template fails: "),
     Row(
         FIRST + 9,
-        "earlier answers hidden",
-        template(HIDES),
-        r"d\.jsonl:\d+: turn 2: template 'jinja' does not keep this answer as it was when the",
+        "an answer elsewhere",
+        template(ELSEWHERE),
+        r"d\.jsonl:\d+: turn 2: template 'jinja' writes this answer elsewhere than after the prompt",
     ),
     Row(
         FIRST + 9,

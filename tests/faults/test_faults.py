@@ -20,6 +20,7 @@ import hostile_rows
 import model_rows
 import pytest
 import run_rows
+import stream_rows
 import torch
 from bench import ROOT, Bench, Row
 
@@ -33,6 +34,7 @@ TABLE: list[Row] = [
     *hostile_rows.ROWS,
     *evaluation_rows.ROWS,
     *conversation_rows.ROWS,
+    *stream_rows.ROWS,
 ]
 PAGE = ROOT / "docs" / "faults.md"
 NUMBERED = re.compile(r"^\| (\d+) \| [^|]+ \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
@@ -71,8 +73,10 @@ def test_fault(row: Row, bench: Bench, record_property: Callable[[str, object], 
 
 
 def test_every_fault_of_the_page_is_tried_where_the_page_says() -> None:
-    faults = {int(number): where for number, where in NUMBERED.findall(PAGE.read_text(encoding="utf-8"))}
-    assert list(faults) == list(range(1, len(faults) + 1))
+    found = NUMBERED.findall(PAGE.read_text(encoding="utf-8"))
+    faults = {int(number): where for number, where in found}
+    assert len(faults) == len(found)
+    assert list(faults) == sorted(faults)
     assert {row.fault for row in TABLE} == {number for number, where in faults.items() if where == "table"}
     for where in set(faults.values()) - {"table"}:
         assert (ROOT / "tests" / where.strip("`")).is_file(), where
