@@ -117,16 +117,16 @@ def test_records_have_their_file_and_line(stream: Stream) -> None:
 
 
 def test_from_the_place_of_any_buffer_the_order_goes_on(stream: Stream) -> None:
-    buffers = read(stream, 20)
+    buffers = read(stream, 10)
     n_before = 0
     for number, (place, buffer) in enumerate(buffers):
         assert place.record == n_before
         n_before += len(buffer)
-        again = read(stream, min(9, 20 - number), Place(*json.loads(json.dumps([*place]))))
-        assert again == buffers[number : number + 9]
+        again = read(stream, min(3, 10 - number), Place(*json.loads(json.dumps([*place]))))
+        assert again == buffers[number : number + 3]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_any_records_can_be_asked_for_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -183,7 +183,7 @@ def adapters(*configs: Config) -> list[bytes]:
     return [Path(config.out, "adapter.safetensors").read_bytes() for config in configs]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_at_the_exact_record(
     tiny: Callable[..., Config], tmp_path: Path, short_buffers: None, workers: int
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_at_the_exact_record(
     assert first == second
     said = "\n".join(lines)
     assert "files, a stream of 3 files; of its beginning: 7 training records" in said
-    assert "the rest is read during training: files in a random order, their records within 7;" in said
+    assert "the rest is read during training: files in a random order, their records within 10,000;" in said
     assert "run: 9 steps of 8 records; lr" in said
     record = json.loads(Path(whole.out, "run.json").read_text())
     assert record["epochs"] is None

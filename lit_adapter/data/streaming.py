@@ -25,7 +25,7 @@ from lit_adapter.data.strict_json import Row, jsonl_rows
 from lit_adapter.errors import UserError, shorten
 
 BUFFER = 10_000
-"""Records of a buffer, at most."""
+"""Records of a buffer, where nothing else is said."""
 BUFFER_CHARACTERS = 2**25
 """Characters of a buffer's texts, from which it takes no further record."""
 LINES = (".jsonl", ".ndjson")
@@ -73,7 +73,7 @@ def streamed_rows(source: Source, wanted: Iterable[str], skip: int = 0) -> Itera
         if source.path.suffix.lower() == PARQUET:
             yield from _parquet_rows(source, wanted, skip)
         else:
-            lines = (str(row["text"]) for row in _open("text", source).skip(skip))
+            lines = (str(row["text"]) for row in _rows_after(skip, _open("text", source)))
             yield from jsonl_rows(_without_mark(lines) if skip == 0 else lines, source.name, skip + 1)
 
 
@@ -89,6 +89,12 @@ def _open(kind: str, source: Source, **options: Any) -> Any:
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 
+def _rows_after(skip: int, opened: Any) -> Iterator[dict[str, Any]]:
+    # Rows asked for one by one, instead of in batches, would be shared out among the workers of a loader.
+    for batch in opened.with_format("arrow").skip(skip).iter(BATCH_ROWS):
+        yield from batch.to_pylist()
+
+
 def _parquet_rows(source: Source, wanted: Iterable[str], skip: int) -> Iterator[Row]:
     columns = _open("parquet", source).column_names or []
     chosen = [column for column in wanted if column in columns]
@@ -96,8 +102,8 @@ def _parquet_rows(source: Source, wanted: Iterable[str], skip: int) -> Iterator[
         found = ", ".join(map(shorten, columns[:6]))
         raise UserError(f"{source.name}: has no column of any format (found: {found}); see data.columns")
     ignored = dict.fromkeys(column for column in columns if column not in chosen)
-    rows = _open("parquet", source, columns=chosen, batch_size=BATCH_ROWS).skip(skip)
-    for number, values in enumerate(rows, start=skip + 1):
+    opened = _open("parquet", source, columns=chosen, batch_size=BATCH_ROWS)
+    for number, values in enumerate(_rows_after(skip, opened), start=skip + 1):
         yield number, ignored | {key: without_null(value) for key, value in values.items()}
 
 
@@ -148,6 +154,8 @@ class Stream:
     """The format of the records, as `records_of` takes it."""
     start: Place = field(default_factory=Place)
     """Where a resumed run goes on reading."""
+    most: int = field(default_factory=lambda: BUFFER)
+    """Records of a buffer, at most."""
 
     def __post_init__(self) -> None:
         for file in self.files:
@@ -182,9 +190,12 @@ class Stream:
             UserError: as `streamed_rows`, or a record is malformed or of another format.
         """
         while True:
+            first = place
             for here, buffer in self._buffers_of_epoch(place):
                 yield here, self._shuffled(here, buffer)
                 place = here._replace(record=here.record + len(buffer))
+            if first.shard == first.row == 0 and place.record == first.record:
+                raise UserError(f"{self.files[0].name}: has no record any more; start again")
             place = Place(epoch=place.epoch + 1, record=place.record)
 
     def _buffers_of_epoch(self, here: Place) -> Iterator[tuple[Place, list[AnyRecord]]]:
@@ -193,7 +204,7 @@ class Stream:
         for shard, record in self._records(here):
             buffer.append(record)
             n_characters += sum(map(len, record.texts))
-            if len(buffer) == BUFFER or n_characters >= BUFFER_CHARACTERS:
+            if len(buffer) == self.most or n_characters >= BUFFER_CHARACTERS:
                 yield here, buffer
                 n_before = here.record + len(buffer)
                 here = Place(here.epoch, here.buffer + 1, shard, record.line, n_before)
