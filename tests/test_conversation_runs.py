@@ -108,6 +108,38 @@ def test_what_is_cut_is_counted(tiny: Callable[..., Config], tmp_path: Path) -> 
     )
 
 
+def test_answers_learned_one_by_one_are_counted_and_shown(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    template = tmp_path / "last.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}] "
+        "{% if m.role == 'assistant' and loop.last %}(thought) {% endif %}{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a{n}"}] for n in range(3)]
+    path = tmp_path / "talks.jsonl"
+    rows = [turns[0]] * 20 + [[message for turn in turns for message in turn]] * 4
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in reversed(rows)))
+    options = ("--data.template", str(template), "--data.val_size", "0", "--optim.max_steps", "2")
+    whole, stopped = (tiny("--data.train", str(path), *options, out=out) for out in ("whole", "stopped"))
+    lines: list[str] = []
+    assert finetune(whole, say=lines.append) == 0
+    said = "\n".join(lines)
+    assert "24 training records" in said
+    assert (
+        "4 (16.7%) of the training records are learned one answer at a time, 32 examples in all: the "
+        "template writes earlier answers differently from the last one" in said
+    )
+    example = next(line for line in lines if line.startswith("  | "))
+    shown = [part.split("]]")[1].split("\n")[0] for part in example.split("\n  |---\n")]
+    assert shown == ["(thought) a0", "(thought) a1", "(thought) a2"]
+    assert finetune(stopped, say=Stopper("step 1/")) == 143
+    assert finetune(stopped, "last", say=lambda line: None) == 0
+    same = [Path(one.out, "adapter.safetensors").read_bytes() for one in (whole, stopped)]
+    assert same[0] == same[1]
+
+
 def test_what_the_template_does_not_show_is_named(tiny: Callable[..., Config], tmp_path: Path) -> None:
     path = tmp_path / "tools.jsonl"
     answer = {"role": "assistant", "content": "Hello", "reasoning_content": "hm", "name": "Ann"}

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from lit_adapter.data import encode
-from lit_adapter.data.encode import Encoded, encode_records
+from lit_adapter.data.encode import Encoded, encode_few, encode_records
 from lit_adapter.data.record import Record
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.errors import UserError
@@ -135,6 +135,9 @@ def test_the_second_call_reads_the_cache(
     settings = {"max_length": 90, "cache": tmp_path / "new" / "folder", "tokenizer_key": "k"}
     first = encode_records(records, tokenizer, template, **settings)
     assert_equal(first, encode_records(records, tokenizer, template, max_length=90))
+    few = encode_few(records, tokenizer, template, max_length=90)
+    assert_equal(first, few)
+    assert few.n_cut == first.n_cut > 0
     forbid_encoding(monkeypatch)
     assert_equal(first, encode_records(records, tokenizer, template, **settings))
 

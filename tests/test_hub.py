@@ -119,7 +119,10 @@ class Hub(BaseHTTPRequestHandler):
         head, _, file = self.path.replace("/resolve/main/", f"/resolve/{COMMIT}/").partition(
             f"/resolve/{COMMIT}/"
         )
-        if self.path.startswith("/api/datasets/org/name"):
+        if self.path.startswith(f"/api/datasets/org/name/tree/{COMMIT}"):
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in FILES.items()]
+            self.answer(200, json.dumps(tree).encode())
+        elif self.path.startswith("/api/datasets/org/name"):
             siblings = [{"rfilename": name} for name in FILES]
             self.answer(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
         elif head == "/datasets/org/name" and file in FILES:
@@ -167,10 +170,22 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def read_in_process(folder: Path, endpoint: str, *names: str, **more: str) -> list[str]:
+STREAM = """
+import sys
+from lit_adapter.config import Columns
+from lit_adapter.data.sources import sources_of
+from lit_adapter.data.streaming import Place, Stream
+files = sources_of(sys.argv[1], stream=True)
+print(files[0].address)
+place, buffer = next(Stream(files, Columns(), 0).buffers(Place()))
+print(*(record.origin for record in buffer), buffer[0].texts)
+"""
+
+
+def read_in_process(folder: Path, endpoint: str, *names: str, code: str = READ, **more: str) -> list[str]:
     own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "NO_PROXY": "*", "no_proxy": "*"}
     done = subprocess.run(
-        [sys.executable, "-c", READ, *names],
+        [sys.executable, "-c", code, *names],
         env={**os.environ, **own, **more},
         capture_output=True,
         text=True,
@@ -188,6 +203,16 @@ def test_read_hub_from_a_stand_in(tmp_path: Path, endpoint: str) -> None:
     assert dev.startswith("error: org/name: no data file of split 'dev'")
     assert missing.startswith("error: org/name:x.json: no such file on the Hub")
     assert other.startswith("error: org/other: not found on the Hub, and not a local file; check")
+
+
+def test_a_stream_reads_one_commit_and_keeps_nothing(tmp_path: Path, endpoint: str) -> None:
+    address, records = read_in_process(tmp_path, endpoint, "org/name:train", code=STREAM)
+    assert address == f"hf://datasets/org/name@{COMMIT}/train.jsonl"
+    assert sorted(records.split()[:2]) == ["org/name:train.jsonl:1", "org/name:train.jsonl:2"]
+    assert records.endswith("('a', '', 'b')")
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and OK in path.read_text("utf-8", "replace")
+    ]
 
 
 def test_a_downloaded_file_is_read_without_a_network(tmp_path: Path, endpoint: str) -> None:

@@ -34,7 +34,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
 
-SIZES = {"a.jsonl": 13, "b.parquet": 22, "c.ndjson": 9}
+SIZES = {"a.jsonl": 13, "b.parquet": 22, "c[1].ndjson": 9}
 BUFFER = 7
 STREAM = ("--data.stream", "true", "--data.val_size", "0", "--optim.max_steps", "9")
 
@@ -258,6 +258,16 @@ def test_a_malformed_record_in_the_middle_is_named_and_leaves_the_checkpoint(
     assert [*Path(config.out).glob("checkpoints/*.ckpt")]
 
 
+def test_a_dry_run_looks_at_the_beginning(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = tiny("--data.train", str(written(tmp_path / "files")[0].parent), *STREAM)
+    assert finetune(config, say=lines.append, dry_run=True) == 0
+    said = "\n".join(lines)
+    assert "of its beginning: 44 training records" in said
+    assert "time: about" in said
+    assert "%) of the training" not in said
+
+
 def test_held_out_records_of_a_stream_are_a_source_of_their_own(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -283,7 +293,7 @@ from lit_adapter.config import Columns
 from lit_adapter.data import streaming
 from lit_adapter.data.store import Source
 streaming.BUFFER = 2000
-for count in (20_000, 200_000):
+for count in (60_000, 240_000):
     path = pathlib.Path(sys.argv[1])
     with path.open("w") as file:
         for n in range(count):
@@ -297,7 +307,7 @@ for count in (20_000, 200_000):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
-    """A hundred megabytes of records pass through buffers of one megabyte."""
+    """A hundred megabytes more of records pass through buffers of one megabyte."""
     done = run_code(PEAKS, tmp_path / "long.jsonl")
     assert done.returncode == 0, done.stderr
     short, long = (1024 * int(line) for line in done.stdout.split())

@@ -219,7 +219,8 @@ def encode_few(
     Raises:
         UserError: as `encode_examples`.
     """
-    return _encoded(_encode_chunk(_How(tokenizer, template, max_length, last_answer_only), 0, records))
+    columns = _encode_chunk(_How(tokenizer, template, max_length, last_answer_only), 0, records)
+    return _encoded({name: values.astype(SCHEMA[name]) for name, values in columns.items()})
 
 
 def _encoded(columns: Columns) -> Encoded:

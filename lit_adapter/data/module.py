@@ -168,6 +168,11 @@ class AlpacaDataModule(LightningDataModule):
         """The optimizer steps of an epoch; None where the number of records is not known."""
         return self.training_steps().steps_per_epoch
 
+    @property
+    def step_tokens(self) -> float:
+        """The tokens of a step, on average."""
+        return self.batch_size * float(self.train_encoded.length.mean())
+
     def first_steps(self, most: int) -> list[NDArray[np.int64]]:
         """Return the records of the first steps, ``most`` or an epoch, as `train_packer` knows them."""
         steps = self.training_steps()

@@ -90,8 +90,14 @@ class StreamDataModule(AlpacaDataModule):
 
     def first_steps(self, most: int) -> list[NDArray[np.int64]]:
         """Return the first records, divided as into steps."""
-        records = np.arange(len(self.train_encoded))
-        return np.split(records, range(self.batch_size, len(records), self.batch_size))[:most]
+        step = self.train_encoded.source_row // self.batch_size
+        return [np.flatnonzero(step == number) for number in np.unique(step)[:most]]
+
+    @property
+    def step_tokens(self) -> float:
+        """The tokens of a step, on average."""
+        n_read = len(self.train_records) + self.train_records.n_empty_output
+        return self.batch_size * int(self.train_encoded.length.sum()) / n_read
 
     def rows_of_step(self, step: int) -> Iterator[tuple[str, PackedRow]]:
         """Yield each record of a step alone in a row, with the file and line it comes from."""

@@ -8,6 +8,7 @@ a buffer, and from the `Place` of a buffer the order goes on without what came b
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ def _open(kind: str, source: Source, **options: Any) -> Any:
         raise UserError("data.stream needs datasets; run: pip install 'datasets>=4'") from None
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a file asks nobody
     datasets.disable_progress_bars()
-    files = {"train": [source.address or str(source.path.resolve())]}
+    address = source.address or str(source.path.resolve())
+    files = {"train": [glob.escape(address)]}  # taken for a pattern
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 
@@ -100,7 +102,9 @@ def _parquet_rows(source: Source, wanted: Iterable[str], skip: int) -> Iterator[
     chosen = [column for column in wanted if column in columns]
     if not chosen:
         found = ", ".join(map(shorten, columns[:6]))
-        raise UserError(f"{source.name}: has no column of any format (found: {found}); see data.columns")
+        raise UserError(
+            f"{source.name}: has no column of any format (found: {found}); name them in data.columns"
+        )
     ignored = dict.fromkeys(column for column in columns if column not in chosen)
     opened = _open("parquet", source, columns=chosen, batch_size=BATCH_ROWS)
     for number, values in enumerate(_rows_after(skip, opened), start=skip + 1):

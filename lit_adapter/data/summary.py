@@ -148,16 +148,27 @@ def _not_shown(data: AlpacaDataModule) -> list[str]:
 
 
 def _example(data: AlpacaDataModule, *, color: bool) -> str:
-    """Return the first record, its parts that are not learned marked; a conversation turn by turn."""
+    """Return the first record, its parts that are not learned marked; a conversation turn by turn.
+
+    Where its answers are examples of their own, these follow one another.
+    """
+    source_row = data.train_encoded.source_row
+    n_examples = int((source_row == source_row[0]).sum())
+    shown = [_shown(data, number, color=color) for number in range(n_examples)]
+    return Shown("\n  |---\n".join(shown))
+
+
+def _shown(data: AlpacaDataModule, number: int, *, color: bool) -> str:
     encoded = data.train_encoded
-    ids, kinds = encoded.record(0).tolist(), encoded.kinds[encoded.start[0] :][: encoded.length[0]]
+    ids = encoded.record(number).tolist()
+    kinds = encoded.kinds[encoded.start[number] :][: encoded.length[number]]
     learned = kinds >= (ANSWER if data.config.mask_prompt else CONTEXT)
     before, after = (DIM, PLAIN) if color else ("[[", "]]")
     parts = []
     for is_learned, run in groupby(zip(learned.tolist(), ids, strict=True), lambda pair: pair[0]):
         text = _decoded(data.tokenizer, [token for _, token in run], color=color)
         parts.append(text if is_learned else f"{before}{text}{after}")
-    return Shown("\n".join(f"  | {line}" for line in "".join(parts).split("\n")))
+    return "\n".join(f"  | {line}" for line in "".join(parts).split("\n"))
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int], *, color: bool) -> str:

@@ -80,9 +80,8 @@ def forecast(
     watch: Stopwatch, data: AlpacaDataModule, steps: int, validations: int, forward_share: float
 ) -> str:
     """Return a line about the time that ``steps`` and ``validations``, with their samples, would take."""
-    step_tokens = data.batch_size * float(data.train_encoded.length.mean())
     held_out = int(data.val_encoded.length.sum()) if data.val_encoded is not None else 0
-    tokens = steps * step_tokens + validations * held_out * forward_share
+    tokens = steps * data.step_tokens + validations * held_out * forward_share
     total = tokens * watch.seconds_per_token + validations * watch.sample_seconds
     shown = ", ".join(f"{seconds:.2g}" for seconds, _ in watch.steps)
     answers = f"; the sample answers of one took {watch.sample_seconds:.2g} s" if watch.sample_seconds else ""
