@@ -14,11 +14,12 @@ from typing import Any
 from lit_adapter.config import Config
 from lit_adapter.data import demo
 from lit_adapter.errors import visible
-from lit_adapter.evaluation.settings import ADAPTER, Evaluation
+from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.evaluation.tables import shown
 from lit_adapter.files.paths import free_path, newest_path
 from lit_adapter.streams import say
 from lit_adapter.training.signals import check_launcher
+from lit_adapter.weights.adapter_search import ADAPTER
 
 DATA = Path("out/demo-data")
 MODEL = "smollm2-135m"

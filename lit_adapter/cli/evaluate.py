@@ -8,8 +8,9 @@ from lit_adapter.cli.command import check_least, command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.config import Columns
 from lit_adapter.errors import UserError
-from lit_adapter.evaluation.settings import Evaluation, adapter_file
+from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.streams import output_is_no_result, say
+from lit_adapter.weights.adapter_search import adapter_file
 
 DATA = "held-out records: a JSON, JSONL, CSV, TSV or Parquet file, as for training"
 METRICS = (
@@ -102,7 +103,7 @@ def _settings(options: Any) -> Evaluation:
             raise UserError(f"--{given} without --{needed} has no meaning; leave it out")
     return Evaluation(
         out=Path(options.out),
-        adapters=tuple(adapter_file(Path(adapter)) for adapter in options.adapter),
+        adapters=tuple(adapter_file(adapter) for adapter in options.adapter),
         base=_path(options.base),
         data=_path(options.data),
         columns=Columns(**options.columns),

@@ -11,9 +11,9 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
-from lit_adapter.evaluation.settings import ADAPTER
 from lit_adapter.evaluation.tables import title_of
 from lit_adapter.files.read import read_json
+from lit_adapter.weights.adapter_search import ADAPTER
 
 RECORD, RESULTS = "run.json", "results.json"
 OWN = ("out", "seed")

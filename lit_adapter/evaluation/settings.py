@@ -8,13 +8,6 @@ from pathlib import Path
 from lit_adapter.config import Columns
 from lit_adapter.data.tasks import DEFAULT_COLUMNS
 
-ADAPTER = "adapter.safetensors"
-
-
-def adapter_file(path: Path) -> Path:
-    """Return the adapter's file of a run folder; any other path as it is."""
-    return path / ADAPTER if (path / ADAPTER).is_file() else path
-
 
 @dataclass(frozen=True)
 class Evaluation:

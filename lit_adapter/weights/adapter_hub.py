@@ -10,13 +10,13 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import write_bytes
 from lit_adapter.hub import asking_hub, check_name
+from lit_adapter.weights.adapter_search import ADAPTER
 from lit_adapter.weights.base_search import base_at_hand, has_fingerprints
 from lit_adapter.weights.download import fetch_files, list_files
 
 if TYPE_CHECKING:
     from lit_adapter.weights.model_card import Evaluated
 
-ADAPTER = "adapter.safetensors"
 CARD = "README.md"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 

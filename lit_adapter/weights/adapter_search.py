@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-FILE = "adapter.safetensors"
+ADAPTER = "adapter.safetensors"
 """What a run's folder calls its adapter."""
 RUNS = Path("out")
 """Where runs are, unless their configuration says otherwise."""
@@ -19,6 +19,6 @@ def adapter_file(name: str | Path) -> Path:
     for path in (given, RUNS / name):
         if path.is_file():
             return path
-        if (path / FILE).is_file():
-            return path / FILE
+        if (path / ADAPTER).is_file():
+            return path / ADAPTER
     return given
