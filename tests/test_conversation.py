@@ -256,7 +256,7 @@ EMPTY_THINKING = (
 
 
 @pytest.mark.parametrize("source", [EMPTY_THINKING, DROPS_THINKING])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     turns=st.lists(
         st.tuples(*[st.text("abc <>\n|é", min_size=1, max_size=8)] * 2, st.booleans()), min_size=1, max_size=4

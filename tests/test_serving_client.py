@@ -165,7 +165,7 @@ def test_ctrl_c_ends_an_answer_and_frees_its_slot(
     def counted(self: Any, *given: Any) -> Any:
         steps.append(1)
         if len(steps) == 20:
-            going_on.wait(60)
+            going_on.wait(250)
         return plain(self, *given)
 
     monkeypatch.setattr(CpuDecode, "step", counted)
@@ -258,7 +258,7 @@ def test_a_person_at_a_terminal_talks_to_a_server(
         own.until("answers from here on)")
         own.until("> ")
         own.type("\x04")
-        assert own.process.wait(30) == 0
+        assert own.process.wait(250) == 0
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(250) == 0

@@ -112,20 +112,22 @@ def test_two_processes_answer_behind_one_port(tiny_base: Path, tmp_path: Path) -
         paths += f"uwsgi_temp_path {tmp_path}/uwsgi; scgi_temp_path {tmp_path}/scgi; access_log off;"
         (tmp_path / "nginx.conf").write_text(head + config.replace("http {", "http {" + paths))
         proxy = subprocess.Popen(["nginx", "-e", f"{tmp_path}/errors", "-c", f"{tmp_path}/nginx.conf"])
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=250
+        )
         until(lambda: answers(client), seconds=60)
         texts = {answer(client) for _ in range(8)}
         assert len(texts) == 1
         assert all("chat/completions" in log.read_text() for log in logs)
         processes[0].send_signal(signal.SIGTERM)
         assert {answer(client) for _ in range(8)} == texts
-        assert processes[0].wait(60) == 0
+        assert processes[0].wait(250) == 0
         assert not ready[0].exists()
         assert {answer(client) for _ in range(4)} == texts
     finally:
         for process in processes if proxy is None else [proxy, *processes]:
             process.terminate()
-            process.wait(60)
+            process.wait(250)
 
 
 def start(base: Path, folder: Path, log: Path, ready: Path) -> subprocess.Popen[bytes]:

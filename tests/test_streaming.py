@@ -126,7 +126,7 @@ def test_from_the_place_of_any_buffer_the_order_goes_on(stream: Stream) -> None:
         assert again == buffers[number : number + 3]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.data())
 def test_any_records_can_be_asked_for_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
