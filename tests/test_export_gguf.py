@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import lit_adapter
 from lit_adapter.cli.export import main as export_main
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json
+from lit_adapter.files.write import write_json
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.text.byte_pairs import Split, byte_level_json
 from lit_adapter.text.gguf_export import gguf_tokenizer
-from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
+from lit_adapter.text.gguf_vocabulary import PRE_TOKENIZERS, write_gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
@@ -125,6 +128,25 @@ def test_every_kind_of_tokenizer_comes_back(tmp_path: Path, name: str) -> None:
         kind.ours.add_bos,
     )
     assert kind.ours.control_tokens.items() <= again.control_tokens.items()
+
+
+@pytest.mark.parametrize("split", ["qwen2", "tekken", "llama3", "digits", "gpt2"])
+def test_every_split_of_texts_comes_back(tmp_path: Path, split: Split) -> None:
+    for part in ("one", "two"):
+        (tmp_path / part).mkdir()
+    raw = json.loads(kinds.byte_level_json())
+    vocab, merges = raw["model"]["vocab"], [tuple(merge) for merge in raw["model"]["merges"]]
+    write_json(
+        tmp_path / "one" / "tokenizer.json", byte_level_json(vocab, merges, raw["added_tokens"], split)
+    )
+    write_json(tmp_path / "one" / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    given = load_tokenizer(tmp_path / "one")
+    keys = gguf_tokenizer(tmp_path / "one", resolve_template("alpaca", given), given.vocab_size)
+    assert PRE_TOKENIZERS[keys["pre"]] == split
+    write_gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in keys.items()}, tmp_path / "two")
+    again = load_tokenizer(tmp_path / "two")
+    for text in [*kinds.HARD, *kinds.CORPUS[:6]]:
+        assert again.encode(text) == given.encode(text), text
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:

@@ -150,13 +150,15 @@ def test_v2_on_norms_of_heads_has_no_family(bases: dict[str, Path], tmp_path: Pa
     assert not (tmp_path / "merged").exists()
 
 
-def test_prompts_of_mistral_go_to_peft_with_equal_logits(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_prompts_of_mistral_go_to_peft_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
     base, form = bases["mistral"], AdapterConfig(prompt_length=5, layers=2, gate="layer")
     ours = save_random_adapter(base, tmp_path / "ours.safetensors", config=form)
     convert_adapter(ours, tmp_path / "peft", Wishes(to="peft", base=base))
     adapted = peft.PeftModel.from_pretrained(theirs(base.parent / "source"), tmp_path / "peft").eval()
     with torch.no_grad():
         assert near(adapted(input_ids=IDS).logits, logits(ours, base))
+    convert_adapter(tmp_path / "peft", tmp_path / "back.safetensors", Wishes(base=base))
+    assert near(logits(tmp_path / "back.safetensors", base), logits(ours, base))
 
 
 @pytest.mark.parametrize(("kind", "to"), [("qwen2", "peft"), ("qwen3", "litgpt"), ("mistral", "lit-llama")])
