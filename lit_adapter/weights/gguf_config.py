@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, FamilyName] = {
 }
 """The family of each ``general.architecture``; Mistral's files are of ``llama``."""
 META_ROWS = ("llama", "smollm3")
-"""Architectures that keep the rows of q and k in Meta's rotary order."""
+"""Architectures that keep the rows of q and k in Meta's rotary order, as llama.cpp's converters do."""
 ROPE_TABLE = "rope_freqs.weight"
 
 
