@@ -30,7 +30,7 @@ from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.llama import Llama
 
 
-class LateLanding:
+class _LateLanding:
     def __init__(self, n_slots: int, width: int) -> None:
         self.sent: tuple[list[int], list[list[float]] | None] | None = None
 
@@ -54,7 +54,7 @@ def _capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_lane, "Landing", LateLanding)
+    monkeypatch.setattr(graph_lane, "Landing", _LateLanding)
     monkeypatch.setattr(graph_lane, "capture", _capture)
     monkeypatch.setattr(GraphLane, "executor_class", lambda self: ModuleDecode)
     monkeypatch.setattr(graph_lane, "LEAST_USED", 8)  # so that a few captures come to pass

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_engine import HOW, PROMPTS, alone, base_of, eight
 from test_generate import tiny
-from test_graph_lane import LateLanding
+from test_graph_lane import _LateLanding
 from tiny_models import random_ids
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     monkeypatch.setattr(executors, "_given_up", [])
     monkeypatch.setattr(lane, "choose_executor", _choice)
     monkeypatch.setattr(Lane, "executor_class", executor_class)
-    monkeypatch.setattr(graph_lane, "Landing", LateLanding)
+    monkeypatch.setattr(graph_lane, "Landing", _LateLanding)
     monkeypatch.setattr(graph_lane, "capture", capture)
     return state
 
