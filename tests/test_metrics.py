@@ -250,3 +250,13 @@ def test_a_reference_of_nothing_but_an_article_is_no_empty_answer() -> None:
     (normalised, contains) = metrics_named(["normalised", "contains"], ["A"], ["f:1"])
     assert [normalised.score(answer, "A") for answer in ("", "a", "A.", "B")] == [0.0, 1.0, 0.0, 0.0]
     assert [contains.score(answer, "?") for answer in ("", "?")] == [0.0, 1.0]
+
+
+def test_the_interval_of_equal_scores_is_open_to_both_sides() -> None:
+    right, wrong = np.ones(20), np.zeros(20)
+    same = statistics.compare(right, right)
+    assert (same.difference, same.p_value) == (0.0, 1.0)
+    assert -same.low == same.high == pytest.approx(1.96**2 / (20 + 1.96**2))
+    worse, better = statistics.compare(wrong, right), statistics.compare(right, wrong)
+    assert (worse.low, worse.high) == (-better.high, -better.low) == (-1.0, -better.low)
+    assert 0.8 < better.low < better.high

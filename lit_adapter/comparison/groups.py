@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from lit_adapter.comparison.runs import OWN, WITHOUT_EFFECT, Run
 
+MOST_NAMED = 4
+"""Settings that name a group."""
 MOST = 28
 """Characters of a setting that are shown."""
 
@@ -41,10 +43,14 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         found.setdefault(run.setting, []).append(run)
     if all(len(members) < 2 for members in found.values()):
         return []
-    return [Group(_name(members[0], names), members) for members in found.values()]
+    return [Group(_name(members, names), members) for members in found.values()]
 
 
-def _name(run: Run, names: Sequence[str]) -> str:
+def _name(members: Sequence[Run], names: Sequence[str]) -> str:
+    """Return the settings of a group, or its runs where many settings differ: another table shows those."""
+    if len(names) > MOST_NAMED:
+        return ", ".join(run.name for run in members)
+    run = members[0]
     return ", ".join(f"{name} {in_a_cell(run.settings.get(name))}" for name in names) or "all runs"
 
 

@@ -85,10 +85,13 @@ def compare(
     """Compare two models' values on the same records; ``weights`` as in `estimate`, the same for both."""
     weights = np.ones(len(values)) if weights is None else weights
     apart = values - other
-    found = estimate(apart, weights)
+    sign = -1.0 if apart.sum() < 0 else 1.0
+    size = estimate(sign * apart, weights)
+    # Where all scores are equal, either model may be the better one.
+    low, high = sorted((sign * size.low, sign * size.high)) if apart.any() else (-size.high, size.high)
     spread = float(np.sqrt(len(apart)) * apart.std(ddof=1) / weights.sum()) if len(apart) > 1 else 0.0
     detectable = max(POWER * spread, 1 / float(weights.sum()))  # where all are alike: one record's worth
-    return Comparison(found.value, found.low, found.high, _p_value(apart), detectable)
+    return Comparison(sign * size.value, low, high, _p_value(apart), detectable)
 
 
 def _interval(
