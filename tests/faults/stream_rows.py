@@ -1,4 +1,4 @@
-"""Faults from 190 on: records that are streamed, and conversations in the cells of a table."""
+"""Faults from 193 on: records that are streamed, and conversations in the cells of a table."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ def asked(prompt: Any, completion: Any, name: str = "d.jsonl") -> Callable[[Benc
 
 ROWS = [
     Row(
-        190, "weights", streamed("--data.weights", "[1]"), r"data\.stream true and data\.weights exclude each"
+        193, "weights", streamed("--data.weights", "[1]"), r"data\.stream true and data\.weights exclude each"
     ),
     Row(
-        190,
+        193,
         "duplicates",
         streamed("--data.drop_duplicates", "true"),
         r"data\.stream true and data\.drop_duplicates exclude each other: it needs to know all records",
     ),
     Row(
-        191,
+        194,
         "no length",
         streamed("--optim.max_steps", "null", "--optim.batch_size", "null"),
         r"data\.stream true needs optim\.max_steps and optim\.batch_size: how many records a stream has",
     ),
     Row(
-        192,
+        195,
         "split",
         streamed("--data.val_size", "0.1"),
         r"data\.stream true cannot split off data\.val_size, .* data\.val, or set data\.val_size 0",
     ),
-    Row(193, "CSV", streamed(name="d.csv"), r"d\.csv: data\.stream reads JSON Lines and Parquet"),
-    Row(193, "blank", streamed(content="\n\n"), r"d\.jsonl: has no record; leave the file out"),
+    Row(196, "CSV", streamed(name="d.csv"), r"d\.csv: data\.stream reads JSON Lines and Parquet"),
+    Row(196, "blank", streamed(content="\n\n"), r"d\.jsonl: has no record; leave the file out"),
     Row(
-        193, "damaged", streamed(name="d.parquet", content="PAR1"), r"d\.parquet: cannot be streamed \(\w+: "
+        196, "damaged", streamed(name="d.parquet", content="PAR1"), r"d\.parquet: cannot be streamed \(\w+: "
     ),
-    Row(193, "other bytes", streamed(content=b"\xff\n"), r"d\.jsonl: not UTF-8: .*; save the file as UTF-8"),
+    Row(196, "other bytes", streamed(content=b"\xff\n"), r"d\.jsonl: not UTF-8: .*; save the file as UTF-8"),
     Row(
-        197,
+        200,
         "short rows",
         streamed("--optim.row_tokens", 100, "--data.max_length", 200),
         r"optim\.row_tokens is 100, but a record of a stream may take 199 tokens of a row; raise it, or low",
     ),
-    Row(199, "text as an answer", asked(U, "Hello"), r"d\.jsonl:1: 'completion' is a text that is no JSON"),
-    Row(199, "messages as an answer", asked("Hi", A), r"d\.jsonl:1: 'prompt' is a text that is no JSON"),
+    Row(202, "text as an answer", asked(U, "Hello"), r"d\.jsonl:1: 'completion' is a text that is no JSON"),
+    Row(202, "messages as an answer", asked("Hi", A), r"d\.jsonl:1: 'prompt' is a text that is no JSON"),
     Row(
-        199,
+        202,
         "another language",
         asked(str(U), str(A)),
         r"d\.jsonl:1: 'prompt' is a text that is no JSON: Expecting property name enclosed in double quotes",
