@@ -246,7 +246,11 @@ def test_the_forecast_is_tokens_times_measured_seconds() -> None:
     watch.steps = [(9.0, 100), (2.0, 100), (4.0, 200)]
     watch.sample_seconds = 1.5
     length = torch.tensor([10.0, 30.0]).numpy()
-    data = SimpleNamespace(step_tokens=100.0, val_encoded=SimpleNamespace(length=length))
+    data = SimpleNamespace(
+        batch_size=5,
+        train_encoded=SimpleNamespace(length=length),
+        val_encoded=SimpleNamespace(length=length),
+    )
     line = forecast(watch, data, steps=40, validations=10, forward_share=0.5)
     # (40 * 100 + 200) * 0.02 + 10 * 1.5
     assert line.startswith("time: about 99 s for 40 steps and 10 validations")
