@@ -10,13 +10,12 @@ import pytest
 import tokenizer_kinds as kinds
 from transformers import AutoTokenizer
 
-from lit_adapter.generation.chatting import prompt_of
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.protocol import Message
 from lit_adapter.serving.rendering import encode_messages
 from lit_adapter.text.chat_export import chat_template, ollama_template
 from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT, CHATS, Template, resolve_template
+from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT, Template, resolve_template
 from lit_adapter.text.tokenizer import Tokenizer
 
 WITH_INPUT = "Frage: {instruction}\nText: {input}\n\"{Antwort}\" 'so':"
@@ -63,8 +62,6 @@ def test_messages_become_our_prompts(name: str, tokenizers: tuple[Tokenizer, Any
 
 
 def prompt(template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    if template.kind in CHATS:
-        return prompt_of(tokenizer, template, messages)
     return encode_messages(template, tokenizer, [Message(**message) for message in messages])
 
 

@@ -15,7 +15,7 @@ from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.names import NAME, check_name
-from lit_adapter.weights.adapter_search import FILE
+from lit_adapter.weights.adapter_search import ADAPTER
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ class Adapters:
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 path = Path(entry.path)
-                if entry.is_dir() and (path / FILE).is_file():
-                    name, path = entry.name, path / FILE
+                if entry.is_dir() and (path / ADAPTER).is_file():
+                    name, path = entry.name, path / ADAPTER
                 elif entry.name.endswith(SUFFIX) and entry.is_file():
                     name = entry.name.removesuffix(SUFFIX)
                 else:

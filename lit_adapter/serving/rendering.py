@@ -12,7 +12,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.chatting import prompt_of
 from lit_adapter.serving.errors import invalid
 from lit_adapter.serving.protocol import Message
-from lit_adapter.text.template import INPUT, Template
+from lit_adapter.text.template import CHATS, INPUT, Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 
@@ -27,7 +27,7 @@ def encode_messages(template: Template, tokenizer: Tokenizer, messages: Sequence
     if roles[-1] != "user":
         raise invalid("the last message must be the user's", f"messages[{len(roles) - 1}].role")
     try:
-        if template.kind != "chat" and roles in (["user"], ["system", "user"]):
+        if template.kind not in CHATS and roles in (["user"], ["system", "user"]):
             return template.encode_prompt(tokenizer, *_task(template, texts))
         said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         return prompt_of(tokenizer, template, said)
