@@ -408,9 +408,12 @@ def another(hint: Any, default: Any) -> Any:
             "optim.lr_scale_norms",
             "optim.lr_scale_lora",
             *(f"adapter.lora.{f.name}" for f in fields(LoraConfig)),
-            "data.mask_prompt",
+            *("data.mask_prompt", "data.stream"),
         ),
-        ("data.last_answer_only", "optim.base_lr", "optim.lr_scale_v2", "adapter.version", "adapter.head"),
+        (
+            *("data.last_answer_only", "data.weights", "data.drop_duplicates"),
+            *("optim.base_lr", "optim.lr_scale_v2", "adapter.version", "adapter.head"),
+        ),
     ],
     ids=["v2", "norms"],
 )

@@ -247,8 +247,7 @@ def test_the_forecast_is_tokens_times_measured_seconds() -> None:
     watch.sample_seconds = 1.5
     length = torch.tensor([10.0, 30.0]).numpy()
     data = SimpleNamespace(
-        batch_size=5,
-        train_encoded=SimpleNamespace(length=length),
+        step_tokens=100.0,
         val_encoded=SimpleNamespace(length=length),
     )
     line = forecast(watch, data, steps=40, validations=10, forward_share=0.5)

@@ -197,7 +197,7 @@ class Stream:
             first = place
             for here, buffer in self._buffers_of_epoch(place):
                 yield here, self._shuffled(here, buffer)
-                place = here._replace(record=here.record + len(buffer))
+                place = Place(*here[:-1], record=here.record + len(buffer))
             if first.shard == first.row == 0 and place.record == first.record:
                 raise UserError(f"{self.files[0].name}: has no record any more; start again")
             place = Place(epoch=place.epoch + 1, record=place.record)
