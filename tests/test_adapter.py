@@ -10,6 +10,7 @@ from prefix_formula import reference_logits
 from tiny_models import from_transformers, logits, open_adapter, random_ids, random_llama, transformers_llama
 
 from lit_adapter.errors import UserError
+from lit_adapter.generation.adapter import attached
 from lit_adapter.model.adapter import (
     adapter_parameters,
     adapter_shapes,
@@ -244,3 +245,17 @@ def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
         (wanted,) = torch.autograd.grad(whole, prefix.gate, dwhole)
         with torch.no_grad():
             torch.testing.assert_close(form.gradient(strength, dwhole), wanted)
+
+
+def test_what_is_registered_on_an_adapter_s_modules_is_not_on_its_base() -> None:
+    base, config = random_llama().requires_grad_(False), AdapterConfig(layers=1, prompt_length=2)
+    model = attached(base, config, adapter_state(open_adapter(random_llama(), config)), "test")
+    assert model.layers[0].mlp.gate_proj.weight is base.layers[0].mlp.gate_proj.weight
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model.train()
+    assert not any(module.training for module in base.eval().modules())
+    assert model.layers[0].mlp.gate_proj.training
+    logits(base, random_ids(1, 3))
+    assert seen == []

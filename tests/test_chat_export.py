@@ -85,3 +85,5 @@ def test_ollama_s_template_has_both_forms(tiny_base: Path) -> None:
     plain = ollama_template(resolve_template("<s>{{x}} {instruction}!", ours), ours)
     system = "{{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }}"
     assert plain == '{{ "{{" }}x}} ' + system + "!{{ .Response }}</s>"
+    braced = ollama_template(resolve_template("{{{instruction}} {{{", ours), ours)
+    assert braced == '{{ "{{" }}' + system + '} {{ "{{{" }}{{ .Response }}</s>'

@@ -88,3 +88,19 @@ def test_the_level_that_saves_most_is_shared() -> None:
         Scored([1, *range(3, 8), *[50 + q] * 40, choice], 46) for q in range(4) for choice in (44, 45)
     ]
     assert [group.n_shared for group in groups(long_context)] == [46] * 4
+
+
+def test_a_logit_far_below_the_others_costs_no_precision() -> None:
+    """The output layer's bias moves the first of each block; log-likelihoods are never positive."""
+    model = open_adapter(random_llama(1), AdapterConfig(version="v2", head=True))
+    texts = [Scored([1, 5, 6, 8, 9, 2], 1)]
+    [[row, _]] = rows_of(texts)
+    with torch.no_grad():
+        model.lm_head.adapter_bias[::7] -= 1e9
+        expected = -float(loss.row_loss(model.double(), row))
+        model.float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CPU_COLUMNS", 7)
+        scores, _ = loss.target_log_likelihoods(model, row)
+    assert float(scores.sum()) == pytest.approx(expected, rel=1e-6)
+    assert scores.max() < 0

@@ -65,15 +65,14 @@ def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], so
 
 
 def _frame(module: M) -> M:
-    """Return a copy of a module in which others can take the place of its parts; modules without parts stay.
+    """Return a copy of a module with the same tensors, in which others can take the place of its parts.
 
     What an executor has made of a model's matrices is not copied.
     """
-    if not module._modules:
-        return module
     own = object.__new__(type(module))
     # Hooks and parameters are kept in dicts too; what is registered in the copy must not be in the module.
-    vars(own).update((name, x.copy() if isinstance(x, dict) else x) for name, x in vars(module).items())
+    values = vars(module).copy()  # a step in another thread may join the base's matrices meanwhile
+    vars(own).update((name, x.copy() if isinstance(x, dict) else x) for name, x in values.items())
     own._modules.update((name, _frame(part)) for name, part in own._modules.items() if part is not None)
     if isinstance(own, Llama):
         own.decode_weights = None

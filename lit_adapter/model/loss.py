@@ -150,7 +150,11 @@ def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> 
     """Return log-likelihoods and likeliest tokens of targets ``[M]``, a block of the vocabulary at a time."""
     weight, (bias, scale) = model.lm_head.weight, _affine(model)
     chosen = widen(hidden).new_empty(len(hidden))
-    sums, highest, where = [], [], []
+    highest, where, beyond = (
+        [],
+        [],
+        [],
+    )  # of each block; the last is how far its logsumexp is above its maximum
     for start in range(0, len(weight), n_columns):
         block = slice(start, start + n_columns)
         logits = F.linear(hidden, weight[block])
@@ -163,9 +167,10 @@ def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> 
         highest.append(top.values)
         where.append(top.indices + start)
         # Much faster than logsumexp, which writes the exponentials out.
-        sums.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])
-    best = torch.stack(highest).argmax(0, keepdim=True)
-    return chosen - torch.stack(sums).logsumexp(0), torch.stack(where).gather(0, best)[0]
+        beyond.append(-logits.log_softmax(-1).gather(-1, top.indices[:, None])[:, 0])
+    most, best = torch.stack(highest).max(0)
+    above = (torch.stack(highest) - most + torch.stack(beyond)).logsumexp(0)
+    return chosen - most - above, torch.stack(where).gather(0, best[None])[0]
 
 
 def _target_hidden(

@@ -41,7 +41,7 @@ class Norms:
             model,
             torch.stack([block.input_layernorm.used_weight.detach() for block in blocks]),
             torch.stack([block.post_attention_layernorm.used_weight.detach() for block in blocks]),
-            model.norm.used_weight.detach(),
+            model.norm.used_weight.detach().clone(),
             torch.stack(found) if found else None,
         )
 

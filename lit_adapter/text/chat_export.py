@@ -8,6 +8,7 @@ form in which a run learns them.
 from __future__ import annotations
 
 import json
+import re
 from string import Template as Sources
 
 from lit_adapter.errors import UserError
@@ -68,7 +69,7 @@ def ollama_template(template: Template, tokenizer: Tokenizer) -> str:
         system = f"{{{{ if .System }}}}{{{{ .System }}}}{BETWEEN}{{{{ end }}}}"
         prompt = _in_go(bare, bos, system + "{{ .Prompt }}")
     end = _go_text(_spelling(tokenizer, template.end_id(tokenizer)))
-    return f"{prompt}{template.lead}{{{{ .Response }}}}{end}"
+    return f"{prompt}{_go_text(template.lead)}{{{{ .Response }}}}{end}"
 
 
 def _in_go(text: str, bos: str, instruction: str, input: str = "") -> str:
@@ -96,4 +97,5 @@ def _literal(text: str) -> str:
 def _go_text(text: str) -> str:
     if '"""' in text:
         raise UserError('the template holds """, which ends a text in a Modelfile; it cannot be exported')
-    return text.replace("{{", '{{ "{{" }}')
+    # A brace at the end would join those of what follows.
+    return re.sub(r"\{{2,}|\{\Z", lambda braces: f'{{{{ "{braces[0]}" }}}}', text)
