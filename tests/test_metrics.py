@@ -161,6 +161,18 @@ def test_chance_is_told_from_a_difference() -> None:
     assert 0.68 < np.mean([not one.is_noise for one in found]) < 0.92
 
 
+@pytest.mark.parametrize("n_records", range(1, 10))
+def test_too_few_records_show_no_difference(n_records: int) -> None:
+    """Not even if one model is right each time and the other one never."""
+    best, none = np.ones(n_records), np.zeros(n_records)
+    found, alike = statistics.compare(best, none), statistics.compare(none, none)
+    assert found.is_noise == (n_records < 6)
+    assert (found.detectable is None) == (alike.detectable is None) == found.is_noise
+    if alike.detectable is not None:
+        shown = np.arange(n_records) < round(alike.detectable * n_records)
+        assert not statistics.compare(none + shown, none).is_noise
+
+
 @pytest.mark.parametrize(
     ("name", "answer", "reference", "score"),
     [

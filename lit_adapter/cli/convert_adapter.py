@@ -7,6 +7,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.streams import say
+from lit_adapter.weights.adapter_search import adapter_file
 
 TARGETS = ("ours", "lit-llama", "litgpt", "peft", "peft-lora")
 SOURCES = ("auto", "official", *TARGETS)
@@ -15,7 +16,7 @@ SOURCES = ("auto", "official", *TARGETS)
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, convert, and print the report."""
     parser = command_parser(COMMANDS["convert-adapter"], program)
-    parser.add_argument("source", help="an adapter file, or a PEFT adapter's folder")
+    parser.add_argument("source", help="an adapter file, a run's folder, or a PEFT adapter's folder")
     parser.add_argument("--out", required=True, metavar="PATH", help="the file; for peft, the folder")
     parser.add_argument("--from", dest="given", choices=SOURCES, default="auto", help="default: by its keys")
     parser.add_argument("--to", choices=TARGETS, default="ours", help="default: ours")
@@ -46,6 +47,6 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
 
     wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
-    for line in convert_adapter(Path(options.source), Path(options.out), wishes):
+    for line in convert_adapter(adapter_file(options.source), Path(options.out), wishes):
         say(line)
     return 0

@@ -7,12 +7,13 @@ from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
 from lit_adapter.streams import say
+from lit_adapter.weights.adapter_search import adapter_file
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, merge, and print the report."""
     parser = command_parser(COMMANDS["merge"], program)
-    parser.add_argument("adapter", help="a run's adapter.safetensors; prompt_length must be 0")
+    parser.add_argument("adapter", help="a run's folder or its adapter.safetensors; prompt_length must be 0")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     parser.add_argument(
         "--base", type=Path | None, metavar="FOLDER", help="by default the base that the adapter names"
@@ -30,6 +31,6 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     choices = {name: options[name] for name in ("base", "dtype", "overwrite")}
     with byte_progress("merging") as progress:
-        report = merge(Path(options.adapter), Path(options.out), progress=progress, **choices)
+        report = merge(adapter_file(options.adapter), Path(options.out), progress=progress, **choices)
     say(f"wrote {shown(Path(options.out))}: {report}")
     return 0

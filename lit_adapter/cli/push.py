@@ -6,12 +6,13 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.streams import say
+from lit_adapter.weights.adapter_search import adapter_file
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, push, and say where to; with --dry-run say what."""
     parser = command_parser(COMMANDS["push"], program)
-    parser.add_argument("adapter", help="adapter.safetensors of a run")
+    parser.add_argument("adapter", help="a run's folder or its adapter.safetensors")
     parser.add_argument("name", help="org/name of the repository, which is created if need be")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
@@ -30,7 +31,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     from lit_adapter.evaluation.card import evaluated
     from lit_adapter.weights.adapter_hub import push_adapter
 
-    adapter, card = Path(options.adapter), options.card
+    adapter, card = adapter_file(options.adapter), options.card
     if card is not None and options.results is not None:
         raise UserError("--card and --results are both given; --results is for the card that is written")
     told = evaluated(adapter, options.results) if card is None else None

@@ -19,6 +19,8 @@ LEVEL = 0.95
 SIGNIFICANT = 0.05
 TOGETHER = 2**22
 """Numbers drawn at a time."""
+FEWEST = 6
+"""Records that must all differ to the same side for p to be below `SIGNIFICANT`: it is 2 / 2**6 then."""
 POWER = 2.8
 """Standard errors that a true difference must have to be found at 5 % in four of five cases: 1.96 + 0.84."""
 
@@ -41,8 +43,9 @@ class Comparison:
     low: float
     high: float
     p_value: float
-    detectable: float
-    """The smallest true difference that this many records would show in four of five cases."""
+    detectable: float | None
+    """The smallest true difference that this many records would show in four of five cases; None: they are too
+    few to show any."""
 
     @property
     def is_noise(self) -> bool:
@@ -90,7 +93,8 @@ def compare(
     # Where all scores are equal, either model may be the better one.
     low, high = sorted((sign * size.low, sign * size.high)) if apart.any() else (-size.high, size.high)
     spread = float(np.sqrt(len(apart)) * apart.std(ddof=1) / weights.sum()) if len(apart) > 1 else 0.0
-    detectable = max(POWER * spread, 1 / float(weights.sum()))  # where all are alike: one record's worth
+    least = FEWEST / float(weights.sum())  # where all are alike so far
+    detectable = max(POWER * spread, least) if len(apart) >= FEWEST else None
     return Comparison(sign * size.value, low, high, _p_value(apart), detectable)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from lit_adapter.errors import counted
 from lit_adapter.evaluation.metrics import METRICS
 
-CHANCE = "a difference that chance can make"
 TITLES = {"loss": "loss (nats per token)", "perplexity": "perplexity", "macro_f1": "macro F1"}
 
 
@@ -66,7 +65,7 @@ def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
     return (
         f"{title[:1].upper()}{title[1:]} on {counted(row['records'], 'record')}: {row['model']} "
         f"{with_interval(metric, mine)}, base {with_interval(metric, base)}; "
-        f"{CHANCE if row['noise'] else 'more than chance'} ({_p(row)})."
+        f"{_verdict(row)} ({_p(row)})."
     )
 
 
@@ -93,18 +92,24 @@ def comparison_table(found: dict[str, Any]) -> Table:
 def _comparison(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
     share = is_share(row["metric"])
     unit = " points" if share else ""
+    keys = ("difference", "low", "high", "detectable")
     difference, low, high, least = (
-        f"{100 * row[key]:+.1f}" if share else f"{row[key]:+.3g}"
-        for key in ("difference", "low", "high", "detectable")
+        "" if row[key] is None else f"{100 * row[key]:+.1f}" if share else f"{row[key]:+.3g}" for key in keys
     )
     return [
         f"{row['model']} against {row['against']}",
         title_of(row["metric"], found["metrics"]),
         f"{difference} ({low} to {high}){unit}",
         _p(row).removeprefix("p ").removeprefix("= "),
-        CHANCE if row["noise"] else "more than chance",
-        least.removeprefix("+") + unit,
+        _verdict(row),
+        least.removeprefix("+") + unit if least else "none, with so few records",
     ]
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if row["difference"] == 0:
+        return "no difference"
+    return "a difference that chance can make" if row["noise"] else "more than chance"
 
 
 def _p(row: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 from lit_adapter.weights.adapter_file import check_base, read_adapter
+from lit_adapter.weights.adapter_search import adapter_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +111,12 @@ class AdaptedLlama:
     def with_adapter(self, path: str | Path) -> AdaptedLlama:
         """Return the same base with another adapter, which brings its template; no weight is loaded twice.
 
+        ``path`` is an ``adapter.safetensors`` or a run's folder.
+
         Raises:
             UserError: a file that is missing, damaged, or of another base; a ``path`` that is none.
         """
-        path, loaded = arguments.path("path", path), self._shared()
+        path, loaded = adapter_file(arguments.path("path", path)), self._shared()
         info, state = read_adapter(path)
         check_base(info, loaded.folder, path)
         model = attached(loaded.model, info.adapter, state, str(path))

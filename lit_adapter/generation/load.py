@@ -20,6 +20,7 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.weights.adapter_file import check_base, read_adapter
+from lit_adapter.weights.adapter_search import adapter_file
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.base_search import find_base
@@ -38,7 +39,7 @@ def load(
     """Load an adapter on its base, or a plain base.
 
     Args:
-        adapter: an ``adapter.safetensors``; None for the plain base.
+        adapter: an ``adapter.safetensors`` or a run's folder; None for the plain base.
         base: a converted base folder; by default the one that the adapter names, in ``checkpoints`` of the
             adapter's folder or of one above it, of ``$LIT_ADAPTER_HOME``, of the working directory, or of the
             checkout of this package.
@@ -56,17 +57,17 @@ def load(
             range, or of another type. It is a ValueError, and for types a TypeError too.
     """
     _check_kinds(adapter, base, device, dtype, template)
+    path = adapter_file(adapter) if adapter is not None else None
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
     yield_shared_cores()
-    info, state = read_adapter(Path(adapter)) if adapter is not None else (None, {})
     folder = Path(str(base))
-    if base is None and info is not None:
-        folder = find_base(info.base, Path(str(adapter)))
-    if info is not None:
-        check_base(info, folder, Path(str(adapter)))
+    if path is not None:
+        info, state = read_adapter(path)
+        folder = find_base(info.base, path) if base is None else folder
+        check_base(info, folder, path)
     target = choose_device(device)
     check_content(folder, everything=verify)
     tokenizer = load_tokenizer(folder)
@@ -75,10 +76,9 @@ def load(
     model = load_base(folder, device=target, dtype=choose_dtype(dtype, target)).eval()
     check_vocabulary(tokenizer, model.config.vocab_size)
     loaded = Loaded(folder, model, Engine())
-    if info is None:
+    if path is None:
         chosen = resolve_template("alpaca" if template is None else template, tokenizer, conversations=True)
         return AdaptedLlama(model, tokenizer, chosen, loaded)
-    path = Path(str(adapter))
     adapted = attached(model, info.adapter, state, str(path))
     return AdaptedLlama(adapted, tokenizer, info.template, loaded, path)
 

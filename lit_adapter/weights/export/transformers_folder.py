@@ -71,7 +71,8 @@ def export_folder(
     told = [f"holds the base, merged with {' and '.join(sorted(merges))}"] if merges else []
     told += adapted.merged().other_family
     if "base_model" in settings:
-        told = [f"its base is {settings['base_model']}; --with-base puts it into the folder"]
+        seen = "" if settings["base_revision"] else ", seen from the folder: keep both in place"
+        told = [f"its base is {settings['base_model']}{seen}; --with-base puts it into the folder"]
     return [*told, measured]
 
 

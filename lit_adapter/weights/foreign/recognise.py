@@ -89,7 +89,8 @@ def _weights_in(folder: Path) -> Path:
         if (folder / form.companion).is_file():
             there = [name for name in form.weights if (folder / name).is_file()]
             return member(folder, there[0] if there else form.weights[0])
-    raise UserError(f"{folder}: no {' or '.join(form.companion for form in formats)} in this folder")
+    wanted = " or ".join(dict.fromkeys(form.companion for form in formats))
+    raise UserError(f"{folder}: neither a run's folder with its adapter, nor a folder with {wanted}")
 
 
 def _read_safetensors(path: Path) -> State | None:
