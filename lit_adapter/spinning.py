@@ -9,6 +9,7 @@ it do so for as long as cores are shared. The threads that compute stay the same
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,9 +41,17 @@ def yield_shared_cores() -> Thread | None:
         return None
     # Each team adds its threads but for the one that asks.
     n_teams = max(0, n_cores - n_threads) // (n_threads - 1) + 1
-    watch = Thread(target=_watch, args=(partial(IdleTeams, n_teams),), name="shared cores", daemon=True)
+    ended = Event()
+    watch = Thread(target=_watch, args=(partial(IdleTeams, n_teams), ended), name="shared cores", daemon=True)
     watch.start()
+    atexit.register(_stop, watch, ended)
     return watch
+
+
+def _stop(watch: Thread, ended: Event) -> None:
+    """Let all threads end before the interpreter does: one that is within torch then would abort the process."""
+    ended.set()
+    watch.join()
 
 
 def waited() -> float | None:
@@ -57,11 +66,10 @@ def waited() -> float | None:
     return total / 1e9
 
 
-def _watch(start_teams: Callable[[], IdleTeams]) -> None:
-    before, pause = waited() or 0.0, Event()
+def _watch(start_teams: Callable[[], IdleTeams], ended: Event) -> None:
+    before = waited() or 0.0
     teams: IdleTeams | None = None
-    while True:
-        pause.wait(PERIOD)
+    while not ended.wait(PERIOD):
         now = waited() or 0.0
         share, before = (now - before) / PERIOD, now
         if teams is None and share > SHARED:
@@ -69,6 +77,8 @@ def _watch(start_teams: Callable[[], IdleTeams]) -> None:
         elif teams is not None and share < ALONE:
             teams.end()
             teams = None
+    if teams is not None:
+        teams.end()
 
 
 class IdleTeams:
@@ -76,8 +86,9 @@ class IdleTeams:
 
     def __init__(self, number: int) -> None:
         self._ended = Event()
-        for _ in range(number):
-            Thread(target=self._run, name="idle team", daemon=True).start()
+        self._threads = [Thread(target=self._run, name="idle team", daemon=True) for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
 
     def _run(self) -> None:
         import torch
@@ -86,5 +97,7 @@ class IdleTeams:
         self._ended.wait()
 
     def end(self) -> None:
-        """Let them end, with which the library no longer counts their teams."""
+        """End them, with which the library no longer counts their teams."""
         self._ended.set()
+        for thread in self._threads:
+            thread.join()

@@ -9,6 +9,7 @@ import pytest
 from generation_fixtures import CHOICES, save_random_adapter, script
 
 from lit_adapter.errors import UserError
+from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.names import named_adapters
 from lit_adapter.serving.options import ServerOptions
 from lit_adapter.serving.run import load_adapters
@@ -65,3 +66,39 @@ def test_a_name_that_the_folder_has_too_is_refused(run: Path, tiny_base: Path) -
         load_adapters(options)
     options = ServerOptions(adapters=named_adapters(["adapters/colours"]), **given)
     assert len(load_adapters(options)) == 1
+
+
+NONE = "adapter name 'none' means the plain base; give the adapter another"
+
+
+@pytest.mark.parametrize("word", ["none=colours", "out/none", "none", "none.safetensors"])
+def test_the_name_of_the_plain_base_is_refused(run: Path, word: str) -> None:
+    shutil.copytree(run, "out/none")
+    shutil.copy(run / "adapter.safetensors", "none.safetensors")
+    with pytest.raises(UserError, match=NONE):
+        named_adapters([word])
+
+
+def test_a_folder_cannot_have_the_name_of_the_plain_base(
+    run: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run, "adapters/none")
+    shutil.copytree(run, "adapters/colours")
+    options = ServerOptions(base=tiny_base, folder=Path("adapters"), device="cpu", dtype="float32")
+    adapters = load_adapters(options)
+    for _ in range(2):
+        adapters.scan()
+    assert [served.name for served in adapters][1:] == ["colours"]
+    assert [record.getMessage() for record in caplog.records if "none" in record.getMessage()] == [
+        f"adapter none: refused: {NONE}"
+    ]
+    with pytest.raises(ApiError, match=NONE) as error:  # as POST /v1/adapters
+        adapters.load_from_folder("none")
+    assert error.value.status_code == 400
+
+
+def test_an_empty_word_is_not_the_working_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert named_adapters(["."]) == {"colours": Path("adapter.safetensors")}
+    with pytest.raises(UserError, match=r"--adapter '': expected NAME=FILE, or a file"):
+        named_adapters([""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -298,8 +299,9 @@ def test_answers_that_are_rewritten_later_are_learned_one_by_one(
         assert prompt + text == whole.removesuffix("\n")
         expected = theirs(prompt, add_special_tokens=False)["input_ids"]
         assert ids[: example.n_prompt] == expected
-        is_last = end == ends[-1]
-        assert set(example.kinds[: example.n_prompt].tolist()) == ({CONTEXT} if is_last else {NEVER})
+        found = set(example.kinds[: example.n_prompt].tolist())
+        is_hidden = any(one.role == "assistant" and not one.learned for one in talk[:end])
+        assert found == ({CONTEXT, *[NEVER] * is_hidden} if end == ends[-1] else {NEVER})
 
 
 def test_an_answer_of_several_that_does_not_fit_is_left_out_alone(both: tuple[Tokenizer, Any]) -> None:
@@ -419,3 +421,89 @@ def test_a_forked_process_renders_for_itself(both: tuple[Tokenizer, Any]) -> Non
         children.append(child)
     assert all(encode_conversation(ours, template, talk) == expected for _ in range(20))
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+
+
+def with_secret(*more: str) -> list[Message]:
+    """A conversation whose first answer may not be learned."""
+    talk = said("q1", "SECRET", "q2", "a2", *more)
+    talk[1] = Message("assistant", "SECRET", learned=False)
+    return talk
+
+
+@pytest.mark.parametrize("source", [EMPTY_THINKING, EMPTY_THINKING.replace("<|im_end|>", "")])
+@pytest.mark.parametrize("secret", ["SECRET", "  two\n\nlines ", "<|im_end|>", "q1", "caf\u00e9 \u6771"])
+def test_an_answer_that_is_rewritten_and_may_not_be_learned_never_is(
+    both: tuple[Tokenizer, Any], source: str, secret: str
+) -> None:
+    ours, _ = both
+    talk = with_secret()
+    talk[1] = Message("assistant", secret, learned=False)
+    found = encode_conversation(ours, jinja(source), talk)
+    (hidden,) = learned(ours, found.ids, found.kinds, NEVER)
+    assert secret in hidden
+    assert "q2" not in hidden
+    assert "q1" not in hidden.replace(secret, "")
+    prompt = encode_prompt(ours, jinja(source), talk[:3])
+    assert found.ids[: len(prompt)] == prompt
+    assert learned(ours, found.ids, found.kinds)[-1].startswith("<think>\n\n</think>\n\na2")
+
+
+def test_its_tokens_are_those_that_are_not_learned_where_nothing_is_rewritten(
+    both: tuple[Tokenizer, Any],
+) -> None:
+    ours, _ = both
+    for template in (resolve_template("chatml", ours), jinja(EMPTY_THINKING)):
+        found = encode_conversation(ours, template, with_secret())
+        assert learned(ours, found.ids, found.kinds, NEVER) == ["SECRET<|im_end|>"]
+
+
+def test_what_an_answer_that_may_not_be_learned_calls_is_not_learned_either(
+    both: tuple[Tokenizer, Any],
+) -> None:
+    ours, _ = both
+    source = EMPTY_THINKING.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    )
+    talk = with_secret()
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 5}}}
+    talk[1] = Message("assistant", "", learned=False, more={"tool_calls": [call]})
+    found = encode_conversation(ours, jinja(source), talk)
+    assert learned(ours, found.ids, found.kinds, NEVER) == [json.dumps(call) + "<|im_end|>"]
+
+
+def test_where_a_rewritten_answer_cannot_be_found_all_up_to_the_next_one_is_not_learned(
+    both: tuple[Tokenizer, Any],
+) -> None:
+    """This template fails without the reasoning that every answer has."""
+    ours, _ = both
+    needs = "{% for m in messages %}{% if m.role == 'assistant' %}{% set _ = '' + m.reasoning_content %}"
+    talk = [replace(one, more={"reasoning_content": "r"}) for one in with_secret()]
+    found = encode_conversation(ours, jinja(needs + "{% endif %}{% endfor %}" + EMPTY_THINKING), talk)
+    (hidden,) = learned(ours, found.ids, found.kinds, NEVER)
+    assert hidden.startswith("SECRET<|im_end|>")
+    assert learned(ours, found.ids, found.kinds) == ["<think>\nr\n</think>\n\na2<|im_end|>"]
+
+
+def test_it_is_not_learned_in_a_conversation_that_is_split(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    record = Conversation.of(with_secret("q3", "a3"), [], file="x.jsonl", line=3)
+    examples = encode_examples(record, ours, jinja(EMPTY_THINKING), 10_000)
+    assert len(examples) == 2
+    for example in examples:
+        assert example is not None
+        ids, kinds = example.ids.tolist(), example.kinds.tolist()
+        assert "SECRET" in ours.decode(ids)
+        assert "SECRET" not in "".join(learned(ours, ids, kinds) + learned(ours, ids, kinds, CONTEXT))
+    assert "q2" in "".join(learned(ours, ids, kinds, CONTEXT))
+
+
+def test_the_last_example_that_fits_keeps_the_context(both: tuple[Tokenizer, Any]) -> None:
+    ours, _ = both
+    talk = said("a", "first", "b", "second", "c", "long " * 90)
+    record = Conversation.of(talk, [], file="x.jsonl", line=3)
+    first, second, third = encode_examples(record, ours, jinja(EMPTY_THINKING), 80)
+    assert first is not None
+    assert second is not None
+    assert third is None
+    assert CONTEXT not in first.kinds
+    assert NEVER not in second.kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -10,9 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from generation_fixtures import ROOT
@@ -28,6 +29,7 @@ from lit_adapter.generation.loaded_models import LoadedModels
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.terminal import Conversation, converse
 from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.serving import client
 from lit_adapter.serving.client import ServerModels, read_key
 
 KEY = "key-of-a-client-0123456789"
@@ -186,22 +188,30 @@ def test_ctrl_c_ends_an_answer_and_frees_its_slot(
         assert talk.messages[-1]["content"]
 
 
+def reply(body: bytes, head: bytes = b"", status: bytes = b"200 OK") -> bytes:
+    return b"HTTP/1.1 %s\r\n%s\r\n\r\n%s" % (status, head or b"Content-Length: %d" % len(body), body)
+
+
+LISTED = reply(b'{"data": [{"id": "m"}]}')
+
+
 @contextmanager
-def stand_in(answer: bytes, *, stays: bool) -> Iterator[str]:
-    """A server that lists one model and begins an answer. Then it is silent and Ctrl-C comes, or it goes."""
-    listed = b'{"data": [{"id": "m"}]}'
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(listed)
+def stand_in(*answers: bytes, then: Literal["goes", "is silent", "interrupts"] = "goes") -> Iterator[str]:
+    """A server that answers each request once. After the last it goes, or is silent; Ctrl-C may come."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
-            for content in (head + listed, answer):
+            for number, content in enumerate(answers, start=1):
                 connection, _ = listening.accept()
-                with connection:
+                with connection, suppress(OSError):  # the client may go before it has read all
                     connection.recv(65536)
                     connection.sendall(content)
-                    if content is answer and stays:
+                    if number == len(answers) and then == "interrupts":
                         os.kill(os.getpid(), signal.SIGINT)
-                        connection.recv(1)  # until the client goes
+                    if number < len(answers) or then == "goes":
+                        connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -217,7 +227,7 @@ STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encodi
 def test_ctrl_c_ends_waiting_for_a_server_that_says_nothing(
     answer: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stand_in(answer, stays=True) as url:
+    with stand_in(LISTED, answer, then="interrupts") as url:
         talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
         talk.take("Say it.")
     assert "(stopped)" in capsys.readouterr().err
@@ -226,12 +236,180 @@ def test_ctrl_c_ends_waiting_for_a_server_that_says_nothing(
 
 def test_a_server_that_goes_in_the_middle_of_an_answer_is_told() -> None:
     event = b'data: {"choices": [{"index": 0, "delta": {"content": "one"}}]}\n\n'
-    with stand_in(STREAM + b"%x\r\n%s\r\n" % (len(event), event), stays=False) as url:
+    with stand_in(LISTED, STREAM + b"%x\r\n%s\r\n" % (len(event), event)) as url:
         talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
         with pytest.raises(UserError, match="the server has gone in the middle of the answer"):
             talk.take("Say it.")
     assert talk.out.getvalue() == "one"
     assert talk.messages == []
+
+
+def streamed(*events: bytes) -> bytes:
+    """An answer whose events are those, after one that says "one"."""
+    first = b'{"choices": [{"index": 0, "delta": {"content": "one"}}]}'
+    lines = b"".join(b"data: %s\n\n" % event for event in (first, *events))
+    return reply(lines, b"Content-Type: text/event-stream")
+
+
+DEEP = b'{"a": ' * 100_000
+MORE = b'{"choices": [{"delta": {"content": "two"}}]}'
+HINT = "; is it a server with OpenAI's interface?"
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (b'{"choices": [{"del', f"it is not JSON{HINT}"),
+        (b"", f"it is not JSON{HINT}"),
+        (b"5", f"it is a number, expected an object{HINT}"),
+        (b"\xff", f"it is not JSON{HINT}"),
+        (DEEP, f"it is nested too deeply{HINT}"),
+        (b'{"choices": null}', f'"choices" is null, expected a list{HINT}'),
+        (b'{"choices": {"0": 1}}', f'"choices" is an object, expected a list{HINT}'),
+        (b'{"choices": 5}', f'"choices" is a number, expected a list{HINT}'),
+        (b'{"choices": ["two"]}', f'a member of "choices" is a text, expected an object{HINT}'),
+        (b'{"choices": [{"delta": null}]}', f'"delta" is null, expected an object{HINT}'),
+        (
+            b'{"choices": [{"delta": {"content": 5}}]}',
+            f'"content" is a number, expected a text or null{HINT}',
+        ),
+        (b'{"choices": [{"delta": {"content": ["two"]}}]}', '"content" is a list, expected a text or null'),
+        (b'{"choices": [], "usage": []}', '"usage" is a list, expected an object or null'),
+        (
+            b'{"usage": {"completion_tokens": "8"}}',
+            '"completion_tokens" is a text, expected a number or null',
+        ),
+        (b'{"choices": [], "x": "%s"}' % (b"x" * 2000), "a line has more than 1,000 bytes"),
+    ],
+    ids=range(15),
+)
+def test_an_answer_with_an_event_that_cannot_be_read_is_not_kept(
+    event: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LIMIT", 1000 if event is not DEEP else 10_000_000)
+    with stand_in(LISTED, streamed(event, MORE, b"[DONE]")) as url:
+        talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
+        with pytest.raises(UserError) as error:
+            talk.take("Say it.")
+    assert str(error.value).startswith(f"{url}: cannot read its answer: {reason}")
+    assert talk.out.getvalue() == "one"
+    assert talk.messages == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (reply(b'{"data": [', b"Content-Length: 99"), "it ends in the middle"),
+        (reply(b'5\r\n{"dat', b"Transfer-Encoding: chunked"), "it ends in the middle"),
+        (reply(b"chunk\r\n", b"Transfer-Encoding: chunked"), "it ends in the middle"),
+        (reply(b"<html>"), f"it is not JSON{HINT}"),
+        (reply(DEEP), f"it is nested too deeply{HINT}"),
+        (reply(b"[]"), f"it is a list, expected an object{HINT}"),
+        (reply(b"{}"), f'"data" is null, expected a list{HINT}'),
+        (reply(b'{"data": []}'), f'"data" has no model{HINT}'),
+        (reply(b'{"data": ["idx"]}'), f'a member of "data" is a text, expected an object{HINT}'),
+        (reply(b'{"data": [5]}'), f'a member of "data" is a number, expected an object{HINT}'),
+        (reply(b'{"data": [{"id": null}]}'), f'"id" is null, expected a text{HINT}'),
+        (reply(b'{"data": [%s]}' % (b" " * 2000)), "it has more than 1,000 bytes"),
+        (reply(b'{"data": [%s]}' % (b" " * 2000), b"X: y"), "it has more than 1,000 bytes"),
+    ],
+    ids=range(13),
+)
+def test_a_list_of_models_that_cannot_be_read_is_told(
+    answer: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LIMIT", 1000 if DEEP not in answer else 10_000_000)
+    with stand_in(answer) as url, pytest.raises(UserError) as error:
+        ServerModels(url)
+    assert str(error.value).startswith(f"{url}: cannot read its list of models: {reason}")
+
+
+def test_a_server_that_hangs_within_a_body_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "SECONDS", 0.2)
+    for status in (b"200 OK", b"500 Worse"):
+        half = reply(b'{"da', b"Content-Length: 99", status)
+        with stand_in(half, then="is silent") as url, pytest.raises(UserError) as error:
+            ServerModels(url)
+        wanted = "cannot read its list of models: timed out" if status == b"200 OK" else "status 500 Worse"
+        assert str(error.value) == f"{url}: {wanted}"
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"error": {"message": [1]}}', b'{"error": 5}', b"x" * 2000]
+)
+def test_a_refusal_that_cannot_be_read_is_told_by_its_status(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LIMIT", 1000 if body.startswith(b"x") else 10_000_000)
+    with stand_in(reply(body, status=b"418 Teapot")) as url, pytest.raises(UserError) as error:
+        ServerModels(url)
+    assert str(error.value) == f"{url}: status 418 Teapot"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a..b:80",
+        f"http://{'a' * 64}.org",
+        "http://host/é",
+        "http://a b/",
+        "http://host/a b",
+        "http://host:0",
+        "http://:secret@host",
+        "http://h\x7f",
+        "http://[::1",
+        "host:80",
+        "http://host:port",
+    ],
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match=r"--url '.*: expected an address such as http://127.0.0.1:8000"):
+        ServerModels(url)
+
+
+def test_an_ipv6_address_without_a_port_has_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def connect(place: tuple[str, int], *others: Any) -> Any:
+        asked.append(place)
+        raise OSError(111, "Refused")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for url in ("http://[::1]", "https://[::1]/v1", "http://[::1]:8000"):
+        with pytest.raises(UserError, match="cannot reach a server there: Refused"):
+            ServerModels(url)
+    assert asked == [("::1", 80), ("::1", 443), ("::1", 8000)]
+
+
+@pytest.mark.parametrize(
+    ("usage", "cut_after"),
+    [
+        (b"null", None),
+        (b"{}", None),
+        (b'{"completion_tokens": null}', None),
+        (b'{"completion_tokens": 8}', 8),
+    ],
+)
+def test_tokens_that_a_server_does_not_count_are_not_told(
+    usage: bytes, cut_after: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = b'{"choices": [{"delta": {}, "finish_reason": "length"}], "usage": null}'
+    counted = b'{"choices": [], "usage": %s}' % usage
+    with stand_in(LISTED, streamed(last, counted, b"[DONE]")) as url:
+        talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
+        talk.take("Say it.")
+    assert talk.partner.cut_after == cut_after
+    assert "after 0 tokens" not in capsys.readouterr().err
+    assert talk.messages[1]["content"] == "one"
+
+
+def test_half_a_character_is_shown_as_a_question_mark(tmp_path: Path) -> None:
+    with stand_in(LISTED, streamed(rb'{"choices": [{"delta": {"content": "\ud83d"}}]}', b"[DONE]")) as url:
+        talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
+        talk.take("Say it.")
+    talk.take(f"/save {tmp_path / 'chat.jsonl'}")
+    saved = json.loads((tmp_path / "chat.jsonl").read_bytes())
+    assert saved["messages"][1]["content"] == "one?"
 
 
 @pytest.mark.slow

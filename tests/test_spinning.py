@@ -135,7 +135,7 @@ def test_teams_are_there_while_threads_wait_for_cores(monkeypatch: pytest.Monkey
     monkeypatch.setattr(spinning, "PERIOD", 1e-3)
     monkeypatch.setattr(spinning, "waited", waited)
     with pytest.raises(StopIteration):
-        spinning._watch(Teams)  # type: ignore[arg-type]
+        spinning._watch(Teams, threading.Event())  # type: ignore[arg-type]
     assert seen == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1]
 
 
@@ -171,3 +171,21 @@ def test_idle_teams_end() -> None:
     while "idle team" in names():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("program", [0.05, 1.0], ids=["while they start", "while they wait"])
+def test_a_program_ends_in_order_with_teams(program: float) -> None:
+    """A thread within torch when the interpreter ends would abort the process."""
+    code = f"""
+import time
+import torch
+from lit_adapter import spinning
+seconds = iter(range(10**9))
+spinning.PERIOD, spinning.waited = 0.01, lambda: float(next(seconds))
+torch_ones = torch.ones
+torch.ones = lambda n: [torch_ones(n).add_(1) for _ in range(20000)][-1]
+spinning.yield_shared_cores()
+time.sleep({program})
+print("ended")
+"""
+    assert run(code) == ["ended"]

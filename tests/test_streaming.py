@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from pyarrow import parquet
 from tokenizer_kinds import MAKERS
 from warm_runs import Run, run_code, two_ranks
 
-from lit_adapter.config import Columns, Config
+from lit_adapter.config import Columns, Config, DataConfig
 from lit_adapter.data import streaming
 from lit_adapter.data.encode import encode_records
 from lit_adapter.data.packing import Packer, share_of_step
 from lit_adapter.data.record import AnyRecord
 from lit_adapter.data.records import Records
+from lit_adapter.data.sources import check_sources
 from lit_adapter.data.store import Source
 from lit_adapter.data.stream_module import StreamedSteps
 from lit_adapter.data.streaming import Place, Stream, StreamReader
@@ -256,6 +258,35 @@ def test_a_stream_of_other_files_is_another_run(
         UserError, match=r"cannot resume another run: data\.streamed was '3 files, \w+', now '3"
     ):
         finetune(config, "last", say=lambda line: None)
+
+
+@pytest.mark.parametrize("offset", [40, -40])
+def test_a_stream_whose_file_has_other_records_of_the_same_size_is_another_run(
+    tiny: Callable[..., Config], tmp_path: Path, short_buffers: None, offset: int
+) -> None:
+    path = written(tmp_path / "files", {"a.jsonl": 5000})[0]
+    config = tiny("--data.train", str(path.parent), *STREAM)
+    assert finetune(config, say=Stopper("step 2/")) == 143
+    before = path.read_bytes()
+    at = before.index(b"Say", offset % len(before) - 40)
+    path.write_bytes(before[:at] + b"Yas" + before[at + 3 :])
+    with pytest.raises(
+        UserError, match=r"cannot resume another run: data\.file_contents was '\w{16}', now '\w{16}'$"
+    ):
+        finetune(config, "last", say=lambda line: None)
+    path.write_bytes(before)
+    assert finetune(config, "last", say=Stopper("step 3/")) == 143
+
+
+def test_a_path_that_would_be_taken_apart_is_refused(tmp_path: Path) -> None:
+    (path,) = written(tmp_path / "a::b", {"a.jsonl": 3})
+    config = DataConfig(train=str(path), stream=True, val_size=0)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: data\.stream takes the '::' in 'a::b' for that of chained addresses"
+    ) as found:
+        check_sources(config)
+    assert "\n" not in str(found.value)
+    check_sources(replace(config, stream=False))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

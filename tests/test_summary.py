@@ -76,6 +76,50 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
     ]
 
 
+def test_weights_say_what_an_epoch_has_of_each_source(tiny_base: Path, tmp_path: Path) -> None:
+    talks = tmp_path / "chats"
+    talks.mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in "ab":
+        (talks / f"{name}.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 11)
+    other, unused = (write(tmp_path / f"{name}.jsonl", *plain(name, 21)) for name in ("x", "y"))
+    chats = f"{talks}/*.jsonl"
+    config = DataConfig(train=[chats, other, unused], weights=[3, 1, 0], val_size=0)
+    data = module(tiny_base, config)
+    said = [line.strip() for line in describe(data, color=False)]
+    assert (
+        f"weights: {chats}: 48 of an epoch's 64 records, from 22; {other}: 16, from 21; "
+        f"{unused}: not trained on (weight 0)"
+    ) in said
+    assert f"format of {chats}: messages; its records have 'messages'" in said
+    assert f"format of {other}, {unused}: alpaca; its records have 'instruction' and 'output'" in said
+    assert not [line for line in said if "skipped" in line]
+    order = data.epoch_order().epoch(0)
+    assert ((order < 22).sum(), ((order >= 22) & (order < 43)).sum(), (order >= 43).sum()) == (48, 16, 0)
+    again = module(tiny_base, config)
+    assert [line.strip() for line in describe(again, color=False)] == said  # from the cache
+
+
+def test_weights_say_what_fills_no_step_and_which_source_is_empty(tiny_base: Path, tmp_path: Path) -> None:
+    path, long = (
+        write(tmp_path / "x.jsonl", *plain("x", 7)),
+        write(tmp_path / "y.jsonl", ("too long", LONG)),
+    )
+    data = module(tiny_base, DataConfig(train=[path, long], weights=[1, 1], val_size=0))
+    said = [line.strip() for line in describe(data, color=False)]
+    assert (
+        f"weights: {path}: 7 of an epoch's 7 records, from 7; {long}: has no record; "
+        "1 of the 7, at random, are skipped: no multiple of optim.batch_size 2"
+    ) in said
+    assert not [line for line in said if "skipped in each epoch" in line]
+
+
+def test_one_source_needs_no_name_beside_its_format(tiny_base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", *plain("x", 7))
+    said = describe(module(tiny_base, DataConfig(train=[path], val_size=0)), color=False)
+    assert "      format: alpaca; its records have 'instruction' and 'output'" in said
+
+
 def test_duplicates_can_be_left_out(tiny_base: Path, tmp_path: Path) -> None:
     train = [*plain("task", 4), *plain("task", 2), *plain("held", 2), *plain("held", 1)]
     config = DataConfig(

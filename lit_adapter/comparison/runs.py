@@ -106,7 +106,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder}: is named twice")
         if not any((folder / name).is_file() for name in (RECORD, RESULTS)):
             raise UserError(
-                f"{paths[place]}: no {RECORD} of a run and no {RESULTS} of an evaluation there; name run folders"
+                f"{paths[place]}: no {RECORD} of a run and no {RESULTS} of an evaluation there; "
+                "name run folders"
             )
     given = [folder for folder in folders if (folder / RECORD).is_file()]
     if not given:

@@ -111,14 +111,13 @@ def _conversation(
         ends = [at for at, m in enumerate(messages, start=1) if m.role == "assistant" and m.learned]
         last_only = partial(encoded, last_only=True)
         found = [_cut(messages[:end], last_only, max_length) for end in ends]
-    # Where all of a text is learned, the last example has it.
-    return [*map(_answer_alone, found[:-1]), found[-1]]
+    # Where all of a text is learned, the last example that fits has it.
+    last = max((number for number, one in enumerate(found) if one is not None), default=0)
+    return [one and (one if number == last else _answer_alone(one)) for number, one in enumerate(found)]
 
 
-def _answer_alone(example: Example | None) -> Example | None:
+def _answer_alone(example: Example) -> Example:
     """Return an example of which nothing but the answer may be learned."""
-    if example is None:
-        return None
     return replace(example, kinds=np.where(example.kinds == ANSWER, ANSWER, NEVER).astype(np.int8))
 
 

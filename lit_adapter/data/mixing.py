@@ -11,7 +11,11 @@ class EpochOrder:
 
     Without weights an epoch is a permutation of all records. With weights it has as many places, of which
     every source gets its share. A source fills its places with its own records, each of which comes once
-    before any comes again, over the ends of epochs.
+    before any comes again, over the ends of epochs. Records at the end of an epoch that fill no step
+    (`TrainingSteps`) count as taken: they are skipped in this round.
+
+    With weights ``sizes`` holds the number of records of each source, and ``counts`` that of an epoch's
+    places that are its ``[sources]``.
 
     Args:
         n_records: of all sources.
@@ -31,8 +35,8 @@ class EpochOrder:
         self._members: list[NDArray[np.int64]] = []
         if weights is not None and source is not None:
             self._members = [np.flatnonzero(source == number) for number in range(len(weights))]
-            empty = [not len(members) for members in self._members]
-            self.counts = shares(np.where(empty, 0, weights), n_records)
+            self.sizes = np.array([*map(len, self._members)])
+            self.counts = shares(np.where(self.sizes, weights, 0), n_records)
 
     def epoch(self, number: int) -> NDArray[np.int64]:
         """Return the records of an epoch, in order ``[records]``."""

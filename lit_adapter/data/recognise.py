@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -34,6 +34,16 @@ class Recognised:
     name: str
     why: str
     """The reason, for the user."""
+    sources: tuple[int, ...] = ()
+    """The numbers of the sources, or of their files, that have it; where it is known (`each_once`)."""
+
+
+def each_once(found: Iterable[tuple[int, Recognised]]) -> tuple[Recognised, ...]:
+    """Return each of the formats once, with the numbers that it was found with."""
+    numbers: dict[Recognised, dict[int, None]] = {}
+    for number, known in found:
+        numbers.setdefault(replace(known, sources=()), {})[number] = None
+    return tuple(replace(known, sources=(*own,)) for known, own in numbers.items())
 
 
 def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto") -> Recognised:

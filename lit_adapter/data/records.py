@@ -45,7 +45,7 @@ class Records(Sequence[AnyRecord]):
     n_empty_output: int = 0
     """Number of records skipped because their output is empty or white space, or nothing is to be learned."""
     formats: tuple[Recognised, ...] = ()
-    """What was recognised in the sources."""
+    """What was recognised in the sources, each format once."""
     digests: NDArray[np.uint64] = field(
         default_factory=lambda: np.empty((0, 2), np.uint64), compare=False, repr=False
     )

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from lit_adapter.config import Columns
 from lit_adapter.data.formats import check_regular
 from lit_adapter.data.reading import records_of
-from lit_adapter.data.recognise import Recognised
+from lit_adapter.data.recognise import Recognised, each_once
 from lit_adapter.data.record import AnyRecord, of_texts
 from lit_adapter.data.records import Records, digests_of
 from lit_adapter.errors import UserError
@@ -28,7 +29,7 @@ from lit_adapter.files.read import file_sha256, reading
 from lit_adapter.files.table import Table, TableWriter, kept_table
 from lit_adapter.progress import count_progress
 
-VERSION = 1
+VERSION = 2
 CHUNK = 1000
 """Records that are written together."""
 SCHEMA = {"texts": np.uint8, "end": np.int64, "line": np.int64, "file": np.int32, "digests": np.uint64}
@@ -76,9 +77,15 @@ def stored_records(
         return notes
 
     table = kept_table(folder, key, SCHEMA, fill, what="records", doing="reads the data", say=say)
-    formats = tuple(Recognised(**known) for known in table.notes["formats"])
+    formats = _of_sources(table.notes["formats"], files)
     digests = table.columns["digests"].reshape(-1, 2)
     return Records(StoredRows(table, files), source, table.notes["n_empty_output"], formats, digests)
+
+
+def _of_sources(notes: Sequence[dict[str, Any]], files: Sequence[Source]) -> tuple[Recognised, ...]:
+    """Return the formats in a table's notes, with the numbers of sources in place of those of files."""
+    formats = [Recognised(**known) for known in notes]
+    return each_once((files[number].number, known) for known in formats for number in known.sources)
 
 
 def _state(file: Source) -> tuple[int, int, int]:
@@ -98,16 +105,21 @@ def _key(files: Sequence[Source], columns: Columns, wanted: str) -> str:
 def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns, wanted: str) -> dict[str, Any]:
     """Read all files into a table; return its notes."""
     n_empty = 0
-    formats: dict[Recognised, None] = {}
+    formats: list[tuple[int, Recognised]] = []
     for number, file in enumerate(files):
-        records = records_of(file.path, file.name, columns, wanted, recognised=formats.setdefault)
+        found = partial(_note, formats, number)
+        records = records_of(file.path, file.name, columns, wanted, recognised=found)
         with count_progress(f"reading {file.name}") as advance:
             while rows := list(islice(records, CHUNK)):
                 kept = [row for row in rows if not row.is_empty]
                 n_empty += len(rows) - len(kept)
                 writer.append(_columns(kept, number, writer.length("texts")))
                 advance(len(rows))
-    return {"n_empty_output": n_empty, "formats": [asdict(known) for known in formats]}
+    return {"n_empty_output": n_empty, "formats": [asdict(known) for known in each_once(formats)]}
+
+
+def _note(formats: list[tuple[int, Recognised]], file: int, known: Recognised) -> None:
+    formats.append((file, known))
 
 
 def _columns(rows: Sequence[AnyRecord], file: int, start: int) -> dict[str, NDArray]:

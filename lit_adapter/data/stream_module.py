@@ -12,9 +12,10 @@ The first records stand for all of them in what is printed and checked before tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,20 @@ from torch.utils.data import DataLoader, Dataset
 from lit_adapter.data.encode import Encoded, encode_few
 from lit_adapter.data.module import AlpacaDataModule, Remaining, share_of_rows
 from lit_adapter.data.packing import Packer, StepBatch, share_of_step, shared_preambles
+from lit_adapter.data.recognise import each_once
 from lit_adapter.data.record import AnyRecord
 from lit_adapter.data.records import Records
 from lit_adapter.data.sources import as_names, check_sources, sources_of, title
 from lit_adapter.data.streaming import BUFFER, Place, Stream, StreamReader
 from lit_adapter.data.worker import start_server
 from lit_adapter.errors import UserError, counted
+from lit_adapter.files.read import reading
 from lit_adapter.model.attention import PackedRow
 
 LOOKED_AT = 1000
 """Records that stand for the stream."""
+END_BYTES = 2**16
+"""Of the start and of the end of a local file, by which a resumed run knows it; of what is shorter, all."""
 
 
 class StreamDataModule(AlpacaDataModule):
@@ -59,7 +64,7 @@ class StreamDataModule(AlpacaDataModule):
         _, buffer = next(self.stream.buffers(Place()))
         rows = tuple(record for record in buffer[:LOOKED_AT] if not record.is_empty)
         n_empty = len(buffer[:LOOKED_AT]) - len(rows)
-        self.train_records = Records(rows, name, n_empty, tuple(dict.fromkeys(self.stream.formats.values())))
+        self.train_records = Records(rows, name, n_empty, each_once(self.stream.formats.items()))
         self.train_encoded = self._encode_few(rows)
         self._check_lengths(self.train_records, self.train_encoded)
         self.val_records = self._records(config.val) if config.val else None
@@ -153,9 +158,25 @@ class StreamDataModule(AlpacaDataModule):
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         return {
             "streamed": f"{counted(len(files), 'file')}, {digest[:16]}",
+            "file_contents": ends_sha256([file.path for file in files if not file.address])[:16],
             "val_records": self.val_records.sha256[:16] if self.val_records else None,
             "n_val_records": len(self.val_encoded) if self.val_encoded else 0,
         }
+
+
+def ends_sha256(paths: Iterable[Path]) -> str:
+    """Return a hash of the first and last `END_BYTES` of files.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with reading(path), path.open("rb") as file:
+            digest.update(file.read(END_BYTES))
+            file.seek(max(0, path.stat().st_size - END_BYTES))
+            digest.update(file.read(END_BYTES))
+    return digest.hexdigest()
 
 
 @dataclass

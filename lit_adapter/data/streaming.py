@@ -53,13 +53,23 @@ def check_streamable(source: Source) -> None:
     """Refuse a file that cannot be read from any of its records on.
 
     Raises:
-        UserError: it is neither JSON Lines nor Parquet.
+        UserError: it is neither JSON Lines nor Parquet, or its path is one that fsspec takes apart.
     """
     if source.path.suffix.lower() not in (*LINES, PARQUET):
         raise UserError(
             f"{source.name}: data.stream reads JSON Lines and Parquet ({', '.join((*LINES, PARQUET))}); "
             "convert the file, or leave data.stream out"
         )
+    part = next((part for part in _address(source).split("/") if "::" in part), None)
+    if part is not None:
+        raise UserError(
+            f"{source.name}: data.stream takes the '::' in {shorten(part)} for that of chained addresses; "
+            "rename the file or folder, or leave data.stream out"
+        )
+
+
+def _address(source: Source) -> str:
+    return source.address or str(source.path.resolve())
 
 
 def streamed_rows(source: Source, wanted: Iterable[str], skip: int = 0) -> Iterator[Row]:
@@ -86,8 +96,7 @@ def _open(kind: str, source: Source, **options: Any) -> Any:
         raise UserError("data.stream needs datasets; run: pip install 'datasets>=4'") from None
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a file asks nobody
     datasets.disable_progress_bars()
-    address = source.address or str(source.path.resolve())
-    files = {"train": [glob.escape(address)]}  # taken for a pattern
+    files = {"train": [glob.escape(_address(source))]}  # taken for a pattern
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 

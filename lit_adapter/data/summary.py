@@ -11,6 +11,7 @@ import numpy as np
 
 from lit_adapter.data.record import Conversation
 from lit_adapter.data.records import Records
+from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted, shorten, visible
 from lit_adapter.streams import Shown
 from lit_adapter.text.conversation import ANSWER, CONTEXT
@@ -43,7 +44,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         f"data: {records.source}: {counted(encoded.n_read, 'training record')}, {int(length.sum()):,} tokens "
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned"
     ]
-    lines += [f"      format: {known.name}; {known.why}" for known in records.formats]
+    lines += [f"      {line}" for line in (*_formats(data), *_weights(data))]
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(data.val_encoded.n_read, 'held-out record')}, {n_tokens:,} tokens")
@@ -52,6 +53,36 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
     lines.append(f"      {_packed(data)}")
     how = "dimmed: not learned; in reverse" if color else "in [[ ]]: not learned; in {{ }}"
     return [*lines, f"example ({how}: control tokens)", _example(data, color=color)]
+
+
+def _formats(data: AlpacaDataModule) -> list[str]:
+    """Return a line for each format, with the sources that have it where there are several."""
+    names, lines = as_names(data.config.train), []
+    for known in data.train_records.formats:
+        of = f" of {title([names[number] for number in known.sources])}" if len(names) > 1 else ""
+        lines.append(f"format{of}: {known.name}; {known.why}")
+    return lines
+
+
+def _weights(data: AlpacaDataModule) -> list[str]:
+    """Return a line that says what each source's weight makes of an epoch, if there are weights."""
+    weights = data.config.weights
+    if weights is None:
+        return []
+    order, kind = data.epoch_order(), "examples" if data.train_encoded.n_divided else "records"
+    unit, parts = f" of an epoch's {order.n_records:,} {kind}", []
+    for name, weight, size, count in zip(
+        as_names(data.config.train), weights, order.sizes.tolist(), order.counts.tolist(), strict=True
+    ):
+        if not weight or not size:
+            parts.append(f"{name}: {'has no record' if weight else 'not trained on (weight 0)'}")
+            continue
+        parts.append(f"{name}: {count:,}{unit}, from {size:,}")
+        unit = ""
+    if data.n_skipped:
+        why = f"no multiple of optim.batch_size {data.batch_size}"
+        parts.append(f"{data.n_skipped} of the {order.n_records:,}, at random, are skipped: {why}")
+    return [f"weights: {'; '.join(parts)}"]
 
 
 def _packed(data: AlpacaDataModule) -> str:
@@ -80,6 +111,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     lost, left = _words(train)
     too_long = f"left out: {left} longer than data.max_length {data.config.max_length}"
     cut = f"lost {lost} to data.max_length"
+    n_skipped = data.n_skipped if data.config.weights is None else 0  # else `_weights` says it
     skipped = (
         f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
         f"optim.batch_size {data.batch_size}"
@@ -88,7 +120,7 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
         (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),
         (len(train) - encoded.n_read, len(train), f"of the training records {too_long}"),
         (encoded.n_cut, max(len(train), len(encoded)), f"of the training {kind} {cut}"),
-        (data.n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
+        (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
         (data.n_duplicate, len(train), "of the training records repeat an earlier one"),
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
         (data.n_overlap, len(val), "of the held-out records are in the training set too"),

@@ -44,8 +44,8 @@ class Comparison:
     high: float
     p_value: float
     detectable: float | None
-    """The smallest true difference that this many records would show in four of five cases; None: they are too
-    few to show any."""
+    """The smallest true difference that this many records would show in four of five cases; None if they are
+    too few to show any."""
 
     @property
     def is_noise(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
-from lit_adapter.serving.names import NAME, check_name
+from lit_adapter.serving.names import NAME, check_characters, check_name
 from lit_adapter.weights.adapter_search import ADAPTER
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Adapters:
     """
 
     def __init__(self, base: AdaptedLlama, name: str, folder: Path | None = None) -> None:
-        self.base = Served(check_name(name), base, int(time.time()))
+        self.base = Served(check_characters(name), base, int(time.time()))
         self.folder = folder
         self._served: dict[str, Served] = {}
         self._seen: dict[str, State] = {}  # of the files in the folder, loaded or not

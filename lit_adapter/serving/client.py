@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from lit_adapter.errors import UserError, nearest, shorten
 from lit_adapter.files.read import read_text
@@ -20,6 +21,14 @@ SECONDS = 300.0
 """For a part of an answer to come: it may wait for a slot."""
 ALWAYS = ("max_new_tokens", "temperature", "seed")
 """Settings whose defaults are not the server's."""
+LIMIT = 10_000_000
+"""Bytes of a body, or of a line of a stream: what a server says is far shorter."""
+UNREADABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+"""What reading an answer may end with."""
+KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
+"""What JSON calls a type; others are shown as they are."""
+VISIBLE = re.compile("[!-~]+")
+"""Characters that a line of a request may have."""
 
 
 class ServerError(UserError):
@@ -68,16 +77,9 @@ class ServerModels:
     cut_after: int | None = None
 
     def __init__(self, url: str, key: str | None = None, name: str | None = None) -> None:
-        try:
-            place = urlsplit(url)
-            host, self._port = place.hostname, place.port
-        except ValueError:
-            host = None
-        more = host and (place.username or place.query or place.fragment)
-        if not host or more or place.scheme not in ("http", "https"):
-            raise UserError(f"--url {shorten(url)}: expected an address such as http://127.0.0.1:8000")
-        self._host = host
+        place = _place(url)
         self.url, self._is_secure = url.rstrip("/").removesuffix("/v1"), place.scheme == "https"
+        self._host, self._port = str(place.hostname), place.port or (443 if self._is_secure else 80)
         self._path = place.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
@@ -129,18 +131,19 @@ class ServerModels:
 
     def _pieces(self, response: http.client.HTTPResponse) -> Iterator[str]:
         """Yield the text of an event stream, and note at its end whether the answer was cut."""
-        was_cut, n_tokens, ended = False, 0, False
+        was_cut, n_tokens, ended = False, None, False
         for line in self._lines(response):
             if line == b"[DONE]":
                 ended = True
                 break
-            event = _parsed(line)
+            with self._telling("cannot read its answer"):
+                event = _event(line)
             if event.get("error"):
                 raise self._refused(event, "the answer failed")
             for choice in event.get("choices", ()):
                 was_cut = was_cut or choice.get("finish_reason") == "length"
                 if text := choice.get("delta", {}).get("content"):
-                    yield text
+                    yield text.encode(errors="replace").decode()  # half a character cannot be written
             n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
         if not ended and not self._stopped:
             raise ServerError(self.url, "the server has gone in the middle of the answer")
@@ -148,12 +151,11 @@ class ServerModels:
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         """Yield the data of the events of a stream, until it ends."""
-        try:
-            for line in response:
-                if line.startswith(b"data:"):
-                    yield line[5:].strip()
-        except (OSError, http.client.HTTPException):
-            return
+        while line := _line(response):
+            if len(line) > LIMIT:
+                raise ServerError(self.url, f"cannot read its answer: a line has more than {LIMIT:,} bytes")
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
 
     def stop(self) -> None:
         """Close the connection, from a signal's handler too: the answer ends, and its slot is free."""
@@ -164,11 +166,9 @@ class ServerModels:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _listed(self) -> list[dict[str, Any]]:
-        with self._asking("GET", "/v1/models") as response:
-            models = _parsed(response.read()).get("data")
-        if not isinstance(models, list) or not models or not all("id" in model for model in models):
-            raise ServerError(self.url, "no list of models; is it a server with OpenAI's interface?")
-        return models
+        asking, telling = self._asking("GET", "/v1/models"), self._telling("cannot read its list of models")
+        with asking as response, telling:
+            return _models(_body(response))
 
     @contextmanager
     def _asking(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
@@ -178,25 +178,29 @@ class ServerModels:
             ServerError: the server cannot be reached, or answers with an error.
         """
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
-        self._connection = kind(self._host, self._port, timeout=SECONDS)
         content = None if body is None else json.dumps(body).encode()
-        with closing(self._connection) as connection:
-            try:
-                connection.request(method, self._path + path, content, self._headers)
-                response = connection.getresponse()
-                refusal = b"" if response.status == http.client.OK else response.read()
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise ServerError(self.url, f"cannot reach a server there: {reason}") from None
-            if response.status != http.client.OK:
-                raise self._refused(_parsed(refusal), f"status {response.status} {response.reason}")
-            yield response
+        with closing(kind(self._host, self._port, timeout=SECONDS)) as self._connection:
+            with self._telling("cannot reach a server there"):
+                self._connection.request(method, self._path + path, content, self._headers)
+                response = self._connection.getresponse()
+            with response:  # without a length it has the connection, which is then not closed for us
+                if response.status != http.client.OK:
+                    raise self._refused(_refusal(response), f"status {response.status} {response.reason}")
+                yield response
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Make one line of what reading inside the block ends with: ``what``, and the reason."""
+        try:
+            yield
+        except UNREADABLE as error:
+            raise ServerError(self.url, f"{what}: {_reason(error)}") from None
 
     def _refused(self, answer: Mapping[str, Any], otherwise: str) -> ServerError:
         error = answer.get("error")
-        if not isinstance(error, dict) or not error.get("message"):
+        if not isinstance(error, dict) or not isinstance(error.get("message"), str):
             return ServerError(self.url, otherwise)
-        return ServerError(self.url, str(error["message"]), error.get("code"), error.get("param"))
+        return ServerError(self.url, error["message"] or otherwise, error.get("code"), error.get("param"))
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
@@ -208,10 +212,114 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
     return {"max_tokens": given.pop("max_new_tokens")} | given
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one for anything else."""
+def _place(url: str) -> SplitResult:
+    """Return the parts of a server's address.
+
+    Raises:
+        UserError: it is none, or has parts that no server's has.
+    """
+    try:
+        place = urlsplit(url)
+        host = (place.hostname or "").encode("idna").decode()
+        more = "@" in place.netloc or place.query or place.fragment or place.port == 0
+        is_one = bool(host and VISIBLE.fullmatch(host + place.path) and not more)
+        is_one = is_one and place.scheme in ("http", "https")
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise UserError(f"--url {shorten(url)}: expected an address such as http://127.0.0.1:8000")
+    return place
+
+
+def _line(response: http.client.HTTPResponse) -> bytes:
+    """Return the next line, or its first ``LIMIT + 1`` bytes; nothing if the server has gone."""
+    try:
+        return response.readline(LIMIT + 1)
+    except (OSError, http.client.HTTPException, ValueError):
+        return b""
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """Return all of an answer that is not too long; see `UNREADABLE`."""
+    content = response.read(LIMIT + 1)
+    if len(content) > LIMIT:
+        raise http.client.HTTPException(f"it has more than {LIMIT:,} bytes")
+    if response.length:  # what is still to come, where it was said
+        raise http.client.IncompleteRead(content, response.length)
+    return content
+
+
+def _refusal(response: http.client.HTTPResponse) -> dict[str, Any]:
+    """Return what a server says with an error; nothing if that cannot be read."""
+    try:
+        return _object(_body(response))
+    except UNREADABLE:
+        return {}
+
+
+def _reason(error: Exception) -> str:
+    """Return in words why an answer cannot be read."""
+    if isinstance(error, http.client.IncompleteRead):
+        return "it ends in the middle"
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, (OSError, http.client.HTTPException)):
+        return reason
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    return f"{reason}; is it a server with OpenAI's interface?"
+
+
+def _models(content: bytes) -> list[dict[str, Any]]:
+    """Return the models of a list, each with its ``id``.
+
+    Raises:
+        ValueError: it is none, or has no model.
+    """
+    models = _object(content).get("data")
+    for model in _checked(models, '"data"', list):
+        _checked(_checked(model, 'a member of "data"', dict).get("id"), '"id"', str)
+    if not models:
+        raise ValueError('"data" has no model')
+    return models
+
+
+def _event(content: bytes) -> dict[str, Any]:
+    """Return an event of an answer: an error, or one whose fields that are read have the right types.
+
+    Raises:
+        ValueError: it is none.
+    """
+    event = _object(content)
+    if event.get("error"):
+        return event
+    for choice in _checked(event.get("choices", []), '"choices"', list):
+        delta = _checked(choice, 'a member of "choices"', dict).get("delta", {})
+        _checked(_checked(delta, '"delta"', dict).get("content"), '"content"', str, or_null=True)
+    usage = _checked(event.get("usage"), '"usage"', dict, or_null=True) or {}
+    _checked(usage.get("completion_tokens"), '"completion_tokens"', int, or_null=True)
+    return event
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         found = json.loads(content)
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        raise ValueError("it is not JSON") from None
+    return _checked(found, "it", dict)
+
+
+def _checked(found: Any, name: str, kind: type, *, or_null: bool = False) -> Any:
+    """Return a value of a type.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if type(found) is kind or (or_null and found is None):
+        return found
+    is_now = KINDS.get(type(found)) or json.dumps(found)  # null, true or false
+    raise ValueError(f"{name} is {is_now}, expected {KINDS[kind]}{' or null' * or_null}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_adapter.errors import UserError, shorten
+from lit_adapter.generation.loaded_models import PLAIN
 from lit_adapter.weights.adapter_search import adapter_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -16,6 +17,17 @@ OF_RUNS = ("adapter", "best")
 
 def check_name(name: str) -> str:
     """Return a name that an adapter can have.
+
+    Raises:
+        UserError: as `check_characters`; or the name stands for the plain base.
+    """
+    if check_characters(name) == PLAIN:
+        raise UserError(f"adapter name '{PLAIN}' means the plain base; give the adapter another")
+    return name
+
+
+def check_characters(name: str) -> str:
+    """Return a name that a base or an adapter can have.
 
     Raises:
         UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or more than 100.
@@ -41,11 +53,13 @@ def named_adapters(words: Sequence[str]) -> dict[str, Path]:
             raise UserError(
                 f"--adapter {shorten(word)}: the name {name} is taken by {found[name]}; give NAME=FILE"
             )
-        found[name] = file
+        found[check_name(name)] = file
     return found
 
 
 def _name_and_file(word: str) -> tuple[str, Path]:
+    if not word:  # as a path it would be the working folder
+        raise UserError("--adapter '': expected NAME=FILE, or a file")
     name, equals, file = word.partition("=")
     whole = adapter_file(word)
     if not (equals and NAME.fullmatch(name)):

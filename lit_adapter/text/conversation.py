@@ -2,7 +2,8 @@
 
 A chat template is a program that writes the whole conversation. Where an answer begins and ends in its text
 is seen by rendering the messages before the answer, with the prompt for one, and the messages up to it: each
-must be how the whole text begins. That works with any template, without marks in it.
+must be how the whole text begins. That works with any template, without marks in it. An answer that is
+rewritten once other turns follow, and may not be learned, is found by what changes in the text with it.
 
 The template comes with the base, or is the user's, so it runs in a limited process (`limited`). Users' texts
 pass through it with a character inside everything that spells a control token, or could complete one; the
@@ -12,12 +13,14 @@ character is taken out again after the template's own control tokens have been f
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from lit_adapter.errors import UserError
+from lit_adapter.grouping import n_common
 from lit_adapter.text.chat import common_values, control_pattern
 from lit_adapter.text.limited import LimitedError, LimitedProcess
 from lit_adapter.text.template import Template
@@ -135,6 +138,7 @@ class _Rendered:
             raise UserError(f"{turn}template '{template.kind}': the chat template fails: {found['why']}")
         self.text: str = found["text"]
         self.spans = self._spans(found["lengths"], template)
+        self.hidden = [] if prompt else self._hidden(found["lengths"], request)
         if self.spans and not prompt and not self.text[self.spans[-1][1] :].strip():
             self.text = self.text[: self.spans[-1][1]]  # white space after the last answer
 
@@ -156,6 +160,50 @@ class _Rendered:
                 why = _why(template, is_last=is_last, no_prompt=start is None)
                 raise (UserError if is_last else RewrittenError)(f"turn {at + 1}: {why}")
         return spans
+
+    def _hidden(self, lengths: list[int | None], request: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return start and end of every answer that may not be learned, and has no span.
+
+        Prompts for later answers do not look for them, so the text is not divided there (`_Writer.hide`).
+        """
+        found = []
+        for number, at in enumerate(self.answers):
+            start, end = lengths[2 * number : 2 * number + 2]
+            has_span = start is not None and end is not None and start < end
+            if has_span or self.messages[at].learned:
+                continue
+            place = self._changing(at, request)
+            if place is None:
+                known = [length for length in lengths[: 2 * number + 2] if length is not None]
+                first = max(known, default=0)
+                later = (length for length in lengths[2 * number + 2 :] if length is not None)
+                place = first, next(later, len(self.text))
+            elif start is not None and place[0] < place[1]:
+                place = min(start, place[0]), place[1]
+            found.append(place)
+        return found
+
+    def _changing(self, at: int, request: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Return the place that differs where a message has another content, and the token that ends it.
+
+        None: the template fails then.
+        """
+        other, messages = {"role": "assistant", "content": self.breaker}, request["messages"]
+        talk = {"messages": [*messages[:at], other, *messages[at + 1 :]], "add_generation_prompt": False}
+        parts = {key: request[key] for key in ("template", "date", "common")}
+        try:
+            (changed,) = _RENDERER.ask({**parts, "conversations": [talk]})
+        except LimitedError:
+            return None
+        if changed == self.text:
+            return 0, 0
+        start = _n_same(self.text, changed)
+        end = max(start, len(self.text) - _n_same(self.text[::-1], changed[::-1]))
+        following = next(self._controls(end, len(self.text)), None)
+        if following is None or self.text[end : following.start()].strip():
+            return start, end
+        ends_others = any(self.text[:other_end].endswith(following[0]) for _, other_end, _ in self.spans)
+        return start, following.end() if ends_others else end
 
     def _end(self, start: int, end: int) -> int:
         """Return where an answer ends: with its last control token, if only white space follows that."""
@@ -183,10 +231,13 @@ class _Rendered:
         for found in tokens:
             until = len(self.text) if found is None else found.start()
             for cut in [cut for cut in cuts if at < cut < until] + [until]:
-                writer.text(self.text[at:cut].replace(self.breaker, ""), kind(at))
+                writer.text(self._plain(at, cut), kind(at))
+                for start, end in self.hidden:
+                    writer.hide(self._plain(max(at, start), min(cut, end)), self._plain(min(cut, end), cut))
                 at = cut
             if found is not None:
-                writer.control(control[found[0]], kind(at))
+                is_hidden = any(start <= at < end for start, end in self.hidden)
+                writer.control(control[found[0]], NEVER if is_hidden else kind(at))
                 at = found.end()
         ends_bare = self.spans and self.spans[-1][1] == len(self.text) and not writer.after_control
         if ends_bare and not self.prompt:
@@ -194,6 +245,10 @@ class _Rendered:
         if not writer.ids:
             raise UserError("the prompt is empty, and this base has no BOS to start with; write a text")
         return EncodedConversation(writer.ids, writer.kinds)
+
+    def _plain(self, start: int, end: int) -> str:
+        """Return a part of the text as users wrote it."""
+        return self.text[start:end].replace(self.breaker, "")
 
     def _kind_at(self, place: int) -> int:
         return next((kind for start, end, kind in self.spans if start <= place < end), CONTEXT)
@@ -236,8 +291,7 @@ class _Writer:
         if not text:
             return
         self._begin()
-        continues = self._n_controls > 0 and not self.tokenizer.space_after_control
-        joint = self.tokenizer.encode(self._run + text, continuation=continues)
+        joint = self._encoded_run(self._run + text)
         earlier = self.ids[self._run_start :]
         if joint[: len(earlier)] == earlier:
             new = joint[len(earlier) :]
@@ -245,6 +299,21 @@ class _Writer:
             new = self.tokenizer.encode(text, continuation=True)
         self._add(new, kind)
         self._run, self.after_control = self._run + text, False
+
+    def hide(self, hidden: str, after: str) -> None:
+        """Mark the tokens that have any of a text as never learned; ``after`` was written after it."""
+        if not hidden:
+            return
+        ids, before = self.ids[self._run_start :], self._run.removesuffix(hidden + after)
+        first = self._run_start + n_common(ids, self._encoded_run(before))
+        rest = self.tokenizer.encode(after, continuation=True)
+        last = len(self.ids) - n_common(ids[::-1], rest[::-1])
+        self.kinds[first:last] = [NEVER] * (last - first)
+
+    def _encoded_run(self, text: str) -> list[int]:
+        """Return the ids of a text that follows the last control token."""
+        continues = self._n_controls > 0 and not self.tokenizer.space_after_control
+        return self.tokenizer.encode(text, continuation=continues)
 
     def _begin(self) -> None:
         """Put BOS first if the base was trained with it."""
@@ -255,6 +324,12 @@ class _Writer:
     def _add(self, ids: list[int], kind: int) -> None:
         self.ids += ids
         self.kinds += [kind] * len(ids)
+
+
+def _n_same(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their start, which may be a million."""
+    lengths = range(1, min(len(one), len(other)) + 1)
+    return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length])
 
 
 def _strings(value: Any) -> Iterable[str]:
