@@ -49,7 +49,7 @@ def yield_shared_cores() -> Thread | None:
 
 
 def _stop(watch: Thread, ended: Event) -> None:
-    """Let all threads end before the interpreter does: one that is within torch then would abort the process."""
+    """Let all threads end before the interpreter does: one still within torch would abort the process."""
     ended.set()
     watch.join()
 
