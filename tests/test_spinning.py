@@ -183,7 +183,7 @@ from lit_adapter import spinning
 seconds = iter(range(10**9))
 spinning.PERIOD, spinning.waited = 0.01, lambda: float(next(seconds))
 torch_ones = torch.ones
-torch.ones = lambda n: [torch_ones(n).add_(1) for _ in range(20000)][-1]
+torch.ones = lambda n: [torch_ones(n).add_(1) for _ in range(500)][-1]
 spinning.yield_shared_cores()
 time.sleep({program})
 print("ended")
