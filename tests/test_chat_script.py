@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ class Terminal:
         self.side, other = pty.openpty()
         # `setsid -c` makes the terminal its own, so that Ctrl-C reaches it.
         command = ["setsid", "-c", sys.executable, *map(str, argv)]
-        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other)
+        # Of a test that runs in the background, a script would inherit that Ctrl-C is ignored.
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, preexec_fn=default)
         os.close(other)
         self.shown = ""
 
@@ -244,6 +247,9 @@ def test_a_person_at_a_terminal(tiny_base: Path, model: AdaptedLlama) -> None:
     own.until("> ")
     own.type("/undo\n")
     assert "(taken back; 0 messages before it)" in own.until("before it)")
+    own.until("> ")
+    os.write(own.side, b"caf\xff\n")
+    assert "error: not UTF-8 text; set the terminal to UTF-8" in own.until("again")
     own.until("> ")
     own.type("half a line")
     own.until("half a line")
