@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from test_merge import made
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_backend import on_a_backend
 
 import lit_adapter
 from lit_adapter.cli.export import main as export_main
@@ -152,22 +152,7 @@ def test_it_keeps_the_rules_of_vllms_transformers_backend(
 ) -> None:
     """Its configuration builds it, keywords reach the attention function, and that may flatten tokens."""
     folder, ours = exported(tmp_path, FORMS["token"], with_base=True)
-    seen: list[int] = []
-
-    def flat(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **rest):  # type: ignore[no-untyped-def]
-        seen.append(attention_instances[module.layer_idx])
-        length, n_group = query.shape[2], query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(n_group, dim=1) for x in (key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling
-        )
-        return out.transpose(1, 2).reshape(length, -1), None
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flat", flat)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    config._attn_implementation = "flat"
-    model = AutoModel.from_config(config, trust_remote_code=True).eval()
-    assert model.is_backend_compatible()
+    model, seen = on_a_backend(folder, monkeypatch)
     whole = loaded(folder)
     model.load_state_dict(whole.model.state_dict())
     ids = torch.arange(3, 25)[None]

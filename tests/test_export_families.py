@@ -15,8 +15,8 @@ from llama_cpp import Job, computed, needs_llama_cpp
 from test_families import CASES, SIZES
 from tiny_models import random_ids, randomise
 from tokenizer_kinds import HARD
-from transformers import AutoModel, AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoModelForCausalLM
+from vllm_backend import on_a_backend
 
 import lit_adapter
 from lit_adapter.errors import UserError
@@ -142,22 +142,7 @@ def test_a_family_keeps_the_rules_of_vllms_transformers_backend(
     """Its configuration builds it, keywords reach the attention function, and the plan names its layers."""
     base, adapter = made(tmp_path, kind, PREFIXES["unrotated"], sliding_window=None)
     export(adapter, tmp_path / "out", base=base, with_base=True)
-    seen: list[int] = []
-
-    def flat(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **rest):  # type: ignore[no-untyped-def]
-        seen.append(attention_instances[module.layer_idx])
-        length, n_group = query.shape[2], query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(n_group, dim=1) for x in (key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling
-        )
-        return out.transpose(1, 2).reshape(length, -1), None
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flat", flat)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    config._attn_implementation = "flat"
-    model = AutoModel.from_config(config, trust_remote_code=True).eval()
-    assert model.is_backend_compatible()
+    model, seen = on_a_backend(tmp_path / "out", monkeypatch)
     whole = loaded(tmp_path / "out")
     model.load_state_dict(whole.model.state_dict())
     given = {"attention_instances": {layer: 10 + layer for layer in range(4)}}

@@ -44,10 +44,9 @@ def _loaded(options: Any) -> tuple[Partner, str]:
     """Load what is to answer; return it, and what a person is told of it."""
     from lit_adapter.generation.load import load
     from lit_adapter.generation.loaded_models import LoadedModels
-    from lit_adapter.weights.adapter_search import adapter_file
 
     model = load(
-        adapter_file(options.adapter) if options.adapter else None,
+        options.adapter or None,
         options.base,
         device=options.device,
         dtype=options.dtype,

@@ -113,7 +113,7 @@ def _conversation(
         found = [_cut(messages[:end], last_only, max_length) for end in ends]
     # Where all of a text is learned, the last example that fits has it.
     last = max((number for number, one in enumerate(found) if one is not None), default=0)
-    return [one and (one if number == last else _answer_alone(one)) for number, one in enumerate(found)]
+    return [one if one is None or number == last else _answer_alone(one) for number, one in enumerate(found)]
 
 
 def _answer_alone(example: Example) -> Example:

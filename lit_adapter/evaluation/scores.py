@@ -124,10 +124,10 @@ def warnings(found: dict[str, Any]) -> list[str]:
     for row in found["comparisons"]:
         if row["metric"] == first and row.get("noise"):
             least = row["detectable"]
-            can_show = "can show none" if least is None else f"would show one from about {least:.2f}"
+            shows = "are too few to show one" if least is None else f"would show one from about {least:.2f}"
             lines.append(
                 f"{row['model']} and {row['against']} do not differ by more than chance in {first} "
                 f"({row['difference']:+.3f}, p = {row['p_value']:.2f}): {counted(row['records'], 'record')} "
-                f"{can_show}"
+                f"{shows}"
             )
     return lines

@@ -43,13 +43,10 @@ class Adapter:
         own, executor = _own_kinds(model, base), choose(model, "decoding")
         # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
         alike = executor.why_not_fast is None or executor == choose(base, "decoding")
-        if own - {AdaptedNorm} or not alike:
+        has_norms = own == {AdaptedNorm} and executor.name == "CPU decoding"
+        if not alike or (own and not has_norms):
             return cls(model, prefixes)
-        if not own:
-            return cls(base, prefixes)
-        if executor.name != "CPU decoding":
-            return cls(model, prefixes)
-        return cls(base, replace(prefixes, norms=Norms.of(model)))
+        return cls(base, replace(prefixes, norms=Norms.of(model)) if has_norms else prefixes)
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:

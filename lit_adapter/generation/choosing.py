@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lit_adapter.data.shared_starts import Scored, rows_of
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.generation.fallback import go_on_without_kernels
 from lit_adapter.generation.request import NonFiniteLogitsError
 from lit_adapter.generation.task import Task
-from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.executors import KernelError
+from lit_adapter.model.executors import despite_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import target_log_likelihoods
 from lit_adapter.text.template import Template
@@ -107,7 +106,8 @@ def likelihoods(
     """
     found = [Likelihood(0.0, 0, 0, -1)] * len(texts)
     for row, owner in rows_of(texts):
-        values, likeliest = _scored(model, row)
+        score = partial(target_log_likelihoods, model, row)
+        values, likeliest = despite_kernels(score, partial(go_on_without_kernels, model))
         if not values.isfinite().all():
             raise NonFiniteLogitsError()
         for text in np.unique(owner).tolist():
@@ -119,15 +119,6 @@ def likelihoods(
             if finished is not None:
                 finished(text)
     return found
-
-
-def _scored(model: Llama, row: PackedRow) -> tuple[Tensor, Tensor]:
-    """Do what `target_log_likelihoods` does, by the modules if a kernel does not compile."""
-    try:
-        return target_log_likelihoods(model, row)
-    except KernelError as error:
-        go_on_without_kernels(error, model)
-        return target_log_likelihoods(model, row)
 
 
 def choose(

@@ -10,7 +10,7 @@ from lit_adapter.model.executors import KernelError, give_up_kernels
 from lit_adapter.model.llama import Llama
 
 
-def go_on_without_kernels(error: KernelError, model: Llama) -> None:
+def go_on_without_kernels(model: Llama, error: KernelError) -> None:
     """Leave everything from now on to the modules, and say so in one line.
 
     Raises:

@@ -115,7 +115,7 @@ class Lane:
 
     def _go_on_with_modules(self, error: KernelError) -> None:
         """Let the modules compute the rest of all answers, from what the slots hold."""
-        go_on_without_kernels(error, self.model)
+        go_on_without_kernels(self.model, error)
         self.executor_name = "modules"
         if self.executor is not None:
             self.executor = ModuleDecode.in_place_of(self.executor)

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.generation.terminal import PLAIN
 
 if TYPE_CHECKING:
     from lit_adapter.generation.adapted import AdaptedLlama
 
-PLAIN = "none"
-"""Names the plain base."""
 LEAST_ANSWER = 16
 """Tokens of the context that an answer must have, or the conversation is too long."""
 
@@ -40,7 +38,7 @@ class LoadedModels:
     def choose(self, name: str) -> None:
         """Answer with another adapter: a file, a run's folder, or ``none``."""
         if name not in self._loaded:
-            self._loaded[name] = self.model.with_adapter(adapter_file(name))
+            self._loaded[name] = self.model.with_adapter(name)
         self.model, self.name = self._loaded[name], name
 
     def answer(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> Iterator[str]:

@@ -25,6 +25,8 @@ COMMANDS = {
     "/adapter NAME": "go on with another adapter, or none for the plain base; with no name list them",
     "/exit": "leave, as Ctrl-D does",
 }
+PLAIN = "none"
+"""Names the plain base."""
 
 
 class Partner(Protocol):
@@ -171,7 +173,7 @@ class Conversation:
                 self._tell(f"  {name}{'  (answers now)' if name == self.partner.name else ''}")
             return
         self.partner.choose(argument)
-        plain = self.partner.name == "none"
+        plain = self.partner.name == PLAIN
         self._tell(f"({'the plain base' if plain else self.partner.name} answers from here on)")
 
     def _leave(self, argument: str) -> None:

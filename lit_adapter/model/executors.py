@@ -12,9 +12,10 @@ turns out not to compile raises `KernelError`, and its caller goes on with the m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ from lit_adapter.model.adapter import attach
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.llama import Llama, empty_llama
 
+T = TypeVar("T")
 Purpose = Literal["training", "decoding"]
 """Training computes packed rows with gradients; decoding reads prompts into a cache and adds tokens."""
 
@@ -69,6 +71,18 @@ _given_up: list[KernelError] = []
 def give_up_kernels(error: KernelError) -> None:
     """Leave everything that this process computes from now on to the modules."""
     _given_up.append(error)
+
+
+def despite_kernels(work: Callable[[], T], give_up: Callable[[KernelError], None]) -> T:
+    """Do some work, and once more after ``give_up`` if a kernel of it does not compile.
+
+    ``give_up`` leaves what follows to the modules, or raises; the work must bear to be begun twice.
+    """
+    try:
+        return work()
+    except KernelError as error:
+        give_up(error)
+        return work()
 
 
 def kernels_given_up() -> str | None:

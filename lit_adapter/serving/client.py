@@ -14,8 +14,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from lit_adapter.errors import UserError, nearest, shorten
-from lit_adapter.files.read import read_text
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.generation.terminal import PLAIN
+from lit_adapter.serving.keys import words_of
 
 SECONDS = 300.0
 """For a part of an answer to come: it may wait for a slot."""
@@ -52,13 +53,12 @@ def read_key(path: Path) -> str:
     Raises:
         UserError: there is none, or it has characters that no header can carry.
     """
-    for line in read_text(path).splitlines():
-        words = line.split("#")[0].split()
-        if words:
-            if not (words[-1].isascii() and words[-1].isprintable()):
-                raise UserError(f"{path}: the key has other characters than those of ASCII")
-            return words[-1]
-    raise UserError(f"{path}: no key; write it on a line")
+    *_, key = next(words_of(path), (0, [""]))[1]
+    if not key:
+        raise UserError(f"{path}: no key; write it on a line")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{path}: the key has other characters than those of ASCII")
+    return key
 
 
 class ServerModels:
@@ -88,19 +88,19 @@ class ServerModels:
         self._stopped = False
         models = self._listed()
         first = next((model for model in models if model.get("parent")), models[0])
-        self.name = str(first["id"])
+        self.name = first["id"]
         if name is not None:
             self.choose(name)
 
     def names(self) -> list[str]:
         """Return the names that the server has now."""
-        return [str(model["id"]) for model in self._listed()]
+        return [model["id"] for model in self._listed()]
 
     def choose(self, name: str) -> None:
         """Answer with another model of the server; ``none`` is its base."""
         models = self._listed()
-        base = next((str(model["id"]) for model in models if not model.get("parent")), None)
-        wanted, known = base if name == "none" and base else name, [str(model["id"]) for model in models]
+        base = next((model["id"] for model in models if not model.get("parent")), None)
+        wanted, known = base if name == PLAIN and base else name, [model["id"] for model in models]
         if wanted not in known:
             raise ServerError(
                 self.url, f"no model {shorten(name)}{nearest(name, known) or '; it has ' + ', '.join(known)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,14 @@ class Key:
     is_admin: bool
 
 
+def words_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the words of each line of a file of keys that is more than a comment."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        words = line.split("#")[0].split()
+        if words:
+            yield number, words
+
+
 class Keys:
     """The keys of a file: one a line; ``admin KEY`` may also load and unload adapters; # begins a comment.
 
@@ -34,11 +43,8 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self.keys: list[Key] = []
-        for number, line in enumerate(read_text(path).splitlines(), 1):
-            words = line.split("#")[0].split()
+        for number, words in words_of(path):
             is_admin = len(words) == 2 and words[0] == ADMIN
-            if not words:
-                continue
             if len(words) > 1 + is_admin:
                 raise UserError(f"{path}, line {number}: expected KEY, or {ADMIN} KEY")
             key = words[-1]

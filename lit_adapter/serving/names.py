@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_adapter.errors import UserError, shorten
-from lit_adapter.generation.loaded_models import PLAIN
+from lit_adapter.generation.terminal import PLAIN
 from lit_adapter.weights.adapter_search import adapter_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -32,7 +32,7 @@ from lit_adapter.model.adapter import (
     trained_modules,
 )
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.executors import Executor, KernelError, choose, give_up_kernels
+from lit_adapter.model.executors import Executor, KernelError, choose, despite_kernels, give_up_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.schedule import learning_rate
@@ -195,11 +195,9 @@ class LitAdapter(LightningModule):
 
     def _loss_alone(self, row: PackedRow) -> Tensor:
         """Return a row's loss without gradients, by the modules if a kernel does not compile."""
-        try:
-            return row_loss(self.model, row, executor=self._executor())
-        except KernelError as error:
-            self.go_on_with_modules(error)
-            return row_loss(self.model, row, executor=self._executor())
+        return despite_kernels(
+            lambda: row_loss(self.model, row, executor=self._executor()), self.go_on_with_modules
+        )
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Sum the loss of the held-out records."""

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.space import free_disk
 from lit_adapter.model.adapter import adapter_parameters, adapter_shapes
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.model.executors import KernelError, give_up_kernels
+from lit_adapter.model.executors import KernelError, despite_kernels, give_up_kernels
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.lightning_internals import rank
@@ -187,10 +188,10 @@ def check_kernels(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
             # A record may leave some without a gradient.
             torch.autograd.grad(loss, parameters, allow_unused=True)
     except KernelError as error:
-        _leave_to_modules(error, model)
+        _leave_to_modules(model, error)
 
 
-def _leave_to_modules(error: KernelError, model: Llama) -> None:
+def _leave_to_modules(model: Llama, error: KernelError) -> None:
     if model.is_sharded:  # the other processes may be waiting for this one's part of a layer
         raise UserError(f"process {rank()}: {error}") from error
     give_up_kernels(error)
@@ -210,12 +211,8 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
     lower = torch.autocast(device, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
     with torch.no_grad(), lower, enough_memory(needed):
         for record in records:
-            row = data.train_packer.row([record])
-            try:
-                loss = float(row_loss(model, row))
-            except KernelError as error:
-                _leave_to_modules(error, model)
-                loss = float(row_loss(model, row))
+            compute = partial(row_loss, model, data.train_packer.row([record]))
+            loss = float(despite_kernels(compute, partial(_leave_to_modules, model)))
             if not math.isfinite(loss):
                 wider = "" if precision == "32-true" else "use trainer.precision 32-true, or "
                 raise UserError(
