@@ -315,7 +315,8 @@ class Config:
         is_v2 = self.adapter.version == "v2"
         _check_share(self, "lr_scale_v2", "adapter.version v2", "V2", is_used=is_v2)
         needed = "adapter.norms true with version v1; v2 has lr_scale_v2" if is_v2 else "adapter.norms true"
-        _check_share(self, "lr_scale_norms", needed, "norms", is_used=self.adapter.norms and not is_v2)
+        has_norms = "norms" in self.adapter.parts and not is_v2
+        _check_share(self, "lr_scale_norms", needed, "norms", is_used=has_norms)
         _check_share(self, "lr_scale_lora", "adapter.lora.rank", "LoRA", is_used=self.adapter.lora.rank > 0)
         missing = [f"optim.{key}" for key in ("max_steps", "batch_size") if getattr(self.optim, key) is None]
         if self.data.stream and missing:

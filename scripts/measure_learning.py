@@ -3,13 +3,15 @@
     python scripts/measure_learning.py --text RECORDS.json --json frontier.jsonl --plot frontier.svg
 
 Every method is trained at the best of its learning rates, and there with three seeds, on free text, short
-tasks with exact answers, the demo, and 300 records; see `benchmarks.frontier`. Run again with the same file,
-the script goes on where it was; with nothing left to run it prints and draws what the file holds.
+tasks with exact answers, the demo, 300 records, and three epochs of free text; see `benchmarks.frontier`. Run
+again with the same file, the script goes on where it was; with nothing left to run it prints and draws what
+the file holds.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -20,14 +22,14 @@ from typing import Any
 from lit_adapter.cli.command import check_least, command_parser, parse, run
 from lit_adapter.errors import UserError, nearest
 
-COURSES = ("text", "tasks", "demo", "few")
+COURSES = ("text", "tasks", "demo", "few", "epochs")
 
 
 def read_options(argv: Sequence[str]) -> Any:
     """Return the command line's options."""
     parser = command_parser("Measure what each kind of adapter learns at each size.")
     parser.add_argument("--json", metavar="FILE", required=True, help="results, a line after every run")
-    parser.add_argument("--text", metavar="FILE", help="records for the courses text and few")
+    parser.add_argument("--text", metavar="FILE", help="records for the courses text, few and epochs")
     parser.add_argument("--base", default="checkpoints/smollm2-135m", help="folder of the converted base")
     parser.add_argument(
         "--courses", nargs="+", choices=COURSES, default=list(COURSES), help="what is learned"
@@ -95,6 +97,9 @@ def _devices() -> list[str]:
     """Return the ``CUDA_VISIBLE_DEVICES`` of each device; one empty text for a machine without GPUs."""
     import torch
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return visible.split(",")
     return [str(number) for number in range(torch.cuda.device_count())] or [""]
 
 

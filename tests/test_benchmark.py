@@ -242,7 +242,7 @@ TIMES = ("train", "--model", "7b", "--json", "x.json")
             (*FRONTIER, "--methods", "LoRA on q"),
             "no method 'LoRA on q'; did you mean 'LoRA on q, v'",
         ),
-        (measure_learning, (*FRONTIER, "--courses", "text"), "the courses text and few need --text"),
+        (measure_learning, (*FRONTIER, "--courses", "text"), "the courses text, few and epochs need --text"),
         (measure_scaling, (), "required: tokenizer, data; see"),
         (measure_scaling, ("--layouts", "ddp:1", "ddp:0"), "--layouts ddp:0: expected ddp:DEVICES or fsdp2"),
         (measure_scaling, ("--layouts", "fsdp2:x"), "--layouts fsdp2:x: expected ddp:DEVICES or fsdp2"),

@@ -92,7 +92,7 @@ class Past:
 
     def add(self, rows: Tensor, token: Tensor) -> None:
         """Note the token ``[B]`` that each of ``rows [B]`` was given."""
-        self.seen[rows, token] = True
+        self.seen[rows, token] = torch.ones_like(rows, dtype=torch.bool)  # graphs cannot copy from the CPU
         self.count[rows, token] += 1
 
     def of(self, rows: Any) -> Past:

@@ -77,7 +77,7 @@ def check_same_form(given: AdapterConfig, wanted: AdapterConfig, model: LlamaCon
         UserError: names every setting that differs, with both values.
     """
     theirs, ours = (
-        {"version": config.version, "norms": config.norms and config.version == "v1"}
+        {"version": config.version, "norms": "norms" in config.parts}
         | {key: value for part in parts_of(config) for key, value in part.form(model).items()}
         for config in (given, wanted)
     )

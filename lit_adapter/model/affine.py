@@ -83,7 +83,7 @@ class AdaptedNorm(RMSNorm, TrainedModule):
 
 
 class NormPart(TrainedPart):
-    """Every norm of the model."""
+    """The norms of the layers that learn, and the last one."""
 
     name = "norms"
     decays = False
@@ -94,9 +94,9 @@ class NormPart(TrainedPart):
 
     def shapes(self, model: LlamaConfig) -> dict[str, Shape]:
         """Return the shape ``[C]`` of every weight."""
-        norms = {FINAL_NORM: model.n_embd}
-        for block in block_names(model):
-            norms |= {f"{block}.{norm.name}": norm.width for norm in block_layout(model).norms}
+        norms, blocks = {FINAL_NORM: model.n_embd}, block_names(model)
+        for index in self.config.learning_layers(model.n_layer):
+            norms |= {f"{blocks[index]}.{norm.name}": norm.width for norm in block_layout(model).norms}
         return {f"{name}.adapter_weight": (width,) for name, width in norms.items()}
 
     def attach(self, model: Llama, generator: torch.Generator | None) -> None:

@@ -216,15 +216,15 @@ class AdapterConfig:
         UserError: a value out of its range.
     """
 
-    prompt_length: int = 10
+    prompt_length: int = 8
     """Learned prompt tokens per adapted layer (K). 0, with v2, norms or lora only: no prompts, so that
     scripts/merge.py can merge base and adapter into a plain LLaMA."""
     layers: int | None = None
-    """How many of the top layers carry a prefix (L); null means all of them."""
-    gate: GateName = "tanh"
-    """What scales the prefix. tanh, the paper's: one gate per attention head, squashed into -1 to 1 by tanh.
-    Not squashed: one per attention head (identity), per layer (layer), per head and channel (channel), or per
-    head and prompt token (token)."""
+    """How many of the top layers carry a prefix (L), and with norms train their norms; null means all."""
+    gate: GateName = "token"
+    """What scales the prefix: one gate per head and prompt token (token), per head (identity), per layer
+    (layer), or per head and channel (channel); or, the paper's, one per head, squashed into -1 to 1 by tanh
+    (tanh)."""
     prefix_query: Literal["rotated", "unrotated"] = "rotated"
     """Which queries attend to the prompts: with their positions (rotated, the paper's), or as they are before
     rotary positions (unrotated)."""
@@ -234,8 +234,9 @@ class AdapterConfig:
     """Dropout on the prefix attention weights while training."""
     version: Literal["v1", "v2"] = "v1"
     """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
-    norms: bool = False
-    """Train the weight of every norm too, without v2's biases and scales. v2 always trains them."""
+    norms: bool | None = None
+    """Train the weight of every norm too, without v2's biases and scales; null: with prompts, but not beside
+    LoRA. v2 always trains them."""
     head: bool = False
     """v2: a bias and a scale on the output layer (lm_head) too."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -267,8 +268,10 @@ class AdapterConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the trained parts."""
-        v2 = self.version == "v2"
-        trained = {"prefix": True, "norms": v2 or self.norms, "linears": v2, "lora": self.lora.rank > 0}
+        v2, norms = self.version == "v2", self.norms
+        if norms is None:
+            norms = self.prompt_length > 0 and not self.lora.rank
+        trained = {"prefix": True, "norms": v2 or norms, "linears": v2, "lora": self.lora.rank > 0}
         return tuple(name for name, is_trained in trained.items() if is_trained)
 
     def without_dropout(self) -> AdapterConfig:
@@ -287,3 +290,11 @@ class AdapterConfig:
         if count > n_layer:
             raise UserError(f"adapter.layers is {count}; the base has {counted(n_layer, 'layer')}")
         return range(n_layer - count, n_layer)
+
+    def learning_layers(self, n_layer: int) -> range:
+        """Return the indices of the layers in which something is trained: those with a prefix, or all.
+
+        The layers below them need no backward pass, so prompts with norms alone train no norm there.
+        """
+        alone = self.prompt_length > 0 and {*self.parts} <= {"prefix", "norms"}
+        return self.adapted_layers(n_layer) if alone else range(n_layer)

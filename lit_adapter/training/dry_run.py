@@ -37,7 +37,7 @@ def try_steps(
     validations = sum(validation.due(step, plan.steps) for step in left)
     # A forward pass as a share of forward and backward, which has no gradients of weights.
     layers = plan.base.config.n_layer
-    share = layers / (layers + len(plan.config.adapter.adapted_layers(layers)))
+    share = layers / (layers + len(plan.config.adapter.learning_layers(layers)))
     say(forecast(watch, data, max(0, plan.steps - point.step), validations, share))
     if module.skipped_steps:
         say(f"warning: the loss or gradient of {module.skipped_steps} of them was not finite; lower optim.lr")

@@ -101,7 +101,7 @@ class Sizes:
         fused = _is_fused(self.model, adapter, self.precision, self.device, self.tensor_parallel)
         model = self.model.shard(self.tensor_parallel)  # what this device computes
         if fused:
-            each, first = kept_per_token(model, computed), _first_learning(adapter, model)
+            each, first = kept_per_token(model, computed), adapter.learning_layers(model.n_layer).start
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
             # Final norm, which keeps what a trained weight multiplies too; rotation, and one that turns none.
             kept, turned = 2 if "norms" in adapter.parts else 1, 2 if model.unrotated_layers else 1
@@ -129,11 +129,6 @@ class Sizes:
         return math.ceil(weights / (self.shards // parallel)) + gathered * stored
 
 
-def _first_learning(adapter: AdapterConfig, model: LlamaConfig) -> int:
-    """Return the lowest layer that learns; prefixes are in the top layers, other parts in all of them."""
-    return adapter.adapted_layers(model.n_layer).start if adapter.parts == ("prefix",) else 0
-
-
 class _Kind(NamedTuple):
     """A kind of block: blocks of one kind keep equally much."""
 
@@ -151,7 +146,7 @@ def _measure(
     model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, precision: str
 ) -> tuple[list[int], int]:
     """Return the bytes that each layer keeps, from the first that learns on, and all other bytes kept."""
-    prefixes, first = adapter.adapted_layers(model.n_layer), _first_learning(adapter, model)
+    prefixes, first = adapter.adapted_layers(model.n_layer), adapter.learning_layers(model.n_layer).start
     alike = {model.kind_of(i): i for i in reversed(range(model.n_layer))}
     kinds = [
         _Kind(alike[model.kind_of(i)], i > first, i in prefixes, i == model.n_layer - 1)

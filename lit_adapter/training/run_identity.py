@@ -28,7 +28,8 @@ def run_identity(config: Config, steps: int = 0, **facts: Any) -> RunIdentity:
     values = asdict(config)
     shared: dict[str, Any] = {"seed": config.seed}
     shared |= {f"adapter.{key}": value for key, value in values["adapter"].items()}
-    shared["adapter.norms"] &= config.adapter.version == "v1"  # v2 trains them whatever the setting says
+    is_v1 = config.adapter.version == "v1"  # v2 trains them whatever the setting says
+    shared["adapter.norms"] = is_v1 and "norms" in config.adapter.parts
     data = ("mask_prompt", "last_answer_only", "weights", "max_length", "drop_duplicates", "stream")
     shared |= _section(values, "data", *data)
     shared |= _section(values, "optim", "batch_size", "schedule", "warmup", "min_lr_ratio")

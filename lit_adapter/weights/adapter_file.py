@@ -85,6 +85,7 @@ def save_adapter(
     """
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {"format_version": FORMAT_VERSION, **asdict(info)}
+    described["adapter"]["norms"] = "norms" in info.adapter.parts  # not left to another version's default
     if treated := _treatment(info):
         described["prefix"] = treated
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
@@ -177,8 +178,8 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
 
 
 def _adapter_config(values: dict[str, Any]) -> AdapterConfig:
-    """Return a configuration; what the version that wrote the file did not have has its default."""
-    return AdapterConfig(**{**values, "lora": LoraConfig(**values.get("lora", {}))})
+    """Return a configuration; parts that the version that wrote the file did not have are left out."""
+    return AdapterConfig(**{"norms": False, **values, "lora": LoraConfig(**values.get("lora", {}))})
 
 
 def _check_types(raw: Any) -> None:
@@ -198,7 +199,7 @@ def _check_types(raw: Any) -> None:
             raise ValueError(f"{part} is {values!r:.60}; expected an object")
         for key, kind in kinds.items():
             if part.startswith("adapter") and key not in values:
-                continue  # a field that the version that wrote the file did not have has its default
+                continue  # the version that wrote the file did not have it
             if not _is_a(values[key], kind):
                 expected = kind.__name__ if isinstance(kind, type) else kind
                 raise ValueError(f"{part}{part and '.'}{key} is {values[key]!r:.60}; expected {expected}")

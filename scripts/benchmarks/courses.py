@@ -46,9 +46,11 @@ class Course:
     held_out: Path
     is_right: Callable[[str, str], float] | None = None
     """Compares an answer with the held-out output; None where answers are not either right or wrong."""
+    plain: str | None = None
+    """A text that has nothing to do with the course: what an adapter forgets shows in its loss on it."""
 
 
-COURSES = ("text", "tasks", "demo", "few")
+COURSES = ("text", "tasks", "demo", "few", "epochs")
 
 
 def write_courses(names: Sequence[str], folder: Path, text: str | None) -> list[Course]:
@@ -57,7 +59,8 @@ def write_courses(names: Sequence[str], folder: Path, text: str | None) -> list[
     Args:
         names: of `COURSES`.
         folder: gets two files for each course.
-        text: a file of records; the courses "text" and "few" take theirs from it.
+        text: a file of records; the courses "text", "epochs" (three of them) and "few" take theirs from it,
+            and the others their plain text, its held-out outputs.
 
     Raises:
         UserError: a course without its file of records or its package.
@@ -70,15 +73,17 @@ def _write(name: str, folder: Path, text: str | None) -> Course:
     if name == "demo":
         train, held_out = demo.write(folder, 0, N_DEMO)
         options = ("--optim.batch_size=16", "--optim.epochs=1")
-        return Course(name, (*_data(train, held_out), *options), held_out, json_exact)
+        return Course(name, (*_data(train, held_out), *options), held_out, json_exact, _plain_text(text))
     train, held_out = folder / "train.json", folder / "held_out.json"
     sides = _tasks() if name == "tasks" else _text(text, few=name == "few")
     for path, records in zip((train, held_out), sides, strict=True):
         write_json(path, records)
-    few = ("--optim.epochs=3",)  # the size of a step follows from the number of records
-    options = few if name == "few" else ("--optim.batch_size=32", "--optim.epochs=1")
-    is_right = same_text if name == "tasks" else None
-    return Course(name, (*_data(train, held_out), *options), held_out, is_right)
+    steps = () if name == "few" else ("--optim.batch_size=32",)  # otherwise from the number of records
+    options = (*steps, f"--optim.epochs={3 if name in ('few', 'epochs') else 1}")
+    data = (*_data(train, held_out), *options)
+    if name == "tasks":
+        return Course(name, data, held_out, same_text, _plain_text(text))
+    return Course(name, data, held_out)
 
 
 def _data(train: Path, held_out: Path) -> tuple[str, str]:
@@ -92,10 +97,17 @@ def same_text(answer: str, expected: str) -> float:
 
 def _text(path: str | None, *, few: bool) -> tuple[list[Any], list[Any]]:
     if path is None:
-        raise UserError("the courses text and few need --text, a file of records")
+        raise UserError("the courses text, few and epochs need --text, a file of records")
     train, held_out = split(read_records(path), val_size=N_HELD_OUT_TEXT, seed=SEED)
     sides = (list(train)[: N_FEW if few else None], list(held_out))
     return tuple([_plain(record) for record in side] for side in sides)  # type: ignore[return-value]
+
+
+def _plain_text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    _, held_out = _text(path, few=False)
+    return "\n\n".join(record["output"] for record in held_out)
 
 
 def _plain(record: Any) -> dict[str, str]:

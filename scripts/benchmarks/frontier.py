@@ -2,17 +2,19 @@
 
 All runs are the product's own (`finetune`), as users start them. A method's rates begin as a grid of five,
 and the grid grows on the side where its best rate lies until that one is no longer at the edge. The best rate
-is then run with two more seeds. Results are appended to a file, so that a stopped measurement goes on.
+is then run with two more seeds, which alone are asked for answers. Results are appended to a file, so that a
+stopped measurement goes on.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -25,7 +27,7 @@ from benchmarks.courses import SEED, Course
 from lit_adapter.errors import UserError
 
 MIDDLE, RATIO = 2e-2, 1.5
-"""Of the learning rates tried: ``optim.lr``, of which LoRA takes 0.3 and norms 0.1."""
+"""Of the learning rates tried: ``optim.lr``, of which LoRA and norms take their shares."""
 FIRST = (0, -1, 1, -2, 2)
 """Powers of the ratio that every method is trained with."""
 MOST_RATES = 11
@@ -57,8 +59,10 @@ class Result:
     loss: float
     """Held-out loss at the end, nats per target."""
     exact: float | None
-    """Share of exact answers; None where answers are not either right or wrong."""
+    """Share of exact answers; None where answers are not either right or wrong, or were not asked for."""
     seconds: float
+    plain: float | None = None
+    """Loss on the course's plain text, nats per token; None where it has none, or in the search."""
 
     @property
     def lr(self) -> float:
@@ -71,12 +75,20 @@ def rate(power: int) -> float:
     return float(f"{MIDDLE * RATIO**power:.2g}")
 
 
+PAPER = ("--adapter.gate=tanh", "--adapter.prefix_query=rotated", "--adapter.norms=false")
+"""The form of the paper's gates and queries, as it is without settings that follow."""
+TOKEN, UNROTATED = "--adapter.gate=token", "--adapter.prefix_query=unrotated"
+NORMS = ("--adapter.norms=true", "--optim.lr_scale_norms=0.1")
+GENTLE_NORMS = ("--adapter.norms=true", "--optim.lr_scale_norms=0.05")
+
+
 def _prefix(K: int, *more: str) -> tuple[str, ...]:
-    return (f"--adapter.prompt_length={K}", *more)
+    return (*PAPER, f"--adapter.prompt_length={K}", *more)
 
 
 def _lora(rank: int, *on: str, K: int = 0, more: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (
+        *PAPER,
         f"--adapter.prompt_length={K}",
         f"--adapter.lora.rank={rank}",
         f"--adapter.lora.on=[{', '.join(on)}]",
@@ -84,33 +96,35 @@ def _lora(rank: int, *on: str, K: int = 0, more: tuple[str, ...] = ()) -> tuple[
     )
 
 
-NORMS, TOKEN, UNROTATED = "--adapter.norms=true", "--adapter.gate=token", "--adapter.prefix_query=unrotated"
-
-
 def methods() -> list[Method]:
     """Return every method at the sizes that it can have on SmolLM2-135M, the smallest first."""
     lines: dict[str, list[tuple[str, ...]]] = {
         "prefix, tanh gates": [_prefix(K) for K in (3, 10, 17, 35)],
-        "prefix, tanh gates, norms": [_prefix(K, NORMS) for K in (1, 8, 15, 33)],
+        "prefix, tanh gates, norms": [_prefix(8, *GENTLE_NORMS)],
         "prefix, gates by token": [_prefix(K, TOKEN) for K in (3, 10, 17, 34)],
-        "prefix, gates by token, norms": [_prefix(K, TOKEN, NORMS) for K in (1, 8, 15, 32)],
-        "prefix, unrotated, gates by token, norms": [
-            _prefix(K, TOKEN, UNROTATED, NORMS) for K in (1, 8, 15, 32)
-        ],
-        "LoRA on q, v": [_lora(rank, "q_proj", "v_proj") for rank in (1, 3, 5, 10, 42)],
-        "LoRA on attention": [_lora(rank, "attention") for rank in (1, 5, 21)],
+        "prefix, gates by token, norms": [_prefix(K, TOKEN, *NORMS) for K in (1, 8, 15, 32)],
+        "prefix, gates by token, norms at 0.05": [_prefix(8, TOKEN, *GENTLE_NORMS)],
+        "prefix, gates by token, unrotated": [_prefix(10, TOKEN, UNROTATED)],
+        "prefix, gates by token, unrotated, norms": [_prefix(8, TOKEN, UNROTATED, *NORMS)],
+        "prefix, gates by token, unrotated, norms at 0.05": [_prefix(8, TOKEN, UNROTATED, *GENTLE_NORMS)],
+        "LoRA on q, v": [_lora(rank, "q_proj", "v_proj") for rank in (1, 3, 5, 10)],
+        "LoRA on attention": [_lora(rank, "attention") for rank in (1, 2, 5, 21)],
         "LoRA on the MLP": [_lora(rank, "mlp") for rank in (1, 3, 13)],
         "LoRA on all": [_lora(rank, "all") for rank in (1, 2, 8)],
-        "LoRA on attention, norms": [_lora(1, "attention", more=(NORMS,))],
-        "LoRA on the MLP, norms": [_lora(rank, "mlp", more=(NORMS,)) for rank in (1, 3)],
-        "LoRA on all, norms": [_lora(rank, "all", more=(NORMS,)) for rank in (1, 2)],
-        "prefix, norms and LoRA on v, o": [_lora(1, "v_proj", "o_proj", K=4, more=(TOKEN, NORMS))],
-        "prefix and LoRA on down": [_lora(1, "down_proj", K=6, more=(TOKEN,))],
-        "prefix and LoRA on the MLP": [
-            _lora(rank, "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 6), (3, 2), (12, 10))
+        "LoRA on attention, norms": [_lora(rank, "attention", more=GENTLE_NORMS) for rank in (1, 2, 5)],
+        "LoRA on the MLP, norms": [_lora(rank, "mlp", more=GENTLE_NORMS) for rank in (1, 3)],
+        "LoRA on all, norms": [_lora(rank, "all", more=GENTLE_NORMS) for rank in (1, 2)],
+        "prefix, norms and LoRA on attention": [
+            _lora(rank, "attention", K=K, more=(TOKEN, *GENTLE_NORMS)) for rank, K in ((1, 1), (2, 2), (4, 6))
         ],
-        "prefix, norms and LoRA on the MLP": [_lora(1, "mlp", K=4, more=(TOKEN, NORMS))],
-        "prefix and LoRA on all": [_lora(rank, "all", K=17, more=(TOKEN,)) for rank in (1, 7)],
+        "prefix, norms and LoRA on v, o": [
+            _lora(1, "v_proj", "o_proj", K=4, more=(TOKEN, UNROTATED, *GENTLE_NORMS))
+        ],
+        "prefix and LoRA on down": [_lora(1, "down_proj", K=6, more=(TOKEN, UNROTATED))],
+        "prefix and LoRA on the MLP": [
+            _lora(rank, "mlp", K=K, more=(TOKEN, UNROTATED)) for rank, K in ((1, 6), (3, 2), (12, 10))
+        ],
+        "prefix and LoRA on all": [_lora(1, "all", K=17, more=(TOKEN, UNROTATED))],
     }  # fmt: skip
     return [Method(line, options) for line, sizes in lines.items() for options in sizes]
 
@@ -158,7 +172,9 @@ def take(task: Task) -> Result:
         finetune(parse_finetune([*argv, f"--seed={task.seed}"]).config, say=lambda line: None)
         record = json.loads((out / "run.json").read_text())
         model = lit_adapter.load(adapter=out / "adapter.safetensors", base=task.base)
-        exact = share_of_exact_answers(model, task.course)
+        searched = task.seed == SEEDS[0]
+        exact = None if searched else share_of_exact_answers(model, task.course)
+        plain = None if searched else loss_on_plain_text(model, task.course)
     return Result(
         course=task.course.name,
         line=task.method.line,
@@ -168,6 +184,7 @@ def take(task: Task) -> Result:
         parameters=record["adapter"]["parameters"],
         loss=record["loss"]["held_out"][-1]["loss"] or float("inf"),
         exact=exact,
+        plain=plain,
         seconds=round(time.perf_counter() - start, 1),
     )
 
@@ -181,6 +198,13 @@ def share_of_exact_answers(model: Any, course: Course) -> float | None:
     answers = model.generate_batch(prompts, batch_size=50, max_new_tokens=ANSWER_TOKENS)
     outputs = [record["output"] for record in records]
     return sum(map(course.is_right, answers, outputs)) / len(records)
+
+
+def loss_on_plain_text(model: Any, course: Course) -> float | None:
+    """Return the loss on a course's plain text, nats per token; None where it has none."""
+    from lit_adapter.evaluation.windows import plain_text
+
+    return None if course.plain is None else math.log(plain_text(model, course.plain, "").perplexity)
 
 
 def _own_device(devices: Any) -> None:
@@ -282,6 +306,8 @@ class Point:
     losses: tuple[float, ...]
     """One for each seed."""
     exact: float | None
+    """The mean over the seeds that were asked for answers."""
+    plain: float | None
 
     @property
     def loss(self) -> float:
@@ -297,22 +323,30 @@ def points(results: Sequence[Result], course: str) -> list[Point]:
         searched = [result for result in done if result.seed == SEEDS[0]]
         best = min(searched or done, key=lambda result: result.loss)
         same = [result for result in done if result.power == best.power]
-        exact = None if best.exact is None else mean(r.exact or 0.0 for r in same)
         losses = tuple(result.loss for result in same)
-        found.append(Point(method.line, best.parameters, best.lr, losses, exact))
+        exact, plain = _mean(r.exact for r in same), _mean(r.plain for r in same)
+        found.append(Point(method.line, best.parameters, best.lr, losses, exact, plain))
     return sorted(found, key=lambda point: (point.parameters, point.loss))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there; None if there is none."""
+    there = [value for value in values if value is not None]
+    return mean(there) if there else None
 
 
 def table(results: Sequence[Result], course: str) -> str:
     """Return a course's frontier as Markdown."""
     lines = [
-        "| adapter | parameters | lr | held-out loss | spread | exact |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| adapter | parameters | lr | held-out loss | spread | exact | plain text |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for p in points(results, course):
         spread = f"{max(p.losses) - min(p.losses):.4f}" if len(p.losses) > 1 else ""
         exact = "" if p.exact is None else f"{p.exact:.1%}"
-        lines.append(f"| {p.line} | {p.parameters:,} | {p.lr:g} | {p.loss:.4f} | {spread} | {exact} |")
+        plain = "" if p.plain is None else f"{p.plain:.4f}"
+        size = f"{p.line} | {p.parameters:,} | {p.lr:g}"
+        lines.append(f"| {size} | {p.loss:.4f} | {spread} | {exact} | {plain} |")
     return "\n".join(lines)
 
 

@@ -84,7 +84,7 @@ class _Lit(Format):
                 del state["lm_head.adapter_bias"], state["lm_head.adapter_scale"]
                 notes.append("output layer: bias 0 and scale 1 throughout, so left out")
         refuse_rest(left, source, self.name)
-        config = AdapterConfig(version="v2" if is_v2 else "v1", head=head, **sizes)
+        config = AdapterConfig(version="v2" if is_v2 else "v1", norms=False, head=head, **sizes)
         return PlainAdapter(config, state, notes)
 
     def _read_v2(self, left: State, model: LlamaConfig, source: Path) -> State:

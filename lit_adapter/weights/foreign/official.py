@@ -47,7 +47,7 @@ class Official(Format):
         n_layers, note = _count_layers(len(table), [bool(one.any()) for one in gates], opened)
         prompts = [prompt.clone() for prompt in table.chunk(n_layers)]
         state = our_prefixes(prompts, gates[-n_layers:], model.n_layer)
-        config = AdapterConfig(prompt_length=len(prompts[0]), layers=n_layers, gate=form)
+        config = AdapterConfig(prompt_length=len(prompts[0]), layers=n_layers, gate=form, norms=False)
         age = "; one per layer, as before April 2023" if single else ""
         return PlainAdapter(config, state, [note, f"gates: {gate}, as --gate says{age}"])
 

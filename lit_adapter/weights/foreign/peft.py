@@ -56,7 +56,7 @@ class Peft(Format):
         if not state:
             raise UserError(f"{source}: tensor {PROMPT.format('N')} is missing in every layer")
         refuse_rest(left, source, f"PEFT's {PEFT_TYPE}")
-        return PlainAdapter(AdapterConfig(**sizes), state)
+        return PlainAdapter(AdapterConfig(norms=False, **sizes), state)
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
         """Refuse trained norms, biases and scales, and a base with biases in attention."""
