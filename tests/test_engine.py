@@ -41,7 +41,7 @@ KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=2, prompt_length=9, gate="token"),
     AdapterConfig(layers=3, prompt_length=5, prefix_query="unrotated"),
     AdapterConfig(layers=2, prompt_length=4, gate="token", prefix_query="unrotated"),
-    AdapterConfig(layers=1, prompt_length=2),
+    AdapterConfig(layers=1, prompt_length=2, norms=True),
 ]
 V2 = AdapterConfig(version="v2", layers=2, prompt_length=3, head=True)
 HOW = [
@@ -106,9 +106,8 @@ def test_eight_requests_with_eight_adapters_and_settings(sizes: dict[str, Any]) 
 def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., Any]) -> None:
     base = base_of(torch.float64)
     adapters = eight(base)
-    if executor is CpuDecode:
-        adapters[3] = adapter_of(base, replace(KINDS[3] or V2, norms=True), 3)
-        assert adapters[3].prefixes.norms is not None
+    adapters[3] = adapter_of(base, replace(KINDS[3] or V2, norms=True), 3)
+    assert [slot for slot in range(8) if adapters[slot].prefixes.norms] == [3, 7]
     prefixes = [adapter.prefixes for adapter in adapters]
     with torch.inference_mode():
         mixed = executor(base, 8, 40)

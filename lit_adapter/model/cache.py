@@ -10,8 +10,8 @@ length, N layers, L adapted layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_adapter.grouping import n_common
 from lit_adapter.model.attention import BaseView, attend_causally, sees
 from lit_adapter.model.llama import Attention, Llama
+from lit_adapter.model.norms import Norms
 from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
-
-if TYPE_CHECKING:
-    from lit_adapter.model.norms import Norms
 
 LEAST_SAVED = 64
 """Tokens, of all prompts that are read together, below which their common start is read with each of them."""
@@ -50,20 +48,20 @@ class Prefixes:
     stacked: PrefixState | None = None
     """The states of these layers, all tensors ``[L, ...]``; None without a prefix."""
     norms: Norms | None = None
-    """The norms that the adapter trains beside them, if those are not the executor's model's: that model then
-    decodes with these norms, and theirs reads the prompts."""
+    """The norms that the adapter trains beside them, if those are not the executor's model's; or those of all
+    slots. Their model then computes with them."""
 
     @classmethod
-    def of(cls, states: Sequence[PrefixState | None], norms: Norms | None = None) -> Prefixes:
+    def of(cls, states: Sequence[PrefixState | None]) -> Prefixes:
         """Stack the states of all layers, None for a layer without a prefix."""
         found = {layer: state for layer, state in enumerate(states) if state is not None}
         if not found:
-            return cls(norms=norms)
+            return cls()
         k, v, strength = (
             torch.stack([getattr(state, name) for state in found.values()]) for name in ("k", "v", "strength")
         )
         some = next(iter(found.values()))
-        return cls(tuple(found), PrefixState(k, v, strength, some.unrotated), norms)
+        return cls(tuple(found), PrefixState(k, v, strength, some.unrotated))
 
     @property
     def length(self) -> int:
@@ -84,10 +82,15 @@ def _indexed(state: PrefixState | None, at: Any) -> PrefixState | None:
 class SlotPrefixes:
     """The prefixes of every slot, in tensors that stay where they are until an adapter does not fit them.
 
-    A slot without a prefix has keys, values and strengths of 0, which add nothing.
+    A slot without a prefix has keys, values and strengths of 0, which add nothing. From the first adapter
+    with norms on, every slot has norms of its own.
     """
 
+    base_norms: Norms | None = None
+    """The model's own, once slots have norms of their own."""
+
     def __init__(self, model: Llama, n_slots: int) -> None:
+        self.model = model
         self.n_head = model.config.n_head // model.n_shards
         self.rows = [Prefixes()] * n_slots
         self.source = torch.zeros(n_slots, dtype=torch.long, device=model.embed_tokens.weight.device)
@@ -103,6 +106,7 @@ class SlotPrefixes:
         for slot in slots:
             self.rows[slot] = prefixes
         self.source.copy_(torch.tensor([self.rows.index(row) for row in self.rows]))
+        self._assign_norms(slots, prefixes.norms)
         states = [state for state in (self.joined.stacked, prefixes.stacked) if state is not None]
         if not states:
             return
@@ -125,9 +129,17 @@ class SlotPrefixes:
             by_token=new(L, B, H, K, 1) if by_token else None,
             hidden=new(L, B, 1, K, 1),
         )
-        self.joined = Prefixes(layers, joined)
+        self.joined = Prefixes(layers, joined, self.joined.norms)
         for row in set(self.rows):
             self._write([slot for slot, other in enumerate(self.rows) if other is row], row)
+
+    def _assign_norms(self, slots: Sequence[int], norms: Norms | None) -> None:
+        if norms is not None and self.joined.norms is None:
+            self.base_norms = Norms.of(self.model)
+            self.joined = replace(self.joined, norms=self.base_norms.of_slots(len(self.rows)))
+        if self.joined.norms is not None and self.base_norms is not None:
+            where = torch.tensor(slots, device=self.source.device)
+            self.joined.norms.put(where, norms or self.base_norms)
 
     def _write(self, slots: Sequence[int], prefixes: Prefixes) -> None:
         own, new, K = self.joined.stacked, prefixes.stacked, prefixes.length
@@ -156,7 +168,8 @@ class SlotPrefixes:
         """Return the prefixes of the first B slots: a row for each, or the adapter that all of them share."""
         if all(row is self.rows[0] for row in self.rows[:B]):
             return self.rows[0]
-        return Prefixes(self.joined.layers, _indexed(self.joined.stacked, (slice(None), slice(B))))
+        first = _indexed(self.joined.stacked, (slice(None), slice(B)))
+        return replace(self.joined, stacked=first)
 
 
 def _differs_by_token(state: PrefixState) -> bool:
@@ -305,7 +318,8 @@ class ModuleDecode:
         self.prefixes.assign([slot], prefixes)
         return self._read_from(done, [prompt], [slot], prefixes)
 
-    def _reader(self, prefixes: Prefixes) -> Llama:
+    def model_with(self, prefixes: Prefixes) -> Llama:
+        """Return the model with the norms that go with prefixes of an adapter, or of all slots."""
         return self.model if prefixes.norms is None else prefixes.norms.model
 
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
@@ -339,8 +353,8 @@ class ModuleDecode:
         view = (RestView if n else PrefillView)(self, position, prefixes, where)
         last = torch.tensor([len(rest) - 1 for rest in rests], device=self.device)
         if len(prompts) == 1:  # the last layer then computes the last position alone
-            return self._reader(prefixes)(ids, view, last)[:, 0]
-        return self._reader(prefixes)(ids, view)[torch.arange(len(prompts), device=self.device), last]
+            return self.model_with(prefixes)(ids, view, last)[:, 0]
+        return self.model_with(prefixes)(ids, view)[torch.arange(len(prompts), device=self.device), last]
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put the newest tokens of the first B slots into the cache.
@@ -353,13 +367,15 @@ class ModuleDecode:
             Logits of the next tokens ``[B, V]``.
         """
         ids, place = (torch.tensor(x, device=self.device)[:, None] for x in (token, position))
-        view = DecodeView(self, place, self.prefixes.first(len(ids)), max(position) + 1, exact=True)
-        return self.model.logits(self.model(ids, view)[:, 0])
+        prefixes = self.prefixes.first(len(ids))
+        view = DecodeView(self, place, prefixes, max(position) + 1, exact=True)
+        return self.model.logits(self.model_with(prefixes)(ids, view)[:, 0])
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Do the same for all slots from ``token [B]`` and ``position [B]`` on the device.
 
         ``used`` may be more than the longest text has. The next call may overwrite the logits.
         """
-        view = DecodeView(self, position[:, None], self.prefixes.joined, used, exact=False)
-        return self.model.logits(self.model(token[:, None], view)[:, 0])
+        prefixes = self.prefixes.joined
+        view = DecodeView(self, position[:, None], prefixes, used, exact=False)
+        return self.model.logits(self.model_with(prefixes)(token[:, None], view)[:, 0])

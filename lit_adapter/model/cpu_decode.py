@@ -198,7 +198,7 @@ class CpuDecode(ModuleDecode):
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
-            self._norms = StepNorms.of([norms if row.norms is None else row.norms for row in rows])
+            self._norms = StepNorms.of(prefixes.norms or norms, len(rows))
         return _Step(rotation, place, used, sights)
 
     def _sight(self, position: Sequence[int], window: int | None) -> _Sight:

@@ -54,7 +54,6 @@ class FusedDecode(ModuleDecode):
         turned = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         still = unturned(turned) if config.unrotated_layers else turned
         self.rotations = [turned if block.self_attn.is_rotated else still for block in model.layers]
-        self.head_norms = [HeadNorms.of(block.self_attn) for block in model.layers]
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         plain = type(head) is nn.Linear and head.bias is None and not any(self.updates)
@@ -69,8 +68,9 @@ class FusedDecode(ModuleDecode):
         self.prefixes.assign(slots, prefixes)
         texts = zip(prompts, slots, strict=True)
         rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
+        model = self.model_with(prefixes)
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
-        return torch.cat([self._read_row(row, prefix) for row in rows])
+        return torch.cat([self._read_row(model, row, prefix) for row in rows])
 
     def _joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
         """Return a layer's prefix as the kernel for prompts takes it."""
@@ -84,7 +84,7 @@ class FusedDecode(ModuleDecode):
         return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous(), unrotated=unrotated)
 
     def _read_row(
-        self, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
+        self, model: Llama, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
     ) -> Tensor:
         """Read prompts, each with its slot, placed one after another in one row."""
         prompts, slots = zip(*texts, strict=True)
@@ -95,7 +95,7 @@ class FusedDecode(ModuleDecode):
         position = torch.arange(len(ids)) - (last + 1 - lengths)[segment]
         row = PackedRow(ids, position, segment, segment, last, last)
         view = _PromptView(self, row, torch.tensor(slots)[segment], prefix)
-        return self.model(view.ids[None], view, view.last)[0]
+        return model(view.ids[None], view, view.last)[0]
 
     def go_on(self, prompt: Sequence[int], done: int, slot: int, prefixes: Prefixes) -> Tensor:
         """Read the rest of a prompt; see `ModuleDecode.go_on`."""
@@ -103,14 +103,15 @@ class FusedDecode(ModuleDecode):
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
         view = _RestView(self, len(prompt), done, slot, prefix)
         ids = torch.tensor([prompt[done:]], device=self.device)
-        return self.model(ids, view, view.last)[0]
+        return self.model_with(prefixes)(ids, view, view.last)[0]
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
+        model = self.model_with(self.prefixes.joined)
         if self.few is not None:
-            return self.few.step(token, position)
+            return self.few.step(model, token, position)
         view = _StepView(self, self.slot, position)
-        return self.model.logits(self.model(token[None], view)[0])
+        return self.model.logits(model(token[:, None], view)[:, 0])
 
     def attend(self, layer: int, q: Tensor, cache: KeyValue, position: Tensor) -> Tensor:
         """Return the attention of every slot's newest token ``[B, H * D]``, with its prefix branch.
@@ -149,7 +150,7 @@ class _CacheRowView:
         normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=in_fp8["qkv"])
         qkv = weights.qkv(weights.operand(normed))
         self._update("qkv", layer, qkv, normed)
-        norms, kept = decode.head_norms[layer], decode.q_width + decode.kv_width
+        norms, kept = HeadNorms.of(block.self_attn), decode.q_width + decode.kv_width
         if norms is not None:
             norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
         cache = (decode.cache.k[layer], decode.cache.v[layer])
@@ -240,7 +241,11 @@ class _RestView(_CacheRowView):
 
 
 class _StepView(_CacheRowView):
-    """One new token in every slot."""
+    """One new token in every slot, ``[B, 1]``."""
+
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Compute a block for ``x [B, 1, C]`` as for one row."""
+        return super().run(block, x.transpose(0, 1), None).transpose(0, 1)
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         decode = self.decode
@@ -260,9 +265,9 @@ class _FewTexts:
         self.logits = new(B, config.vocab_size, dtype=torch.float32)
         self.products = decode_products.Products(self.x)
 
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Take a step; see `FusedDecode.captured_step`."""
-        decode, model, products, x = self.decode, self.decode.model, self.products, self.x
+    def step(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
+        """Take a step with the norms of ``model``; see `FusedDecode.captured_step`."""
+        decode, products, x = self.decode, self.products, self.x
         groups = block_layout(model.config).groups
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):

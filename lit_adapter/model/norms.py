@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lit_adapter.model.layout import BlockLayout, block_layout
-from lit_adapter.model.llama import Attention, Llama
+from lit_adapter.model.frame import framed
+from lit_adapter.model.layout import block_layout
+from lit_adapter.model.llama import Llama, RMSNorm, normalised
 
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """The weights of all norms of a model."""
+    """The weights of all norms of a model, or of several slots, as `of_slots` returns them."""
 
     model: Llama
     """Whose norms they are."""
@@ -29,34 +30,85 @@ class Norms:
     last: Tensor
     """Of the final norm ``[C]``."""
     of_heads: Tensor | None
-    """Of queries and keys ``[N, H + G, D]``; None in a model without them."""
+    """Of queries and of keys ``[N, 2, D]``; None in a model without them."""
 
     @classmethod
     def of(cls, model: Llama) -> Norms:
         """Return a model's norms as they are now."""
-        layout, blocks = block_layout(model.config), list(model.layers)
-        of_heads = [_of_heads(block.self_attn, layout) for block in blocks]
-        found = [weights for weights in of_heads if weights is not None]
+        blocks = list(model.layers)
+        heads = [
+            torch.stack([block.self_attn.q_norm.used_weight, block.self_attn.k_norm.used_weight]).detach()
+            for block in blocks
+            if model.config.head_norms
+        ]
         return cls(
             model,
             torch.stack([block.input_layernorm.used_weight.detach() for block in blocks]),
             torch.stack([block.post_attention_layernorm.used_weight.detach() for block in blocks]),
             model.norm.used_weight.detach().clone(),
-            torch.stack(found) if found else None,
+            torch.stack(heads) if heads else None,
         )
 
+    def of_slots(self, n_slots: int) -> Norms:
+        """Return these norms for each of some slots, for `put` to change.
 
-def _of_heads(attention: Attention, layout: BlockLayout) -> Tensor | None:
-    """Return the weights of the norms of queries and keys, ``[H + G, D]``; None in a model without them."""
-    norms = (attention.q_norm, attention.k_norm)
-    counts = (layout[f"self_attn.{name}_proj"].rotated_heads for name in "qk")
-    rows = [norm.used_weight.expand(n, -1) for norm, n in zip(norms, counts, strict=True) if norm is not None]
-    return torch.cat(rows).detach() if rows else None
+        Its tensors have a slot before the last dimension, or the last two of those of heads: ``[N, B, C]``,
+        ``[B, C]``, ``[N, B, 2, D]``. Its ``model`` shares all else with this one's, and computes with them.
+        """
+        before, between, last = (_each(x, n_slots, -2) for x in (self.before, self.between, self.last))
+        heads = None if self.of_heads is None else _each(self.of_heads, n_slots, -3)
+        model = framed(self.model)
+        for index, block in enumerate(model.layers):
+            block.input_layernorm = SlotNorm(block.input_layernorm.eps, before[index])
+            block.post_attention_layernorm = SlotNorm(block.post_attention_layernorm.eps, between[index])
+            if heads is not None:
+                attention = block.self_attn
+                attention.q_norm = SlotNorm(attention.q_norm.eps, heads[index, :, 0])
+                attention.k_norm = SlotNorm(attention.k_norm.eps, heads[index, :, 1])
+        model.norm = SlotNorm(model.norm.eps, last)
+        return Norms(model, before, between, last, heads)
+
+    def put(self, slots: Tensor, norms: Norms) -> None:
+        """Give slots ``[b]`` of these the norms of one model."""
+        self.before[:, slots] = norms.before[:, None].to(self.before.dtype)
+        self.between[:, slots] = norms.between[:, None].to(self.before.dtype)
+        self.last[slots] = norms.last.to(self.last.dtype)
+        if self.of_heads is not None and norms.of_heads is not None:
+            self.of_heads[:, slots] = norms.of_heads[:, None].to(self.of_heads.dtype)
+
+
+def _each(x: Tensor, n_slots: int, dim: int) -> Tensor:
+    """Return ``x`` once for each slot, in a new dimension; in fp32 at least, as trained norms are."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.unsqueeze(dim).repeat_interleave(n_slots, dim)
+
+
+class SlotNorm(RMSNorm):
+    """A norm with a weight for each slot.
+
+    Args:
+        eps: of the norm.
+        weights: ``[B, width]``; later changes count.
+    """
+
+    def __init__(self, eps: float, weights: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.weights = eps, weights
+
+    @property
+    def used_weight(self) -> Tensor:
+        """The weights of all slots."""
+        return self.weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``, whose first dimension has the first slots."""
+        weight = self.weights[: len(x)].view(len(x), *[1] * (x.dim() - 2), -1)
+        return (normalised(x, self.eps) * weight).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class StepNorms:
-    """The norms of the slots of a step: one model's for all of them, or each slot's own."""
+    """The norms of a step on a CPU: one model's for all of its slots, or each slot's own."""
 
     before: Tensor
     """Weights as `normed` takes them, of each layer."""
@@ -66,21 +118,19 @@ class StepNorms:
     """``[H + G, D]`` of each layer, or ``[B, H + G, D]``."""
 
     @classmethod
-    def of(cls, rows: Sequence[Norms]) -> StepNorms:
-        """Join the norms of the slots."""
-        first = rows[0]
-        if all(row is first for row in rows):
-            before, between, last = (
-                torch.cat((x, torch.zeros_like(x)), -1) for x in (first.before, first.between, first.last)
-            )
-            heads = first.of_heads
-        else:
-            before = torch.stack([row.before for row in rows], 1)
-            between = torch.stack([row.between for row in rows], 1)
-            last = torch.stack([row.last for row in rows])
-            own = [row.of_heads for row in rows if row.of_heads is not None]
-            heads = torch.stack(own, 1) if own else None
-        return cls(before, between, last, [None] * len(before) if heads is None else list(heads))
+    def of(cls, norms: Norms, n_slots: int) -> StepNorms:
+        """Return the norms of the first slots, given those of a model or of several slots."""
+        each, heads = norms.before.dim() == 3, norms.of_heads
+        before, between, last = (
+            x[..., :n_slots, :] if each else torch.cat((x, torch.zeros_like(x)), -1)
+            for x in (norms.before, norms.between, norms.last)
+        )
+        if heads is None:
+            return cls(before, between, last, [None] * len(before))
+        layout = block_layout(norms.model.config)
+        counts = torch.tensor([layout[f"self_attn.{name}_proj"].rotated_heads for name in "qk"])
+        of_heads = (heads[:, :n_slots] if each else heads).repeat_interleave(counts, -2)
+        return cls(before, between, last, list(of_heads))
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,12 +14,14 @@ from lit_adapter.model.kernels.entry import Entry
 
 @Entry
 @triton.jit
-def norm_kernel(x_ptr, norm_ptr, out_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def norm_kernel(
+    x_ptr, norm_ptr, out_ptr, norm_stride, eps, C: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
     """A program owns a text."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
-    weight = tl.load(norm_ptr + column, mask=column < C, other=0.0)
+    weight = tl.load(norm_ptr + tl.program_id(0) * norm_stride + column, mask=column < C, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * C + column

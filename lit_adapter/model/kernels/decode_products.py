@@ -25,7 +25,7 @@ from lit_adapter.model.kernels.decode_product_kernels import (
     norm_kernel,
     project_kernel,
 )
-from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, row_stride, whole_row
 
 MOST_TEXTS = 32
 """Texts whose hidden states fit a program's registers beside its weights."""
@@ -108,7 +108,7 @@ class Products:
 
         Args:
             x: hidden states ``[B, C]``.
-            norm: the norm's weight ``[C]``; a trained one is in fp32.
+            norm: the norm's weight ``[C]``, or that of each text ``[B, C]``; a trained one is in fp32.
             eps: the norm's.
             weights: of queries ``[H * D, C]``, keys and values ``[G * D, C]``.
             biases: of queries ``[H * D]``, keys and values ``[G * D]``; all None without them.
@@ -143,7 +143,10 @@ class Products:
         self._linear(x, None, 0.0, weight, out, self._tiling(ONE_ADDED, SEVERAL_ADDED))
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, out: Tensor) -> None:
-        """Write ``weight norm(x)`` to ``out [B, N]``; ``x [B, C]``, ``weight [N, C]``."""
+        """Write ``weight norm(x)`` to ``out [B, N]``.
+
+        ``x`` and ``norm`` are those of `project`; ``weight [N, C]``.
+        """
         how = self._tiling(ONE_NORMED, SEVERAL_WIDE)
         self._linear(self._ready(x, norm, eps), norm, eps, weight, out, how)
 
@@ -165,8 +168,9 @@ class Products:
         if self.n_texts == 1:
             return x
         norm_kernel[(self.n_texts,)](
-            x, norm, self.normed, eps, C=self.C, EARLY=self.early, launch_pdl=self.early, **whole_row(self.C)
-        )
+            x, norm, self.normed, row_stride(norm), eps,
+            C=self.C, EARLY=self.early, launch_pdl=self.early, **whole_row(self.C),
+        )  # fmt: skip
         return self.normed
 
     def _launch(self, how: Tiling, rows: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_adapter.model.kernels.rows import SUMMED_TOKENS
-from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, row_stride
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _rstd(first, second, eps, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rotated"])
 def _norm_kernel(
-    x_at, out_at, weight_at, cos_at, sin_at, x_stride, out_stride, n_heads, n_rotated, eps,
+    x_at, out_at, weight_at, cos_at, sin_at, x_stride, out_stride, weight_stride, n_heads, n_rotated, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """A program owns a token."""
@@ -47,6 +47,7 @@ def _norm_kernel(
     d = tl.arange(0, HALF)
     first, second = _halves(x_at, t * x_stride, n_heads, HALF, HEADS)
     rstd = _rstd(first, second, eps, HALF)
+    weight_at += t * weight_stride
     first *= rstd * tl.load(weight_at + d).to(tl.float32)[None, :]
     second *= rstd * tl.load(weight_at + HALF + d).to(tl.float32)[None, :]
     is_rotated = (d < HALF) & (t < n_rotated)
@@ -92,16 +93,16 @@ def norm(x: Tensor, weight: Tensor, eps: float, rotation: tuple[Tensor, Tensor] 
 
     Args:
         x: ``[T, heads * D]``; rows may be strided.
-        weight: of the norm ``[D]``.
+        weight: of the norm ``[D]``, or of each token ``[T, D]``.
         eps: of the norm.
         rotation: cosines and sines of the tokens that are rotated, the first, fp32 ``[up to T, D/2]``.
         out: receives the result, in the layout of ``x``; may be ``x``.
     """
-    D = len(weight)
+    D = weight.shape[-1]
     cos, sin = rotation or (weight, weight)
     n_heads, n_rotated = x.shape[1] // D, len(cos) if rotation else 0
     _norm_kernel[(len(x),)](
-        x, out, weight, cos, sin, x.stride(0), out.stride(0), n_heads, n_rotated, eps,
+        x, out, weight, cos, sin, x.stride(0), out.stride(0), row_stride(weight), n_heads, n_rotated, eps,
         HALF=D // 2, HEADS=power_of_two(n_heads), num_warps=4,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_adapter.model.kernels.entry import Entry
-from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, whole_row
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, row_stride, whole_row
 from lit_adapter.model.matrices import Operand, Quantised
 
 ELEMENTS = 1024
@@ -47,7 +47,7 @@ def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
 @Entry
 @triton.jit(do_not_specialize=["T"])
 def _norm_kernel(
-    x_at, plus_at, sum_at, twin_at, weight_at, below_at, y_at, scale_at, rstd_at, T, C, eps,
+    x_at, plus_at, sum_at, twin_at, weight_at, below_at, y_at, scale_at, rstd_at, T, C, weight_stride, eps,
     ADD: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -61,7 +61,7 @@ def _norm_kernel(
             tl.store(twin_at + t * C + c, x, mask=c < C)
             x = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x) / C + eps)
-        weight = tl.load(weight_at + c, mask=c < C, other=0.0)
+        weight = tl.load(weight_at + t * weight_stride + c, mask=c < C, other=0.0)
         y = (x * rstd).to(x_at.dtype.element_ty) * weight
         _store(y_at, scale_at, y.to(tl.float32), t, t * C + c, c < C, QUANTISE)
         tl.store(rstd_at + t, rstd)
@@ -195,7 +195,7 @@ def norm(
 
     Args:
         x: ``[T, C]``.
-        weight: of the norm ``[C]``.
+        weight: of the norm ``[C]``, or of each token ``[T, C]``.
         eps: of the norm.
         below: rows ``[K, C]`` in any precision that are appended to the normalised ones, unchanged.
         quantised: whether the next product takes fp8.
@@ -208,8 +208,8 @@ def norm(
     room, data, scale = _room(T if below is None else T + below.shape[0], C, x, quantised)
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     _norm_kernel[(data.shape[0],)](
-        x, x, x, x, weight, x if below is None else below, data, scale, rstd, T, C, eps,
-        ADD=False, QUANTISE=quantised, **whole_row(C),
+        x, x, x, x, weight, x if below is None else below, data, scale, rstd, T, C,
+        row_stride(weight), eps, ADD=False, QUANTISE=quantised, **whole_row(C),
     )  # fmt: skip
     return room, rstd
 
@@ -224,7 +224,7 @@ def add_and_norm(
     room, data, scale = _room(T, C, x, quantised)
     rstd = torch.empty(T, dtype=torch.float32, device=x.device)
     _norm_kernel[(T,)](
-        x, plus, total, twin, weight, x, data, scale, rstd, T, C, eps,
+        x, plus, total, twin, weight, x, data, scale, rstd, T, C, row_stride(weight), eps,
         ADD=True, QUANTISE=quantised, **whole_row(C),
     )  # fmt: skip
     return total, twin, room, rstd

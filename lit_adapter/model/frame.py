@@ -1,0 +1,28 @@
+"""Copies of modules that share their tensors, so that a copy can have other modules in some places."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from lit_adapter.model.llama import Block, Llama
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def framed(module: M) -> M:
+    """Return a copy of a module with the same tensors, in which others can take the place of its parts.
+
+    What an executor has made of a model's matrices is not copied.
+    """
+    own = object.__new__(type(module))
+    # Hooks and parameters are kept in dicts too; what is registered in the copy must not be in the module.
+    values = vars(module).copy()  # a step in another thread may join the base's matrices meanwhile
+    vars(own).update((name, x.copy() if isinstance(x, dict) else x) for name, x in values.items())
+    own._modules.update((name, framed(part)) for name, part in own._modules.items() if part is not None)
+    if isinstance(own, Llama):
+        own.decode_weights = None
+    if isinstance(own, Block):
+        own.fused_weights = None
+    return own
