@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.norms import Norms
 
 pytestmark = pytest.mark.gpu
 
@@ -94,7 +96,14 @@ def prefixes_of(model: Llama) -> Prefixes:
 
 def bound(base: Llama, model: Llama) -> Adapter:
     """The adapter of ``model``, answered by ``base``."""
-    return Adapter(base, prefixes_of(model))
+    return Adapter(base, own_prefixes(model))
+
+
+def own_prefixes(model: Llama) -> Prefixes:
+    """What a slot of the base is given of a model: prefixes, and its norms where it trains them."""
+    has_norms = model.adapter is not None and model.adapter.norms
+    with torch.inference_mode():
+        return replace(prefixes_of(model), norms=Norms.of(model) if has_norms else None)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +205,10 @@ KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=2, prompt_length=5),
     AdapterConfig(layers=1, prompt_length=17, gate="channel"),
     None,
-    AdapterConfig(layers=3, prompt_length=1, gate="layer"),
+    AdapterConfig(layers=3, prompt_length=1, gate="layer", norms=True),
     AdapterConfig(layers=2, prompt_length=64, gate="token"),
     AdapterConfig(layers=3, prompt_length=10, prefix_query="unrotated"),
-    AdapterConfig(layers=2, prompt_length=5, gate="token", prefix_query="unrotated"),
+    AdapterConfig(layers=2, prompt_length=5, gate="token", prefix_query="unrotated", norms=True),
     AdapterConfig(layers=1, prompt_length=30),
 ]
 
@@ -215,15 +224,16 @@ def eight(base: Llama) -> list[Llama]:
 
 
 @pytest.mark.parametrize("heads", [(4, 2, 64), (4, 4, 32), (8, 1, 32)], ids=["gqa", "mha", "mqa"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("n_slots", [8, 40])
-def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], n_slots: int) -> None:
-    """Also after slots have changed adapters, and where the longest prompt comes late."""
+def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], family: str, n_slots: int) -> None:
+    """With its norms, also after slots have changed adapters, and where the longest prompt comes late."""
     from lit_adapter.model.fused_decode import FusedDecode
 
-    base = adapted(*heads, None)
+    base = adapted(*heads, None, family=family)
     models = eight(base)
-    wide = [prefixes_of(widened(model)) for model in models]
-    narrow = [prefixes_of(copy.deepcopy(model).cuda()) for model in models]
+    wide = [own_prefixes(widened(model)) for model in models]
+    narrow = [own_prefixes(copy.deepcopy(model).cuda()) for model in models]
     device, slots = copy.deepcopy(base).cuda(), list(range(n_slots))
     asked = [random_ids(3 + 7 * n % 90, seed=n, vocab=VOCAB).tolist() for n in slots]
     exact, plain = Plain(widened(base), n_slots), Plain(copy.deepcopy(device), n_slots)

@@ -27,14 +27,19 @@ def test_attention_compiles_and_fits(capability: int) -> None:
     assert max(needed.values()) <= SHARED[capability], needed
 
 
-@pytest.mark.slow
-def test_fused_blocks_learn_what_the_modules_learn_in_the_interpreter() -> None:
+def interpreted_errors(script: str) -> list[float]:
     pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA")
-    script, interpreted = Path(__file__).with_name("interpreted.py"), os.environ | {"TRITON_INTERPRET": "1"}
+    path, interpreted = Path(__file__).with_name(script), os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=interpreted, check=False
+        [sys.executable, str(path)], capture_output=True, text=True, env=interpreted, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    errors = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(errors) == 12
-    assert max(errors) < 1e-5, done.stdout
+    return [float(line.split()[-1]) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "n"), [("interpreted.py", 12), ("interpreted_decoding.py", 18)])
+def test_the_fused_executors_compute_what_the_modules_compute_in_the_interpreter(script: str, n: int) -> None:
+    errors = interpreted_errors(script)
+    assert len(errors) == n
+    assert max(errors) < 1e-5, errors

@@ -1,0 +1,82 @@
+"""Compares CUDA decoding with the modules in Triton's interpreter, which needs no GPU.
+
+    TRITON_INTERPRET=1 python tests/interpreted_decoding.py
+
+Slots have different adapters, some of them with norms, and change them. Each line has the number of slots and
+the largest relative error of a slot's hidden states or logits, in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from interpreted import without_a_device
+from tiny_models import open_adapter, random_ids, random_llama
+
+from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.model.adapter import adapter_state
+from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.fused_decode import FusedDecode
+from lit_adapter.model.llama import Llama
+
+FORMS = [
+    AdapterConfig(layers=2, prompt_length=3, gate="token", prefix_query="unrotated", norms=True),
+    None,
+    AdapterConfig(prompt_length=5, norms=True),
+    AdapterConfig(prompt_length=0, norms=True),
+    AdapterConfig(layers=1, prompt_length=4, gate="channel"),
+]
+VOCAB = 67
+
+
+def prefixes_on(base: Llama) -> list[Prefixes]:
+    """What the slots of each form are given; all of them are computed by the base."""
+    found = []
+    for seed, form in enumerate(FORMS):
+        model = base
+        if form is not None:
+            state = adapter_state(open_adapter(copy.deepcopy(base), form, seed=seed))
+            model = attached(base, form, state, "it")
+        adapter = Adapter.of(model, base)
+        assert adapter.model is base
+        found.append(adapter.prefixes)
+    return found
+
+
+def compare(n_slots: int, head_dim: int) -> None:
+    """Compare slots of a base with heads of a size."""
+    sizes = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}
+    base = random_llama(1, torch.float32, head_dim=head_dim, **sizes).eval().requires_grad_(False)
+    forms = prefixes_on(base)
+    with torch.inference_mode():
+        take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
+
+
+def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: int) -> None:
+    """Read prompts and take steps, and again after the slots have changed their adapters."""
+    asked = [random_ids(2 + 3 * slot % 11, seed=slot, vocab=VOCAB).tolist() for slot in range(n_slots)]
+    for shift in (0, 1):
+        own = [forms[(slot + shift) % len(forms)] for slot in range(n_slots)]
+        given = list(zip(asked, range(n_slots), own, strict=True))
+        report(*(torch.cat([x.read([text], [slot], its) for text, slot, its in given]) for x in executors))
+        token = random_ids(n_slots, vocab=VOCAB)
+        for n in range(2):
+            position = torch.tensor([len(prompt) for prompt in asked]) + n
+            wanted, found = (x.captured_step(token, position, 24) for x in executors)
+            report(wanted, found)
+            token = wanted.argmax(-1)
+
+
+def report(wanted: torch.Tensor, found: torch.Tensor) -> None:
+    errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    print(len(found), errors.max().item())
+
+
+if __name__ == "__main__":
+    without_a_device()
+    torch.cuda.get_device_capability = lambda *_: (8, 0)  # launches do not overlap there
+    torch.Tensor.pin_memory = lambda self: self
+    for n_slots, head_dim in ((5, 32), (1, 32), (5, 16)):
+        compare(n_slots, head_dim)
