@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,14 @@ from prefix_formula import reference_logits
 from tiny_models import open_adapter, random_ids, random_llama
 from torch import Tensor, nn
 
+from lit_adapter.data.shared_starts import Scored
 from lit_adapter.generation import graph_lane
-from lit_adapter.generation.adapter import Adapter
+from lit_adapter.generation.adapted import AdaptedLlama, Loaded
+from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.choosing import likelihoods
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.graph_lane import GraphLane
+from lit_adapter.generation.prompt_likelihood import prompt_likelihoods
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
@@ -489,3 +494,26 @@ def test_a_conversation_goes_on_in_captured_steps(gate: str | None) -> None:
         assert going.answer == fresh.answer
         assert going.computed == (40 if turn == 0 else 7)
         prompt = [*prompt, *going.answer, *random_ids(6, seed=turn, vocab=VOCAB).tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_takes_of_the_device_what_decoding_reads(dtype: torch.dtype) -> None:
+    """Prompts, gates and norms stay in the host's memory; likelihoods come out as with all of them there."""
+    base, kept, asked = adapted(4, 2, 64, None).to(dtype).cuda(), [], [1, 5, 9, 200, 7, 300, 11]
+    form = AdapterConfig(layers=2, prompt_length=16, gate="token", norms=True)
+    wide = open_adapter(copy.deepcopy(base), form, seed=2).requires_grad_(False)
+    state = adapter_state(wide)
+    for number in range(9):
+        if number == 1:
+            before = torch.cuda.memory_allocated()
+        loaded: Any = Loaded(Path(), base, Engine())
+        kept.append(AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded))  # type: ignore[arg-type]
+    each = (torch.cuda.memory_allocated() - before) / 8
+    stacked = kept[0].adapter.prefixes.stacked
+    sizes = [x.nbytes for x in vars(stacked).values() if isinstance(x, Tensor)]
+    assert each <= sum(-(-size // 512) * 512 for size in sizes)
+    assert kept[0].adapter.model is base
+    found = [likelihoods(model, [Scored(asked, 2)])[0].log_likelihood for model in (kept[0].model, wide)]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    values = [x.log_probability for x in prompt_likelihoods(kept[0].model, asked, 0)]
+    assert values == pytest.approx([x.log_probability for x in prompt_likelihoods(wide, asked, 0)], rel=1e-6)

@@ -18,19 +18,19 @@ from tiny_models import open_adapter, random_ids, random_llama
 
 import lit_adapter
 from lit_adapter.errors import UserError
-from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.adapted import AdaptedLlama, Loaded
 from lit_adapter.generation.adapter import Adapter, attached
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import cpu_decode
-from lit_adapter.model.adapter import adapter_parameters, adapter_state
+from lit_adapter.model.adapter import adapter_parameters, adapter_shapes, adapter_state
 from lit_adapter.model.cache import ModuleDecode
-from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.llama import Llama
+from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.model.norms import normed
 
 KINDS: list[AdapterConfig | None] = [
@@ -62,13 +62,15 @@ def base_of(dtype: torch.dtype = torch.float32, **sizes: Any) -> Llama:
 
 
 def adapter_of(base: Llama, config: AdapterConfig | None, seed: int) -> Adapter:
-    if config is None:
-        return Adapter.of(base)
+    return Adapter.of(base) if config is None else Adapter.of(model_of(base, config, seed), base)
+
+
+def model_of(base: Llama, config: AdapterConfig, seed: int) -> Llama:
     state = adapter_state(open_adapter(copy.deepcopy(base), config, seed=seed))
     model = attached(base, config, state, "it")
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(torch.promote_types(torch.float32, base.embed_tokens.weight.dtype))
-    return Adapter.of(model, base)
+    return model
 
 
 def eight(base: Llama) -> list[Adapter]:
@@ -135,12 +137,30 @@ def test_adapters_with_norms_share_steps_with_others(sizes: dict[str, Any]) -> N
     forms = [replace(KINDS[5] or V2, norms=True), AdapterConfig(norms=True, prompt_length=0), V2]
     adapters = eight(base)[:5] + [adapter_of(base, form, n) for n, form in enumerate(forms)]
     assert len({adapter.model for adapter in adapters}) == 2
-    own = [Adapter.of(adapter.prefixes.norms.model) for adapter in adapters[5:7] if adapter.prefixes.norms]
+    own = [Adapter.of(model_of(base, form, n)) for n, form in enumerate(forms[:2])]
+    assert all(adapter.prefixes.norms is None for adapter in own)
     wanted = [alone(number, adapters) for number in range(8)]
     assert [alone(number, [*adapters[:5], *own, adapters[7]]) for number in range(8)] == wanted
     for batch_size in (8, 3):
         assert together(adapters, batch_size) == wanted
     assert alone(6, eight(base)) != wanted[6] or alone(5, eight(base)) != wanted[5]
+
+
+@pytest.mark.parametrize("gate", ["tanh", "token", "channel"])
+def test_an_adapter_of_7b_takes_at_most_six_megabytes_of_the_device(gate: Any) -> None:
+    """The meta device stands for a GPU: it has shapes alone. Prompts and gates stay in the host's memory."""
+    sizes = {"vocab_size": 32000, "n_layer": 32, "n_head": 32, "n_kv_head": 32, "head_dim": 128}
+    config = LlamaConfig(**sizes, n_embd=4096, n_hidden=11008)
+    base = empty_llama(config).to(torch.bfloat16)
+    form = AdapterConfig(gate=gate)
+    state = {name: torch.zeros(shape) for name, shape in adapter_shapes(form, config).items()}
+    loaded: Any = Loaded(Path(), base, Engine())
+    own = AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded)  # type: ignore[arg-type]
+    assert own.adapter.model is base
+    decoded = [x for x in vars(own.adapter.prefixes.stacked).values() if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in decoded} == {"meta"}
+    assert sum(x.nbytes for x in decoded) <= 6e6
+    assert {parameter.device.type for _, parameter in adapter_parameters(own.model)} == {"cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter import arguments
-from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.generation.adapter import Adapter, attached, keep_on_host
 from lit_adapter.generation.answer_text import AnswerText, pieces
 from lit_adapter.generation.chatting import Said, prompt_of
 from lit_adapter.generation.choosing import ScoredChoice, choose, encode_choices
@@ -73,6 +73,8 @@ class AdaptedLlama:
         self._source = source
         self._engine = loaded.engine if loaded is not None else Engine()
         self._adapter = Adapter.of(model, loaded.model) if loaded is not None else None
+        if self._adapter is not None and self._adapter.model is not model:
+            keep_on_host(model)  # it computes likelihoods alone
 
     def __repr__(self) -> str:
         """Return base, adapter, device and precision; a model in training has no folder and no file."""

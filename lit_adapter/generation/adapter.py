@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lit_adapter.model.adapter import attach, load_adapter_state
+from lit_adapter.model.adapter import adapter_parameters, attach, load_adapter_state
 from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.config import AdapterConfig
@@ -42,7 +42,7 @@ class Adapter:
         alike = executor.why_not_fast is None or executor == choose(base, "decoding")
         if own - {AdaptedNorm} or not alike:
             return cls(model, prefixes)
-        return cls(base, replace(prefixes, norms=Norms.of(model)) if own else prefixes)
+        return cls(base, replace(prefixes, norms=Norms.of(model).on_host()) if own else prefixes)
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:
@@ -55,6 +55,12 @@ def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], so
     attach(model, config.without_dropout(), seed=None)
     load_adapter_state(model, dict(state), source=source)
     return model.requires_grad_(False)
+
+
+def keep_on_host(model: Llama) -> None:
+    """Move an adapter of prefixes and norms to the host's memory; its model copies what it computes with."""
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.cpu()
 
 
 def _own_kinds(model: Llama, base: Llama) -> set[type[nn.Module]]:

@@ -78,8 +78,8 @@ class AdaptedNorm(RMSNorm, TrainedModule):
 
     @property
     def used_weight(self) -> Tensor:
-        """The trained weight; the frozen one while the adapter is switched off."""
-        return self.adapter_weight if self.active else self.weight
+        """The trained weight, where the frozen one is; the frozen one while the adapter is switched off."""
+        return self.adapter_weight.to(self.weight.device) if self.active else self.weight
 
 
 class NormPart(TrainedPart):

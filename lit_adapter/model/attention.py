@@ -101,7 +101,7 @@ class BaseView:
         prefix = attention.prefix
         if prefix is None or not prefix.active:
             return None
-        return prefix(rotated, unrotated, *attention.project_kv(prefix.prompt.to(dtype)))
+        return prefix(rotated, unrotated, *attention.project_kv(prefix.prompt.to(rotated.device, dtype)))
 
 
 class CausalView(BaseView):

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_adapter.grouping import n_common
 from lit_adapter.model.attention import BaseView, attend_causally, sees
 from lit_adapter.model.llama import Attention, Llama
-from lit_adapter.model.norms import Norms
+from lit_adapter.model.norms import Norms, SlotNorms
 from lit_adapter.model.prefix import PrefixState, attend_prefix, queries_of
 
 LEAST_SAVED = 64
@@ -49,7 +49,7 @@ class Prefixes:
     """The states of these layers, all tensors ``[L, ...]``; None without a prefix."""
     norms: Norms | None = None
     """The norms that the adapter trains beside them, if those are not the executor's model's; or those of all
-    slots. Their model then computes with them."""
+    slots."""
 
     @classmethod
     def of(cls, states: Sequence[PrefixState | None]) -> Prefixes:
@@ -86,8 +86,8 @@ class SlotPrefixes:
     with norms on, every slot has norms of its own.
     """
 
-    base_norms: Norms | None = None
-    """The model's own, once slots have norms of their own."""
+    norms: SlotNorms | None = None
+    """None while all slots have the model's."""
 
     def __init__(self, model: Llama, n_slots: int) -> None:
         self.model = model
@@ -134,12 +134,23 @@ class SlotPrefixes:
             self._write([slot for slot, other in enumerate(self.rows) if other is row], row)
 
     def _assign_norms(self, slots: Sequence[int], norms: Norms | None) -> None:
-        if norms is not None and self.joined.norms is None:
-            self.base_norms = Norms.of(self.model)
-            self.joined = replace(self.joined, norms=self.base_norms.of_slots(len(self.rows)))
-        if self.joined.norms is not None and self.base_norms is not None:
-            where = torch.tensor(slots, device=self.source.device)
-            self.joined.norms.put(where, norms or self.base_norms)
+        if norms is not None and self.norms is None:
+            self.norms, self.reading = SlotNorms(self.model, len(self.rows)), SlotNorms(self.model, 1)
+            self.joined = replace(self.joined, norms=self.norms.rows)
+        if self.norms is not None:
+            self.norms.put(slots, norms)
+
+    @property
+    def stepper(self) -> Llama:
+        """The model with the norms of every slot, as steps need it."""
+        return self.model if self.norms is None else self.norms.model
+
+    def reader(self, slot: int) -> Llama:
+        """Return the model with the norms of one slot, until the next call."""
+        if self.norms is None or self.rows[slot].norms is None:
+            return self.model
+        self.reading.put([0], self.norms.at(slot))
+        return self.reading.model
 
     def _write(self, slots: Sequence[int], prefixes: Prefixes) -> None:
         own, new, K = self.joined.stacked, prefixes.stacked, prefixes.length
@@ -318,10 +329,6 @@ class ModuleDecode:
         self.prefixes.assign([slot], prefixes)
         return self._read_from(done, [prompt], [slot], prefixes)
 
-    def model_with(self, prefixes: Prefixes) -> Llama:
-        """Return the model with the norms that go with prefixes of an adapter, or of all slots."""
-        return self.model if prefixes.norms is None else prefixes.norms.model
-
     def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
         """Read the prompts of requests with the same adapter, and their common start once.
 
@@ -351,10 +358,11 @@ class ModuleDecode:
         position = torch.arange(n, n + ids.shape[1], device=self.device).expand_as(ids)
         where = torch.tensor(slots, device=self.device)
         view = (RestView if n else PrefillView)(self, position, prefixes, where)
+        model = self.prefixes.reader(slots[0])
         last = torch.tensor([len(rest) - 1 for rest in rests], device=self.device)
         if len(prompts) == 1:  # the last layer then computes the last position alone
-            return self.model_with(prefixes)(ids, view, last)[:, 0]
-        return self.model_with(prefixes)(ids, view)[torch.arange(len(prompts), device=self.device), last]
+            return model(ids, view, last)[:, 0]
+        return model(ids, view)[torch.arange(len(prompts), device=self.device), last]
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put the newest tokens of the first B slots into the cache.
@@ -367,15 +375,13 @@ class ModuleDecode:
             Logits of the next tokens ``[B, V]``.
         """
         ids, place = (torch.tensor(x, device=self.device)[:, None] for x in (token, position))
-        prefixes = self.prefixes.first(len(ids))
-        view = DecodeView(self, place, prefixes, max(position) + 1, exact=True)
-        return self.model.logits(self.model_with(prefixes)(ids, view)[:, 0])
+        view = DecodeView(self, place, self.prefixes.first(len(ids)), max(position) + 1, exact=True)
+        return self.model.logits(self.prefixes.stepper(ids, view)[:, 0])
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Do the same for all slots from ``token [B]`` and ``position [B]`` on the device.
 
         ``used`` may be more than the longest text has. The next call may overwrite the logits.
         """
-        prefixes = self.prefixes.joined
-        view = DecodeView(self, position[:, None], prefixes, used, exact=False)
-        return self.model.logits(self.model_with(prefixes)(token[:, None], view)[:, 0])
+        view = DecodeView(self, position[:, None], self.prefixes.joined, used, exact=False)
+        return self.model.logits(self.prefixes.stepper(token[:, None], view)[:, 0])

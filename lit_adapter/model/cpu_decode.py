@@ -182,11 +182,11 @@ class CpuDecode(ModuleDecode):
         norms, eps = self._norms, model.config.norm_eps
         x = F.embedding(torch.tensor(token), model.embed_tokens.weight)
         for index, layer in enumerate(weights.layers):
-            qkv = layer.qkv(normed(x, norms.before[index], eps))
+            qkv = layer.qkv(normed(x, norms.wide[2 * index], eps))
             x = x + layer.o(self._attend(index, layer, qkv, step))
-            gate, up = layer.gate_up(normed(x, norms.between[index], eps)).chunk(2, dim=-1)
+            gate, up = layer.gate_up(normed(x, norms.wide[2 * index + 1], eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate).mul_(up))
-        return weights.head(normed(x, norms.last, eps))
+        return weights.head(normed(x, norms.wide[-1], eps))
 
     def _prepared(self, position: Sequence[int], norms: Norms) -> _Step:
         place, used = torch.tensor(position), max(position) + 1
@@ -198,7 +198,7 @@ class CpuDecode(ModuleDecode):
         if rows != self._rows:
             self._rows, prefixes = rows, self.prefixes.first(len(rows))
             self._baked = [self._bake(prefixes.layer(index)) for index in range(len(self.model.layers))]
-            self._norms = StepNorms.of(prefixes.norms or norms, len(rows))
+            self._norms = StepNorms.of(prefixes.norms or norms, len(rows), self.model.config)
         return _Step(rotation, place, used, sights)
 
     def _sight(self, position: Sequence[int], window: int | None) -> _Sight:

@@ -46,7 +46,7 @@ class FusedView:
         windows = {block.self_attn.window for block in model.layers}
         self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
         self.target_queries = {w: plan_tiles(row, row.target_index, device, w) for w in windows}
-        self.strength = _strengths(model)
+        self.strength = _strengths(model, device)
         self.updates = join_updates(model, model.embed_tokens.weight.dtype)
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ class FusedView:
 
 
 @torch.no_grad()
-def _strengths(model: Llama) -> dict[int, Tensor]:
+def _strengths(model: Llama, device: torch.device) -> dict[int, Tensor]:
     """Return c(g) of every layer that has a prefix, as `attention.Prefix` has it, by the layer's number."""
     found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
     prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
@@ -68,7 +68,7 @@ def _strengths(model: Llama) -> dict[int, Tensor]:
         return {}
     some = next(iter(prefixes.values()))
     gates = torch.stack([prefix.gate for prefix in prefixes.values()])
-    strength = some.form.strength(gates, some.axes)
+    strength = some.form.strength(gates, some.axes).to(device)
     if some.form.per_token:
         strength = strength[..., 0]
     else:

@@ -68,7 +68,7 @@ class FusedDecode(ModuleDecode):
         self.prefixes.assign(slots, prefixes)
         texts = zip(prompts, slots, strict=True)
         rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
-        model = self.model_with(prefixes)
+        model = self.prefixes.reader(slots[0])
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
         return torch.cat([self._read_row(model, row, prefix) for row in rows])
 
@@ -103,11 +103,11 @@ class FusedDecode(ModuleDecode):
         prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
         view = _RestView(self, len(prompt), done, slot, prefix)
         ids = torch.tensor([prompt[done:]], device=self.device)
-        return self.model_with(prefixes)(ids, view, view.last)[0]
+        return self.prefixes.reader(slot)(ids, view, view.last)[0]
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
-        model = self.model_with(self.prefixes.joined)
+        model = self.prefixes.stepper
         if self.few is not None:
             return self.few.step(model, token, position)
         view = _StepView(self, self.slot, position)

@@ -35,7 +35,7 @@ class Site:
         self.weights = block_weights(block, view.layout)
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
-        self.prompt = None if self.adapter is None else self.adapter.prompt
+        self.prompt = None if self.adapter is None else self.adapter.prompt.to(view.rotation[0].device)
         self.strength = view.strength.get(attn.index)
         self.updates: dict[str, JoinedLora] = view.updates[attn.index]
         self.head_norms = HeadNorms.of(attn)

@@ -172,7 +172,8 @@ class Block(nn.Module):
         """Return ``prefix`` with its prompt projected by this block's attention; None stays None."""
         if prefix is None:
             return None
-        return prefix.state(*self.self_attn.project_kv(prefix.prompt.to(dtype)))
+        prompt = prefix.prompt.to(self.input_layernorm.weight.device, dtype)
+        return prefix.state(*self.self_attn.project_kv(prompt))
 
     def forward(self, x: Tensor, view: View, query_positions: Tensor | None = None) -> Tensor:
         """Map ``x [B, T, C]`` to ``[B, T, C]``, or to ``[B, M, C]`` for ``query_positions [M]`` alone.

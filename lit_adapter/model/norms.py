@@ -5,30 +5,24 @@ Letters: B slots, N layers, C width, H query heads, G key/value heads, D head si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.frame import framed
-from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Llama, RMSNorm, normalised
 
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """The weights of all norms of a model, or of several slots, as `of_slots` returns them."""
+    """The weights of all norms of a model; or of several slots, with B as the second dimension."""
 
-    model: Llama
-    """Whose norms they are."""
-    before: Tensor
-    """Of the norms before attention ``[N, C]``."""
-    between: Tensor
-    """Of those before the MLP ``[N, C]``."""
-    last: Tensor
-    """Of the final norm ``[C]``."""
+    wide: Tensor
+    """Of the norms before attention and MLP of each layer in turn, and of the final one ``[2 N + 1, C]``."""
     of_heads: Tensor | None
     """Of queries and of keys ``[N, 2, D]``; None in a model without them."""
 
@@ -36,64 +30,72 @@ class Norms:
     def of(cls, model: Llama) -> Norms:
         """Return a model's norms as they are now."""
         blocks = list(model.layers)
-        heads = [
-            torch.stack([block.self_attn.q_norm.used_weight, block.self_attn.k_norm.used_weight]).detach()
-            for block in blocks
-            if model.config.head_norms
-        ]
+        wide = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
+        heads = [norm for block in blocks for norm in (block.self_attn.q_norm, block.self_attn.k_norm)]
         return cls(
-            model,
-            torch.stack([block.input_layernorm.used_weight.detach() for block in blocks]),
-            torch.stack([block.post_attention_layernorm.used_weight.detach() for block in blocks]),
-            model.norm.used_weight.detach().clone(),
-            torch.stack(heads) if heads else None,
+            torch.stack([norm.used_weight.detach() for norm in (*wide, model.norm)]),
+            torch.stack([norm.used_weight.detach() for norm in heads]).unflatten(0, (-1, 2))
+            if model.config.head_norms
+            else None,
         )
 
-    def of_slots(self, n_slots: int) -> Norms:
-        """Return these norms for each of some slots, for `put` to change.
+    def each(self, change: Callable[[Tensor], Tensor]) -> Norms:
+        """Return these norms with a change to both of their tensors."""
+        return Norms(change(self.wide), None if self.of_heads is None else change(self.of_heads))
 
-        Its tensors have a slot before the last dimension, or the last two of those of heads: ``[N, B, C]``,
-        ``[B, C]``, ``[N, B, 2, D]``. Its ``model`` shares all else with this one's, and computes with them.
-        """
-        before, between, last = (_each(x, n_slots, -2) for x in (self.before, self.between, self.last))
-        heads = None if self.of_heads is None else _each(self.of_heads, n_slots, -3)
-        model = framed(self.model)
-        for index, block in enumerate(model.layers):
-            block.input_layernorm = SlotNorm(block.input_layernorm.eps, before[index])
-            block.post_attention_layernorm = SlotNorm(block.post_attention_layernorm.eps, between[index])
+    def on_host(self) -> Norms:
+        """Return them in the host's memory, from which a device gets them with the requests."""
+        return self.each(lambda x: x.cpu().pin_memory() if x.is_cuda else x)
+
+
+class SlotNorms:
+    """The norms of every slot, in tensors that stay where they are.
+
+    Args:
+        model: has the norms that slots have at first.
+        n_slots: B.
+    """
+
+    def __init__(self, model: Llama, n_slots: int) -> None:
+        self.base, self.model = Norms.of(model), framed(model)
+        self.rows = self.base.each(
+            lambda x: x.to(torch.promote_types(x.dtype, torch.float32))[:, None].repeat_interleave(n_slots, 1)
+        )
+        """In fp32 at least, as trained norms are."""
+        rows, heads = self.rows.wide, self.rows.of_heads
+        for index, block in enumerate(self.model.layers):
+            block.input_layernorm = SlotNorm(model.config, rows[2 * index])
+            block.post_attention_layernorm = SlotNorm(model.config, rows[2 * index + 1])
             if heads is not None:
-                attention = block.self_attn
-                attention.q_norm = SlotNorm(attention.q_norm.eps, heads[index, :, 0])
-                attention.k_norm = SlotNorm(attention.k_norm.eps, heads[index, :, 1])
-        model.norm = SlotNorm(model.norm.eps, last)
-        return Norms(model, before, between, last, heads)
+                block.self_attn.q_norm = SlotNorm(model.config, heads[index, :, 0])
+                block.self_attn.k_norm = SlotNorm(model.config, heads[index, :, 1])
+        self.model.norm = SlotNorm(model.config, rows[-1])
 
-    def put(self, slots: Tensor, norms: Norms) -> None:
-        """Give slots ``[b]`` of these the norms of one model."""
-        self.before[:, slots] = norms.before[:, None].to(self.before.dtype)
-        self.between[:, slots] = norms.between[:, None].to(self.before.dtype)
-        self.last[slots] = norms.last.to(self.last.dtype)
-        if self.of_heads is not None and norms.of_heads is not None:
-            self.of_heads[:, slots] = norms.of_heads[:, None].to(self.of_heads.dtype)
+    def put(self, slots: Sequence[int], norms: Norms | None) -> None:
+        """Give slots the norms of one model; with None those that all have at first."""
+        given = norms or self.base
+        for own, new in ((self.rows.wide, given.wide), (self.rows.of_heads, given.of_heads)):
+            if own is not None and new is not None:
+                here = new.to(own.device, non_blocking=True)
+                for slot in slots:
+                    own[:, slot] = here
 
-
-def _each(x: Tensor, n_slots: int, dim: int) -> Tensor:
-    """Return ``x`` once for each slot, in a new dimension; in fp32 at least, as trained norms are."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.unsqueeze(dim).repeat_interleave(n_slots, dim)
+    def at(self, slot: int) -> Norms:
+        """Return the norms of one slot."""
+        return self.rows.each(lambda x: x[:, slot])
 
 
 class SlotNorm(RMSNorm):
     """A norm with a weight for each slot.
 
     Args:
-        eps: of the norm.
+        config: of its model.
         weights: ``[B, width]``; later changes count.
     """
 
-    def __init__(self, eps: float, weights: Tensor) -> None:
+    def __init__(self, config: LlamaConfig, weights: Tensor) -> None:
         nn.Module.__init__(self)
-        self.eps, self.weights = eps, weights
+        self.eps, self.weights = config.norm_eps, weights
 
     @property
     def used_weight(self) -> Tensor:
@@ -101,36 +103,31 @@ class SlotNorm(RMSNorm):
         return self.weights
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``, whose first dimension has the first slots."""
-        weight = self.weights[: len(x)].view(len(x), *[1] * (x.dim() - 2), -1)
-        return (normalised(x, self.eps) * weight).to(x.dtype)
+        """Normalise the last dimension of ``x``: its first has the first slots, or texts of the only one."""
+        weights = self.weights[: len(x)]
+        weights = weights.view(len(weights), *[1] * (x.dim() - 2), -1)
+        return (normalised(x, self.eps) * weights).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class StepNorms:
     """The norms of a step on a CPU: one model's for all of its slots, or each slot's own."""
 
-    before: Tensor
-    """Weights as `normed` takes them, of each layer."""
-    between: Tensor
-    last: Tensor
+    wide: Tensor
+    """Weights as `normed` takes them, in the order of `Norms.wide`."""
     of_heads: Sequence[Tensor | None]
     """``[H + G, D]`` of each layer, or ``[B, H + G, D]``."""
 
     @classmethod
-    def of(cls, norms: Norms, n_slots: int) -> StepNorms:
+    def of(cls, norms: Norms, n_slots: int, config: LlamaConfig) -> StepNorms:
         """Return the norms of the first slots, given those of a model or of several slots."""
-        each, heads = norms.before.dim() == 3, norms.of_heads
-        before, between, last = (
-            x[..., :n_slots, :] if each else torch.cat((x, torch.zeros_like(x)), -1)
-            for x in (norms.before, norms.between, norms.last)
-        )
+        wide, heads, H, G = norms.wide, norms.of_heads, config.n_head, config.n_kv_head
+        is_each = wide.dim() == 3
+        wide = wide[:, :n_slots] if is_each else torch.cat((wide, torch.zeros_like(wide)), -1)
         if heads is None:
-            return cls(before, between, last, [None] * len(before))
-        layout = block_layout(norms.model.config)
-        counts = torch.tensor([layout[f"self_attn.{name}_proj"].rotated_heads for name in "qk"])
-        of_heads = (heads[:, :n_slots] if each else heads).repeat_interleave(counts, -2)
-        return cls(before, between, last, list(of_heads))
+            return cls(wide, [None] * config.n_layer)
+        heads = heads[:, :n_slots] if is_each else heads
+        return cls(wide, list(heads.repeat_interleave(torch.tensor([H, G]), -2)))
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

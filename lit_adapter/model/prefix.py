@@ -99,7 +99,8 @@ def attend_prefix(q: Tensor, state: PrefixState, dropout: float = 0.0) -> Tensor
 class GatedPrefix(TrainedModule):
     """The prompt and gate of one attention layer, fp32 under every precision.
 
-    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them.
+    In bf16 a gate of 0.5 does not move by 0.001; the base's precision therefore never reaches them. They may
+    be in the host's memory, and are then copied to the base's device each time.
     """
 
     part = "prefix"
@@ -126,7 +127,7 @@ class GatedPrefix(TrainedModule):
 
     def state(self, k: Tensor, v: Tensor) -> PrefixState:
         """Return the prefix of this process's heads, given the prompt's keys and values ``[G, K, D]``."""
-        strength = self.strength()
+        strength = self.strength().to(k.device)
         return PrefixState(k, v, strength[self.heads] if self.form.per_head else strength, self.unrotated)
 
     def forward(self, rotated: Tensor, unrotated: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.adapter import adapter_parameters, adapter_shapes
+from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.options import ServerOptions
 from lit_adapter.serving.run import load_adapters, serve
 from lit_adapter.text.load import load_tokenizer
@@ -73,12 +74,17 @@ def save_adapters(
 
 
 def own_bytes(model: AdaptedLlama) -> int:
-    """Return the bytes that an adapter takes beside its base, as trained and as decoding takes it."""
-    prefixes = model.adapter.prefixes
-    kept = [parameter for _, parameter in adapter_parameters(model.model)]
-    parts = [part for part in (prefixes.stacked, prefixes.norms) if part is not None]
-    kept += [x for part in parts for x in vars(part).values()]
-    return sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
+    """Return the bytes of what decoding takes of an adapter; its other tensors are in the host's memory."""
+    stacked = model.adapter.prefixes.stacked
+    return sum(x.nbytes for x in vars(stacked).values() if isinstance(x, torch.Tensor)) if stacked else 0
+
+
+def bytes_on_device(adapters: Adapters) -> float:
+    """Return what the adapters that are served take of a device's memory, on a CPU by calculation."""
+    if torch.cuda.is_available() and adapters.base.model.model.embed_tokens.weight.is_cuda:
+        torch.cuda.synchronize()
+        return float(torch.cuda.memory_allocated())
+    return sum(own_bytes(served.model) for served in adapters if served.path is not None)
 
 
 def load_many(report: Report, options: ServerOptions, paths: Sequence[Path], number: int) -> None:
@@ -89,8 +95,9 @@ def load_many(report: Report, options: ServerOptions, paths: Sequence[Path], num
         for n in range(number):
             adapters.load(f"x{n}", paths[n % len(paths)])
 
+    before = bytes_on_device(adapters)
     wall, cpu = timed(load)
-    each = statistics.mean(own_bytes(served.model) for served in adapters if served.path is not None)
+    each = (bytes_on_device(adapters) - before) / number
     row: Row = {"name": f"{number} adapters loaded", "useful_tokens_per_s": None}
     report.put(row | {"seconds": wall, "cpu_seconds": cpu, "bytes_each": each})
 

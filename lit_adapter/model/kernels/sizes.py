@@ -23,4 +23,4 @@ def whole_row(width: int) -> dict[str, int]:
 
 def row_stride(weight: Tensor) -> int:
     """Return the distance between the weights of two rows; 0 if one vector is for all of them."""
-    return weight.stride(0) if weight.dim() == 2 else 0
+    return weight.stride(0) if weight.dim() == 2 and len(weight) > 1 else 0
