@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,11 +22,12 @@ from lit_adapter.serving.event_stream import EventStream, unless_gone
 from lit_adapter.serving.guard import visit_of
 from lit_adapter.serving.jobs import Job, Jobs
 from lit_adapter.serving.metrics import Metrics
-from lit_adapter.serving.protocol import AdapterRequest, ChatRequest, CompletionRequest
+from lit_adapter.serving.protocol import AdapterRequest, ChatRequest, CompletionRequest, Settings
 from lit_adapter.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+B = TypeVar("B", bound=Settings)
 PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -61,9 +63,12 @@ class Service:
         self.admins, self.log_prompts = admins, log_prompts
         self.ready = False
 
-    async def answer(self, request: Request, job: Job) -> Response:
-        """Answer a job as it asks: whole, or as a stream."""
-        facts, body = visit_of(request.scope).facts, job.body
+    async def answer(self, request: Request, body: B, start: Callable[[B], Job]) -> Response:
+        """Start a job and answer it as its body asks: whole, or as a stream."""
+        with self.worker.coming():
+            # Rendering a template may start a process, and tokenizing a long text takes a while.
+            job = await asyncio.to_thread(start, body)
+        facts = visit_of(request.scope).facts
         facts |= {"model": body.model, "stream": body.stream, "choices": len(job.choices)}
         if self.log_prompts:
             facts["prompts"] = [job.model.tokenizer.decode(prompt) for prompt in job.prompts]
@@ -168,14 +173,13 @@ def _add_interface(app: FastAPI) -> None:
     async def chat(request: Request, body: ChatRequest) -> Any:
         """Answer the last message of a conversation."""
         service = _service(request)
-        # Rendering a template may start a process, and tokenizing a long text takes a while.
-        return await service.answer(request, await asyncio.to_thread(service.jobs.chat, body))
+        return await service.answer(request, body, service.jobs.chat)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Any:
         """Continue texts."""
         service = _service(request)
-        return await service.answer(request, await asyncio.to_thread(service.jobs.completion, body))
+        return await service.answer(request, body, service.jobs.completion)
 
 
 def _add_admin(app: FastAPI) -> None:

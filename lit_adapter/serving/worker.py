@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -21,6 +22,9 @@ from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+BURST_SECONDS = 0.02
+"""How long the first request of a burst waits at most for the others, to be read with them."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Worker:
         self._lock = threading.Lock()  # of the two above
         self._work = threading.Event()
         self._closed: ApiError | None = None
+        self._coming = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -128,6 +133,16 @@ class Worker:
     def alive(self) -> bool:
         """Whether choices are answered."""
         return self._thread.is_alive() and self._closed is None
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Say, in the event loop's thread, that a request is being made whose choices will be submitted."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._work.set()
 
     def submit(self, choices: Sequence[Choice]) -> None:
         """Let the next steps answer all of these choices.
@@ -175,6 +190,8 @@ class Worker:
         try:
             while self._closed is None:
                 self._work.clear()
+                if not self._running:
+                    self._gather()
                 self._admit()
                 if not self._running:
                     self.engine.step()  # drops the caches of adapters whose last answer was cancelled
@@ -187,6 +204,13 @@ class Worker:
             logger.exception("the engine's thread has failed")
             self._closed = ApiError(500, "the server has failed; its log says why", code="engine_failed")
         self._end_all()
+
+    def _gather(self) -> None:
+        """Wait for requests that come together with the first one: read later, they cost one more step."""
+        until = time.monotonic() + BURST_SECONDS
+        while self._waiting and self._coming and (left := until - time.monotonic()) > 0:
+            self._work.wait(left)
+            self._work.clear()
 
     def _admit(self) -> None:
         """Give free slots to choices that wait, in their order, and read the likelihoods of one prompt."""

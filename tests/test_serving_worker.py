@@ -1,0 +1,89 @@
+"""The thread that takes the engine's steps: which requests a step reads together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lit_adapter.serving import worker as module
+from lit_adapter.serving.errors import ApiError
+from lit_adapter.serving.metrics import Metrics
+from lit_adapter.serving.worker import Choice, Worker
+
+
+class Engine:
+    """Ends each request with its first step, and says what it had been given by then."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.steps: list[int] = []
+        self.stepped = threading.Event()
+
+    def add(self, request: Any) -> None:
+        self.given.append(request)
+
+    def step(self) -> None:
+        for request in self.given:
+            request.ended = True
+        if self.given:
+            self.steps.append(len(self.given))
+            self.stepped.set()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def worker(engine: Engine) -> Iterator[Worker]:
+    model: Any = SimpleNamespace(engine=engine)
+    found = Worker(model, 8, 8, Metrics(torch.device("cpu")))
+    found.start()
+    yield found
+    found.close(ApiError(503, "the test is over"))
+    found.join(60)
+
+
+def choice() -> Choice:
+    tokenizer = SimpleNamespace(strips_space=False)
+    request: Any = SimpleNamespace(
+        ended=False, news=[], likelihoods=[], error=None, n_new=1, settings=SimpleNamespace(max_new_tokens=1)
+    )
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    return Choice(0, model, [1, 2], request, lambda event: None)
+
+
+def test_requests_of_a_burst_are_read_in_one_step(
+    worker: Worker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BURST_SECONDS", 600.0)
+    with worker.coming():
+        worker.submit([choice()])
+        assert not engine.stepped.wait(0.3)
+        worker.submit([choice()])
+    assert engine.stepped.wait(250)
+    assert engine.steps[0] == 2
+
+
+def test_a_request_does_not_wait_long_for_others(
+    worker: Worker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BURST_SECONDS", 0.001)
+    with worker.coming():
+        worker.submit([choice()])
+        assert engine.stepped.wait(250)
+
+
+def test_a_request_that_comes_alone_does_not_wait(
+    worker: Worker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BURST_SECONDS", 600.0)
+    with worker.coming():
+        worker.submit([choice()])
+    assert engine.stepped.wait(250)
