@@ -68,6 +68,20 @@ def test_a_name_that_the_folder_has_too_is_refused(run: Path, tiny_base: Path) -
     assert len(load_adapters(options)) == 1
 
 
+def test_a_folder_of_adapters_names_the_base(run: Path, tiny_base: Path) -> None:
+    """Whatever else is in it; what cannot be read is told only where nothing else can."""
+    Path("checkpoints").mkdir()
+    Path("checkpoints", tiny_base.resolve().name).symlink_to(tiny_base)
+    broken = Path("adapters/broken/adapter.safetensors")
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"not an adapter")
+    options = ServerOptions(folder=Path("adapters"), device="cpu", dtype="float32")
+    with pytest.raises(UserError, match=str(broken)):
+        load_adapters(options)
+    shutil.copytree(run, "adapters/colours")
+    assert [served.name for served in load_adapters(options)][1:] == ["colours"]
+
+
 NONE = "adapter name 'none' means the plain base; give the adapter another"
 
 

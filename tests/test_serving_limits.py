@@ -367,7 +367,8 @@ def test_after_the_grace_an_answer_ends_with_an_error(
 
 
 COMMANDS: list[tuple[list[str], str]] = [
-    ([], "give --base FOLDER, or an adapter with --adapter NAME=FILE"),
+    ([], "give --base FOLDER, or adapters with --adapter NAME=FILE or --adapters FOLDER"),
+    (["--adapters", "."], "--adapters .: no adapter in it names a base; give --base FOLDER"),
     (["--adapter", "a="], "--adapter 'a=': expected NAME=FILE, or a file"),
     (["--adapter", "a.safetensors"], "a.safetensors: no such adapter file"),
     (["--adapter", "a=x", "--adapter", "a=y"], "the name a is taken by x; give NAME=FILE"),

@@ -49,6 +49,23 @@ class Served:
     state: State | None = None
 
 
+def adapter_files(folder: Path) -> dict[str, Path]:
+    """Return a folder's adapter files by name; other entries are left out."""
+    found: dict[str, Path] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir() and (path / ADAPTER).is_file():
+                name, path = entry.name, path / ADAPTER
+            elif entry.name.endswith(SUFFIX) and entry.is_file():
+                name = entry.name.removesuffix(SUFFIX)
+            else:
+                continue
+            if NAME.fullmatch(name):
+                found[name] = path
+    return found
+
+
 class Adapters:
     """The base and every loaded adapter, by name.
 
@@ -151,21 +168,9 @@ class Adapters:
         return self._served[name]
 
     def listed(self) -> Mapping[str, Path]:
-        """Return the folder's adapter files by name; other entries are left out."""
-        found: dict[str, Path] = {}
-        if self.folder is None:
-            return found
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                if entry.is_dir() and (path / ADAPTER).is_file():
-                    name, path = entry.name, path / ADAPTER
-                elif entry.name.endswith(SUFFIX) and entry.is_file():
-                    name = entry.name.removesuffix(SUFFIX)
-                else:
-                    continue
-                if NAME.fullmatch(name) and name != self.base.name:
-                    found[name] = path
+        """Return the folder's adapter files by name, but none with the name of the base."""
+        found = {} if self.folder is None else adapter_files(self.folder)
+        found.pop(self.base.name, None)
         return found
 
     def scan(self, *, patient: bool = True) -> None:

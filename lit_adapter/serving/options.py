@@ -60,8 +60,8 @@ class ServerOptions:
         Raises:
             UserError: they do not.
         """
-        if not self.adapters and self.base is None:
-            raise UserError("give --base FOLDER, or an adapter with --adapter NAME=FILE")
+        if not self.adapters and self.base is None and self.folder is None:
+            raise UserError("give --base FOLDER, or adapters with --adapter NAME=FILE or --adapters FOLDER")
         if not self.is_local and self.api_keys is None and not self.insecure:
             raise UserError(
                 f"--host {self.host} can be reached from elsewhere; give --api-keys FILE, or --insecure if "

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lit_adapter.generation.load import load
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.llama import Llama
-from lit_adapter.serving.adapters import Adapters
+from lit_adapter.serving.adapters import Adapters, adapter_files
 from lit_adapter.serving.app import Service, make_app
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.guard import LOCAL, Guard
@@ -94,17 +95,14 @@ def load_adapters(options: ServerOptions) -> Adapters:
     """Load the base and all adapters.
 
     Raises:
-        UserError: as `load`; a folder of adapters that is none.
+        UserError: as `load`; a folder of adapters that is none, or that names no base where none is given.
     """
     folder = options.folder
     if folder is not None and not folder.is_dir():
         raise UserError(f"--adapters {folder}: not a folder")
     for name in options.adapters:
         check_name(name)
-    base_folder = options.base
-    if base_folder is None:
-        first = next(iter(options.adapters.values()))
-        base_folder = find_base(read_adapter(first)[0].base, first)
+    base_folder = options.base or _named_base(options)
     template = options.template
     if template is None:
         template = "chat" if load_tokenizer(base_folder).chat_template else "alpaca"
@@ -125,6 +123,23 @@ def load_adapters(options: ServerOptions) -> Adapters:
     adapters.scan(patient=False)
     gc.freeze()
     return adapters
+
+
+def _named_base(options: ServerOptions) -> Path:
+    """Return the base that the first adapter names; of those in a folder, the first one whose base is found.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in options.adapters.values():
+        return find_base(read_adapter(path)[0].base, path)
+    error = UserError(f"--adapters {options.folder}: no adapter in it names a base; give --base FOLDER")
+    for _, path in sorted(adapter_files(options.folder).items() if options.folder else ()):
+        try:
+            return find_base(read_adapter(path)[0].base, path)
+        except UserError as refused:
+            error = refused
+    raise error
 
 
 def choose_context(model: Llama, options: ServerOptions) -> int:
