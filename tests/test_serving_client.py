@@ -100,6 +100,17 @@ def test_its_models_are_listed_and_chosen(
         ServerModels(server.url, name="delta")
 
 
+def test_lists_that_a_pipe_asks_for_are_shown(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error: answers alone go where they are read from."""
+    talk = Conversation(ServerModels(server.url), SAMPLINGS[0], io.StringIO(), interactive=False)
+    converse(talk, iter(["/adapter", "/help", "/reset"]))
+    told = capsys.readouterr().err
+    assert "  alpha  (answers now)\n  beta\n" in told
+    assert "  /undo " in told
+    assert "(a new conversation)" not in told
+    assert talk.out.getvalue() == ""
+
+
 def test_an_answer_has_what_room_there_is(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     talk = Conversation(ServerModels(server.url), Sampling(max_new_tokens=700), io.StringIO())
     converse(talk, iter(["Say it."]))
@@ -223,7 +234,12 @@ def stand_in(*answers: bytes, then: Literal["goes", "is silent", "interrupts"] =
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize("answer", [b"", STREAM], ids=["not begun", "begun"])
+CLOSED_AT_ITS_END = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", STREAM, CLOSED_AT_ITS_END], ids=["not begun", "begun", "begun without a length"]
+)
 def test_ctrl_c_ends_waiting_for_a_server_that_says_nothing(
     answer: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:

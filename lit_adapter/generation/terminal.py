@@ -137,7 +137,7 @@ class Conversation:
 
     def _help(self, argument: str) -> None:
         for command, what in COMMANDS.items():
-            self._tell(f"  {command:<15} {what}")
+            say(f"  {command:<15} {what}", sys.stderr)
 
     def _reset(self, argument: str) -> None:
         self.messages.clear()
@@ -170,7 +170,7 @@ class Conversation:
     def _choose_adapter(self, argument: str) -> None:
         if not argument:
             for name in self.partner.names():
-                self._tell(f"  {name}{'  (answers now)' if name == self.partner.name else ''}")
+                say(f"  {name}{'  (answers now)' if name == self.partner.name else ''}", sys.stderr)
             return
         self.partner.choose(argument)
         plain = self.partner.name == PLAIN

@@ -84,7 +84,7 @@ class ServerModels:
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
-        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._stopped = False
         models = self._listed()
         first = next((model for model in models if model.get("parent")), models[0])
@@ -160,10 +160,9 @@ class ServerModels:
     def stop(self) -> None:
         """Close the connection, from a signal's handler too: the answer ends, and its slot is free."""
         self._stopped = True
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
+        if self._socket is not None:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _listed(self) -> list[dict[str, Any]]:
         asking, telling = self._asking("GET", "/v1/models"), self._telling("cannot read its list of models")
@@ -179,10 +178,12 @@ class ServerModels:
         """
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
         content = None if body is None else json.dumps(body).encode()
-        with closing(kind(self._host, self._port, timeout=SECONDS)) as self._connection:
+        with closing(kind(self._host, self._port, timeout=SECONDS)) as connection:
             with self._telling("cannot reach a server there"):
-                self._connection.request(method, self._path + path, content, self._headers)
-                response = self._connection.getresponse()
+                connection.connect()
+                self._socket = connection.sock  # an answer without a length takes it from the connection
+                connection.request(method, self._path + path, content, self._headers)
+                response = connection.getresponse()
             with response:  # without a length it has the connection, which is then not closed for us
                 if response.status != http.client.OK:
                     raise self._refused(_refusal(response), f"status {response.status} {response.reason}")
