@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lit_adapter.model.kernels.rows import SUMMED_TOKENS
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, row_stride
+
+SUMMED_TOKENS = 8
+"""Tokens over which one program sums the gradient of a trained norm."""
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from lit_adapter.model.matrices import Operand, Quantised
 ELEMENTS = 1024
 """Channels of SwiGLU that one program handles, unless the result needs one scale for a whole row."""
 
-SUMMED_TOKENS = 8
-"""Tokens over which one program sums the gradient of a trained norm."""
+WARPS = 16
+"""Warps of a multiprocessor that compute the gradient of a trained norm."""
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _norm_kernel(
 
 @triton.jit
 def _norm_gradient(
-    dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C,
+    dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C,
     QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of token ``t``, and return its part of the weight's, fp32 ``[BLOCK]``."""
@@ -80,11 +80,10 @@ def _norm_gradient(
     at = t * C + c
     x = tl.load(x_at + at, mask=c < C, other=0.0).to(tl.float32)
     dy = tl.load(dy_at + at, mask=c < C, other=0.0).to(tl.float32)
+    beside = tl.load(beside_at + at, mask=c < C, other=0.0).to(tl.float32)
     weighted = dy * weight
-    rstd = tl.load(rstd_at + t)
     along = tl.sum(weighted * x) * rstd * rstd / C
-    dx = (weighted - x * along) * rstd
-    dx += tl.load(beside_at + at, mask=c < C, other=0.0).to(tl.float32)
+    dx = (weighted - x * along) * rstd + beside
     tl.store(dx_at + at, dx.to(dx_at.dtype.element_ty), mask=c < C)
     if QUANTISE:
         _store(out_at, scale_at, dx, t, at, c < C, True)
@@ -100,26 +99,28 @@ def _norm_gradient_kernel(
     c = tl.arange(0, BLOCK)
     weight = tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
     t = tl.program_id(0).to(tl.int64)
-    _norm_gradient(
-        dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
-    )  # fmt: skip
+    rstd = tl.load(rstd_at + t)
+    _norm_gradient(dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK)
 
 
 @Entry
 @triton.jit(do_not_specialize=["T"])
 def _trained_norm_gradient_kernel(
     dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, sums_at, T, C,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    QUANTISE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program owns TOKENS tokens, over which it sums the gradient of the weight."""
-    program = tl.program_id(0).to(tl.int64)
+    """P programs own every P-th token each, over which they sum the gradient of the weight."""
+    program, P = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     c = tl.arange(0, BLOCK)
     weight = tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for t in range(program * TOKENS, tl.minimum(program * TOKENS + TOKENS, T)):
+    rstd = tl.load(rstd_at + program)
+    for t in tl.range(program, T, P, num_stages=STAGES):
+        next_rstd = tl.load(rstd_at + t + P, mask=t + P < T, other=0.0)  # a scalar is not loaded ahead
         total += _norm_gradient(
-            dy_at, x_at, weight, rstd_at, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
+            dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
         )  # fmt: skip
+        rstd = next_rstd
     tl.store(sums_at + program * C + c, total, mask=c < C)
 
 
@@ -253,11 +254,12 @@ def norm_backward(
     if not weight.requires_grad:
         _norm_gradient_kernel[(T,)](*given, C, QUANTISE=quantised, **whole_row(C))
         return dx, room, None
-    sums = torch.empty(ceil_div(T, SUMMED_TOKENS), C, dtype=torch.float32, device=x.device)
-    sizes = whole_row(C)
-    sizes["num_warps"] = min(16, 2 * sizes["num_warps"])  # its sum takes as many registers as a token
-    _trained_norm_gradient_kernel[(len(sums),)](
-        *given, sums, T, C, QUANTISE=quantised, TOKENS=SUMMED_TOKENS, **sizes
+    sizes, n_multiprocessors = whole_row(C), torch.cuda.get_device_properties(x.device).multi_processor_count
+    n_programs = min(T, n_multiprocessors * WARPS // sizes["num_warps"])
+    sums = torch.empty(n_programs, C, dtype=torch.float32, device=x.device)
+    stages = 3 if C <= 4096 else 2  # tokens in shared memory; 100 KB hold two in fp32 of up to 8192 channels
+    _trained_norm_gradient_kernel[(n_programs,)](
+        *given, sums, T, C, QUANTISE=quantised, STAGES=stages, **sizes
     )
     return dx, room, sums.sum(0)
 
