@@ -239,6 +239,13 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
         for adapter in (replace(config, layers=1), config, normed)
     )
     assert top < all_
+    lora = replace(config, lora=LoraConfig(rank=3))
+    one, two = (
+        estimate(replace(model, n_layer=n), lora, row, precision="bf16-true", device="cuda").activations
+        for n in (2, 3)
+    )
+    rows = 16 + 8 + 8 + 8  # 9, 3, 6 and 3 of the groups, filled up
+    assert two - one == len(row.ids) * (2 * (6 * C + 2 * M + rows) + 8 * H)
     assert norms - all_ == 2 * len(row.target_index) * C
 
 

@@ -2,8 +2,8 @@
 
 Autograd would keep tensors that no gradient needs and read every tensor several times between the products.
 Here a block is one node of the graph. For each token it keeps 6 C + 2 M numbers (its input, q, k, v, the
-output of attention, the sum after attention, gate and up), or its input alone with ``recompute``. It forms no
-gradient of a frozen weight. The tests compare it with `Block.compute`.
+output of attention, the sum after attention, gate and up) and r numbers of each of LoRA's updates, or its input
+alone with ``recompute``. It forms no gradient of a frozen weight. The tests compare it with `Block.compute`.
 
 Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
 """
@@ -92,6 +92,8 @@ class _FusedBlock(torch.autograd.Function):
         product_of_mlp = rows.swiglu(between.gate_up, quantised=site.quantises("down"))
         site.weights.down.add_to(y, site.weights.operand(product_of_mlp))
         site.add_updates("down", product_of_mlp, y)
+        if recompute:
+            site.reduced.clear()
         return y
 
     @staticmethod
@@ -105,7 +107,7 @@ class _FusedBlock(torch.autograd.Function):
         dmiddle, operand, dbetween = mlp_backward(site, between, dy.contiguous(), learned)
         del between
         do = site.weights.o.backward(operand)
-        site.learn("o", lambda: attended.y, dmiddle, do, learned)
+        site.learn("o", attended.y, dmiddle, site.reach("o", dmiddle, do), learned)
         needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
         if needs_x or needs_norms or "qkv" in site.updates:
             dx, *dtrained, of_heads = attention_backward(site, x, attended, do, dmiddle, learned)

@@ -1,6 +1,7 @@
 """The backward pass of a fused block: the MLP, then attention. No gradient of a frozen weight is formed.
 
-What the forward pass did not keep is computed again where LoRA's gradients need it.
+LoRA's gradients need inputs of products, which the forward pass did not keep. The kernel that takes the
+gradient of an input computes the input again, and may put it in its gradient's place.
 """
 
 from __future__ import annotations
@@ -15,21 +16,6 @@ from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.lora import product
 
 
-def _norm_before(site: Site, x: Tensor) -> rows.Operand:
-    """Return the input of q, k and v, which is not kept: normed tokens, then the prompt."""
-    return rows.norm(x, site.before.used_weight, site.before.eps, site.prompt)[0]
-
-
-def _norm_between(site: Site, middle: Tensor) -> rows.Operand:
-    """Return the input of gate and up, which is not kept."""
-    return rows.norm(middle, site.between.used_weight, site.between.eps, None)[0]
-
-
-def _swiglu(between: Between) -> rows.Operand:
-    """Return the input of the last product of the MLP, which is not kept."""
-    return rows.swiglu(between.gate_up)
-
-
 def mlp_backward(
     site: Site, between: Between, dy: Tensor, learned: dict[str, list[Tensor]]
 ) -> tuple[Tensor, rows.Operand, Tensor | None]:
@@ -39,19 +25,25 @@ def mlp_backward(
     """
     weights = site.weights
     dproduct = weights.down.backward(weights.operand(dy))
-    site.learn("down", lambda: _swiglu(between), dy, dproduct, learned)
-    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, quantised=site.quantises("gate_up"))
-    del dproduct
+    dz = site.reach("down", dy, dproduct)
+    product = dproduct if "down" in site.updates else None
+    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, product, quantised=site.quantises("gate_up"))
+    site.learn("down", product, dy, dz, learned)
+    del dproduct, product
     dnormed = weights.gate_up.backward(weights.operand(dgate_up))
-    site.learn("gate_up", lambda: _norm_between(site, between.middle), dgate_up, dnormed, learned)
-    return rows.norm_backward(
+    dz = site.reach("gate_up", dgate_up, dnormed)
+    normed = dnormed if "gate_up" in site.updates else None
+    found = rows.norm_backward(
         dnormed,
         between.middle,
         site.between.used_weight,
         between.rstd,
         dy,
+        normed,
         quantised=weights.quantised,
     )
+    site.learn("gate_up", normed, dgate_up, dz, learned)
+    return found
 
 
 def _scores_backward(
@@ -127,14 +119,21 @@ def attention_backward(
     of_heads = [] if site.head_norms is None else site.head_norms.backward_(dq, dkv, attended.q, attended.kv)
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
-        site.learn("qkv", lambda: _norm_before(site, x), dqkv, dnormed, learned)
+        dz = site.reach("qkv", dqkv, dnormed)
     else:  # in fp32: many targets can share one position, in a preamble
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         _learn_targets(site, x, (dq, dkv), dnormed, learned)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
-    dx, _, dbefore = rows.norm_backward(dnormed[:T], x, site.before.used_weight, attended.rstd, beside)
-    return dx, None if dgate is None else dnormed[T:].float(), dgate, dbefore, of_heads
+    dprompt = None if dgate is None else dnormed[T:].float()
+    weight, updated = site.before.used_weight, "qkv" in site.updates and site.query_positions is None
+    normed = dnormed[:T] if updated else None
+    dx, _, dbefore = rows.norm_backward(dnormed[:T], x, weight, attended.rstd, beside, normed)
+    if updated:
+        if site.prompt is not None:
+            dnormed[T:] = site.prompt
+        site.learn("qkv", dnormed, dqkv, dz, learned)
+    return dx, dprompt, dgate, dbefore, of_heads
 
 
 def _learn_targets(
@@ -151,9 +150,9 @@ def _learn_targets(
     update, targets = site.updates.get("qkv"), site.query_positions
     if update is None or targets is None:
         return
-    given: Any = _norm_before(site, x)
+    given: Any = rows.norm(x, site.before.used_weight, site.before.eps, site.prompt)[0]
     (dq, dkv), split = dy, site.q_width
-    z = update.reduce(given)
+    z = site.reduce("qkv", given)
     dz = (dkv @ update.b[split:]).float()
     dz = dz.index_add_(0, targets, (dq @ update.b[:split]).float()).to(z.dtype)
     dnormed.add_(dz @ update.a)

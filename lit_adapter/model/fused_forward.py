@@ -39,7 +39,7 @@ def _update_targets(site: Site, x: Any, q: Tensor, kv: Tensor) -> None:
     """Add LoRA's updates to the queries of the targets, and to the keys and values of all positions."""
     update = site.updates.get("qkv")
     if update is not None:
-        z = update.reduce(x)
+        z = site.reduce("qkv", x)
         update.add_to(q, z[site.query_positions], slice(site.q_width))
         update.add_to(kv, z, slice(site.q_width, None))
 

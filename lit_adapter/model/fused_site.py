@@ -6,7 +6,6 @@ targets of the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ class Site:
         self.prompt = None if self.adapter is None else self.adapter.prompt.to(view.rotation[0].device)
         self.strength = view.strength.get(attn.index)
         self.updates: dict[str, JoinedLora] = view.updates[attn.index]
+        self.reduced: dict[str, Tensor] = {}  # ``x a^T`` of each of them: narrow, so it is kept
         self.head_norms = HeadNorms.of(attn)
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
@@ -98,27 +98,37 @@ class Site:
         """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""
         update = self.updates.get(group)
         if update is not None:
-            update.add_to(y, update.reduce(x))
+            update.add_to(y, self.reduce(group, x))
 
-    def learn(
-        self, group: str, x: Callable[[], Any], dy: Any, dx: Tensor, learned: dict[str, list[Tensor]]
-    ) -> None:
-        """Add to ``dx`` what reaches a group's input through its updates, and note their gradients.
+    def reduce(self, group: str, x: Any) -> Tensor:
+        """Return ``x a^T`` of a group's updates, computed once."""
+        if group not in self.reduced:
+            self.reduced[group] = self.updates[group].reduce(x)
+        return self.reduced[group]
+
+    def reach(self, group: str, dy: Any, dx: Tensor) -> Any:
+        """Add to ``dx`` what reaches a group's input through its updates.
 
         Args:
             group: of `layout`.
-            x: computes the group's input again.
             dy: the gradient of its product.
             dx: the gradient of its input, without the updates.
-            learned: receives the gradients by group.
+
+        Returns:
+            The gradient of ``x a^T``, for `learn`; None if the group has no updates.
         """
         update = self.updates.get(group)
         if update is None:
-            return
-        given = x()
+            return None
         dz = dy @ update.b
         dx.addmm_(dz, update.a)
-        learned[group] = update.gradients(dz, product(dy.T, update.reduce(given)), given)
+        return dz
+
+    def learn(self, group: str, x: Any, dy: Any, dz: Any, learned: dict[str, list[Tensor]]) -> None:
+        """Note the gradients of a group's updates in ``learned``: ``x`` is its input, ``dz`` from `reach`."""
+        if dz is not None:
+            update = self.updates[group]
+            learned[group] = update.gradients(dz, product(dy.T, self.reduce(group, x)), x)
 
 
 @dataclass

@@ -187,13 +187,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
+def joined_rows(model: LlamaConfig, lora: LoraConfig) -> dict[str, int]:
+    """Return the rows of the joined A of each group of a block; 0 where it has no updates."""
+    layout, groups = block_layout(model), block_layout(model).groups
+    chosen = {group: [layout[name].projection in lora.layers for name in groups[group]] for group in groups}
+    return {group: _n_rows(sum(has), lora.rank) for group, has in chosen.items()}
+
+
 def joined_numbers(model: LlamaConfig, lora: LoraConfig) -> int:
     """Return how many numbers the joined updates of all blocks have."""
     layout, total = block_layout(model), 0
-    for names in layout.groups.values():
-        chosen = [name for name in names if layout[name].projection in lora.layers]
-        n_out = sum(layout[name].n_out for name in names)
-        total += _n_rows(len(chosen), lora.rank) * (layout[names[0]].n_in + n_out)
+    for group, n_rows in joined_rows(model, lora).items():
+        linears = [layout[name] for name in layout.groups[group]]
+        total += n_rows * (linears[0].n_in + sum(linear.n_out for linear in linears))
     return model.n_layer * total
 
 

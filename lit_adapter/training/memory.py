@@ -39,7 +39,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.executors import Setting, choose_for_training
 from lit_adapter.model.layout import base_shapes, n_block_parameters
 from lit_adapter.model.llama import empty_llama
-from lit_adapter.model.lora import joined_numbers
+from lit_adapter.model.lora import joined_numbers, joined_rows
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import kept_per_token
 from lit_adapter.model.torch_internals import flash_attention_on_cpu
@@ -101,7 +101,8 @@ class Sizes:
         fused = _is_fused(self.model, adapter, self.precision, self.device, self.tensor_parallel)
         model = self.model.shard(self.tensor_parallel)  # what this device computes
         if fused:
-            each, first = kept_per_token(model, computed), adapter.learning_layers(model.n_layer).start
+            reduced = computed * sum(joined_rows(model, adapter.lora).values())
+            each, first = kept_per_token(model, computed) + reduced, adapter.learning_layers(model.n_layer).start
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
             # Final norm, which keeps what a trained weight multiplies too; rotation, and one that turns none.
             kept, turned = 2 if "norms" in adapter.parts else 1, 2 if model.unrotated_layers else 1

@@ -72,8 +72,8 @@ def _norm_kernel(
 
 @triton.jit
 def _norm_gradient(
-    dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    dy_at, x_at, weight, rstd, beside_at, again_at, dx_at, out_at, scale_at, t, C,
+    AGAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of token ``t``, and return its part of the weight's, fp32 ``[BLOCK]``."""
     c = tl.arange(0, BLOCK)
@@ -87,27 +87,32 @@ def _norm_gradient(
     tl.store(dx_at + at, dx.to(dx_at.dtype.element_ty), mask=c < C)
     if QUANTISE:
         _store(out_at, scale_at, dx, t, at, c < C, True)
-    return dy * (x * rstd).to(x_at.dtype.element_ty).to(tl.float32)
+    normalised = (x * rstd).to(x_at.dtype.element_ty).to(tl.float32)
+    if AGAIN:
+        tl.store(again_at + at, (normalised * weight).to(again_at.dtype.element_ty), mask=c < C)
+    return dy * normalised
 
 
 @Entry
 @triton.jit
 def _norm_gradient_kernel(
-    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, C,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+    dy_at, x_at, weight_at, rstd_at, beside_at, again_at, dx_at, out_at, scale_at, C,
+    AGAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BLOCK)
     weight = tl.load(weight_at + c, mask=c < C, other=0.0).to(tl.float32)
     t = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_at + t)
-    _norm_gradient(dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK)
+    _norm_gradient(
+        dy_at, x_at, weight, rstd, beside_at, again_at, dx_at, out_at, scale_at, t, C, AGAIN, QUANTISE, BLOCK
+    )  # fmt: skip
 
 
 @Entry
 @triton.jit(do_not_specialize=["T"])
 def _trained_norm_gradient_kernel(
-    dy_at, x_at, weight_at, rstd_at, beside_at, dx_at, out_at, scale_at, sums_at, T, C,
-    QUANTISE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    dy_at, x_at, weight_at, rstd_at, beside_at, again_at, dx_at, out_at, scale_at, sums_at, T, C,
+    AGAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """P programs own every P-th token each, over which they sum the gradient of the weight."""
     program, P = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -118,7 +123,8 @@ def _trained_norm_gradient_kernel(
     for t in tl.range(program, T, P, num_stages=STAGES):
         next_rstd = tl.load(rstd_at + t + P, mask=t + P < T, other=0.0)  # a scalar is not loaded ahead
         total += _norm_gradient(
-            dy_at, x_at, weight, rstd, beside_at, dx_at, out_at, scale_at, t, C, QUANTISE, BLOCK
+            dy_at, x_at, weight, rstd, beside_at, again_at, dx_at, out_at, scale_at, t, C,
+            AGAIN, QUANTISE, BLOCK,
         )  # fmt: skip
         rstd = next_rstd
     tl.store(sums_at + program * C + c, total, mask=c < C)
@@ -152,8 +158,9 @@ def _swiglu_kernel(gate_up_at, y_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK:
 @Entry
 @triton.jit
 def _swiglu_gradient_kernel(
-    dy_at, gate_up_at, out_at, scale_at, M, QUANTISE: tl.constexpr, BLOCK: tl.constexpr
-):
+    dy_at, gate_up_at, again_at, out_at, scale_at, M,
+    AGAIN: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = t * 2 * M + c
@@ -162,6 +169,9 @@ def _swiglu_gradient_kernel(
     dy = tl.load(dy_at + t * M + c, mask=c < M, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     dgate, dup = dy * up * share * (1 + gate * (1 - share)), dy * gate * share
+    if AGAIN:
+        product = gate * share * up
+        tl.store(again_at + t * M + c, product.to(again_at.dtype.element_ty), mask=c < M)
     if QUANTISE:
         scale = tl.maximum(_scale_of(dgate), _scale_of(dup))
         tl.store(scale_at + t, scale)
@@ -232,7 +242,14 @@ def add_and_norm(
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, beside: Tensor, *, quantised: bool = False
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    beside: Tensor,
+    again: Tensor | None = None,
+    *,
+    quantised: bool = False,
 ) -> tuple[Tensor, Operand, Tensor | None]:
     """Return the gradients of a norm.
 
@@ -242,6 +259,7 @@ def norm_backward(
         weight: its weight ``[C]``.
         rstd: from `norm`, ``[T]``.
         beside: the gradient that reaches ``x`` through the residual ``[T, C]``.
+        again: receives the norm's output once more ``[T, C]``; may be ``dy``.
         quantised: whether the next product takes fp8.
 
     Returns:
@@ -250,17 +268,16 @@ def norm_backward(
     T, C = x.shape
     dx = torch.empty_like(x)
     room, data, scale = _room(T, C, x, True) if quantised else (dx, dx, dx)
-    given = (dy, x, weight, rstd, beside, dx, data, scale)
+    given = (dy, x, weight, rstd, beside, dx if again is None else again, dx, data, scale)
+    forms = {"AGAIN": again is not None, "QUANTISE": quantised}
     if not weight.requires_grad:
-        _norm_gradient_kernel[(T,)](*given, C, QUANTISE=quantised, **whole_row(C))
+        _norm_gradient_kernel[(T,)](*given, C, **forms, **whole_row(C))
         return dx, room, None
     sizes, n_multiprocessors = whole_row(C), torch.cuda.get_device_properties(x.device).multi_processor_count
     n_programs = min(T, n_multiprocessors * WARPS // sizes["num_warps"])
     sums = torch.empty(n_programs, C, dtype=torch.float32, device=x.device)
     stages = 3 if C <= 4096 else 2  # tokens in shared memory; 100 KB hold two in fp32 of up to 8192 channels
-    _trained_norm_gradient_kernel[(n_programs,)](
-        *given, sums, T, C, QUANTISE=quantised, STAGES=stages, **sizes
-    )
+    _trained_norm_gradient_kernel[(n_programs,)](*given, sums, T, C, STAGES=stages, **forms, **sizes)
     return dx, room, sums.sum(0)
 
 
@@ -285,13 +302,19 @@ def swiglu(gate_up: Tensor, *, quantised: bool = False) -> Operand:
     return room
 
 
-def swiglu_backward(dy: Tensor, gate_up: Tensor, *, quantised: bool = False) -> Operand:
-    """Return the gradient of ``gate_up [T, 2 M]``."""
+def swiglu_backward(
+    dy: Tensor, gate_up: Tensor, again: Tensor | None = None, *, quantised: bool = False
+) -> Operand:
+    """Return the gradient of ``gate_up [T, 2 M]``.
+
+    ``again`` receives what `swiglu` returned, ``[T, M]``; it may be ``dy``.
+    """
     T, M = dy.shape
     room, data, scale = _room(T, 2 * M, gate_up, quantised)
     _swiglu_gradient_kernel[_grid(T, M, quantised)](
-        dy, gate_up, data, scale, M, QUANTISE=quantised, **_width(M, quantised)
-    )
+        dy, gate_up, dy if again is None else again, data, scale, M,
+        AGAIN=again is not None, QUANTISE=quantised, **_width(M, quantised),
+    )  # fmt: skip
     return room
 
 
