@@ -2,8 +2,8 @@
 
 Autograd would keep tensors that no gradient needs and read every tensor several times between the products.
 Here a block is one node of the graph. For each token it keeps 6 C + 2 M numbers (its input, q, k, v, the
-output of attention, the sum after attention, gate and up) and r numbers of each of LoRA's updates, or its input
-alone with ``recompute``. It forms no gradient of a frozen weight. The tests compare it with `Block.compute`.
+output of attention, the sum after attention, gate and up) and r of each of LoRA's updates, or its input alone
+with ``recompute``. It forms no gradient of a frozen weight. The tests compare it with `Block.compute`.
 
 Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
 """
