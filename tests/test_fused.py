@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,11 +180,36 @@ def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:
     assert not any(bool(gradient.any()) for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("what", ["fp32", "long prompt", "dropout"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("number", [0, 5, 7, 11])
+def test_with_dropout_blocks_learn_what_modules_learn_that_drop_the_same(
+    number: int, recompute: bool
+) -> None:
+    from dropped import Dropped, dropping
+
+    from lit_adapter.model.fused import FusedView
+
+    case, row = CASES[number] | {"dropout": 0.3 * (number != 5)}, row_of(CASES[number], number)
+    if "lora" in case:
+        case |= {"lora": replace(case["lora"], dropout=0.2)}
+    model = on_gpu(model_of(case, number), torch.bfloat16, torch.float32)
+    rotation = model.rotation(row.position[None].cuda())
+    prepare(model)
+    torch.manual_seed(number)
+    view = FusedView(model, row, rotation, recompute=recompute)
+    fused = loss_and_gradients(model, row, view)
+    model = on_gpu(model, torch.float64, torch.float64)
+    with dropping(Dropped(model, row, view.seeds)):
+        exact = loss_and_gradients(model, row, SegmentView(row, rotation))
+    whole = loss_and_gradients(model.eval(), row, SegmentView(row, rotation))
+    assert abs(fused[0] - exact[0]) / exact[0] < 2e-3
+    assert error(fused[1], exact[1]) < 0.18
+    assert abs(whole[0] - exact[0]) / exact[0] > 1e-6
+
+
+@pytest.mark.parametrize("what", ["fp32", "long prompt"])
 def test_what_the_kernels_do_not_compute_is_left_to_the_modules(what: str) -> None:
-    config = AdapterConfig(
-        prompt_length=65 if what == "long prompt" else 4, dropout=0.1 if what == "dropout" else 0.0
-    )
+    config = AdapterConfig(prompt_length=65 if what == "long prompt" else 4)
     model = open_adapter(random_llama(0, head_dim=16), config)
     dtype = torch.float32 if what == "fp32" else torch.bfloat16
     executor = choose(on_gpu(model, dtype, torch.float32), "training")

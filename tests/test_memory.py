@@ -253,15 +253,14 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     model, config = replace(random_llama().config, head_dim=16), AdapterConfig()
     gpu = Setting(torch.device("cuda"), torch.bfloat16)
     form = replace(config, gate="token", prefix_query="unrotated", norms=True)
-    for own in (config, form, replace(form, prompt_length=0)):
+    dropped = replace(config, dropout=0.1, lora=LoraConfig(rank=2, dropout=0.1))
+    for own in (config, form, replace(form, prompt_length=0), dropped):
         assert choose_for_training(model, own, gpu).name == "fused"
     assert choose_for_training(replace(model, attention_bias=True, mlp_bias=True), form, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
     for other, adapter, why in (
-        (model, replace(config, dropout=0.1), "the prefix has dropout"),
         (model, replace(config, version="v2"), "the adapter trains linears"),
-        (model, replace(config, lora=LoraConfig(rank=2, dropout=0.1)), "LoRA has dropout"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):
         assert choose_for_training(other, adapter, gpu).why_not_fast == why

@@ -22,7 +22,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     config, dtype = model.config, str(setting.dtype).removeprefix("torch.")
     prefixes = [block.self_attn.prefix for block in model.layers if block.self_attn.prefix is not None]
     trained = [module for _, module in trained_modules(model)]
-    updates = [module for module in trained if isinstance(module, LoraLinear)]
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
@@ -32,9 +31,7 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
             config.rope.attention_factor != 1 and any(prefix.unrotated for prefix in prefixes),
             "yarn scales the queries, and the prefix attends to them unrotated",
         ),
-        (any(prefix.training and prefix.dropout for prefix in prefixes), "the prefix has dropout"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
-        (any(update.training and update.dropout for update in updates), "LoRA has dropout"),
         (not all(module.active for module in trained), "the adapter is switched off"),
     )
     why = next((why for applies, why in reasons if applies), None)

@@ -23,7 +23,7 @@ from lit_adapter.model.fused_site import Attended, Between, Site
 from lit_adapter.model.kernels import rows
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
-from lit_adapter.model.lora import join_updates
+from lit_adapter.model.lora import JoinedLora, join_updates
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import plan_tiles
 
@@ -48,6 +48,7 @@ class FusedView:
         self.target_queries = {w: plan_tiles(row, row.target_index, device, w) for w in windows}
         self.strength = _strengths(model, device)
         self.updates = join_updates(model, model.embed_tokens.weight.dtype)
+        self.seeds = _seeds(model, self.updates)
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its ``query_positions``: the row's targets."""
@@ -75,6 +76,17 @@ def _strengths(model: Llama, device: torch.device) -> dict[int, Tensor]:
         strength = strength[:, :, 0].expand(-1, model.config.n_head, model.config.head_dim)
     strength = strength.contiguous()
     return dict(zip(prefixes, strength.unbind(), strict=True))
+
+
+def _seeds(model: Llama, updates: list[dict[str, JoinedLora]]) -> list[dict[str, int]]:
+    """Draw each block's seeds of dropout, on the CPU: of its prefix and of its groups of updates."""
+    prefixes = (block.self_attn.prefix for block in model.layers)
+    drops = any(prefix is not None and prefix.dropout_now for prefix in prefixes)
+    drops = drops or any(update.dropout for groups in updates for update in groups.values())
+    names = ("prefix", *block_layout(model.config).groups)
+    shape = (len(updates), len(names))
+    seeds = torch.randint(2**31, shape) if drops else torch.zeros(shape, dtype=torch.long)
+    return [dict(zip(names, of_block, strict=True)) for of_block in seeds.tolist()]
 
 
 class _FusedBlock(torch.autograd.Function):

@@ -155,6 +155,6 @@ def _learn_targets(
     z = site.reduce("qkv", given)
     dz = (dkv @ update.b[split:]).float()
     dz = dz.index_add_(0, targets, (dq @ update.b[:split]).float()).to(z.dtype)
-    dnormed.add_(dz @ update.a)
+    dnormed.add_(site.dropped("qkv", dz @ update.a))
     dyz = torch.cat((product(dq.T, z[targets]), product(dkv.T, z)))
-    learned["qkv"] = update.gradients(dz, dyz, given)
+    learned["qkv"] = update.gradients(dz, dyz, site.dropped("qkv", given))

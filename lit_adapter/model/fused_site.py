@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import block_weights
 from lit_adapter.model.fused_heads import HeadNorms
-from lit_adapter.model.kernels import attention
+from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.llama import Block, RMSNorm
 from lit_adapter.model.lora import JoinedLora, product
 from lit_adapter.model.matrices import Matrix
@@ -38,6 +38,7 @@ class Site:
         self.strength = view.strength.get(attn.index)
         self.updates: dict[str, JoinedLora] = view.updates[attn.index]
         self.reduced: dict[str, Tensor] = {}  # ``x a^T`` of each of them: narrow, so it is kept
+        self.seeds = view.seeds[attn.index]
         self.head_norms = HeadNorms.of(attn)
         self.before: RMSNorm = block.input_layernorm
         self.between: RMSNorm = block.post_attention_layernorm
@@ -87,8 +88,9 @@ class Site:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""
         if self.adapter is None or self.strength is None:
             return None
-        by_token, unrotated = self.adapter.form.per_token, self.adapter.unrotated
-        return attention.Prefix(kv, self.strength, by_token, unrotated)
+        adapter, seed = self.adapter, self.seeds["prefix"]
+        form = (adapter.form.per_token, adapter.unrotated)
+        return attention.Prefix(kv, self.strength, *form, adapter.dropout_now, seed)
 
     def quantises(self, group: str) -> bool:
         """Whether a kernel writes a group's input in fp8; LoRA's updates need it in the base's precision."""
@@ -103,8 +105,13 @@ class Site:
     def reduce(self, group: str, x: Any) -> Tensor:
         """Return ``x a^T`` of a group's updates, computed once."""
         if group not in self.reduced:
-            self.reduced[group] = self.updates[group].reduce(x)
+            self.reduced[group] = self.updates[group].reduce(self.dropped(group, x))
         return self.reduced[group]
+
+    def dropped(self, group: str, x: Any) -> Tensor:
+        """Return the input ``x`` of a group's updates after dropout, or in the same places its gradient."""
+        share = self.updates[group].dropout
+        return rows.dropout(x, share, self.seeds[group]) if share else x
 
     def reach(self, group: str, dy: Any, dx: Tensor) -> Any:
         """Add to ``dx`` what reaches a group's input through its updates.
@@ -121,14 +128,18 @@ class Site:
         if update is None:
             return None
         dz = dy @ update.b
-        dx.addmm_(dz, update.a)
+        if update.dropout:
+            dx.add_(self.dropped(group, dz @ update.a))
+        else:
+            dx.addmm_(dz, update.a)
         return dz
 
     def learn(self, group: str, x: Any, dy: Any, dz: Any, learned: dict[str, list[Tensor]]) -> None:
         """Note the gradients of a group's updates in ``learned``: ``x`` is its input, ``dz`` from `reach`."""
         if dz is not None:
             update = self.updates[group]
-            learned[group] = update.gradients(dz, product(dy.T, self.reduce(group, x)), x)
+            dyz = product(dy.T, self.reduce(group, x))
+            learned[group] = update.gradients(dz, dyz, self.dropped(group, x))
 
 
 @dataclass

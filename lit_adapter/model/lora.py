@@ -68,6 +68,11 @@ class LoraLinear(TrainedModule):
         else:
             self.inputs = share(self.lora_a.shape[1], rank, n_shards)
 
+    @property
+    def dropout_now(self) -> float:
+        """The share of the input that is dropped: none outside training."""
+        return self.dropout if self.training else 0.0
+
     def keep_float8(self, matrix: Float8Matrix) -> None:
         """Keep the frozen layer in fp8; the update stays in the precision of the computation."""
         self.matrix, self.weight, self.bias = matrix, None, None
@@ -78,7 +83,7 @@ class LoraLinear(TrainedModule):
         if not self.active:
             return y
         a, b = self.lora_a[:, self.inputs].to(x.dtype), self.lora_b[self.outputs].to(x.dtype)
-        dropped = F.dropout(x, self.dropout, self.training and self.dropout > 0)
+        dropped = F.dropout(x, self.dropout_now, self.dropout_now > 0)
         return y + F.linear(F.linear(dropped, a), b) * self.scale
 
 
@@ -156,6 +161,11 @@ class JoinedLora:
     def parameters(self) -> list[nn.Parameter]:
         """The trained A and B of each layer in turn."""
         return [parameter for part in self.parts for parameter in (part.module.lora_a, part.module.lora_b)]
+
+    @property
+    def dropout(self) -> float:
+        """The share of the input that is dropped now; of one input for all layers of the group."""
+        return self.parts[0].module.dropout_now
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return ``x a^T``, ``[T, R]``."""

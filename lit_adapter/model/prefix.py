@@ -121,6 +121,11 @@ class GatedPrefix(TrainedModule):
         """Compute the query heads of one shard."""
         self.heads = share(self.n_head, rank, n_shards)
 
+    @property
+    def dropout_now(self) -> float:
+        """The share of the attention weights that is dropped: none outside training."""
+        return self.dropout if self.training else 0.0
+
     def strength(self) -> Tensor:
         """Return c(g), fp32 ``[H or 1, K or 1, D or 1]``."""
         return self.form.strength(self.gate, self.axes)
@@ -133,8 +138,7 @@ class GatedPrefix(TrainedModule):
     def forward(self, rotated: Tensor, unrotated: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from queries ``[B, H, T, D]``, given in both forms, to keys and values ``[G, K, D]``."""
         state = self.state(k, v)
-        q = queries_of(state, rotated, unrotated)
-        return attend_prefix(q, state, self.dropout if self.training else 0.0)
+        return attend_prefix(queries_of(state, rotated, unrotated), state, self.dropout_now)
 
 
 class PrefixPart(TrainedPart):

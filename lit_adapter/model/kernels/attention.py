@@ -44,6 +44,10 @@ class Prefix:
     """Whether ``strength`` is that of prompt tokens."""
     unrotated: bool = False
     """Whether queries attend to the prompt as they were before rotation."""
+    dropout: float = 0.0
+    """The share of the attention weights that is dropped."""
+    seed: int = 0
+    """Decides which, below 2**31."""
 
 
 def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY_TILE) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def attend(
         q, k, v, o, lse, *rotation, some.kv, some.strength,
         plan.place, plan.first, plan.preamble_start, plan.preamble_end, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), some.kv.stride(0), n_prompt,
-        D**-0.5 * LOG2_E,
+        some.seed, D**-0.5 * LOG2_E,
         **_sizes(k, D, H), **_form(some, prompt_rows), num_stages=3,
         maxnreg=_registers(q.device, prompt_rows),
     )  # fmt: skip
@@ -103,7 +107,8 @@ def attend(
 
 
 def _form(prefix: Prefix, prompt_rows: int) -> dict[str, Any]:
-    return {"ROWS": prompt_rows, "BY_TOKEN": prefix.by_token, "UNROTATED": prefix.unrotated}
+    form = {"ROWS": prompt_rows, "BY_TOKEN": prefix.by_token, "UNROTATED": prefix.unrotated}
+    return form | {"DROPOUT": prefix.dropout}
 
 
 @dataclass
@@ -162,7 +167,7 @@ def attend_backward(
         q, k, v, o, do, lse, delta, out.q, *rotation, some.kv, some.strength, dprompt, dstrength,
         *sight, plan.key_from, plan.key_tile,
         plan.n_queries, plan.n_keys, q.stride(0), k.stride(0), o.stride(0), out.q.stride(0),
-        some.kv.stride(0), n_prompt, *scales, **sizes, **_form(some, prompt_rows),
+        some.kv.stride(0), n_prompt, some.seed, *scales, **sizes, **_form(some, prompt_rows),
         ROW=into is not None, num_stages=2,
     )  # fmt: skip
     if into is not None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.tiles import TilePlan
 
-LENGTHS = ("n_queries", "n_keys", "n_prompt", "n_tiles")
+VARYING = ("n_queries", "n_keys", "n_prompt", "n_tiles", "seed")
 PLAN = tuple(field.name for field in fields(TilePlan))
 
 
@@ -22,7 +22,7 @@ def kernel(function: Any) -> Any:
     """Compile once for all rows, whose lengths and plan addresses all differ."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     compiled = triton.jit(
-        do_not_specialize=[name for name in names if name in LENGTHS],
+        do_not_specialize=[name for name in names if name in VARYING],
         do_not_specialize_on_alignment=[name for name in names if name in PLAN],
     )
     return Entry(compiled(function))
@@ -82,13 +82,20 @@ def prefix_weights(q, pk, n_prompt, scale, ROWS: tl.constexpr):
     return weight / tl.sum(weight, 1)[:, None]
 
 
+@triton.jit
+def kept_weights(seed, h, n, n_queries, DROPOUT: tl.constexpr, ROWS: tl.constexpr):
+    """Return what dropout multiplies a head's prefix weights by: 0 or 1 / (1 - p), ``[queries, ROWS]``."""
+    at = (h * n_queries + n)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    return tl.where(tl.rand(seed, at) < DROPOUT, 0.0, 1.0 / (1.0 - DROPOUT))
+
+
 @kernel
 def forward_kernel(
     q_at, k_at, v_at, o_at, lse_at, cos_at, sin_at, prompt_at, strength_at,
     place, first, preamble_start, preamble_end, key_from, key_tile,
-    n_queries, n_keys, q_stride, kv_stride, o_stride, prompt_stride, n_prompt, scale,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, prompt_stride, n_prompt, seed, scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr,
+    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of queries of one head."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -103,7 +110,10 @@ def forward_kernel(
         at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
         prefix_q = rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M).to(q.dtype)
-        prefix_weight = prefix_weights(prefix_q, pk, n_prompt, scale, ROWS).to(pk.dtype)
+        prefix_weight = prefix_weights(prefix_q, pk, n_prompt, scale, ROWS)
+        if DROPOUT > 0:
+            prefix_weight *= kept_weights(seed, h, n, n_queries, DROPOUT, ROWS)
+        prefix_weight = prefix_weight.to(pk.dtype)
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     y = tl.zeros([M, D], tl.float32)
@@ -131,7 +141,10 @@ def forward_kernel(
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
         pv = tl.load(at + H // GROUP * D, mask=(r < n_prompt)[:, None], other=0.0)
         if not UNROTATED:
-            prefix_weight = prefix_weights(q, pk, n_prompt, scale, ROWS).to(pv.dtype)
+            prefix_weight = prefix_weights(q, pk, n_prompt, scale, ROWS)
+            if DROPOUT > 0:
+                prefix_weight *= kept_weights(seed, h, n, n_queries, DROPOUT, ROWS)
+            prefix_weight = prefix_weight.to(pv.dtype)
         if BY_TOKEN:
             strength = strength_of(strength_at, h, n_prompt, True, D, ROWS)
             y += tl.dot(prefix_weight, (pv.to(tl.float32) * strength).to(pv.dtype))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lit_adapter.model.kernels.attention_forward import (
+    kept_weights,
     kernel,
     load_queries,
     prefix_weights,
@@ -24,10 +25,11 @@ def query_gradient_kernel(
     q_at, k_at, v_at, o_at, do_at, lse_at, delta_at, dq_at, cos_at, sin_at,
     prompt_at, strength_at, dprompt_at, dstrength_at,
     place, first, preamble_start, preamble_end, key_from, key_tile,
-    n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, prompt_stride, n_prompt,
+    n_queries, n_keys, q_stride, kv_stride, o_stride, dq_stride, prompt_stride, n_prompt, seed,
     scale, softmax_scale,
     GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, ROW: tl.constexpr,
+    ROWS: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, DROPOUT: tl.constexpr,
+    ROW: tl.constexpr,
 ):  # fmt: skip
     """Compute partial gradients of the prefix and, if ROW, the gradients of the queries."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -55,6 +57,9 @@ def query_gradient_kernel(
         strength = strength_of(strength_at, h, n_prompt, BY_TOKEN, D, ROWS)
         share = prefix_weights(prefix_q, pk, n_prompt, scale, ROWS)
         narrow = share.to(pv.dtype)
+        if DROPOUT > 0:
+            kept = kept_weights(seed, h, n, n_queries, DROPOUT, ROWS)
+            narrow = (share * kept).to(pv.dtype)
         summed = tl.dot(tl.trans(narrow), do)  # [ROWS, D], from which the gradients of pv and c follow
         if BY_TOKEN:
             tl.store(dstrength_at + (m * H + h) * ROWS + r, tl.sum(summed * pv.to(tl.float32), 1))
@@ -63,6 +68,8 @@ def query_gradient_kernel(
         part = dprompt_at + ((m * 2 * H + h) * ROWS + r)[:, None] * D + d[None, :]
         tl.store(part + H * ROWS * D, summed * strength, mask=(r < n_prompt)[:, None])
         dshare = tl.dot(do, tl.trans((pv.to(tl.float32) * strength).to(pv.dtype)))
+        if DROPOUT > 0:
+            dshare *= kept
         prefix_delta = tl.sum(share * dshare, 1)
         delta -= prefix_delta  # what is left of o is the row's own attention
         dshare = (share * (dshare - prefix_delta[:, None])).to(pv.dtype)

@@ -45,6 +45,16 @@ def _quantise_kernel(x_at, out_at, scale_at, stride, C, BLOCK: tl.constexpr):
 
 
 @Entry
+@triton.jit(do_not_specialize=["seed"])
+def _dropout_kernel(x_at, y_at, seed, C, DROPOUT: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(x_at + t * C + c, mask=c < C, other=0.0)
+    y = tl.where(tl.rand(seed, t * C + c) < DROPOUT, 0.0, x.to(tl.float32) / (1.0 - DROPOUT))
+    tl.store(y_at + t * C + c, y.to(y_at.dtype.element_ty), mask=c < C)
+
+
+@Entry
 @triton.jit(do_not_specialize=["T"])
 def _norm_kernel(
     x_at, plus_at, sum_at, twin_at, weight_at, below_at, y_at, scale_at, rstd_at, T, C, weight_stride, eps,
@@ -197,6 +207,16 @@ def quantise(x: Tensor) -> Quantised:
     _, data, scale = _room(T, C, x, True)
     _quantise_kernel[(T,)](x, data, scale, x.stride(0), C, **whole_row(C))
     return Quantised(data, scale)
+
+
+def dropout(x: Tensor, share: float, seed: int) -> Tensor:
+    """Return ``x [T, C]`` without a ``share`` of its numbers, and the others over ``1 - share``.
+
+    The same ``seed``, below 2**31, drops the same places.
+    """
+    (T, C), y = x.shape, torch.empty_like(x)
+    _dropout_kernel[(T,)](x, y, seed, C, DROPOUT=share, **whole_row(C))
+    return y
 
 
 def norm(
