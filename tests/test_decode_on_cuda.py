@@ -61,8 +61,9 @@ def adapted(
     if gate is not None:
         form, *more = gate.split()
         query: Any = "unrotated" if "unrotated" in more else "rotated"
+        version: Any = "v2" if "v2" in more else "v1"
         config = AdapterConfig(
-            layers=2, prompt_length=K, gate=form, prefix_query=query, norms="norms" in more
+            layers=2, prompt_length=K, gate=form, prefix_query=query, norms="norms" in more, version=version
         )
         open_adapter(model, config, seed=2)
     return model.requires_grad_(False)
@@ -122,8 +123,19 @@ def own_prefixes(model: Llama) -> Prefixes:
         ((8, 2, 16), "tanh", 10, list(range(1, 21)), False),
         ((4, 4, 128), "tanh norms", 10, list(range(1, 33)), True),
         ((4, 4, 32), "token unrotated norms", 10, list(range(1, 71)), False),
+        ((4, 2, 64), "tanh v2", 5, [1, 130, 63], False),
     ],
-    ids=["one", "one-many-prompts", "one-short", "three", "one-small", "small", "thirty-two", "seventy"],
+    ids=[
+        "one",
+        "one-many-prompts",
+        "one-short",
+        "three",
+        "one-small",
+        "small",
+        "thirty-two",
+        "seventy",
+        "v2",
+    ],
 )
 def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     heads: tuple[int, int, int],

@@ -9,8 +9,9 @@ from tiny_models import open_adapter, random_llama
 from torch import Tensor
 
 from lit_adapter.data.packing import Packer, shared_preambles
+from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_parameters, adapter_state
-from lit_adapter.model.block_weights import keep_float8
+from lit_adapter.model.block_weights import keep_float8, prepare
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Executor, Setting
@@ -91,6 +92,12 @@ def test_every_part_learns_what_it_learns_on_the_base_in_bf16(form: str) -> None
     for name, gradient in gradients.items():
         cosine = torch.cosine_similarity(others[name].flatten(), gradient.flatten(), dim=0)
         assert cosine > 0.7, name
+
+
+def test_biases_and_scales_are_not_trained_beside_it() -> None:
+    model = open_adapter(random_llama(3, torch.bfloat16, **SIZES), AdapterConfig(version="v2"))
+    with pytest.raises(UserError, match="the adapter trains the linear layers' biases and scales; use base"):
+        prepare(model, float8=True)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -60,6 +60,14 @@ CASES: list[dict[str, Any]] = [
     },
     {"head_dim": 64, "n_kv_head": 2, "sizes": {"window": 5, "windowed_layers": (0, 1, 2), "qkv_bias": True}},
     {"head_dim": 16, "n_kv_head": 4, "sizes": {"unrotated_layers": (1, 2)}, "prefix_query": "unrotated"},
+    {"head_dim": 64, "n_kv_head": 2, "version": "v2", "layers": 2},
+    {
+        "head_dim": 32,
+        "n_kv_head": 1,
+        "sizes": {"head_norms": True, "qkv_bias": True, "mlp_bias": True},
+        "version": "v2",
+        "prompt_length": 0,
+    },
 ]
 
 

@@ -239,13 +239,18 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
         for adapter in (replace(config, layers=1), config, normed)
     )
     assert top < all_
-    lora = replace(config, lora=LoraConfig(rank=3))
+    lora, v2 = replace(config, lora=LoraConfig(rank=3)), replace(config, version="v2")
     one, two = (
         estimate(replace(model, n_layer=n), lora, row, precision="bf16-true", device="cuda").activations
         for n in (2, 3)
     )
     rows = 16 + 8 + 8 + 8  # 9, 3, 6 and 3 of the groups, filled up
     assert two - one == len(row.ids) * (2 * (6 * C + 2 * M + rows) + 8 * H)
+    one, two = (
+        estimate(replace(model, n_layer=n), v2, row, precision="bf16-true", device="cuda").activations
+        for n in (2, 3)
+    )
+    assert two - one == len(row.ids) * (2 * (8 * C + 2 * M) + 8 * H)
     assert norms - all_ == 2 * len(row.target_index) * C
 
 
@@ -254,13 +259,12 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     gpu = Setting(torch.device("cuda"), torch.bfloat16)
     form = replace(config, gate="token", prefix_query="unrotated", norms=True)
     dropped = replace(config, dropout=0.1, lora=LoraConfig(rank=2, dropout=0.1))
-    for own in (config, form, replace(form, prompt_length=0), dropped):
+    for own in (config, form, replace(form, prompt_length=0), dropped, replace(config, version="v2")):
         assert choose_for_training(model, own, gpu).name == "fused"
     assert choose_for_training(replace(model, attention_bias=True, mlp_bias=True), form, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
     for other, adapter, why in (
-        (model, replace(config, version="v2"), "the adapter trains linears"),
         (replace(model, head_dim=80), config, "the attention heads have 80 channels"),
     ):
         assert choose_for_training(other, adapter, gpu).why_not_fast == why

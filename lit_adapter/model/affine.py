@@ -10,6 +10,7 @@ model and the base's files do not know them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, Shape, block_layout, block_names
-from lit_adapter.model.llama import Llama, RMSNorm
+from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, BlockLayout, Shape, block_layout, block_names
+from lit_adapter.model.llama import Block, Llama, RMSNorm
+from lit_adapter.model.matrices import AffineMatrix, Matrix
 from lit_adapter.model.parts import TrainedModule, TrainedPart, share
 
 
@@ -63,6 +65,50 @@ class AdaptedLinear(TrainedModule):
         scale, bias = self.adapter_scale[self.outputs], self.adapter_bias[self.outputs]
         # In this form autograd keeps the narrow y, not a wide y + b.
         return (y * scale + scale * bias * self.bias_share).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class JoinedAffine:
+    """The biases and scales of a block's layers that read the same input, for executors."""
+
+    modules: list[AdaptedLinear]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trained bias and scale of each layer in turn."""
+        return [tensor for module in self.modules for tensor in (module.adapter_bias, module.adapter_scale)]
+
+    def applied(self, matrix: Matrix) -> AffineMatrix:
+        """Return the layers' joined frozen ``matrix`` with them."""
+        bias, scale = (torch.cat([x.detach() for x in self.parameters[i::2]]) for i in range(2))
+        return AffineMatrix(matrix, scale, bias)
+
+    def gradients(self, products: Tensor, total: Tensor) -> list[Tensor]:
+        """Return the gradients of `parameters`.
+
+        Args:
+            products: the sum of ``dy y`` over tokens ``[outputs]``: of an output y and its gradient.
+            total: the sum of ``dy``.
+        """
+        found, sizes = [], [len(module.adapter_scale) for module in self.modules]
+        parts = zip(self.modules, products.split(sizes), total.split(sizes), strict=True)
+        for module, product, sum_ in parts:
+            scale = module.adapter_scale.detach()
+            # y / s is W x + b. An output whose scale is 0 tells nothing of it, and its scale stays.
+            found += [scale * sum_, torch.where(scale == 0, 0, product / scale)]
+        return found
+
+
+def join_affine(block: Block, layout: BlockLayout) -> dict[str, JoinedAffine]:
+    """Return a block's trained biases and scales by the group of `layout`; nothing where it has none."""
+    found: dict[str, list[Any]] = {
+        group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()
+    }
+    return {
+        group: JoinedAffine(linears)
+        for group, linears in found.items()
+        if isinstance(linears[0], AdaptedLinear)
+    }
 
 
 class AdaptedNorm(RMSNorm, TrainedModule):

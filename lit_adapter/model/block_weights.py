@@ -5,13 +5,15 @@ Layers that read the same input are joined. No weight is kept twice, but for a b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.affine import AdaptedLinear, JoinedAffine
 from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined, joined_biases
@@ -19,6 +21,9 @@ from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import LoraLinear
 from lit_adapter.model.matrices import Float8Linear, Float8Matrix, Matrix, Operand, side_by_side
+
+BESIDE_FLOAT8 = "the adapter trains the linear layers' biases and scales"
+"""Why a base is not kept in fp8."""
 
 
 def prepare(model: Llama, *, float8: bool = False) -> None:
@@ -33,6 +38,8 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
     """
     why = unsupported(model, Setting.of(model))
     device = model.embed_tokens.weight.device
+    if float8 and isinstance(model.layers[0].mlp.down_proj, AdaptedLinear):
+        why = why or BESIDE_FLOAT8
     if float8 and why is None and torch.cuda.get_device_capability(device) < (9, 0):
         why = f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
     if float8 and why is not None:
@@ -66,6 +73,10 @@ class BlockWeights:
     def quantised(self) -> bool:
         """Whether the products take fp8."""
         return self.qkv.quantised
+
+    def adapted(self, affine: Mapping[str, JoinedAffine]) -> BlockWeights:
+        """Return them with V2's biases and scales, given by group."""
+        return replace(self, **{group: of.applied(getattr(self, group)) for group, of in affine.items()})
 
     def operand(self, x: Operand) -> Operand:
         """Return ``x`` as a product takes it."""

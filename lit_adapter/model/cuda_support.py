@@ -6,7 +6,7 @@ import torch
 
 from lit_adapter.model import survey
 from lit_adapter.model.adapter import trained_modules
-from lit_adapter.model.affine import AdaptedNorm
+from lit_adapter.model.affine import AdaptedLinear, AdaptedNorm
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora import LoraLinear
@@ -14,7 +14,7 @@ from lit_adapter.model.matrices import Float8Linear
 from lit_adapter.model.prefix import GatedPrefix
 from lit_adapter.model.tiles import HEAD_SIZES, LONGEST_PROMPT
 
-KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, Float8Linear, LoraLinear}
+KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, AdaptedLinear, Float8Linear, LoraLinear}
 
 
 def unsupported(model: Llama, setting: Setting) -> str | None:

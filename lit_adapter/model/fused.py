@@ -55,9 +55,9 @@ class FusedView:
         prefix, site = block.self_attn.prefix, Site(block, self, query_positions)
         learned = (None, None) if prefix is None else (prefix.prompt, prefix.gate)
         norms = (site.before.used_weight, site.between.used_weight)
-        updates = [parameter for update in site.updates.values() for parameter in update.parameters]
+        of_linears = [parameter for joined in site.trained.values() for parameter in joined.parameters]
         of_heads = site.head_norms.weights if site.head_norms else []
-        return _FusedBlock.apply(x.squeeze(0), site, *learned, *norms, *of_heads, *updates).unsqueeze(0)
+        return _FusedBlock.apply(x.squeeze(0), site, *learned, *norms, *of_heads, *of_linears).unsqueeze(0)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def _seeds(model: Llama, updates: list[dict[str, JoinedLora]]) -> list[dict[str,
 
 
 class _FusedBlock(torch.autograd.Function):
-    """A block. Autograd sees its input, its prompt and gate, its norms and the parameters of its updates."""
+    """A block. Autograd sees its input, its prompt and gate, its norms and what its linear layers train."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, site: Site, *trained: Tensor | None) -> Tensor:
@@ -102,10 +102,10 @@ class _FusedBlock(torch.autograd.Function):
             kept = () if recompute else (*vars(attended).values(), *vars(between).values())
             ctx.save_for_backward(x, *kept)
         product_of_mlp = rows.swiglu(between.gate_up, quantised=site.quantises("down"))
-        site.weights.down.add_to(y, site.weights.operand(product_of_mlp))
-        site.add_updates("down", product_of_mlp, y)
+        site.add_down(product_of_mlp, y)
         if recompute:
             site.reduced.clear()
+            site.outputs.clear()
         return y
 
     @staticmethod
@@ -118,6 +118,8 @@ class _FusedBlock(torch.autograd.Function):
         of_heads: list[Tensor | None] = [None] * (2 if site.head_norms else 0)
         dmiddle, operand, dbetween = mlp_backward(site, between, dy.contiguous(), learned)
         del between
+        if site.affine:
+            site.learn_affine("o", learned, (dmiddle, site.outputs.pop("o")))
         do = site.weights.o.backward(operand)
         site.learn("o", attended.y, dmiddle, site.reach("o", dmiddle, do), learned)
         needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
@@ -125,5 +127,5 @@ class _FusedBlock(torch.autograd.Function):
             dx, *dtrained, of_heads = attention_backward(site, x, attended, do, dmiddle, learned)
         else:  # in the lowest block that learns
             dx, dtrained = None, [*prefix_gradients(site, attended, do), None]
-        dupdates = [gradient for group in site.updates for gradient in learned[group]]
-        return dx, None, *dtrained, dbetween, *of_heads, *dupdates
+        of_linears = [gradient for group in site.trained for gradient in learned[group]]
+        return dx, None, *dtrained, dbetween, *of_heads, *of_linears

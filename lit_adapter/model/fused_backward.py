@@ -24,12 +24,19 @@ def mlp_backward(
     ``dy`` is that of the block's output; ``learned`` receives the gradients of LoRA's parameters.
     """
     weights = site.weights
+    if site.affine:
+        y = site.outputs.pop("down", None)
+        y = weights.down(weights.operand(rows.swiglu(between.gate_up))) if y is None else y
+        site.learn_affine("down", learned, (dy, y))
+        del y
     dproduct = weights.down.backward(weights.operand(dy))
     dz = site.reach("down", dy, dproduct)
     product = dproduct if "down" in site.updates else None
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, product, quantised=site.quantises("gate_up"))
     site.learn("down", product, dy, dz, learned)
     del dproduct, product
+    if site.affine:
+        site.learn_affine("gate_up", learned, (dgate_up, between.gate_up))
     dnormed = weights.gate_up.backward(weights.operand(dgate_up))
     dz = site.reach("gate_up", dgate_up, dnormed)
     normed = dnormed if "gate_up" in site.updates else None
@@ -117,6 +124,9 @@ def attention_backward(
     into = attention.Gradients(dq, dk, dv)
     dgate = _scores_backward(site, attended, do, into, (dkv[T:], below))
     of_heads = [] if site.head_norms is None else site.head_norms.backward_(dq, dkv, attended.q, attended.kv)
+    if site.affine:
+        outputs = site.unturned(attended.q, attended.kv)
+        site.learn_affine("qkv", learned, *zip((dq, dkv), outputs, strict=True))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
         dz = site.reach("qkv", dqkv, dnormed)

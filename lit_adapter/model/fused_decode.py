@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapter.grouping import grouped
+from lit_adapter.model.affine import join_affine
 from lit_adapter.model.attention import KeyValue, PackedRow
 from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode, Prefixes
@@ -46,7 +47,10 @@ class FusedDecode(ModuleDecode):
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         self.H, self.D = H, D
         self.q_width, self.kv_width = H * D, G * D
-        self.weights = [block_weights(block, block_layout(config)) for block in model.layers]
+        layout = block_layout(config)
+        affine = [join_affine(block, layout) for block in model.layers]
+        found = zip(model.layers, affine, strict=True)
+        self.weights = [block_weights(block, layout).adapted(own) for block, own in found]
         self.updates = join_updates(model, model.embed_tokens.weight.dtype)
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
@@ -56,9 +60,9 @@ class FusedDecode(ModuleDecode):
         self.rotations = [turned if block.self_attn.is_rotated else still for block in model.layers]
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not any(self.updates)
+        plain = type(head) is nn.Linear and head.bias is None and not any(self.updates) and not any(affine)
         plain = plain and not any(weights.quantised for weights in self.weights)
-        biased = {linear.group for linear in block_layout(config).linears if linear.bias}
+        biased = {linear.group for linear in layout.linears if linear.bias}
         plain = plain and biased <= {"qkv"}  # what is added to the residual takes no bias there
         plain = plain and not config.head_norms  # a program there has half a head at most
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None

@@ -54,6 +54,8 @@ def go_between(site: Site, x: Tensor, attended: Attended, *, twice: bool) -> tup
     weights, norm = site.weights, site.between
     attention_output = weights.o(weights.operand(attended.y))
     site.add_updates("o", attended.y, attention_output)
+    if site.affine:
+        site.outputs["o"] = attention_output
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
         attention_output,

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from lit_adapter.model.affine import join_affine
 from lit_adapter.model.attention import KeyValue
-from lit_adapter.model.block_weights import block_weights
+from lit_adapter.model.block_weights import BlockWeights, block_weights
 from lit_adapter.model.fused_heads import HeadNorms
 from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.llama import Block, RMSNorm
@@ -31,7 +33,9 @@ class Site:
     def __init__(self, block: Block, view: FusedView, query_positions: Tensor | None) -> None:
         attn: Any = block.self_attn
         self.block, self.view, self.query_positions = block, view, query_positions
-        self.weights = block_weights(block, view.layout)
+        self.affine = join_affine(block, view.layout)
+        self.outputs: dict[str, Tensor] = {}  # of o and down, where biases and scales are trained
+        self.weights = self._weights()
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
         self.prompt = None if self.adapter is None else self.adapter.prompt.to(view.rotation[0].device)
@@ -69,10 +73,22 @@ class Site:
             return q, kv
         return self.head_norms.turned(q, kv, self.query_rotation, self.rotation)
 
+    def unturned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries, keys and values as the product gave them, from what a block keeps of them."""
+        if self.head_norms is not None:
+            return q, kv
+        (q_cos, q_sin), (cos, sin), q, kv = self.query_rotation, self.rotation, q.clone(), kv.clone()
+        rows.rotate_(q, q_cos, -q_sin, self.q_width // self.D)
+        rows.rotate_(kv[: len(cos)], cos, -sin, self.k_width // self.D)
+        return q, kv
+
     def reload(self) -> None:
         """Take weights that FSDP2 gathered anew for the backward pass."""
         if self.is_gathered:
-            self.weights = block_weights(self.block, self.view.layout)
+            self.weights = self._weights()
+
+    def _weights(self) -> BlockWeights:
+        return block_weights(self.block, self.view.layout).adapted(self.affine)
 
     @property
     def q(self) -> Matrix:
@@ -95,6 +111,28 @@ class Site:
     def quantises(self, group: str) -> bool:
         """Whether a kernel writes a group's input in fp8; LoRA's updates need it in the base's precision."""
         return self.weights.quantised and group not in self.updates
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What is trained of the linear layers, by group: LoRA's updates, or biases and scales."""
+        return self.updates or self.affine
+
+    def add_down(self, product: rows.Operand, total: Tensor) -> None:
+        """Add the MLP's output to ``total``, given the input of its last product."""
+        if self.affine:
+            self.outputs["down"] = self.weights.down(self.weights.operand(product))
+            total.add_(self.outputs["down"])
+        else:
+            self.weights.down.add_to(total, self.weights.operand(product))
+            self.add_updates("down", product, total)
+
+    def learn_affine(self, group: str, learned: dict[str, list[Tensor]], *parts: tuple[Any, Tensor]) -> None:
+        """Note the gradients of a group's biases and scales in ``learned``.
+
+        ``parts`` are the gradients of its outputs and the outputs, in the order of the group's layers.
+        """
+        sums = torch.cat([rows.column_sums(dy, y) for dy, y in parts], dim=1)
+        learned[group] = self.affine[group].gradients(*sums)
 
     def add_updates(self, group: str, x: Any, y: Tensor) -> None:
         """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""

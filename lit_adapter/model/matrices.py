@@ -182,6 +182,38 @@ class Float8Matrix:
         return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale, bias)
 
 
+@dataclass
+class AffineMatrix:
+    """A matrix whose outputs have a trained bias and scale, ``s (x W^T + b)``; see `affine`."""
+
+    matrix: Matrix
+    scale: Tensor
+    """fp32 ``[outputs]``"""
+    bias: Tensor
+    """fp32 ``[outputs]``"""
+
+    quantised: bool = False
+
+    def __call__(self, x: Operand) -> Tensor:
+        """Return ``s (x W^T + b)``."""
+        y = self.matrix(x)
+        return torch.addcmul(self.scale * self.bias, y, self.scale, out=y)
+
+    def add_to(self, total: Tensor, x: Operand) -> None:
+        """Add ``s (x W^T + b)`` to ``total``, in place."""
+        total.add_(self(x))
+
+    def backward(self, dy: Operand) -> Tensor:
+        """Return ``(s dy) W``."""
+        dy = _plain(dy)
+        return self.matrix.backward(torch.mul(dy, self.scale, out=torch.empty_like(dy)))
+
+    def outputs(self, start: int, end: int | None = None) -> AffineMatrix:
+        """Return the matrix of the outputs from ``start`` to ``end``."""
+        part = slice(start, end)
+        return AffineMatrix(self.matrix.outputs(start, end), self.scale[part], self.bias[part])
+
+
 def quantised(x: Tensor) -> Quantised:
     """Return ``x [T, C]`` in fp8, as the kernels round it; its data is contiguous."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST

@@ -101,8 +101,9 @@ class Sizes:
         fused = _is_fused(self.model, adapter, self.precision, self.device, self.tensor_parallel)
         model = self.model.shard(self.tensor_parallel)  # what this device computes
         if fused:
-            reduced = computed * sum(joined_rows(model, adapter.lora).values())
-            each, first = kept_per_token(model, computed) + reduced, adapter.learning_layers(model.n_layer).start
+            each, first = kept_per_token(model, computed), adapter.learning_layers(model.n_layer).start
+            each += computed * sum(joined_rows(model, adapter.lora).values())
+            each += computed * 2 * model.n_embd * ("linears" in adapter.parts)  # outputs of two products
             layers = [tokens * each] * (model.n_layer - 1 - first) + [targets * each]
             # Final norm, which keeps what a trained weight multiplies too; rotation, and one that turns none.
             kept, turned = 2 if "norms" in adapter.parts else 1, 2 if model.unrotated_layers else 1
@@ -234,7 +235,10 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
     logits = min(targets, max(1, CHUNK_LOGITS // model.vocab_size)) * model.vocab_size
     if fused:
         joined = joined_numbers(model, adapter.lora)
-        return s * (joined + max(logits, tokens * (3 * model.n_hidden + 5 * model.n_embd)))
+        widths = 5 if "linears" in adapter.parts else 3  # a scaled gradient beside its own
+        of_layer = tokens * (widths * model.n_hidden + 5 * model.n_embd)
+        # With V2's bias and scale on the output layer there are several forms of its logits in fp32.
+        return max(s * (joined + max(logits, of_layer)), 20 * logits * adapter.head)
     view, _ = _plan(row, model.head_dim)
     view.plan(None)
     sights = [group.sight for group in view.planned if group.sight is not None]

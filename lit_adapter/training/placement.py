@@ -9,6 +9,7 @@ import torch
 from lit_adapter.config import Config
 from lit_adapter.device import choose_device, choose_dtype, own_device
 from lit_adapter.errors import UserError
+from lit_adapter.model.block_weights import BESIDE_FLOAT8
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.executors import Executor, Setting, choose_for_training
 from lit_adapter.training.notices import Say
@@ -55,10 +56,9 @@ def choose_placement(config: Config, base: LlamaConfig, saved_precision: str | N
         say(f"precision: {precision}, {why}")
     setting = Setting(device, dtype_of(precision))
     executor = choose_for_training(base, config.adapter, setting, options.tensor_parallel)
-    if executor.why_not_fast is not None and options.base_precision == "fp8":
-        raise UserError(
-            f"trainer.base_precision is fp8, but {executor.why_not_fast}; use base_precision full"
-        )
+    no_float8 = executor.why_not_fast or (BESIDE_FLOAT8 if "linears" in config.adapter.parts else None)
+    if no_float8 is not None and options.base_precision == "fp8":
+        raise UserError(f"trainer.base_precision is fp8, but {no_float8}; use base_precision full")
     return Placement(device, precision, executor)
 
 

@@ -52,7 +52,7 @@ def _norm_kernel(
     weight_at += t * weight_stride
     first *= rstd * tl.load(weight_at + d).to(tl.float32)[None, :]
     second *= rstd * tl.load(weight_at + HALF + d).to(tl.float32)[None, :]
-    is_rotated = (d < HALF) & (t < n_rotated)
+    is_rotated = t + 0 * d < n_rotated
     cos = tl.load(cos_at + t * HALF + d, mask=is_rotated, other=1.0)[None, :]
     sin = tl.load(sin_at + t * HALF + d, mask=is_rotated, other=0.0)[None, :]
     turned, turned_too = first * cos - second * sin, second * cos + first * sin

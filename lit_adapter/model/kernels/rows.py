@@ -141,6 +141,28 @@ def _trained_norm_gradient_kernel(
 
 
 @Entry
+@triton.jit(do_not_specialize=["T"])
+def _column_sums_kernel(
+    dy_at, y_at, sums_at, dy_stride, y_stride, T, N,
+    PART: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK columns of PART tokens."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1).to(tl.int64)
+    products = tl.zeros([TILE, BLOCK], tl.float32)
+    total = tl.zeros([TILE, BLOCK], tl.float32)
+    for start in range(0, PART, TILE):
+        t = part * PART + start + tl.arange(0, TILE)
+        live = (t < T)[:, None] & (n < N)[None, :]
+        dy = tl.load(dy_at + t[:, None] * dy_stride + n[None, :], mask=live, other=0.0).to(tl.float32)
+        y = tl.load(y_at + t[:, None] * y_stride + n[None, :], mask=live, other=0.0).to(tl.float32)
+        products += dy * y
+        total += dy
+    tl.store(sums_at + part * 2 * N + n, tl.sum(products, 0), mask=n < N)
+    tl.store(sums_at + part * 2 * N + N + n, tl.sum(total, 0), mask=n < N)
+
+
+@Entry
 @triton.jit
 def _rotate_kernel(x_at, cos_at, sin_at, stride, n_heads, HALF: tl.constexpr, HEADS: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -299,6 +321,19 @@ def norm_backward(
     stages = 3 if C <= 4096 else 2  # tokens in shared memory; 100 KB hold two in fp32 of up to 8192 channels
     _trained_norm_gradient_kernel[(n_programs,)](*given, sums, T, C, STAGES=stages, **forms, **sizes)
     return dx, room, sums.sum(0)
+
+
+def column_sums(dy: Tensor, y: Tensor) -> Tensor:
+    """Return the sums of ``dy y`` and of ``dy`` over tokens, fp32 ``[2, N]``.
+
+    Both are ``[T, N]``; rows may be strided.
+    """
+    (T, N), part, block = dy.shape, 256, 128
+    sums = torch.empty(ceil_div(T, part), 2, N, dtype=torch.float32, device=dy.device)
+    _column_sums_kernel[(ceil_div(N, block), len(sums))](
+        dy, y, sums, dy.stride(0), y.stride(0), T, N, PART=part, TILE=16, BLOCK=block, num_warps=4
+    )
+    return sums.sum(0)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> None:
