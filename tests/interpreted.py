@@ -29,6 +29,7 @@ from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import target_loss
+from lit_adapter.model.rope_config import RopeConfig
 
 FORMS = {
     "prefix": AdapterConfig(prompt_length=5),
@@ -44,7 +45,8 @@ FORMS = {
     "dropped prefix": AdapterConfig(prompt_length=5, gate="token", dropout=0.3),
 }
 BESIDE_FLOAT8 = ("prefix", "lora", "mixed")
-SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "head_dim": 16, "n_layer": 2}
+YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.3)
+SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "head_dim": 16, "n_layer": 2, "rope": YARN}
 
 
 def without_a_device() -> None:

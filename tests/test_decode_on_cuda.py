@@ -35,6 +35,7 @@ from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.norms import Norms
+from lit_adapter.model.rope_config import RopeConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"head_norms": True},
     "mistral": {"window": 40, "windowed_layers": (0, 1, 2)},
+    "yarn": {"rope": RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.3)},
     "smollm3": {"unrotated_layers": (1,), "window": 3, "windowed_layers": (1,)},
 }
 

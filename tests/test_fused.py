@@ -21,9 +21,11 @@ from lit_adapter.model.executors import choose
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import target_loss
+from lit_adapter.model.rope_config import RopeConfig
 
 pytestmark = pytest.mark.gpu
 
+YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.3)
 CASES: list[dict[str, Any]] = [
     {"head_dim": 64, "n_kv_head": 2, "gate": "tanh", "prompt_length": 10},
     {
@@ -60,7 +62,8 @@ CASES: list[dict[str, Any]] = [
     },
     {"head_dim": 64, "n_kv_head": 2, "sizes": {"window": 5, "windowed_layers": (0, 1, 2), "qkv_bias": True}},
     {"head_dim": 16, "n_kv_head": 4, "sizes": {"unrotated_layers": (1, 2)}, "prefix_query": "unrotated"},
-    {"head_dim": 64, "n_kv_head": 2, "version": "v2", "layers": 2},
+    {"head_dim": 64, "n_kv_head": 2, "gate": "token", "prefix_query": "unrotated", "sizes": {"rope": YARN}},
+    {"head_dim": 64, "n_kv_head": 2, "version": "v2", "layers": 2, "sizes": {"rope": YARN}},
     {
         "head_dim": 32,
         "n_kv_head": 1,

@@ -101,14 +101,11 @@ class JoinedAffine:
 
 def join_affine(block: Block, layout: BlockLayout) -> dict[str, JoinedAffine]:
     """Return a block's trained biases and scales by the group of `layout`; nothing where it has none."""
-    found: dict[str, list[Any]] = {
-        group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()
-    }
-    return {
-        group: JoinedAffine(linears)
-        for group, linears in found.items()
-        if isinstance(linears[0], AdaptedLinear)
-    }
+    if not isinstance(block.mlp.down_proj, AdaptedLinear):  # all linear layers have them, or none
+        return {}
+    groups = layout.groups.items()
+    found: Any = {group: [block.get_submodule(name) for name in names] for group, names in groups}
+    return {group: JoinedAffine(linears) for group, linears in found.items()}
 
 
 class AdaptedNorm(RMSNorm, TrainedModule):

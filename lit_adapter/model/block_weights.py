@@ -76,6 +76,8 @@ class BlockWeights:
 
     def adapted(self, affine: Mapping[str, JoinedAffine]) -> BlockWeights:
         """Return them with V2's biases and scales, given by group."""
+        if not affine:
+            return self
         return replace(self, **{group: of.applied(getattr(self, group)) for group, of in affine.items()})
 
     def operand(self, x: Operand) -> Operand:

@@ -27,10 +27,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
         (torch.is_autocast_enabled(), "precision is mixed"),
         (model.n_shards > 1, f"{model.n_shards} processes share the attention heads"),
         (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
-        (
-            config.rope.attention_factor != 1 and any(prefix.unrotated for prefix in prefixes),
-            "yarn scales the queries, and the prefix attends to them unrotated",
-        ),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
         (not all(module.active for module in trained), "the adapter is switched off"),
     )

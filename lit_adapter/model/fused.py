@@ -84,9 +84,10 @@ def _seeds(model: Llama, updates: list[dict[str, JoinedLora]]) -> list[dict[str,
     drops = any(prefix is not None and prefix.dropout_now for prefix in prefixes)
     drops = drops or any(update.dropout for groups in updates for update in groups.values())
     names = ("prefix", *block_layout(model.config).groups)
-    shape = (len(updates), len(names))
-    seeds = torch.randint(2**31, shape) if drops else torch.zeros(shape, dtype=torch.long)
-    return [dict(zip(names, of_block, strict=True)) for of_block in seeds.tolist()]
+    if not drops:
+        return [dict.fromkeys(names, 0)] * len(updates)
+    seeds = torch.randint(2**31, (len(updates), len(names))).tolist()
+    return [dict(zip(names, of_block, strict=True)) for of_block in seeds]
 
 
 class _FusedBlock(torch.autograd.Function):

@@ -77,9 +77,11 @@ class Site:
         """Return queries, keys and values as the product gave them, from what a block keeps of them."""
         if self.head_norms is not None:
             return q, kv
-        (q_cos, q_sin), (cos, sin), q, kv = self.query_rotation, self.rotation, q.clone(), kv.clone()
-        rows.rotate_(q, q_cos, -q_sin, self.q_width // self.D)
-        rows.rotate_(kv[: len(cos)], cos, -sin, self.k_width // self.D)
+        q, kv = q.clone(), kv.clone()
+        of_queries, of_keys = (q, self.query_rotation), (kv[: len(self.rotation[0])], self.rotation)
+        for x, (cos, sin) in (of_queries, of_keys):
+            square = cos.square() + sin.square()  # yarn's rotation lengthens
+            rows.rotate_(x, cos / square, -sin / square, (self.q_width if x is q else self.k_width) // self.D)
         return q, kv
 
     def reload(self) -> None:

@@ -51,12 +51,20 @@ def sees(j, i, low, preamble_low, preamble_high):
 
 
 @triton.jit
-def rotated_back(x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.constexpr):
-    """Return the gradient ``x [ROWS, D]`` rotated by the opposite angles of its positions ``place``."""
+def rotated_back(
+    x, cos_at, sin_at, place, live, D: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr = False
+):
+    """Return the gradient ``x [ROWS, D]`` rotated by the opposite angles of its positions ``place``.
+
+    If INVERSE, return what gave ``x`` when it was rotated: yarn's rotation lengthens, so this shortens.
+    """
     HALF: tl.constexpr = D // 2
     at = place[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_at + at, mask=live[:, None], other=0.0)
+    cos = tl.load(cos_at + at, mask=live[:, None], other=1.0)
     sin = tl.load(sin_at + at, mask=live[:, None], other=0.0)
+    if INVERSE:
+        shrink = 1.0 / (cos * cos + sin * sin)
+        cos, sin = cos * shrink, sin * shrink
     a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
     turned = tl.join(a * cos + b * sin, b * cos - a * sin)
     return tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, D))
@@ -109,7 +117,7 @@ def forward_kernel(
         r = tl.arange(0, ROWS)
         at = prompt_at + (r * prompt_stride)[:, None] + (g * D + d)[None, :]
         pk = tl.load(at, mask=(r < n_prompt)[:, None], other=0.0)
-        prefix_q = rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M).to(q.dtype)
+        prefix_q = rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M, True).to(q.dtype)
         prefix_weight = prefix_weights(prefix_q, pk, n_prompt, scale, ROWS)
         if DROPOUT > 0:
             prefix_weight *= kept_weights(seed, h, n, n_queries, DROPOUT, ROWS)

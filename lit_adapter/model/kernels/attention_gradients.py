@@ -41,7 +41,7 @@ def query_gradient_kernel(
     q = tl.load(q_at + n[:, None] * q_stride + (h * D + d)[None, :], mask=live[:, None], other=0.0)
     prefix_q = q
     if UNROTATED:  # before the other tiles take the registers
-        prefix_q = rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M).to(q.dtype)
+        prefix_q = rotated_back(q.to(tl.float32), cos_at, sin_at, i, live, D, M, True).to(q.dtype)
     o_offset = n[:, None] * o_stride + (h * D + d)[None, :]
     do = tl.load(do_at + o_offset, mask=live[:, None], other=0.0)
     dq = tl.zeros([M, D], tl.float32)

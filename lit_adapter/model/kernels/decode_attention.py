@@ -224,6 +224,8 @@ def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, HEADS: tl.constexp
     channel = tl.arange(0, HALF)[None, :]
     cos = tl.where(back, tl.load(cos_ptr + channel), 1.0)
     sin = tl.where(back, tl.load(sin_ptr + channel), 0.0)
+    shrink = 1.0 / (cos * cos + sin * sin)  # yarn's rotation lengthens
+    cos, sin = cos * shrink, sin * shrink
     a, b = tl.split(tl.permute(tl.reshape(q.to(tl.float32), (HEADS, 2, HALF)), (0, 2, 1)))
     turned = tl.join(a * cos + b * sin, b * cos - a * sin)
     return tl.reshape(tl.permute(turned, (0, 2, 1)), (HEADS, D)).to(q.dtype)
