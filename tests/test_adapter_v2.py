@@ -30,8 +30,11 @@ from lit_adapter.model.adapter import (
     parameter_counts,
     plain_base,
 )
+from lit_adapter.model.affine import join_affine
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.matrices import side_by_side
 from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.weights.adapter_file import read_adapter
@@ -278,3 +281,32 @@ def test_v2_has_a_default_rate_of_its_own(tiny: Callable[..., Config]) -> None:
     lines = Stopper()
     finetune(tiny(*V2, "--optim.lr", "null", "--optim.max_steps", "1"), say=lines)
     assert any("; lr 0.01 " in line for line in lines.lines)
+
+
+def test_joined_biases_and_scales_and_their_gradients_are_those_of_the_layers() -> None:
+    """The arithmetic of the CUDA executors, whose own tests need a GPU."""
+    model = open_adapter(random_llama(5, attention_bias=True), AdapterConfig(version="v2"), seed=1)
+    layout = block_layout(model.config)
+    for block in model.layers:
+        joined = join_affine(block, layout)
+        assert joined.keys() == layout.groups.keys()
+        for group, affine in joined.items():
+            with torch.no_grad():
+                affine.modules[0].adapter_scale[0] = 0
+            x = torch.randn(7, layout[layout.groups[group][0]].n_in, dtype=torch.float64, requires_grad=True)
+            wanted = torch.cat([module(x) for module in affine.modules], dim=1)
+            matrix = affine.applied(side_by_side(*affine.modules))
+            with torch.no_grad():
+                y, total = matrix(x), torch.ones_like(wanted)
+                matrix.add_to(total, x)
+                torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(total, y + 1, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(matrix.outputs(3, 9)(x), y[:, 3:9], rtol=1e-12, atol=1e-12)
+            dy = torch.randn_like(y)
+            found = affine.gradients((dy * y).sum(0), dy.sum(0))
+            *exact, dx = torch.autograd.grad(wanted, [*affine.parameters, x], dy)
+            assert found[1][0] == 0  # an output of 0 does not tell what it was scaled from
+            exact[1][0] = 0
+            for a, b in zip(found, exact, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=group)
+            torch.testing.assert_close(matrix.backward(dy), dx, rtol=1e-9, atol=1e-9)

@@ -21,7 +21,7 @@ def mlp_backward(
 ) -> tuple[Tensor, rows.Operand, Tensor | None]:
     """Return the gradient of the sum after attention, also as an operand, and of a trained norm's weight.
 
-    ``dy`` is that of the block's output; ``learned`` receives the gradients of LoRA's parameters.
+    ``dy`` is that of the block's output; ``learned`` receives the gradients of what linear layers train.
     """
     weights = site.weights
     if site.affine:
@@ -31,10 +31,10 @@ def mlp_backward(
         del y
     dproduct = weights.down.backward(weights.operand(dy))
     dz = site.reach("down", dy, dproduct)
-    product = dproduct if "down" in site.updates else None
-    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, product, quantised=site.quantises("gate_up"))
-    site.learn("down", product, dy, dz, learned)
-    del dproduct, product
+    hidden = dproduct if "down" in site.updates else None
+    dgate_up = rows.swiglu_backward(dproduct, between.gate_up, hidden, quantised=site.quantises("gate_up"))
+    site.learn("down", hidden, dy, dz, learned)
+    del dproduct, hidden
     if site.affine:
         site.learn_affine("gate_up", learned, (dgate_up, between.gate_up))
     dnormed = weights.gate_up.backward(weights.operand(dgate_up))
@@ -111,7 +111,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """Return the gradients of the block's input, prompt, gate, and the weights of its trained norms.
 
-    Those of the norms of heads come last. ``learned`` receives the gradients of LoRA's parameters.
+    Those of the norms of heads come last. ``learned`` receives the gradients of what linear layers train.
     """
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]

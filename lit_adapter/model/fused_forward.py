@@ -12,18 +12,17 @@ from lit_adapter.model.kernels import attention, rows
 
 def attend(site: Site, x: Tensor) -> Attended:
     """Compute a block up to attention's output; the tokens' matrix product also projects the prompt."""
-    D, T, weights = site.D, x.shape[0], site.weights
+    D, T = site.D, x.shape[0]
     norm = site.before
     quantised = site.quantises("qkv")
     normed, rstd = rows.norm(x, norm.used_weight, norm.eps, site.prompt, quantised=quantised)
-    operand = weights.operand(normed)
     if site.query_positions is None:
-        qkv = weights.qkv(operand)
-        site.add_updates("qkv", normed, qkv)
+        qkv = site.project("qkv", normed)
         q, kv = qkv[:T, : site.q_width], qkv[:, site.q_width :]
         if site.head_norms is None:
             rows.rotate_(qkv[:T], *site.rotation, (site.q_width + site.k_width) // D)
     else:
+        operand = site.weights.operand(normed)
         q, kv = site.q(operand[site.query_positions]), site.kv(operand)
         _update_targets(site, normed, q, kv)
         if site.head_norms is None:
@@ -51,9 +50,7 @@ def go_between(site: Site, x: Tensor, attended: Attended, *, twice: bool) -> tup
         What the backward pass needs, and the sum after attention, to which the MLP's output will be added; a
         copy if ``twice``.
     """
-    weights, norm = site.weights, site.between
-    attention_output = weights.o(weights.operand(attended.y))
-    site.add_updates("o", attended.y, attention_output)
+    norm, attention_output = site.between, site.project("o", attended.y)
     if site.affine:
         site.outputs["o"] = attention_output
     middle, twin, normed, rstd = rows.add_and_norm(
@@ -64,6 +61,4 @@ def go_between(site: Site, x: Tensor, attended: Attended, *, twice: bool) -> tup
         quantised=site.quantises("gate_up"),
         twice=twice,
     )
-    gate_up = weights.gate_up(weights.operand(normed))
-    site.add_updates("gate_up", normed, gate_up)
-    return Between(middle, rstd, gate_up), twin
+    return Between(middle, rstd, site.project("gate_up", normed)), twin

@@ -136,6 +136,12 @@ class Site:
         sums = torch.cat([rows.column_sums(dy, y) for dy, y in parts], dim=1)
         learned[group] = self.affine[group].gradients(*sums)
 
+    def project(self, group: str, x: Any) -> Tensor:
+        """Return a group's product of ``x``, with its updates."""
+        y: Tensor = getattr(self.weights, group)(self.weights.operand(x))
+        self.add_updates(group, x, y)
+        return y
+
     def add_updates(self, group: str, x: Any, y: Tensor) -> None:
         """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""
         update = self.updates.get(group)
