@@ -457,6 +457,25 @@ def test_its_tokens_are_those_that_are_not_learned_where_nothing_is_rewritten(
         assert learned(ours, found.ids, found.kinds, NEVER) == ["SECRET<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", ["chatml", "alpaca-chat", "mistral", "needs a name"])
+def test_a_marked_turn_of_a_user_or_system_prompt_is_never_learned(
+    both: tuple[Tokenizer, Any], name: str
+) -> None:
+    """What answers are learned stays the same."""
+    ours, _ = both
+    needs = "{% for m in messages %}{% if m.role == 'user' %}{% set _ = '' + m.name %}{% endif %}{% endfor %}"
+    template = jinja(needs + chat_templates.CHATML if name == "needs a name" else chat_templates.named(name))
+    plain = [replace(one, more={"name": "n"}) for one in said("q1", "a1", "q2", "a2", system="BE BRIEF")]
+    talk = [replace(one, learned=one.content not in ("BE BRIEF", "q2")) for one in plain]
+    usual, found = (encode_conversation(ours, template, one) for one in (plain, talk))
+    assert found.ids == usual.ids
+    assert learned(ours, found.ids, found.kinds) == learned(ours, usual.ids, usual.kinds)
+    hidden = "".join(learned(ours, found.ids, found.kinds, NEVER))
+    assert "BE BRIEF" in hidden
+    assert "q2" in hidden
+    assert "q1" not in hidden
+
+
 def test_what_an_answer_that_may_not_be_learned_calls_is_not_learned_either(
     both: tuple[Tokenizer, Any],
 ) -> None:

@@ -46,7 +46,7 @@ def _loaded(options: Any) -> tuple[Partner, str]:
     from lit_adapter.generation.loaded_models import LoadedModels
 
     model = load(
-        options.adapter or None,
+        options.adapter,
         options.base,
         device=options.device,
         dtype=options.dtype,

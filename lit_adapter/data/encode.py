@@ -42,7 +42,7 @@ CHUNK = 500
 """Records encoded together: a tenth of a second; after Ctrl-C each worker finishes what it has begun."""
 CHUNKS_AHEAD = 3
 """Chunks per worker that wait for it or for being written."""
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 Columns = dict[str, NDArray]
 Chunk = tuple[int, Sequence[AnyRecord]]
 """The index of the first record, and the records."""

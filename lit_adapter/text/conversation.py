@@ -46,7 +46,7 @@ class Message:
     """One of `ROLES`."""
     content: str
     learned: bool = True
-    """Whether it may be learned; a message of the assistant is by default, others with all text."""
+    """Whether it may be learned: an answer by itself, another message with all of a text."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What else a template may show: tool calls, their ids, reasoning."""
 
@@ -162,21 +162,23 @@ class _Rendered:
         return spans
 
     def _hidden(self, lengths: list[int | None], request: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Return start and end of every answer that may not be learned, and has no span.
+        """Return start and end of every message that may not be learned, and has no span.
 
         Prompts for later answers do not look for them, so the text is not divided there (`_Writer.hide`).
         """
         found = []
-        for number, at in enumerate(self.answers):
-            start, end = lengths[2 * number : 2 * number + 2]
-            has_span = start is not None and end is not None and start < end
-            if has_span or self.messages[at].learned:
+        for at, message in enumerate(self.messages):
+            if message.learned:
+                continue
+            number = 2 * bisect_left(self.answers, at)
+            start, end = lengths[number : number + 2] if message.role == "assistant" else (None, None)
+            if start is not None and end is not None and start < end:
                 continue
             place = self._changing(at, request)
             if place is None:
-                known = [length for length in lengths[: 2 * number + 2] if length is not None]
-                first = max(known, default=0)
-                later = (length for length in lengths[2 * number + 2 :] if length is not None)
+                split = number + 2 * (message.role == "assistant")
+                first = max((length for length in lengths[:split] if length is not None), default=0)
+                later = (length for length in lengths[split:] if length is not None)
                 place = first, next(later, len(self.text))
             elif start is not None and place[0] < place[1]:
                 place = min(start, place[0]), place[1]
@@ -188,7 +190,7 @@ class _Rendered:
 
         None: the template fails then.
         """
-        other, messages = {"role": "assistant", "content": self.breaker}, request["messages"]
+        other, messages = {"role": self.messages[at].role, "content": self.breaker}, request["messages"]
         talk = {"messages": [*messages[:at], other, *messages[at + 1 :]], "add_generation_prompt": False}
         parts = {key: request[key] for key in ("template", "date", "common")}
         try:

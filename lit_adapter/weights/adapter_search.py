@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_adapter.errors import UserError
+
 ADAPTER = "adapter.safetensors"
 """What a run's folder calls its adapter."""
 RUNS = Path("out")
@@ -14,7 +16,12 @@ def adapter_file(name: str | Path) -> Path:
     """Return the file of an adapter named by its path, by its run's folder, or by the run's name in ``out``.
 
     A name that fits nothing is returned as it is: whoever reads it says what is there instead.
+
+    Raises:
+        UserError: the name is empty; as a path it would be the working folder.
     """
+    if name == "":
+        raise UserError("the adapter's name is empty; give a run's folder or an adapter file")
     given = Path(name).expanduser()
     for path in (given, RUNS / name):
         if path.is_file():

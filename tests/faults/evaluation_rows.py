@@ -1,4 +1,4 @@
-"""Faults 133 to 138: what an evaluation is asked for."""
+"""Faults 133 to 138 and 225: what an evaluation is asked for."""
 
 from __future__ import annotations
 
@@ -107,6 +107,18 @@ ROWS = [
         "an empty plain text",
         lambda b: b.evaluate("--plain", b.file("none.txt", "\n")),
         r"none\.txt: the file is empty; expected a text to measure perplexity on",
+    ),
+    Row(
+        225,
+        "an adapter with an empty name, as an unset variable gives it",
+        on_words("--adapter", ""),
+        r"the adapter's name is empty; give a run's folder",
+    ),
+    Row(
+        225,
+        "an empty name to generate with",
+        lambda b: b.generate("--adapter", ""),
+        r"the adapter's name is empty; give a run's folder",
     ),
     Row(118, "nothing to evaluate on", lambda b: b.evaluate(), r"nothing to evaluate on: give --data FILE"),
     Row(
