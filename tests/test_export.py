@@ -226,6 +226,15 @@ def test_a_base_that_moved_is_named_and_another_one_refused(tmp_path: Path) -> N
         loaded(folder, base_model=str(moved))
 
 
+def test_the_class_itself_loads_a_subfolder_with_its_own_configuration(tmp_path: Path) -> None:
+    """A revision takes the same way: both are options of the folder that the configuration is read from."""
+    folder, ours = exported(tmp_path)
+    ids = torch.arange(3, 25)[None]
+    model = type(loaded(folder)).from_pretrained(tmp_path, subfolder="exported").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, ours.logits(ids), rtol=2e-5, atol=2e-5)
+
+
 def test_a_base_of_the_hub_is_named_with_its_commit(tmp_path: Path) -> None:
     base, adapter = made(tmp_path, PREFIX)
     fingerprint = read_json(base / "fingerprint.json")

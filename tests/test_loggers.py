@@ -93,7 +93,7 @@ def test_wandb_writes_offline(tiny: Callable[..., Config], monkeypatch: pytest.M
     import wandb
 
     folder = run(tiny, "wandb")
-    wandb.finish()
+    wandb.teardown()  # returns when the file is whole; `finish` returns before
     [stored] = folder.glob("wandb/offline-run-*/*.wandb")
     content = stored.read_bytes()
     for name in (

@@ -168,15 +168,16 @@ class _OnBase(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As every transformers model; ``base_model=`` names another place of the base."""
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         config = kwargs.pop("config", None)
         if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         config.base_model = kwargs.pop("base_model", config.base_model)
         if config.base_model is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         adapter: Any = cached_file(pretrained_model_name_or_path, ADAPTER, **hub)
-        base, revision = _base(config, pretrained_model_name_or_path), config.base_revision
+        folder = os.path.join(pretrained_model_name_or_path, hub.get("subfolder", ""))
+        base, revision = _base(config, folder), config.base_revision
         for name in ("revision", "subfolder", "_commit_hash"):
             kwargs.pop(name, None)
         config.base_model = config.base_revision = config.base_fingerprint = None  # what is saved is whole
