@@ -90,6 +90,14 @@ def test_answers_and_losses_are_those_of_generation_and_training(
     assert found["scores"]["one"]["exact"]["value"] > 0
 
 
+@pytest.mark.parametrize(("bf16_pays", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_without_a_precision_the_one_that_multiplies_faster_is_taken(
+    evaluate: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, bf16_pays: bool, expected: str
+) -> None:
+    monkeypatch.setattr("lit_adapter.device._bf16_pays", lambda device: bf16_pays)
+    assert evaluate(dtype=None, limit=2, max_new_tokens=2)["run"]["precision"] == expected
+
+
 def test_an_answer_that_cannot_be_right_ends_and_scores_the_same(
     evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import lit_adapter
-from lit_adapter.device import device_name
+from lit_adapter.device import choose_device, choose_dtype, device_name
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation import on_records, scores
 from lit_adapter.evaluation.contestants import Contestant, contestants
@@ -49,7 +49,9 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         metrics = on_records.choose_metrics(settings, records, say) if records else []
         plain = _plain(settings)
         tasks = Tasks(settings, say)
-        choice = {"device": settings.device, "dtype": settings.dtype, "template": settings.template}
+        # Many texts together are bound by products, and not, as one is, by reading the weights.
+        dtype = choose_dtype(settings.dtype, choose_device(settings.device))
+        choice = {"device": settings.device, "dtype": dtype, "template": settings.template}
         models = contestants(settings.adapters, settings.base, **choice)
         found: dict[str, Any] = {"format": FORMAT, "models": [one.described() for one in models]}
         answers: dict[str, list[dict[str, Any]]] = {}

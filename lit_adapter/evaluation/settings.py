@@ -41,6 +41,7 @@ class Evaluation:
     """Of a plain base without adapters."""
     device: str | None = None
     dtype: str | None = None
+    """By default bf16 where the device multiplies it faster than fp32."""
     batch_size: int = 16
     overwrite: bool = False
     """Forget the answers of another run in ``out``."""
