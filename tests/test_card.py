@@ -71,8 +71,13 @@ def test_an_adapter_that_was_not_evaluated_has_a_card_without_scores(adapter: Pa
     assert evaluated(other).results == []
     with pytest.raises(UserError, match=r"results.json: evaluates other adapters than .*other.safetensors"):
         evaluated(other, adapter.parent / "eval")
-    (adapter.parent / "eval" / "results.json").write_text("[]")
+    results = adapter.parent / "eval" / "results.json"
+    results.write_text('{"models": [], "tasks": {}}')
+    assert evaluated(adapter).results == []
     with pytest.raises(UserError, match=r"results.json: not the results of an evaluation on records"):
+        evaluated(adapter, results.parent)
+    results.write_text("[]")
+    with pytest.raises(UserError, match=r"results.json: not the results of an evaluation"):
         evaluated(adapter)
 
 

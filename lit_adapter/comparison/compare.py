@@ -9,8 +9,8 @@ from lit_adapter.comparison import tables
 from lit_adapter.comparison.groups import groups
 from lit_adapter.comparison.page import page
 from lit_adapter.comparison.runs import read_runs
-from lit_adapter.errors import visible
 from lit_adapter.evaluation.tables import Table
+from lit_adapter.evaluation.terminal import draw
 from lit_adapter.files.write import write_text
 from lit_adapter.streams import say
 
@@ -40,18 +40,8 @@ def compare(
 def show(found: Sequence[Table], notes: Sequence[str]) -> None:
     """Print tables and notes; in a pipe they are as wide as they need to be."""
     from rich.console import Console
-    from rich.table import Table as Drawn
-    from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)
-    for table in found:
-        drawn = Drawn(title=table.title, title_justify="left")
-        for place, name in enumerate(table.header):
-            drawn.add_column(visible(name), justify="left" if place == 0 else "right")
-        for row in table.rows:
-            drawn.add_row(*(Text(visible(cell)) for cell in row))
-        console.print(drawn)
+    draw(found, console if console.is_terminal else Console(width=10_000))
     for note in notes:
         say(f"note: {note}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
+from lit_adapter.evaluation.results import RESULTS, places_of, read_results
 from lit_adapter.evaluation.tables import title_of
 from lit_adapter.files.read import read_json
 from lit_adapter.weights.adapter_search import ADAPTER
 
-RECORD, RESULTS = "run.json", "results.json"
+RECORD = "run.json"
 OWN = ("out", "seed")
 """Settings in which the runs of a group differ."""
 WITHOUT_EFFECT = (
@@ -169,28 +169,15 @@ def _scores(run: Run, evaluations: Sequence[Path]) -> list[tuple[Metric, dict[st
 
 def _results(run: Run, path: Path) -> Iterator[tuple[str, Metric, dict[str, float]]]:
     """Yield the file names of the run's adapters in an evaluation, with their scores."""
-    found = read_json(path)
-    models = found.get("models") if isinstance(found, dict) else None
-    if not isinstance(models, list):
-        raise UserError(f"{path}: not the results of an evaluation: it holds no list of models")
+    found = read_results(path)
     data, titles = found.get("data", {}), found.get("metrics", {})
     records, source = str(data.get("sha256", "")), str(data.get("source", "records"))
-    for model in models:
-        if not isinstance(model, dict) or not _is_of(run, model.get("adapter"), path):
+    home = run.folder.resolve()
+    for model in found["models"]:
+        if not any(place.parent == home for place in places_of(model.get("adapter"), path, home)):
             continue
         for name, score in found.get("scores", {}).get(model.get("name"), {}).items():
             if isinstance(score, dict) and isinstance(score.get("value"), int | float):
                 kept = {key: float(score[key]) for key in ("value", "low", "high") if key in score}
                 metric = Metric(name, title_of(name, titles), records, source)
                 yield Path(model["adapter"]).name, metric, kept
-
-
-def _is_of(run: Run, adapter: object, results: Path) -> bool:
-    """Whether an evaluation names an adapter of the run; its path may be relative to several places."""
-    if not isinstance(adapter, str):
-        return False
-    home, given = run.folder.resolve(), Path(adapter).expanduser()
-    with suppress(OSError, ValueError):
-        places = (given, results.parent / given, *(parent / given for parent in home.parents))
-        return any(place.resolve().parent == home for place in places)
-    return False

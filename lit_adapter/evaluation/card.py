@@ -10,11 +10,10 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation import plots, tables
 from lit_adapter.evaluation.history import history
-from lit_adapter.evaluation.page import STYLE
-from lit_adapter.files.read import read_json
+from lit_adapter.evaluation.results import RESULTS, places_of, read_results
+from lit_adapter.evaluation.style import STYLE
 from lit_adapter.weights.model_card import Evaluated
 
-RESULTS = "results.json"
 CURVES, SCORES = "loss.svg", "scores.svg"
 
 
@@ -57,28 +56,20 @@ def _results(adapter: Path, folder: Path | None) -> tuple[dict[str, Any] | None,
     for path in paths:
         if folder is None and not path.is_file():
             continue
-        found = read_json(path)
-        models = found.get("models") if isinstance(found, dict) else None
-        if not isinstance(models, list) or not isinstance(found.get("scores"), dict):
+        found = read_results(path)
+        scores = found.get("scores")
+        if not isinstance(scores, dict):  # of tasks or a plain text alone
+            if folder is None:
+                continue
             raise UserError(f"{path}: not the results of an evaluation on records")
-        for model in models:
-            given = model.get("adapter") if isinstance(model, dict) else None
-            if (
-                isinstance(given, str)
-                and _is_same(adapter.resolve(), given, path)
-                and model.get("name") in found["scores"]
-            ):
-                return found, str(model["name"])
+        models, own = found["models"], adapter.resolve()
+        mine = (one for one in models if own in places_of(one.get("adapter"), path, adapter))
+        name = next((one["name"] for one in mine if one.get("name") in scores), None)
+        if name is not None:
+            return found, str(name)
         if folder is not None:
             raise UserError(f"{path}: evaluates other adapters than {adapter}")
     return None, ""
-
-
-def _is_same(adapter: Path, given: str, results: Path) -> bool:
-    """Whether an evaluation's path is the adapter's; it may be relative to a folder above the run."""
-    named = Path(given).expanduser()
-    places = (named, results.parent / named, *(parent / named for parent in adapter.parents))
-    return any(place.resolve() == adapter for place in places)
 
 
 def _table(scores: dict[str, Any], titles: dict[str, str], name: str) -> str:

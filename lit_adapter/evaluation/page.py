@@ -1,8 +1,7 @@
-"""``report.html``: one file that needs nothing else; light or dark as the reader's system is."""
+"""``report.html``: summary, tables, plots and answers."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lit_adapter.errors import visible
 from lit_adapter.evaluation import plots, tables
+from lit_adapter.evaluation.document import document, escaped, plots_of, table_of
 from lit_adapter.evaluation.history import History, Strengths, history, strengths
 from lit_adapter.evaluation.samples import Sample
-from lit_adapter.evaluation.style import STYLE
-from lit_adapter.evaluation.tables import Table
 
 BINS = 8
 """Of lengths."""
@@ -32,30 +29,17 @@ def page(
 ) -> str:
     """Return the page: summary, tables, plots, answers."""
     names = [model["name"] for model in found["models"]]
-    title = "Evaluation of " + (", ".join(names[1:]) or names[0])
-    parts = [f"<h1>{_e(title)}</h1>", f'<p class="dim">{_e(_about(found))}</p>']
-    parts += [f'<p class="lead">{_e(line)}</p>' for line in tables.summary(found)]
-    parts += [f'<p class="warning">{_e(line)}</p>' for line in found.get("warnings", [])]
+    parts = [f'<p class="dim">{escaped(_about(found))}</p>']
+    parts += [f'<p class="lead">{escaped(line)}</p>' for line in tables.summary(found)]
+    parts += [f'<p class="warning">{escaped(line)}</p>' for line in found.get("warnings", [])]
+    parts += map(table_of, tables.all_tables(found))
     if "scores" in found:
-        parts += [_table(tables.score_table(found)), _plots("Scores", _score_plots(found, answers))]
-    if found.get("comparisons"):
-        parts.append(_table(tables.comparison_table(found)))
-    forgetting = tables.forgetting_table(found)
-    parts += [_table(forgetting)] if forgetting else []
-    parts += [_table(tables.field_table(found))] if "fields" in found else []
+        parts.append(plots_of("Scores", _score_plots(found, answers)))
     for adapter, name in zip(adapters, names[1:], strict=True):
-        parts.append(_plots(f"Training of {name}", _training_plots(adapter, history(adapter))))
+        parts.append(plots_of(f"Training of {name}", _training_plots(adapter, history(adapter))))
     for heading, some in shown.items():
-        parts += [f"<h2>{_e(heading)}</h2>", *map(_sample, some)]
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_e(title)}</title>'
-    )
-    head = f"<head>{head}<style>{STYLE}</style></head>"
-    return f'<!doctype html>\n<html lang="en">{head}\n<body>{"".join(parts)}</body></html>\n'
-
-
-def _e(text: str) -> str:
-    return html.escape(visible(text))
+        parts += [f"<h2>{escaped(heading)}</h2>", *map(_sample, some)]
+    return document("Evaluation of " + (", ".join(names[1:]) or names[0]), parts)
 
 
 def _about(found: dict[str, Any]) -> str:
@@ -66,17 +50,6 @@ def _about(found: dict[str, Any]) -> str:
         if found["data"]["stop_early"]:
             parts.append("answers end where they can no longer be right")
     return ", ".join([*parts, run["device"], run["precision"], f"{run['seconds']:.0f} s"])
-
-
-def _table(table: Table) -> str:
-    header = "".join(f"<th>{_e(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{_e(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    return f'<h2>{_e(table.title)}</h2><div class="wide"><table><tr>{header}</tr>{rows}</table></div>'
-
-
-def _plots(title: str, drawn: dict[str, str]) -> str:
-    cards = [f"<div><h3>{_e(name)}</h3>{plot}</div>" for name, plot in drawn.items() if plot]
-    return f'<h2>{_e(title)}</h2><div class="plots">{"".join(cards)}</div>' if cards else ""
 
 
 def _score_plots(found: dict[str, Any], answers: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
@@ -149,7 +122,7 @@ def _by_head(of: Strengths, most: float) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    sides = [f"<div><h3>expected</h3><pre>{_e(sample.reference)}</pre></div>"]
+    sides = [f"<div><h3>expected</h3><pre>{escaped(sample.reference)}</pre></div>"]
     for name, text in sample.answers.items():
         score, loss = sample.scores[name], sample.losses[name]
         verdict = "" if score is None else "right" if score >= 1 else "wrong"
@@ -158,7 +131,7 @@ def _sample(sample: Sample) -> str:
             f"loss {loss:.2f}" if loss is not None else "",
         ]
         shown = ", ".join(filter(None, numbers))
-        title = f'<h3>{_e(name)} <span class="dim">{shown}</span></h3>'
-        sides.append(f'<div>{title}<pre class="{verdict}">{_e(text)}</pre></div>')
-    head = f'<span class="dim">{_e(sample.origin)}</span><pre>{_e(sample.request)}</pre>'
+        title = f'<h3>{escaped(name)} <span class="dim">{shown}</span></h3>'
+        sides.append(f'<div>{title}<pre class="{verdict}">{escaped(text)}</pre></div>')
+    head = f'<span class="dim">{escaped(sample.origin)}</span><pre>{escaped(sample.request)}</pre>'
     return f'<div class="sample">{head}<div class="sides">{"".join(sides)}</div></div>'

@@ -31,19 +31,10 @@ def write_report(out: Path, found: dict[str, Any], answers: Answers, adapters: S
     write_text(out / "report.html", page(found, answers, shown, adapters))
 
 
-def all_tables(found: dict[str, Any]) -> list[Table]:
-    """Return the tables that the results have."""
-    of_records = [tables.score_table(found)] if "scores" in found else []
-    compared = [tables.comparison_table(found)] if found.get("comparisons") else []
-    fields = [tables.field_table(found)] if "fields" in found else []
-    forgetting = tables.forgetting_table(found)
-    return [*of_records, *compared, *fields, *([forgetting] if forgetting else [])]
-
-
 def _markdown(found: dict[str, Any], shown: dict[str, list[Sample]]) -> str:
     parts = ["# Evaluation", *tables.summary(found)]
     parts += [f"**Warning:** {line}" for line in found.get("warnings", [])]
-    for table in all_tables(found):
+    for table in tables.all_tables(found):
         parts += [f"## {table.title}", _markdown_table(table)]
     for title, chosen in shown.items():
         parts.append(f"## {title}")

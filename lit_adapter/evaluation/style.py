@@ -1,4 +1,4 @@
-"""The look of `report.html`."""
+"""The look of HTML files (`document`)."""
 
 STYLE = """
 :root {
@@ -36,7 +36,6 @@ svg .grid { stroke: var(--line); }
 .whisker { stroke: var(--ink); fill: none; }
 .legend { margin: .2rem 0 0; font-size: .85rem; }
 .legend span { margin-right: 1rem; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td {

@@ -49,14 +49,13 @@ def title_of(metric: str, titles: dict[str, str]) -> str:
 
 
 def summary(found: dict[str, Any]) -> list[str]:
-    """Return one sentence for each adapter against the base, and the warnings."""
-    lines = []
-    if "scores" in found:
-        metric = next(iter(found["metrics"]))
-        for row in found["comparisons"]:
-            if row["metric"] == metric and row["against"] == "base" and row["records"]:
-                lines.append(_sentence(found, metric, row))
-    return lines
+    """Return one sentence for each adapter against the base, on the first metric."""
+    metric = next(iter(found.get("metrics", ())), None)
+    return [
+        _sentence(found, metric, row)
+        for row in found.get("comparisons", ())
+        if row["metric"] == metric and row["against"] == "base" and row["records"]
+    ]
 
 
 def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
@@ -69,12 +68,20 @@ def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
     )
 
 
+def all_tables(found: dict[str, Any]) -> list[Table]:
+    """Return the tables that the results have."""
+    made = [score_table(found)] if "scores" in found else []
+    made += [comparison_table(found)] if found.get("comparisons") else []
+    made += [field_table(found)] if "fields" in found else []
+    forgetting = forgetting_table(found)
+    return [*made, *([forgetting] if forgetting else [])]
+
+
 def score_table(found: dict[str, Any]) -> Table:
     """Return every model's numbers on the records."""
     names = list(found["scores"])
-    metrics = [*found["metrics"], *(key for key in ("macro_f1", "loss", "perplexity"))]
     rows = []
-    for metric in metrics:
+    for metric in (*found["metrics"], "macro_f1", "loss", "perplexity"):
         values = [found["scores"][name].get(metric) for name in names]
         if any(values):
             cells = ["" if value is None else with_interval(metric, value) for value in values]
