@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from paper import paper
 
 from lit_adapter.cli.generate import main
 from lit_adapter.files.read import read_json
@@ -31,7 +32,7 @@ CHOICES = ("--device", "cpu", "--dtype", "float32")
 
 def save_random_adapter(base: Path, path: Path, seed: int = 0, config: AdapterConfig | None = None) -> Path:
     """An adapter of the tiny base whose gates are open."""
-    raw, config = read_json(base / "config.json"), config or AdapterConfig(layers=3, prompt_length=5)
+    raw, config = read_json(base / "config.json"), config or paper(layers=3, prompt_length=5)
     generator = torch.Generator().manual_seed(seed)
     shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from paper import paper
 from prefix_formula import reference_logits
 from tiny_models import from_transformers, logits, open_adapter, random_ids, random_llama, transformers_llama
 
@@ -19,7 +20,7 @@ from lit_adapter.model.adapter import (
     check_adapter_state,
     load_adapter_state,
 )
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import LlamaConfig
 
 FORMS = ["tanh", "identity", "layer", "channel", "token"]
 QUERIES = ["rotated", "unrotated"]
@@ -31,7 +32,7 @@ def test_closed_gates_are_the_base_bit_for_bit(form: Any, dtype: torch.dtype) ->
     ids, model = random_ids(2, 17), random_llama(4, dtype)
     with torch.no_grad():
         base = logits(model, ids)
-        attach(model, AdapterConfig(prompt_length=5, gate=form, prompt_init_std=1.0))
+        attach(model, paper(prompt_length=5, gate=form, prompt_init_std=1.0))
         adapted = logits(model, ids)
     assert torch.equal(base, adapted)
     assert adapted.dtype == dtype
@@ -43,7 +44,7 @@ def test_closed_gates_are_the_base_bit_for_bit(form: Any, dtype: torch.dtype) ->
 def test_open_gates_follow_the_formula(form: Any, query: Any, heads: tuple[int, int]) -> None:
     model = random_llama(6, n_head=heads[0], n_kv_head=heads[1], head_dim=10).double()
     base_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter = AdapterConfig(prompt_length=3, layers=2, gate=form, prefix_query=query, prompt_init_std=1.0)
+    adapter = paper(prompt_length=3, layers=2, gate=form, prefix_query=query, prompt_init_std=1.0)
     open_adapter(model, adapter, seed=9)
     ids = random_ids(13, seed=2)
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_open_gates_follow_the_formula(form: Any, query: Any, heads: tuple[int, 
 def test_formula_covers_biases(bias: bool) -> None:
     """A bias of o_proj is added once, to the sum of both branches."""
     model = random_llama(6, attention_bias=bias, mlp_bias=bias, tie_embeddings=bias).double()
-    open_adapter(model, AdapterConfig(prompt_length=4, prompt_init_std=1.0))
+    open_adapter(model, paper(prompt_length=4, prompt_init_std=1.0))
     ids = random_ids(9)
     with torch.no_grad():
         wanted = reference_logits(model.config, model.state_dict(), adapter_state(model), "tanh", ids)
@@ -78,7 +79,7 @@ def test_layer_gates_equal_peft(n_kv_head: int) -> None:
         attention.adaption_gate.data.normal_()
         state[f"layers.{index}.self_attn.prefix.prompt"] = attention.adaption_prompt.detach()[0]
         state[f"layers.{index}.self_attn.prefix.gate"] = attention.adaption_gate.detach()
-    open_adapter(model, AdapterConfig(prompt_length=6, layers=2, gate="layer"))
+    open_adapter(model, paper(prompt_length=6, layers=2, gate="layer"))
     ids = random_ids(2, 21)
     with torch.no_grad():
         load_adapter_state(model, state)
@@ -89,10 +90,10 @@ def test_layer_gates_equal_peft(n_kv_head: int) -> None:
 
 def test_only_the_adapter_learns_and_lower_blocks_need_no_graph() -> None:
     model = random_llama(1, torch.float32, n_layer=4)
-    attach(model, AdapterConfig(layers=2))
+    attach(model, paper(layers=2))
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert learning == {name for name, _ in adapter_parameters(model)}
-    assert learning == set(adapter_shapes(AdapterConfig(layers=2), model.config))
+    assert learning == set(adapter_shapes(paper(layers=2), model.config))
     seen: dict[int, bool] = {}
     for index, block in enumerate(model.layers):
         block.register_forward_hook(lambda m, a, out, index=index: seen.update({index: out.requires_grad}))
@@ -104,7 +105,7 @@ def test_only_the_adapter_learns_and_lower_blocks_need_no_graph() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gates_open_first_and_then_every_tensor_learns(form: Any) -> None:
     model = random_llama(2, torch.float32)
-    attach(model, AdapterConfig(prompt_length=4, gate=form))
+    attach(model, paper(prompt_length=4, gate=form))
     start = adapter_state(model)
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(model)], lr=1e-2, weight_decay=0.0)
     ids = random_ids(4, 12)
@@ -124,7 +125,7 @@ def test_gates_open_first_and_then_every_tensor_learns(form: Any) -> None:
 
 def test_adapter_stays_fp32_on_a_bf16_base() -> None:
     model = random_llama(3, torch.bfloat16)
-    attach(model, AdapterConfig(prompt_length=3, gate="identity"))
+    attach(model, paper(prompt_length=3, gate="identity"))
     assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
     gate = model.layers[-1].self_attn.prefix.gate
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_adapter_stays_fp32_on_a_bf16_base() -> None:
 
 def test_bf16_prefix_is_near_the_formula() -> None:
     model = random_llama(3, torch.bfloat16)
-    open_adapter(model, AdapterConfig(prompt_length=5, prompt_init_std=1.0))
+    open_adapter(model, paper(prompt_length=5, prompt_init_std=1.0))
     ids = random_ids(15)
     with torch.no_grad():
         wide = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -150,10 +151,10 @@ def test_bf16_prefix_is_near_the_formula() -> None:
 
 def test_dropout_acts_while_training_only() -> None:
     model = random_llama(2)
-    open_adapter(model, AdapterConfig(prompt_length=8, dropout=0.5, prompt_init_std=1.0))
+    open_adapter(model, paper(prompt_length=8, dropout=0.5, prompt_init_std=1.0))
     ids = random_ids(1, 10)
     without = random_llama(2)
-    open_adapter(without, AdapterConfig(prompt_length=8, prompt_init_std=1.0))
+    open_adapter(without, paper(prompt_length=8, prompt_init_std=1.0))
     with torch.no_grad():
         assert torch.equal(logits(model.eval(), ids), logits(without.train(), ids))
         first, second = logits(model.train(), ids), logits(model, ids)
@@ -163,7 +164,7 @@ def test_dropout_acts_while_training_only() -> None:
 def test_prompts_come_from_the_seed() -> None:
     models = [random_llama(n_layer=2, n_embd=400, n_head=4) for _ in range(3)]
     for model, seed in zip(models, (7, 7, 8), strict=True):
-        attach(model, AdapterConfig(prompt_length=50, prompt_init_std=0.3), seed)
+        attach(model, paper(prompt_length=50, prompt_init_std=0.3), seed)
     one, same, other = (adapter_state(model) for model in models)
     assert all(torch.equal(one[name], same[name]) for name in one)
     name = "layers.0.self_attn.prefix.prompt"
@@ -175,7 +176,7 @@ def test_prompts_come_from_the_seed() -> None:
 
 def test_attach_refuses_more_layers_than_there_are() -> None:
     with pytest.raises(UserError, match=r"adapter\.layers is 4; the base has 3 layers"):
-        attach(random_llama(), AdapterConfig(layers=4))
+        attach(random_llama(), paper(layers=4))
 
 
 PROMPT, GATE = "layers.2.self_attn.prefix.prompt", "layers.2.self_attn.prefix.gate"
@@ -196,7 +197,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(damage: Any, message: str) -> None:
     model = random_llama(1, torch.float32)
-    attach(model, AdapterConfig(layers=1))
+    attach(model, paper(layers=1))
     before, state = adapter_state(model), adapter_state(model)
     state[PROMPT] += 1
     damage(state)
@@ -206,15 +207,15 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(damage: Any, m
 
 
 def test_many_wrong_names_are_shortened() -> None:
-    shapes = adapter_shapes(AdapterConfig(), random_llama().config)
+    shapes = adapter_shapes(paper(), random_llama().config)
     with pytest.raises(UserError, match=r"6 missing \(\S+, \S+, \.\.\.\)$"):
         check_adapter_state(shapes, {}, "a")
 
 
 def test_state_survives_a_round_trip() -> None:
     one, other = random_llama(1, torch.bfloat16), random_llama(1, torch.bfloat16)
-    open_adapter(one, AdapterConfig(), seed=3)
-    attach(other, AdapterConfig(), seed=4)
+    open_adapter(one, paper(), seed=3)
+    attach(other, paper(), seed=4)
     load_adapter_state(other, adapter_state(one))
     ids = random_ids(1, 9)
     with torch.no_grad():
@@ -226,14 +227,14 @@ def test_a_7b_adapter_has_the_papers_count() -> None:
     llama_7b = LlamaConfig(
         vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008
     )
-    shapes = adapter_shapes(AdapterConfig(prompt_length=10, layers=30), llama_7b)
+    shapes = adapter_shapes(paper(prompt_length=10, layers=30), llama_7b)
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_229_760
 
 
 @pytest.mark.parametrize("gate", FORMS)
 def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
     """As the CUDA path asks for them: all layers' at once, and the gate's own gradient from that of c(g)."""
-    model = open_adapter(random_llama(0), AdapterConfig(layers=3, prompt_length=2, gate=gate))
+    model = open_adapter(random_llama(0), paper(layers=3, prompt_length=2, gate=gate))
     prefixes = [block.self_attn.prefix for block in model.layers]
     form, axes = prefixes[0].form, prefixes[0].axes
     together = form.strength(torch.stack([prefix.gate for prefix in prefixes]), axes)
@@ -248,7 +249,7 @@ def test_strengths_of_many_layers_and_the_gradient_of_a_gate(gate: Any) -> None:
 
 
 def test_what_is_registered_on_an_adapter_s_modules_is_not_on_its_base() -> None:
-    base, config = random_llama().requires_grad_(False), AdapterConfig(layers=1, prompt_length=2)
+    base, config = random_llama().requires_grad_(False), paper(layers=1, prompt_length=2)
     model = attached(base, config, adapter_state(open_adapter(random_llama(), config)), "test")
     assert model.layers[0].mlp.gate_proj.weight is base.layers[0].mlp.gate_proj.weight
     seen: list[str] = []

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from finetune_runs import Stopper
 from generation_fixtures import CHOICES, decode, script
+from paper import paper
 from prefix_formula import reference_logits
 from random_records import encoded
 from tiny_models import logits, open_adapter, random_ids, random_llama
@@ -39,10 +40,10 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.weights.adapter_file import read_adapter
 
-WHOLE = AdapterConfig(version="v2", prompt_length=3, layers=2, head=True, prompt_init_std=1.0)
-BARE = AdapterConfig(version="v2", prompt_length=0)
-NORMS = AdapterConfig(norms=True, prompt_length=3, layers=2, prompt_init_std=1.0)
-ALONE = AdapterConfig(norms=True, prompt_length=0)
+WHOLE = paper(version="v2", prompt_length=3, layers=2, head=True, prompt_init_std=1.0)
+BARE = paper(version="v2", prompt_length=0)
+NORMS = paper(norms=True, prompt_length=3, layers=2, prompt_init_std=1.0)
+ALONE = paper(norms=True, prompt_length=0)
 ALL = {"whole": WHOLE, "bare": BARE, "norms": NORMS, "norms alone": ALONE}
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
@@ -90,7 +91,7 @@ def test_the_base_stays_what_it_was_and_comes_back_inside_the_block() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, BIASED, {"n_kv_head": 1, "head_dim": 6}], ids=str)
-@pytest.mark.parametrize("config", [*ALL.values(), AdapterConfig(version="v2")], ids=[*ALL, "headless"])
+@pytest.mark.parametrize("config", [*ALL.values(), paper(version="v2")], ids=[*ALL, "headless"])
 def test_names_and_shapes_are_those_of_the_module(config: AdapterConfig, sizes: dict[str, Any]) -> None:
     model = random_llama(1, **sizes)
     attach(model, config)
@@ -106,7 +107,7 @@ def test_a_7b_adapter_has_the_published_count() -> None:
     )
     with torch.device("meta"):
         model = Llama(sizes).requires_grad_(False)
-    config = AdapterConfig(version="v2", prompt_length=10, layers=30, head=True)
+    config = paper(version="v2", prompt_length=10, layers=30, head=True)
     attach(model, config)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 4_279_744
     assert sum(math.prod(shape) for shape in adapter_shapes(config, sizes).values()) == 4_279_744
@@ -194,13 +195,13 @@ def test_biases_scales_and_norms_have_a_rate_of_their_own_and_do_not_decay() -> 
 def test_norms_have_a_rate_of_their_own_and_do_not_decay(v2: bool, share: float) -> None:
     """In V2 they have the rate of biases and scales."""
     model = random_llama(2, torch.float32)
-    attach(model, AdapterConfig(version="v2" if v2 else "v1", norms=True, prompt_length=3, layers=2))
+    attach(model, paper(version="v2" if v2 else "v1", norms=True, prompt_length=3, layers=2))
     config = OptimConfig(lr=1e-2, weight_decay=0.5, lr_scale_norms=0.3, lr_scale_v2=0.2)
     optimizer = LitAdapter(model, config, 10).configure_optimizers()
     first, second = optimizer.param_groups
     assert (first["lr_scale"], first["weight_decay"]) == (1.0, 0.5)
     assert (second["lr_scale"], second["weight_decay"]) == (share, 0.0)
-    assert [len(group["params"]) for group in (first, second)] == [4, 7 + 3 * 7 * 2 * v2]
+    assert [len(group["params"]) for group in (first, second)] == [4, 7 + 3 * 7 * 2 if v2 else 5]
 
 
 def test_cached_decoding_equals_full_passes() -> None:
@@ -235,7 +236,7 @@ def test_cached_decoding_equals_full_passes() -> None:
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        AdapterConfig(**settings)
+        paper(**settings)
 
 
 V2 = ("--adapter.version", "v2")
@@ -285,7 +286,7 @@ def test_v2_has_a_default_rate_of_its_own(tiny: Callable[..., Config]) -> None:
 
 def test_joined_biases_and_scales_and_their_gradients_are_those_of_the_layers() -> None:
     """The arithmetic of the CUDA executors, whose own tests need a GPU."""
-    model = open_adapter(random_llama(5, attention_bias=True), AdapterConfig(version="v2"), seed=1)
+    model = open_adapter(random_llama(5, attention_bias=True), paper(version="v2"), seed=1)
     layout = block_layout(model.config)
     for block in model.layers:
         joined = join_affine(block, layout)

@@ -24,6 +24,7 @@ from benchmarks.run import prompt_ids
 from benchmarks.workload import alpaca_like
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +32,6 @@ import lit_adapter
 from lit_adapter.data.records import read_records
 from lit_adapter.errors import UserError
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.loss import target_loss
 
 TRAIN = ("--batch", "6", "--steps", "2", "--repeats", "2", "--row-tokens", "700", "--peft-batch", "2", "3")
@@ -127,7 +127,7 @@ def test_built_in_lengths_are_like_alpacas() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_counted_operations_are_those_that_torch_does(layers: int) -> None:
     """Attention's own products (`pairs`) aside: torch has no fixed count for its fused kernels."""
-    model = open_adapter(random_llama(dtype=torch.float32), AdapterConfig(prompt_length=5, layers=layers))
+    model = open_adapter(random_llama(dtype=torch.float32), paper(prompt_length=5, layers=layers))
     ids, rows = random_ids(1, 40), torch.arange(3, 40, 4)
     view = CausalView(model.rotation(torch.arange(40)[None]))
     with FlopCounterMode(display=False) as counter:

@@ -14,6 +14,7 @@ import torch
 from generation_fixtures import save_random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 
 import lit_adapter
@@ -34,14 +35,14 @@ from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.model.norms import normed
 
 KINDS: list[AdapterConfig | None] = [
-    AdapterConfig(layers=2, prompt_length=4),
-    AdapterConfig(layers=1, prompt_length=7, gate="channel"),
+    paper(layers=2, prompt_length=4),
+    paper(layers=1, prompt_length=7, gate="channel"),
     None,
-    AdapterConfig(layers=3, prompt_length=1, gate="layer"),
-    AdapterConfig(layers=2, prompt_length=9, gate="token"),
-    AdapterConfig(layers=3, prompt_length=5, prefix_query="unrotated"),
-    AdapterConfig(layers=2, prompt_length=4, gate="token", prefix_query="unrotated"),
-    AdapterConfig(layers=1, prompt_length=2, norms=True),
+    paper(layers=3, prompt_length=1, gate="layer"),
+    paper(layers=2, prompt_length=9, gate="token"),
+    paper(layers=3, prompt_length=5, prefix_query="unrotated"),
+    paper(layers=2, prompt_length=4, gate="token", prefix_query="unrotated"),
+    paper(layers=1, prompt_length=2, norms=True),
 ]
 V2 = AdapterConfig(version="v2", layers=2, prompt_length=3, head=True)
 HOW = [
@@ -152,7 +153,7 @@ def test_an_adapter_of_7b_takes_at_most_six_megabytes_of_the_device(gate: Any) -
     sizes = {"vocab_size": 32000, "n_layer": 32, "n_head": 32, "n_kv_head": 32, "head_dim": 128}
     config = LlamaConfig(**sizes, n_embd=4096, n_hidden=11008)
     base = empty_llama(config).to(torch.bfloat16)
-    form = AdapterConfig(gate=gate)
+    form = paper(gate=gate)
     state = {name: torch.zeros(shape) for name, shape in adapter_shapes(form, config).items()}
     loaded: Any = Loaded(Path(), base, Engine())
     own = AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from paper import paper
 from random_records import encoded
 from tiny_models import open_adapter, random_ids, random_llama
 from torch import nn
@@ -59,7 +60,7 @@ WITH_PREFIX = FROZEN | {GatedPrefix}
 
 
 def adapted(dtype: torch.dtype = torch.float32) -> Llama:
-    return open_adapter(random_llama(0, dtype, head_dim=16), AdapterConfig(layers=2, prompt_length=3)).eval()
+    return open_adapter(random_llama(0, dtype, head_dim=16), paper(layers=2, prompt_length=3)).eval()
 
 
 @pytest.mark.parametrize("unknown", UNKNOWN, ids=lambda add: add.__name__)
@@ -73,7 +74,7 @@ def test_a_survey_finds_what_is_not_declared(place: str, unknown: Callable[[nn.M
 
 @pytest.mark.parametrize(
     "config",
-    [AdapterConfig(), AdapterConfig(version="v2", head=True), AdapterConfig(version="v2", prompt_length=0)],
+    [paper(), paper(version="v2", head=True), paper(version="v2", prompt_length=0)],
 )
 def test_an_executor_that_knows_no_trained_part_names_the_first(config: AdapterConfig) -> None:
     model = open_adapter(random_llama(1), config)

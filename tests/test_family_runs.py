@@ -14,6 +14,7 @@ import torch
 import transformers
 from finetune_runs import Stopper
 from generation_fixtures import save_random_adapter
+from paper import paper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_sharding import processes
@@ -151,7 +152,7 @@ def test_v2_on_norms_of_heads_has_no_family(bases: dict[str, Path], tmp_path: Pa
 
 
 def test_prompts_of_mistral_go_to_peft_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
-    base, form = bases["mistral"], AdapterConfig(prompt_length=5, layers=2, gate="layer")
+    base, form = bases["mistral"], paper(prompt_length=5, layers=2, gate="layer")
     ours = save_random_adapter(base, tmp_path / "ours.safetensors", config=form)
     convert_adapter(ours, tmp_path / "peft", Wishes(to="peft", base=base))
     adapted = peft.PeftModel.from_pretrained(theirs(base.parent / "source"), tmp_path / "peft").eval()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from finetune_runs import TINY
 from foreign_adapters import HERE, IDS, SIZES, base_tensors, converted, logits_of, sizes, write_base
+from paper import paper
 from prefix_formula import reference_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import transformers_llama
@@ -122,7 +123,7 @@ def test_ours_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str
         return
     for head in {False, version == "v2"}:
         form = "layer" if target == "peft" else "identity"
-        config = AdapterConfig(version=version, prompt_length=3, layers=2, gate=form, head=head)
+        config = paper(version=version, prompt_length=3, layers=2, gate=form, head=head)
         ours = own_adapter(tmp_path / f"ours-{head}.safetensors", bases[4], config, 4)
         there, back = tmp_path / f"there-{head}", tmp_path / f"back-{head}.safetensors"
         converted(ours, there, None, to=target)
@@ -204,7 +205,7 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
     write_tokenizer(source, 260)
     base = convert(source, tmp_path / "base")
     raw = json.loads((base / "config.json").read_text())
-    config = AdapterConfig(prompt_length=5, layers=2, gate="layer")
+    config = paper(prompt_length=5, layers=2, gate="layer")
     draw = torch.Generator().manual_seed(1)
     shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
     state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
@@ -236,7 +237,7 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
 def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
     tmp_path: Path, bases: dict[int, Path]
 ) -> None:
-    config = AdapterConfig(prompt_length=3, layers=2, gate="tanh")
+    config = paper(prompt_length=3, layers=2, gate="tanh")
     ours, out = own_adapter(tmp_path / "a.safetensors", bases[2], config), tmp_path / "out"
     with pytest.raises(
         UserError, match=r"peft has one gate per layer, and the gates differ, by up to 0\.\d+ .*--allow"
@@ -260,7 +261,7 @@ def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
 def test_gates_per_token_become_their_mean_only_if_asked(
     tmp_path: Path, bases: dict[int, Path], target: str
 ) -> None:
-    config = AdapterConfig(prompt_length=3, layers=2, gate="token")
+    config = paper(prompt_length=3, layers=2, gate="token")
     ours, out = own_adapter(tmp_path / "a.safetensors", bases[4], config, 4), tmp_path / "out"
     one = "per layer" if target == "peft" else "per head"
     with pytest.raises(UserError, match=rf"{target} has one gate {one}, and the gates differ, by .*--allow"):
@@ -280,7 +281,7 @@ def test_gates_per_token_become_their_mean_only_if_asked(
 
 
 def test_a_gate_per_head_is_the_same_gate_for_every_token(tmp_path: Path, bases: dict[int, Path]) -> None:
-    ours = own_adapter(tmp_path / "a.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="tanh"))
+    ours = own_adapter(tmp_path / "a.safetensors", bases[2], paper(prompt_length=3, gate="tanh"))
     converted(ours, tmp_path / "b.safetensors", bases[2], to_gate="token")
     assert read_adapter(tmp_path / "b.safetensors")[0].adapter.gate == "token"
     found = logits_of(tmp_path / "b.safetensors", 2)
@@ -291,7 +292,7 @@ def test_a_gate_per_head_is_the_same_gate_for_every_token(tmp_path: Path, bases:
 @pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
 def test_norms_go_to_a_v2_file(tmp_path: Path, bases: dict[int, Path], target: str, length: int) -> None:
     """With biases of 0 and scales of 1: the same function."""
-    config = AdapterConfig(norms=True, prompt_length=length, gate="identity")
+    config = paper(norms=True, prompt_length=length, gate="identity")
     ours = own_adapter(tmp_path / "ours.safetensors", bases[4], config, 4)
     there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
     report = "\n".join(converted(ours, there, bases[4], to=target))
@@ -305,7 +306,7 @@ def test_norms_go_to_a_v2_file(tmp_path: Path, bases: dict[int, Path], target: s
 
 @pytest.mark.parametrize("form", ["tanh", "layer", "channel"])
 def test_gates_into_the_identity_form(tmp_path: Path, bases: dict[int, Path], form: Any) -> None:
-    config = AdapterConfig(prompt_length=3, layers=2, gate=form)
+    config = paper(prompt_length=3, layers=2, gate=form)
     ours = own_adapter(tmp_path / "ours.safetensors", bases[2], config, equal=form == "channel")
     there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
     converted(ours, there, None, to="litgpt")
@@ -315,7 +316,7 @@ def test_gates_into_the_identity_form(tmp_path: Path, bases: dict[int, Path], fo
 
 
 def test_gates_into_the_tanh_form_only_where_a_tanh_reaches(tmp_path: Path, bases: dict[int, Path]) -> None:
-    ours = own_adapter(tmp_path / "a.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="identity"))
+    ours = own_adapter(tmp_path / "a.safetensors", bases[2], paper(prompt_length=3, gate="identity"))
     with pytest.raises(
         UserError, match=r"scales its prefix by \S+, but a tanh stays below 1; use --to-gate id"
     ):
@@ -474,12 +475,12 @@ MISTAKES = {
 def test_mistakes(
     tmp_path: Path, bases: dict[int, Path], name: str, wishes: dict[str, Any], message: str
 ) -> None:
-    own_adapter(tmp_path / "ours.safetensors", bases[2], AdapterConfig(prompt_length=3, gate="layer"))
-    own_adapter(tmp_path / "v2.safetensors", bases[2], AdapterConfig(version="v2", prompt_length=3))
-    unrotated = AdapterConfig(prompt_length=3, prefix_query="unrotated")
+    own_adapter(tmp_path / "ours.safetensors", bases[2], paper(prompt_length=3, gate="layer"))
+    own_adapter(tmp_path / "v2.safetensors", bases[2], paper(version="v2", prompt_length=3))
+    unrotated = paper(prompt_length=3, prefix_query="unrotated")
     own_adapter(tmp_path / "unrotated.safetensors", bases[4], unrotated, 4)
-    own_adapter(tmp_path / "norms.safetensors", bases[2], AdapterConfig(prompt_length=3, norms=True))
-    plain = own_adapter(tmp_path / "plain.safetensors", bases[2], AdapterConfig(prompt_length=3), equal=True)
+    own_adapter(tmp_path / "norms.safetensors", bases[2], paper(prompt_length=3, norms=True))
+    plain = own_adapter(tmp_path / "plain.safetensors", bases[2], paper(prompt_length=3), equal=True)
     converted(plain, tmp_path / "peft", bases[2], to="peft")
     (tmp_path / "empty.pth").touch()
     tensors, _ = official(tmp_path / "official.pth")
@@ -520,7 +521,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]
 
 @pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
 def test_v2_without_prompts_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str) -> None:
-    config = AdapterConfig(version="v2", prompt_length=0)
+    config = paper(version="v2", prompt_length=0)
     ours, there, back = (tmp_path / name for name in ("ours.safetensors", "there.pth", "back.safetensors"))
     own_adapter(ours, bases[4], config, 4)
     assert any(
@@ -536,7 +537,7 @@ def test_v2_without_prompts_there_and_back(tmp_path: Path, bases: dict[int, Path
 def test_the_named_file_of_a_peft_folder_is_read_and_none_of_its_files_replaced(
     tmp_path: Path, bases: dict[int, Path]
 ) -> None:
-    config = AdapterConfig(prompt_length=3, layers=2, gate="layer")
+    config = paper(prompt_length=3, layers=2, gate="layer")
     ours, folder = own_adapter(tmp_path / "ours.safetensors", bases[2], config), tmp_path / "peft"
     converted(ours, folder, bases[2], to="peft")
     whole, other = folder / "adapter_model.safetensors", folder / "other.safetensors"

@@ -12,6 +12,7 @@ import transformers
 from generation_fixtures import decode, save_random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 
 import lit_adapter
@@ -24,7 +25,6 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.attention import CausalView
-from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.llama import Llama
 from lit_adapter.weights.base_folder import read_config
@@ -36,7 +36,7 @@ LENGTHS = (5, 1, 17, 9, 9, 2, 30)
 
 def tiny(n_kv_head: int = 2, **form: Any) -> Llama:
     model = random_llama(1, torch.float32, n_kv_head=n_kv_head).eval()
-    return open_adapter(model, AdapterConfig(layers=2, prompt_length=4, **form), seed=2)
+    return open_adapter(model, paper(layers=2, prompt_length=4, **form), seed=2)
 
 
 def prompts() -> list[list[int]]:

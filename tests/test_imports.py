@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from paper import paper
 
 from lit_adapter.cli.finetune import parse_finetune
 
@@ -136,7 +137,7 @@ def test_help_is_shown_without_anything_heavy(path: Path) -> None:
     assert done.stdout.splitlines()[-1].split() == ["heavy:"]
 
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("adapter_"))
 
 
 def test_there_are_configurations() -> None:
@@ -148,6 +149,12 @@ def test_every_configuration_parses(path: Path) -> None:
     request = parse_finetune(["--config", str(path)])
     assert request.config.data.train
     assert (request.resume, request.dry_run) == (None, False)
+
+
+def test_the_papers_form_is_one_setting() -> None:
+    form = ROOT / "configs" / "adapter_paper.yaml"
+    config = parse_finetune(["--config", str(CONFIGS[-1]), "--adapter", str(form)]).config.adapter
+    assert config == paper(prompt_init_std=1.0)
 
 
 FORBIDDEN_MODULES = ("dill", "shelve", "marshal", "cloudpickle", "joblib")

@@ -59,7 +59,7 @@ def test_hyperparameters_stand_beside_the_newest_losses(tiny: Callable[..., Conf
     )
     given = start.session_start_info.hparams
     assert given["optim.max_steps"].number_value == 3
-    assert given["adapter.gate"].string_value == "tanh"
+    assert given["adapter.gate"].string_value == "token"
     assert given["seed"].number_value >= 0
     assert not {"out", "adapter.lora.on", "adapter.head", "trainer.samples"} & set(given)
     experiment = plugin_data_pb2.HParamsPluginData.FromString(

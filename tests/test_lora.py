@@ -14,6 +14,7 @@ import transformers
 from convert_sources import random_llama as random_source
 from convert_sources import write_hf
 from finetune_runs import Stopper
+from paper import paper
 from prefix_formula import reference_logits
 from random_records import encoded
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ from lit_adapter.weights.merge import merge
 FORMS = {
     "all": AdapterConfig(prompt_length=0, lora=LoraConfig(rank=3)),
     "some": AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("q_proj", "mlp"))),
-    "beside": AdapterConfig(prompt_length=3, layers=2, lora=LoraConfig(rank=2, on=("k_proj", "v_proj"))),
+    "beside": paper(prompt_length=3, layers=2, lora=LoraConfig(rank=2, on=("k_proj", "v_proj"))),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from paper import paper
 from random_records import encoded
 from tiny_models import open_adapter, random_llama
 from torch import Tensor
@@ -218,7 +219,7 @@ def test_free_memory_of_this_machine_is_a_plausible_number() -> None:
 def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
     """6 C + 2 M numbers a token with as many key as query heads; C when the rest is computed again."""
     model = replace(random_llama().config, n_kv_head=4, head_dim=16, n_embd=64)
-    row, config = packed(), AdapterConfig()
+    row, config = packed(), paper()
     plain = len(row.ids) * model.n_embd
     one, two = (
         estimate(replace(model, n_layer=n), config, row, precision="bf16-true", device="cuda").activations

@@ -72,7 +72,10 @@ from lit_adapter.training import finetune as training
             r"the learning rate of V2, lr \* lr_scale_v2, is 1e\+40; expected a number from",
         ),
         ("--optim.lr_scale_v2 0.5", "optim.lr_scale_v2 is 0.5; it needs adapter.version v2"),
-        ("--optim.lr_scale_norms 0.5", "optim.lr_scale_norms is 0.5; it needs adapter.norms true$"),
+        (
+            "--adapter.norms false --optim.lr_scale_norms 0.5",
+            "optim.lr_scale_norms is 0.5; it needs adapter.norms true$",
+        ),
         (
             "--adapter.version v2 --adapter.norms true --optim.lr_scale_norms 0.5",
             "optim.lr_scale_norms is 0.5; it needs adapter.norms true with version v1; v2 has lr_scale_v2",

@@ -9,7 +9,7 @@ from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted, shorten
 from lit_adapter.files.paths import without_home
 from lit_adapter.grouping import n_common
-from lit_adapter.training.run_identity import RunIdentity, run_identity
+from lit_adapter.training.run_identity import BEFORE, RunIdentity, run_identity
 
 ADDED = ("base.", "data.val_records", "data.file", "data.n_file", "data.n_val_records")
 """Prefixes of what the oldest checkpoints do not store."""
@@ -24,7 +24,7 @@ def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[st
 
     ``own`` and ``saved`` are the identities of the two.
     """
-    known = run_identity(Config()).identity | saved.identity  # a setting of a later version had its default
+    known = run_identity(BEFORE).identity | saved.identity
     now = own.identity
     keys = [
         key

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lit_adapter.config import DEFAULT_LR, Config, OptimConfig
+from lit_adapter.config import DEFAULT_LR, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.text.template import Template, resolve_template
@@ -20,7 +20,7 @@ from lit_adapter.training.differences import differences
 from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
-from lit_adapter.training.run_identity import RunIdentity, run_identity
+from lit_adapter.training.run_identity import BEFORE, RunIdentity, run_identity
 from lit_adapter.weights.adapter_file import read_adapter
 
 RATES = ("optim.lr", "optim.base_lr")
@@ -123,7 +123,7 @@ def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
     before, now = _peak_lr(saved), _peak_lr(own)
     if before != now:
         yield f"optim.lr changed from {before:g} to {now:g}"
-    settings = run_identity(Config()).changeable | saved.changeable  # as in `differences`
+    settings = run_identity(BEFORE).changeable | saved.changeable
     for key, value in own.changeable.items():
         if key not in RATES and settings[key] != value:
             yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"

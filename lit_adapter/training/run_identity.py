@@ -9,6 +9,10 @@ import numpy as np
 
 from lit_adapter.config import Config
 from lit_adapter.files.paths import without_home
+from lit_adapter.model.config import AdapterConfig
+
+BEFORE = Config(adapter=AdapterConfig(prompt_length=10, gate="tanh", norms=False))
+"""Holds the settings that a checkpoint of an earlier version does not name, as that version had them."""
 
 
 @dataclass(frozen=True)

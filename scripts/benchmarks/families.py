@@ -45,10 +45,11 @@ Run = tuple[Method, float]
 def all_methods() -> dict[str, Method]:
     """Return the comparison by name: our default, its variants, and PEFT's two adapters."""
     rate, peft = OptimConfig().peak_lr, OptimConfig(weight_decay=0.0)
+    paper = AdapterConfig(prompt_length=10, gate="tanh", norms=False, prompt_init_std=1.0)
     found = [
         Method("ours", (1e-2, 2e-2, 3e-2), quick=rate),
-        Method("ours-paper", (9e-3, 2e-2, 3e-2), adapter=AdapterConfig(prompt_init_std=1.0)),
-        Method("ours-k20", (1e-2, 2e-2, 3e-2), adapter=AdapterConfig(prompt_length=20)),
+        Method("ours-paper", (9e-3, 2e-2, 3e-2), adapter=paper),
+        Method("ours-k16", (1e-2, 2e-2, 3e-2), adapter=AdapterConfig(prompt_length=16)),
         Method("ours-identity-gate", (rate,), adapter=AdapterConfig(gate="identity")),
         Method("ours-no-decay", (rate,), optim=OptimConfig(weight_decay=0.0)),
         Method("ours-beta2-0.999", (rate,), optim=OptimConfig(betas=(0.9, 0.999))),
