@@ -32,7 +32,7 @@ from lit_adapter.model.loss import target_loss
 from lit_adapter.model.rope_config import RopeConfig
 
 FORMS = {
-    "prefix": AdapterConfig(prompt_length=5),
+    "prefix": AdapterConfig(prompt_length=5, gate="tanh", norms=False),
     "lora": AdapterConfig(prompt_length=0, lora=LoraConfig(rank=3)),
     "mixed": AdapterConfig(
         prompt_length=4, layers=1, gate="token", norms=True, lora=LoraConfig(rank=2, on=("v_proj", "mlp"))
@@ -40,9 +40,14 @@ FORMS = {
     "v2": AdapterConfig(prompt_length=4, layers=1, version="v2"),
     "v2 of a base with norms of heads": AdapterConfig(prompt_length=0, version="v2"),
     "dropped": AdapterConfig(
-        prompt_length=5, layers=1, prefix_query="unrotated", dropout=0.3, lora=LoraConfig(rank=3, dropout=0.2)
+        prompt_length=5,
+        layers=1,
+        gate="tanh",
+        prefix_query="unrotated",
+        dropout=0.3,
+        lora=LoraConfig(rank=3, dropout=0.2),
     ),
-    "dropped prefix": AdapterConfig(prompt_length=5, gate="token", dropout=0.3),
+    "dropped prefix": AdapterConfig(prompt_length=5, dropout=0.3),
 }
 BESIDE_FLOAT8 = ("prefix", "lora", "mixed")
 YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.3)

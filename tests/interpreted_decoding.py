@@ -2,16 +2,18 @@
 
     TRITON_INTERPRET=1 python tests/interpreted_decoding.py
 
-Slots have different adapters, some of them with norms, and change them. Each line has the number of slots and
-the largest relative error of a slot's hidden states or logits, in fp32.
+Slots have different adapters, some of them with norms, and change them; others have a model of their own, V2
+or on a base with yarn. Each line has the number of slots and the largest relative error of a slot's hidden
+states or logits, in fp32.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from interpreted import without_a_device
+from interpreted import YARN, without_a_device
 from tiny_models import open_adapter, random_ids, random_llama
 
 from lit_adapter.generation.adapter import Adapter, attached
@@ -20,6 +22,7 @@ from lit_adapter.model.cache import ModuleDecode, Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.fused_decode import FusedDecode
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 
 FORMS = [
     AdapterConfig(layers=2, prompt_length=3, gate="token", prefix_query="unrotated", norms=True),
@@ -29,6 +32,13 @@ FORMS = [
     AdapterConfig(layers=1, prompt_length=4, gate="channel"),
 ]
 VOCAB = 67
+SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}
+ALONE: list[tuple[AdapterConfig, dict[str, Any]]] = [
+    (AdapterConfig(version="v2", prompt_length=3, layers=1, head=True), {}),
+    (AdapterConfig(version="v2", prompt_length=3), {"head_norms": True}),
+    (AdapterConfig(prompt_length=3, prefix_query="unrotated", lora=LoraConfig(rank=2)), {"rope": YARN}),
+    (AdapterConfig(prompt_length=3, prefix_query="unrotated"), {"rope": YARN}),
+]
 
 
 def prefixes_on(base: Llama) -> list[Prefixes]:
@@ -47,11 +57,19 @@ def prefixes_on(base: Llama) -> list[Prefixes]:
 
 def compare(n_slots: int, head_dim: int) -> None:
     """Compare slots of a base with heads of a size."""
-    sizes = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}
-    base = random_llama(1, torch.float32, head_dim=head_dim, **sizes).eval().requires_grad_(False)
+    base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES).eval().requires_grad_(False)
     forms = prefixes_on(base)
     with torch.inference_mode():
         take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
+
+
+def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
+    """Compare three slots of a model with one adapter."""
+    base = random_llama(1, torch.float32, head_dim=16, **SIZES, **sizes)
+    model = open_adapter(base, form, seed=3).eval().requires_grad_(False)
+    with torch.inference_mode():
+        executors = [ModuleDecode(model, 3, 24), FusedDecode(model, 3, 24)]
+        take_steps(executors, [Adapter.of(model).prefixes], 3)
 
 
 def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: int) -> None:
@@ -80,3 +98,5 @@ if __name__ == "__main__":
     torch.Tensor.pin_memory = lambda self: self
     for n_slots, head_dim in ((5, 32), (1, 32), (5, 16)):
         compare(n_slots, head_dim)
+    for form, sizes in ALONE:
+        compare_alone(form, sizes)
