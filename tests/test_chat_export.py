@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import tokenizer_kinds as kinds
 from transformers import AutoTokenizer
 
+from lit_adapter.errors import UserError
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.protocol import Message
 from lit_adapter.serving.rendering import encode_messages
+from lit_adapter.text import chat_templates
 from lit_adapter.text.chat_export import chat_template, ollama_template
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT, Template, resolve_template
@@ -63,6 +66,27 @@ def test_messages_become_our_prompts(name: str, tokenizers: tuple[Tokenizer, Any
 
 def prompt(template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return encode_messages(template, tokenizer, [Message(**message) for message in messages])
+
+
+def test_a_template_with_the_date_keeps_that_of_the_training(
+    tokenizers: tuple[Tokenizer, Any], tmp_path: Path
+) -> None:
+    """As LLaMA 3's does; transformers would show the day on which it answers."""
+    ours, theirs = tokenizers
+    dated = """{% if strftime_now is defined %}{{ strftime_now( "%d %b %Y" ) }}, {% endif -%}
+    {{ strftime_now('%A') }}: """
+    source = dated + chat_templates.alpaca_chat(newline=False)
+    file = tmp_path / "dated.jinja"
+    file.write_text(source)
+    template = replace(resolve_template(str(file), ours), date="2024-07-26")
+    theirs.chat_template = chat_template(template, ours)
+    message = {"role": "user", "content": "Hi"}
+    text = theirs.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert "26 Jul 2024, Friday: " in text
+    assert theirs(text, add_special_tokens=False)["input_ids"] == prompt(template, ours, [message])
+    computed = replace(template, jinja="{{ strftime_now('%Y' ~ '-%m') }}" + source)
+    with pytest.raises(UserError, match="shows the date in a form that it computes"):
+        chat_template(computed, ours)
 
 
 def test_alpaca_s_input_stands_under_input(tiny_base: Path) -> None:

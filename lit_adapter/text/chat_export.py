@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from string import Template as Sources
 
 from lit_adapter.errors import UserError
 from lit_adapter.text.template import CHATS, FIELD, INPUT, INSTRUCTION, Template
 from lit_adapter.text.tokenizer import Tokenizer
 
+NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+"""Asks for today's date in a form; other programs take their own day for it."""
 BETWEEN = "\n\n"
 """What stands between a system's and a user's words in a template that has one place for both."""
 _TASKS = Sources(
@@ -32,9 +35,24 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str:
     That of a chat template is its own.
     """
     source = template.conversation_source(tokenizer)
+    if template.date is not None:
+        source = _on(template.date, source)
     if template.kind not in CHATS:
         source = _with_tasks(template, source)
     return source if template.text.startswith(_bos(tokenizer)) else "{{ bos_token }}" + source
+
+
+def _on(day: str, source: str) -> str:
+    """Return a chat template that shows the day on which the adapter was trained, as its prompts do.
+
+    Raises:
+        UserError: it asks for the day in a form that is not written there.
+    """
+    then = datetime.fromisoformat(day)
+    dated = NOW.sub(lambda call: _literal(then.strftime(call[1][1:-1])), source)
+    if "strftime_now(" in dated:
+        raise UserError("the chat template shows the date in a form that it computes; it cannot be exported")
+    return dated
 
 
 def _with_tasks(template: Template, conversation: str) -> str:
