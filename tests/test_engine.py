@@ -35,14 +35,14 @@ from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.model.norms import normed
 
 KINDS: list[AdapterConfig | None] = [
-    paper(layers=2, prompt_length=4),
-    paper(layers=1, prompt_length=7, gate="channel"),
+    AdapterConfig(layers=2, prompt_length=4, norms=False),
+    AdapterConfig(layers=1, prompt_length=7, gate="channel"),
     None,
-    paper(layers=3, prompt_length=1, gate="layer"),
-    paper(layers=2, prompt_length=9, gate="token"),
-    paper(layers=3, prompt_length=5, prefix_query="unrotated"),
-    paper(layers=2, prompt_length=4, gate="token", prefix_query="unrotated"),
-    paper(layers=1, prompt_length=2, norms=True),
+    AdapterConfig(layers=3, prompt_length=1, gate="layer", norms=False),
+    AdapterConfig(layers=2, prompt_length=9, gate="token"),
+    AdapterConfig(layers=3, prompt_length=5, prefix_query="unrotated"),
+    AdapterConfig(layers=2, prompt_length=4, gate="token", prefix_query="unrotated"),
+    AdapterConfig(layers=1, prompt_length=2, norms=False),
 ]
 V2 = AdapterConfig(version="v2", layers=2, prompt_length=3, head=True)
 HOW = [
@@ -109,8 +109,7 @@ def test_eight_requests_with_eight_adapters_and_settings(sizes: dict[str, Any]) 
 def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., Any]) -> None:
     base = base_of(torch.float64)
     adapters = eight(base)
-    adapters[3] = adapter_of(base, replace(KINDS[3] or V2, norms=True), 3)
-    assert [slot for slot in range(8) if adapters[slot].prefixes.norms] == [3, 7]
+    assert [slot for slot in range(8) if adapters[slot].prefixes.norms] == [1, 4, 5, 6]
     prefixes = [adapter.prefixes for adapter in adapters]
     with torch.inference_mode():
         mixed = executor(base, 8, 40)
@@ -153,7 +152,7 @@ def test_an_adapter_of_7b_takes_at_most_six_megabytes_of_the_device(gate: Any) -
     sizes = {"vocab_size": 32000, "n_layer": 32, "n_head": 32, "n_kv_head": 32, "head_dim": 128}
     config = LlamaConfig(**sizes, n_embd=4096, n_hidden=11008)
     base = empty_llama(config).to(torch.bfloat16)
-    form = paper(gate=gate)
+    form = AdapterConfig(gate=gate, norms=False)
     state = {name: torch.zeros(shape) for name, shape in adapter_shapes(form, config).items()}
     loaded: Any = Loaded(Path(), base, Engine())
     own = AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded)  # type: ignore[arg-type]
@@ -269,7 +268,8 @@ def test_prompts_that_cannot_be_read_are_their_owners_error(monkeypatch: pytest.
 def models(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdaptedLlama]:
     """The plain base, two adapters, and one that trains norms, biases and scales, on one base."""
     folder = tmp_path_factory.mktemp("adapters")
-    paths = [save_random_adapter(tiny_base, folder / f"{seed}.safetensors", seed) for seed in range(2)]
+    form = AdapterConfig(norms=False)
+    paths = [save_random_adapter(tiny_base, folder / f"{seed}.safetensors", seed, form) for seed in range(2)]
     paths.append(save_random_adapter(tiny_base, folder / "v2.safetensors", 2, AdapterConfig(version="v2")))
     first = lit_adapter.load(paths[0], tiny_base, device="cpu", dtype="float32")
     return [first.base, first, *(first.with_adapter(path) for path in paths[1:])]

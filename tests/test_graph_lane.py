@@ -117,7 +117,7 @@ def test_logits_that_are_nan_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     def then_break(self: Lane, new: list[Request]) -> None:
         read(self, new)
-        model.norm.weight.data[0] = float("nan")
+        model.norm.used_weight.data[0] = float("nan")
 
     monkeypatch.setattr(Lane, "_read", then_break)
     with pytest.raises(UserError, match="logits are NaN or infinite"):
