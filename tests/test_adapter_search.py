@@ -10,9 +10,9 @@ from generation_fixtures import CHOICES, save_random_adapter, script
 
 from lit_adapter.errors import UserError
 from lit_adapter.serving.errors import ApiError
+from lit_adapter.serving.loading import load_adapters
 from lit_adapter.serving.names import named_adapters
 from lit_adapter.serving.options import ServerOptions
-from lit_adapter.serving.run import load_adapters
 from lit_adapter.weights.adapter_search import adapter_file
 
 

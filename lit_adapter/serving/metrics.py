@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -37,7 +35,6 @@ class Metrics:
         """A running mean of how long a request takes."""
         if device.type == "cuda":
             self.memory.set_function(lambda: torch.cuda.memory_allocated(device))
-        self.started = time.time()
 
     def _gauge(self, name: str, what: str) -> Gauge:
         return Gauge(f"lit_adapter_{name}", what, registry=self.registry)

@@ -10,7 +10,7 @@ from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.jobs import Job
 from lit_adapter.serving.protocol import ChatRequest, CompletionRequest
 from lit_adapter.serving.worker import Event, Token
-from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
@@ -143,8 +143,6 @@ class _Echo:
 
 def _placed(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[Token]:
     """Return the tokens of a prompt with the places where their texts begin."""
-    from lit_adapter.text.tokenizer import StreamDecoder
-
     decoder, at, placed = StreamDecoder(tokenizer), 0, []
     for token in tokens:
         placed.append(Token(token.id, at, token.likelihood))

@@ -32,8 +32,9 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.serving.adapters import Adapters
+from lit_adapter.serving.loading import load_adapters
 from lit_adapter.serving.options import ServerOptions
-from lit_adapter.serving.run import load_adapters, serve
+from lit_adapter.serving.run import serve
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
