@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.files.paths import is_unicode
@@ -358,3 +359,11 @@ def lora_share(lora: LoraConfig) -> float:
     """
     ranks = lora.rank * len(lora.layers)
     return LORA_SHARE * min(1.0, math.sqrt(LORA_RANKS / ranks))
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_adapter.config import dotted
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
 from lit_adapter.evaluation.results import RESULTS, places_of, read_results
@@ -147,16 +148,7 @@ def _read(folder: Path, name: str) -> Run:
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise UserError(f"{folder / RECORD}: not a run record: it holds no configuration")
-    return Run(name, folder, record, flat(record["config"]), history(folder / ADAPTER))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        found |= inner
-    return found
+    return Run(name, folder, record, dotted(record["config"]), history(folder / ADAPTER))
 
 
 def _scores(run: Run, evaluations: Sequence[Path]) -> list[tuple[Metric, dict[str, float]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 270
@@ -141,37 +141,53 @@ def heat(
 ) -> str:
     """Return a matrix as shades, strongest for ``most`` or the largest value; ``shown`` writes numbers."""
     finite = [value for row in values for value in row if math.isfinite(value)]
-    most = (max(finite, default=0.0) if most is None else most) or 1.0
-    left = 24 + 7 * min(18, max(map(len, rows)))
-    width = max(640, left + 12) if len(columns) > 40 else WIDTH
-    cell = min(72.0 if shown else 46.0, (width - left - 8) / max(1, len(columns)))
-    tall = min(cell, 26.0) if shown else max(6.0, min(cell, 16.0))
-    parts = []
-    for r, row in enumerate(values):
-        y = 22 + r * tall
-        if tall >= 9 or r % 5 == 0:
-            parts.append(_text(left - 6, y + tall / 2 + 4, _short(rows[r], 18), "end"))
-        for c, value in enumerate(row):
-            share = max(0.0, min(1.0, value / most)) if math.isfinite(value) else 0.0
-            x = left + c * cell
-            title = f"<title>{html.escape(rows[r])}, {html.escape(columns[c])}: {number(value)}</title>"
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{tall - 1:.1f}" '
-                f'fill="var(--heat)" fill-opacity="{0.04 + 0.96 * share:.3f}">{title}</rect>'
-            )
-            if shown and value:
-                tone = "on-heat" if share > 0.5 else ""
-                parts.append(
-                    _text(x + cell / 2, y + tall / 2 + 4, number(value), "middle", f'class="{tone}"')
-                )
-    every = max(1, math.ceil(24 / cell)) if not shown else 1
-    for c in range(0, len(columns), every):
-        size = max(3, int(cell * every / 6.5))
-        parts.append(_text(left + c * cell + cell / 2, 15, _short(columns[c], size), "middle"))
-    bottom = 22 + tall * len(values)
+    grid = _Grid(rows, columns, (max(finite, default=0.0) if most is None else most) or 1.0, shown)
+    parts = [part for r, row in enumerate(values) for part in grid.row(r, row)]
+    parts += grid.column_names()
+    bottom = grid.TOP + grid.height * len(values)
     if row_title or column_title:
-        parts.append(_text(left, bottom + 16, f"rows: {row_title}; columns: {column_title}", "start"))
-    return _svg(width, bottom + 22, parts)
+        parts.append(_text(grid.left, bottom + 16, f"rows: {row_title}; columns: {column_title}", "start"))
+    return _svg(grid.plot_width, bottom + 22, parts)
+
+
+class _Grid:
+    """The cells of a matrix: their sizes, and what is drawn in each."""
+
+    TOP = 22
+
+    def __init__(self, rows: Sequence[str], columns: Sequence[str], most: float, shown: bool) -> None:
+        self.rows, self.columns, self.most, self.shown = rows, columns, most, shown
+        self.left = 24 + 7 * min(18, max(map(len, rows)))
+        self.plot_width = max(640, self.left + 12) if len(columns) > 40 else WIDTH
+        self.width = min(72.0 if shown else 46.0, (self.plot_width - self.left - 8) / max(1, len(columns)))
+        self.height = min(self.width, 26.0) if shown else max(6.0, min(self.width, 16.0))
+
+    def row(self, number_: int, values: Sequence[float]) -> Iterator[str]:
+        """Yield a row's name, if there is room for it, and its cells."""
+        y = self.TOP + number_ * self.height
+        if self.height >= 9 or number_ % 5 == 0:
+            yield _text(self.left - 6, y + self.height / 2 + 4, _short(self.rows[number_], 18), "end")
+        for place, value in enumerate(values):
+            yield from self._cell(y, place, value, f"{self.rows[number_]}, {self.columns[place]}")
+
+    def _cell(self, y: float, place: int, value: float, name: str) -> Iterator[str]:
+        share = max(0.0, min(1.0, value / self.most)) if math.isfinite(value) else 0.0
+        x = self.left + place * self.width
+        size = f'width="{self.width - 1:.1f}" height="{self.height - 1:.1f}"'
+        shade = f'fill="var(--heat)" fill-opacity="{0.04 + 0.96 * share:.3f}"'
+        title = f"<title>{html.escape(name)}: {number(value)}</title>"
+        yield f'<rect x="{x:.1f}" y="{y:.1f}" {size} {shade}>{title}</rect>'
+        if self.shown and value:
+            tone = f'class="{"on-heat" if share > 0.5 else ""}"'
+            yield _text(x + self.width / 2, y + self.height / 2 + 4, number(value), "middle", tone)
+
+    def column_names(self) -> Iterator[str]:
+        """Yield the names of as many columns as there is room for."""
+        every = 1 if self.shown else max(1, math.ceil(24 / self.width))
+        limit = max(3, int(self.width * every / 6.5))
+        for place in range(0, len(self.columns), every):
+            x = self.left + place * self.width + self.width / 2
+            yield _text(x, 15, _short(self.columns[place], limit), "middle")
 
 
 def legend(names: Sequence[str]) -> str:

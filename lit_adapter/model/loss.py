@@ -150,11 +150,7 @@ def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> 
     """Return log-likelihoods and likeliest tokens of targets ``[M]``, a block of the vocabulary at a time."""
     weight, (bias, scale) = model.lm_head.weight, _affine(model)
     chosen = widen(hidden).new_empty(len(hidden))
-    highest, where, beyond = (
-        [],
-        [],
-        [],
-    )  # of each block; the last is how far its logsumexp is above its maximum
+    highest, where, beyond = [], [], []  # of each block; its logsumexp is so far beyond its maximum
     for start in range(0, len(weight), n_columns):
         block = slice(start, start + n_columns)
         logits = F.linear(hidden, weight[block])

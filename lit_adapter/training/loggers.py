@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 from torch import Tensor
 
+from lit_adapter.config import dotted
 from lit_adapter.errors import UserError
 from lit_adapter.training.curves import Curves
 from lit_adapter.training.notices import Say
@@ -50,18 +51,11 @@ def make_logger(name: str, folder: Path, drawn_from: int | None, say: Say) -> Lo
 
 def log_settings(logger: Logger | None, settings: dict[str, Any]) -> None:
     """Give the logger a run's configuration, by dotted names."""
-    known = {name: value for name, value in _flat(settings).items() if name != "out"}
+    known = {name: value for name, value in dotted(settings).items() if name != "out"}
     if isinstance(logger, Curves):
         logger.log_settings(known)
     elif logger is not None:
         logger.log_hyperparams(known)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def draw_layers(logger: Logger, heat: Tensor, by_head: Tensor, step: int) -> None:
