@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, counted
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
             name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux: only the architecture is known
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')} of {counted(os.cpu_count() or 1, 'core')}"
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -11,16 +11,17 @@ WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 DASHES = ("none", "7 3", "2 3")
 """Of the first six lines of a plot, the next six, and those after them."""
+MOST_MARKED = 12
+"""Points of a line that are marked, so that a reader sees how few they are."""
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot, or its points."""
+    """A line of a plot."""
 
     name: str
     points: Sequence[Point]
-    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,8 @@ def number(value: float) -> str:
 
 
 def lines(series: Sequence[Series], x_title: str, y_title: str) -> str:
-    """Return a plot of lines or dots over a common axis; empty without a finite point."""
-    series = [
-        Series(one.name, [p for p in one.points if all(map(math.isfinite, p))], one.dots) for one in series
-    ]
+    """Return a plot of lines over a common axis; empty without a finite point."""
+    series = [Series(one.name, [p for p in one.points if all(map(math.isfinite, p))]) for one in series]
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
     if not xs:
@@ -67,13 +66,12 @@ def lines(series: Sequence[Series], x_title: str, y_title: str) -> str:
     for number_, one in enumerate(series):
         points = [frame.place(point) for point in one.points]
         colour, dashes = f"var(--series-{number_ % 6})", DASHES[number_ // 6 % len(DASHES)]
-        if one.dots or len(points) == 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        style = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dashes}"'
+        title = f"<title>{html.escape(one.name)}</title>"
+        parts.append(f'<polyline points="{path}" {style}>{title}</polyline>')
+        if len(points) <= MOST_MARKED:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points]
-        else:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            style = f'fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dashes}"'
-            title = f"<title>{html.escape(one.name)}</title>"
-            parts.append(f'<polyline points="{path}" {style}>{title}</polyline>')
     return _svg(WIDTH, HEIGHT, parts) + legend([one.name for one in series])
 
 
