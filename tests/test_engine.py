@@ -14,7 +14,6 @@ import torch
 from generation_fixtures import save_random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 
 import lit_adapter

@@ -261,13 +261,14 @@ def test_a_checkpoint_of_sound_bytes_but_wrong_contents_is_named(tiny: Callable[
     finetune(tiny("--optim.max_steps", "9"), resume="last", say=lines)
     said = [line for line in lines.lines if "trying the one before" in line]
     assert f"{newest}: optimizer 0.exp_avg is not fp32, or has NaN or infinite values" in said[0]
-    assert f"{before}: layers.3.self_attn.prefix.gate has shape [3]; expected [20]" in said[1]
+    assert f"{before}: layers.3.self_attn.prefix.gate has shape [3]; expected [32]" in said[1]
     assert any("step 4, the newest complete" in line for line in lines.lines)
 
 
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tiny: Callable[..., Config]) -> None:
     """Written before the settings existed; the one that differs from its default is said, or refused."""
-    finetune(tiny("--optim.max_steps", "4"), say=Stopper())
+    paper = ("--adapter.gate", "tanh")  # an earlier default
+    finetune(tiny(*paper, "--optim.max_steps", "4"), say=Stopper())
     path = Path(tiny().out) / "checkpoints" / "step-0000004.ckpt"
     checkpoint = read_checkpoint(path)
     for key in ("trainer.tensor_parallel", "trainer.samples", "optim.betas"):
@@ -278,7 +279,7 @@ def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tiny: Callabl
     with pytest.raises(UserError, match=r"another run: adapter\.gate was 'tanh', now 'identity'$"):
         finetune(tiny("--adapter.gate", "identity"), resume="last", say=Stopper())
     lines = Stopper()
-    assert finetune(tiny("--optim.max_steps", "5"), resume="last", say=lines) == 0
+    assert finetune(tiny(*paper, "--optim.max_steps", "5"), resume="last", say=lines) == 0
     changes = [line for line in lines.lines if "changed from" in line]
     assert changes == [
         "resuming with optim.max_steps changed from 4 to 5",

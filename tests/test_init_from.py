@@ -19,7 +19,10 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.convert import convert
 
-FORM = ("--adapter.layers", "3", "--adapter.prompt_length", "5", "--optim.max_steps", "4")
+FORM = (
+    *("--adapter.layers", "3", "--adapter.prompt_length", "5", "--adapter.gate", "tanh"),
+    *("--adapter.norms", "false", "--optim.max_steps", "4"),
+)
 
 
 @pytest.mark.slow

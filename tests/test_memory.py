@@ -234,10 +234,9 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
         for n in (2, 3)
     )
     assert two - one == 2 * plain
-    normed = replace(config, layers=1, norms=True)  # all layers keep them, whichever have a prefix
-    top, all_, norms = (
-        estimate(model, adapter, row, precision="bf16-true", device="cuda").activations
-        for adapter in (replace(config, layers=1), config, normed)
+    forms = [replace(config, layers=layers, norms=norms) for layers in (1, None) for norms in (False, True)]
+    top, normed_top, all_, norms = (
+        estimate(model, form, row, precision="bf16-true", device="cuda").activations for form in forms
     )
     assert top < all_
     lora, v2 = replace(config, lora=LoraConfig(rank=3)), replace(config, version="v2")
@@ -252,7 +251,7 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
         for n in (2, 3)
     )
     assert two - one == len(row.ids) * (2 * (8 * C + 2 * M) + 8 * H)
-    assert norms - all_ == 2 * len(row.target_index) * C
+    assert norms - all_ == normed_top - top == 2 * len(row.target_index) * C
 
 
 def test_the_fused_executor_is_planned_where_it_applies() -> None:
