@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generation_fixtures import decode
+from paper import paper
 from prefix_formula import reference_logits
 from tiny_models import open_adapter, random_ids, random_llama
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
-from lit_adapter.model.norms import Norms
 from lit_adapter.model.rope_config import RopeConfig
 
 pytestmark = pytest.mark.gpu
@@ -104,14 +103,9 @@ def prefixes_of(model: Llama) -> Prefixes:
 
 def bound(base: Llama, model: Llama) -> Adapter:
     """The adapter of ``model``, answered by ``base``."""
-    return Adapter(base, own_prefixes(model))
-
-
-def own_prefixes(model: Llama) -> Prefixes:
-    """What a slot of the base is given of a model: prefixes, and its norms where it trains them."""
-    has_norms = model.adapter is not None and model.adapter.norms
-    with torch.inference_mode():
-        return replace(prefixes_of(model), norms=Norms.of(model) if has_norms else None)
+    adapter = Adapter.of(model, base)
+    assert adapter.model is base
+    return adapter
 
 
 @pytest.mark.parametrize(
@@ -221,15 +215,16 @@ def test_a_base_in_fp8_is_decoded_in_fp8(rank: int) -> None:
 
 
 KINDS: list[AdapterConfig | None] = [
-    AdapterConfig(layers=2, prompt_length=5),
-    AdapterConfig(layers=1, prompt_length=17, gate="channel"),
+    paper(layers=2, prompt_length=5),
+    paper(layers=1, prompt_length=17, gate="channel"),
     None,
-    AdapterConfig(layers=3, prompt_length=1, gate="layer", norms=True),
-    AdapterConfig(layers=2, prompt_length=64, gate="token"),
-    AdapterConfig(layers=3, prompt_length=10, prefix_query="unrotated"),
-    AdapterConfig(layers=2, prompt_length=5, gate="token", prefix_query="unrotated", norms=True),
+    paper(layers=3, prompt_length=1, gate="layer", norms=True),
+    paper(layers=2, prompt_length=64, gate="token"),
+    paper(layers=3, prompt_length=10, prefix_query="unrotated"),
+    AdapterConfig(layers=2, prompt_length=5, prefix_query="unrotated"),
     AdapterConfig(layers=1, prompt_length=30),
 ]
+"""Both prompts alone and, as the default is, with norms."""
 
 
 def eight(base: Llama) -> list[Llama]:
@@ -251,11 +246,11 @@ def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], family: str
 
     base = adapted(*heads, None, family=family)
     models = eight(base)
-    wide = [own_prefixes(widened(model)) for model in models]
-    narrow = [own_prefixes(copy.deepcopy(model).cuda()) for model in models]
-    device, slots = copy.deepcopy(base).cuda(), list(range(n_slots))
+    wide_base, device, slots = widened(base), copy.deepcopy(base).cuda(), list(range(n_slots))
+    wide = [bound(wide_base, widened(model)).prefixes for model in models]
+    narrow = [bound(device, copy.deepcopy(model).cuda()).prefixes for model in models]
     asked = [random_ids(3 + 7 * n % 90, seed=n, vocab=VOCAB).tolist() for n in slots]
-    exact, plain = Plain(widened(base), n_slots), Plain(copy.deepcopy(device), n_slots)
+    exact, plain = Plain(wide_base, n_slots), Plain(copy.deepcopy(device), n_slots)
     fused = FusedDecode(device, n_slots, 320)
     with torch.inference_mode():
         for shift in (0, 3):

@@ -25,7 +25,8 @@ from lit_adapter.model.rope_config import RopeConfig
 
 pytestmark = pytest.mark.gpu
 
-YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.3)
+YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=0.8)
+"""Above 1, it would sharpen the attention of random weights so much that bf16 alone makes errors of 0.2."""
 CASES: list[dict[str, Any]] = [
     {"head_dim": 64, "n_kv_head": 2, "gate": "tanh", "prompt_length": 10},
     {
