@@ -23,8 +23,6 @@ from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import target_loss
 from lit_adapter.model.rope_config import RopeConfig
 
-pytestmark = pytest.mark.gpu
-
 YARN = RopeConfig(kind="yarn", factor=4.0, original_context_length=64, attention_factor=0.8)
 """Above 1, it would sharpen the attention of random weights so much that bf16 alone makes errors of 0.2."""
 CASES: list[dict[str, Any]] = [
@@ -93,18 +91,19 @@ def row_of(case: dict[str, Any], seed: int) -> PackedRow:
     return packer.row(list(range(20)))
 
 
-def on_gpu(model: Llama, base: torch.dtype, adapter: torch.dtype) -> Llama:
+def placed(model: Llama, base: torch.dtype, adapter: torch.dtype, device: str = "cuda") -> Llama:
     frequency = model.inverse_frequency
-    model = model.to("cuda", base)
+    model = model.to(device, base)
     for _, parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(adapter)
-    model.inverse_frequency = frequency.cuda()
+    model.inverse_frequency = frequency.to(device)
     return model
 
 
 def loss_and_gradients(model: Llama, row: PackedRow, view: BaseView) -> tuple[Tensor, dict[str, Tensor]]:
-    hidden = model(row.ids[None].cuda(), view, row.target_index.cuda())[0]
-    loss = target_loss(hidden, model.lm_head.weight, row.target_id.cuda())
+    ids, _, target_index, target_id = row.inputs(model.embed_tokens.weight.device)
+    hidden = model(ids[None], view, target_index)[0]
+    loss = target_loss(hidden, model.lm_head.weight, target_id)
     names, parameters = zip(*adapter_parameters(model), strict=True)
     gradients = torch.autograd.grad(loss, parameters)
     return loss.detach().double(), dict(zip(names, (g.double() for g in gradients), strict=True))
@@ -116,6 +115,23 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return (difference / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5
 
 
+def exactly_and_by_modules(case: dict[str, Any], row: PackedRow, seed: int, device: str) -> tuple[Any, ...]:
+    """The loss and gradients in fp64 and by the modules in bf16; and the model, in bf16."""
+    model = placed(model_of(case, seed), torch.float64, torch.float64, device)
+    place = row.position[None].to(device)
+    exact = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
+    model = placed(model, torch.bfloat16, torch.float32, device)
+    return exact, loss_and_gradients(model, row, SegmentView(row, model.rotation(place))), model
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_cases_are_fit_for_bf16(number: int) -> None:
+    """Also where no GPU computes them: the kernels' errors are measured by the modules' own."""
+    exact, modules, _ = exactly_and_by_modules(CASES[number], row_of(CASES[number], number), number, "cpu")
+    assert error(modules[1], exact[1]) < 0.12
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
@@ -125,11 +141,8 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
 
     monkeypatch.setattr(tiles, "VISITS", 2)  # a preamble's gradient is summed in parts, as in long rows
     case, row = CASES[number], row_of(CASES[number], number)
-    model = on_gpu(model_of(case, number), torch.float64, torch.float64)
+    exact, modules, model = exactly_and_by_modules(case, row, number, "cuda")
     place = row.position[None].cuda()
-    exact = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
-    model = on_gpu(model, torch.bfloat16, torch.float32)
-    modules = loss_and_gradients(model, row, SegmentView(row, model.rotation(place)))
     for laid_out in (False, True):  # False: as the shards of a base are gathered
         if laid_out:
             prepare(model)
@@ -144,6 +157,7 @@ def test_loss_and_gradients_are_as_near_to_fp64_as_the_modules_come(
         assert error(fused[1], exact[1]) < 1.5 * error(modules[1], exact[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("part", [(0, None), (64, None), (0, 64)])
 def test_a_product_in_fp8_is_near_the_exact_one(part: tuple[int, int | None]) -> None:
     """Three bits of mantissa in either factor: an error of some percent."""
@@ -162,6 +176,7 @@ def test_a_product_in_fp8_is_near_the_exact_one(part: tuple[int, int | None]) ->
     assert (matrix.backward(quantise(dy[:, some])) - back).norm() / back.norm() < 0.05
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("number", [0, *(n for n, case in enumerate(CASES) if "lora" in case)])
 def test_fp8_is_near_bf16(number: int, recompute: bool) -> None:
@@ -171,7 +186,7 @@ def test_fp8_is_near_bf16(number: int, recompute: bool) -> None:
     case, row = CASES[number], row_of(CASES[number], number)
     results = []
     for float8 in (False, True):
-        model = on_gpu(model_of(case, number), torch.bfloat16, torch.float32)
+        model = placed(model_of(case, number), torch.bfloat16, torch.float32)
         prepare(model, float8=float8)
         assert choose(model, "training").name == "fused"
         rotation = model.rotation(row.position[None].cuda())
@@ -180,18 +195,20 @@ def test_fp8_is_near_bf16(number: int, recompute: bool) -> None:
     assert error(results[1][1], results[0][1]) < 0.6
 
 
+@pytest.mark.gpu
 def test_a_row_without_targets_has_no_loss_and_no_gradient() -> None:
     from lit_adapter.model.fused import FusedView
 
     row = row_of(CASES[0], 0)
     row.target_index, row.target_id = row.target_index[:0], row.target_id[:0]
-    model = on_gpu(model_of(CASES[0], 0), torch.bfloat16, torch.float32)
+    model = placed(model_of(CASES[0], 0), torch.bfloat16, torch.float32)
     view = FusedView(model, row, model.rotation(row.position[None].cuda()))
     loss, gradients = loss_and_gradients(model, row, view)
     assert float(loss) == 0
     assert not any(bool(gradient.any()) for gradient in gradients.values())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("number", [0, 5, 7, 11])
 def test_with_dropout_blocks_learn_what_modules_learn_that_drop_the_same(
@@ -204,13 +221,13 @@ def test_with_dropout_blocks_learn_what_modules_learn_that_drop_the_same(
     case, row = CASES[number] | {"dropout": 0.3 * (number != 5)}, row_of(CASES[number], number)
     if "lora" in case:
         case |= {"lora": replace(case["lora"], dropout=0.2)}
-    model = on_gpu(model_of(case, number), torch.bfloat16, torch.float32)
+    model = placed(model_of(case, number), torch.bfloat16, torch.float32)
     rotation = model.rotation(row.position[None].cuda())
     prepare(model)
     torch.manual_seed(number)
     view = FusedView(model, row, rotation, recompute=recompute)
     fused = loss_and_gradients(model, row, view)
-    model = on_gpu(model, torch.float64, torch.float64)
+    model = placed(model, torch.float64, torch.float64)
     with dropping(Dropped(model, row, view.seeds)):
         exact = loss_and_gradients(model, row, SegmentView(row, rotation))
     whole = loss_and_gradients(model.eval(), row, SegmentView(row, rotation))
@@ -219,11 +236,12 @@ def test_with_dropout_blocks_learn_what_modules_learn_that_drop_the_same(
     assert abs(whole[0] - exact[0]) / exact[0] > 1e-6
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("what", ["fp32", "long prompt"])
 def test_what_the_kernels_do_not_compute_is_left_to_the_modules(what: str) -> None:
     config = AdapterConfig(prompt_length=65 if what == "long prompt" else 4)
     model = open_adapter(random_llama(0, head_dim=16), config)
     dtype = torch.float32 if what == "fp32" else torch.bfloat16
-    executor = choose(on_gpu(model, dtype, torch.float32), "training")
+    executor = choose(placed(model, dtype, torch.float32), "training")
     assert executor.name == "modules"
     assert executor.why_not_fast
