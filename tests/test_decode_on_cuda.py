@@ -517,6 +517,7 @@ def test_an_adapter_takes_of_the_device_what_decoding_reads(dtype: torch.dtype) 
             before = torch.cuda.memory_allocated()
         loaded: Any = Loaded(Path(), base, Engine())
         kept.append(AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded))  # type: ignore[arg-type]
+        kept[-1].spare_device()
     each = (torch.cuda.memory_allocated() - before) / 8
     stacked = kept[0].adapter.prefixes.stacked
     sizes = [x.nbytes for x in vars(stacked).values() if isinstance(x, Tensor)]

@@ -156,6 +156,7 @@ def test_an_adapter_of_7b_takes_at_most_six_megabytes_of_the_device(gate: Any) -
     loaded: Any = Loaded(Path(), base, Engine())
     own = AdaptedLlama(attached(base, form, state, "it"), *[None] * 2, loaded)  # type: ignore[arg-type]
     assert own.adapter.model is base
+    own.spare_device()
     decoded = [x for x in vars(own.adapter.prefixes.stacked).values() if isinstance(x, torch.Tensor)]
     assert {x.device.type for x in decoded} == {"meta"}
     assert sum(x.nbytes for x in decoded) <= 6e6

@@ -73,8 +73,6 @@ class AdaptedLlama:
         self._source = source
         self._engine = loaded.engine if loaded is not None else Engine()
         self._adapter = Adapter.of(model, loaded.model) if loaded is not None else None
-        if self._adapter is not None and self._adapter.model is not model:
-            keep_on_host(model)  # it computes likelihoods alone
 
     def __repr__(self) -> str:
         """Return base, adapter, device and precision; a model in training has no folder and no file."""
@@ -229,6 +227,11 @@ class AdaptedLlama:
         return self.continue_batch(
             prompts, batch_size=batch_size, finished=finished, stopped=stopped, **sampling
         )
+
+    def spare_device(self) -> None:
+        """Keep in the host's memory what likelihoods alone need of its adapter; they take longer then."""
+        if self.adapter.model is not self.model:
+            keep_on_host(self.model)
 
     def forget(self) -> None:
         """Free the keys and values that earlier calls of `chat` have left."""

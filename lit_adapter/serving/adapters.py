@@ -123,6 +123,7 @@ class Adapters:
         with self._changing:
             state = State.of(path) if path.exists() else None
             model = self.base.model.with_adapter(path)
+            model.spare_device()
             self._served[name] = Served(name, model, int(time.time()), path, state)
             self._failed.pop(name, None)
             self._unloaded.pop(name, None)
