@@ -50,13 +50,13 @@ def worker(engine: Engine) -> Iterator[Worker]:
     found.join(60)
 
 
-def choice() -> Choice:
+def choice(length: int = 2) -> Choice:
     tokenizer = SimpleNamespace(strips_space=False)
     request: Any = SimpleNamespace(
         ended=False, news=[], likelihoods=[], error=None, n_new=1, settings=SimpleNamespace(max_new_tokens=1)
     )
     model: Any = SimpleNamespace(tokenizer=tokenizer)
-    return Choice(0, model, [1, 2], request, lambda event: None)
+    return Choice(0, model, [1] * length, request, lambda event: None)
 
 
 def test_requests_of_a_burst_are_read_in_one_step(
@@ -67,6 +67,16 @@ def test_requests_of_a_burst_are_read_in_one_step(
         worker.submit([choice()])
         assert not engine.stepped.wait(0.3)
         worker.submit([choice()])
+    assert engine.stepped.wait(250)
+    assert engine.steps[0] == 2
+
+
+def test_long_prompts_of_a_burst_do_not_keep_the_first_answer(
+    worker: Worker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BURST_SECONDS", 600.0)
+    with worker.coming():
+        worker.submit([choice(600), choice(600), choice(3)])
     assert engine.stepped.wait(250)
     assert engine.steps[0] == 2
 

@@ -7,6 +7,7 @@ events, pieces of text with their tokens, go to whoever listens after each step,
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 BURST_SECONDS = 0.02
 """How long the first request of a burst waits at most for the others, to be read with them."""
+BURST_TOKENS = 1024
+"""Of prompts that are read together before any answer begins; what is beyond is read between steps."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +217,16 @@ class Worker:
 
     def _admit(self) -> None:
         """Give free slots to choices that wait, in their order, and read the likelihoods of one prompt."""
+        room: float = math.inf if self._running else BURST_TOKENS
         while True:
             with self._lock:
                 self._waiting = deque(choice for choice in self._waiting if not choice.cancelled)
                 self._count()
-                if not self._waiting or len(self._running) >= self.n_slots:
+                if not self._waiting or len(self._running) >= self.n_slots or room <= 0:
                     return
                 choice = self._waiting.popleft()
                 self._running.append(choice)
+            room -= len(choice.prompt)
             self.metrics.waited.observe(time.monotonic() - choice.queued)
             if choice.prompt_most_likely is not None or choice.request is None:
                 self._read_prompt(choice)
