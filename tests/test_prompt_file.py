@@ -134,7 +134,7 @@ def test_a_precision_chosen_by_a_timing_is_kept(
         return ["x"] * len(tasks)
 
     dtypes: list[torch.dtype] = []
-    monkeypatch.setattr(AdaptedLlama, "generate_batch", answers)
+    monkeypatch.setattr(AdaptedLlama, "continue_batch", answers)
     out = tmp_path / "out.jsonl"
     run = ("--adapter", adapter, "--base", tiny_base, "--device", "cpu", *SHORT, "--prompts", prompts)
     monkeypatch.setattr(device, "_bf16_pays", lambda device: True)
@@ -436,3 +436,62 @@ def test_an_unfinished_run_of_other_values_is_refused(
         script(*common, "--prompts", asked, "--output", out)
     with pytest.raises(UserError, match="an unfinished run with other settings"):
         script(*common, "--prompts", prompts, "--output", out, "--columns.output", "answer")
+
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say it."}]
+GOING_ON = [*TURNS, {"role": "assistant", "content": "It."}, {"role": "user", "content": "Again."}]
+
+
+def test_conversations_are_answered(
+    common: tuple[object, ...], adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """As `chat` answers them; an answer at the end of a record takes no part."""
+    answered = [*TURNS, {"role": "assistant", "content": "It."}]
+    rows: list[dict[str, object]] = [
+        {"id": 1, "messages": GOING_ON},
+        {"id": 2, "messages": answered, "output": "old"},
+    ]
+    file, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script(*common, "--prompts", file, "--output", out)
+    model = lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
+    wanted = model.chat_batch([GOING_ON, TURNS], max_new_tokens=40, temperature=1.0)
+    given = [{"id": 1, "messages": GOING_ON}, {"id": 2, "messages": answered}]
+    assert json_lines(out) == [row | {"output": text} for row, text in zip(given, wanted, strict=True)]
+
+
+def test_conversations_in_sharegpts_form_are_answered(tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    said = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    file.write_text(json.dumps({"conversations": said}) + "\n")
+    (prompt,) = read_prompts(file)
+    assert [(message.role, message.content) for message in prompt.messages] == [("user", "Say it.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "message"),
+    [
+        ({"messages": TURNS[1]}, (), r"asked.jsonl:2: 'messages' is an object; expected a list of messages"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}]},
+            (),
+            r"2: 'messages' has no message to answer",
+        ),
+        ({"instruction": "Say it."}, (), r"asked.jsonl:2: 'messages' is null; expected a list of messages"),
+        ({"messages": TURNS}, ("--choices", "a,b"), r"asked.jsonl:1: --choices answers tasks"),
+    ],
+    ids=["no list", "no question", "a task", "choices"],
+)
+def test_conversations_that_cannot_be_answered_are_refused(
+    row: dict[str, object],
+    more: tuple[str, ...],
+    message: str,
+    adapter: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    file, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({"messages": TURNS}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        script("--adapter", adapter, "--base", tiny_base, *CHOICES, "--prompts", file, "--output", out, *more)
+    assert not out.exists()

@@ -16,7 +16,7 @@ from lit_adapter.streams import say
 
 BATCH_SIZE = 16
 PROMPTS = (
-    "a JSON, JSONL, CSV, TSV or Parquet file of instruction and input, as for training; a .txt file with an "
+    "a JSON, JSONL, CSV, TSV or Parquet file of tasks or conversations, as for training; a .txt file with an "
     "instruction on each line; or - for standard input: JSONL, a JSON array, CSV whose first line "
     "names the instruction's column, or plain text"
 )

@@ -20,6 +20,7 @@ from lit_adapter.errors import UserError, visible
 from lit_adapter.files.paths import refuse_input
 from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.generation.chatting import prompt_of
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices
 from lit_adapter.generation.load import load
 from lit_adapter.generation.prompt_file import (
@@ -175,15 +176,16 @@ def answer_file(
     with count_progress("answering", len(prompts), len(answers.lines)) as finished:
 
         def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:
-            tasks = [(prompt.instruction, prompt.input) for prompt in group]
             try:
                 if choices:
+                    tasks = [(prompt.instruction, prompt.input) for prompt in group]
                     scored = model.choose_batch(
                         tasks, choices=choices, batch_size=batch_size, finished=finished
                     )
                     return [_chosen(found, choices, answer_columns) for found in scored]
-                texts = model.generate_batch(
-                    tasks, batch_size=batch_size, finished=finished, **asdict(sampling)
+                asked = [_ids(model, prompt) for prompt in group]
+                texts = model.continue_batch(
+                    asked, batch_size=batch_size, finished=finished, **asdict(sampling)
                 )
                 return [{columns.output: text} for text in texts]
             except torch.OutOfMemoryError:
@@ -194,6 +196,13 @@ def answer_file(
 
         answers.run(answer_group)
     return len(prompts)
+
+
+def _ids(model: AdaptedLlama, prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt, as the model's template has it."""
+    if prompt.messages:
+        return prompt_of(model.tokenizer, model.template, prompt.messages, prompt.tools)
+    return model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)
 
 
 def _refuse_choice_columns(columns: Columns) -> None:
@@ -227,9 +236,11 @@ def _check_prompts(
     for prompt in prompts:
         task = (prompt.instruction, prompt.input)
         try:
+            if choices and prompt.messages:
+                raise UserError("--choices answers tasks; this is a conversation")
             if choices:
                 encode_choices(model.tokenizer, model.template, task, choices, config.context_length)
             else:
-                check_prompt(config, model.template.encode_prompt(model.tokenizer, *task), sampling)
+                check_prompt(config, _ids(model, prompt), sampling)
         except UserError as error:
             raise UserError(f"{prompt.origin}: {error}") from None

@@ -11,18 +11,21 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.config import Columns
+from lit_adapter.data.conversations import messages_of, tools_of
 from lit_adapter.data.formats import SUFFIXES, check_no_columns, rows_of, rows_of_input
 from lit_adapter.data.strict_json import Row
 from lit_adapter.data.tasks import DEFAULT_COLUMNS, tasks_of
-from lit_adapter.errors import UserError
+from lit_adapter.errors import UserError, shorten
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import write_target
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import append_bytes, write_bytes
+from lit_adapter.text.conversation import Message
 
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
@@ -33,7 +36,7 @@ STANDARD_INPUT = Path("-")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One task of the file."""
+    """One task of the file, or a conversation that is to be answered."""
 
     instruction: str
     input: str
@@ -41,6 +44,10 @@ class Prompt:
     """``file:line``, for messages."""
     row: Mapping[str, Any]
     """What the answer's row begins with: the file's columns, without those of answers."""
+    messages: Sequence[Message] = ()
+    """Of a conversation, which has them in place of instruction and input."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What the assistant of a conversation may call."""
 
     def line(self, answer: Mapping[str, Any]) -> bytes:
         """Return the output file's line with the columns of the answer."""
@@ -52,12 +59,15 @@ class Prompt:
 def read_prompts(
     path: Path, columns: Columns = DEFAULT_COLUMNS, answer_columns: Sequence[str] = (DEFAULT_COLUMNS.output,)
 ) -> list[Prompt]:
-    """Read the tasks of a data file, a ``.txt`` file (an instruction on each line) or standard input (``-``).
+    """Read the prompts of a data file, a ``.txt`` file (instructions, a line each) or standard input (``-``).
+
+    The first record tells whether they are tasks or conversations. A conversation is answered after its last
+    message that is not the assistant's.
 
     ``answer_columns`` of the file are left out: the answers take their place.
 
     Raises:
-        UserError: the file is unreadable or malformed, or a record is not a task; names file and line.
+        UserError: the file is unreadable or malformed, or a record is neither; names file and line.
     """
     name = "standard input" if path == STANDARD_INPUT else str(path)
     if path == STANDARD_INPUT:
@@ -67,13 +77,43 @@ def read_prompts(
         if path.suffix.lower() == ".txt":
             check_no_columns(columns, name)
     replaced = set(answer_columns) - {columns.instruction, columns.input}
-    prompts = []
-    for line, values, instruction, input in tasks_of(rows, columns, name, "--columns"):
-        row = _plain({key: value for key, value in values.items() if key not in replaced})
-        prompts.append(Prompt(instruction, input, f"{name}:{line}", row))
-    if not prompts:
+
+    def kept(values: Mapping[str, Any]) -> Any:
+        return _plain({key: value for key, value in values.items() if key not in replaced})
+
+    first = next(rows := iter(rows), None)
+    if first is None:
         raise UserError(f'{name}: no record; expected objects such as {{"instruction": ..., "input": ...}}')
+    rows, key = chain([first], rows), _conversations_in(first[1], columns)
+    if key is None:
+        tasks = tasks_of(rows, columns, name, "--columns")
+        return [Prompt(task, input, f"{name}:{line}", kept(row)) for line, row, task, input in tasks]
+    prompts = []
+    for line, values in rows:
+        where = f"{name}:{line}"
+        messages, tools = (
+            _asked(values.get(key), key, where),
+            tools_of(values.get(columns.tools), "tools", where),
+        )
+        prompts.append(Prompt("", "", where, kept(values), messages, tools))
     return prompts
+
+
+def _conversations_in(values: Mapping[str, Any], columns: Columns) -> str | None:
+    """Return the column that has conversations; None in a file of tasks."""
+    if columns.instruction in values:
+        return None
+    return next((key for key in (columns.messages, columns.conversations) if key in values), None)
+
+
+def _asked(value: Any, key: str, where: str) -> list[Message]:
+    """Return a conversation without the answers at its end."""
+    messages = messages_of(value, key, where)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not messages:
+        raise UserError(f"{where}: {shorten(key)} has no message to answer; add the user's")
+    return messages
 
 
 def _standard_input(columns: Columns) -> Iterator[Row]:
