@@ -313,7 +313,7 @@ def test_a_reader_that_does_not_read_loses_its_slot(hasty: Running, monkeypatch:
     from lit_adapter.serving import replies
 
     plain = replies._line
-    monkeypatch.setattr(replies, "_line", lambda value: plain(value) + b": " + b"x" * 300_000 + b"\n\n")
+    monkeypatch.setattr(replies, "_line", lambda value: plain(value) + b": " + b"x" * 3_000_000 + b"\n\n")
     body = {**ASK, "max_tokens": 80, "stream": True, "logit_bias": {"0": -100, "1": -100}}
     content = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", hasty.port)) as connection:

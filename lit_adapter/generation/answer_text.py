@@ -26,6 +26,8 @@ class AnswerText:
         if self.stopped:
             return ""
         text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
+        if not self.stop:
+            return text
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if places:
             self.stopped, self.held = True, ""

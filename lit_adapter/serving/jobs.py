@@ -70,6 +70,8 @@ class Job:
             event = await self.queue.get()
             left -= event.finish is not None
             if event.error is not None:
+                if event.text:
+                    yield Event(event.index, event.text, event.tokens)
                 raise told(event.error)
             yield event
 

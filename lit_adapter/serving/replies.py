@@ -12,6 +12,8 @@ from lit_adapter.serving.protocol import ChatRequest, CompletionRequest
 from lit_adapter.serving.worker import Event, Token
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `json.dumps` would make one each time
+
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
     """Return a token's own text; of a part of a character, its bytes in hexadecimal."""
@@ -181,12 +183,12 @@ async def stream(job: Job, begun: Callable[[], None]) -> AsyncIterator[bytes]:
         async for event in job.events():
             begun()
             said = echo(event)
+            deltas = []
             if said.text or said.tokens:
-                delta = shape.delta(said.index, said.text, said.tokens, None)
-                yield _line({**shape.chunk, "choices": [delta], **usage})
+                deltas.append(shape.delta(said.index, said.text, said.tokens, None))
             if said.finish is not None:
-                delta = shape.delta(said.index, "", (), said.finish)
-                yield _line({**shape.chunk, "choices": [delta], **usage})
+                deltas.append(shape.delta(said.index, "", (), said.finish))
+            yield b"".join(_line({**shape.chunk, "choices": [delta], **usage}) for delta in deltas)
         if usage:
             yield _line({**shape.chunk, "choices": [], "usage": job.usage})
     except ApiError as error:
@@ -196,4 +198,4 @@ async def stream(job: Job, begun: Callable[[], None]) -> AsyncIterator[bytes]:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _JSON.encode(value).encode() + b"\n\n"

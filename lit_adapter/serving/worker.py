@@ -1,7 +1,8 @@
 """The thread that takes the engine's steps; it alone computes. Other threads hand it choices and cancel them.
 
 A choice waits in a queue until a slot is free, is read by the next step and answered with all others. Its
-events, pieces of text with their tokens, go to whoever listens after each step, all of them in one call.
+events, pieces of text with their tokens, go to whoever listens after a step, all of them in one call. On a
+fast device an event has the tokens of several steps: sending each alone would take longer than computing it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.answer_text import AnswerText
@@ -28,10 +30,11 @@ BURST_SECONDS = 0.02
 """How long the first request of a burst waits at most for the others, to be read with them."""
 BURST_TOKENS = 1024
 """Of prompts that are read together before any answer begins; what is beyond is read between steps."""
+EVENT_SECONDS = 0.02
+"""Least time between two events of an answer; the first one, and the last, come as soon as they can."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token of a prompt or an answer, with the place in the text at which its own text begins."""
 
     id: int
@@ -41,7 +44,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step has brought for a choice."""
+    """What one step or several have brought for a choice."""
 
     index: int
     text: str = ""
@@ -70,31 +73,51 @@ class Choice:
     """Asks for the likelihoods of the prompt, with this many of the most likely tokens; None for none."""
     cancelled: bool = False
     queued: float = field(default_factory=time.monotonic)
-    n_new: int = 0
+    n_counted: int = 0
+    """Tokens of the answer that are in the metrics."""
     last: float = 0.0
     """When the newest token came; 0 before the first."""
+    begun: bool = False
+    """Whether it has had an event."""
 
     def __post_init__(self) -> None:
         self.text = AnswerText(self.model.tokenizer, self.stop)
-        self.released = 0  # characters of the answer that were sent
-        self.held: list[Token] = []  # tokens whose text was not sent yet
+        self.released = 0  # characters of the answer that were taken
+        self.read = ""  # text that was not taken yet
+        self.held: list[Token] = []  # tokens whose text was not taken yet
 
-    def take(self) -> Event | None:
-        """Return what the newest tokens of its request have brought; None if that is nothing."""
+    @property
+    def n_new(self) -> int:
+        """Number of tokens of the answer so far."""
+        return 0 if self.request is None else self.request.n_new
+
+    def take(self, *, due: bool = True) -> Event | None:
+        """Return what the tokens since its last event have brought; None if that is nothing.
+
+        If it is not ``due``, an answer that goes on is only searched for its stop texts.
+        """
         request = self.request
         assert request is not None
-        text = ""
+        due = due or request.ended or not self.begun
+        if due or self.stop:
+            self._read(request)
+        return self._event(request) if due or self.text.stopped else None
+
+    def _read(self, request: Request) -> None:
+        """Make text of the newest tokens, up to a stop text."""
         while request.news and not self.text.stopped:
             token = request.news.popleft()
             likelihood = request.likelihoods.popleft() if request.likelihoods else None
-            offset = self.released + len(text) + len(self.text.held)
+            offset = self.released + len(self.read) + len(self.text.held)
             self.held.append(Token(token, offset, likelihood))
-            self.n_new += 1
-            text += self.text.push(token)
-        ended = request.ended or self.text.stopped
+            self.read += self.text.push(token)
         if request.ended and request.error is None:
-            text += self.text.push(None)
+            self.read += self.text.push(None)
+
+    def _event(self, request: Request) -> Event | None:
+        text, self.read = self.read, ""
         self.released += len(text)
+        ended = request.ended or self.text.stopped
         sent = [
             token for token in self.held if token.offset < self.released or (ended and not self.text.stopped)
         ]
@@ -105,6 +128,7 @@ class Choice:
             finish = "length" if full else "stop"
         if not (text or sent or finish):
             return None
+        self.begun = True
         return Event(self.index, text, sent, finish, request.error)
 
 
@@ -126,6 +150,7 @@ class Worker:
         self._work = threading.Event()
         self._closed: ApiError | None = None
         self._coming = 0
+        self._due = 0.0  # when events of answers that go on are sent next
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -250,35 +275,37 @@ class Worker:
             self._running.remove(choice)
 
     def _hand_on(self, started: float) -> None:
-        """Deliver what a step has brought, and leave the slots of what has ended."""
-        now, n_new = time.monotonic(), 0
+        """Deliver what is due after a step, and leave the slots of what has ended."""
+        now = time.monotonic()
         self.metrics.step.observe(now - started)
+        if due := now >= self._due:
+            self._due = now + EVENT_SECONDS
+        running = [choice for choice in self._running if not choice.cancelled]
+        self.metrics.tokens.inc(sum(self._observe(choice, now) for choice in running))
         left: list[Choice] = []
-        for choice in self._running:
-            if choice.cancelled:
-                continue
-            before = choice.n_new
-            event = choice.take()
-            n_new += choice.n_new - before
-            if choice.n_new > before:
-                self._observe(choice, now)
+        for choice in running:
+            event = choice.take(due=due)
             if event is not None:
                 choice.deliver(event)
             if event is None or event.finish is None:
                 left.append(choice)
             elif choice.request is not None and not choice.request.ended:
                 self.engine.cancel(choice.request)  # at a stop text
-        self.metrics.tokens.inc(n_new)
         with self._lock:
             self._running = left
             self._count()
 
-    def _observe(self, choice: Choice, now: float) -> None:
-        if choice.last:
-            self.metrics.between_tokens.observe(now - choice.last)
-        else:
-            self.metrics.first_token.observe(now - choice.queued)
-        choice.last = now
+    def _observe(self, choice: Choice, now: float) -> int:
+        """Note when a choice's newest tokens came, and return how many they are."""
+        n_new = choice.n_new - choice.n_counted
+        if n_new:
+            choice.n_counted = choice.n_new
+            if choice.last:
+                self.metrics.between_tokens.observe(now - choice.last)
+            else:
+                self.metrics.first_token.observe(now - choice.queued)
+            choice.last = now
+        return n_new
 
     def _count(self) -> None:
         self.metrics.queue.set(len(self._waiting))
@@ -292,7 +319,11 @@ class Worker:
             self._waiting.clear()
             self._count()
         for choice in ended:
+            event = None
             if choice.request is not None:
+                event = None if choice.cancelled else choice.take()  # tokens that were not due yet
                 self.engine.cancel(choice.request)
-            if not choice.cancelled:
+            if event is not None:
+                choice.deliver(event)
+            if not choice.cancelled and (event is None or event.finish is None):
                 choice.deliver(Event(choice.index, finish="stop", error=self._closed))
