@@ -389,6 +389,23 @@ def test_prompts_read_in_pieces_give_the_same_answers(most: int) -> None:
     assert [request.answer for request in requests] == wanted
 
 
+def test_prompts_of_one_adapter_are_read_together_before_those_of_another() -> None:
+    """Reading an adapter's prompts takes a launch of its own; the one that has waited longest comes first."""
+    engine, adapters = Engine(), eight(base_of())
+    engine.prompt_tokens = 8
+    first = Request(PROMPTS[0], Sampling(max_new_tokens=40), adapters[0])
+    engine.add(first)
+    engine.step()
+    waiting = [Request([5, 9, 3, n], Sampling(max_new_tokens=30), adapters[n % 2]) for n in range(6)]
+    for request in waiting:
+        engine.add(request)
+    begun = []
+    for _ in range(3):
+        engine.step()
+        begun.append([n for n, request in enumerate(waiting) if request.answer])
+    assert begun == [[0, 2], [0, 1, 2, 3], list(range(6))]
+
+
 def test_a_request_cancelled_while_its_prompt_is_read_frees_its_slot() -> None:
     engine, adapters = Engine(), eight(base_of())
     engine.prompt_tokens = 4

@@ -139,10 +139,13 @@ class Lane:
     def _read(self, most: int | None) -> None:
         """Read prompts, ``most`` tokens of them or all, and choose the first tokens of those that are read.
 
-        Whole prompts with the same adapter are read together.
+        Whole prompts with the same adapter are read together; the earliest prompt's adapter comes first.
         """
-        groups: dict[Prefixes | Request, list[tuple[Request, int]]] = {}
+        turn: dict[Prefixes, int] = {}
         for request in self.reading:
+            turn.setdefault(request.adapter.prefixes, len(turn))
+        groups: dict[Prefixes | Request, list[tuple[Request, int]]] = {}
+        for request in sorted(self.reading, key=lambda request: turn[request.adapter.prefixes]):
             left = len(request.prompt) - request.length
             n = left if most is None else min(left, most)
             if not n:
