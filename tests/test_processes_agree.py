@@ -69,6 +69,7 @@ def test_gradients_agree_and_adapters_as_far_as_adamw_lets_them(
         "--trainer.keep_checkpoints",
         "9",
     ]
+    options += ["--adapter.norms", "false"]  # one rate for all
     options += ["--trainer.samples", "0", "--trainer.val_every", "100", "--trainer.precision", precision]
     config = tiny(*options, out="one")
     assert finetune(config, say=Stopper()) == 0

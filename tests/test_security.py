@@ -73,7 +73,8 @@ def test_options_name_no_classes(option: str) -> None:
 def test_curves_end_on_a_full_disk_and_the_run_does_not(tiny: Callable[..., Config]) -> None:
     """No file may grow beyond 30 kB: event files do, checkpoints and the adapter do not."""
     lines, limits = Stopper(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    config = tiny("--optim.max_steps", "40", "--trainer.save_every", "100", "--trainer.samples", "0")
+    options = ("--adapter.norms", "false", "--optim.max_steps", "40", "--trainer.save_every", "100")
+    config = tiny(*options, "--trainer.samples", "0")
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
     try:
         assert finetune(config, say=lines) == 0

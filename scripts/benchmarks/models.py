@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lit_adapter.errors import UserError
+from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.weights.load import load_base
@@ -72,7 +73,8 @@ class Base:
     @property
     def n_bytes(self) -> int:
         """Bytes of the frozen weights, a tied output layer counted once."""
-        own = [p for name, p in self.model.named_parameters() if ".prefix." not in name]
+        trained = {name for name, _ in adapter_parameters(self.model)}
+        own = [p for name, p in self.model.named_parameters() if name not in trained]
         return sum(parameter.numel() * parameter.element_size() for parameter in own)
 
 
@@ -116,8 +118,10 @@ def causal_model(base: Base) -> Any:
     config.dtype = base.dtype
     with torch.device("meta"):
         causal: Any = transformers.AutoModelForCausalLM.from_config(config)
-    own = {name: p for name, p in base.model.state_dict().items() if ".prefix." not in name}
-    state = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in own.items()}
+    state = base.model.state_dict()
+    for name, _ in adapter_parameters(base.model):
+        del state[name]
+    state = {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in state.items()}
     causal.load_state_dict(state, strict=True, assign=True)
     if config.tie_word_embeddings:
         causal.lm_head.weight = causal.model.embed_tokens.weight
