@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from interpreted import YARN, without_a_device
+from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 
 from lit_adapter.generation.adapter import Adapter, attached
@@ -29,7 +30,7 @@ FORMS = [
     None,
     AdapterConfig(prompt_length=5, norms=True),
     AdapterConfig(prompt_length=0, norms=True),
-    AdapterConfig(layers=1, prompt_length=4, gate="channel"),
+    paper(layers=1, prompt_length=4, gate="channel"),
 ]
 VOCAB = 67
 SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}

@@ -84,11 +84,11 @@ def model_of(case: dict[str, Any], seed: int) -> Llama:
     return open_adapter(model, adapter, seed=seed)
 
 
-def row_of(case: dict[str, Any], seed: int) -> PackedRow:
-    data = encoded(seed, 20, cut=bool(seed % 2), longest=60)
+def row_of(case: dict[str, Any], seed: int, n_records: int = 20) -> PackedRow:
+    data = encoded(seed, n_records, cut=bool(seed % 2), longest=60)
     mask_prompt = case.get("mask_prompt", True)
     packer = Packer(data, shared_preambles(data), mask_prompt=mask_prompt, row_tokens=100_000)
-    return packer.row(list(range(20)))
+    return packer.row(list(range(n_records)))
 
 
 def placed(model: Llama, base: torch.dtype, adapter: torch.dtype, device: str = "cuda") -> Llama:
