@@ -74,7 +74,11 @@ class Site:
         return self.head_norms.turned(q, kv, self.query_rotation, self.rotation)
 
     def unturned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries, keys and values as the product gave them, from what a block keeps of them."""
+        """Return queries, keys and values as the product gave them, from what a block keeps of them.
+
+        Rotated, they are rounded beside the channel that they turn with. So a V2 scale that is 0.1 of that
+        channel's has a gradient 1 % off in bf16, one of 0.01 is 8 % off (of random queries, 512 tokens).
+        """
         if self.head_norms is not None:
             return q, kv
         q, kv = q.clone(), kv.clone()
