@@ -1,27 +1,25 @@
 """The comparison of serving: a server's rate beside the engine's own, and the time to first tokens.
 
-The clients run in the server's process. Under load, requests arrive by a Poisson process, which
-does not wait for answers.
+The clients have a process of their own, so that what they compute is not the server's. Under load, requests
+arrive by a Poisson process, which does not wait for answers.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import random
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
+from benchmarks.clients import Answered, Clients, Seconds
 from benchmarks.report import Report, Row
 from lit_adapter.files.read import read_json
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -38,20 +36,6 @@ from lit_adapter.serving.run import serve
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, save_adapter
-
-Seconds = list[float]
-
-
-@dataclass
-class Answered:
-    """When the tokens of one streamed answer came, in seconds after it was asked for."""
-
-    times: Seconds
-
-    @property
-    def first(self) -> float:
-        """Time to the first token."""
-        return self.times[0]
 
 
 def save_adapters(
@@ -106,68 +90,22 @@ def load_many(report: Report, options: ServerOptions, paths: Sequence[Path], num
 @contextmanager
 def served(**options: Any) -> Iterator[str]:
     """Run a server in a thread, and give its address."""
-    found: list[tuple[str, Callable[[], None]]] = []
-    ready = threading.Event()
+    ready: Future[tuple[str, Callable[[], None]]] = Future()
 
-    def told(url: str, stop: Callable[[], None]) -> None:
-        found.append((url, stop))
-        ready.set()
+    def run() -> None:
+        try:
+            serve(ServerOptions(port=0, **options), lambda *found: ready.set_result(found))
+        except BaseException as error:
+            ready.set_exception(error)
 
-    thread = threading.Thread(target=lambda: serve(ServerOptions(port=0, **options), told), daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    if not ready.wait(600):
-        raise RuntimeError("the server is not ready after ten minutes")
+    url, stop = ready.result(600)
     try:
-        yield found[0][0]
+        yield url
     finally:
-        found[0][1]()
+        stop()
         thread.join()
-
-
-async def ask(url: str, model: str, prompt: Sequence[int], n_new: int) -> Answered:
-    """Ask for one streamed answer that does not end before its last token."""
-    body = {"model": model, "prompt": list(prompt), "max_tokens": n_new, "temperature": 0, "stream": True}
-    body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
-    content = json.dumps(body).encode()
-    place = urlsplit(url)
-    started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    writer.write(head.encode() + content)
-    times = []
-    async for line in reader:
-        if line.startswith(b'data: {"id"') and b'"finish_reason":null' in line:
-            times.append(time.perf_counter() - started)
-    writer.close()
-    if not times:
-        raise RuntimeError("an answer without a token")
-    return Answered(times)
-
-
-async def together(
-    url: str, models: Sequence[str], prompts: Sequence[Sequence[int]], n_new: int
-) -> list[Answered]:
-    """Ask for all answers at once."""
-    return await asyncio.gather(*(ask(url, m, p, n_new) for m, p in zip(models, prompts, strict=True)))
-
-
-async def arrivals(
-    url: str,
-    models: Sequence[str],
-    prompt: Callable[[], list[int]],
-    n_new: int,
-    rate: float,
-    number: int,
-    seed: int,
-) -> list[Answered]:
-    """Ask for ``number`` answers at a mean of ``rate`` a second, by a Poisson process."""
-    chance = random.Random(seed)
-    tasks = []
-    for n in range(number):
-        tasks.append(asyncio.create_task(ask(url, models[n % len(models)], prompt(), n_new)))
-        await asyncio.sleep(chance.expovariate(rate))
-    return await asyncio.gather(*tasks)
 
 
 def by_engine(models: Sequence[AdaptedLlama], prompts: Sequence[Sequence[int]], n_new: int) -> None:
@@ -182,7 +120,7 @@ def by_engine(models: Sequence[AdaptedLlama], prompts: Sequence[Sequence[int]], 
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds that work takes, and those of processors in this process, the server's too."""
+    """Return the seconds that work takes, and those of processors in this process, the clients' excepted."""
     started, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - started, time.process_time() - cpu
@@ -214,28 +152,29 @@ def compare(options: Any, report: Report) -> None:
         models = {name: plain.with_adapter(path) for name, path in (paths | normed).items()}
         names = list(paths)
         given = {"base": base, "adapters": paths | normed, "device": options.device, "slots": streams}
-        with served(**given, context=max(1400, length + n_new), dtype=options.base_dtype) as url:
+        context = max(1400, length + n_new)
+        with served(**given, context=context, dtype=options.base_dtype) as url, Clients(url) as clients:
             for kinds in dict.fromkeys((1, min(8, streams), streams)):
                 for kind, of in (("", names), (" with norms", list(normed))):
                     asked = [of[n % kinds] for n in range(streams)]
-                    _rates(report, url, asked, models, prompt, n_new, options.repeats, kind)
-            alone = [asyncio.run(ask(url, names[0], prompt(512), 2)).first for _ in range(5)]
+                    _rates(report, clients, asked, models, prompt, n_new, options.repeats, kind)
+            alone = [clients.ask(names[0], prompt(512), 2).first for _ in range(5)]
             _put(report, "first token of 512, idle", first=alone)
             capacity = report.rows[f"server, {streams} streams, {streams} adapters"]["useful_tokens_per_s"]
-            found = asyncio.run(
-                arrivals(url, names, prompt, n_new, 0.75 * capacity / n_new, 6 * streams, options.seed)
-            )
+            asked = [names[n % streams] for n in range(6 * streams)]
+            rate = 0.75 * capacity / n_new
+            found = clients.arrivals(asked, [prompt() for _ in asked], n_new, rate, options.seed)
             _put(report, f"first token of {length}, 75 % load", first=[each.first for each in found])
             shared = prompt(1000)
-            cold = asyncio.run(ask(url, names[0], shared + prompt(20), 2)).first
-            warm = [asyncio.run(ask(url, names[0], shared + prompt(20), 2)).first for _ in range(3)]
+            cold = clients.ask(names[0], shared + prompt(20), 2).first
+            warm = [clients.ask(names[0], shared + prompt(20), 2).first for _ in range(3)]
             _put(report, "shared start of 1,000: first request", first=[cold])
             _put(report, "shared start of 1,000: later requests", first=warm)
 
 
 def _rates(
     report: Report,
-    url: str,
+    clients: Clients,
     names: Sequence[str],
     models: dict[str, AdaptedLlama],
     prompt: Callable[[], list[int]],
@@ -251,7 +190,7 @@ def _rates(
         prompts = [prompt() for _ in names]  # new ones: the server would not compute known ones again
         engine = timed(lambda: by_engine(own, prompts, n_new))  # noqa: B023
         found: list[Answered] = []
-        server = timed(lambda: found.extend(asyncio.run(together(url, names, prompts, n_new))))  # noqa: B023
+        server = timed(lambda: found.extend(clients.together(names, prompts, n_new)))  # noqa: B023
         rates["engine"].append(n_tokens / engine[0])
         rates["server"].append(n_tokens / server[0])
         ratios.append(engine[0] / server[0])
