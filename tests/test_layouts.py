@@ -69,9 +69,8 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     one_state, other_state = (load_file(out / "adapter.safetensors") for out in (one, other))
     assert one_state.keys() == other_state.keys()
     for name, tensor in one_state.items():
-        torch.testing.assert_close(
-            other_state[name], tensor, rtol=0, atol=5e-6, msg=name
-        )  # AdamW divides rounding by small gradients
+        # AdamW divides rounding by gradients that are small.
+        torch.testing.assert_close(other_state[name], tensor, rtol=0, atol=5e-6, msg=name)
 
 
 @pytest.mark.slow
