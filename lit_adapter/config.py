@@ -166,7 +166,7 @@ class OptimConfig:
     """Records in one optimizer step, summed over all devices; null: 4 to 64, for 100 steps or more."""
     row_tokens: int | None = None
     """Longest packed row, which is a micro-batch, in tokens; null: chosen by device. It changes memory and
-    speed, and results only through what adapter.dropout draws."""
+    speed, and results only through what dropout draws."""
     epochs: float | None = None
     """Passes over the training records; null: 3, or up to 8 where steps of 4 records make fewer than 100."""
     max_steps: int | None = None

@@ -220,7 +220,8 @@ class AdapterConfig:
     """Learned prompt tokens per adapted layer (K). 0, with v2, norms or lora only: no prompts, so that
     scripts/merge.py can merge base and adapter into a plain LLaMA."""
     layers: int | None = None
-    """How many of the top layers carry a prefix (L), and with norms train their norms; null means all."""
+    """How many of the top layers carry a prefix (L); null means all. Without v2 and LoRA, only the norms of
+    these layers and the last one are trained."""
     gate: GateName = "token"
     """What scales the prefix: one gate per head and prompt token (token), per head (identity), per layer
     (layer), or per head and channel (channel); or, the paper's, one per head, squashed into -1 to 1 by tanh
@@ -233,10 +234,11 @@ class AdapterConfig:
     dropout: float = 0.0
     """Dropout on the prefix attention weights while training."""
     version: Literal["v1", "v2"] = "v1"
-    """v1: prompts and gates. v2: also every norm, and a bias and a scale on every linear layer."""
+    """v1: prompts and gates, and norms as adapter.norms says. v2: also every norm, and a bias and a scale on
+    every linear layer."""
     norms: bool | None = None
-    """Train the weight of every norm too, without v2's biases and scales; null: with prompts, but not beside
-    LoRA. v2 always trains them."""
+    """Train the weights of the norms too, without v2's biases and scales. null: true with prompts, but false
+    with LoRA. v2 always trains them."""
     head: bool = False
     """v2: a bias and a scale on the output layer (lm_head) too."""
     lora: LoraConfig = field(default_factory=LoraConfig)
