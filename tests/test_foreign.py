@@ -288,6 +288,19 @@ def test_a_gate_per_head_is_the_same_gate_for_every_token(tmp_path: Path, bases:
     torch.testing.assert_close(found, logits_of(ours, 2), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
+def test_norms_of_upper_layers_alone_go_to_no_v2_file(
+    tmp_path: Path, bases: dict[int, Path], target: str
+) -> None:
+    """Which would have ones in place of the base's norms below them."""
+    ours = own_adapter(
+        tmp_path / "ours.safetensors", bases[4], paper(norms=True, layers=1, gate="identity"), 4
+    )
+    with pytest.raises(UserError, match=r"trains none below layer \d; train one with adapter\.layers null"):
+        converted(ours, tmp_path / "there.pth", bases[4], to=target)
+    assert not (tmp_path / "there.pth").exists()
+
+
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("target", ["lit-llama", "litgpt"])
 def test_norms_go_to_a_v2_file(tmp_path: Path, bases: dict[int, Path], target: str, length: int) -> None:

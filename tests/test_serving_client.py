@@ -29,7 +29,7 @@ from lit_adapter.generation.loaded_models import LoadedModels
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.terminal import Conversation, converse
 from lit_adapter.model.cpu_decode import CpuDecode
-from lit_adapter.serving import client
+from lit_adapter.serving import client, worker
 from lit_adapter.serving.client import ServerModels, read_key
 
 KEY = "key-of-a-client-0123456789"
@@ -182,6 +182,7 @@ def test_ctrl_c_ends_an_answer_and_frees_its_slot(
         return plain(self, *given)
 
     monkeypatch.setattr(CpuDecode, "step", counted)
+    monkeypatch.setattr(worker, "EVENT_SECONDS", 0.0)  # the step that waits would keep back what is due later
     sampling = Sampling(max_new_tokens=150, temperature=1.5, seed=3)
     before = signal.getsignal(signal.SIGINT)
     with running(base=tiny_base, adapters=paths) as server:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from lit_adapter.model.llama import Block, Llama
+from lit_adapter.model.torch_internals import own_children
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,7 +21,8 @@ def framed(module: M) -> M:
     # Hooks and parameters are kept in dicts too; what is registered in the copy must not be in the module.
     values = vars(module).copy()  # a step in another thread may join the base's matrices meanwhile
     vars(own).update((name, x.copy() if isinstance(x, dict) else x) for name, x in values.items())
-    own._modules.update((name, framed(part)) for name, part in own._modules.items() if part is not None)
+    for name, part in own_children(own):
+        own.register_module(name, framed(part))
     if isinstance(own, Llama):
         own.decode_weights = None
     if isinstance(own, Block):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ BURST_SECONDS = 0.02
 BURST_TOKENS = 1024
 """Of prompts that are read together before any answer begins; what is beyond is read between steps."""
 EVENT_SECONDS = 0.02
-"""Least time between two events of an answer; the first one, and the last, come as soon as they can."""
+"""Least time between two moments at which answers that go on are sent; first and last events do not wait."""
 
 
 class Token(NamedTuple):
@@ -321,7 +321,8 @@ class Worker:
         for choice in ended:
             event = None
             if choice.request is not None:
-                event = None if choice.cancelled else choice.take()  # tokens that were not due yet
+                with suppress(Exception):  # it may be what ended the worker
+                    event = None if choice.cancelled else choice.take()  # tokens that were not due yet
                 self.engine.cancel(choice.request)
             if event is not None:
                 choice.deliver(event)

@@ -190,7 +190,9 @@ class _Rendered:
 
         None: the template fails then.
         """
-        other, messages = {"role": self.messages[at].role, "content": self.breaker}, request["messages"]
+        messages = request["messages"]
+        own = {} if self.messages[at].role == "assistant" else messages[at]  # a tool's answer has an id
+        other = {**own, "role": self.messages[at].role, "content": self.breaker}
         talk = {"messages": [*messages[:at], other, *messages[at + 1 :]], "add_generation_prompt": False}
         parts = {key: request[key] for key in ("template", "date", "common")}
         try:

@@ -95,7 +95,10 @@ def _what(info: AdapterInfo) -> str:
         output = ", and on the output layer" if config.head else ""
         text += f" Norms, and a bias and scale on every linear layer{output}."
     elif "norms" in config.parts:
-        text += " The weight of every norm."
+        whole = len(config.learning_layers(model.n_layer)) == model.n_layer
+        text += (
+            " The weight of every norm." if whole else " The weights of these layers' norms and of the last."
+        )
     if "lora" in config.parts:
         lora = config.lora
         text += f" LoRA of rank {lora.rank}, scaled by {lora.scale:g}, on {', '.join(sorted(lora.layers))}."

@@ -167,7 +167,8 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
         with_output = "with" if config.head else "without"
         found += f"; norms, biases and scales of all layers, {with_output} the output layer"
     elif "norms" in config.parts:
-        found += "; norms of all layers"
+        learning = config.learning_layers(model.n_layer)
+        found += f"; norms of {'all' if len(learning) == model.n_layer else 'these'} layers"
     if "lora" in config.parts:
         lora = config.lora
         found += f"; LoRA of rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.on)}"

@@ -113,8 +113,14 @@ class _Lit(Format):
         return names | {f"lm_head.adapter_{kind}": [f"lm_head.adapter_{kind}"] for kind in KINDS}
 
     def check_writable(self, config: AdapterConfig, model: LlamaConfig) -> None:
-        """Refuse LoRA, and queries before rotation."""
+        """Refuse LoRA, queries before rotation, and norms of the upper layers alone."""
         super().check_writable(config, model)
+        lowest = config.learning_layers(model.n_layer).start
+        if "norms" in config.parts and lowest:
+            raise UserError(
+                f"{self.name}'s V2 has norms of all layers, this adapter trains none below layer {lowest}; "
+                "train one with adapter.layers null, or with adapter.norms false"
+            )
         if "lora" in config.parts:
             raise UserError(
                 f"{self.name}'s adapters have no LoRA, so they cannot hold this one; "
