@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
     for course in options.courses:
         print(f"## {course}", frontier.table(results, course), sep="\n\n", end="\n\n")
     if options.plot:
-        frontier.plot(results, Path(options.plot))
+        from benchmarks.frontier_plot import plot
+
+        plot(results, Path(options.plot))
         print(f"wrote {options.plot}", file=sys.stderr)
     return 0
 

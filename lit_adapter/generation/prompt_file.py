@@ -91,10 +91,8 @@ def read_prompts(
     prompts = []
     for line, values in rows:
         where = f"{name}:{line}"
-        messages, tools = (
-            _asked(values.get(key), key, where),
-            tools_of(values.get(columns.tools), "tools", where),
-        )
+        messages = _asked(values.get(key), key, where)
+        tools = tools_of(values.get(columns.tools), "tools", where)
         prompts.append(Prompt("", "", where, kept(values), messages, tools))
     return prompts
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BURST_SECONDS = 0.02
 """How long the first request of a burst waits at most for the others, to be read with them."""
 BURST_TOKENS = 1024
-"""Of prompts that are read together before any answer begins; what is beyond is read between steps."""
+"""Of prompts, after which no other one is read before answers begin; the rest is read between steps."""
 EVENT_SECONDS = 0.02
 """Least time between two moments at which answers that go on are sent; first and last events do not wait."""
 
