@@ -508,9 +508,10 @@ def test_a_conversation_goes_on_in_captured_steps(gate: str | None) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_adapter_takes_of_the_device_what_decoding_reads(dtype: torch.dtype) -> None:
     """Prompts, gates and norms stay in the host's memory; likelihoods come out as with all of them there."""
-    base, kept, asked = adapted(4, 2, 64, None).to(dtype).cuda(), [], [1, 5, 9, 200, 7, 300, 11]
+    base, kept, asked = adapted(4, 2, 64, None).to(dtype), [], [1, 5, 9, 200, 7, 300, 11]
     form = AdapterConfig(layers=2, prompt_length=16, gate="token", norms=True)
-    wide = open_adapter(copy.deepcopy(base), form, seed=2).requires_grad_(False)
+    wide = open_adapter(copy.deepcopy(base), form, seed=2).requires_grad_(False).cuda()
+    base.cuda()
     state = adapter_state(wide)
     for number in range(9):
         if number == 1:

@@ -96,7 +96,9 @@ def test_a_run_goes_on_on_another_device(
         torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-LAYOUTS = [("ddp", 1, 1), ("ddp", 2, 1), ("fsdp2", 1, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)]
+TWO = [("ddp", 2, 1), ("fsdp2", 2, 1), ("fsdp2", 2, 2)]
+EIGHT = [("ddp", 8, 1), ("fsdp2", 8, 1), ("fsdp2", 8, 2)]
+LAYOUTS = [("ddp", 1, 1), ("fsdp2", 1, 1), *TWO, *EIGHT]
 
 
 @pytest.mark.parametrize(("strategy", "devices", "tensor_parallel"), LAYOUTS)

@@ -99,15 +99,15 @@ def _lora(rank: int, *on: str, K: int = 0, more: tuple[str, ...] = ()) -> tuple[
 def methods() -> list[Method]:
     """Return every method at the sizes that it can have on SmolLM2-135M, the smallest first."""
     lines: dict[str, list[tuple[str, ...]]] = {
-        "prefix, tanh gates": [_prefix(K) for K in (3, 10, 17, 35)],
+        "prefix, tanh gates": [_prefix(K) for K in (3, 10, 17, 35, 139)],
         "prefix, tanh gates, norms": [_prefix(8, *GENTLE_NORMS)],
-        "prefix, gates by token": [_prefix(K, TOKEN) for K in (3, 10, 17, 34)],
-        "prefix, gates by token, norms": [_prefix(K, TOKEN, *NORMS) for K in (1, 8, 15, 32)],
+        "prefix, gates by token": [_prefix(K, TOKEN) for K in (3, 10, 17, 34, 137)],
+        "prefix, gates by token, norms": [_prefix(K, TOKEN, *NORMS) for K in (1, 8, 15, 32, 135)],
         "prefix, gates by token, norms at 0.05": [_prefix(8, TOKEN, *GENTLE_NORMS)],
         "prefix, gates by token, unrotated": [_prefix(10, TOKEN, UNROTATED)],
         "prefix, gates by token, unrotated, norms": [_prefix(8, TOKEN, UNROTATED, *NORMS)],
         "prefix, gates by token, unrotated, norms at 0.05": [_prefix(8, TOKEN, UNROTATED, *GENTLE_NORMS)],
-        "LoRA on q, v": [_lora(rank, "q_proj", "v_proj") for rank in (1, 3, 5, 10)],
+        "LoRA on q, v": [_lora(rank, "q_proj", "v_proj") for rank in (1, 3, 5, 10, 42)],
         "LoRA on attention": [_lora(rank, "attention") for rank in (1, 2, 5, 21)],
         "LoRA on the MLP": [_lora(rank, "mlp") for rank in (1, 3, 13)],
         "LoRA on all": [_lora(rank, "all") for rank in (1, 2, 8)],
@@ -125,6 +125,12 @@ def methods() -> list[Method]:
             _lora(rank, "mlp", K=K, more=(TOKEN, UNROTATED)) for rank, K in ((1, 6), (3, 2), (12, 10))
         ],
         "prefix and LoRA on all": [_lora(1, "all", K=17, more=(TOKEN, UNROTATED))],
+        "prefix and LoRA on v, o and the MLP": [
+            _lora(rank, "v_proj", "o_proj", "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 3), (2, 6))
+        ],
+        "prefix and LoRA on all but k": [
+            _lora(rank, "q_proj", "v_proj", "o_proj", "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 1), (2, 2))
+        ],
     }  # fmt: skip
     return [Method(line, options) for line, sizes in lines.items() for options in sizes]
 
