@@ -129,7 +129,7 @@ def methods() -> list[Method]:
             _lora(rank, "v_proj", "o_proj", "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 3), (2, 6))
         ],
         "prefix and LoRA on all but k": [
-            _lora(rank, "q_proj", "v_proj", "o_proj", "mlp", K=K, more=(TOKEN,)) for rank, K in ((1, 1), (2, 2))
+            _lora(rank, "q_proj", "v_proj", "o_proj", "mlp", K=rank, more=(TOKEN,)) for rank in (1, 2)
         ],
     }  # fmt: skip
     return [Method(line, options) for line, sizes in lines.items() for options in sizes]
