@@ -125,6 +125,31 @@ def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None
         assert advice == ([f"trainer.strategy fsdp2 with trainer.devices {devices}"] if devices else [])
 
 
+@pytest.mark.parametrize("layout", ["ddp 2 1", "fsdp2 2 1", "fsdp2 2 2"])
+def test_memory_is_that_of_the_rows_of_one_process(
+    tiny: Callable[..., Config], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that share a step have shorter rows each; tensor-parallel ones have the same row."""
+    strategy, devices, parallel = layout.split()
+    found: list[int] = []
+
+    def noted(*given: Any) -> Sizes:
+        found.append(len(preflight.sizes(*given).row.ids))
+        raise StopIteration("planned")
+
+    monkeypatch.setattr("lit_adapter.training.plan.sizes", noted)
+    step = ("--optim.row_tokens", "16384", "--optim.batch_size", "40")
+    several = ("--trainer.strategy", strategy, "--trainer.devices", devices)
+    for options in ((), (*several, "--trainer.tensor_parallel", parallel)):
+        with pytest.raises(StopIteration, match="planned"):
+            finetune(tiny(*step, *options), say=Stopper(), dry_run=True)
+    whole, shared = found
+    if parallel == "2":
+        assert shared == whole
+    else:
+        assert 0.4 * whole < shared < 0.7 * whole  # half of the records, and the preamble again
+
+
 def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(trainer=TrainerConfig(keep_checkpoints=9))
     assert "are free" in check_disk(tmp_path, MODEL, config, 100)

@@ -47,8 +47,10 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
     """Return the sizes of the first steps' longest row, or of the longest record's if that needs more."""
     packer, options = data.train_packer, config.trainer
     device = placement.device
+    processes = n_processes(options, device)
+    sharing = processes // options.tensor_parallel  # the others of a group compute the same rows
     alone = [int(packer.encoded.length.argmax())]
-    rows = [row for records in data.first_steps(STEPS_LOOKED_AT) for row in packer.assign(records)]
+    rows = [row for records in data.first_steps(STEPS_LOOKED_AT) for row in packer.assign(records, sharing)]
     longest, fullest = packer.row(alone), packer.row(max([alone, *rows], key=packer.row_length))
     whole = device.type != "cuda" or whole_because(options)
     needed = Sizes(
@@ -59,7 +61,7 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
         placement.precision,
         device.type,
         recompute=options.recompute,
-        shards=n_processes(options, device) if is_sharded(options) else 1,
+        shards=processes if is_sharded(options) else 1,
         tensor_parallel=options.tensor_parallel,
         shardable_over=1 if whole else torch.cuda.device_count(),
     )
