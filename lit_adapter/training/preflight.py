@@ -37,7 +37,7 @@ from lit_adapter.training.module import WITHOUT_KERNELS
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
 
-STEPS_LOOKED_AT = 3
+STEPS_LOOKED_AT = 100
 HEADERS = 65_536
 """Most bytes of a checkpoint or adapter file that are not tensors."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
