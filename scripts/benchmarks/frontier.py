@@ -103,6 +103,9 @@ def methods() -> list[Method]:
         "prefix, tanh gates, norms": [_prefix(8, *GENTLE_NORMS)],
         "prefix, gates by token": [_prefix(K, TOKEN) for K in (3, 10, 17, 34, 137)],
         "prefix, gates by token, norms": [_prefix(K, TOKEN, *NORMS) for K in (1, 8, 15, 32, 135)],
+        "prefix, gates by token, norms, upper layers": [
+            _prefix(K, TOKEN, *NORMS, f"--adapter.layers={L}") for L, K in ((24, 10), (20, 13), (16, 16))
+        ],
         "prefix, gates by token, norms at 0.05": [_prefix(8, TOKEN, *GENTLE_NORMS)],
         "prefix, gates by token, unrotated": [_prefix(10, TOKEN, UNROTATED)],
         "prefix, gates by token, unrotated, norms": [_prefix(8, TOKEN, UNROTATED, *NORMS)],
