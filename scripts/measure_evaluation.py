@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--docs", type=int, default=40, help="questions of each task")
     parser.add_argument("--batch_size", type=int, default=16, help="of both models")
     parser.add_argument("--device", type=str, default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=str, required=True, help="where the rows go")
     args = parse(parser, argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -138,10 +139,10 @@ def measure(args: Any, paths: dict[str, Path]) -> Any:
     import lit_adapter
     from lit_adapter.evaluation.harness import HarnessModel
 
-    loaded = lit_adapter.load(base=args.base, device=args.device, dtype="float32")
+    loaded = lit_adapter.load(base=args.base, device=args.device, dtype=args.dtype)
     models = {
         "ours": HarnessModel(loaded, batch_size=args.batch_size),
-        "hf": HFLM(args.base, device=args.device, dtype="float32", batch_size=args.batch_size),
+        "hf": HFLM(args.base, device=args.device, dtype=args.dtype, batch_size=args.batch_size),
     }
     manager = TaskManager(include_defaults=False)
     for model in models.values():  # what the first call costs is not counted
