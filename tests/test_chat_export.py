@@ -84,6 +84,8 @@ def test_a_template_with_the_date_keeps_that_of_the_training(
     text = theirs.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     assert "26 Jul 2024, Friday: " in text
     assert theirs(text, add_special_tokens=False)["input_ids"] == prompt(template, ours, [message])
+    without = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(theirs.chat_template)
+    assert without.render(messages=[message], bos_token=theirs.bos_token, add_generation_prompt=True) == text
     computed = replace(template, jinja="{{ strftime_now('%Y' ~ '-%m') }}" + source)
     with pytest.raises(UserError, match="shows the date in a form that it computes"):
         chat_template(computed, ours)

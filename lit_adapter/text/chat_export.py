@@ -18,6 +18,8 @@ from lit_adapter.text.tokenizer import Tokenizer
 
 NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 """Asks for today's date in a form; other programs take their own day for it."""
+IS_DEFINED = re.compile(r"strftime_now is (not )?defined")
+"""Asks whether the program can tell today's date, which is not needed any more."""
 BETWEEN = "\n\n"
 """What stands between a system's and a user's words in a template that has one place for both."""
 _TASKS = Sources(
@@ -50,6 +52,7 @@ def _on(day: str, source: str) -> str:
     """
     then = datetime.fromisoformat(day)
     dated = NOW.sub(lambda call: _literal(then.strftime(call[1][1:-1])), source)
+    dated = IS_DEFINED.sub(lambda asked: "false" if asked[1] else "true", dated)
     if "strftime_now(" in dated:
         raise UserError("the chat template shows the date in a form that it computes; it cannot be exported")
     return dated
