@@ -21,7 +21,7 @@ from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, BlockLayout, Shape, block_layout, block_names
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.matrices import AffineMatrix, Matrix
-from lit_adapter.model.parts import TrainedModule, TrainedPart, share
+from lit_adapter.model.parts import TrainedModule, TrainedPart, share, whole
 
 
 class AdaptedLinear(TrainedModule):
@@ -79,9 +79,14 @@ class JoinedAffine:
         return [tensor for module in self.modules for tensor in (module.adapter_bias, module.adapter_scale)]
 
     def applied(self, matrix: Matrix) -> AffineMatrix:
-        """Return the layers' joined frozen ``matrix`` with them."""
-        bias, scale = (torch.cat([x.detach() for x in self.parameters[i::2]]) for i in range(2))
-        return AffineMatrix(matrix, scale, bias)
+        """Return the layers' joined frozen ``matrix`` with what this process computes of them."""
+        bias = torch.cat([module.adapter_bias.detach()[module.outputs] for module in self.modules])
+        return AffineMatrix(matrix, torch.cat(self._scales), bias * self.modules[0].bias_share)
+
+    @property
+    def _scales(self) -> list[Tensor]:
+        """The scale of each layer's outputs that this process computes."""
+        return [module.adapter_scale.detach()[module.outputs] for module in self.modules]
 
     def gradients(self, products: Tensor, total: Tensor) -> list[Tensor]:
         """Return the gradients of `parameters`.
@@ -90,12 +95,13 @@ class JoinedAffine:
             products: the sum of ``dy y`` over tokens ``[outputs]``: of an output y and its gradient.
             total: the sum of ``dy``.
         """
-        found, sizes = [], [len(module.adapter_scale) for module in self.modules]
-        parts = zip(self.modules, products.split(sizes), total.split(sizes), strict=True)
-        for module, product, sum_ in parts:
-            scale = module.adapter_scale.detach()
+        found, scales = [], self._scales
+        sizes = [len(scale) for scale in scales]
+        parts = zip(self.modules, scales, products.split(sizes), total.split(sizes), strict=True)
+        for module, scale, product, sum_ in parts:
             # y / s is W x + b. An output whose scale is 0 tells nothing of it, and its scale stays.
-            found += [scale * sum_, torch.where(scale == 0, 0, product / scale)]
+            own = (scale * sum_ * module.bias_share, torch.where(scale == 0, 0, product / scale))
+            found += [whole(gradient, module.adapter_scale, module.outputs) for gradient in own]
         return found
 
 

@@ -25,7 +25,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     reasons = (
         (setting.dtype not in (torch.bfloat16, torch.float16), f"the base is in {dtype}, not bfloat16"),
         (torch.is_autocast_enabled(), "precision is mixed"),
-        (model.n_shards > 1, f"{model.n_shards} processes share the attention heads"),
         (config.head_dim not in HEAD_SIZES, f"the attention heads have {config.head_dim} channels"),
         (any(len(prefix.prompt) > LONGEST_PROMPT for prefix in prefixes), f"K is above {LONGEST_PROMPT}"),
         (not all(module.active for module in trained), "the adapter is switched off"),

@@ -109,6 +109,8 @@ def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Ex
     fast = _FAST.get((setting.device.type, purpose))
     if fast is None:
         return Executor("modules")
+    if purpose == "decoding" and model.n_shards > 1:
+        return Executor("modules", f"{model.n_shards} processes share the attention heads")
     executor, module = fast
     # Imported here: these modules import this one.
     why = import_module(f"lit_adapter.model.{module}").unsupported(model, setting)

@@ -5,7 +5,13 @@ Here a block is one node of the graph. For each token it keeps 6 C + 2 M numbers
 output of attention, the sum after attention, gate and up) and r of each of LoRA's updates, or its input alone
 with ``recompute``. It forms no gradient of a frozen weight. The tests compare it with `Block.compute`.
 
-Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP.
+Where processes share the heads and the MLP of a row, this one computes its own. The outputs of attention and
+MLP are summed over the group, and in the backward pass their gradients: two sums each way, and with
+``recompute`` that of attention once more. What a process has of a gradient is otherwise a part, of which the
+sum over the group is meant, as with `Block.total`; also that of every trained parameter.
+
+Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP; of H,
+G and M what this process computes.
 """
 
 from __future__ import annotations
@@ -16,7 +22,12 @@ import torch
 from torch import Tensor
 
 from lit_adapter.model.attention import KeyValue, PackedRow
-from lit_adapter.model.fused_backward import attention_backward, mlp_backward, prefix_gradients
+from lit_adapter.model.fused_backward import (
+    attention_backward,
+    mlp_backward,
+    output_backward,
+    prefix_gradients,
+)
 from lit_adapter.model.fused_forward import attend, go_between
 from lit_adapter.model.fused_heads import unturned
 from lit_adapter.model.fused_site import Attended, Between, Site
@@ -41,7 +52,8 @@ class FusedView:
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         self.rotation, self.recompute = rotation, recompute
         self.unturned = unturned(rotation) if model.config.unrotated_layers else rotation
-        self.layout = block_layout(model.config)
+        self.layout = block_layout(model.config.shard(model.n_shards))
+        self.is_part = model.n_shards > 1
         device = rotation[0].device
         windows = {block.self_attn.window for block in model.layers}
         self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
@@ -102,8 +114,7 @@ class _FusedBlock(torch.autograd.Function):
             ctx.site = site
             kept = () if recompute else (*vars(attended).values(), *vars(between).values())
             ctx.save_for_backward(x, *kept)
-        product_of_mlp = rows.swiglu(between.gate_up, quantised=site.quantises("down"))
-        site.add_down(product_of_mlp, y)
+        site.add_down(rows.swiglu(between.gate_up, quantised=site.quantises("down")), y)
         if recompute:
             site.reduced.clear()
             site.outputs.clear()
@@ -119,10 +130,7 @@ class _FusedBlock(torch.autograd.Function):
         of_heads: list[Tensor | None] = [None] * (2 if site.head_norms else 0)
         dmiddle, operand, dbetween = mlp_backward(site, between, dy.contiguous(), learned)
         del between
-        if site.affine:
-            site.learn_affine("o", learned, (dmiddle, site.outputs.pop("o")))
-        do = site.weights.o.backward(operand)
-        site.learn("o", attended.y, dmiddle, site.reach("o", dmiddle, do), learned)
+        do = output_backward(site, attended, dmiddle, operand, learned)
         needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
         if needs_x or needs_norms or "qkv" in site.updates:
             dx, *dtrained, of_heads = attention_backward(site, x, attended, do, dmiddle, learned)

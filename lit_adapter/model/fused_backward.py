@@ -23,18 +23,18 @@ def mlp_backward(
 
     ``dy`` is that of the block's output; ``learned`` receives the gradients of what linear layers train.
     """
-    weights = site.weights
+    weights, dtotal = site.weights, site.total(dy)
     if site.affine:
         y = site.outputs.pop("down", None)
         y = weights.down(weights.operand(rows.swiglu(between.gate_up))) if y is None else y
-        site.learn_affine("down", learned, (dy, y))
+        site.learn_affine("down", learned, (dtotal, y))
         del y
-    dproduct = weights.down.backward(weights.operand(dy))
-    dz = site.reach("down", dy, dproduct)
+    dproduct = weights.down.backward(weights.operand(dtotal))
+    dz = site.reach("down", dtotal, dproduct)
     hidden = dproduct if "down" in site.updates else None
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, hidden, quantised=site.quantises("gate_up"))
-    site.learn("down", hidden, dy, dz, learned)
-    del dproduct, hidden
+    site.learn("down", hidden, dtotal, dz, learned)
+    del dproduct, hidden, dtotal
     if site.affine:
         site.learn_affine("gate_up", learned, (dgate_up, between.gate_up))
     dnormed = weights.gate_up.backward(weights.operand(dgate_up))
@@ -51,6 +51,26 @@ def mlp_backward(
     )
     site.learn("gate_up", normed, dgate_up, dz, learned)
     return found
+
+
+def output_backward(
+    site: Site,
+    attended: Attended,
+    dmiddle: Tensor,
+    operand: rows.Operand,
+    learned: dict[str, list[Tensor]],
+) -> Tensor:
+    """Return the gradient of attention's output, before the output projection.
+
+    ``dmiddle`` is that of the sum after attention, and ``operand`` the same as a product takes it; ``learned``
+    receives the gradients of what linear layers train.
+    """
+    dtotal = site.total(dmiddle)
+    if site.affine:
+        site.learn_affine("o", learned, (dtotal, site.outputs.pop("o")))
+    do = site.weights.o.backward(operand if dtotal is dmiddle else dtotal)
+    site.learn("o", attended.y, dtotal, site.reach("o", dtotal, do), learned)
+    return do
 
 
 def _scores_backward(
@@ -79,12 +99,13 @@ def _scores_backward(
     if site.adapter is None or site.strength is None:
         attention.attend_backward(*given, None, into, None)
         return None
-    dprefix = attention.PrefixGradients(*below, torch.empty_like(site.strength))
+    dstrength = torch.zeros_like(site.strength)  # of all heads
+    dprefix = attention.PrefixGradients(*below, dstrength[site.adapter.heads])
     attention.attend_backward(*given, site.prefix(kv[T:]), into, dprefix)
     form, (H, _, D) = site.adapter.form, site.adapter.axes
     if form.per_token:
-        return form.gradient(site.strength[..., None], dprefix.strength[..., None])
-    return form.gradient(site.strength[:H, None, :D], dprefix.strength[:, None])
+        return form.gradient(site.strength[..., None], dstrength[..., None])
+    return form.gradient(site.strength[:H, None, :D], dstrength[:, None])
 
 
 def prefix_gradients(site: Site, attended: Attended, do: Tensor) -> tuple[Tensor | None, Tensor | None]:

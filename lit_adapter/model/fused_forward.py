@@ -50,9 +50,7 @@ def go_between(site: Site, x: Tensor, attended: Attended, *, twice: bool) -> tup
         What the backward pass needs, and the sum after attention, to which the MLP's output will be added; a
         copy if ``twice``.
     """
-    norm, attention_output = site.between, site.project("o", attended.y)
-    if site.affine:
-        site.outputs["o"] = attention_output
+    norm, attention_output = site.between, site.project_total("o", attended.y)
     middle, twin, normed, rstd = rows.add_and_norm(
         x if site.query_positions is None else x[site.query_positions],
         attention_output,

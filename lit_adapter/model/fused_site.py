@@ -39,7 +39,7 @@ class Site:
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
         self.prompt = None if self.adapter is None else self.adapter.prompt.to(view.rotation[0].device)
-        self.strength = view.strength.get(attn.index)
+        self.strength = view.strength.get(attn.index)  # of all heads
         self.updates: dict[str, JoinedLora] = view.updates[attn.index]
         self.reduced: dict[str, Tensor] = {}  # ``x a^T`` of each of them: narrow, so it is kept
         self.seeds = view.seeds[attn.index]
@@ -112,7 +112,7 @@ class Site:
             return None
         adapter, seed = self.adapter, self.seeds["prefix"]
         form = (adapter.form.per_token, adapter.unrotated)
-        return attention.Prefix(kv, self.strength, *form, adapter.dropout_now, seed)
+        return attention.Prefix(kv, self.strength[adapter.heads], *form, adapter.dropout_now, seed)
 
     def quantises(self, group: str) -> bool:
         """Whether a kernel writes a group's input in fp8; LoRA's updates need it in the base's precision."""
@@ -125,12 +125,27 @@ class Site:
 
     def add_down(self, product: rows.Operand, total: Tensor) -> None:
         """Add the MLP's output to ``total``, given the input of its last product."""
-        if self.affine:
-            self.outputs["down"] = self.weights.down(self.weights.operand(product))
-            total.add_(self.outputs["down"])
+        if self.affine or self.view.is_part:
+            total.add_(self.project_total("down", product))
         else:
             self.weights.down.add_to(total, self.weights.operand(product))
             self.add_updates("down", product, total)
+
+    def project_total(self, group: str, x: Any) -> Tensor:
+        """Return the product of ``o`` or ``down``, summed over the processes that have a part of it."""
+        y = self.project(group, x)
+        if self.affine:
+            self.outputs[group] = y.clone() if self.view.is_part else y
+        self.block.add_up_(y)
+        return y
+
+    def total(self, dy: Tensor) -> Tensor:
+        """Return the gradient of such a product's sum, given this process's part of it."""
+        if not self.view.is_part:
+            return dy
+        total = dy.clone()
+        self.block.add_up_(total)
+        return total
 
     def learn_affine(self, group: str, learned: dict[str, list[Tensor]], *parts: tuple[Any, Tensor]) -> None:
         """Note the gradients of a group's biases and scales in ``learned``.

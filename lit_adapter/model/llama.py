@@ -160,6 +160,8 @@ class Block(nn.Module):
     """The block's matrices as the fused executor holds them."""
     total: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)
     """Sums the partial results of the processes that share the block's heads; one process has all of them."""
+    add_up_: Callable[[Tensor], Any] = staticmethod(lambda y: None)
+    """Does the same in place, for executors that compute the gradients themselves."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
@@ -201,6 +203,8 @@ class Llama(nn.Module):
     """Whether FSDP2 shards the matrices: they are whole only within the model's own forward passes."""
     n_shards = 1
     """Processes that share the heads and MLP of each layer; this one computes its shard of them."""
+    agreed: Callable[[Tensor], Any] = staticmethod(lambda logits: None)
+    """Gives all processes that generate together the same logits, in place."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -242,7 +246,9 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        self.agreed(logits)
+        return logits
 
 
 def empty_llama(config: LlamaConfig) -> Llama:

@@ -24,7 +24,7 @@ from lit_adapter.model.layout import Linear, Shape, block_layout, block_names
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.matrices import Float8Matrix, float8_linear
-from lit_adapter.model.parts import TrainedModule, TrainedPart, share
+from lit_adapter.model.parts import TrainedModule, TrainedPart, share, whole
 
 ROWS = 8
 """The rows of a group's joined A are a multiple of this."""
@@ -186,7 +186,11 @@ class JoinedLora:
         da = product(dz.T, x)
         found = []
         for part in self.parts:
-            found += [da[part.rows], dyz[part.outputs, part.rows] * part.module.scale]
+            module, db = part.module, dyz[part.outputs, part.rows] * part.module.scale
+            found += [
+                whole(da[part.rows], module.lora_a, (slice(None), module.inputs)),
+                whole(db, module.lora_b, module.outputs),
+            ]
         return found
 
 
@@ -221,17 +225,18 @@ def _n_rows(n_layers: int, rank: int) -> int:
 def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]]:
     """Return the updates of each block by the group of `layout`, as the trained tensors are now.
 
-    Groups without updates are absent. The blocks are joined together, in a few large copies.
+    Groups without updates are absent. The blocks are joined together, in a few large copies. Where processes
+    share the heads of a row, the updates are of what this one computes.
     """
     found: list[dict[str, JoinedLora]] = [{} for _ in model.layers]
-    layout = block_layout(model.config)
+    layout = block_layout(model.config.shard(model.n_shards))
     for group, names in layout.groups.items():
         modules = {name: [block.get_submodule(name) for block in model.layers] for name in names}
         chosen = [name for name, layers in modules.items() if isinstance(layers[0], LoraLinear)]
         if not chosen:
             continue
         first = modules[chosen[0]][0]
-        rank, n_in = first.lora_a.shape
+        rank, n_in = len(first.lora_a), layout[chosen[0]].n_in
         n_rows, n_out = _n_rows(len(chosen), rank), sum(layout[name].n_out for name in names)
         a = first.lora_a.new_zeros(len(model.layers), n_rows, n_in, dtype=dtype)
         b = a.new_zeros(len(model.layers), n_out, n_rows)
@@ -241,9 +246,11 @@ def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]
             start = places[name].stop
         for number, name in enumerate(chosen):
             rows = slice(number * rank, (number + 1) * rank)
-            a[:, rows] = torch.stack([module.lora_a for module in modules[name]])
-            b[:, places[name], rows] = torch.stack([module.lora_b for module in modules[name]]) * first.scale
-            for index, module in enumerate(modules[name]):
+            of_all = modules[name]
+            a[:, rows] = torch.stack([module.lora_a[:, module.inputs] for module in of_all])
+            own_b = torch.stack([module.lora_b[module.outputs] for module in of_all])
+            b[:, places[name], rows] = own_b * first.scale
+            for index, module in enumerate(of_all):
                 joined = found[index].setdefault(group, JoinedLora(a[index], b[index], []))
                 joined.parts.append(_Joined(module, places[name], rows))
     return found

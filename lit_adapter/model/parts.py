@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.layout import Shape
@@ -67,3 +67,12 @@ class TrainedPart(ABC):
 def share(length: int, rank: int, n_shards: int) -> slice:
     """Return the range of ``length`` that shard ``rank`` of ``n_shards`` covers."""
     return slice(rank * length // n_shards, (rank + 1) * length // n_shards)
+
+
+def whole(own: Tensor, parameter: Tensor, where: slice | tuple[slice, slice]) -> Tensor:
+    """Return the gradient of a whole parameter, given that of the share that this process uses of it."""
+    if own.shape == parameter.shape:
+        return own
+    gradient = own.new_zeros(parameter.shape)
+    gradient[where] = own
+    return gradient

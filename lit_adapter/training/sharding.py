@@ -80,8 +80,9 @@ def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
     for block in model.layers:
         _shard_block(block, layout, mesh.get_local_rank(), mesh.size())
         block.total = lambda y: _Total.apply(y, mesh.get_group())
+        block.add_up_ = lambda y: dist.all_reduce(y, group=mesh.get_group())
     # Groups may sum in another order, but all must see the same logits to choose the same tokens.
-    model.lm_head.register_forward_hook(lambda module, args, logits: dist.broadcast(logits, 0))
+    model.agreed = lambda logits: dist.broadcast(logits, 0)
 
 
 def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) -> None:
