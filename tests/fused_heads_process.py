@@ -26,9 +26,10 @@ from tiny_models import open_adapter
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lit_adapter.data.packing import Packer, share_of_step, shared_preambles
+from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.block_weights import join_groups
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import Executor, Setting, choose
 from lit_adapter.model.llama import Llama
@@ -70,6 +71,8 @@ def read_in_part(base: Path, config: AdapterConfig, mesh: DeviceMesh) -> Llama:
     shard_base(model, mesh["data"])
     rank = mesh["tensor"].get_local_rank()
     read_sharded_base(model, base, device=torch.device("cpu"), dtype=torch.float32, rank=rank)
+    if mesh["data"].size() == 1:  # as a run on CUDA does
+        join_groups(model)
     return model
 
 
@@ -93,11 +96,11 @@ def compare(
     data = encoded(4, n_records, cut=True, longest=12)
     packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
     share, n_shares = mesh["data"].get_local_rank(), mesh["data"].size()
-    rows = [share_of_step(packer, np.arange(n_records), 0, n, n_shares).rows for n in range(n_shares)]
-    wanted = float(step(whole, sum(rows, []), Executor("modules")))
+    rows = [packer.row(records) for records in packer.assign(np.arange(n_records), n_shares)]
+    wanted, own_rows = float(step(whole, rows, Executor("modules"))), rows[share::n_shares]
     sums.clear()
-    loss = step(model, rows[share], Executor("fused"), n_shares, recompute=recompute)
-    found = {"sums": len(sums) / len(rows[share])}
+    loss = step(model, own_rows, Executor("fused"), n_shares, recompute=recompute)
+    found = {"recompute": recompute, "sums": len(sums) / len(own_rows)}
     dist.all_reduce(loss)
     average_gradients([parameter for _, parameter in adapter_parameters(model)])
     first = torch.cat([gradient.flatten() for gradient in gradients(model)])
@@ -111,15 +114,15 @@ def compare(
 
 
 def compared(base: Path, mesh: DeviceMesh, given: dict[str, Any]) -> list[dict[str, Any]]:
-    lora = LoraConfig(**given.pop("lora", {}))
-    config = AdapterConfig(prompt_init_std=1.0, lora=lora, **given)
+    lora = LoraConfig(**given.get("lora", {}))
+    config = AdapterConfig(prompt_init_std=1.0, **given | {"lora": lora})
     model = read_in_part(base, config, mesh)
     executors = [choose(model, purpose, SETTING).name for purpose in ("training", "decoding")]
     whole = open_adapter(load_base(base, device="cpu", dtype=torch.float32), config)
     sums = count_sums(model)
     cases = [(5, False), (5, True), (1, False)]
     found = [compare(model, whole, mesh, sums, n, recompute=recompute) for n, recompute in cases]
-    return [one | {"executors": executors, "form": given} for one in found]
+    return [one | {"executors": executors, "adapter": given} for one in found]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ with ``recompute``. It forms no gradient of a frozen weight. The tests compare i
 
 Where processes share the heads and the MLP of a row, this one computes its own. The outputs of attention and
 MLP are summed over the group, and in the backward pass their gradients: two sums each way, and with
-``recompute`` that of attention once more. What a process has of a gradient is otherwise a part, of which the
-sum over the group is meant, as with `Block.total`; also that of every trained parameter.
+``recompute`` that of attention's output once more. Any other gradient, also of a trained parameter, is this
+process's part: the sum over the group is meant, as with `Block.total`.
 
-Letters: T tokens of the row, C width, H query heads, G key/value heads, D head size, M width of the MLP; of H,
-G and M what this process computes.
+Letters: T tokens of the row, C width, D head size; and of what this process computes, H query heads, G
+key/value heads, M width of the MLP.
 """
 
 from __future__ import annotations

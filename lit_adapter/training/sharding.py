@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import trained_modules
+from lit_adapter.model.block_weights import prepare
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
@@ -187,8 +188,11 @@ class ShardedLitAdapter(LitAdapter):
             return
         strategy: ShardedStrategy = self.trainer.strategy  # type: ignore[assignment]
         tensor_mesh = strategy.device_mesh["tensor_parallel"]
+        data_mesh = strategy.device_mesh["data_parallel"]
         shard_heads(self.model, tensor_mesh)
-        shard_base(self.model, strategy.device_mesh["data_parallel"])
+        shard_base(self.model, data_mesh)
         rank = tensor_mesh.get_local_rank()
         read_sharded_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
+        if self.device.type == "cuda" and data_mesh.size() == 1:  # nothing is gathered
+            prepare(self.model)
         self.is_ready = True
