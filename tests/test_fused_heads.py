@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from convert_sources import VOCAB, write_hf
 from finetune_runs import launch
 from tiny_models import randomise
 
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.model.executors import Setting, choose_for_training
-from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.weights.convert import convert
 
 SCRIPT = Path(__file__).parent / "fused_heads_process.py"
@@ -78,17 +74,3 @@ def test_fused_blocks_with_shared_heads_learn_what_the_whole_base_learns(
             assert case["alike"]
             learning = case["adapter"].get("layers", 2)
             assert case["sums"] == 2 * 2 + (3 if case["recompute"] else 2) * learning
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
-@pytest.mark.parametrize(
-    "adapter",
-    [AdapterConfig(), AdapterConfig(version="v2"), AdapterConfig(lora=LoraConfig(rank=4, on=("all",)))],
-    ids=lambda adapter: " ".join(adapter.parts),
-)
-def test_a_run_that_shares_heads_is_planned_with_the_fused_executor(
-    adapter: AdapterConfig, tensor_parallel: int
-) -> None:
-    model = LlamaConfig(vocab_size=61, n_layer=3, n_head=8, n_kv_head=4, n_embd=64, head_dim=16, n_hidden=48)
-    setting = Setting(torch.device("cuda"), torch.bfloat16)
-    assert choose_for_training(model, adapter, setting, tensor_parallel).name == "fused"

@@ -252,6 +252,9 @@ def test_fused_blocks_keep_the_values_that_their_node_saves() -> None:
     )
     assert two - one == len(row.ids) * (2 * (8 * C + 2 * M) + 8 * H)
     assert norms - all_ == normed_top - top == 2 * len(row.target_index) * C
+    halves = {"precision": "bf16-true", "device": "cuda", "shards": 2, "tensor_parallel": 2}
+    one, two = (estimate(replace(model, n_layer=n), config, row, **halves).activations for n in (2, 3))
+    assert two - one == len(row.ids) * (2 * (2 * C + 4 * C // 2 + 2 * M // 2) + 8 * H // 2)
 
 
 def test_the_fused_executor_is_planned_where_it_applies() -> None:
@@ -261,6 +264,7 @@ def test_the_fused_executor_is_planned_where_it_applies() -> None:
     dropped = replace(config, dropout=0.1, lora=LoraConfig(rank=2, dropout=0.1))
     for own in (config, form, replace(form, prompt_length=0), dropped, replace(config, version="v2")):
         assert choose_for_training(model, own, gpu).name == "fused"
+        assert choose_for_training(model, own, gpu, tensor_parallel=2).name == "fused"
     assert choose_for_training(replace(model, attention_bias=True, mlp_bias=True), form, gpu).name == "fused"
     for setting in (replace(gpu, dtype=torch.float32), Setting(torch.device("cpu"), torch.bfloat16)):
         assert choose_for_training(model, config, setting).name == "modules"
