@@ -58,7 +58,7 @@ def losses(out: Path) -> list[float]:
 def test_a_run_on_eight_processes_stops_dies_and_moves(
     tiny: Callable[..., Config], tiny_base: Path, tiny_records: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to one of eight, a kill of one of four; then eight, three and five."""
+    """SIGTERM to one of eight, a kill of one of four; then eight in two layouts, three and five."""
     finetune(tiny(*OPTIONS, "--optim.max_steps", f"{STEPS}", out="whole"), say=Stopper())
     out, cache = tmp_path / "moved", {"LIT_ADAPTER_CACHE": str(tmp_path / "cache")}
 
@@ -78,7 +78,8 @@ def test_a_run_on_eight_processes_stops_dies_and_moves(
     assert 0 not in statuses, [run.output for run in runs]
     assert newest(out) == 4
 
-    for n, layout, steps in ((8, FSDP2, 8), (3, DDP, 10), (5, FSDP2, STEPS)):
+    later = ((8, (*FSDP2, *HEADS), 6), (8, FSDP2, 8), (3, DDP, 10), (5, FSDP2, STEPS))
+    for n, layout, steps in later:
         runs = processes(n, *layout, "--resume", "last", "--optim.max_steps", f"{steps}")
         assert ended(runs) == [0] * n, [run.output for run in runs]
         assert newest(out) == steps
