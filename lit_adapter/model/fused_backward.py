@@ -156,7 +156,7 @@ def attention_backward(
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
         _learn_targets(site, x, (dq, dkv), dnormed, learned)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
-    dprompt = None if dgate is None else dnormed[T:].to(torch.float32, copy=True)
+    dprompt = None if dgate is None else dnormed[T:].to(torch.float32, copy=True)  # those rows are used again
     weight, updated = site.before.used_weight, "qkv" in site.updates and site.query_positions is None
     normed = dnormed[:T] if updated else None
     dx, _, dbefore = rows.norm_backward(dnormed[:T], x, weight, attended.rstd, beside, normed)

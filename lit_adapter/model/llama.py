@@ -203,7 +203,7 @@ class Llama(nn.Module):
     """Whether FSDP2 shards the matrices: they are whole only within the model's own forward passes."""
     n_shards = 1
     """Processes that share the heads and MLP of each layer; this one computes its shard of them."""
-    agreed: Callable[[Tensor], Any] = staticmethod(lambda logits: None)
+    agree_on: Callable[[Tensor], Any] = staticmethod(lambda logits: None)
     """Gives all processes that generate together the same logits, in place."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -247,7 +247,7 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``[..., V]`` of normed hidden states ``[..., C]``."""
         logits = self.lm_head(hidden)
-        self.agreed(logits)
+        self.agree_on(logits)
         return logits
 
 

@@ -16,8 +16,8 @@ Of weights sharded over N devices (``shards=N``) each device holds its shard, th
 three layers: the one at work, the one fetched ahead, and the buffer it arrives in. Adapter and activations
 are those of one device, which computes its own rows.
 
-Where P devices share the heads of a row (``tensor_parallel=P``), a device has 1/P of every layer, and keeps the
-activations of its own heads and of its part of the MLP's width; embeddings and output layer are sharded over
+Where P devices share the heads of a row (``tensor_parallel=P``), a device has 1/P of every layer, and the
+activations of its own heads and of its part of the MLP's width. Embeddings and output layer are sharded over
 the N/P groups, and with one group nothing is gathered. A copy of the hidden states is summed over the group.
 """
 

@@ -83,7 +83,7 @@ def shard_heads(model: Llama, mesh: DeviceMesh) -> None:
         block.total = lambda y: _Total.apply(y, mesh.get_group())
         block.add_up_ = lambda y: dist.all_reduce(y, group=mesh.get_group())
     # Groups may sum in another order, but all must see the same logits to choose the same tokens.
-    model.agreed = lambda logits: dist.broadcast(logits, 0)
+    model.agree_on = lambda logits: dist.broadcast(logits, 0)
 
 
 def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) -> None:
