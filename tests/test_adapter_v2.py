@@ -15,7 +15,7 @@ from generation_fixtures import CHOICES, decode, script
 from paper import paper
 from prefix_formula import reference_logits
 from random_records import encoded
-from tiny_models import logits, open_adapter, random_ids, random_llama
+from tiny_models import halved, logits, open_adapter, random_ids, random_llama
 
 import lit_adapter
 from lit_adapter.config import Config, OptimConfig
@@ -285,16 +285,18 @@ def test_v2_has_a_default_rate_of_its_own(tiny: Callable[..., Config]) -> None:
     assert any("; lr 0.01 " in line for line in lines.lines)
 
 
-def test_joined_biases_and_scales_and_their_gradients_are_those_of_the_layers() -> None:
-    """The arithmetic of the CUDA executors, whose own tests need a GPU."""
-    model = open_adapter(random_llama(5, attention_bias=True), paper(version="v2"), seed=1)
-    layout = block_layout(model.config)
+@pytest.mark.parametrize("half", [None, 0, 1])
+def test_joined_biases_and_scales_and_their_gradients_are_those_of_the_layers(half: int | None) -> None:
+    """The arithmetic of the CUDA executors, whose own tests need a GPU; also where two share the heads."""
+    model = halved(open_adapter(random_llama(5, attention_bias=True), paper(version="v2"), seed=1), half)
+    layout = block_layout(model.config.shard(model.n_shards))
     for block in model.layers:
         joined = join_affine(block, layout)
         assert joined.keys() == layout.groups.keys()
         for group, affine in joined.items():
+            first = affine.modules[0].outputs.start or 0
             with torch.no_grad():
-                affine.modules[0].adapter_scale[0] = 0
+                affine.modules[0].adapter_scale[first] = 0
             x = torch.randn(7, layout[layout.groups[group][0]].n_in, dtype=torch.float64, requires_grad=True)
             wanted = torch.cat([module(x) for module in affine.modules], dim=1)
             matrix = affine.applied(side_by_side(*affine.modules))
@@ -307,8 +309,8 @@ def test_joined_biases_and_scales_and_their_gradients_are_those_of_the_layers() 
             dy = torch.randn_like(y)
             found = affine.gradients((dy * y).sum(0), dy.sum(0))
             *exact, dx = torch.autograd.grad(wanted, [*affine.parameters, x], dy)
-            assert found[1][0] == 0  # an output of 0 does not tell what it was scaled from
-            exact[1][0] = 0
+            assert found[1][first] == 0  # an output of 0 does not tell what it was scaled from
+            exact[1][first] = 0
             for a, b in zip(found, exact, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=group)
             torch.testing.assert_close(matrix.backward(dy), dx, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ from paper import paper
 from prefix_formula import reference_logits
 from random_records import encoded
 from safetensors.torch import load_file
-from tiny_models import logits, open_adapter, random_ids, random_llama
+from tiny_models import halved, logits, open_adapter, random_ids, random_llama
 from torch import Tensor
 
 import lit_adapter
@@ -99,14 +99,14 @@ def test_packed_rows_give_the_gradients_of_single_records(form: str) -> None:
         assert a.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("half", [None, 0, 1])
 @pytest.mark.parametrize("form", FORMS)
-def test_joined_updates_and_their_gradients_are_those_of_the_layers(form: str) -> None:
-    """The arithmetic of the CUDA executors, whose own tests need a GPU."""
-    model = open_adapter(random_llama(5), FORMS[form], seed=1)
+def test_joined_updates_and_their_gradients_are_those_of_the_layers(form: str, half: int | None) -> None:
+    """The arithmetic of the CUDA executors, whose own tests need a GPU; also where two share the heads."""
+    model = halved(open_adapter(random_llama(5), FORMS[form], seed=1), half)
     for updates in join_updates(model, torch.float64):
         for group, update in updates.items():
-            layers = [part.module for part in update.parts]
-            x = torch.randn(7, layers[0].lora_a.shape[1], dtype=torch.float64, requires_grad=True)
+            x = torch.randn(7, update.a.shape[1], dtype=torch.float64, requires_grad=True)
             z, y = update.reduce(x), torch.zeros(7, len(update.b), dtype=torch.float64)
             update.add_to(y, z.detach())
             dy = torch.randn_like(y)

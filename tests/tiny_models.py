@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ def open_adapter(model: Llama, config: AdapterConfig, seed: int = 0, gate: float
                 parameter += 0.3 * noise
             elif name.endswith(".lora_b"):
                 parameter.normal_(0.0, 0.3, generator=generator)
+    return model
+
+
+def halved(model: Llama, half: int | None) -> Llama:
+    """Leave one of two processes its half of the heads and of the MLP; without ``half``, everything."""
+    if half is not None:
+        from lit_adapter.training.sharding import shard_heads  # brings Lightning
+
+        shard_heads(model, SimpleNamespace(size=lambda: 2, get_local_rank=lambda: half))  # type: ignore[arg-type]
     return model
 
 
