@@ -1,12 +1,13 @@
-"""One of several processes that share the heads of rows: the fused executor beside the whole base's modules.
+"""One of several processes that share the heads of rows: compares the fused executor with the whole base.
 
     RANK=0 TRITON_INTERPRET=1 python tests/fused_heads_process.py BASE STORE N SHARED ADAPTERS
 
-Of N processes, each group of SHARED computes rows of its own. ADAPTERS is a JSON list of forms. Prints an
-object for each form, with recomputation and without, and for a step of several records and of one: relative
-errors of the loss and of the worst gradient, whether all processes have the same gradients, the
-executors of training and decoding on CUDA, and how many sums over the group each row took. Everything is in
-fp32, as in `interpreted`.
+Of N processes, each group of SHARED computes rows of its own. ADAPTERS is a JSON list of forms. Prints three
+objects for each form: a step of several records compared with the whole base's modules, the same recomputed,
+and a step of one record, which leaves a second group a row without tokens, compared with the whole base's
+fused blocks. An object has the relative errors of the loss and of the worst gradient, whether all processes
+have the same gradients, the executors of training and decoding on CUDA, and how many sums over the group a
+row took. Everything is in fp32, as in `interpreted`.
 """
 
 from __future__ import annotations
@@ -91,13 +92,20 @@ def count_sums(model: Llama) -> list[int]:
 
 
 def compare(
-    model: Llama, whole: Llama, mesh: DeviceMesh, sums: list[int], n_records: int, *, recompute: bool
+    model: Llama,
+    whole: Llama,
+    mesh: DeviceMesh,
+    sums: list[int],
+    n_records: int,
+    recompute: bool,
+    executor: Any,
 ) -> dict[str, Any]:
+    """Compare a step with that of the whole base, computed by ``executor``."""
     data = encoded(4, n_records, cut=True, longest=12)
     packer = Packer(data, shared_preambles(data), mask_prompt=True, row_tokens=500)
     share, n_shares = mesh["data"].get_local_rank(), mesh["data"].size()
     rows = [packer.row(records) for records in packer.assign(np.arange(n_records), n_shares)]
-    wanted, own_rows = float(step(whole, rows, Executor("modules"))), rows[share::n_shares]
+    wanted, own_rows = float(step(whole, rows, Executor(executor))), rows[share::n_shares]
     sums.clear()
     loss = step(model, own_rows, Executor("fused"), n_shares, recompute=recompute)
     found = {"recompute": recompute, "sums": len(sums) / len(own_rows)}
@@ -120,8 +128,8 @@ def compared(base: Path, mesh: DeviceMesh, given: dict[str, Any]) -> list[dict[s
     executors = [choose(model, purpose, SETTING).name for purpose in ("training", "decoding")]
     whole = open_adapter(load_base(base, device="cpu", dtype=torch.float32), config)
     sums = count_sums(model)
-    cases = [(5, False), (5, True), (1, False)]
-    found = [compare(model, whole, mesh, sums, n, recompute=recompute) for n, recompute in cases]
+    cases = [(5, False, "modules"), (5, True, "modules"), (1, False, "fused")]
+    found = [compare(model, whole, mesh, sums, *case) for case in cases]
     return [one | {"executors": executors, "adapter": given} for one in found]
 
 
