@@ -3,13 +3,14 @@
     TRITON_INTERPRET=1 python tests/interpreted_decoding.py
 
 Slots have different adapters, some of them with norms, and change them; others have a model of their own, V2
-or on a base with yarn. Each line has the number of slots and the largest relative error of a slot's hidden
-states or logits, in fp32.
+or on a base with yarn. Kernels read the prompts of all slots in one row, whole and in pieces. Each line has
+the number of slots and the largest relative error of a slot's hidden states or logits, in fp32.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from tiny_models import open_adapter, random_ids, random_llama
 
 from lit_adapter.generation.adapter import Adapter, attached
 from lit_adapter.model.adapter import adapter_state
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.fused_decode import FusedDecode
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.pieces import Piece
+from lit_adapter.model.slot_prefixes import Prefixes
 
 FORMS = [
     AdapterConfig(layers=2, prompt_length=3, gate="token", prefix_query="unrotated", norms=True),
@@ -56,9 +59,9 @@ def prefixes_on(base: Llama) -> list[Prefixes]:
     return found
 
 
-def compare(n_slots: int, head_dim: int) -> None:
+def compare(n_slots: int, head_dim: int, **more: Any) -> None:
     """Compare slots of a base with heads of a size."""
-    base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES).eval().requires_grad_(False)
+    base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES, **more).eval().requires_grad_(False)
     forms = prefixes_on(base)
     with torch.inference_mode():
         take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
@@ -78,8 +81,14 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
     asked = [random_ids(2 + 3 * slot % 11, seed=slot, vocab=VOCAB).tolist() for slot in range(n_slots)]
     for shift in (0, 1):
         own = [forms[(slot + shift) % len(forms)] for slot in range(n_slots)]
-        given = list(zip(asked, range(n_slots), own, strict=True))
-        report(*(torch.cat([x.read([text], [slot], its) for text, slot, its in given]) for x in executors))
+        pieces = [Piece(*each) for each in zip(asked, range(n_slots), own, strict=True)]
+        modules, fused = executors
+        wanted = torch.cat([modules.read([piece]) for piece in pieces])
+        report(wanted, fused.read(pieces))
+        n_read = [min(slot, len(prompt) - 1) for slot, prompt in enumerate(asked)]
+        pairs = list(zip(pieces, n_read, strict=True))
+        fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
+        report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))
         token = random_ids(n_slots, vocab=VOCAB)
         for n in range(2):
             position = torch.tensor([len(prompt) for prompt in asked]) + n
@@ -99,5 +108,6 @@ if __name__ == "__main__":
     torch.Tensor.pin_memory = lambda self: self
     for n_slots, head_dim in ((5, 32), (1, 32), (5, 16)):
         compare(n_slots, head_dim)
+    compare(5, 16, head_norms=True, rope=YARN)
     for form, sizes in ALONE:
         compare_alone(form, sizes)

@@ -1,4 +1,4 @@
-"""Compiles the attention kernels of training for a GPU that need not be there, and prints what each needs.
+"""Compiles the attention kernels of packed rows for a GPU that need not be there, and prints what each needs.
 
     python tests/kernel_targets.py 89    # the compute capability, here of Ada
 
@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.kernels import attention, entry
+from lit_adapter.model.kernels import attention, entry, prompt_prefix
+from lit_adapter.model.prefix import PrefixState
 from lit_adapter.model.tiles import HEAD_SIZES, plan_tiles
 
 H, G, T = 4, 2, 200
@@ -70,12 +71,32 @@ def compile_attention(D: int, K: int, by_token: bool, unrotated: bool) -> None:
     attention.attend_backward(o, q, k, v, rotation, o, lse, plan, D, prefix, into, below)
 
 
+def compile_own_prefixes(D: int, K: int, by_token: bool, unrotated: bool) -> None:
+    """Compile what adds to each prompt of a row the prefix of its slot, of B."""
+    B, q = 3, torch.zeros(T, H * D, dtype=torch.bfloat16)
+    kv = torch.zeros(B, G, K, D, dtype=torch.bfloat16)
+    prefix = PrefixState(
+        k=kv,
+        v=kv,
+        strength=torch.zeros(B, H, 1, D),
+        unrotated=torch.zeros(B, 1, 1, 1, dtype=torch.bool) if unrotated else False,
+        by_token=torch.zeros(B, H, K, 1) if by_token else None,
+        hidden=torch.zeros(B, 1, K, 1),
+    )
+    tiles = prompt_prefix.plan([slice(0, T)], [1], torch.device("cpu"))
+    rotation = (torch.zeros(T, D // 2), torch.zeros(T, D // 2))
+    prompt_prefix.add(q, torch.arange(T, dtype=torch.int32), rotation, prefix, tiles, q)
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     driver.set_active(stand_in(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)  # type: ignore[assignment]
-    for name, kernel in vars(attention).items():
-        if isinstance(kernel, entry.Entry):
-            setattr(attention, name, Compiled(kernel.function))
+    for module in (attention, prompt_prefix):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, entry.Entry):
+                setattr(module, name, Compiled(kernel.function))
     for form in FORMS:
         compile_attention(max(HEAD_SIZES), *form)
+    for form in FORMS[1:]:
+        compile_own_prefixes(max(HEAD_SIZES), *form)

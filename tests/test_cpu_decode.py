@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model import cache, cpu_decode
+from lit_adapter.model import cache, cpu_decode, pieces
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights, _Matrix
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.pieces import Piece
 
 CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
     "gqa-top-layer": ({}, AdapterConfig(prompt_length=4, layers=1)),
@@ -67,7 +68,7 @@ def test_steps_give_the_whole_texts_logits(
     with torch.inference_mode():
         prefixes = Adapter.of(model).prefixes
         executor = CpuDecode(model, n_texts, 16)
-        hidden = executor.read(texts, range(n_texts), prefixes)
+        hidden = executor.read([Piece(list(text), slot, prefixes) for slot, text in enumerate(texts)])
         found = model.logits(hidden)
         for _ in range(5):
             for text, logits in zip(texts, found, strict=True):
@@ -85,11 +86,13 @@ def test_a_common_start_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch)
     n_read = []
     forward = Llama.forward
     monkeypatch.setattr(Llama, "forward", lambda *given: n_read.append(given[1].shape) or forward(*given))
-    monkeypatch.setattr(cache, "LEAST_SAVED", 12)
+    monkeypatch.setattr(pieces, "LEAST_SAVED", 12)
     with torch.inference_mode():
         executor = CpuDecode(model, 3, 16)
-        found = model.logits(executor.read(texts, slots, Adapter.of(model).prefixes))
-        assert n_read == [(1, 6), (3, 6)]
+        prefixes, given = Adapter.of(model).prefixes, [list(text) for text in texts]
+        read = [Piece(text, slot, prefixes) for text, slot in zip(given, slots, strict=True)]
+        found = model.logits(executor.read(read))
+        assert n_read == [(1, 6), (1, 4 + 1 + 6)]
         for _ in range(3):
             for text, logits in zip(texts, found, strict=True):
                 exact = wanted(model, text)

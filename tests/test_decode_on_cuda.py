@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,18 @@ from lit_adapter.generation.prompt_likelihood import prompt_likelihoods
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import choose
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.model import cache
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.block_weights import prepare
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
+from lit_adapter.model.pieces import Piece
 from lit_adapter.model.rope_config import RopeConfig
+from lit_adapter.model.slot_prefixes import Prefixes
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +95,7 @@ class Plain:
 
     def read(self, prompts: list[list[int]], slots: list[int], prefixes: Sequence[Prefixes]) -> Tensor:
         given = zip(prompts, slots, prefixes, strict=True)
-        return torch.cat([self.executor.read([prompt], [slot], its) for prompt, slot, its in given])
+        return torch.cat([self.executor.read([Piece(*each)]) for each in given])
 
     def step(self, token: Tensor, position: Tensor) -> Tensor:
         return self.executor.captured_step(token.to(self.device), position.to(self.device), 320)
@@ -141,9 +146,7 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
     few: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lit_adapter.model import fused_decode
-
-    monkeypatch.setattr(fused_decode, "LONGEST_ROW", 100)  # so that some prompts are read in several rows
+    monkeypatch.setattr(cache, "LONGEST_ROW", 100)  # so that some prompts are read in several rows
     compare_with_fp64(adapted(*heads, gate, K), lengths, few)
 
 
@@ -152,9 +155,7 @@ def test_fused_decoding_is_as_near_to_fp64_as_the_model_itself(
 def test_every_family_is_decoded_as_near_to_fp64(
     family: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_adapter.model import fused_decode
-
-    monkeypatch.setattr(fused_decode, "LONGEST_ROW", 100)
+    monkeypatch.setattr(cache, "LONGEST_ROW", 100)
     model = adapted(4, 2, 64, "token unrotated", family=family)
     compare_with_fp64(model, lengths, family != "qwen3" and len(lengths) < 33)
 
@@ -173,7 +174,8 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
         wanted = exact.read(asked, slots, [prefixes_of(wide)] * len(slots))
         prefixes = prefixes_of(device)
         beside = plain.read(asked, slots, [prefixes] * len(slots))
-        assert distance(fused.read(asked, slots, prefixes), wanted) < 1.5 * distance(beside, wanted)
+        found = fused.read([Piece(*each, prefixes) for each in zip(asked, slots, strict=True)])
+        assert distance(found, wanted) < 1.5 * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n
@@ -208,7 +210,8 @@ def test_a_base_in_fp8_is_decoded_in_fp8(rank: int) -> None:
         )
         with torch.inference_mode():
             wanted = plain.read(asked, slots, [prefixes] * len(slots)).double().cpu()
-            assert distance(found.read(asked, slots, prefixes), wanted) < 0.4
+            pieces = [Piece(*each, prefixes) for each in zip(asked, slots, strict=True)]
+            assert distance(found.read(pieces), wanted) < 0.4
             token, position = random_ids(len(slots), vocab=VOCAB), torch.tensor(lengths)
             wanted = plain.step(token, position).double().cpu()
             assert distance(found.captured_step(token.cuda(), position.cuda(), 320), wanted) < 0.4
@@ -237,6 +240,12 @@ def eight(base: Llama) -> list[Llama]:
     return models
 
 
+def in_pieces(executor: ModuleDecode, pieces: list[Piece]) -> list[Piece]:
+    """What is left of some prompts, of which some tokens have been read."""
+    executor.read([replace(piece, prompt=piece.prompt[: 1 + piece.slot]) for piece in pieces])
+    return [replace(piece, done=min(piece.slot, len(piece.prompt) - 1)) for piece in pieces]
+
+
 @pytest.mark.parametrize("heads", [(4, 2, 64), (4, 4, 32), (8, 1, 32)], ids=["gqa", "mha", "mqa"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("n_slots", [8, 40])
@@ -257,10 +266,12 @@ def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], family: str
             owner = [(slot + shift) % len(models) for slot in slots]
             wanted = exact.read(asked, slots, [wide[n] for n in owner])
             beside = plain.read(asked, slots, [narrow[n] for n in owner])
-            found = torch.cat(
-                [fused.read([asked[slot]], [slot], narrow[n]) for slot, n in zip(slots, owner, strict=True)]
-            )
-            assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+            pieces = [Piece(asked[slot], slot, narrow[n]) for slot, n in zip(slots, owner, strict=True)]
+            for read in (pieces, in_pieces(fused, pieces)):
+                found = fused.read(read)
+                assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+                for slot in slots:
+                    assert distance(found[slot], wanted[slot]) < 3 * distance(beside, wanted) + 0.01
             token = random_ids(n_slots, vocab=VOCAB)
             for n in range(3):
                 position = torch.tensor([len(prompt) for prompt in asked]) + n
@@ -473,12 +484,14 @@ def test_the_rest_of_a_prompt_is_read_as_the_whole(gate: str | None) -> None:
         whole, parts = (GraphLane(model) for _ in range(2))
         for lane in (whole, parts):
             lane._grow(3, 320)
-        wanted = whole.executor.read([prompt], [1], prefixes)
-        parts.executor.read([prompt[:90]], [1], prefixes)
-        found = parts.executor.go_on(prompt, 90, 1, prefixes)
-        found = parts.executor.go_on(prompt, 149, 1, prefixes)
-        parts.executor.read([prompt[:90]], [2], prefixes)
-        middle = parts.executor.go_on(prompt, 90, 2, prefixes)
+        wanted = whole.executor.read([Piece(prompt, 1, prefixes)])
+        found, middle = (
+            [
+                parts.executor.read([Piece(prompt[:end], slot, prefixes, done)])
+                for done, end in itertools.pairwise((0, *ends))
+            ][-1]
+            for slot, ends in ((1, (90, 149, 150)), (2, (90, 150)))
+        )
     for other in (found, middle):
         assert distance(other, wanted.double().cpu()) < 0.02
     for one in ("k", "v"):

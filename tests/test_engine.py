@@ -24,7 +24,7 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model import cpu_decode
+from lit_adapter.model import cpu_decode, pieces
 from lit_adapter.model.adapter import adapter_parameters, adapter_shapes, adapter_state
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
@@ -32,6 +32,7 @@ from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.model.norms import normed
+from lit_adapter.model.pieces import Piece
 
 KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=2, prompt_length=4, norms=False),
@@ -114,8 +115,8 @@ def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., A
         mixed = executor(base, 8, 40)
         singles = [executor(base, 1, 40) for _ in prefixes]
         for slot, (its, prompt, single) in enumerate(zip(prefixes, PROMPTS, singles, strict=True)):
-            found = mixed.read([prompt], [slot], its)
-            assert torch.equal(found, single.read([prompt], [0], its))
+            found = mixed.read([Piece(prompt, slot, its)])
+            assert torch.equal(found, single.read([Piece(prompt, 0, its)]))
         for n in range(4):
             token, position = [7 + n] * 8, [len(prompt) + n for prompt in PROMPTS]
             found = mixed.step(token, position)
@@ -127,6 +128,44 @@ def test_logits_of_mixed_slots_are_those_of_each_alone(executor: Callable[..., A
         found = mixed.step([7] * 3, [len(PROMPTS[n]) for n in (0, 1, 5)])
         wanted = torch.cat([singles[n].step([7], [len(PROMPTS[n])]) for n in (0, 1, 5)])
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mha": {"n_kv_head": 4},
+    "norms of heads": {"head_norms": True},
+    "windows": {"window": 3, "windowed_layers": (1,), "unrotated_layers": (2,)},
+}
+
+
+@pytest.mark.parametrize("sizes", FAMILIES.values(), ids=FAMILIES)
+def test_prompts_of_different_adapters_read_in_one_pass_are_as_if_each_were_alone(
+    sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base without an adapter among them; whole prompts, rests of some, and a start that two share."""
+    base, passes, forward = base_of(torch.float64, **sizes), [], Llama.forward
+    monkeypatch.setattr(pieces, "LEAST_SAVED", 12)
+    start, adapters = random_ids(14, seed=77).tolist(), eight(base)
+    prompts = [*PROMPTS, [*start, *PROMPTS[0]], [*start, *PROMPTS[6]]]
+    own = [adapter.prefixes for adapter in (*adapters, adapters[0], adapters[0])]
+    slots = [(7 * n + 3) % len(prompts) for n in range(len(prompts))]
+    whole = [Piece(*each) for each in zip(prompts, slots, own, strict=True)]
+    begun = [piece for piece in whole[:8:2] if piece.n_new > 4]
+    with torch.inference_mode():
+        single, together = (ModuleDecode(base, len(prompts), 60) for _ in range(2))
+        wanted = torch.cat([single.read([piece]) for piece in whole])
+        together.read([replace(p, slot=at) for p, at in zip(whole, slots[::-1], strict=True)])
+        together.read([replace(piece, prompt=piece.prompt[:4]) for piece in begun])
+        rest = [replace(piece, done=4 if piece in begun else 0) for piece in whole]
+        monkeypatch.setattr(Llama, "forward", lambda *given: passes.append(given[1].shape) or forward(*given))
+        found = together.read(rest)
+    n_left = sum(map(len, prompts)) - 4 * len(begun) - 2 * len(start)
+    assert passes == [(1, len(start)), (1, n_left)]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for piece in whole:
+        at = (slice(None), piece.slot, slice(None), slice(len(piece.prompt)))
+        for kept, exact in ((together.cache.k, single.cache.k), (together.cache.v, single.cache.v)):
+            torch.testing.assert_close(kept[at], exact[at], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"head_norms": True}], ids=["llama", "norms of heads"])
@@ -389,8 +428,7 @@ def test_prompts_read_in_pieces_give_the_same_answers(most: int) -> None:
     assert [request.answer for request in requests] == wanted
 
 
-def test_prompts_of_one_adapter_are_read_together_before_those_of_another() -> None:
-    """Reading an adapter's prompts takes a launch of its own; the one that has waited longest comes first."""
+def test_prompts_are_read_together_in_their_order_whatever_adapters_they_have() -> None:
     engine, adapters = Engine(), eight(base_of())
     engine.prompt_tokens = 8
     first = Request(PROMPTS[0], Sampling(max_new_tokens=40), adapters[0])
@@ -399,11 +437,9 @@ def test_prompts_of_one_adapter_are_read_together_before_those_of_another() -> N
     waiting = [Request([5, 9, 3, n], Sampling(max_new_tokens=30), adapters[n % 2]) for n in range(6)]
     for request in waiting:
         engine.add(request)
-    begun = []
-    for _ in range(3):
+    for n_begun in (2, 4, 6):
         engine.step()
-        begun.append([n for n, request in enumerate(waiting) if request.answer])
-    assert begun == [[0, 2], [0, 1, 2, 3], list(range(6))]
+        assert [n for n, request in enumerate(waiting) if request.answer] == list(range(n_begun))
 
 
 def test_a_request_cancelled_while_its_prompt_is_read_frees_its_slot() -> None:

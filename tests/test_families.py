@@ -18,9 +18,11 @@ from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.errors import UserError
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.attention import SegmentView
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.cpu_decode import CpuDecode
+from lit_adapter.model.pieces import Piece
+from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
@@ -116,8 +118,10 @@ def test_cached_steps_equal_transformers(name: str) -> None:
             with torch.inference_mode():
                 wanted = [model(text[None]).logits[0] for text in texts[:n]]
                 decode = kind(ours, n, 40)
+                none = Prefixes()
                 prompts = [text[:start].tolist() for text, start in zip(texts, n_read, strict=True)][:n]
-                found = [ours.logits(decode.read(prompts, range(n), Prefixes()))]
+                pieces = [Piece(prompt, slot, none) for slot, prompt in enumerate(prompts)]
+                found = [ours.logits(decode.read(pieces))]
                 for step in range(11):
                     places = [start + step for start in n_read[:n]]
                     tokens = [int(text[place]) for text, place in zip(texts, places, strict=False)]

@@ -29,8 +29,9 @@ from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model import executors
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.executors import Executor, KernelError, kernels_given_up
+from lit_adapter.model.pieces import Piece
 
 WARNING = (
     "warning: the kernel _some_kernel does not compile on this device ('PassManager::run failed'); "
@@ -63,18 +64,12 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
             for x in (self.cache.k, self.cache.v):
                 x[:, slot, :, places] = 1e3
 
-        def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
-            if state.now("read"):
-                for prompt, slot in zip(prompts, slots, strict=True):
-                    self._write_nonsense(slot, slice(len(prompt)))
+        def read(self, pieces: Sequence[Piece]) -> Tensor:
+            if state.now("go_on" if any(piece.done for piece in pieces) else "read"):
+                for piece in pieces:
+                    self._write_nonsense(piece.slot, slice(piece.done, len(piece.prompt)))
                 raise state.error()
-            return super().read(prompts, slots, prefixes)
-
-        def go_on(self, prompt: Sequence[int], done: int, slot: int, prefixes: Prefixes) -> Tensor:
-            if state.now("go_on"):
-                self._write_nonsense(slot, slice(done, len(prompt)))
-                raise state.error()
-            return super().go_on(prompt, done, slot, prefixes)
+            return super().read(pieces)
 
         def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
             if state.now("step"):
@@ -122,7 +117,7 @@ def _choice(*_: Any) -> Executor:
     return Executor("CUDA decoding" if why is None else "modules", why)
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [

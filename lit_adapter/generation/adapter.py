@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lit_adapter.model.adapter import adapter_parameters, attach, load_adapter_state
 from lit_adapter.model.affine import AdaptedNorm
-from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import choose
 from lit_adapter.model.frame import framed
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.norms import Norms
+from lit_adapter.model.slot_prefixes import Prefixes
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ from lit_adapter.generation.lane import Lane, enlarged
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import MOST_LIKELY, Choice, choose, likelihoods
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model.cache import Prefixes
 from lit_adapter.model.executors import KernelError
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.slot_prefixes import Prefixes
 
 LONG = 4 * 10**12
 """Prompt tokens times weights that keep the device busy for longer than the host needs to capture a step."""

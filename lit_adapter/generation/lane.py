@@ -12,11 +12,12 @@ from lit_adapter.generation.fallback import go_on_without_kernels
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import Choice, Past, choose, likelihoods
 from lit_adapter.grouping import n_common
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.cpu_decode import CpuDecode
 from lit_adapter.model.executors import KernelError
 from lit_adapter.model.executors import choose as choose_executor
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.pieces import Piece
 
 LEAST_SHARED = 8
 """Tokens below which a common start is computed again."""
@@ -139,44 +140,24 @@ class Lane:
     def _read(self, most: int | None) -> None:
         """Read prompts, ``most`` tokens of them or all, and choose the first tokens of those that are read.
 
-        Whole prompts with the same adapter are read together; the earliest prompt's adapter comes first.
+        They are read together in the order in which they came, whatever adapters they have.
         """
-        turn: dict[Prefixes, int] = {}
+        begun, pieces = [], []
         for request in self.reading:
-            turn.setdefault(request.adapter.prefixes, len(turn))
-        groups: dict[Prefixes | Request, list[tuple[Request, int]]] = {}
-        for request in sorted(self.reading, key=lambda request: turn[request.adapter.prefixes]):
             left = len(request.prompt) - request.length
             n = left if most is None else min(left, most)
             if not n:
                 break
             most = None if most is None else most - n
-            is_whole = not request.length and n == left
-            key = request.adapter.prefixes if is_whole else request
-            groups.setdefault(key, []).append((request, request.length))
+            done, slot = request.length, self.slots.index(request)
             request.length += n
-        hidden = {
-            request: row
-            for group in groups.values()
-            for (request, _), row in zip(group, self._read_group(group), strict=True)
-        }
-        read = [request for request in hidden if request.length == len(request.prompt)]
-        self.reading = [request for request in self.reading if request not in read]
+            begun.append(request)
+            pieces.append(Piece(request.prompt[: request.length], slot, request.adapter.prefixes, done))
+        hidden = self.executor.read(pieces)
+        read = [n for n, request in enumerate(begun) if request.length == len(request.prompt)]
+        self.reading = self.reading[len(read) :]
         if read:
-            slots = [self.slots.index(request) for request in read]
-            self._choose(self.model.logits(torch.stack([hidden[request] for request in read])), slots)
-
-    def _read_group(self, group: Sequence[tuple[Request, int]]) -> Tensor:
-        """Read whole prompts, or one from a place up to its ``length``; return hidden states ``[B, C]``."""
-        requests = [request for request, _ in group]
-        slots = [self.slots.index(request) for request in requests]
-        first, start = group[0]
-        prefixes = first.adapter.prefixes
-        if start or first.length < len(first.prompt):
-            hidden: Tensor = self.executor.go_on(first.prompt[: first.length], start, slots[0], prefixes)
-        else:
-            hidden = self.executor.read([request.prompt for request in requests], slots, prefixes)
-        return hidden
+            self._choose(self.model.logits(hidden[read]), [pieces[n].slot for n in read])
 
     def _longest_shared(self, request: Request) -> tuple[int, int]:
         """Return the slot that holds the longest start of a prompt, and how many tokens; 0 if none does."""

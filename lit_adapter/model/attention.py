@@ -47,12 +47,12 @@ class PackedRow:
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``ids``, ``position``, ``target_index`` and ``target_id`` on a device, in one transfer."""
         parts = (self.ids, self.position, self.target_index, self.target_id)
-        joined = _moved(torch.cat(parts), device)
+        joined = moved(torch.cat(parts), device)
         ids, position, target_index, target_id = joined.split([len(part) for part in parts])
         return ids, position, target_index, target_id
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
+def moved(x: Tensor, device: torch.device) -> Tensor:
     """Copy ``x`` from the CPU to a device, without waiting for other work of a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 

@@ -21,7 +21,7 @@ from lit_adapter.device import free_bytes
 from lit_adapter.model import survey
 from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.attention import KeyValue, sees
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.executors import Setting
 from lit_adapter.model.joining import join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
@@ -30,6 +30,7 @@ from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
 from lit_adapter.model.norms import Norms, StepNorms, normed
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
+from lit_adapter.model.slot_prefixes import Prefixes
 
 KNOWN = survey.FROZEN | {GatedPrefix, AdaptedNorm, LoraLinear}
 

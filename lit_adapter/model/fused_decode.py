@@ -10,26 +10,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_adapter.grouping import grouped
 from lit_adapter.model.affine import join_affine
-from lit_adapter.model.attention import KeyValue, PackedRow
+from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import block_weights, join_groups
-from lit_adapter.model.cache import ModuleDecode, Prefixes
+from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.fused_heads import HeadNorms, unturned
-from lit_adapter.model.kernels import attention, decode_attention, decode_products, rows
+from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import join_updates
+from lit_adapter.model.pieces import Piece, PieceRow
+from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.model.tiles import plan_tiles
-
-LONGEST_ROW = 32_768
-"""Prompt tokens read together, unless one prompt is longer: more would take memory and save no time."""
 
 
 class FusedDecode(ModuleDecode):
@@ -67,16 +67,15 @@ class FusedDecode(ModuleDecode):
         plain = plain and not config.head_norms  # a program there has half a head at most
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
-    def read(self, prompts: Sequence[Sequence[int]], slots: Sequence[int], prefixes: Prefixes) -> Tensor:
-        """Read the prompts of requests with the same adapter; see `ModuleDecode.read`."""
-        self.prefixes.assign(slots, prefixes)
-        texts = zip(prompts, slots, strict=True)
-        rows = grouped(texts, lambda text: len(text[0]), LONGEST_ROW)
-        model = self.prefixes.reader(slots[0])
-        prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
-        return torch.cat([self._read_row(model, row, prefix) for row in rows])
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
+        self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
+        return self._read_rows(pieces)
 
-    def _joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
+    def _read_row(self, row: PieceRow) -> Tensor:
+        return self.prefixes.reader(row)(row.ids[None], _PromptView(self, row), row.last)[0]
+
+    def joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
         """Return a layer's prefix as the kernel for prompts takes it."""
         state = prefixes.layer(index)
         if state is None:
@@ -86,28 +85,6 @@ class FusedDecode(ModuleDecode):
         if state.strength.shape[1] > 1:
             return Prefix(kv, state.strength[..., 0].contiguous(), by_token=True, unrotated=unrotated)
         return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous(), unrotated=unrotated)
-
-    def _read_row(
-        self, model: Llama, texts: Sequence[tuple[Sequence[int], int]], prefix: Sequence[Prefix | None]
-    ) -> Tensor:
-        """Read prompts, each with its slot, placed one after another in one row."""
-        prompts, slots = zip(*texts, strict=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        segment = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
-        last = lengths.cumsum(0) - 1
-        ids = torch.tensor([token for prompt in prompts for token in prompt])
-        position = torch.arange(len(ids)) - (last + 1 - lengths)[segment]
-        row = PackedRow(ids, position, segment, segment, last, last)
-        view = _PromptView(self, row, torch.tensor(slots)[segment], prefix)
-        return model(view.ids[None], view, view.last)[0]
-
-    def go_on(self, prompt: Sequence[int], done: int, slot: int, prefixes: Prefixes) -> Tensor:
-        """Read the rest of a prompt; see `ModuleDecode.go_on`."""
-        self.prefixes.assign([slot], prefixes)
-        prefix = [self._joined(prefixes, index) for index in range(len(self.weights))]
-        view = _RestView(self, len(prompt), done, slot, prefix)
-        ids = torch.tensor([prompt[done:]], device=self.device)
-        return self.prefixes.reader(slot)(ids, view, view.last)[0]
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
@@ -128,6 +105,21 @@ class FusedDecode(ModuleDecode):
         return self.y
 
 
+class _Rotations:
+    """The cosines and sines of some positions ``[T]`` in each layer."""
+
+    def __init__(self, decode: FusedDecode, position: Tensor) -> None:
+        self.tables, self.position = decode.rotations, position
+        self._found: dict[int, KeyValue] = {}
+
+    def __getitem__(self, layer: int) -> KeyValue:
+        """Return those of a layer, each ``[T, D/2]``."""
+        cos, sin = self.tables[layer]
+        if id(cos) not in self._found:  # layers share them
+            self._found[id(cos)] = cos[self.position], sin[self.position]
+        return self._found[id(cos)]
+
+
 class _CacheRowView:
     """Tokens of any texts in one row ``[1, T]``, for blocks that are computed whole.
 
@@ -136,14 +128,7 @@ class _CacheRowView:
 
     def __init__(self, decode: FusedDecode, slot: Tensor, position: Tensor) -> None:
         self.decode, self.slot, self.position = decode, slot, position
-        self._rotations: dict[int, KeyValue] = {}
-
-    def rotation(self, layer: int) -> KeyValue:
-        """Return the cosines and sines of the tokens in a layer, each ``[T, D/2]``."""
-        cos, sin = self.decode.rotations[layer]
-        if id(cos) not in self._rotations:  # layers share them
-            self._rotations[id(cos)] = cos[self.position], sin[self.position]
-        return self._rotations[id(cos)]
+        self.rotations = _Rotations(decode, position)
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Compute a block for ``x [1, T, C]``, or for its positions ``query_positions [M]``."""
@@ -151,20 +136,20 @@ class _CacheRowView:
         weights, updates = decode.weights[layer], decode.updates[layer]
         in_fp8 = {group: weights.quantised and group not in updates for group in ("qkv", "gate_up", "down")}
         before, between = block.input_layernorm, block.post_attention_layernorm
-        normed, _ = rows.norm(x, before.used_weight, before.eps, None, quantised=in_fp8["qkv"])
+        normed, _ = rows.norm(x, before.weight_of(len(x)), before.eps, None, quantised=in_fp8["qkv"])
         qkv = weights.qkv(weights.operand(normed))
         self._update("qkv", layer, qkv, normed)
         norms, kept = HeadNorms.of(block.self_attn), decode.q_width + decode.kv_width
         if norms is not None:
             norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
         cache = (decode.cache.k[layer], decode.cache.v[layer])
-        decode_attention.rotate_and_keep(qkv, self.rotation(layer), self.slot, self.position, cache)
+        decode_attention.rotate_and_keep(qkv, self.rotations[layer], self.slot, self.position, cache)
         y = self.attend(layer, qkv, query_positions)
         x = x if query_positions is None else x[query_positions]
         added = weights.o(weights.operand(y))
         self._update("o", layer, added, y)
         middle, _, normed, _ = rows.add_and_norm(
-            x, added, between.used_weight, between.eps, quantised=in_fp8["gate_up"], twice=False
+            x, added, between.weight_of(len(x)), between.eps, quantised=in_fp8["gate_up"], twice=False
         )
         gate_up = weights.gate_up(weights.operand(normed))
         self._update("gate_up", layer, gate_up, normed)
@@ -185,63 +170,48 @@ class _CacheRowView:
 
 
 class _PromptView(_CacheRowView):
-    """Prompts placed one after another, each attending to itself.
+    """Pieces of prompts in one row, each attending to itself and to what its slot holds before it."""
 
-    The targets of ``row`` are their last tokens; ``slot [T]`` is on the CPU; ``prefix`` is of each layer.
-    """
-
-    def __init__(
-        self, decode: FusedDecode, row: PackedRow, slot: Tensor, prefix: Sequence[Prefix | None]
-    ) -> None:
-        device = decode.cache.k.device
-        joined = torch.cat((row.ids, row.position, slot, row.target_index)).pin_memory()
-        T = len(slot)
-        parts = joined.to(device, non_blocking=True).split([T, T, T, len(row.target_index)])
-        self.ids, position, slot, self.last = parts
-        super().__init__(decode, slot, position)
-        self.prefix = prefix
+    def __init__(self, decode: FusedDecode, row: PieceRow) -> None:
+        super().__init__(decode, row.slot, row.position)
+        self.keys, self.new, self.of_keys = row, None, self.rotations
+        if any(piece.done for piece in row.pieces):  # then keys are read from the cache
+            self.keys = PieceRow([replace(piece, done=0) for piece in row.pieces], decode.device)
+            self.of_keys = _Rotations(decode, self.keys.position)
+            pairs = zip(row.pieces, self.keys.spans, strict=True)
+            self.new = torch.cat([torch.arange(at.stop - piece.n_new, at.stop) for piece, at in pairs])
+        self.row, texts = row, self.keys.on_host
+        plan = partial(plan_tiles, texts, device=decode.device)
         windows = dict.fromkeys(decode.windows)
-        self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
-        self.last_queries = {window: plan_tiles(row, row.target_index, device, window) for window in windows}
+        self.all_queries = {window: plan(self.new, window=window) for window in windows}
+        self.last_queries = {window: plan(texts.target_index, window=window) for window in windows}
+        prefixes, *others = {piece.prefixes for piece in row.pieces}
+        self.shared = None if others else prefixes
+        self.all_tiles, self.last_tiles = (self._tiles(n) for n in (len(row.ids), len(row.pieces)))
+
+    def _tiles(self, n: int) -> Tensor | None:
+        """Return what the programs for prefixes handle of ``n`` queries; None if all have the same one."""
+        if self.shared is not None:
+            return None
+        slots = [piece.slot for piece in self.row.pieces]
+        return prompt_prefix.plan(self.row.among(n), slots, self.decode.device)
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
-        decode = self.decode
+        decode, rotation = self.decode, self.of_keys[layer]
         q, k, v = qkv.split([decode.q_width, decode.kv_width, decode.kv_width], dim=1)
-        plans = self.all_queries if query_positions is None else self.last_queries
-        plan, q = plans[decode.windows[layer]], q if query_positions is None else q[query_positions]
-        return attention.attend(q, k, v, self.rotation(layer), plan, decode.D, self.prefix[layer])[0]
-
-
-class _RestView(_CacheRowView):
-    """The tokens of a text of ``length`` after the first ``done``, which its slot holds."""
-
-    def __init__(
-        self, decode: FusedDecode, length: int, done: int, slot: int, prefix: Sequence[Prefix | None]
-    ) -> None:
-        device = decode.device
-        everything, none = torch.arange(length), torch.zeros(length, dtype=torch.long)
-        new = everything[done:]
-        super().__init__(decode, torch.full((len(new),), slot, device=device), new.to(device))
-        self.last = torch.tensor([len(new) - 1], device=device)
-        self.length, self.own_slot, self.prefix = length, slot, prefix
-        row = PackedRow(none, everything, none, none, new, new)
-        windows = dict.fromkeys(decode.windows)
-        self.all_queries = {window: plan_tiles(row, new, device, window) for window in windows}
-        self.last_queries = {window: plan_tiles(row, new[-1:], device, window) for window in windows}
-
-    def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
-        decode = self.decode
-        k, v = (
-            x[layer, self.own_slot, :, : self.length].transpose(0, 1).reshape(self.length, -1)
-            for x in (decode.cache.k, decode.cache.v)
-        )
-        cos, sin = decode.rotations[layer]
-        plans = self.all_queries if query_positions is None else self.last_queries
-        q = qkv[:, : decode.q_width]
-        q = q if query_positions is None else q[query_positions]
-        rotation = cos[: self.length], sin[: self.length]
-        plan, prefix = plans[decode.windows[layer]], self.prefix[layer]
-        return attention.attend(q, k, v, rotation, plan, decode.D, prefix)[0]
+        plans, tiles = self.all_queries, self.all_tiles
+        if query_positions is not None:
+            q, plans, tiles = q[query_positions], self.last_queries, self.last_tiles
+        if self.new is not None:
+            at = (self.keys.slot, slice(None), self.keys.position)
+            k, v = (x[layer][at].flatten(1) for x in (decode.cache.k, decode.cache.v))
+        plan = plans[decode.windows[layer]]
+        shared = None if self.shared is None else decode.joined(self.shared, layer)
+        y = attention.attend(q, k, v, rotation, plan, decode.D, shared)[0]
+        own = decode.prefixes.joined.layer(layer)
+        if tiles is not None and own is not None:
+            prompt_prefix.add(q, plan.place, rotation, own, tiles, y)
+        return y
 
 
 class _StepView(_CacheRowView):
@@ -281,11 +251,13 @@ class _FewTexts:
             biases = [block.get_submodule(name).bias for name in groups["qkv"]]
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
             rotation = decode.rotations[index]
-            products.project(x, norm.used_weight, norm.eps, qkv, biases, rotation, position, self.q, cache)
+            products.project(
+                x, norm.weight_of(len(x)), norm.eps, qkv, biases, rotation, position, self.q, cache
+            )
             products.add_linear(decode.attend(index, self.q, cache, position), o, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.used_weight, norm.eps, gate, up, self.hidden)
+            products.gate_up(x, norm.weight_of(len(x)), norm.eps, gate, up, self.hidden)
             products.add_linear(self.hidden, down, x)
         norm = model.norm
-        products.norm_linear(x, norm.used_weight, norm.eps, model.lm_head.weight, self.logits)
+        products.norm_linear(x, norm.weight_of(len(x)), norm.eps, model.lm_head.weight, self.logits)
         return self.logits

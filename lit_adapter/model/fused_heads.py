@@ -85,4 +85,4 @@ class HeadNorms:
 
 
 def _norm(norm: RMSNorm, x: Tensor, rotation: KeyValue | None, out: Tensor) -> None:
-    heads.norm(x, norm.used_weight, norm.eps, rotation, out)
+    heads.norm(x, norm.weight_of(len(x)), norm.eps, rotation, out)

@@ -75,6 +75,10 @@ class RMSNorm(nn.Module):
         """The weight that the norm multiplies by now."""
         return self.weight
 
+    def weight_of(self, n: int) -> Tensor:
+        """The weight for ``n`` tokens ``[width]``, or for each of them ``[n, width]``."""
+        return self.used_weight
+
 
 class Attention(nn.Module):
     """Grouped-query attention with one optional child, `prefix`."""

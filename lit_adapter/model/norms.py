@@ -57,54 +57,92 @@ class SlotNorms:
     """
 
     def __init__(self, model: Llama, n_slots: int) -> None:
-        self.base, self.model = Norms.of(model), framed(model)
+        self.base, self.reading = Norms.of(model), TokenSlots()
         self.rows = self.base.each(
             lambda x: x.to(torch.promote_types(x.dtype, torch.float32))[:, None].repeat_interleave(n_slots, 1)
         )
         """In fp32 at least, as trained norms are."""
-        rows, heads = self.rows.wide, self.rows.of_heads
-        for index, block in enumerate(self.model.layers):
-            block.input_layernorm = SlotNorm(model.config, rows[2 * index])
-            block.post_attention_layernorm = SlotNorm(model.config, rows[2 * index + 1])
-            if heads is not None:
-                block.self_attn.q_norm = SlotNorm(model.config, heads[index, :, 0])
-                block.self_attn.k_norm = SlotNorm(model.config, heads[index, :, 1])
-        self.model.norm = SlotNorm(model.config, rows[-1])
+        self.stepper = self._framed(model, lambda weights: SlotNorm(model.config, weights))
+        """The model with the norms of all slots, for steps."""
+        self.reader = self._framed(model, lambda weights: TokenNorm(model.config, weights, self.reading))
+        """The model with the norms of the tokens of ``reading``."""
 
-    def put(self, slots: Sequence[int], norms: Norms | None) -> None:
-        """Give slots the norms of one model; with None those that all have at first."""
+    def _framed(self, model: Llama, norm: Callable[[Tensor], RMSNorm]) -> Llama:
+        """Return the model with other norms, which are made of the weights of all slots."""
+        own, rows, heads = framed(model), self.rows.wide, self.rows.of_heads
+        for index, block in enumerate(own.layers):
+            block.input_layernorm = norm(rows[2 * index])
+            block.post_attention_layernorm = norm(rows[2 * index + 1])
+            if heads is not None:
+                block.self_attn.q_norm = norm(heads[index, :, 0])
+                block.self_attn.k_norm = norm(heads[index, :, 1])
+        own.norm = norm(rows[-1])
+        return own
+
+    def put(self, where: Tensor, norms: Norms | None) -> None:
+        """Give the slots ``where`` the norms of one model; with None those that all have at first."""
         given = norms or self.base
         for own, new in ((self.rows.wide, given.wide), (self.rows.of_heads, given.of_heads)):
             if own is not None and new is not None:
-                here = new.to(own.device, non_blocking=True)
-                for slot in slots:
-                    own[:, slot] = here
-
-    def at(self, slot: int) -> Norms:
-        """Return the norms of one slot."""
-        return self.rows.each(lambda x: x[:, slot])
+                own[:, where] = new.to(own.device, own.dtype, non_blocking=True)[:, None]
 
 
-class SlotNorm(RMSNorm):
-    """A norm with a weight for each slot.
+class TokenSlots:
+    """The slots of the tokens that are read: one of all tokens, or each token's own."""
+
+    _all: Tensor | int
+    _last: Tensor | int
+
+    def set(self, of_all: Tensor | int, of_last: Tensor | int) -> None:
+        """Say the slots of all tokens of a row ``[T]``, and those of the last tokens of its texts ``[B]``."""
+        self._all, self._last = of_all, of_last
+
+    def among(self, n: int) -> Tensor | int:
+        """Return the slots of ``n`` tokens: all of the row, or the last ones of its texts."""
+        return self._all if isinstance(self._all, int) or n == len(self._all) else self._last
+
+
+class TokenNorm(RMSNorm):
+    """A norm for texts in one row ``[1, T, C]``, each with the weight of its slot.
 
     Args:
         config: of its model.
-        weights: ``[B, width]``; later changes count.
+        weights: of all slots ``[B, width]``; later changes count.
+        slots: of the tokens.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: Tensor, slots: TokenSlots) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.weights, self.slots = config.norm_eps, weights, slots
+
+    def weight_of(self, n: int) -> Tensor:
+        """See `RMSNorm.weight_of`."""
+        return self.weights[self.slots.among(n)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x``; the one before it has the tokens."""
+        return (normalised(x, self.eps) * self.weight_of(x.shape[-2])).to(x.dtype)
+
+
+class SlotNorm(RMSNorm):
+    """A norm for one token of each slot.
+
+    Args:
+        config: of its model.
+        weights: of all slots ``[B, width]``; later changes count.
     """
 
     def __init__(self, config: LlamaConfig, weights: Tensor) -> None:
         nn.Module.__init__(self)
         self.eps, self.weights = config.norm_eps, weights
 
-    @property
-    def used_weight(self) -> Tensor:
-        """The weights of all slots."""
-        return self.weights
+    def weight_of(self, n: int) -> Tensor:
+        """The weights of the first ``n`` slots."""
+        return self.weights[:n]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``: its first has the first slots, or texts of the only one."""
-        weights = self.weights[: len(x)]
+        """Normalise the last dimension of ``x``, whose first has the first slots."""
+        weights = self.weight_of(len(x))
         weights = weights.view(len(weights), *[1] * (x.dim() - 2), -1)
         return (normalised(x, self.eps) * weights).to(x.dtype)
 

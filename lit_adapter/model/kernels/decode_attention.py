@@ -177,7 +177,7 @@ def _attention_kernel(
                 back = tl.load(unrotated_ptr + row) != 0
                 prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, HEADS)
             factor_ptr = by_token_ptr + (row * G * GROUP + group * GROUP + head) * K
-            y += strength * _attend_prompt(
+            y += strength * attend_prompt(
                 prefix_q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, factor_ptr, real, scale,
                 D, K, K_PADDED, BY_TOKEN,
             )  # fmt: skip
@@ -232,7 +232,7 @@ def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, HEADS: tl.constexp
 
 
 @triton.jit
-def _attend_prompt(
+def attend_prompt(
     q, pk_ptr, pv_ptr, hidden_ptr, by_token_ptr, real, scale,
     D: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
