@@ -26,7 +26,9 @@ class Metrics:
         self.step = self._histogram("step_seconds", "A step of the engine.")
         self.waited = self._histogram("queue_seconds", "From the request to a slot.")
         self.first_token = self._histogram("first_token_seconds", "From the request to its first token.")
-        self.between_tokens = self._histogram("between_tokens_seconds", "Between two tokens of an answer.")
+        self.between_tokens = self._histogram(
+            "between_tokens_seconds", "Between two tokens of an answer; the mean of those sent together."
+        )
         self.requests = Counter(
             "lit_adapter_requests", "Requests by their status.", ("route", "status"), registry=self.registry
         )

@@ -30,7 +30,7 @@ BURST_SECONDS = 0.02
 """How long the first request of a burst waits at most for the others, to be read with them."""
 BURST_TOKENS = 1024
 """Of prompts, after which no other one is read before answers begin; the rest is read between steps."""
-EVENT_SECONDS = 0.02
+EVENT_SECONDS = 0.04
 """Least time between two moments at which answers that go on are sent; first and last events do not wait."""
 
 
@@ -49,6 +49,7 @@ class Event:
     index: int
     text: str = ""
     tokens: Sequence[Token] = ()
+    """With their likelihoods, if those are wanted."""
     finish: str | None = None
     """``stop`` or ``length``, at the end."""
     error: BaseException | None = None
@@ -76,7 +77,7 @@ class Choice:
     n_counted: int = 0
     """Tokens of the answer that are in the metrics."""
     last: float = 0.0
-    """When the newest token came; 0 before the first."""
+    """When the newest of them came; 0 before the first."""
     begun: bool = False
     """Whether it has had an event."""
 
@@ -84,7 +85,7 @@ class Choice:
         self.text = AnswerText(self.model.tokenizer, self.stop)
         self.released = 0  # characters of the answer that were taken
         self.read = ""  # text that was not taken yet
-        self.held: list[Token] = []  # tokens whose text was not taken yet
+        self.held: list[Token] = []  # tokens whose text was not taken yet, if likelihoods are wanted
 
     @property
     def n_new(self) -> int:
@@ -107,9 +108,9 @@ class Choice:
         """Make text of the newest tokens, up to a stop text."""
         while request.news and not self.text.stopped:
             token = request.news.popleft()
-            likelihood = request.likelihoods.popleft() if request.likelihoods else None
-            offset = self.released + len(self.read) + len(self.text.held)
-            self.held.append(Token(token, offset, likelihood))
+            if request.likelihoods:
+                offset = self.released + len(self.read) + len(self.text.held)
+                self.held.append(Token(token, offset, request.likelihoods.popleft()))
             self.read += self.text.push(token)
         if request.ended and request.error is None:
             self.read += self.text.push(None)
@@ -280,12 +281,14 @@ class Worker:
         self.metrics.step.observe(now - started)
         if due := now >= self._due:
             self._due = now + EVENT_SECONDS
-        running = [choice for choice in self._running if not choice.cancelled]
-        self.metrics.tokens.inc(sum(self._observe(choice, now) for choice in running))
         left: list[Choice] = []
-        for choice in running:
+        for choice in self._running:
+            if choice.cancelled:
+                self._observe(choice, now)
+                continue
             event = choice.take(due=due)
             if event is not None:
+                self._observe(choice, now)
                 choice.deliver(event)
             if event is None or event.finish is None:
                 left.append(choice)
@@ -295,17 +298,18 @@ class Worker:
             self._running = left
             self._count()
 
-    def _observe(self, choice: Choice, now: float) -> int:
-        """Note when a choice's newest tokens came, and return how many they are."""
+    def _observe(self, choice: Choice, now: float) -> None:
+        """Count a choice's newest tokens, and note when they came."""
         n_new = choice.n_new - choice.n_counted
-        if n_new:
-            choice.n_counted = choice.n_new
-            if choice.last:
-                self.metrics.between_tokens.observe(now - choice.last)
-            else:
-                self.metrics.first_token.observe(now - choice.queued)
-            choice.last = now
-        return n_new
+        if not n_new:
+            return
+        choice.n_counted = choice.n_new
+        self.metrics.tokens.inc(n_new)
+        if choice.last:
+            self.metrics.between_tokens.observe((now - choice.last) / n_new)
+        else:
+            self.metrics.first_token.observe(now - choice.queued)
+        choice.last = now
 
     def _count(self) -> None:
         self.metrics.queue.set(len(self._waiting))

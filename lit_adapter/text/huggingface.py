@@ -33,7 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, raw: dict[str, Any], about: Description, source: object) -> None:
-        self._source = str(source)
+        self._source, self._pieces = str(source), dict[int, bytes]()  # those that were asked for
         try:
             _try_patterns(raw, source)
             _try_growth(raw, source)
@@ -100,6 +100,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._piece(token)
+        return found
+
+    def _piece(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token]
         text = self._backend.id_to_token(token) if 0 <= token < self.vocab_size else None
