@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +38,23 @@ class Adapter:
         prefixes = Prefixes.of(model.project_prefixes(model.embed_tokens.weight.dtype))
         if base is None:
             return cls(model, prefixes)
-        own, executor = _own_kinds(model, base), choose(model, "decoding")
-        # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
-        alike = executor.why_not_fast is None or executor == choose(base, "decoding")
-        if own - {AdaptedNorm} or not alike:
+        own = _own_kinds(model, base)
+        if own - {AdaptedNorm} or not _is_computed_alike(model, base):
             return cls(model, prefixes)
         return cls(base, replace(prefixes, norms=Norms.of(model).on_host()) if own else prefixes)
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:
-    """Return a model with an adapter attached that shares what it can of ``base``, which stays as it is.
+    """Return a model with an adapter attached that shares what it can of ``base``, frozen as that is.
 
     Raises:
         UserError: tensors that do not fit the model.
     """
     model = framed(base)
     attach(model, config.without_dropout(), seed=None)
-    load_adapter_state(model, dict(state), source=source)
-    return model.requires_grad_(False)
+    for parameter in load_adapter_state(model, dict(state), source=source).values():
+        parameter.requires_grad_(False)
+    return model
 
 
 def keep_on_host(model: Llama) -> None:
@@ -63,8 +63,25 @@ def keep_on_host(model: Llama) -> None:
         parameter.data = parameter.data.cpu()
 
 
-def _own_kinds(model: Llama, base: Llama) -> set[type[nn.Module]]:
+_alike: WeakKeyDictionary[Llama, dict[AdapterConfig | None, bool]] = WeakKeyDictionary()
+
+
+def _is_computed_alike(model: Llama, base: Llama) -> bool:
+    """Return whether one executor computes a base with prefixes and norms and without, as its form tells."""
+    known, form = _alike.setdefault(base, {}), model.adapter
+    if form not in known:
+        executor = choose(model, "decoding")
+        # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
+        known[form] = executor.why_not_fast is None or executor == choose(base, "decoding")
+    return known[form]
+
+
+def _own_kinds(model: nn.Module, base: nn.Module) -> set[type[nn.Module]]:
     """Return the classes of the modules that ``model`` has in place of ``base``'s, prefixes left out."""
-    theirs = {name: type(module) for name, module in base.named_modules()}
-    modules = ((n, type(m)) for n, m in model.named_modules() if not n.endswith(".prefix"))
-    return {kind for name, kind in modules if kind is not theirs.get(name)}
+    theirs, found = dict(base.named_children()), set()
+    for name, part in model.named_children():
+        other = theirs.get(name)
+        if part is other or name == "prefix":
+            continue
+        found |= {type(part)} if type(part) is not type(other) else _own_kinds(part, other)
+    return found

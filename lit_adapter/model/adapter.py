@@ -108,8 +108,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().clone() for name, parameter in adapter_parameters(model)}
 
 
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str = "adapter") -> None:
-    """Copy ``state`` into the model's adapter.
+def load_adapter_state(
+    model: nn.Module, state: dict[str, Tensor], source: str = "adapter"
+) -> dict[str, nn.Parameter]:
+    """Copy ``state`` into the model's adapter, and return its parameters by name.
 
     Args:
         model: a model with prefixes attached.
@@ -124,6 +126,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str =
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+    return own
 
 
 def adapter_shapes(config: AdapterConfig, model: LlamaConfig) -> dict[str, Shape]:

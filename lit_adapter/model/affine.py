@@ -121,8 +121,8 @@ class AdaptedNorm(RMSNorm, TrainedModule):
     trained = ("adapter_weight",)
 
     def __init__(self, frozen: RMSNorm) -> None:
-        super().__init__(len(frozen.weight), frozen.eps)
-        self.weight = frozen.weight
+        nn.Module.__init__(self)  # that of a plain norm makes a weight
+        self.eps, self.weight = frozen.eps, frozen.weight
         self.adapter_weight = nn.Parameter(frozen.weight.detach().to(torch.float32, copy=True))
 
     @property

@@ -18,9 +18,11 @@ def framed(module: M) -> M:
     What an executor has made of a model's matrices is not copied.
     """
     own = object.__new__(type(module))
-    # Hooks and parameters are kept in dicts too; what is registered in the copy must not be in the module.
     values = vars(module).copy()  # a step in another thread may join the base's matrices meanwhile
-    vars(own).update((name, x.copy() if isinstance(x, dict) else x) for name, x in values.items())
+    for name, x in values.items():
+        if isinstance(x, dict):  # hooks too: what is registered in the copy must not be in the module
+            values[name] = x.copy()
+    vars(own).update(values)
     for name, part in own_children(own):
         own.register_module(name, framed(part))
     if isinstance(own, Llama):
