@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.serving.loading import load_adapters
+from lit_adapter.serving.options import ServerOptions
+from lit_adapter.serving.run import _warm_up
 
 SAY = [{"role": "user", "content": "Say it back."}]
 MODELS = ("base", *NAMES, "norms")
@@ -590,3 +594,21 @@ def test_threads_of_clients_are_all_served(server: Running, client: openai.OpenA
     for thread in threads:
         thread.join()
     assert answered == [1] * 20
+
+
+def test_the_warm_up_covers_adapters_of_every_form(tiny_base: Path, tmp_path: Path) -> None:
+    """Also where there are more adapters than slots, and the odd ones come last."""
+    plain = AdapterConfig(prompt_length=3, norms=False)
+    forms = [plain, plain, plain, replace(plain, prompt_length=6, gate="token"), replace(plain, norms=True)]
+    paths = {
+        f"a{n}": save_random_adapter(tiny_base, tmp_path / f"{n}.safetensors", n, form)
+        for n, form in enumerate(forms)
+    }
+    adapters = load_adapters(ServerOptions(base=tiny_base, adapters=paths, device="cpu", dtype="float32"))
+    base = adapters.base.model
+    base.engine.reserve(base.model, 2, 200)
+    _warm_up(adapters, 2)
+    (lane,) = base.engine._lanes.values()
+    prefixes = lane.executor.prefixes
+    assert prefixes.norms is not None
+    assert prefixes.joined.length == 6

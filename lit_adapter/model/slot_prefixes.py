@@ -5,7 +5,7 @@ Letters: B slots, H query heads, G key/value heads, D head size, K prompt length
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,13 @@ class Prefixes:
     def length(self) -> int:
         """K; 0 without a prefix."""
         return 0 if self.stacked is None else self.stacked.k.shape[-2]
+
+    @property
+    def form(self) -> tuple[Hashable, ...]:
+        """What slots are made for: adapted layers, sizes, whether queries are unrotated, and norms."""
+        state = self.stacked
+        of_state = () if state is None else (state.k.shape, state.strength.shape, state.unrotated)
+        return (self.norms is not None, self.layers, *of_state)
 
     def layer(self, index: int) -> PrefixState | None:
         """Return one layer's prefix."""

@@ -118,15 +118,19 @@ async def _watch(adapters: Adapters) -> None:
 
 
 def _warm_up(adapters: Adapters, n_slots: int) -> None:
-    """Take the steps that are slow the first time: of one text and, on CUDA, of all slots and adapters."""
+    """Take the steps that are slow the first time: of one text, and of adapters of all forms together.
+
+    On CUDA all slots take steps.
+    """
     base = adapters.base.model
-    models = [served.model for served in adapters if served.model.adapter.model is base.model]
+    own = [served.model.adapter for served in adapters if served.model.adapter.model is base.model]
+    forms = list({adapter.prefixes.form: adapter for adapter in own}.values())
     prompt = base.template.encode_prompt(base.tokenizer, "Hello")
     on_cuda = base.model.embed_tokens.weight.is_cuda
     for how in (Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)):
-        for number in {1, n_slots if on_cuda else 1}:
-            chosen = islice(cycle(models), number)
-            for _ in base.engine.run([Request(prompt, how, model.adapter) for model in chosen], number):
+        chosen = [*forms, *islice(cycle(own), max(0, n_slots - len(forms)) if on_cuda else 0)]
+        for given in ([base.adapter], chosen):
+            for _ in base.engine.run([Request(prompt, how, adapter) for adapter in given], n_slots):
                 pass
 
 
