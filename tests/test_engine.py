@@ -33,6 +33,7 @@ from lit_adapter.model.executors import Setting
 from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.model.norms import normed
 from lit_adapter.model.pieces import Piece
+from lit_adapter.model.slot_prefixes import SlotPrefixes
 
 KINDS: list[AdapterConfig | None] = [
     AdapterConfig(layers=2, prompt_length=4, norms=False),
@@ -166,6 +167,22 @@ def test_prompts_of_different_adapters_read_in_one_pass_are_as_if_each_were_alon
         at = (slice(None), piece.slot, slice(None), slice(len(piece.prompt)))
         for kept, exact in ((together.cache.k, single.cache.k), (together.cache.v, single.cache.v)):
             torch.testing.assert_close(kept[at], exact[at], rtol=1e-10, atol=1e-10)
+
+
+def test_slots_that_have_their_adapters_are_not_written_again() -> None:
+    base = base_of(head_norms=True)
+    own, slots = [adapter.prefixes for adapter in eight(base)], SlotPrefixes(base, 3)
+
+    def written() -> list[int]:
+        tensors = [*vars(slots.joined.stacked).values(), *vars(slots.joined.norms).values(), slots.source]
+        return [x._version for x in tensors if isinstance(x, torch.Tensor)]
+
+    slots.assign({0: own[1], 1: own[4], 2: own[2]})
+    before = written()
+    slots.assign({0: own[1], 2: own[2]})
+    assert written() == before
+    slots.assign({0: own[2], 1: own[4]})
+    assert all(now > then for now, then in zip(written(), before, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"head_norms": True}], ids=["llama", "norms of heads"])

@@ -67,7 +67,7 @@ _alike: WeakKeyDictionary[Llama, dict[AdapterConfig | None, bool]] = WeakKeyDict
 
 
 def _is_computed_alike(model: Llama, base: Llama) -> bool:
-    """Return whether one executor computes a base with prefixes and norms and without, as its form tells."""
+    """Return whether a base's executor computes it with prefixes and norms too; asked once for each form."""
     known, form = _alike.setdefault(base, {}), model.adapter
     if form not in known:
         executor = choose(model, "decoding")
