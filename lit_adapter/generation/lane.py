@@ -142,7 +142,7 @@ class Lane:
 
         They are read together in the order in which they came, whatever adapters they have.
         """
-        begun, pieces = [], []
+        pieces = []
         for request in self.reading:
             left = len(request.prompt) - request.length
             n = left if most is None else min(left, most)
@@ -151,13 +151,12 @@ class Lane:
             most = None if most is None else most - n
             done, slot = request.length, self.slots.index(request)
             request.length += n
-            begun.append(request)
             pieces.append(Piece(request.prompt[: request.length], slot, request.adapter.prefixes, done))
         hidden = self.executor.read(pieces)
-        read = [n for n, request in enumerate(begun) if request.length == len(request.prompt)]
-        self.reading = self.reading[len(read) :]
-        if read:
-            self._choose(self.model.logits(hidden[read]), [pieces[n].slot for n in read])
+        n_read = sum(request.length == len(request.prompt) for request in self.reading[: len(pieces)])
+        self.reading = self.reading[n_read:]  # a prompt that is not read to its end is the last of them
+        if n_read:
+            self._choose(self.model.logits(hidden[:n_read]), [piece.slot for piece in pieces[:n_read]])
 
     def _longest_shared(self, request: Request) -> tuple[int, int]:
         """Return the slot that holds the longest start of a prompt, and how many tokens; 0 if none does."""
