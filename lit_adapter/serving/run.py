@@ -14,9 +14,11 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from lit_adapter.errors import counted
+from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.lane import MOST_KEPT
-from lit_adapter.generation.request import Request
+from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
+from lit_adapter.grouping import grouped
 from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.app import Service, make_app
 from lit_adapter.serving.guard import LOCAL, Guard
@@ -129,9 +131,21 @@ def _warm_up(adapters: Adapters, n_slots: int) -> None:
     on_cuda = base.model.embed_tokens.weight.is_cuda
     for how in (Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)):
         chosen = [*forms, *islice(cycle(own), max(0, n_slots - len(forms)) if on_cuda else 0)]
-        for given in ([base.adapter], chosen):
-            for _ in base.engine.run([Request(prompt, how, adapter) for adapter in given], n_slots):
-                pass
+        for _ in base.engine.run([Request(prompt, how, base.adapter)]):
+            pass
+        for together in grouped(chosen, lambda _: 1, n_slots):
+            _answer(base.engine, [Request(prompt, how, adapter) for adapter in together])
+
+
+def _answer(engine: Engine, requests: Sequence[Request]) -> None:
+    """Answer requests together. One of a damaged adapter may fail: whoever asks for that adapter is told."""
+    for request in requests:
+        engine.add(request)
+    while not all(request.ended for request in requests):
+        engine.step()
+    for request in requests:
+        if request.error is not None and not isinstance(request.error, NonFiniteLogitsError):
+            raise request.error
 
 
 def _start_log() -> None:
