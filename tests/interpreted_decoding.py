@@ -76,6 +76,22 @@ def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
         take_steps(executors, [Adapter.of(model).prefixes], 3)
 
 
+def compare_beside_damaged() -> None:
+    """Compare slots that are read in one row with that of an adapter whose logits are NaN."""
+    base = random_llama(1, torch.float32, head_dim=16, **SIZES).eval().requires_grad_(False)
+    own, texts = prefixes_on(base)[:3], [random_ids(n, seed=n, vocab=VOCAB).tolist() for n in (5, 9, 7)]
+    with torch.inference_mode():
+        own[1] = replace(own[0], stacked=replace(own[0].stacked, v=own[0].stacked.v * torch.nan))
+        pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
+        modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
+        wanted = torch.cat([modules.read([piece]) for piece in pieces])
+        found = fused.read(pieces)
+        assert found[1].isnan().all()
+        report(wanted[::2], found[::2])
+        fused.read([replace(piece, prompt=piece.prompt[:3]) for piece in pieces])
+        report(wanted[::2], fused.read([replace(piece, done=3) for piece in pieces])[::2])
+
+
 def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: int) -> None:
     """Read prompts and take steps, and again after the slots have changed their adapters."""
     asked = [random_ids(2 + 3 * slot % 11, seed=slot, vocab=VOCAB).tolist() for slot in range(n_slots)]
@@ -111,3 +127,4 @@ if __name__ == "__main__":
     compare(5, 16, head_norms=True, rope=YARN)
     for form, sizes in ALONE:
         compare_alone(form, sizes)
+    compare_beside_damaged()

@@ -205,6 +205,8 @@ class _PromptView(_CacheRowView):
         if self.new is not None:
             at = (self.keys.slot, slice(None), self.keys.position)
             k, v = (x[layer][at].flatten(1) for x in (decode.cache.k, decode.cache.v))
+        if self.shared is None:
+            v.nan_to_num_()  # a weight of 0 times the NaN of a damaged adapter would reach its neighbours
         plan = plans[decode.windows[layer]]
         shared = None if self.shared is None else decode.joined(self.shared, layer)
         y = attention.attend(q, k, v, rotation, plan, decode.D, shared)[0]
