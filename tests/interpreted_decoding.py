@@ -10,6 +10,7 @@ the number of slots and the largest relative error of a slot's hidden states or 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -76,12 +77,12 @@ def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
         take_steps(executors, [Adapter.of(model).prefixes], 3)
 
 
-def compare_beside_damaged() -> None:
-    """Compare slots that are read in one row with that of an adapter whose logits are NaN."""
+def compare_beside_damaged(damage: float) -> None:
+    """Compare slots that are read in one row with that of an adapter whose values are not finite."""
     base = random_llama(1, torch.float32, head_dim=16, **SIZES).eval().requires_grad_(False)
     own, texts = prefixes_on(base)[:3], [random_ids(n, seed=n, vocab=VOCAB).tolist() for n in (5, 9, 7)]
     with torch.inference_mode():
-        own[1] = replace(own[0], stacked=replace(own[0].stacked, v=own[0].stacked.v * torch.nan))
+        own[1] = replace(own[0], stacked=replace(own[0].stacked, v=own[0].stacked.v * damage))
         pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
         modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
@@ -127,4 +128,5 @@ if __name__ == "__main__":
     compare(5, 16, head_norms=True, rope=YARN)
     for form, sizes in ALONE:
         compare_alone(form, sizes)
-    compare_beside_damaged()
+    compare_beside_damaged(math.nan)
+    compare_beside_damaged(math.inf)

@@ -24,7 +24,7 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.lane import Lane
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model import cpu_decode, pieces
+from lit_adapter.model import cache, cpu_decode, pieces
 from lit_adapter.model.adapter import adapter_parameters, adapter_shapes, adapter_state
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
@@ -167,6 +167,10 @@ def test_prompts_of_different_adapters_read_in_one_pass_are_as_if_each_were_alon
         at = (slice(None), piece.slot, slice(None), slice(len(piece.prompt)))
         for kept, exact in ((together.cache.k, single.cache.k), (together.cache.v, single.cache.v)):
             torch.testing.assert_close(kept[at], exact[at], rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(cache, "LONGEST_ROW", 20)
+    with torch.inference_mode():  # again, in several rows
+        torch.testing.assert_close(together.read(rest), wanted, rtol=1e-10, atol=1e-10)
+    assert len(passes) > 5
 
 
 def test_slots_that_have_their_adapters_are_not_written_again() -> None:
@@ -301,6 +305,42 @@ def test_an_error_ends_one_request_alone() -> None:
     )
     with pytest.raises(UserError, match="NaN or infinite"):
         list(Engine().run([Request(PROMPTS[0], how, adapters[1]), Request(PROMPTS[0], how, bad.adapter)], 2))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"attention_bias": True}], ids=["plain", "biased"])
+def test_a_slot_keeps_nothing_of_a_request_that_failed(sizes: dict[str, Any]) -> None:
+    """By joined matrices, and by the modules: steps read as much of every slot as the longest text has."""
+    base, engine = base_of(**sizes), Engine()
+    form = AdapterConfig(layers=3, prompt_length=2)
+    model = attached(base, form, adapter_state(open_adapter(copy.deepcopy(base), form)), "it")
+    model.layers[-3].self_attn.prefix.gate.fill_(float("nan"))
+    adapters, how = eight(base), Sampling(max_new_tokens=8)
+    bad, long = Request(PROMPTS[6], how, Adapter.of(model, base)), Request(PROMPTS[6], how, adapters[1])
+    short = Request(PROMPTS[5], how, adapters[2])  # will be moved to the failed one's place
+    for request in (bad, long, short):
+        engine.add(request)
+    while not (long.ended and short.ended):
+        engine.step()
+    assert isinstance(bad.error, NonFiniteLogitsError)
+    assert short.error is None
+    wanted = [token for _, token in Engine().run([Request(PROMPTS[5], how, adapters[2])])]
+    assert list(short.news) == wanted[: len(short.news)]
+
+
+def test_an_adapter_for_which_there_is_no_room_leaves_the_other_slots_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = base_of()
+    adapters = [adapter_of(base, AdapterConfig(layers=2, prompt_length=K), K).prefixes for K in (3, 9)]
+    decode = ModuleDecode(base, 2, 40)
+    with torch.inference_mode():
+        decode.read([Piece(PROMPTS[2], 0, adapters[0])])
+        wanted = decode.step([7, 7], [len(PROMPTS[2]), 0])
+        with monkeypatch.context() as patch:
+            patch.setattr(SlotPrefixes, "_write", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError, match="no room"):
+                decode.read([Piece(PROMPTS[0], 1, adapters[1])])
+        assert torch.equal(decode.step([7, 7], [len(PROMPTS[2]), 0])[0], wanted[0])
 
 
 def test_prompts_that_cannot_be_read_are_their_owners_error(monkeypatch: pytest.MonkeyPatch) -> None:

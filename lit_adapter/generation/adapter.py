@@ -63,17 +63,20 @@ def keep_on_host(model: Llama) -> None:
         parameter.data = parameter.data.cpu()
 
 
-_alike: WeakKeyDictionary[Llama, dict[AdapterConfig | None, bool]] = WeakKeyDictionary()
+_alike: WeakKeyDictionary[Llama, set[AdapterConfig | None]] = WeakKeyDictionary()
+"""The forms of adapters that a base's executor was seen to compute as it computes the base."""
 
 
 def _is_computed_alike(model: Llama, base: Llama) -> bool:
-    """Return whether a base's executor computes it with prefixes and norms too; asked once for each form."""
-    known, form = _alike.setdefault(base, {}), model.adapter
-    if form not in known:
-        executor = choose(model, "decoding")
-        # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
-        known[form] = executor.why_not_fast is None or executor == choose(base, "decoding")
-    return known[form]
+    """Return whether a base's executor computes it with prefixes and norms too."""
+    known, form = _alike.setdefault(base, set()), model.adapter
+    if form in known:
+        return True
+    executor = choose(model, "decoding")
+    # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
+    if executor.why_not_fast is None or executor == choose(base, "decoding"):
+        known.add(form)
+    return form in known  # a no may have to do with the memory that is free now
 
 
 def _own_kinds(model: nn.Module, base: nn.Module) -> set[type[nn.Module]]:

@@ -114,7 +114,7 @@ class GraphLane(Lane):
         tokens, scores = landing.wait()
         for slot, request in requests:
             if self.slots[slot] is request:  # otherwise a new request has taken its place
-                request.receive(tokens[slot], scores[slot] if scores else None)
+                self._receive(slot, tokens[slot], scores[slot] if scores else None)
 
     def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
         """Start one step of all slots, and return its requests and where its tokens will arrive."""

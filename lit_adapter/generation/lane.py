@@ -275,8 +275,15 @@ class Lane:
             self.past.add(where, token.clamp(min=0))
         scored = any(request.most_likely is not None for request in requests)
         scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
-        for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
-            request.receive(chosen, row)
+        for slot, chosen, row in zip(slots, token.tolist(), scores, strict=True):
+            self._receive(slot, chosen, row)
+
+    def _receive(self, slot: int, token: int, likelihoods: Sequence[float] | None) -> None:
+        """Give a slot's request its next token; see `Request.receive`."""
+        request = self.slots[slot]
+        request.receive(token, likelihoods)
+        if request.error is not None:
+            self.executor.clear(slot)
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

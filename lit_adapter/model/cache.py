@@ -153,6 +153,12 @@ class ModuleDecode:
             x[:, target, :, :length] = x[:, source, :, :length]
         self.prefixes.assign({target: self.prefixes.rows[source]})
 
+    def clear(self, slot: int) -> None:
+        """Leave nothing in a slot whose request failed: NaN there would reach texts that come to it later."""
+        for x in (self.cache.k, self.cache.v):
+            x[:, slot] = 0
+        self.prefixes.assign({slot: Prefixes()})
+
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange two slots of up to ``length`` cached tokens."""
         for x in (self.cache.k, self.cache.v):
@@ -180,8 +186,12 @@ class ModuleDecode:
         return self._read_rows([replace(p, done=n_read.get(p.slot, p.done)) for p in pieces])
 
     def _read_rows(self, pieces: Sequence[Piece]) -> Tensor:
-        rows = grouped(pieces, lambda piece: piece.n_new, LONGEST_ROW)
+        rows = grouped(pieces, self._length_in_row, LONGEST_ROW)
         return torch.cat([self._read_row(PieceRow(row, self.device)) for row in rows])
+
+    def _length_in_row(self, piece: Piece) -> int:
+        """Return the tokens that a piece makes a row longer by."""
+        return piece.n_new
 
     def _read_row(self, row: PieceRow) -> Tensor:
         """Read one row; return the hidden states of its last tokens ``[B, C]``."""

@@ -68,7 +68,7 @@ def output_backward(
     dtotal = site.total(dmiddle)
     if site.affine:
         site.learn_affine("o", learned, (dtotal, site.outputs.pop("o")))
-    do = site.weights.o.backward(operand if dtotal is dmiddle else dtotal)
+    do = site.weights.o.backward(operand if dtotal is dmiddle else site.weights.operand(dtotal))
     site.learn("o", attended.y, dtotal, site.reach("o", dtotal, do), learned)
     return do
 

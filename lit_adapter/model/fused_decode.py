@@ -72,8 +72,13 @@ class FusedDecode(ModuleDecode):
         self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
         return self._read_rows(pieces)
 
+    def _length_in_row(self, piece: Piece) -> int:
+        return len(piece.prompt)  # keys before a piece are gathered into the row
+
     def _read_row(self, row: PieceRow) -> Tensor:
-        return self.prefixes.reader(row)(row.ids[None], _PromptView(self, row), row.last)[0]
+        view = _PromptView(self, row)
+        hidden = self.prefixes.reader(row)(row.ids[None], view, row.last)[0]
+        return hidden if view.lost is None else hidden + view.lost[row.slot[row.last], None].to(hidden.dtype)
 
     def joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
         """Return a layer's prefix as the kernel for prompts takes it."""
@@ -188,6 +193,10 @@ class _PromptView(_CacheRowView):
         prefixes, *others = {piece.prefixes for piece in row.pieces}
         self.shared = None if others else prefixes
         self.all_tiles, self.last_tiles = (self._tiles(n) for n in (len(row.ids), len(row.pieces)))
+        self.lost = (
+            None if self.shared is not None else row.ids.new_zeros(decode.cache.n_slots, dtype=torch.float32)
+        )
+        """NaN for the slot of a text that has a value that is not finite; its neighbours must not get it."""
 
     def _tiles(self, n: int) -> Tensor | None:
         """Return what the programs for prefixes handle of ``n`` queries; None if all have the same one."""
@@ -205,8 +214,9 @@ class _PromptView(_CacheRowView):
         if self.new is not None:
             at = (self.keys.slot, slice(None), self.keys.position)
             k, v = (x[layer][at].flatten(1) for x in (decode.cache.k, decode.cache.v))
-        if self.shared is None:
-            v.nan_to_num_()  # a weight of 0 times the NaN of a damaged adapter would reach its neighbours
+        if self.lost is not None:
+            self.lost.index_add_(0, self.keys.slot, (v - v).sum(1, dtype=torch.float32))
+            v.nan_to_num_(0, 0, 0)  # a weight of 0 times NaN would reach the neighbours
         plan = plans[decode.windows[layer]]
         shared = None if self.shared is None else decode.joined(self.shared, layer)
         y = attention.attend(q, k, v, rotation, plan, decode.D, shared)[0]

@@ -1,4 +1,4 @@
-"""The norms of a model as values, so that the slots of one decode step may each have their own.
+"""The norms of a model as values: each slot of a decode step, and each text of a row, may have its own.
 
 Letters: B slots, N layers, C width, H query heads, G key/value heads, D head size.
 """

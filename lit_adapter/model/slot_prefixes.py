@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -68,6 +68,9 @@ def _indexed(state: PrefixState | None, at: Any) -> PrefixState | None:
     return PrefixState(**{name: x[at] if isinstance(x, Tensor) else x for name, x in vars(state).items()})
 
 
+Form: TypeAlias = tuple[tuple[int, ...], int, bool, bool]
+
+
 class SlotPrefixes:
     """The prefixes of every slot, in tensors that stay where they are until an adapter does not fit them.
 
@@ -86,7 +89,7 @@ class SlotPrefixes:
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""
         self.joined = Prefixes()
         """Of all slots, with tensors ``[L, B, ...]``; another object once the tensors are replaced."""
-        self.form: tuple[tuple[int, ...], int, bool, bool] = ((), 0, False, False)
+        self.form: Form = ((), 0, False, False)
         """The tensors' adapted layers and K, whether a strength of theirs differs by prompt token, and
         whether unrotated queries attend to one of them."""
 
@@ -97,32 +100,35 @@ class SlotPrefixes:
             return
         for slot in new:
             self.rows[slot] = Prefixes()  # nobody's, until all of it is written
-        changed = dict(enumerate(self.rows)) | new if self._make_room(new.values()) else new
+        joined, form = self._room_for(new.values())
+        changed = new if form == self.form else dict(enumerate(self.rows)) | new
         slots_of: dict[Prefixes, list[int]] = {}
         for slot, prefixes in changed.items():
             slots_of.setdefault(prefixes, []).append(slot)
         for prefixes, slots in slots_of.items():
-            self._write(moved(torch.tensor(slots), self.source.device), prefixes)
+            self._write(joined, moved(torch.tensor(slots), self.source.device), prefixes)
+        self.joined, self.form = joined, form  # only now: an error before leaves the other slots as they were
         for slot, prefixes in new.items():
             self.rows[slot] = prefixes
         source = torch.tensor([self.rows.index(row) for row in self.rows])
         self.source.copy_(moved(source, self.source.device))
 
-    def _make_room(self, new: Iterable[Prefixes]) -> bool:
-        """Make tensors that the new prefixes fit, and return whether the prefixes of all slots are lost."""
+    def _room_for(self, new: Iterable[Prefixes]) -> tuple[Prefixes, Form]:
+        """Return tensors that the new prefixes fit, all zeros if they are others than now, and their form."""
         new = list(new)
         if self.norms is None and any(prefixes.norms is not None for prefixes in new):
             self.norms = SlotNorms(self.model, len(self.rows))
             self.joined = replace(self.joined, norms=self.norms.rows)
         states = [of.stacked for of in (self.joined, *new) if of.stacked is not None]
         if not states:
-            return False
+            return self.joined, self.form
         layers = max((of.layers for of in (self.joined, *new)), key=len)
         K = max(state.k.shape[-2] for state in states)
         by_token = any(_differs_by_token(state) for state in states)
         unrotated = any(state.unrotated is not False for state in states)
-        if self.form == (layers, K, by_token, unrotated):
-            return False
+        form = (layers, K, by_token, unrotated)
+        if self.form == form:
+            return self.joined, form
         some, L, B, H = states[0], len(layers), len(self.rows), self.n_head
         G, D = some.k.shape[-3], some.k.shape[-1]
         zeros = some.strength.new_zeros
@@ -134,14 +140,12 @@ class SlotPrefixes:
             by_token=zeros(L, B, H, K, 1) if by_token else None,
             hidden=zeros(L, B, 1, K, 1),
         )
-        self.joined = Prefixes(layers, joined, self.joined.norms)
-        self.form = (layers, K, by_token, unrotated)
-        return True
+        return Prefixes(layers, joined, self.joined.norms), form
 
-    def _write(self, where: Tensor, prefixes: Prefixes) -> None:
+    def _write(self, joined: Prefixes, where: Tensor, prefixes: Prefixes) -> None:
         if self.norms is not None:
             self.norms.put(where, prefixes.norms)
-        own, new, K = self.joined.stacked, prefixes.stacked, prefixes.length
+        own, new, K = joined.stacked, prefixes.stacked, prefixes.length
         if own is None:
             return
         assert own.hidden is not None
@@ -150,7 +154,7 @@ class SlotPrefixes:
                 x[:, where] = 0
         if new is None:
             return
-        top = slice(len(self.joined.layers) - len(prefixes.layers), None)
+        top = slice(len(joined.layers) - len(prefixes.layers), None)
         own.k[top, where, :, :K], own.v[top, where, :, :K] = new.k[:, None], new.v[:, None]
         own.hidden[top, where, :, K:] = -torch.inf
         one = new.strength.new_ones(())

@@ -287,8 +287,9 @@ class Worker:
                 self._observe(choice, now)
                 continue
             event = choice.take(due=due)
-            if event is not None:
+            if event is not None or not choice.last:
                 self._observe(choice, now)
+            if event is not None:
                 choice.deliver(event)
             if event is None or event.finish is None:
                 left.append(choice)
@@ -329,6 +330,7 @@ class Worker:
                     event = None if choice.cancelled else choice.take()  # tokens that were not due yet
                 self.engine.cancel(choice.request)
             if event is not None:
+                self._observe(choice, time.monotonic())
                 choice.deliver(event)
             if not choice.cancelled and (event is None or event.finish is None):
                 choice.deliver(Event(choice.index, finish="stop", error=self._closed))

@@ -37,7 +37,8 @@ from lit_adapter.training.module import WITHOUT_KERNELS
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
 
-STEPS_LOOKED_AT = 100
+STEPS_LOOKED_AT, RECORDS_LOOKED_AT = 100, 20_000
+"""The first of a run: the longest row of them is taken for the longest of all."""
 HEADERS = 65_536
 """Most bytes of a checkpoint or adapter file that are not tensors."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -50,7 +51,8 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
     processes = n_processes(options, device)
     sharing = processes // options.tensor_parallel  # the others of a group compute the same rows
     alone = [int(packer.encoded.length.argmax())]
-    rows = [row for records in data.first_steps(STEPS_LOOKED_AT) for row in packer.assign(records, sharing)]
+    n_steps = min(STEPS_LOOKED_AT, RECORDS_LOOKED_AT // data.batch_size + 1)
+    rows = [row for records in data.first_steps(n_steps) for row in packer.assign(records, sharing)]
     longest, fullest = packer.row(alone), packer.row(max([alone, *rows], key=packer.row_length))
     whole = device.type != "cuda" or whole_because(options)
     needed = Sizes(
