@@ -45,7 +45,7 @@ class Adapter:
 
 
 def attached(base: Llama, config: AdapterConfig, state: Mapping[str, Tensor], source: str) -> Llama:
-    """Return a model with an adapter attached that shares what it can of ``base``, frozen as that is.
+    """Return a frozen model with an adapter attached, which shares what it can with a frozen ``base``.
 
     Raises:
         UserError: tensors that do not fit the model.
@@ -64,11 +64,11 @@ def keep_on_host(model: Llama) -> None:
 
 
 _alike: WeakKeyDictionary[Llama, set[AdapterConfig | None]] = WeakKeyDictionary()
-"""The forms of adapters that a base's executor was seen to compute as it computes the base."""
+"""The forms of adapters known to be computed by the executor of their base."""
 
 
 def _is_computed_alike(model: Llama, base: Llama) -> bool:
-    """Return whether a base's executor computes it with prefixes and norms too."""
+    """Return whether the executor that computes ``base`` also computes it with this adapter."""
     known, form = _alike.setdefault(base, set()), model.adapter
     if form in known:
         return True
@@ -76,7 +76,7 @@ def _is_computed_alike(model: Llama, base: Llama) -> bool:
     # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
     if executor.why_not_fast is None or executor == choose(base, "decoding"):
         known.add(form)
-    return form in known  # a no may have to do with the memory that is free now
+    return form in known  # no is not kept: it may be due to the memory that is free now
 
 
 def _own_kinds(model: nn.Module, base: nn.Module) -> set[type[nn.Module]]:

@@ -55,7 +55,7 @@ class PromptView(BaseView):
             length, n_queries = len(piece.prompt), at.stop - at.start
             keys, values = (x[attention.index, piece.slot, :, :length] for x in (self.cache.k, self.cache.v))
             keys[:, piece.done :], values[:, piece.done :] = k[0, :, new], v[0, :, new]
-            place = torch.arange(length - n_queries, length, device=q.device) if n_queries < length else None
+            place = row.position[new.stop - n_queries : new.stop] if n_queries < length else None
             found.append(attend_causally(q[:, :, at], keys[None], values[None], place, attention.window))
         return torch.cat(found, 2)
 
@@ -190,7 +190,7 @@ class ModuleDecode:
         return torch.cat([self._read_row(PieceRow(row, self.device)) for row in rows])
 
     def _length_in_row(self, piece: Piece) -> int:
-        """Return the tokens that a piece makes a row longer by."""
+        """Return how many tokens of a row a piece takes."""
         return piece.n_new
 
     def _read_row(self, row: PieceRow) -> Tensor:

@@ -114,7 +114,7 @@ class SlotPrefixes:
         self.source.copy_(moved(source, self.source.device))
 
     def _room_for(self, new: Iterable[Prefixes]) -> tuple[Prefixes, Form]:
-        """Return tensors that the new prefixes fit, all zeros if they are others than now, and their form."""
+        """Return tensors that fit the new prefixes too, those of now or new zeros, and their form."""
         new = list(new)
         if self.norms is None and any(prefixes.norms is not None for prefixes in new):
             self.norms = SlotNorms(self.model, len(self.rows))

@@ -138,7 +138,7 @@ def _warm_up(adapters: Adapters, n_slots: int) -> None:
 
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> None:
-    """Answer requests together. One of a damaged adapter may fail: whoever asks for that adapter is told."""
+    """Answer requests together; those of a damaged adapter may fail, as they will for its users."""
     for request in requests:
         engine.add(request)
     while not all(request.ended for request in requests):

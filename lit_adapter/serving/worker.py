@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BURST_SECONDS = 0.02
 """How long the first request of a burst waits at most for the others, to be read with them."""
 BURST_TOKENS = 1024
-"""Of prompts, after which no other one is read before answers begin; the rest is read between steps."""
+"""Prompt tokens after which an idle server admits no other request before answers begin."""
 EVENT_SECONDS = 0.04
 """Least time between two moments at which answers that go on are sent; first and last events do not wait."""
 

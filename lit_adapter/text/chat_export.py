@@ -19,7 +19,7 @@ from lit_adapter.text.tokenizer import Tokenizer
 NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 """Asks for today's date in a form; other programs take their own day for it."""
 IS_DEFINED = re.compile(r"strftime_now is (not )?defined")
-"""Asks whether the program can tell today's date, which is not needed any more."""
+"""Asks whether the program has that function, which a fixed date does not need."""
 BETWEEN = "\n\n"
 """What stands between a system's and a user's words in a template that has one place for both."""
 _TASKS = Sources(

@@ -38,7 +38,7 @@ from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
 
 STEPS_LOOKED_AT, RECORDS_LOOKED_AT = 100, 20_000
-"""The first of a run: the longest row of them is taken for the longest of all."""
+"""How much of a run's start is searched for its longest row."""
 HEADERS = 65_536
 """Most bytes of a checkpoint or adapter file that are not tensors."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
