@@ -80,7 +80,8 @@ def _add_kernel(
     channel = (head * D + tl.arange(0, D))[None, :]
     q = tl.load(q_ptr + n[:, None] * q_stride + channel, mask=live[:, None], other=0.0)
     if UNROTATED:
-        back = live & (tl.load(unrotated_ptr + row) != 0)  # others are rotated by no angle
+        each = tl.zeros([M], tl.int32)  # Triton 3.9's interpreter cannot combine a mask with one boolean
+        back = live & (tl.load(unrotated_ptr + row + each) != 0)  # others are rotated by no angle
         i = tl.load(place_ptr + n, mask=live, other=0)
         q = rotated_back(q.to(tl.float32), cos_ptr, sin_ptr, i, back, D, M, True).to(q.dtype)
     place = (row * G + head // GROUP).to(tl.int64) * K * D
