@@ -155,17 +155,20 @@ def test_another_split_encodes_nothing_again(
     assert [len(side.val_records or ()) for side in sides] == [4, 7]
 
 
-@pytest.mark.parametrize("row_tokens", [200, 1000])
-def test_packing_says_what_it_leaves_to_compute(tiny_base: Path, tmp_path: Path, row_tokens: int) -> None:
+@pytest.mark.parametrize(("row_tokens", "n_shares"), [(200, 1), (1000, 1), (1000, 2)])
+def test_packing_says_what_it_leaves_to_compute(
+    tiny_base: Path, tmp_path: Path, row_tokens: int, n_shares: int
+) -> None:
+    """Of all processes together: each of them computes the preamble for its own rows."""
     path = write(tmp_path / "data.jsonl", *((f"task {n}", "red " * (3 * n % 17)) for n in range(1, 19)))
     data = module(tiny_base, DataConfig(train=path), row_tokens)
-    steps = data.training_steps()
-    batches = [steps[step] for step in range(steps.steps_per_epoch)]
-    computed = sum(len(row.ids) for batch in batches for row in batch.rows)
+    shares = [data.training_steps(rank, n_shares) for rank in range(n_shares)]
+    batches = [[steps[n] for n in range(steps.steps_per_epoch)] for steps in shares]
+    computed = sum(len(row.ids) for own in batches for batch in own for row in batch.rows)
     head = len(data.train_packer.preambles[1])
     length = data.train_encoded.length
-    share, shared = computed / sum(batch.n_tokens for batch in batches), head * len(length) / length.sum()
-    [line] = [line for line in describe(data, color=False) if "packed" in line]
+    share, shared = computed / sum(batch.n_tokens for batch in batches[0]), head * len(length) / length.sum()
+    [line] = [line for line in describe(data, color=False, n_shares=n_shares) if "packed" in line]
     assert line.strip() == (
         f"packed without padding; the preamble, {shared:.0%} of the tokens, is computed once per row: "
         f"{share:.0%} of a step's tokens are computed"

@@ -31,11 +31,11 @@ LOOK_ALIKE = re.compile(rf"{CONTROL_SPELLING.pattern}|</?s>")
 """What templates of known bases write for a control token."""
 
 
-def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
+def describe(data: AlpacaDataModule, *, color: bool, n_shares: int = 1) -> list[str]:
     """Return lines about records, tokens, what was cut or dropped, packing, and one decoded example.
 
     With ``color`` the part that is not learned is dimmed, and control tokens are in reverse video; otherwise
-    they are put in brackets and braces.
+    they are put in brackets and braces. A step's rows are divided into ``n_shares``, one for each process.
     """
     encoded, records = data.train_encoded, data.train_records
     length = encoded.length
@@ -50,7 +50,7 @@ def describe(data: AlpacaDataModule, *, color: bool) -> list[str]:
         lines.append(f"      {counted(data.val_encoded.n_read, 'held-out record')}, {n_tokens:,} tokens")
     lines += [f"      {count:,} ({count / total:.1%}) {what}" for count, total, what in _notes(data) if count]
     lines += [f"      {line}" for line in (*data.remarks, *_look_alikes(data), *_not_shown(data))]
-    lines.append(f"      {_packed(data)}")
+    lines.append(f"      {_packed(data, n_shares)}")
     how = "dimmed: not learned; in reverse" if color else "in [[ ]]: not learned; in {{ }}"
     return [*lines, f"example ({how}: control tokens)", _example(data, color=color)]
 
@@ -85,10 +85,10 @@ def _weights(data: AlpacaDataModule) -> list[str]:
     return [f"weights: {'; '.join(parts)}"]
 
 
-def _packed(data: AlpacaDataModule) -> str:
+def _packed(data: AlpacaDataModule, n_shares: int) -> str:
     packer, length, shown = data.train_packer, data.train_encoded.length, data.first_steps(STEPS_SHOWN)
     given = sum(int(length[records].sum()) for records in shown)
-    computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records))
+    computed = sum(packer.row_length(row) for records in shown for row in packer.assign(records, n_shares))
     share, shared = f"{computed / given:.0%}", packer.n_preamble.sum() / length.sum()
     if not shared:
         return f"packed without padding: {share} of a step's tokens are computed"

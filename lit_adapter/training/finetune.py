@@ -31,6 +31,7 @@ from lit_adapter.training.resume import find_resume_point, is_written, saved_run
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.run_record import RunRecord
 from lit_adapter.training.signals import Signals
+from lit_adapter.training.strategy import n_shares
 
 
 def finetune(
@@ -118,7 +119,8 @@ def _run(
     ).read()
     plan = make_plan(config, base, placement, initial, data, saved)
     data.total_steps = plan.steps
-    for line in describe(data, color=sys.stdout.isatty()):
+    shares = n_shares(config.trainer, placement.device)
+    for line in describe(data, color=sys.stdout.isatty(), n_shares=shares):
         say(line)
     point = find_resume_point(resume, folder, plan, say)
     if point.step >= plan.steps and is_written(folder.adapter, point.path):

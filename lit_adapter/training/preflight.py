@@ -35,7 +35,7 @@ from lit_adapter.training.lightning_internals import rank
 from lit_adapter.training.memory import Sizes
 from lit_adapter.training.module import WITHOUT_KERNELS
 from lit_adapter.training.placement import Placement
-from lit_adapter.training.strategy import is_sharded, n_processes, processes_per_node, whole_because
+from lit_adapter.training.strategy import is_sharded, n_processes, n_shares, processes_per_node, whole_because
 
 STEPS_LOOKED_AT, RECORDS_LOOKED_AT = 100, 20_000
 """How much of a run's start is searched for its longest row."""
@@ -48,11 +48,10 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
     """Return the sizes of the first steps' longest row, or of the longest record's if that needs more."""
     packer, options = data.train_packer, config.trainer
     device = placement.device
-    processes = n_processes(options, device)
-    sharing = processes // options.tensor_parallel  # the others of a group compute the same rows
+    shares = n_shares(options, device)
     alone = [int(packer.encoded.length.argmax())]
     n_steps = min(STEPS_LOOKED_AT, RECORDS_LOOKED_AT // data.batch_size + 1)
-    rows = [row for records in data.first_steps(n_steps) for row in packer.assign(records, sharing)]
+    rows = [row for records in data.first_steps(n_steps) for row in packer.assign(records, shares)]
     longest, fullest = packer.row(alone), packer.row(max([alone, *rows], key=packer.row_length))
     whole = device.type != "cuda" or whole_because(options)
     needed = Sizes(
@@ -63,7 +62,7 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
         placement.precision,
         device.type,
         recompute=options.recompute,
-        shards=processes if is_sharded(options) else 1,
+        shards=n_processes(options, device) if is_sharded(options) else 1,
         tensor_parallel=options.tensor_parallel,
         shardable_over=1 if whole else torch.cuda.device_count(),
     )

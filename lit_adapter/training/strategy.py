@@ -73,7 +73,7 @@ def choose_strategy(options: TrainerConfig, device: torch.device) -> Strategy | 
     backend = "nccl" if device.type == "cuda" else "gloo"
     if is_sharded(options):
         return ShardedStrategy(
-            data_parallel_size=n_processes(options, device) // options.tensor_parallel,
+            data_parallel_size=n_shares(options, device),
             tensor_parallel_size=options.tensor_parallel,
             process_group_backend=backend,
         )
@@ -154,6 +154,11 @@ def launcher_plugins() -> list[Any]:
 def n_processes(options: TrainerConfig, device: torch.device) -> int:
     """Return the number of processes of a run, on all its nodes."""
     return options.num_nodes * processes_per_node(options, device)
+
+
+def n_shares(options: TrainerConfig, device: torch.device) -> int:
+    """Return how many shares a step's rows are divided into; a tensor-parallel group computes one share."""
+    return n_processes(options, device) // options.tensor_parallel
 
 
 def processes_per_node(options: TrainerConfig, device: torch.device) -> int:
