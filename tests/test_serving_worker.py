@@ -13,7 +13,7 @@ import torch
 from lit_adapter.serving import worker as module
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.metrics import Metrics
-from lit_adapter.serving.worker import Choice, Worker
+from lit_adapter.serving.worker import Choice, Event, Worker
 
 
 class Engine:
@@ -55,7 +55,7 @@ def choice(length: int = 2) -> Choice:
     request: Any = SimpleNamespace(
         ended=False, news=[], likelihoods=[], error=None, n_new=1, settings=SimpleNamespace(max_new_tokens=1)
     )
-    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    model: Any = SimpleNamespace(tokenizer=tokenizer, model=None)
     return Choice(0, model, [1] * length, request, lambda event: None)
 
 
@@ -97,3 +97,30 @@ def test_a_request_that_comes_alone_does_not_wait(
     with worker.coming():
         worker.submit([choice()])
     assert engine.stepped.wait(250)
+
+
+def test_a_choice_whose_prompt_fails_keeps_its_request(
+    worker: Worker, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads cancel and count choices: what they have just seen must not be gone when they use it."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(module, "prompt_likelihoods", fail)
+    one, events, told = choice(), list[Event](), threading.Event()
+    one.prompt_most_likely = 1
+
+    def deliver(event: Event) -> None:
+        events.append(event)
+        told.set()
+
+    one.deliver = deliver
+    worker.submit([one])
+    assert told.wait(250)
+    assert str(events[0].error) == "no memory"
+    assert one.request is not None
+    assert one.request.ended
+    worker.close(ApiError(503, "the test is over"))
+    worker.join(60)
+    assert (len(events), engine.given) == (1, [])

@@ -256,7 +256,7 @@ class Worker:
             self.metrics.waited.observe(time.monotonic() - choice.queued)
             if choice.prompt_most_likely is not None or choice.request is None:
                 self._read_prompt(choice)
-            if choice.request is not None:
+            if choice.request is not None and not choice.request.ended:
                 self.engine.add(choice.request)
             if choice.prompt_most_likely is not None:
                 return
@@ -269,8 +269,10 @@ class Worker:
                 found = [None, *prompt_likelihoods(choice.model.model, choice.prompt, most)]
                 tokens = [Token(id_, 0, value) for id_, value in zip(choice.prompt, found, strict=True)]
         except Exception as caught:  # of this choice, whose owner is told
-            error, choice.request = caught, None
-        finish = "length" if choice.request is None else None
+            error = caught
+            if choice.request is not None:
+                choice.request.ended = True
+        finish = "length" if error is not None or choice.request is None else None
         choice.deliver(Event(choice.index, "", tokens, finish, error))
         if finish:
             self._running.remove(choice)
