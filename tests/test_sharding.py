@@ -13,7 +13,7 @@ from warm_runs import Run
 from lit_adapter.weights.convert import convert
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-SCRIPT = Path(__file__).parent / "sharded_process.py"
+SCRIPT, DROPOUT = (Path(__file__).parent / name for name in ("sharded_process.py", "sharded_dropout.py"))
 
 
 def layouts(
@@ -22,23 +22,28 @@ def layouts(
     """What each process of each layout found."""
     adapter.setdefault("layers", 2)
     arguments = [str(base), dtype, str(store), json.dumps(several), json.dumps(adapter)]
+    found = zip(*printed(SCRIPT, arguments, store, max(n for n, _ in several)), strict=True)
+    return [list(of_layout[:n]) for (n, _), of_layout in zip(several, found, strict=True)]
+
+
+def printed(script: Path, arguments: list[str], store: Path, n: int) -> list[Any]:
+    """What each of n processes of a script prints."""
     runs = [
         Run(
             arguments,
             store.with_suffix(f".{rank}.log"),
             {"RANK": str(rank)},
-            script=SCRIPT,
+            script=script,
             errors=store.with_suffix(f".{rank}.err"),
         )
-        for rank in range(max(n for n, _ in several))
+        for rank in range(n)
     ]
     try:
         assert not any(run.wait(600) for run in runs), [run.errors.read_text() for run in runs]
     finally:
         for run in runs:
             run.process.kill()
-    found = zip(*(json.loads(run.output) for run in runs), strict=True)
-    return [list(of_layout[:n]) for (n, _), of_layout in zip(several, found, strict=True)]
+    return [json.loads(run.output) for run in runs]
 
 
 def converted(folder: Path, **sizes: Any) -> tuple[Path, int, int]:
@@ -100,6 +105,17 @@ def test_two_processes_share_the_heads_of_a_row(
             if part in found:  # of one group
                 held, estimated = found[part]
                 assert estimated == pytest.approx(held, rel=tolerance), part
+
+
+def test_processes_that_share_the_heads_drop_each_for_its_own(tmp_path: Path) -> None:
+    """They learn what the whole base learns that drops the same, from one copy of the hidden states."""
+    base, *_ = converted(tmp_path, **WIDE)
+    for found in printed(DROPOUT, [str(base), str(tmp_path / "store")], tmp_path / "dropout", 2):
+        assert found["learned"]
+        assert found["apart"] == 0
+        assert found["same_draws"] == 0
+        assert found["loss"] < 1e-6
+        assert found["gradient"] < 1e-6
 
 
 @pytest.mark.slow

@@ -98,9 +98,8 @@ class LitAdapter(LightningModule):
 
     def _accumulate(self, batch: StepBatch) -> Tensor:
         """Accumulate the gradients of the step's rows, and return the sum of their losses."""
-        if self.has_dropout:  # seeded by the step, so that a resumed run draws what an unstopped run would
-            place = np.random.SeedSequence((self.seed, batch.step, self.global_rank))
-            torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        if self.has_dropout:
+            seed_dropout(self.seed, batch.step, self.global_rank)
         total = torch.zeros((), device=self.device)
         _, n_shares = share_of_rows(self.trainer)
         strategy: Any = self.trainer.strategy
@@ -271,3 +270,12 @@ class LitAdapter(LightningModule):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Load an adapter; its names and shapes must be exactly this model's."""
         load_adapter_state(self.model, dict(state_dict), source="checkpoint")
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed what a process drops in a step, so that a resumed run drops what an unstopped one would.
+
+    Processes that share the heads of a row draw each for the heads and channels that it computes.
+    """
+    place = np.random.SeedSequence((seed, step, rank))
+    torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
