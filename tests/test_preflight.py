@@ -256,10 +256,7 @@ def test_dry_run_of_a_resume_looks_at_the_checkpoint_and_leaves_it(tiny: Callabl
 def test_a_signal_ends_a_dry_run_with_its_status(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        Stopwatch, "on_train_batch_start", lambda *_: signal.raise_signal(signal.SIGTERM), raising=True
-    )
-    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: None)
+    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGTERM))
     lines = Stopper()
     assert finetune(tiny(), say=lines, dry_run=True) == 143
     assert lines.lines[-1] == "dry run: stopped by a signal; no run was started"

@@ -51,15 +51,11 @@ class Stopwatch(Callback):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.steps: list[tuple[float, int]] = []
-        self.since, self.sample_seconds = 0.0, 0.0
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Start the clock."""
-        self.since = time.perf_counter()
+        self.sample_seconds = 0.0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Stop the clock; the step has read its loss, so the device is done."""
-        self.steps.append((time.perf_counter() - self.since, int(pl_module.last["tokens"])))
+        """Note what the step took."""
+        self.steps.append((pl_module.step_seconds, int(pl_module.last["tokens"])))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Time the sample answers of one validation."""

@@ -9,6 +9,7 @@ accumulated here; clipping and unscaling stay where Lightning's precision plugin
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,6 +72,8 @@ class LitAdapter(LightningModule):
         self.validated_step, self.val_loss = -1, math.nan
         self.last: dict[str, float] = {}
         """Loss, gradient norm, learning rate and tokens of the last step, for the report."""
+        self.step_seconds = 0.0
+        """How long the last step took; its loss was read then, so the device was done."""
 
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, *unused: Any) -> StepBatch:
         """Leave the step on the CPU, where its rows are planned; they go to the device one at a time."""
@@ -78,6 +81,7 @@ class LitAdapter(LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Accumulate the step's rows, then update the adapter."""
+        started = time.perf_counter()
         optimizer: Any = self.optimizers()
         rate = learning_rate(self.config, batch.step, self.total_steps)
         for group in optimizer.param_groups:
@@ -95,6 +99,7 @@ class LitAdapter(LightningModule):
         self.last["lr"] = optimizer.param_groups[0]["lr"]
         self._data.finish(batch)
         self._count_bad_steps(batch.step)
+        self.step_seconds = time.perf_counter() - started
 
     def _accumulate(self, batch: StepBatch) -> Tensor:
         """Accumulate the gradients of the step's rows, and return the sum of their losses."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class Report(Callback):
     def __init__(self, options: TrainerConfig, say: Say, notices: Notices, *, redraw: bool) -> None:
         self.every, self.say, self.redraw = options.log_every, say, redraw
         self.lines = options.progress == "lines" or (options.progress == "auto" and not shows_bar(options))
-        self.tokens, self.seconds, self.since = 0.0, 0.0, 0.0
+        self.tokens, self.seconds = 0.0, 0.0
         self.tokens_per_s = 0.0
         self.notices = notices
 
@@ -43,10 +42,6 @@ class Report(Callback):
         if self.redraw and self._is_point(trainer):
             self._draw(trainer, pl_module, trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Start the clock, which leaves out validations, samples and checkpoints between steps."""
-        self.since = time.perf_counter()
-
     def _is_point(self, trainer: Any) -> bool:
         step, total = trainer.global_step, trainer.datamodule.total_steps
         return step > 0 and (step % self.every == 0 or step == total)
@@ -55,7 +50,7 @@ class Report(Callback):
         """Count the step's tokens and time; report every ``log_every`` steps."""
         last, step = pl_module.last, trainer.global_step
         self.tokens += last["tokens"]
-        self.seconds += time.perf_counter() - self.since
+        self.seconds += pl_module.step_seconds
         self.tokens_per_s = self.tokens / self.seconds
         self.notices.step(last["loss"], last["grad_norm"], step)
         shown = {"loss": last["loss"], "tokens/s": self.tokens_per_s}

@@ -41,7 +41,7 @@ class RunRecord(Callback):
         self.held_out: list[list[float]] = []
         """Step and held-out loss of each validation."""
         self.tokens, self.step_seconds, self.starts = 0, 0.0, 1
-        self._before_start, self._started, self._step_started = 0.0, started, 0.0
+        self._before_start, self._started = 0.0, started
         self._has_begun = False
 
     @property
@@ -65,13 +65,9 @@ class RunRecord(Callback):
         self._has_begun = True
         self._write(trainer, pl_module, "running")
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Start the clock of the step."""
-        self._step_started = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
         """Count the step's time and tokens."""
-        self.step_seconds += time.perf_counter() - self._step_started
+        self.step_seconds += pl_module.step_seconds
         self.tokens += int(pl_module.last["tokens"])
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
