@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, TextIO
 
 from lit_adapter.errors import UserError, visible
 
+Say = Callable[[str], None]
+"""Is given each line for the user."""
 OUTPUT, ERROR = 1, 2
 """File descriptors."""
 

@@ -89,10 +89,11 @@ def n_parameters(base: str, method: Any) -> int:
     """Return how many numbers a method trains on a base."""
     from lit_adapter.cli.finetune import parse_finetune
     from lit_adapter.model.adapter import adapter_shapes
+    from lit_adapter.model.layout import n_numbers
     from lit_adapter.weights.base_folder import read_config
 
     config = parse_finetune(method.options).config.adapter
-    return sum(math.prod(shape) for shape in adapter_shapes(config, read_config(Path(base))).values())
+    return n_numbers(adapter_shapes(config, read_config(Path(base))))
 
 
 def _devices() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +25,10 @@ from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import check_writable, write_json
+from lit_adapter.streams import Say
 from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.base_search import find_base
 
-Say = Callable[[str], None]
 FORMAT = 1
 """Version of the keys of results.json; docs/evaluation.md describes them."""
 

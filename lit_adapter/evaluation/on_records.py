@@ -25,9 +25,9 @@ from lit_adapter.generation.prompt_file import BATCHES_PER_GROUP
 from lit_adapter.generation.request import check_prompt
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import Say
 from lit_adapter.weights.adapter_file import base_identity
 
-Say = Callable[[str], None]
 MOST_NEW_TOKENS = 512
 
 

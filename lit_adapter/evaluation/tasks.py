@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.evaluation.contestants import Contestant
 from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.streams import Say
 
-Say = Callable[[str], None]
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
 """Loggers that would speak between our own lines."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama, Loaded
 from lit_adapter.generation.adapter import attached
 from lit_adapter.generation.engine import Engine
-from lit_adapter.model.layout import base_shapes
+from lit_adapter.model.layout import base_shapes, n_numbers
 from lit_adapter.spinning import yield_shared_cores
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
@@ -97,5 +96,5 @@ def _check_kinds(adapter: Any, base: Any, device: Any, dtype: Any, template: Any
 def _fits_in_fp32(folder: Path) -> bool:
     """Whether free memory holds a base in fp32, and as much again for its cache and everything else."""
     free = free_bytes(torch.device("cpu"))
-    n_bytes = 4 * sum(math.prod(shape) for shape in base_shapes(read_config(folder)).values())
+    n_bytes = 4 * n_numbers(base_shapes(read_config(folder)))
     return free is None or 2 * n_bytes <= free

@@ -8,7 +8,7 @@ Hugging Face's ``LlamaForCausalLM``. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -136,4 +136,9 @@ def checkpoint_name(name: str) -> str:
 
 def n_block_parameters(config: LlamaConfig) -> int:
     """Return how many numbers one block has."""
-    return sum(math.prod(shape) for _, shape in block_layout(config).shapes())
+    return n_numbers(dict(block_layout(config).shapes()))
+
+
+def n_numbers(shapes: Mapping[str, Shape]) -> int:
+    """Return how many numbers tensors of these shapes have."""
+    return sum(map(math.prod, shapes.values()))

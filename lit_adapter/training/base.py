@@ -15,11 +15,11 @@ from lit_adapter.model.adapter import attach, check_same_form, load_adapter_stat
 from lit_adapter.model.block_weights import prepare
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
+from lit_adapter.streams import Say
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer, check_vocabulary
 from lit_adapter.training.checkpoint import read_checkpoint
-from lit_adapter.training.notices import Say
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.weights.adapter_file import BaseIdentity, base_identity, check_base, read_adapter

@@ -112,7 +112,7 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.folder.checkpoint_path(step))
         self.saved_step = step
         if trainer.is_global_zero:
-            for old in sorted(self.folder.checkpoints.glob("step-*.ckpt"))[: -self.keep]:
+            for old in self.folder.saved()[: -self.keep]:
                 old.unlink(missing_ok=True)
 
     def _is_gone(self, trainer: Any) -> bool:

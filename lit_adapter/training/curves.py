@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from lit_adapter.training.notices import Say
+from lit_adapter.streams import Say
 
 LOSSES = ("loss/held_out", "loss/train")
 """The curves whose newest values stand on the page HPARAMS."""

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.errors import counted
 from lit_adapter.generation.adapted import AdaptedLlama
+from lit_adapter.streams import Say
 from lit_adapter.training.fit import fit, validation_of
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.processes import StopOnSignal
 from lit_adapter.training.resume import ResumePoint

@@ -8,8 +8,8 @@ from typing import Any
 
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_state
+from lit_adapter.streams import Say
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan, write_adapter
 from lit_adapter.training.run_folder import RunFolder
 from lit_adapter.training.run_record import RunRecord

@@ -17,14 +17,16 @@ from lit_adapter.data.stream_module import StreamDataModule
 from lit_adapter.data.summary import describe
 from lit_adapter.errors import counted
 from lit_adapter.spinning import yield_shared_cores
-from lit_adapter.training.base import load_model, read_base, read_initial_adapter
+from lit_adapter.streams import Say
+from lit_adapter.text.template import Template
+from lit_adapter.training.base import Base, load_model, read_base, read_initial_adapter
 from lit_adapter.training.dry_run import try_steps
 from lit_adapter.training.ending import conclude
 from lit_adapter.training.fit import make_module, quiet_lightning, train
 from lit_adapter.training.lightning_internals import rank
 from lit_adapter.training.loggers import check_logger
-from lit_adapter.training.notices import Notices, Say
-from lit_adapter.training.placement import choose_placement
+from lit_adapter.training.notices import Notices
+from lit_adapter.training.placement import Placement, choose_placement
 from lit_adapter.training.plan import make_plan, plan_lines
 from lit_adapter.training.processes import follow, is_first_of_node
 from lit_adapter.training.resume import find_resume_point, is_written, saved_run, template_of_run
@@ -106,17 +108,7 @@ def _run(
     template = template_of_run(config.data.template, base, saved, conversations=chats)
     initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)
 
-    busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
-    data = (StreamDataModule if config.data.stream else AlpacaDataModule)(
-        config.data,
-        tokenizer=base.tokenizer,
-        template=template,
-        tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
-        batch_size=config.optim.batch_size or 0,
-        row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
-        seed=config.seed,
-        say=say,
-    ).read()
+    data = _read_data(config, base, template, placement, say)
     plan = make_plan(config, base, placement, initial, data, saved)
     data.total_steps = plan.steps
     shares = n_shares(config.trainer, placement.device)
@@ -141,3 +133,21 @@ def _run(
     elif trainer.is_global_zero:
         conclude(plan, module, folder, record, say)
     return signals.exit_status
+
+
+def _read_data(
+    config: Config, base: Base, template: Template, placement: Placement, say: Say
+) -> AlpacaDataModule:
+    """Read and encode the records."""
+    busy = 8192 if placement.device.type == "cuda" else 2048  # tokens of a row that occupy the device
+    kind = StreamDataModule if config.data.stream else AlpacaDataModule
+    return kind(
+        config.data,
+        tokenizer=base.tokenizer,
+        template=template,
+        tokenizer_key=f"{base.identity.tokenizer} {base.tokenizer.bos_id} {base.tokenizer.eos_id}",
+        batch_size=config.optim.batch_size or 0,
+        row_tokens=config.optim.row_tokens or max(config.data.max_length, busy),
+        seed=config.seed,
+        say=say,
+    ).read()

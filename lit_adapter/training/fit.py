@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -18,12 +19,12 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.files.write import write_text
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.llama import Llama
+from lit_adapter.streams import Say
 from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Validation
 from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.lightning_internals import Bar, leave_signals_alone
 from lit_adapter.training.loggers import log_settings, make_logger
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan, write_adapter
 from lit_adapter.training.preflight import check_kernels, check_records, enough_memory
 from lit_adapter.training.processes import StopOnSignal, end_run, last_words, start_processes
@@ -124,6 +125,24 @@ def fit(
         check_records(module.model, data, plan.needed)
     module.signals.only_note()
     start_processes(options, placement.device, partial(_end_with_dead_process, folder, module.signals))
+    trainer = _trainer(
+        plan,
+        callbacks,
+        logger=logger or False,
+        limit_train_batches=n_steps,
+        limit_val_batches=None if data.val_packer is not None else 0,
+        enable_progress_bar=shows_bar(options) and n_steps is None,
+    )
+    # At step 0 there is nothing to restore: it follows from seed and initial adapter.
+    checkpoint = str(point.path) if point is not None and point.step else None
+    with last_words(several=trainer.world_size > 1), enough_memory(plan.needed):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def _trainer(plan: Plan, callbacks: list[pl.Callback], **more: Any) -> pl.Trainer:
+    """Return Lightning's trainer; what it would do about validation, saving and signals, the callbacks do."""
+    options, placement = plan.config.trainer, plan.placement
     trainer = pl.Trainer(
         accelerator=placement.device.type,
         devices=options.devices,
@@ -132,31 +151,24 @@ def fit(
         precision=placement.precision if "mixed" in placement.precision else "32-true",  # type: ignore[arg-type]
         max_epochs=1,  # the sampler's one pass is the whole run, with all its epochs
         check_val_every_n_epoch=2,  # never: `Validation` does it
-        limit_val_batches=None if data.val_packer is not None else 0,
-        limit_train_batches=n_steps,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        logger=logger if logger is not None else False,
         callbacks=callbacks,
         plugins=[DurableCheckpointIO(), *launcher_plugins()],
         inference_mode=not is_sharded(options),  # weights gathered in it could not be trained with later
         enable_checkpointing=False,
-        enable_progress_bar=shows_bar(options) and n_steps is None,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        **more,
     )
     leave_signals_alone(trainer)
-    # At step 0 there is nothing to restore: it follows from seed and initial adapter.
-    checkpoint = str(point.path) if point is not None and point.step else None
-    with last_words(several=trainer.world_size > 1), enough_memory(plan.needed):
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
 
 def _end_with_dead_process(folder: RunFolder, signals: Signals, sentence: str) -> None:
     """Name the process that has died, and end this one, which may be waiting for it."""
-    newest = max(folder.checkpoints.glob("step-*.ckpt"), default=None)
-    rest = f"{newest} is complete, --resume last continues" if newest else "nothing is saved yet"
+    saved = folder.saved()
+    rest = f"{saved[-1]} is complete, --resume last continues" if saved else "nothing is saved yet"
     folder.close()
     end_run(f"{sentence}; the run ends; {rest}", signals.exit_status or 1)
 

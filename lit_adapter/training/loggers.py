@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lit_adapter.config import dotted
 from lit_adapter.errors import UserError
+from lit_adapter.streams import Say
 from lit_adapter.training.curves import Curves
-from lit_adapter.training.notices import Say
 
 PROJECT = "lit_adapter"
 """Project, or experiment, of the runs at Weights & Biases and MLflow."""

@@ -37,12 +37,13 @@ from lit_adapter.model.adapter import adapter_shapes, attach
 from lit_adapter.model.attention import MOST_SCORED, PackedRow, SegmentView
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
 from lit_adapter.model.executors import Setting, choose_for_training
-from lit_adapter.model.layout import base_shapes, n_block_parameters
+from lit_adapter.model.layout import base_shapes, n_block_parameters, n_numbers
 from lit_adapter.model.llama import empty_llama
 from lit_adapter.model.lora import joined_numbers, joined_rows
 from lit_adapter.model.loss import CHUNK_LOGITS, rows_at_once
 from lit_adapter.model.tiles import kept_per_token
 from lit_adapter.model.torch_internals import flash_attention_on_cpu
+from lit_adapter.training.placement import dtype_of
 
 META = torch.device("meta")
 
@@ -116,13 +117,13 @@ class Sizes:
         workspace = _workspace(model, adapter, row, computed, fused=fused)
         if self.tensor_parallel > 1:
             workspace += computed * tokens * model.n_embd
-        trained = sum(math.prod(shape) for shape in adapter_shapes(adapter, self.model).values())
+        trained = n_numbers(adapter_shapes(adapter, self.model))
         return Memory(self._weights(stored), 16 * trained, sum(layers) + rest, workspace)
 
     def _weights(self, stored: int) -> int:
         model, parallel = self.model, self.tensor_parallel
         layer = n_block_parameters(model)
-        rest = sum(math.prod(shape) for shape in base_shapes(model).values()) - model.n_layer * layer
+        rest = n_numbers(base_shapes(model)) - model.n_layer * layer
         layer //= parallel
         weights = (rest + model.n_layer * layer) * stored
         if self.shards <= parallel:
@@ -177,7 +178,7 @@ def _saved(
 
     ``sizes`` have two layers, of which the upper one has a prefix, if any has.
     """
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    dtype = dtype_of(precision)
     model = empty_llama(sizes).to(dtype)
     attach(model, adapter)
     model.to(META)
@@ -255,6 +256,5 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
 def _is_fused(
     model: LlamaConfig, adapter: AdapterConfig, precision: str, device: str, tensor_parallel: int
 ) -> bool:
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    setting = Setting(torch.device(device), dtype)
+    setting = Setting(torch.device(device), dtype_of(precision))
     return choose_for_training(model, adapter, setting, tensor_parallel).name == "fused"

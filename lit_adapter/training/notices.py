@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from lit_adapter.errors import counted
+from lit_adapter.streams import Say
 
-Say = Callable[[str], None]
 GATES_AFTER = 10
 """Steps after which a gate that is still 0 is reported."""
 SAME = 1e-4

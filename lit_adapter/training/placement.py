@@ -12,7 +12,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.block_weights import BESIDE_FLOAT8
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.executors import Executor, Setting, choose_for_training
-from lit_adapter.training.notices import Say
+from lit_adapter.streams import Say
 from lit_adapter.training.sharding import check_heads
 from lit_adapter.training.strategy import check_layout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.data.sources import as_names, title
 from lit_adapter.errors import counted
 from lit_adapter.model.adapter import adapter_shapes, parameter_counts
-from lit_adapter.model.layout import base_shapes
+from lit_adapter.model.layout import base_shapes, n_numbers
 from lit_adapter.text.template import Template
 from lit_adapter.training.base import Base, InitialAdapter
 from lit_adapter.training.length import few_steps, with_length, with_val_every
@@ -54,11 +53,7 @@ class Plan:
     @property
     def n_trained(self) -> int:
         """The number of trained parameters."""
-        return _total(adapter_shapes(self.config.adapter, self.base.config))
-
-
-def _total(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+        return n_numbers(adapter_shapes(self.config.adapter, self.base.config))
 
 
 def make_plan(
@@ -83,18 +78,6 @@ def make_plan(
     if config.optim.max_steps:
         epochs = steps / steps_per_epoch if steps_per_epoch else None
     config = with_val_every(config, steps, saved)
-    facts = {
-        "base": base.identity.weights[:16],
-        "tokenizer": base.identity.tokenizer[:16],
-        "template": data.template.to_dict(),
-        "precision": placement.precision,
-        "init_from": initial.sha256,
-        "base.bos_id": base.tokenizer.bos_id,
-        "base.eos_id": base.tokenizer.eos_id,
-        "base.stop_ids": sorted(base.tokenizer.stop_ids),
-        **{f"base.{key}": value for key, value in base.config.computed().items()},
-        **{f"data.{key}": value for key, value in data.identity().items()},
-    }
     return Plan(
         config,
         base,
@@ -106,8 +89,26 @@ def make_plan(
         n_records,
         warmup_steps(config.optim, steps),
         sizes(config, base.config, data, placement),
-        run_identity(config, steps, **facts),
+        run_identity(config, steps, **_facts(base, placement, initial, data)),
     )
+
+
+def _facts(
+    base: Base, placement: Placement, initial: InitialAdapter, data: AlpacaDataModule
+) -> dict[str, Any]:
+    """Return what a resumed run must share besides its configuration."""
+    return {
+        "base": base.identity.weights[:16],
+        "tokenizer": base.identity.tokenizer[:16],
+        "template": data.template.to_dict(),
+        "precision": placement.precision,
+        "init_from": initial.sha256,
+        "base.bos_id": base.tokenizer.bos_id,
+        "base.eos_id": base.tokenizer.eos_id,
+        "base.stop_ids": sorted(base.tokenizer.stop_ids),
+        **{f"base.{key}": value for key, value in base.config.computed().items()},
+        **{f"data.{key}": value for key, value in data.identity().items()},
+    }
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -120,7 +121,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
     yield check_disk(Path(config.out), base, config, steps)
     yield (
-        f"model: {plan.base.identity.name}, {_total(base_shapes(base)):,} frozen parameters; adapter: "
+        f"model: {plan.base.identity.name}, {n_numbers(base_shapes(base)):,} frozen parameters; adapter: "
         f"{plan.n_trained:,} trained ({parameter_counts(config.adapter, base)})"
     )
     batch_size = optim.batch_size or 0

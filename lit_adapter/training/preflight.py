@@ -29,6 +29,7 @@ from lit_adapter.files.space import free_disk
 from lit_adapter.model.adapter import adapter_parameters, adapter_shapes
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.executors import KernelError, despite_kernels, give_up_kernels
+from lit_adapter.model.layout import n_numbers
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.loss import row_loss
 from lit_adapter.training.lightning_internals import rank
@@ -149,7 +150,7 @@ def _sharding(needed: Sizes, free: int) -> str | None:
 
 def run_bytes(model: LlamaConfig, config: Config, steps: int) -> int:
     """Return approximately the bytes of a run's checkpoints, adapters and curves."""
-    trained = sum(math.prod(shape) for shape in adapter_shapes(config.adapter, model).values())
+    trained = n_numbers(adapter_shapes(config.adapter, model))
     layers = len(config.adapter.adapted_layers(model.n_layer))
     adapter = 4 * trained + HEADERS
     checkpoint = 12 * trained + HEADERS  # the adapter and AdamW's two averages

@@ -11,8 +11,9 @@ from lightning.pytorch import Callback
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.model.prefix import GatedPrefix
+from lit_adapter.streams import Say
 from lit_adapter.training.loggers import draw_layers
-from lit_adapter.training.notices import Notices, Say
+from lit_adapter.training.notices import Notices
 
 
 class Report(Callback):

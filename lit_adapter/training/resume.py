@@ -13,11 +13,11 @@ import torch
 from lit_adapter.config import DEFAULT_LR, OptimConfig
 from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_shapes
+from lit_adapter.streams import Say
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.training.base import Base
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
 from lit_adapter.training.differences import differences
-from lit_adapter.training.notices import Say
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
 from lit_adapter.training.run_identity import BEFORE, RunIdentity, run_identity
@@ -70,8 +70,7 @@ def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
     """Return what is known of the run that is resumed; nothing where no checkpoint of it can be read."""
     if resume is None:
         return RunIdentity({}, {}, 0)
-    newest_first = sorted(folder.checkpoints.glob("step-*.ckpt"), reverse=True)
-    for path in newest_first if resume == "last" else [Path(resume)]:
+    for path in reversed(folder.saved()) if resume == "last" else [Path(resume)]:
         with suppress(UserError):  # `find_resume_point` will say what is wrong with it
             return _stored(read_checkpoint(path))
     return RunIdentity({}, {}, 0)

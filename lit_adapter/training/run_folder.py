@@ -24,8 +24,8 @@ from lit_adapter.files.locks import LockFile, is_at
 from lit_adapter.files.paths import free_path, without_home
 from lit_adapter.files.read import reading
 from lit_adapter.files.write import check_writable, is_temporary, sweep, write_bytes
+from lit_adapter.streams import Say
 from lit_adapter.training.checkpoint import read_checkpoint
-from lit_adapter.training.notices import Say
 from lit_adapter.training.run_identity import plain
 from lit_adapter.weights.adapter_file import read_adapter
 
@@ -132,6 +132,10 @@ class RunFolder:
         """Return the name of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:07d}.ckpt"
 
+    def saved(self) -> list[Path]:
+        """Return the checkpoints, the oldest first."""
+        return sorted(self.checkpoints.glob("step-*.ckpt"))
+
     def newest_checkpoint(
         self, check: Callable[[Path, dict[str, Any]], None], say: Say
     ) -> tuple[Path, dict[str, Any]]:
@@ -142,8 +146,8 @@ class RunFolder:
         Raises:
             UserError: no checkpoint is usable.
         """
-        found = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
-        for path in found:
+        found = self.saved()
+        for path in reversed(found):
             try:
                 checkpoint = read_checkpoint(path)
                 check(path, checkpoint)
@@ -159,7 +163,7 @@ class RunFolder:
 
     def set_aside(self, step: int, say: Say) -> None:
         """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
-        later = [path for path in self.checkpoints.glob("step-*.ckpt") if path > self.checkpoint_path(step)]
+        later = [path for path in self.saved() if path > self.checkpoint_path(step)]
         if later and self.lowest()[0] > step:
             later.append(self.best)
         for path in sorted(later):
