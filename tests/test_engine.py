@@ -397,7 +397,7 @@ def test_threads_and_a_half_read_stream_keep_their_own_adapters(models: list[Ada
 
 
 def test_closing_a_half_read_stream_cancels_its_request(models: list[AdaptedLlama]) -> None:
-    engine = models[0]._engine
+    engine = models[0].engine
     stream = models[1].stream("Say it back.", max_new_tokens=30)
     next(stream)
     assert engine._lanes

@@ -232,7 +232,7 @@ def test_chat_from_python(tiny_base: Path, tmp_path: Path) -> None:
     talks = [talk[:1], talk[:3], talk]
     assert model.chat_batch(talks, **how) == [model.chat(one, **how) for one in talks]
     model.forget()
-    assert not model._engine._lanes
+    assert not model.engine._lanes
 
 
 @LANES

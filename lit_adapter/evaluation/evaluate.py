@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import read_text
 from lit_adapter.files.write import check_writable, write_json
+from lit_adapter.generation.fallback import enough_memory
 from lit_adapter.streams import Say
-from lit_adapter.weights.adapter_file import read_adapter
-from lit_adapter.weights.base_search import find_base
+from lit_adapter.weights.adapter_file import base_of
 
 FORMAT = 1
 """Version of the keys of results.json; docs/evaluation.md describes them."""
@@ -56,8 +55,8 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         found: dict[str, Any] = {"format": FORMAT, "models": [one.described() for one in models]}
         answers: dict[str, list[dict[str, Any]]] = {}
         if records is not None:
-            base = base_folder(settings)
-            with _answers_kept(settings):
+            base = settings.base or base_of(settings.adapters[0])
+            with _answers_kept(), enough_memory(settings.batch_size):
                 asked, file = on_records.run(settings, records, metrics, models, base)
             found["data"] = {
                 "source": without_home(records.source),
@@ -80,26 +79,13 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
 
 
 @contextmanager
-def _answers_kept(settings: Evaluation) -> Iterator[None]:
-    """Say of an interrupt and of a full GPU that the same command goes on."""
+def _answers_kept() -> Iterator[None]:
+    """Say of an interrupt that the same command goes on."""
     try:
         yield
     except KeyboardInterrupt:
         kept = "interrupted: finished answers are kept; the same command continues"
         raise KeyboardInterrupt(kept) from None
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of GPU memory with --batch_size {settings.batch_size}; run again with a smaller one: "
-            "finished answers are kept"
-        ) from None
-
-
-def base_folder(settings: Evaluation) -> Path:
-    """Return the base that is given, or that the first adapter names."""
-    if settings.base is not None:
-        return settings.base
-    adapter = settings.adapters[0]
-    return find_base(read_adapter(adapter)[0].base, adapter)
 
 
 def _plain(settings: Evaluation) -> str | None:

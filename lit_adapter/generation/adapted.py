@@ -71,7 +71,8 @@ class AdaptedLlama:
     ) -> None:
         self.model, self.tokenizer, self.template, self._loaded = model, tokenizer, template, loaded
         self._source = source
-        self._engine = loaded.engine if loaded is not None else Engine()
+        self.engine = loaded.engine if loaded is not None else Engine()
+        """What answers its requests, and those of all adapters on the same base."""
         self._adapter = Adapter.of(model, loaded.model) if loaded is not None else None
 
     def __repr__(self) -> str:
@@ -81,11 +82,6 @@ class AdaptedLlama:
         adapter = str(self._source) if self._source is not None else None
         dtype = str(weight.dtype).removeprefix("torch.")
         return f"AdaptedLlama({base=}, {adapter=}, device={str(weight.device)!r}, {dtype=})"
-
-    @property
-    def engine(self) -> Engine:
-        """What answers its requests, and those of all adapters on the same base."""
-        return self._engine
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -123,7 +119,7 @@ class AdaptedLlama:
         return AdaptedLlama(model, self.tokenizer, info.template, loaded, path)
 
     def _shared(self) -> Loaded:
-        self._engine.refuse_fork()
+        self.engine.refuse_fork()
         if self._loaded is None:
             raise ValueError("only a model from `load` knows its plain base")
         return self._loaded
@@ -168,9 +164,7 @@ class AdaptedLlama:
 
         Arguments and errors are those of `generate`.
         """
-        prompts = self._prompts([as_task(instruction, input)])
-        events = self._answers(prompts, Sampling.of(**sampling), batch_size=1)
-        return (piece for _, piece in events if piece)
+        return self._stream(self._prompts([as_task(instruction, input)]), sampling)
 
     def chat(
         self,
@@ -204,8 +198,7 @@ class AdaptedLlama:
     ) -> Iterator[str]:
         """Answer the last message of a conversation, piece by piece; see `chat`."""
         prompt = prompt_of(self.tokenizer, self.template, messages, tools)
-        events = self._answers([prompt], Sampling.of(**sampling), batch_size=1, resumes=True)
-        return (piece for _, piece in events if piece)
+        return self._stream([prompt], sampling, resumes=True)
 
     def room_for_chat(self, messages: Iterable[Said]) -> int:
         """Return how many tokens the answer to a conversation can have; 0 or less if there is no room."""
@@ -235,7 +228,7 @@ class AdaptedLlama:
 
     def forget(self) -> None:
         """Free the keys and values that earlier calls of `chat` have left."""
-        self._engine.forget()
+        self.engine.forget()
 
     def generate_batch(
         self,
@@ -359,7 +352,7 @@ class AdaptedLlama:
         Raises:
             UserError: as `choose`; ``tasks`` as in `generate_batch`; a ``batch_size`` below 1.
         """
-        self._engine.refuse_fork()
+        self.engine.refuse_fork()
         check_choices(choices)
         batch_size = check_batch_size(batch_size)
         context = self.model.config.context_length
@@ -376,15 +369,21 @@ class AdaptedLlama:
             UserError: ``ids`` is no such tensor, is longer than the base's context, or holds an id that is
                 not in the vocabulary.
         """
-        self._engine.refuse_fork()
+        self.engine.refuse_fork()
         check_ids(ids, self.model.config)
         ids = ids.to(self.model.embed_tokens.weight.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.model.logits(self.model(ids, CausalView(self.model.rotation(position)))).float()
 
     def _prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
-        self._engine.refuse_fork()
+        self.engine.refuse_fork()
         return [self.template.encode_prompt(self.tokenizer, *task) for task in tasks]
+
+    def _stream(
+        self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], *, resumes: bool = False
+    ) -> Iterator[str]:
+        events = self._answers(prompts, Sampling.of(**sampling), batch_size=1, resumes=resumes)
+        return (piece for _, piece in events if piece)
 
     def _answers(
         self,
@@ -397,7 +396,7 @@ class AdaptedLlama:
         begun: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[int, str | None]]:
         """Yield ``(index of the prompt, piece of text)``, and ``(index, None)`` at each end."""
-        self._engine.refuse_fork()
+        self.engine.refuse_fork()
         adapter, stop_ids = self.adapter, self.stop_ids
         starts = [()] * len(prompts) if begun is None else begun
         requests = [
@@ -405,4 +404,4 @@ class AdaptedLlama:
             for prompt, start in zip(prompts, starts, strict=True)
         ]
         answers = [AnswerText(self.tokenizer, settings.stop, start) for start in starts]
-        yield from pieces(self._engine, requests, answers, batch_size, enough)
+        yield from pieces(self.engine, requests, answers, batch_size, enough)

@@ -22,6 +22,7 @@ from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.chatting import prompt_of
 from lit_adapter.generation.choosing import ScoredChoice, encode_choices
+from lit_adapter.generation.fallback import enough_memory
 from lit_adapter.generation.load import load
 from lit_adapter.generation.prompt_file import (
     BATCHES_PER_GROUP,
@@ -38,9 +39,8 @@ from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.task import Task
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import say, write_answer
-from lit_adapter.weights.adapter_file import base_identity, read_adapter
+from lit_adapter.weights.adapter_file import base_identity, base_of
 from lit_adapter.weights.base_content import check_content
-from lit_adapter.weights.base_search import find_base
 
 COLUMN_WIDTH = 48
 """Below this width of a column, two answers stand one under the other."""
@@ -69,10 +69,7 @@ class ModelChoice:
 
     def base_folder(self) -> Path:
         """Return the chosen base, or the one that the adapter names."""
-        if self.base:
-            return Path(self.base)
-        adapter = Path(str(self.adapter))
-        return find_base(read_adapter(adapter)[0].base, adapter)
+        return Path(self.base) if self.base else base_of(Path(str(self.adapter)))
 
     def identity(self, model: AdaptedLlama, sampling: Sampling) -> dict[str, Any]:
         """Return everything but the prompts that answers depend on; not paths, and not the batch size."""
@@ -173,26 +170,20 @@ def answer_file(
     identity |= {"answer_columns": answer_columns, "choices": choices}
     group = BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
-    with count_progress("answering", len(prompts), len(answers.lines)) as finished:
+    with (
+        enough_memory(batch_size),
+        count_progress("answering", len(prompts), len(answers.lines)) as finished,
+    ):
+        how: dict[str, Any] = {"batch_size": batch_size, "finished": finished}
 
         def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:
-            try:
-                if choices:
-                    tasks = [(prompt.instruction, prompt.input) for prompt in group]
-                    scored = model.choose_batch(
-                        tasks, choices=choices, batch_size=batch_size, finished=finished
-                    )
-                    return [_chosen(found, choices, answer_columns) for found in scored]
-                asked = [_ids(model, prompt) for prompt in group]
-                texts = model.continue_batch(
-                    asked, batch_size=batch_size, finished=finished, **asdict(sampling)
-                )
-                return [{columns.output: text} for text in texts]
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"out of GPU memory with --batch_size {batch_size}; run again with a smaller one: "
-                    "finished answers are kept"
-                ) from None
+            if choices:
+                tasks = [(prompt.instruction, prompt.input) for prompt in group]
+                scored = model.choose_batch(tasks, choices=choices, **how)
+                return [_chosen(found, choices, answer_columns) for found in scored]
+            asked = [_ids(model, prompt) for prompt in group]
+            texts = model.continue_batch(asked, **how, **asdict(sampling))
+            return [{columns.output: text} for text in texts]
 
         answers.run(answer_group)
     return len(prompts)

@@ -1,8 +1,12 @@
-"""What generation does when a kernel turns out not to compile: the modules compute the rest."""
+"""What generation does when a kernel turns out not to compile, or when memory runs out."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from lit_adapter import streams
 from lit_adapter.errors import UserError
@@ -20,3 +24,19 @@ def go_on_without_kernels(model: Llama, error: KernelError) -> None:
         raise UserError(f"{error}; one of several processes cannot go on without it") from error
     give_up_kernels(error)
     streams.say(f"warning: {error}; generation goes on without kernels, which is slower", sys.stderr)
+
+
+@contextmanager
+def enough_memory(batch_size: int) -> Iterator[None]:
+    """Turn a GPU's allocation that fails into one line that names the setting to lower.
+
+    Raises:
+        UserError: in place of torch's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory with --batch_size {batch_size}; run again with a smaller one: "
+            "finished answers are kept"
+        ) from None

@@ -22,19 +22,14 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 
 
-@dataclass(frozen=True)
-class State:
-    """What tells one content of a file from the next."""
+State = tuple[int, int, int]
+"""What tells one content of a file from the next: its inode, its size, and when it was changed."""
 
-    inode: int
-    size: int
-    changed: int
 
-    @classmethod
-    def of(cls, path: Path) -> State:
-        """Return the state of a file now."""
-        found = os.stat(path)
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+def state_of(path: Path) -> State:
+    """Return the state of a file now."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -108,11 +103,7 @@ class Adapters:
             )
         return found
 
-    def get(self, name: str) -> AdaptedLlama:
-        """Return the model of a name; see `find`."""
-        return self.find(name).model
-
-    def load(self, name: str, path: Path) -> None:
+    def load(self, name: str, path: Path) -> Served:
         """Serve an adapter's file under a name, or in place of what has it.
 
         Raises:
@@ -121,12 +112,13 @@ class Adapters:
         if check_name(name) == self.base.name:
             raise UserError(f"adapter name {shorten(name)} is the base's; give the adapter another")
         with self._changing:
-            state = State.of(path) if path.exists() else None
+            state = state_of(path) if path.exists() else None
             model = self.base.model.with_adapter(path)
             model.spare_device()
-            self._served[name] = Served(name, model, int(time.time()), path, state)
+            served = self._served[name] = Served(name, model, int(time.time()), path, state)
             self._failed.pop(name, None)
             self._unloaded.pop(name, None)
+        return served
 
     def unload(self, name: str) -> None:
         """Stop serving an adapter; requests under way end as they began.
@@ -162,11 +154,10 @@ class Adapters:
                 code="adapter_not_found",
             )
         try:
-            self.load(name, path)
+            return self.load(name, path)
         except UserError as error:
             told = str(error).replace(str(path), path.name)
             raise ApiError(400, told, param="name", code="adapter_refused") from None
-        return self._served[name]
 
     def listed(self) -> Mapping[str, Path]:
         """Return the folder's adapter files by name, but none with the name of the base."""
@@ -182,7 +173,7 @@ class Adapters:
         """
         try:
             listed = self.listed()
-            states = {name: State.of(path) for name, path in listed.items()}
+            states = {name: state_of(path) for name, path in listed.items()}
         except OSError as error:
             logger.warning("folder of adapters %s: %s", self.folder, error.strerror)
             return

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +127,11 @@ class Jobs:
         Raises:
             ApiError: it cannot be answered.
         """
-        model = self.adapters.get(body.model)
+        model = self.adapters.find(body.model).model
         if len(body.messages) > self.limits.max_messages:
             most = self.limits.max_messages
             raise invalid(f"{len(body.messages)} messages; this server takes {most} or fewer", "messages")
-        prompt = _encoded(lambda: encode_messages(model.template, model.tokenizer, body.messages), "messages")
+        prompt = encode_messages(model.template, model.tokenizer, body.messages)
         wanted = body.max_completion_tokens or body.max_tokens
         most_likely = body.top_logprobs if body.logprobs else None
         return self._job(body, model, [prompt], wanted, most_likely)
@@ -142,7 +142,7 @@ class Jobs:
         Raises:
             ApiError: they cannot be answered.
         """
-        model = self.adapters.get(body.model)
+        model = self.adapters.find(body.model).model
         n_vocab = model.model.config.vocab_size
         prompts = [_prompt_ids(model, prompt, n_vocab) for prompt in body.prompts]
         if body.max_tokens == 0 and not body.echo:
@@ -237,18 +237,14 @@ class Jobs:
         return min(room, most) if wanted is None else wanted
 
 
-def _encoded(encode: Callable[[], list[int]], param: str) -> list[int]:
-    try:
-        return encode()
-    except UserError as error:
-        raise invalid(str(error), param) from None
-
-
 def _prompt_ids(model: AdaptedLlama, prompt: str | list[int], n_vocab: int) -> list[int]:
     """Return the ids of a completion's prompt; a text begins with BOS if the base was trained with it."""
     if isinstance(prompt, str):
         tokenizer = model.tokenizer
-        ids = _encoded(lambda: tokenizer.encode(prompt), "prompt")
+        try:
+            ids = tokenizer.encode(prompt)
+        except UserError as error:
+            raise invalid(str(error), "prompt") from None
         ids = [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids
         if not ids:
             raise invalid(

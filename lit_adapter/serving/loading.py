@@ -14,8 +14,7 @@ from lit_adapter.serving.adapters import Adapters, adapter_files
 from lit_adapter.serving.names import check_name
 from lit_adapter.serving.options import ServerOptions
 from lit_adapter.text.load import load_tokenizer
-from lit_adapter.weights.adapter_file import read_adapter
-from lit_adapter.weights.base_search import find_base
+from lit_adapter.weights.adapter_file import base_of
 
 MOST_UNASKED = 2**32
 """Bytes of keys and values on a CPU, unless ``--context`` asks for more."""
@@ -62,11 +61,11 @@ def _named_base(options: ServerOptions) -> Path:
         UserError: there is none.
     """
     for path in options.adapters.values():
-        return find_base(read_adapter(path)[0].base, path)
+        return base_of(path)
     error = UserError(f"--adapters {options.folder}: no adapter in it names a base; give --base FOLDER")
     for _, path in sorted(adapter_files(options.folder).items() if options.folder else ()):
         try:
-            return find_base(read_adapter(path)[0].base, path)
+            return base_of(path)
         except UserError as refused:
             error = refused
     raise error

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.jobs import Job
-from lit_adapter.serving.protocol import ChatRequest, CompletionRequest
+from lit_adapter.serving.protocol import ChatRequest
 from lit_adapter.serving.worker import Event, Token
 from lit_adapter.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -73,26 +73,16 @@ class Shape:
     """How the objects of one job look: those of chats, or those of text completions."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.is_chat = job, isinstance(job.body, ChatRequest)
+        body: Any = job.body
+        self.job, self.is_chat = job, isinstance(body, ChatRequest)
         kind = "chat.completion" if self.is_chat else "text_completion"
         chunk = "chat.completion.chunk" if self.is_chat else kind
-        common = {"id": job.id, "created": job.created, "model": job.body.model}
+        common = {"id": job.id, "created": job.created, "model": body.model}
         self.whole = {**common, "object": kind}
         self.chunk = {**common, "object": chunk}
-        body = job.body
-        self.scored = (
-            body.logprobs if isinstance(body, ChatRequest) else self._completion.logprobs is not None
-        )
-
-    @property
-    def _completion(self) -> CompletionRequest:
-        assert isinstance(self.job.body, CompletionRequest)
-        return self.job.body
-
-    @property
-    def echoes(self) -> bool:
+        self.scored = body.logprobs if self.is_chat else body.logprobs is not None
+        self.echoes = not self.is_chat and body.echo
         """Whether answers begin with their prompts."""
-        return not self.is_chat and self._completion.echo
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return the likelihoods of tokens, if they are wanted."""
@@ -103,10 +93,10 @@ class Shape:
 
     def echo(self, index: int) -> str:
         """Return the prompt of a choice as text."""
-        prompts, body = self.job.prompts, self._completion
+        body: Any = self.job.body
         number = index // body.n
         given = body.prompts[number]
-        return given if isinstance(given, str) else self.job.model.tokenizer.decode(prompts[number])
+        return given if isinstance(given, str) else self.job.model.tokenizer.decode(given)
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str) -> dict[str, Any]:
         """Return a whole answer."""

@@ -27,6 +27,7 @@ from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.prefix import treatment
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
+from lit_adapter.weights.base_search import find_base
 
 METADATA_KEY = "lit_adapter"
 FORMAT_VERSION = 1
@@ -119,6 +120,15 @@ def read_adapter(path: Path) -> tuple[AdapterInfo, dict[str, torch.Tensor]]:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
     check_adapter_state(shapes, state, str(path))
     return info, state
+
+
+def base_of(adapter: Path) -> Path:
+    """Return the folder of the base that an adapter's file names.
+
+    Raises:
+        UserError: as `read_adapter` and `find_base`.
+    """
+    return find_base(read_adapter(adapter)[0].base, adapter)
 
 
 def _treatment(info: AdapterInfo) -> dict[str, str]:
