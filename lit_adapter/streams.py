@@ -8,9 +8,11 @@ obeying it.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import Any, TextIO
 
@@ -38,6 +40,19 @@ def write_answer(text: str, out: TextIO) -> None:
     """Write a piece of generated text as it is, but on a terminal with its control characters written out."""
     out.write(visible(text) if out.isatty() else text)
     out.flush()
+
+
+@contextmanager
+def only_errors_of(*loggers: str) -> Iterator[None]:
+    """Keep what libraries log, but for errors, from standing between our lines inside the block."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 class _Stream(FileIO):

@@ -66,19 +66,13 @@ def main() -> None:
         for way, found in runs.items():
             model.forget()
             found.append(talk(model, options.n_new, afresh=way))
-    same = all(run == [answer for *_, answer in runs[True][0]] for run in answers(runs))
+    said = [[answer for *_, answer in run] for found in runs.values() for run in found]
+    same = all(one == said[0] for one in said)
     say(f"{model!r}\nthe same answers both ways: {same}\n\nturn  tokens  going on  afresh")
     for turn in range(len(ASKED)):
         kept, fresh = (min(run[turn][1] for run in runs[way]) for way in (False, True))
         n_before = runs[False][0][turn][0]
         say(f"{turn + 1:4}  {n_before:6}  {kept:6.3f} s  {fresh:6.3f} s  ({fresh / kept:.1f} times)")
-
-
-def answers(runs: dict[bool, list[list[tuple[int, float, str]]]]) -> Iterator[list[str]]:
-    """Yield the answers of every run."""
-    for found in runs.values():
-        for run in found:
-            yield [answer for *_, answer in run]
 
 
 if __name__ == "__main__":

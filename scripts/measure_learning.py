@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if options.plot:
         from benchmarks.frontier_plot import plot
 
-        plot(results, Path(options.plot))
+        plot(results, COURSES, Path(options.plot))
         print(f"wrote {options.plot}", file=sys.stderr)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,6 @@ def _alone(plot: str) -> bytes:
     return re.sub(r"var\(--([\w-]+)\)", lambda found: colours[found[1]], whole).encode()
 
 
-def _pictures(files: Sequence[str] | dict[str, bytes]) -> str:
+def _pictures(files: Iterable[str]) -> str:
     titles = {CURVES: "Loss over steps", SCORES: "Scores beside the base"}
     return "".join(f"\n\n![{titles[name]}]({name})" for name in files)

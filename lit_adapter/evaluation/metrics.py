@@ -155,9 +155,8 @@ def _chrf() -> Any:
 
 
 def _not_a_start(answer: str, reference: str) -> bool:
-    return not reference.strip().startswith(answer.lstrip()[: len(reference.strip())]) or bool(
-        answer.lstrip()[len(reference.strip()) :].strip()
-    )
+    wanted, given = reference.strip(), answer.lstrip()
+    return not wanted.startswith(given[: len(wanted)]) or bool(given[len(wanted) :].strip())
 
 
 def _cannot_be_json(answer: str, reference: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.evaluation.contestants import Contestant
 from lit_adapter.evaluation.settings import Evaluation
-from lit_adapter.streams import Say
+from lit_adapter.streams import Say, only_errors_of
 
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
 """Loggers that would speak between our own lines."""
@@ -124,11 +123,5 @@ def _is_path(name: str) -> bool:
 def _quiet() -> Iterator[None]:
     """Keep the harness and what it uses from printing bars and remarks between our lines."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-    before = {name: logging.getLogger(name).level for name in NOISY}
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
+    with only_errors_of(*NOISY):
         yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.files.write import write_text
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.model.llama import Llama
-from lit_adapter.streams import Say
+from lit_adapter.streams import Say, only_errors_of
 from lit_adapter.training.callbacks import BestAdapter, Checkpoints, Validation
 from lit_adapter.training.checkpoint import DurableCheckpointIO
 from lit_adapter.training.lightning_internals import Bar, leave_signals_alone
@@ -176,19 +175,11 @@ def _end_with_dead_process(folder: RunFolder, signals: Signals, sentence: str) -
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's hints out of the output; a run prints what a user can act on."""
-    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    loggers = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    with only_errors_of(*loggers), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*")
         # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

@@ -10,7 +10,7 @@ from typing import Any
 from lit_adapter.data import demo
 from lit_adapter.data.records import read_records, split
 from lit_adapter.errors import UserError
-from lit_adapter.evaluation.metrics import json_exact
+from lit_adapter.evaluation.metrics import exact, json_exact
 from lit_adapter.files.write import write_json
 
 SEED = 1337
@@ -50,14 +50,11 @@ class Course:
     """A text that has nothing to do with the course: what an adapter forgets shows in its loss on it."""
 
 
-COURSES = ("text", "tasks", "demo", "few", "epochs")
-
-
 def write_courses(names: Sequence[str], folder: Path, text: str | None) -> list[Course]:
     """Write the data of courses into ``folder`` and return them.
 
     Args:
-        names: of `COURSES`.
+        names: of ``COURSES`` in scripts/measure_learning.py.
         folder: gets two files for each course.
         text: a file of records; the courses "text", "epochs" (three of them) and "few" take theirs from it,
             and the others their plain text, its held-out outputs.
@@ -82,17 +79,12 @@ def _write(name: str, folder: Path, text: str | None) -> Course:
     options = (*steps, f"--optim.epochs={3 if name in ('few', 'epochs') else 1}")
     data = (*_data(train, held_out), *options)
     if name == "tasks":
-        return Course(name, data, held_out, same_text, _plain_text(text))
+        return Course(name, data, held_out, exact, _plain_text(text))
     return Course(name, data, held_out)
 
 
 def _data(train: Path, held_out: Path) -> tuple[str, str]:
     return f"--data.train={train}", f"--data.val={held_out}"
-
-
-def same_text(answer: str, expected: str) -> float:
-    """Return 1 where two texts differ by nothing but white space around them, else 0."""
-    return float(answer.strip() == expected.strip())
 
 
 def _text(path: str | None, *, few: bool) -> tuple[list[Any], list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,7 @@ class Ours:
         parts = []
         for members in packer.assign(records):
             row = packer.row(members)
-            tensors = {item.name: getattr(row, item.name) for item in fields(row)}
-            moved = {name: x.to(self.device) for name, x in tensors.items() if x is not None}
-            row = replace(row, **moved)
+            row = replace(row, **{name: x.to(self.device) for name, x in vars(row).items()})
             parts.append((row, SegmentView(row, self.model.rotation(row.position[None]))))
         return Batch(parts, sum(len(row.target_id) for row, _ in parts))
 

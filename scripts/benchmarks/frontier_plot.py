@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.courses import COURSES
 from benchmarks.frontier import Point, Result, points
 from lit_adapter.errors import UserError
 
@@ -14,8 +13,8 @@ COLORS = ("tab:blue", "tab:orange", "tab:green")
 TICKS = (50e3, 100e3, 173e3, 300e3, 600e3, 1.2e6, 2.4e6)
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw held-out loss over parameters: a picture for each course, a line for each kind of several sizes.
+def plot(results: Sequence[Result], courses: Sequence[str], path: Path) -> None:
+    """Draw held-out loss over parameters: a picture for each course that was run, a line for each kind.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -24,7 +23,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("--plot needs the package matplotlib; run: pip install -e '.[measure]'") from None
-    lines = {course: _lines(points(results, course)) for course in COURSES}
+    lines = {course: _lines(points(results, course)) for course in courses}
     lines = {course: found for course, found in lines.items() if found}
     kinds = sorted(dict.fromkeys(kind for found in lines.values() for kind in found), key=_family)
     figure, axes = plt.subplots(1, len(lines), figsize=(5 * len(lines), 5.5), squeeze=False)

@@ -191,10 +191,14 @@ class PaddedOurs:
             length = AdapterConfig().prompt_length
             yield [padded_part(self.base, self.work.encoded, part, length) for part in step]
 
-    def loss(self, part: Part) -> Tensor:
-        """Return a padded batch's loss."""
+    def _hidden(self, part: Part) -> Tensor:
+        """Return the hidden states of a padded batch ``[B, T, C]``."""
         ids, model = part.data.ids, self.base.model
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        logits = model.logits(model(ids, CausalView(model.rotation(position))))
+        return model(ids, CausalView(model.rotation(position)))
+
+    def loss(self, part: Part) -> Tensor:
+        """Return a padded batch's loss."""
+        logits = self.base.model.logits(self._hidden(part))
         flat, labels = logits[:, :-1].flatten(0, 1).float(), part.data.labels[:, 1:].flatten()
         return F.cross_entropy(flat, labels, ignore_index=-100, reduction="sum")

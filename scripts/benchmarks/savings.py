@@ -6,14 +6,13 @@ only, and, in `Packed`, shared preambles.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.methods import Packed, PaddedOurs, Part
 from benchmarks.models import Base
 from benchmarks.workload import Workload
 from lit_adapter.data.packing import Packer
-from lit_adapter.model.attention import CausalView, SegmentView
+from lit_adapter.model.attention import SegmentView
 from lit_adapter.model.loss import row_loss, target_loss
 
 
@@ -22,12 +21,9 @@ class TargetHead(PaddedOurs):
 
     def loss(self, part: Part) -> Tensor:
         """Return a padded batch's loss."""
-        ids, model = part.data.ids, self.base.model
-        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = model(ids, CausalView(model.rotation(position)))[:, :-1].flatten(0, 1)
-        labels = part.data.labels[:, 1:].flatten()
+        hidden, labels = self._hidden(part)[:, :-1].flatten(0, 1), part.data.labels[:, 1:].flatten()
         place = (labels != -100).nonzero().flatten()
-        return target_loss(hidden[place], model.lm_head.weight, labels[place])
+        return target_loss(hidden[place], self.base.model.lm_head.weight, labels[place])
 
 
 class Unshared(Packed):
