@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     options = read_options(argv)
     from benchmarks import frontier
     from benchmarks.courses import write_courses
+    from benchmarks.frontier_table import table
 
     chosen = chosen_methods(options, frontier.methods())
     stop_at = time.monotonic() + 60 * options.minutes
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         devices = sorted(_devices() * options.processes)
         results = frontier.measure(options.base, courses, chosen, Path(options.json), devices, stop_at)
     for course in options.courses:
-        print(f"## {course}", frontier.table(results, course), sep="\n\n", end="\n\n")
+        print(f"## {course}", table(results, course), sep="\n\n", end="\n\n")
     if options.plot:
         from benchmarks.frontier_plot import plot
 

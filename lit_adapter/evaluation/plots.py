@@ -132,8 +132,8 @@ def heat(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    row_title: str = "",
-    column_title: str = "",
+    row_title: str,
+    column_title: str,
     shown: bool = False,
     most: float | None = None,
 ) -> str:
@@ -143,8 +143,7 @@ def heat(
     parts = [part for r, row in enumerate(values) for part in grid.row(r, row)]
     parts += grid.column_names()
     bottom = grid.TOP + grid.height * len(values)
-    if row_title or column_title:
-        parts.append(_text(grid.left, bottom + 16, f"rows: {row_title}; columns: {column_title}", "start"))
+    parts.append(_text(grid.left, bottom + 16, f"rows: {row_title}; columns: {column_title}", "start"))
     return _svg(grid.plot_width, bottom + 22, parts)
 
 

@@ -219,7 +219,7 @@ def converse(conversation: Conversation, lines: Iterator[str]) -> None:
             return
 
 
-def typed_lines(prompt: str = "> ") -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """Yield what is typed, until Ctrl-D; Ctrl-C drops a line that is being typed, as does what is not UTF-8.
 
     A line that ends in a backslash goes on in the next.
@@ -229,7 +229,7 @@ def typed_lines(prompt: str = "> ") -> Iterator[str]:
     parts: list[str] = []
     while True:
         try:
-            line = input("  " if parts else prompt)
+            line = input("  " if parts else "> ")
             line.encode()  # where the locale lets any byte pass, it fails here
         except UnicodeError:
             say("error: not UTF-8 text; set the terminal to UTF-8 and type it again", sys.stderr)

@@ -39,11 +39,9 @@ def run_identity(config: Config, steps: int = 0, **facts: Any) -> RunIdentity:
     shared |= _section(values, "optim", "batch_size", "schedule", "warmup", "min_lr_ratio")
     shared |= {"base_precision": config.trainer.base_precision}
     changeable = {key: without_home(values[key]) for key in ("base", "out")}
-    changeable |= _section(
-        *(values, "optim", "epochs", "max_steps", "lr", "base_lr"),
-        *("lr_scale_v2", "lr_scale_norms", "lr_scale_lora"),
-    )
-    changeable |= _section(values, "optim", "weight_decay", "betas", "eps", "clip", "row_tokens")
+    rates = ("lr", "base_lr", "lr_scale_v2", "lr_scale_norms", "lr_scale_lora")
+    others = ("weight_decay", "betas", "eps", "clip", "row_tokens")
+    changeable |= _section(values, "optim", "epochs", "max_steps", *rates, *others)
     changeable |= _section(values, "data", "workers")
     changeable |= _section(values, "trainer", *values["trainer"])
     return RunIdentity(plain(shared | facts), plain(changeable), steps)

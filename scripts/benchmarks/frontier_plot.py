@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.frontier import Point, Result, points
+from benchmarks.frontier import Result
+from benchmarks.frontier_table import Point, points
 from lit_adapter.errors import UserError
 
 COLORS = ("tab:blue", "tab:orange", "tab:green")
