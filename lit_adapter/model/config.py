@@ -165,31 +165,25 @@ class LlamaConfig:
             UserError: a missing key, or an impossible value.
         """
         with reading_sizes(source):
-            return cls._from_meta(params, vocab_size, n_hidden, source)
-
-    @classmethod
-    def _from_meta(cls, params: dict[str, Any], vocab_size: int, n_hidden: int, source: str) -> LlamaConfig:
-        n_embd, n_head = required(params, "dim", source), required(params, "n_heads", source)
-        rope = RopeConfig(theta=float(given(params, "rope_theta", 10_000.0)))
-        if params.get("use_scaled_rope"):
-            # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
-            rope = RopeConfig(rope.theta, "llama3", float(given(params, "rope_scaling_factor", 8.0)))
-        llama3 = vocab_size > 100_000
-        context = (
-            131_072 if rope.kind == "llama3" else 8192 if llama3 else 4096 if "n_kv_heads" in params else 2048
-        )
-        return cls(
-            vocab_size=vocab_size,
-            n_layer=required(params, "n_layers", source),
-            n_head=n_head,
-            n_kv_head=given(params, "n_kv_heads", n_head),
-            n_embd=n_embd,
-            head_dim=divided_head_dim(n_embd, n_head, "dim"),
-            n_hidden=n_hidden,
-            norm_eps=float(given(params, "norm_eps", 1e-5)),
-            context_length=int(given(params, "max_seq_len", context)),
-            rope=rope,
-        )
+            n_embd, n_head = required(params, "dim", source), required(params, "n_heads", source)
+            rope = RopeConfig(theta=float(given(params, "rope_theta", 10_000.0)))
+            if params.get("use_scaled_rope"):
+                # Meta ships the flag alone; 3.1 scales by 8, 3.2 says 32 in `rope_scaling_factor`.
+                rope = RopeConfig(rope.theta, "llama3", float(given(params, "rope_scaling_factor", 8.0)))
+            early = 4096 if "n_kv_heads" in params else 2048
+            context = 131_072 if rope.kind == "llama3" else 8192 if vocab_size > 100_000 else early
+            return cls(
+                vocab_size=vocab_size,
+                n_layer=required(params, "n_layers", source),
+                n_head=n_head,
+                n_kv_head=given(params, "n_kv_heads", n_head),
+                n_embd=n_embd,
+                head_dim=divided_head_dim(n_embd, n_head, "dim"),
+                n_hidden=n_hidden,
+                norm_eps=float(given(params, "norm_eps", 1e-5)),
+                context_length=int(given(params, "max_seq_len", context)),
+                rope=rope,
+            )
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` that transformers and `from_hf` read."""

@@ -185,11 +185,7 @@ def _read_layers(family: Family, raw: dict[str, Any], n_layer: int, source: str)
         windowed = _listed_layers(raw["layer_types"], n_layer, source)
     else:
         windowed = unrotated if family.skips_rotation else _upper_layers(raw, n_layer, source)
-    return {
-        "window": window,
-        "windowed_layers": windowed,
-        "unrotated_layers": unrotated,
-    }
+    return {"window": window, "windowed_layers": windowed, "unrotated_layers": unrotated}
 
 
 def _unrotated_layers(raw: dict[str, Any], n_layer: int, source: str) -> tuple[int, ...]:

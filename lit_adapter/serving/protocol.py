@@ -6,7 +6,7 @@ the answer; what is not offered, and every field that nobody knows, is refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -112,20 +112,26 @@ class StreamOptions(Body):
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Settings(Body):
-    """What both kinds of requests may choose."""
-
-    IGNORED: ClassVar[tuple[str, ...]] = (
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "parallel_tool_calls",
-    )
+class Unused(Body):
     """Fields that change no answer."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Those of this request."""
+        return [name for name in Unused.model_fields if getattr(self, name) is not None]
+
+
+class Settings(Unused):
+    """What both kinds of requests may choose."""
 
     model: str = Field(description="The base or a loaded adapter: an id of /v1/models.")
     stream: bool = False
@@ -141,20 +147,6 @@ class Settings(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-
-    @property
-    def ignored(self) -> list[str]:
-        """The fields of this request that change nothing."""
-        return [name for name in self.IGNORED if getattr(self, name) is not None]
 
     @property
     def usage_wanted(self) -> bool:

@@ -10,44 +10,44 @@ from lit_adapter.errors import UserError, counted
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.streams import Say
 from lit_adapter.training.module import LitAdapter
-from lit_adapter.training.plan import Plan, write_adapter
-from lit_adapter.training.run_folder import RunFolder
+from lit_adapter.training.plan import write_adapter
 from lit_adapter.training.run_record import RunRecord
 
 
-def conclude(plan: Plan, module: LitAdapter, folder: RunFolder, record: RunRecord, say: Say) -> None:
+def conclude(module: LitAdapter, record: RunRecord, say: Say) -> None:
     """Write the adapter of a run that has taken all its steps, and say which file to use.
 
     Raises:
         UserError: the file cannot be written, or the run folder is gone; it then lies in a new one.
     """
-    data = record.data
+    folder, steps = record.folder, record.data.finished_steps
     gone = None if folder.is_there() else folder.leave()
-    steps = data.finished_steps
     summary: dict[str, Any] = {"steps": steps, "train_loss": module.last["loss"]}
-    if data.val_packer is not None:
+    if record.data.val_packer is not None:
         summary["val_loss"] = module.val_loss
-    write_adapter(plan, folder.adapter, adapter_state(module.model), summary)
+    write_adapter(record.plan, folder.adapter, adapter_state(module.model), summary)
     if gone is not None:
         raise UserError(f"{gone}; its adapter is {folder.adapter}")
     size = folder.adapter.stat().st_size
     took = f"after {counted(steps, 'step')}, {record.seconds:.0f} s in all"
-    say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, folder, record, steps)}")
-    for line in _advice(module, folder, record, steps):
+    say(f"wrote {folder.adapter} ({size:,} bytes) {took}{_loss(module, record, steps)}")
+    for line in _advice(module, record, steps):
         say(line)
 
 
-def _loss(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int) -> str:
+def _loss(module: LitAdapter, record: RunRecord, steps: int) -> str:
     """Return the held-out loss as the end of a sentence, if there are held-out records."""
     if math.isnan(module.val_loss):
         return ""
+    folder = record.folder
     is_best = folder.lowest()[0] == steps and record.is_lowest(module.val_loss)
     lowest = f", the lowest of the run: {folder.best.name} is the same" if is_best else ""
     return f"; held-out loss {module.val_loss:.4f}{lowest}"
 
 
-def _advice(module: LitAdapter, folder: RunFolder, record: RunRecord, steps: int) -> Iterator[str]:
+def _advice(module: LitAdapter, record: RunRecord, steps: int) -> Iterator[str]:
     """Yield which of two different adapters to use, or what went wrong."""
+    folder = record.folder
     step, loss = folder.lowest()
     lowest = ", the lowest" if record.is_lowest(loss) else ""
     best = f"{folder.best.name} (step {step}, held-out loss {loss:.4f}{lowest})"

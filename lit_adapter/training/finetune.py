@@ -131,7 +131,7 @@ def _run(
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
         say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; {how}")
     elif trainer.is_global_zero:
-        conclude(plan, module, folder, record, say)
+        conclude(module, record, say)
     return signals.exit_status
 
 
