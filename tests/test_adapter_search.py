@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from generation_fixtures import CHOICES, save_random_adapter, script
 
 from lit_adapter.errors import UserError
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.loading import load_adapters
 from lit_adapter.serving.names import named_adapters
@@ -117,6 +119,25 @@ def test_a_folder_cannot_have_the_name_of_the_plain_base(
     with pytest.raises(ApiError, match=NONE) as error:  # as POST /v1/adapters
         adapters.load_from_folder("none")
     assert error.value.status_code == 400
+
+
+def test_an_adapter_that_memory_cannot_take_keeps_no_other_out(
+    run: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scan that ended with its error would be a server's last."""
+    for name in ("large", "colours"):
+        shutil.copytree(run, f"adapters/{name}")
+    load = AdaptedLlama.with_adapter
+
+    def with_adapter(self: AdaptedLlama, path: Path) -> AdaptedLlama:
+        if path.parent.name == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(self, path)
+
+    monkeypatch.setattr(AdaptedLlama, "with_adapter", with_adapter)
+    options = ServerOptions(base=tiny_base, folder=Path("adapters"), device="cpu", dtype="float32")
+    assert [served.name for served in load_adapters(options)][1:] == ["colours"]
+    assert "adapter large: refused: CUDA out of memory" in [record.getMessage() for record in caplog.records]
 
 
 def test_an_empty_word_is_not_the_working_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

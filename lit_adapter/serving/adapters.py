@@ -198,9 +198,10 @@ class Adapters:
         try:
             self.load(name, path)
             logger.info("adapter %s: loaded", name)
-        except (UserError, OSError) as error:
+        except Exception as error:  # also for lack of memory: the others are followed all the same
             self._failed[name] = state
-            logger.warning("adapter %s: refused: %s", name, error)
+            is_refusal = isinstance(error, UserError | OSError)
+            logger.warning("adapter %s: refused: %s", name, error, exc_info=not is_refusal)
 
     def described(self, served: Served) -> dict[str, Any]:
         """Return OpenAI's object of a model, with the base that it belongs to."""
