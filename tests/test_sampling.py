@@ -15,7 +15,7 @@ from tiny_models import random_llama
 from lit_adapter.errors import UserError
 from lit_adapter.generation import sampling
 from lit_adapter.generation.adapter import Adapter
-from lit_adapter.generation.request import Likelihood, Request
+from lit_adapter.generation.request import Request, TokenLikelihood
 from lit_adapter.generation.settings import Sampling
 
 ADAPTER = Adapter.of(random_llama(context_length=10**6))
@@ -243,7 +243,7 @@ def test_likelihoods_are_those_of_the_logits() -> None:
     log = np.log(np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(-1, keepdims=True))
     rows = sampling.likelihoods(logits, token).tolist()
     for row, mine, chosen in zip(rows, log, token.tolist(), strict=True):
-        found = Likelihood.of(row, 3)
+        found = TokenLikelihood.of(row, 3)
         assert found.log_probability == pytest.approx(mine[max(chosen, 0)], abs=1e-5)
         order = np.argsort(-mine)[:3]
         assert [id_ for id_, _ in found.most_likely] == order.tolist()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from serving_fixtures import Running, folder_of_adapters, running
 
-from lit_adapter.generation.request import Likelihood
+from lit_adapter.generation.request import TokenLikelihood
 from lit_adapter.serving import worker as module
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.metrics import Metrics
@@ -115,7 +115,7 @@ class Engine:
         for request in self.given:
             request.n_new += 1
             request.news.append(7)
-            request.likelihoods.append(Likelihood(-0.5, ()))
+            request.likelihoods.append(TokenLikelihood(-0.5, ()))
 
 
 @pytest.mark.parametrize(

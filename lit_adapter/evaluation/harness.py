@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lit_adapter.evaluation.conversation import ChatTemplate
 from lit_adapter.evaluation.windows import windows
 from lit_adapter.generation.adapted import AdaptedLlama
-from lit_adapter.generation.choosing import Likelihood, Scored, likelihoods
+from lit_adapter.generation.choosing import Scored, TextLikelihood, likelihoods
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
 from lit_adapter.text.chat import control_pattern
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _likelihoods(self, texts: Sequence[Scored]) -> list[Likelihood]:
+    def _likelihoods(self, texts: Sequence[Scored]) -> list[TextLikelihood]:
         with count_progress(f"likelihoods, {self.title}", len(texts)) as finished:
             return likelihoods(self.adapted.model, texts, finished)
 

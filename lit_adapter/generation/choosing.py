@@ -76,7 +76,7 @@ def encode_choices(
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class TextLikelihood:
     """What a model gives the scored tokens of a text."""
 
     log_likelihood: float
@@ -96,7 +96,7 @@ class Likelihood:
 
 def likelihoods(
     model: Llama, texts: Sequence[Scored], finished: Callable[[int], None] | None = None
-) -> list[Likelihood]:
+) -> list[TextLikelihood]:
     """Return the likelihood of each text's scored tokens, in packed rows that share starts.
 
     ``finished`` is called with the index of each text that is done.
@@ -104,7 +104,7 @@ def likelihoods(
     Raises:
         NonFiniteLogitsError: logits are NaN or infinite.
     """
-    found = [Likelihood(0.0, 0, 0, -1)] * len(texts)
+    found = [TextLikelihood(0.0, 0, 0, -1)] * len(texts)
     for row, owner in rows_of(texts):
         score = partial(target_log_likelihoods, model, row)
         values, likeliest = despite_kernels(score, partial(go_on_without_kernels, model))
@@ -115,7 +115,7 @@ def likelihoods(
             unlike = (likeliest[mine] != row.target_id[mine]).nonzero()
             n_greedy = int(unlike[0]) if len(unlike) else int(mine.sum())
             then = int(likeliest[mine][n_greedy]) if len(unlike) else -1
-            found[text] = Likelihood(float(values[mine].sum()), int(mine.sum()), n_greedy, then)
+            found[text] = TextLikelihood(float(values[mine].sum()), int(mine.sum()), n_greedy, then)
             if finished is not None:
                 finished(text)
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lit_adapter.generation.request import Likelihood, NonFiniteLogitsError
+from lit_adapter.generation.request import NonFiniteLogitsError, TokenLikelihood
 from lit_adapter.generation.sampling import likelihoods
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.llama import Llama
@@ -14,7 +14,7 @@ from lit_adapter.model.loss import CHUNK_LOGITS
 
 
 @torch.inference_mode()
-def prompt_likelihoods(model: Llama, ids: Sequence[int], most: int) -> list[Likelihood]:
+def prompt_likelihoods(model: Llama, ids: Sequence[int], most: int) -> list[TokenLikelihood]:
     """Return the likelihoods of all tokens but the first, each after those before it.
 
     Args:
@@ -30,10 +30,10 @@ def prompt_likelihoods(model: Llama, ids: Sequence[int], most: int) -> list[Like
     position = torch.arange(len(ids), device=device)[None]
     hidden = model(text, CausalView(model.rotation(position)))[0, :-1]
     n_rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    found: list[Likelihood] = []
+    found: list[TokenLikelihood] = []
     for part, token in zip(hidden.split(n_rows), text[0, 1:].split(n_rows), strict=True):
         rows = likelihoods(model.logits(part), token)
         if not rows.isfinite().all():
             raise NonFiniteLogitsError()
-        found += [Likelihood.of(row, most) for row in rows.tolist()]
+        found += [TokenLikelihood.of(row, most) for row in rows.tolist()]
     return found

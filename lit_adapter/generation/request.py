@@ -68,7 +68,7 @@ def check_stop_ids(config: LlamaConfig, settings: Sampling) -> None:
         raise UserError(f"stop_ids holds {most}, but the base's vocabulary ends at {config.vocab_size - 1}")
 
 
-class Likelihood(NamedTuple):
+class TokenLikelihood(NamedTuple):
     """How likely a token was, before temperature, penalties and biases; natural logarithms."""
 
     log_probability: float
@@ -76,7 +76,7 @@ class Likelihood(NamedTuple):
     """Ids and log-probabilities of the most likely tokens, as many as were asked for."""
 
     @classmethod
-    def of(cls, row: Sequence[float], most: int) -> Likelihood:
+    def of(cls, row: Sequence[float], most: int) -> TokenLikelihood:
         """Return one row of `sampling.likelihoods` with its ``most`` most likely tokens."""
         n_kept = len(row) // 2
         pairs = zip(row[1 + n_kept :], row[1 : 1 + n_kept], strict=True)
@@ -105,7 +105,7 @@ class Request:
     """Of how many tokens the likelihoods are wanted beside the chosen one's; None for none at all."""
     news: deque[int] = field(default_factory=deque, init=False)
     """Tokens of the answer that its owner has not taken yet."""
-    likelihoods: deque[Likelihood] = field(default_factory=deque, init=False)
+    likelihoods: deque[TokenLikelihood] = field(default_factory=deque, init=False)
     """Those of ``news``, if ``most_likely`` asks for them."""
     answer: list[int] = field(default_factory=list, init=False)
     """The tokens of the answer so far."""
@@ -163,7 +163,7 @@ class Request:
             return
         self.answer.append(token)
         if likelihoods is not None and self.most_likely is not None:
-            self.likelihoods.append(Likelihood.of(likelihoods, self.most_likely))
+            self.likelihoods.append(TokenLikelihood.of(likelihoods, self.most_likely))
         self.news.append(token)
         self.ended = self.n_new >= self.settings.max_new_tokens
 

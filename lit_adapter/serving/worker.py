@@ -20,7 +20,7 @@ from typing import NamedTuple
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.answer_text import AnswerText
 from lit_adapter.generation.prompt_likelihood import prompt_likelihoods
-from lit_adapter.generation.request import Likelihood, Request
+from lit_adapter.generation.request import Request, TokenLikelihood
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.metrics import Metrics
 
@@ -39,7 +39,7 @@ class Token(NamedTuple):
 
     id: int
     offset: int
-    likelihood: Likelihood | None
+    likelihood: TokenLikelihood | None
 
 
 @dataclass(frozen=True)
