@@ -68,19 +68,11 @@ async def _serve(
     listening: socket.socket,
     ready: Ready | None,
 ) -> None:
-    model = adapters.base.model
-    metrics = Metrics(model.model.embed_tokens.weight.device)
-    metrics.slots_total.set(options.slots)
-    model.engine.reserve(model.model, options.slots + MOST_KEPT, context)
-    model.engine.prompt_tokens = PROMPT_TOKENS
-    worker = Worker(model, options.slots, options.limits.queue, metrics)
-    jobs = Jobs(adapters, worker, options.limits, context, Postbox())
-    admins = keys is not None and any(key.is_admin for key in keys.keys)
-    service = Service(adapters, worker, jobs, metrics, admins=admins, log_prompts=options.log_prompts)
+    service = _service(options, keys, adapters, context)
     hosts = {*LOCAL, options.host} if options.is_local and keys is None else None
-    guard = Guard(make_app(service), options.limits, metrics, keys, hosts)
+    guard = Guard(make_app(service), options.limits, service.metrics, keys, hosts)
     _warm_up(adapters, options.slots)
-    worker.start()
+    service.worker.start()
     service.ready = True
     server = Server(_shared(guard, options.cors), service, guard, options)
     watching = asyncio.create_task(_watch(adapters)) if options.folder is not None else None
@@ -100,8 +92,21 @@ async def _serve(
     finally:
         if watching is not None:
             watching.cancel()
-        worker.close(STOPPED)
-        await asyncio.to_thread(worker.join, 30.0)
+        service.worker.close(STOPPED)
+        await asyncio.to_thread(service.worker.join, 30.0)
+
+
+def _service(options: ServerOptions, keys: Keys | None, adapters: Adapters, context: int) -> Service:
+    """Reserve what answers take of memory, and put together what gives them."""
+    model = adapters.base.model
+    model.engine.reserve(model.model, options.slots + MOST_KEPT, context)
+    model.engine.prompt_tokens = PROMPT_TOKENS
+    metrics = Metrics(model.model.embed_tokens.weight.device)
+    metrics.slots_total.set(options.slots)
+    worker = Worker(model, options.slots, options.limits.queue, metrics)
+    jobs = Jobs(adapters, worker, options.limits, context, Postbox())
+    admins = keys is not None and any(key.is_admin for key in keys.keys)
+    return Service(adapters, worker, jobs, metrics, admins=admins, log_prompts=options.log_prompts)
 
 
 def _shared(app: Any, origins: Sequence[str]) -> Any:
