@@ -167,11 +167,7 @@ class AdaptedLlama:
         return self._stream(self._prompts([as_task(instruction, input)]), sampling)
 
     def chat(
-        self,
-        messages: Iterable[Said],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **sampling: Any,
+        self, messages: Iterable[Said], *, tools: Sequence[Mapping[str, Any]] | None = None, **sampling: Any
     ) -> str:
         """Answer the last message of a conversation.
 
@@ -190,11 +186,7 @@ class AdaptedLlama:
         return "".join(self.stream_chat(messages, tools=tools, **sampling))
 
     def stream_chat(
-        self,
-        messages: Iterable[Said],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **sampling: Any,
+        self, messages: Iterable[Said], *, tools: Sequence[Mapping[str, Any]] | None = None, **sampling: Any
     ) -> Iterator[str]:
         """Answer the last message of a conversation, piece by piece; see `chat`."""
         prompt = prompt_of(self.tokenizer, self.template, messages, tools)

@@ -170,10 +170,7 @@ def answer_file(
     identity |= {"answer_columns": answer_columns, "choices": choices}
     group = BATCHES_PER_GROUP * batch_size
     answers = Answers(target, prompts, identity, group=group, overwrite=overwrite)
-    with (
-        enough_memory(batch_size),
-        count_progress("answering", len(prompts), len(answers.lines)) as finished,
-    ):
+    with enough_memory(batch_size), count_progress("answering", len(prompts), len(answers.lines)) as finished:
         how: dict[str, Any] = {"batch_size": batch_size, "finished": finished}
 
         def answer_group(group: Sequence[Prompt]) -> list[dict[str, Any]]:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lit_adapter.arguments import number, of_kind, text, whole_number
 from lit_adapter.errors import UserError, WrongTypeError, nearest, shorten
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda n: n >= 1, "1 or more"),
+    "temperature": (lambda x: 0 <= x < math.inf, "a finite number, 0 (greedy) or more"),
+    "top_k": (lambda n: n >= 0, "0 (off) or more"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0, up to 1 (off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number from 0 (off) to 1"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "a number above 0"),
+    "frequency_penalty": (lambda x: -2 <= x <= 2, "a number from -2 to 2, 0 is off"),
+    "presence_penalty": (lambda x: -2 <= x <= 2, "a number from -2 to 2, 0 is off"),
+    "seed": (lambda n: 0 <= n < 2**64, "a whole number from 0 to 2**64 - 1"),
+}
+"""Which values a setting can have, and how a message says so."""
+_WHOLE = ("max_new_tokens", "top_k", "seed")
 
 
 @dataclass(frozen=True)
@@ -48,31 +62,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         self._take_types()
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature is {self.temperature}; expected a finite number, 0 (greedy) or more"
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected a number above 0, up to 1 (off)")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; expected a number from 0 (off) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0")
-        for name in ("frequency_penalty", "presence_penalty"):
-            value = getattr(self, name)
-            if not -2 <= value <= 2:
-                raise UserError(f"{name} is {value}; expected a number from -2 to 2, 0 is off")
+        for name, (fits, expected) in _RANGES.items():
+            if not fits(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
         if "" in self.stop:
             raise UserError("stop holds an empty text, which every answer contains; remove it")
         below = next((token for token in self.stop_ids if token < 0), None)
         if below is not None:
             raise UserError(f"stop_ids holds {below}; expected token ids, 0 or more")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"seed is {self.seed}; expected a whole number from 0 to 2**64 - 1")
 
     def _take_types(self) -> None:
         """Keep every value as its own type of Python."""
@@ -84,11 +81,9 @@ class Sampling:
                 for each in _sequence("stop_ids", self.stop_ids, "token ids")
             ),
         }
-        for name in ("max_new_tokens", "top_k", "seed"):
-            kept[name] = whole_number(name, getattr(self, name))
-        penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        for name in ("temperature", "top_p", "min_p", *penalties):
-            kept[name] = number(name, getattr(self, name))
+        for name in _RANGES:
+            read = whole_number if name in _WHOLE else number
+            kept[name] = read(name, getattr(self, name))
         for name, value in kept.items():
             object.__setattr__(self, name, value)
 

@@ -70,13 +70,7 @@ class Conversation:
     """
 
     def __init__(
-        self,
-        partner: Partner,
-        sampling: Sampling,
-        out: TextIO,
-        system: str = "",
-        *,
-        interactive: bool = True,
+        self, partner: Partner, sampling: Sampling, out: TextIO, system: str = "", *, interactive: bool = True
     ) -> None:
         self.partner, self.sampling, self.out = partner, sampling, out
         self.system, self.interactive = system, interactive

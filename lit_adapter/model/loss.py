@@ -83,11 +83,7 @@ def rows_at_once() -> int:
 
 
 def target_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target_id: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, target_id: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     """Return the summed cross-entropy (nats) of the targets.
 

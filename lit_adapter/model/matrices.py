@@ -257,7 +257,6 @@ class Float8Linear(nn.Module):
     def __init__(self, matrix: Float8Matrix) -> None:
         super().__init__()
         self.matrix = matrix
-        self.out_features, self.in_features = matrix.data.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""

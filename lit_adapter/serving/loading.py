@@ -36,11 +36,7 @@ def load_adapters(options: ServerOptions) -> Adapters:
     if template is None:
         template = "chat" if load_tokenizer(base_folder).chat_template else "alpaca"
     base = load(
-        base=base_folder,
-        device=options.device,
-        dtype=options.dtype,
-        template=template,
-        verify=options.verify,
+        base=base_folder, device=options.device, dtype=options.dtype, template=template, verify=options.verify
     )
     adapters = Adapters(base, base.base_name, folder)
     gc.freeze()  # what stays is not looked through again with every few adapters that are loaded

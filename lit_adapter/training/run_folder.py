@@ -47,7 +47,6 @@ class RunFolder:
         self.adapter = path / "adapter.safetensors"
         self.best = path / "best.safetensors"
         self.record = path / "run.json"
-        self.tensorboard = path / "tensorboard"
 
     def open(self, *, resume: bool) -> None:
         """Lock the folder for this process, and check that it can be written.
