@@ -136,7 +136,7 @@ def test_what_was_not_sent_yet_comes_before_the_end_of_the_server(
         if event.finish:
             ended.set()
 
-    settings = SimpleNamespace(max_new_tokens=100)
+    settings = SimpleNamespace(max_new_tokens=100, stop=())
     request: Any = SimpleNamespace(
         ended=False, news=deque(), likelihoods=deque(), error=None, n_new=0, settings=settings
     )

@@ -52,8 +52,9 @@ def worker(engine: Engine) -> Iterator[Worker]:
 
 def choice(length: int = 2) -> Choice:
     tokenizer = SimpleNamespace(strips_space=False)
+    settings = SimpleNamespace(max_new_tokens=1, stop=())
     request: Any = SimpleNamespace(
-        ended=False, news=[], likelihoods=[], error=None, n_new=1, settings=SimpleNamespace(max_new_tokens=1)
+        ended=False, news=[], likelihoods=[], error=None, n_new=1, settings=settings
     )
     model: Any = SimpleNamespace(tokenizer=tokenizer, model=None)
     return Choice(0, model, [1] * length, request, lambda event: None)

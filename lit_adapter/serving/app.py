@@ -16,14 +16,11 @@ from starlette.exceptions import HTTPException
 
 from lit_adapter.errors import nearest, visible
 from lit_adapter.serving import replies
-from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.errors import ApiError, invalid
 from lit_adapter.serving.event_stream import EventStream, unless_gone
 from lit_adapter.serving.guard import visit_of
 from lit_adapter.serving.jobs import Job, Jobs
-from lit_adapter.serving.metrics import Metrics
 from lit_adapter.serving.protocol import AdapterRequest, ChatRequest, CompletionRequest, Settings
-from lit_adapter.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +46,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class Service:
     """What the addresses answer from."""
 
-    def __init__(
-        self,
-        adapters: Adapters,
-        worker: Worker,
-        jobs: Jobs,
-        metrics: Metrics,
-        *,
-        admins: bool = False,
-        log_prompts: bool = False,
-    ) -> None:
-        self.adapters, self.worker, self.jobs, self.metrics = adapters, worker, jobs, metrics
+    def __init__(self, jobs: Jobs, *, admins: bool, log_prompts: bool) -> None:
+        self.jobs, self.adapters, self.worker = jobs, jobs.adapters, jobs.worker
+        self.metrics = jobs.worker.metrics
         self.admins, self.log_prompts = admins, log_prompts
         self.ready = False
 

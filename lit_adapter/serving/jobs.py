@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lit_adapter.errors import UserError
@@ -159,20 +160,12 @@ class Jobs:
     ) -> Job:
         self._check(body, len(prompts))
         queue: asyncio.Queue[Event] = asyncio.Queue()
-        echo = isinstance(body, CompletionRequest) and body.echo
-        stop = _stop_texts(body, self.limits)
+        deliver = partial(self.postbox.put, queue)
+        of_prompt = most_likely if isinstance(body, CompletionRequest) and body.echo else None
         choices = [
-            Choice(
-                index,
-                model,
-                prompt,
-                request,
-                lambda event: self.postbox.put(queue, event),
-                stop,
-                most_likely if echo else None,
-            )
+            Choice(index, model, prompt, request, deliver, of_prompt)
             for index, (prompt, request) in enumerate(
-                self._requests(body, model, prompts, wanted, most_likely, stop)
+                self._requests(body, model, prompts, wanted, most_likely)
             )
         ]
         job = Job(self.worker, body, model, prompts, choices, queue)
@@ -187,9 +180,9 @@ class Jobs:
         prompts: Sequence[list[int]],
         wanted: int | None,
         most_likely: int | None,
-        stop: tuple[str, ...],
     ) -> Iterator[tuple[list[int], Request | None]]:
         """Yield ``n`` requests for each prompt, with the prompt; None in place of one for no token."""
+        stop = _stop_texts(body, self.limits)
         bias, adapter = _bias(body.logit_bias, model.model.config.vocab_size), model.adapter
         first = secrets.randbits(64) if body.seed is None else body.seed
         for prompt in prompts:

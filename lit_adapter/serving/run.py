@@ -106,7 +106,7 @@ def _service(options: ServerOptions, keys: Keys | None, adapters: Adapters, cont
     worker = Worker(model, options.slots, options.limits.queue, metrics)
     jobs = Jobs(adapters, worker, options.limits, context, Postbox())
     admins = keys is not None and any(key.is_admin for key in keys.keys)
-    return Service(adapters, worker, jobs, metrics, admins=admins, log_prompts=options.log_prompts)
+    return Service(jobs, admins=admins, log_prompts=options.log_prompts)
 
 
 def _shared(app: Any, origins: Sequence[str]) -> Any:

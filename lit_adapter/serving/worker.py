@@ -69,7 +69,6 @@ class Choice:
     """None if nothing is to be generated."""
     deliver: Deliver
     """Called in the worker's thread."""
-    stop: tuple[str, ...] = ()
     prompt_most_likely: int | None = None
     """Asks for the likelihoods of the prompt, with this many of the most likely tokens; None for none."""
     cancelled: bool = False
@@ -82,7 +81,7 @@ class Choice:
     """Whether it has had an event."""
 
     def __post_init__(self) -> None:
-        self.text = AnswerText(self.model.tokenizer, self.stop)
+        self.text = AnswerText(self.model.tokenizer, self.request.settings.stop if self.request else ())
         self.released = 0  # characters of the answer that were taken
         self.read = ""  # text that was not taken yet
         self.held: list[Token] = []  # tokens whose text was not taken yet, if likelihoods are wanted
@@ -100,7 +99,7 @@ class Choice:
         request = self.request
         assert request is not None
         due = due or request.ended or not self.begun
-        if due or self.stop:
+        if due or self.text.stop:
             self._read(request)
         return self._event(request) if due or self.text.stopped else None
 
