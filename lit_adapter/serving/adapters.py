@@ -66,13 +66,12 @@ class Adapters:
 
     Args:
         base: the plain base.
-        name: its name.
         folder: of more adapters, ``NAME.safetensors`` or ``NAME/adapter.safetensors``. A file that appears is
             loaded, one that changes is loaded again, and one that goes is unloaded.
     """
 
-    def __init__(self, base: AdaptedLlama, name: str, folder: Path | None = None) -> None:
-        self.base = Served(check_characters(name), base, int(time.time()))
+    def __init__(self, base: AdaptedLlama, folder: Path | None) -> None:
+        self.base = Served(check_characters(base.base_name), base, int(time.time()))
         self.folder = folder
         self._served: dict[str, Served] = {}
         self._seen: dict[str, State] = {}  # of the files in the folder, loaded or not

@@ -38,7 +38,7 @@ def load_adapters(options: ServerOptions) -> Adapters:
     base = load(
         base=base_folder, device=options.device, dtype=options.dtype, template=template, verify=options.verify
     )
-    adapters = Adapters(base, base.base_name, folder)
+    adapters = Adapters(base, folder)
     gc.freeze()  # what stays is not looked through again with every few adapters that are loaded
     for name, path in options.adapters.items():
         other = adapters.listed().get(name)
