@@ -22,6 +22,7 @@ from lit_adapter.evaluation.on_records import Subject
 def results(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> dict[str, Any]:
     """Return the scores of every model with their intervals, comparisons, and what belongs to the metrics."""
     table = {one.name: _Column(asked, one.name, file) for one in models}
+    names = [metric.name for metric in asked.metrics]
     comparisons = [
         {
             "model": other.name,
@@ -30,14 +31,13 @@ def results(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> d
             **_compared(table, other, first, metric),
         }
         for first, other in _pairs(models)
-        for metric in ("loss", *(metric.name for metric in asked.metrics))
+        for metric in ("loss", *names)
     ]
     found: dict[str, Any] = {
         "metrics": {metric.name: metric.title for metric in asked.metrics},
         "scores": {name: column.estimates() for name, column in table.items()},
         "comparisons": comparisons,
     }
-    names = {metric.name for metric in asked.metrics}
     if "label" in names:
         found["confusion"] = {name: column.confusion() for name, column in table.items()}
     if "json_fields" in names:

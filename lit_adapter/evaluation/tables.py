@@ -27,9 +27,7 @@ def is_share(metric: str) -> bool:
 
 def shown(metric: str, value: float) -> str:
     """Return a value as people read it."""
-    if is_share(metric):
-        return f"{value:.1%}"
-    return number(value)
+    return f"{value:.1%}" if is_share(metric) else number(value)
 
 
 def number(value: float) -> str:

@@ -126,7 +126,7 @@ def _run(
     if dry_run:
         return try_steps(plan, point, module, data, folder, say)
     record = RunRecord(folder, plan, data, Notices(say, plan.config.optim.peak_lr), started)
-    trainer = train(plan, point, module, data, folder, record, say)
+    trainer = train(point, module, record, say)
     if signals.agreed:
         name, checkpoint = signal.Signals(signals.agreed).name, folder.checkpoint_path(trainer.global_step)
         say(f"stopped by {name} after step {trainer.global_step}: {checkpoint}; {how}")

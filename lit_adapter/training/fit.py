@@ -47,16 +47,9 @@ def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
     return LitAdapter(*arguments, recompute=recompute)
 
 
-def train(
-    plan: Plan,
-    point: ResumePoint,
-    module: LitAdapter,
-    data: AlpacaDataModule,
-    folder: RunFolder,
-    record: RunRecord,
-    say: Say,
-) -> pl.Trainer:
+def train(point: ResumePoint, module: LitAdapter, record: RunRecord, say: Say) -> pl.Trainer:
     """Train from the resume point to the last step, or until a signal; return the trainer."""
+    plan, data, folder = record.plan, record.data, record.folder
     options = plan.config.trainer
     validation, repeats = validation_of(plan, point)
     assistant = AdaptedLlama(module.model, plan.base.tokenizer, plan.template)

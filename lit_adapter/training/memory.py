@@ -227,10 +227,10 @@ class _AsOnCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: int, *, fused: bool) -> int:
+def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, size: int, *, fused: bool) -> int:
     """Return the largest of what is held for a moment: logits, scores, or a layer's own tensors.
 
-    ``s`` is the size in bytes of a number in the precision of the computation.
+    ``size`` is that of a number in the precision of the computation, in bytes.
     """
     tokens, targets = len(row.ids), len(row.target_index)
     logits = min(targets, max(1, CHUNK_LOGITS // model.vocab_size)) * model.vocab_size
@@ -239,17 +239,17 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, s: in
         widths = 5 if "linears" in adapter.parts else 3  # a scaled gradient beside its own
         of_layer = tokens * (widths * model.n_hidden + 5 * model.n_embd)
         # With V2's bias and scale on the output layer there are several forms of its logits in fp32.
-        return max(s * (joined + max(logits, of_layer)), 20 * logits * adapter.head)
+        return max(size * (joined + max(logits, of_layer)), 20 * logits * adapter.head)
     view, _ = _plan(row, model.head_dim)
     view.plan(None)
     sights = [group.sight for group in view.planned if group.sight is not None]
     pairs = max((x.numel() for x in sights if x[0].numel() <= MOST_SCORED), default=0)
     states = tokens * model.n_embd * 4
-    layer = tokens * 3 * model.n_hidden * s + 5 * states
+    layer = tokens * 3 * model.n_hidden * size + 5 * states
     # With V2's bias and scale there are several forms of the logits in fp32; else they change in place.
-    logit = 20 if adapter.head else s
+    logit = 20 if adapter.head else size
     softmax = 8 * min(targets, rows_at_once()) * model.vocab_size
-    return max(logits * logit + softmax, pairs * model.n_head * 3 * s, layer) + 3 * states
+    return max(logits * logit + softmax, pairs * model.n_head * 3 * size, layer) + 3 * states
 
 
 @lru_cache(maxsize=64)
