@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 
+from lit_adapter import streams
 from lit_adapter.data.module import AlpacaDataModule
 from lit_adapter.files.write import write_text
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -26,7 +29,7 @@ from lit_adapter.training.loggers import log_settings, make_logger
 from lit_adapter.training.module import LitAdapter
 from lit_adapter.training.plan import Plan, write_adapter
 from lit_adapter.training.preflight import check_kernels, check_records, enough_memory
-from lit_adapter.training.processes import StopOnSignal, end_run, last_words, start_processes
+from lit_adapter.training.processes import StopOnSignal, last_words, start_processes
 from lit_adapter.training.report import Report, shows_bar
 from lit_adapter.training.resume import ResumePoint
 from lit_adapter.training.run_folder import RunFolder, saved_values
@@ -158,11 +161,12 @@ def _trainer(plan: Plan, callbacks: list[pl.Callback], **more: Any) -> pl.Traine
 
 
 def _end_with_dead_process(folder: RunFolder, signals: Signals, sentence: str) -> None:
-    """Name the process that has died, and end this one, which may be waiting for it."""
+    """Name the process that has died, and end this one at once, even inside a collective; others follow."""
     saved = folder.saved()
     rest = f"{saved[-1]} is complete, --resume last continues" if saved else "nothing is saved yet"
     folder.close()
-    end_run(f"{sentence}; the run ends; {rest}", signals.exit_status or 1)
+    streams.say(f"error: {sentence}; the run ends; {rest}", sys.stderr)
+    os._exit(signals.exit_status or 1)
 
 
 @contextmanager

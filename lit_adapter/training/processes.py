@@ -18,7 +18,6 @@ from lightning.pytorch import Callback
 
 from lit_adapter.config import TrainerConfig
 from lit_adapter.errors import UserError
-from lit_adapter.streams import say
 from lit_adapter.training.lightning_internals import leave_validation, rank
 from lit_adapter.training.signals import EXIT_STATUS, Signals
 from lit_adapter.training.strategy import launched, n_processes, processes_per_node
@@ -147,12 +146,6 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     _in_background(wait)
-
-
-def end_run(sentence: str, status: int) -> None:
-    """Print the reason and end this process at once, even inside a collective; the others follow."""
-    say(f"error: {sentence}", sys.stderr)
-    os._exit(status)
 
 
 def _wait_for_death(children: list[subprocess.Popen], first: int, on_death: Callable[[str], None]) -> None:

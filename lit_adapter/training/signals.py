@@ -43,7 +43,7 @@ class Signals:
         """The signal that all processes know of; 0 if none."""
         check_launcher()
         # The other processes of a launcher wait for this one, which therefore may not leave before they know.
-        self.only_notes = is_launched()
+        self.only_notes = "LOCAL_RANK" in os.environ or _is_one_of_slurms()
         self.earlier: dict[signal.Signals, Any] = {}
 
     @property
@@ -117,11 +117,6 @@ def check_launcher() -> None:
             f"{name} is {os.environ[name]} in the environment, but no launcher started this process "
             "(LOCAL_RANK, WORLD_SIZE and MASTER_ADDR belong together); unset it"
         )
-
-
-def is_launched() -> bool:
-    """Return whether this is one of several processes that torchrun, SLURM or `start_processes` started."""
-    return "LOCAL_RANK" in os.environ or _is_one_of_slurms()
 
 
 def _is_one_of_slurms() -> bool:
