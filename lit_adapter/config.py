@@ -64,7 +64,7 @@ class Columns:
     completion: str = "completion"
     """The answer to prompt, of the same kind."""
     text: str = "text"
-    """A text to be learned as it is."""
+    """A text to be learned unchanged."""
 
     def __post_init__(self) -> None:
         names = [self.instruction, self.input, self.output]
@@ -80,16 +80,16 @@ class DataConfig:
     """A JSON, JSONL, CSV, TSV or Parquet file, a folder of them, a pattern such as 'chats/*.jsonl', or a data
     set on the Hugging Face Hub as org/name, org/name:SPLIT or org/name:SUBSET:SPLIT; or a list of these."""
     weights: list[float] | None = None
-    """Shares of the sources in train, in their order: with [3, 1] three records of four come from the first.
-    null: every record once an epoch."""
+    """Shares of the sources in train, in their order: with [3, 1] three of every four records come from the
+    first. null: every record once per epoch."""
     val: list[str] | str | None = None
-    """Held-out records, named as train; without them, val_size records are split off, chosen by the seed."""
+    """Held-out records, given as in train; without them, val_size records are split off by the seed."""
     val_size: int | float = 0.1
     """Records to hold out if there is no val file: a number, or a fraction below 1. 0: no validation."""
     format: Literal["auto", "alpaca", "messages", "conversations", "prompt_completion", "text"] = "auto"
     """What a record is: instruction, input and output (alpaca); a conversation in OpenAI's form (messages) or
-    ShareGPT's (conversations); prompt and completion; or a plain text. auto: as the first record's columns
-    say."""
+    ShareGPT's (conversations); prompt and completion; or a plain text. auto: recognised by the columns of
+    the first record."""
     columns: Columns = field(default_factory=Columns)
     """Names of the columns."""
     template: str = "auto"
@@ -102,14 +102,14 @@ class DataConfig:
     """Train on the last answer of a conversation only."""
     max_length: int = 512
     """Longest record, in tokens. A longer one loses the start of its prompt, never any of its answer; a
-    conversation its first turns, but not its system prompt; a text its end."""
+    conversation loses its first turns, but not its system prompt; a text loses its end."""
     drop_duplicates: bool = False
-    """Leave out training records that repeat an earlier one or are held out too. They are always counted."""
+    """Leave out training records that repeat an earlier one or are held out. They are always counted."""
     stream: bool = False
     """Read the records of train during training, without downloading or keeping them: JSON Lines and Parquet,
     for data larger than the disk. It needs optim.max_steps, optim.batch_size, and val or val_size 0."""
     workers: int = 0
-    """Processes that pack batches ahead of training, of a stream also encode; 0: the training process."""
+    """Processes that pack batches ahead of training, and encode a stream; 0: the training process itself."""
 
     def __post_init__(self) -> None:
         _read_paths(self, "data.", "train", "val", "template")
@@ -192,7 +192,7 @@ class OptimConfig:
     weight_decay: float = 0.02
     """AdamW's weight decay of prompts and gates."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of its two running averages."""
+    """Decay rates of AdamW's two running averages."""
     eps: float = 1e-8
     """AdamW's epsilon, added to the root of the second average."""
     clip: float | None = 1.0
@@ -241,8 +241,8 @@ class TrainerConfig:
     num_nodes: int = 1
     """Number of nodes; torchrun or SLURM starts each of them."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """ddp: every device holds the whole base. fsdp2: the base is sharded over the devices, if it does not fit
-    one. auto: ddp if there are several devices."""
+    """ddp: every device holds the whole base. fsdp2: the base is sharded over the devices, for bases that
+    do not fit on one. auto: ddp if there are several devices."""
     tensor_parallel: int = 1
     """fsdp2: number of devices in a node that share the work of every row, each with some of the attention
     heads. It must divide devices, and the base's key/value heads and MLP width."""
@@ -263,9 +263,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Number of checkpoints kept, the newest ones."""
     samples: int = 3
-    """Held-out records answered in text at each validation."""
+    """Held-out records for which answers are generated at each validation."""
     sample_tokens: int = 64
-    """Longest answer to such a record, in tokens."""
+    """Longest of these answers, in tokens."""
     logger: Literal["tensorboard", "csv", "wandb", "mlflow"] = "tensorboard"
     """Where the curves go: RUN/tensorboard, RUN/csv, or, with their packages, Weights & Biases (also with
     WANDB_MODE=offline) and MLflow (RUN/mlruns, or MLFLOW_TRACKING_URI)."""
@@ -298,7 +298,7 @@ class Config:
     seed: int = 1337
     """Seed of the initial prompts, of the order of the records and of the split."""
     init_from: str | None = None
-    """Initial adapter: the file or run folder of one of the same base, sizes and form."""
+    """Initial adapter: the file or run folder of an adapter of the same base, sizes and form."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -352,10 +352,10 @@ def with_learning_rate(config: Config) -> Config:
 
 
 def lora_share(lora: LoraConfig) -> float:
-    """Return LoRA's default share of the learning rate, which docs/learning.md gives the figures for.
+    """Return LoRA's default share of the learning rate; docs/learning.md has the figures behind it.
 
-    Every rank adds to the change of its layer, and every layer to that of the hidden state; where Adam moves
-    each number by the rate, the best rate falls with the root of their count.
+    Every rank adds to the change of its layer, and every layer to that of the hidden state; since Adam moves
+    each number by the rate, the best rate falls with the square root of their count.
     """
     ranks = lora.rank * len(lora.layers)
     return LORA_SHARE * min(1.0, math.sqrt(LORA_RANKS / ranks))

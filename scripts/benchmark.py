@@ -33,7 +33,11 @@ def read_options(argv: Sequence[str]) -> Any:
     """
     parser = command_parser("Measure training or decoding against other libraries.")
     parser.add_argument("work", choices=list(ONLY_FOR), help="what to measure")
-    parser.add_argument("--model", required=True, help="folder of a converted base, or 7b for random weights")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder of a converted base, or 7b, llama3-8b or qwen3-8b with random weights",
+    )
     parser.add_argument("--data", help="a file of records (default: random tokens of Alpaca's lengths)")
     parser.add_argument("--tokenizer", help="folder of a tokenizer for --data (default: the model's)")
     parser.add_argument(
@@ -51,8 +55,10 @@ def read_options(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--peft-batch", nargs="+", type=int, help="micro-batch sizes to choose the best from")
     parser.add_argument("--batches", nargs="+", type=int, help="texts decoded together (default: 1 32)")
-    parser.add_argument("--streams", type=int, help="answers at a time, each of another adapter (default: 8)")
-    parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256; 32 of a server)")
+    parser.add_argument(
+        "--streams", type=int, help="answers at a time, each by a different adapter (default: 8)"
+    )
+    parser.add_argument("--new-tokens", type=int, help="tokens to decode (default: 256; for serve 32)")
     parser.add_argument("--prompt-tokens", type=int, help="prompt length for decoding (default: 64)")
     parser.add_argument(
         "--first-token-prompt",

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from lit_adapter.generation.terminal import Partner
 
 TEMPLATE = (
-    "of a plain base: auto (default: the base's own chat template, or a similar one), chatml, llama3, "
-    "mistral, alpaca-chat, or a file NAME.jinja"
+    "template of a plain base: auto (default: the base's own chat template, or a similar one), chatml, "
+    "llama3, mistral, alpaca-chat, or a file NAME.jinja"
 )
 ADAPTER = "adapter.safetensors of a run, or the run's folder; with --url the name of a model of the server"
 HERE = ("base", "template", "device", "dtype", "verify", "stop_ids")
-"""Options of models in this process, which a server has chosen for itself or does not offer."""
+"""Options for models in this process, which a server has chosen for itself or does not offer."""
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
@@ -70,14 +70,18 @@ def _at_server(options: Any) -> tuple[Partner, str]:
 def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser = command_parser(COMMANDS["chat"], program)
     parser.add_argument("--adapter", metavar="FILE", help=ADAPTER)
-    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="base folder; by default the one that the adapter names"
+    )
     parser.add_argument("--url", metavar="http://HOST:PORT", help="talk to the models of a server instead")
     parser.add_argument("--api-key-file", metavar="FILE", help="the key that the server of --url asks for")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--template", help=TEMPLATE)
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
-    parser.add_argument("--verify", action="store_true", help="compare all of the base with its checksums")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every byte of the base with its checksums"
+    )
     add_sampling(parser)
     options = parse(parser, argv)
     _check(options)

@@ -13,12 +13,14 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser = command_parser(COMMANDS["compare"], program)
     runs = "run folders or files in them, and evaluations of their adapters"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=runs)
-    parser.add_argument("--html", type=Path | None, metavar="FILE", help="write curves and tables as a page")
+    parser.add_argument(
+        "--html", type=Path | None, metavar="FILE", help="write curves and tables as an HTML page"
+    )
     parser.add_argument(
         "--by",
         default="held-out",
         metavar="METRIC",
-        help="what the runs are ordered by; default: held-out, the lowest held-out loss",
+        help="metric to sort the runs by; held-out: the lowest held-out loss",
     )
     options = parse(parser, argv)
 

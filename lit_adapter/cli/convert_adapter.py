@@ -17,9 +17,11 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, convert, and print the report."""
     parser = command_parser(COMMANDS["convert-adapter"], program)
     parser.add_argument("source", help="an adapter file, a run's folder, or a PEFT adapter's folder")
-    parser.add_argument("--out", required=True, metavar="PATH", help="the file; for peft, the folder")
-    parser.add_argument("--from", dest="given", choices=SOURCES, default="auto", help="default: by its keys")
-    parser.add_argument("--to", choices=TARGETS, default="ours", help="default: ours")
+    parser.add_argument("--out", required=True, metavar="PATH", help="file to write; for peft, folder")
+    parser.add_argument(
+        "--from", dest="given", choices=SOURCES, default="auto", help="by default recognised by its keys"
+    )
+    parser.add_argument("--to", choices=TARGETS, default="ours", help="format to write")
     parser.add_argument(
         "--base",
         type=Path | None,
@@ -31,12 +33,14 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         choices=["tanh", "identity"],
         help="gates of an official adapter, whose file does not say: squashed by tanh, or not (identity)",
     )
-    parser.add_argument("--template", help="for ours; default: alpaca, for a litgpt adapter alpaca-newline")
+    parser.add_argument(
+        "--template", help="template of ours; by default alpaca, or for litgpt alpaca-newline"
+    )
     parser.add_argument(
         "--to-gate",
         choices=["tanh", "identity", "layer", "token"],
-        help="gates of ours: per attention head, squashed (tanh) or not (identity); not squashed: per layer, "
-        "or per head and prompt token (token)",
+        help="form of our gates: per attention head, squashed (tanh) or not (identity); or, not squashed, "
+        "per layer or per attention head and prompt token (token)",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="where gates that differ must become one, write their mean"

@@ -46,14 +46,14 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
         action="extend",
         default=[],
         metavar="RUN",
-        help="run folders or adapter files, also in several options; the plain base is always added",
+        help="run folders or adapter files; may be repeated; the plain base is always added",
     )
-    add("--base", metavar="FOLDER", help="by default the base the first adapter names")
+    add("--base", metavar="FOLDER", help="base folder; by default the one that the first adapter names")
     add(
         "--out",
         required=True,
         metavar="FOLDER",
-        help="where the report goes; the same command continues there",
+        help="folder for the report; the same command continues an evaluation there",
     )
     add("--data", metavar="FILE", help=DATA)
     for name in ("instruction", "input", "output"):
@@ -62,19 +62,19 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     add(
         "--max_new_tokens",
         type=int | None,
-        help="longest answer; by default half as long again as any output",
+        help="longest answer, in tokens; by default about 1.5 times the longest output",
     )
     add("--stop_early", action="store_true", help="end an answer as soon as it can no longer be right")
     add("--plain", metavar="FILE", help="a plain text, whose perplexity shows what was forgotten")
     add("--tasks", metavar="A,B,...", help=TASKS)
     add("--few_shot", type=int | None, help="examples before each question; by default as each task says")
-    add("--chat_template", action="store_true", help="ask tasks in the base's chat template")
-    add("--limit", type=int | None, help="use only so many records, and questions of each task")
+    add("--chat_template", action="store_true", help="put tasks into the base's chat template")
+    add("--limit", type=int | None, help="use at most this many records, and questions of each task")
     add("--batch_size", type=int, default=16, help="how many answers are generated together")
-    add("--template", help="of a plain base: alpaca (default), chat, a text or file")
+    add("--template", help="template of a plain base: alpaca (default), chat, a text or file")
     add("--device", help="cpu or cuda; by default CUDA where there is one")
     add("--dtype", help="float32, bfloat16 or float16; by default the faster one")
-    add("--overwrite", action="store_true", help="forget the answers of another evaluation in --out")
+    add("--overwrite", action="store_true", help="discard the answers of another evaluation in --out")
     return parse(parser, argv)
 
 

@@ -14,9 +14,12 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, export, and print the report."""
     parser = command_parser(COMMANDS["export"], program)
     parser.add_argument("adapter", help="a run's folder, or its adapter.safetensors or best.safetensors")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--base", type=Path | None, metavar="FOLDER", help="by default the base that the adapter names"
+        "--base",
+        type=Path | None,
+        metavar="FOLDER",
+        help="base folder; by default the one that the adapter names",
     )
     parser.add_argument(
         "--to",
@@ -27,7 +30,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument(
         "--type",
         choices=["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"],
-        help="of the matrices in a GGUF file; default: q8_0",
+        help="type of the matrices in a GGUF file; default: q8_0",
     )
     parser.add_argument(
         "--with-base", action="store_true", help="put the base into the folder too; vLLM needs it there"
@@ -35,9 +38,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of a base in the folder; by default its own, or float32 where something is merged into it",
+        help="dtype of a base in the folder; by default its own, or float32 if something is merged into it",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what an export left there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     options = parse(parser, argv)
 
     from lit_adapter.weights.export.export import export

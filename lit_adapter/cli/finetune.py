@@ -62,10 +62,10 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
     absent = {"default": argparse.SUPPRESS}
     parser.add_argument("--resume", type=str | None, help="'last', or a checkpoint of the run", **absent)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, try three steps, leave no run", **absent
+        "--dry-run", action="store_true", help="print the plan, try three steps, start no run", **absent
     )
     parser.add_argument(
-        "--verify", action="store_true", help="compare all of the base with its checksums", **absent
+        "--verify", action="store_true", help="compare every byte of the base with its checksums", **absent
     )
     parser.add_class_arguments(Config, nested_key=None)
     parsed = parse(parser, _with_lists(argv))

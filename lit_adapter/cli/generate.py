@@ -18,14 +18,17 @@ BATCH_SIZE = 16
 PROMPTS = (
     "a JSON, JSONL, CSV, TSV or Parquet file of tasks or conversations, as for training; a .txt file with an "
     "instruction on each line; or - for standard input: JSONL, a JSON array, CSV whose first line "
-    "names the instruction's column, or plain text"
+    "names the instruction column, or plain text"
 )
 COLUMNS = {
     "instruction": "column of --prompts with the instruction",
     "input": "column with what the instruction works on, which the file may lack",
-    "output": "column for the answer; one of this name is replaced, all other columns are kept",
+    "output": "column for the answer; an existing one of this name is replaced, all others are kept",
 }
-CHOICES = 'give the probabilities of these answers, generate none; quote an answer that has a comma: a,"b, c"'
+CHOICES = (
+    "give the probabilities of these answers instead of generating one; quote an answer that has a comma: "
+    'a,"b, c"'
+)
 
 
 def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
@@ -68,7 +71,9 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
 def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser = command_parser(COMMANDS["generate"], program)
     parser.add_argument("--adapter", metavar="FILE", help="adapter.safetensors of a run, or the run's folder")
-    parser.add_argument("--base", metavar="FOLDER", help="by default the base the adapter names")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="base folder; by default the one that the adapter names"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="the instruction; by default standard input")
     parser.add_argument("--input", metavar="TEXT", help="what the instruction works on")
     parser.add_argument("--prompts", metavar="FILE", help=PROMPTS)
@@ -79,15 +84,19 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
         "--batch_size", type=int, default=BATCH_SIZE, help="how many of --prompts are answered together"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
-    parser.add_argument("--no-adapter", action="store_true", help="the plain base, the adapter's template")
     parser.add_argument(
-        "--compare", action="store_true", help="plain base and adapter side by side, for one prompt"
+        "--no-adapter", action="store_true", help="use the plain base, with the adapter's template"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="show plain base and adapter side by side, for one prompt"
     )
     parser.add_argument("--choices", metavar="A,B,...", help=CHOICES)
-    parser.add_argument("--template", help="of a plain base: alpaca (default), chat, a text or file")
+    parser.add_argument("--template", help="template of a plain base: alpaca (default), chat, a text or file")
     parser.add_argument("--device", help="cpu or cuda; by default CUDA where there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; by default the faster one")
-    parser.add_argument("--verify", action="store_true", help="compare all of the base with its checksums")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every byte of the base with its checksums"
+    )
     add_sampling(parser)
     options = parse(parser, argv)
     _check(options)

@@ -12,10 +12,10 @@ from lit_adapter.errors import UserError, nearest
 from lit_adapter.streams import say
 
 COMMANDS = {
-    "quickstart": "Fine-tune and score a small built-in model, from nothing.",
+    "quickstart": "Fine-tune and score a small built-in model, from scratch.",
     "download": "Fetch a model and convert it into a base folder, or fetch an adapter.",
     "convert": "Turn a checkpoint into a base folder.",
-    "finetune": "Fine-tune a frozen LLaMA with gated prefix attention.",
+    "finetune": "Train a small adapter on a frozen LLaMA: a gated prefix, norms, LoRA.",
     "chat": "Talk to a base with its adapter, or to a plain base.",
     "generate": "Prompt a base with its adapter, or a plain base.",
     "evaluate": "Score adapters beside their base, and write a report.",
@@ -26,7 +26,7 @@ COMMANDS = {
     "export": "Write an adapter for transformers, vLLM, llama.cpp or Ollama.",
     "push": "Put an adapter and its model card on the Hugging Face Hub.",
 }
-"""What each command does; its module has its name."""
+"""What each command does. Its module has the same name."""
 
 
 def main(argv: Sequence[str], program: str = "lit-adapter") -> int:

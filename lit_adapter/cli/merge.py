@@ -14,9 +14,12 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, merge, and print the report."""
     parser = command_parser(COMMANDS["merge"], program)
     parser.add_argument("adapter", help="a run's folder or its adapter.safetensors; prompt_length must be 0")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "--base", type=Path | None, metavar="FOLDER", help="by default the base that the adapter names"
+        "--base",
+        type=Path | None,
+        metavar="FOLDER",
+        help="base folder; by default the one that the adapter names",
     )
     parser.add_argument(
         "--dtype",

@@ -13,7 +13,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     """Parse, push, and say where to; with --dry-run say what."""
     parser = command_parser(COMMANDS["push"], program)
     parser.add_argument("adapter", help="a run's folder or its adapter.safetensors")
-    parser.add_argument("name", help="org/name of the repository, which is created if need be")
+    parser.add_argument("name", help="org/name of the repository, which is created if needed")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--card", type=Path | None, metavar="FILE", help="model card; default: write one if missing"

@@ -10,7 +10,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.streams import output_is_no_result
 
 CONFIG = Path("configs/quickstart.yaml")
-OUT = "run folder; a run there that was stopped continues, a number is added to the name of a complete one"
+OUT = "run folder; a stopped run there is continued, for a complete one a number is added to the name"
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:

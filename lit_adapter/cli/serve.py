@@ -12,7 +12,7 @@ from lit_adapter.serving.names import named_adapters
 from lit_adapter.serving.options import ServerOptions
 
 ADAPTER = (
-    "an adapter's file or run folder; its name is that of the run folder or file unless it is given; "
+    "an adapter's file or run folder, served under the name of the run folder or file unless NAME is given; "
     "may be repeated"
 )
 
@@ -38,23 +38,30 @@ def _parse(argv: Sequence[str], program: str | None) -> Any:
     parser = command_parser(COMMANDS["serve"], program)
     add = parser.add_argument
     add("--adapter", metavar="[NAME=]FILE", action="append", help=ADAPTER)
-    add("--adapters", metavar="FOLDER", help="a folder of adapters, watched: NAME.safetensors in it, or runs")
-    add("--base", metavar="FOLDER", help="by default the base that the first adapter names")
-    add("--template", help="of the plain base: its own chat template by default, else alpaca")
+    add(
+        "--adapters", metavar="FOLDER", help="a folder of adapters to watch: NAME.safetensors, or run folders"
+    )
+    add("--base", metavar="FOLDER", help="base folder; by default the one that the first adapter names")
+    add("--template", help="template of the plain base; by default its own chat template, else alpaca")
     add("--device", help="cpu or cuda; by default CUDA where there is one")
     add("--dtype", help="float32, bfloat16 or float16; by default the faster one")
-    add("--verify", action="store_true", help="compare all of the base with its checksums")
-    add("--host", default=default.host, help="address to listen at; others than this machine's need keys")
-    add("--port", type=int, default=default.port, help="0: any free one")
-    add("--slots", type=int, default=default.slots, help="answers that are generated at a time")
-    add("--context", type=int, help="longest prompt with its answer, in tokens; by default as memory allows")
+    add("--verify", action="store_true", help="compare every byte of the base with its checksums")
+    add("--host", default=default.host, help="address to listen on; one that others can reach needs keys")
+    add("--port", type=int, default=default.port, help="port to listen on; 0: any free one")
+    add("--slots", type=int, default=default.slots, help="answers generated at a time")
+    add("--context", type=int, help="longest prompt plus answer, in tokens; by default as memory allows")
     add("--queue", type=int, default=limits.queue, help="answers that may wait for a slot")
     add("--max_tokens", type=int, default=limits.max_tokens, help="longest answer, in tokens")
-    add("--per_key", type=int, default=limits.per_key, help="requests under way for one key or address")
-    add("--api-keys", metavar="FILE", help="keys of clients, one a line; 'admin KEY' may change adapters")
+    add("--per_key", type=int, default=limits.per_key, help="requests in progress for one key or address")
+    add("--api-keys", metavar="FILE", help="clients' keys, one per line; 'admin KEY' may change adapters")
     add("--insecure", action="store_true", help="serve other machines without keys")
-    add("--cors", nargs="+", metavar="ORIGIN", default=[], help="web pages elsewhere that may ask")
-    add("--grace", type=float, default=default.grace, help="seconds for answers to end after SIGTERM")
+    add("--cors", nargs="+", metavar="ORIGIN", default=[], help="origins whose web pages may send requests")
+    add(
+        "--grace",
+        type=float,
+        default=default.grace,
+        help="seconds that answers may take to finish after SIGTERM",
+    )
     add("--log-prompts", action="store_true", help="write prompts into the log")
     add("--ready-file", metavar="FILE", help="a file that exists while requests are answered")
     options = parse(parser, argv)

@@ -50,9 +50,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divide (or multiply, if negative) the logits of tokens seen before; 1: off (arXiv 1909.05858)."""
     frequency_penalty: float = 0.0
-    """Subtract this from a token's logit for each time the answer has it; -2 to 2, 0: off."""
+    """Subtract this from a token's logit for each time it occurs in the answer; -2 to 2, 0: off."""
     presence_penalty: float = 0.0
-    """Subtract this from the logits of tokens that the answer has; -2 to 2, 0: off."""
+    """Subtract this from the logits of tokens that occur in the answer; -2 to 2, 0: off."""
     seed: int = 0
     """Seed of the random numbers; the same one gives the same text, alone or in a batch."""
     stop: tuple[str, ...] = ()

@@ -72,7 +72,7 @@ class LlamaConfig:
     unrotated_layers: tuple[int, ...] = ()
     """Layers without rotary positions."""
     family: FamilyName = "llama"
-    """Under whose name the configuration is written; nothing is computed from it."""
+    """The family whose name the configuration is written under; nothing is computed from it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden")
@@ -211,18 +211,18 @@ class AdapterConfig:
     """
 
     prompt_length: int = 8
-    """Learned prompt tokens per adapted layer (K). 0, with v2, norms or lora only: no prompts, so that
+    """Learned prompt tokens per adapted layer (K). 0 (only with v2, norms or lora): no prompts, so that
     scripts/merge.py can merge base and adapter into a plain LLaMA."""
     layers: int | None = None
     """How many of the top layers carry a prefix (L); null means all. Without v2 and LoRA, only the norms of
     these layers and the last one are trained."""
     gate: GateName = "token"
     """What scales the prefix: one gate per head and prompt token (token), per head (identity), per layer
-    (layer), or per head and channel (channel); or, the paper's, one per head, squashed into -1 to 1 by tanh
-    (tanh)."""
+    (layer), or per head and channel (channel); or, as in the paper, one per head, squashed into -1 to 1 by
+    tanh (tanh)."""
     prefix_query: Literal["rotated", "unrotated"] = "rotated"
-    """Which queries attend to the prompts: with their positions (rotated, the paper's), or as they are before
-    rotary positions (unrotated)."""
+    """Which queries attend to the prompts: with rotary positions (rotated, the paper's), or before these are
+    applied (unrotated)."""
     prompt_init_std: float = 0.1
     """Standard deviation of the initial prompts; the paper's is 1."""
     dropout: float = 0.0

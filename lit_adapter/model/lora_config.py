@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 GROUPS["all"] = GROUPS["attention"] + GROUPS["mlp"]
 MOST_RANK = 1024
-"""A larger rank than any in use is a typing error."""
+"""Above any rank in use; a larger one is a typing error."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the updates are multiplied by; 0 without LoRA."""
+        """The factor of the updates; 0 without LoRA."""
         if self.rank == 0:
             return 0.0
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
