@@ -137,7 +137,7 @@ class DataConfig:
         if self.weights is not None or self.drop_duplicates:
             what = "weights" if self.weights is not None else "drop_duplicates"
             raise UserError(
-                f"data.stream true and data.{what} exclude each other: it needs to know all records; set one"
+                f"data.stream true and data.{what} exclude each other: the second needs all records; set one"
             )
         if self.val is None and self.val_size:
             raise UserError(
@@ -322,7 +322,7 @@ class Config:
         missing = [f"optim.{key}" for key in ("max_steps", "batch_size") if getattr(self.optim, key) is None]
         if self.data.stream and missing:
             raise UserError(
-                f"data.stream true needs {' and '.join(missing)}: how many records a stream has is not known"
+                f"data.stream true needs {' and '.join(missing)}: the length of a stream is not known"
             )
         if self.init_from == "":
             raise UserError("init_from is empty; name an adapter.safetensors, or leave it out")

@@ -62,7 +62,9 @@ def test_a_server_takes_a_run_and_its_name(run: Path, tiny_base: Path) -> None:
 def test_a_word_that_may_mean_two_things_is_refused(run: Path, tiny_base: Path) -> None:
     for name in ("x=plain.safetensors", "plain.safetensors"):
         shutil.copy(run / "adapter.safetensors", name)
-    with pytest.raises(UserError, match=r"is there, and may also be the file plain.safetensors .* name x;"):
+    with pytest.raises(
+        UserError, match=r"is a file, but may also mean the file plain.safetensors .* name x;"
+    ):
         named_adapters(["x=plain.safetensors"])
     assert named_adapters(["y=x=plain.safetensors"]) == {"y": Path("x=plain.safetensors")}
     assert named_adapters(["x=./plain.safetensors"]) == {"x": Path("plain.safetensors")}

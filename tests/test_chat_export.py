@@ -87,7 +87,7 @@ def test_a_template_with_the_date_keeps_that_of_the_training(
     without = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(theirs.chat_template)
     assert without.render(messages=[message], bos_token=theirs.bos_token, add_generation_prompt=True) == text
     computed = replace(template, jinja="{{ strftime_now('%Y' ~ '-%m') }}" + source)
-    with pytest.raises(UserError, match="shows the date in a form that it computes"):
+    with pytest.raises(UserError, match="computes the format of its date"):
         chat_template(computed, ours)
 
 

@@ -411,7 +411,7 @@ def test_sources_that_are_nothing(tmp_path: Path) -> None:
     refuse(empty, r"no config.json \(Hugging Face\) or params.json \(Meta\) there$")
     (empty / "a.gguf").write_bytes(b"junk")
     refuse(empty, "did you mean .*empty/a.gguf")
-    refuse(empty / "a.gguf", "a.gguf: is no GGUF file")
+    refuse(empty / "a.gguf", "a.gguf: is not a GGUF file")
     (empty / "a.safetensors").write_bytes(b"junk")
     refuse(empty / "a.safetensors", "give the folder that holds it")
 

@@ -54,7 +54,7 @@ IDS = random_ids(2, 40, vocab=512)
 
 QUICK = ("qwen2-upper-windows", "qwen3", "mistral-windows", "smollm3")
 LACKING = {
-    "qwen3-biases-tied": "norms of heads together with biases",
+    "qwen3-biases-tied": "head norms together with biases",
     "mistral-yarn": "yarn without truncation",
     "smollm3-second": r"layers without rotary positions other than every fourth one \(here 1, 3\)",
     "smollm3-windows": r"layers without rotary positions other than every fourth one \(here 0, 3\)",

@@ -431,7 +431,7 @@ MISTAKES = {
     "v2": (
         "v2.safetensors",
         {"to": "peft"},
-        "has no norms, biases and scales, so it cannot hold a V2",
+        "has no norms, biases or scales, so it cannot hold a V2",
     ),
     "base": ("ours.safetensors", {"to": "peft", "base": 4}, "trained on base 'base-2' .*, not on 'base-4'"),
     "unknown": ("unknown.pth", {}, r"no adapter of a known format: it has a, b, \.\.\.; known are official"),

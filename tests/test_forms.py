@@ -64,5 +64,5 @@ def test_a_model_card_says_the_form(tiny_base: Path, tmp_path: Path) -> None:
     config = AdapterConfig(prompt_length=5, layers=3, gate="token", prefix_query="unrotated", norms=True)
     path = save_random_adapter(tiny_base, tmp_path / "a.safetensors", config=config)
     card = model_card(read_adapter(path)[0], "me/it", tiny_base)
-    assert "gates of form `token`. Queries attend to them as they are before rotary positions." in card
+    assert "gates of form `token`. Queries attend to them before rotary positions are applied." in card
     assert " The weights of these layers' norms and of the last." in card

@@ -63,7 +63,7 @@ def test_a_start_that_is_gone_is_not_needed_to_resume(
         finetune(tiny(*options, out="fresh"), say=Stopper())
     lines = Stopper()
     finetune(tiny(*options, out="cut"), resume="last", say=lines)
-    assert f"{start}: is gone, and not needed: the checkpoint has what came of it" in lines.lines
+    assert f"{start}: is gone, but not needed: the checkpoint has the adapter trained from it" in lines.lines
     whole, cut = (Path(tiny(out=out).out) / "adapter.safetensors" for out in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
@@ -88,7 +88,7 @@ def test_another_start_is_another_run(tiny: Callable[..., Config], tiny_base: Pa
     [
         (
             ["--adapter.gate", "identity"],
-            r"it has adapter\.gate tanh \(here identity\); set them as it has them",
+            r"it has adapter\.gate tanh \(here identity\); set them to the same values",
         ),
         (
             ["--adapter.layers", "2", "--adapter.prompt_length", "9"],

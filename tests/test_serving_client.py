@@ -255,7 +255,7 @@ def test_a_server_that_goes_in_the_middle_of_an_answer_is_told() -> None:
     event = b'data: {"choices": [{"index": 0, "delta": {"content": "one"}}]}\n\n'
     with stand_in(LISTED, STREAM + b"%x\r\n%s\r\n" % (len(event), event)) as url:
         talk = Conversation(ServerModels(url), SAMPLINGS[0], io.StringIO())
-        with pytest.raises(UserError, match="the server has gone in the middle of the answer"):
+        with pytest.raises(UserError, match="the server disconnected in the middle of the answer"):
             talk.take("Say it.")
     assert talk.out.getvalue() == "one"
     assert talk.messages == []

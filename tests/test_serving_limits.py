@@ -90,10 +90,10 @@ def test_keys_open_what_they_should_and_are_never_logged(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no key; write one a line"),
+        ("", "no key; write one per line"),
         ("# nothing\n", "no key"),
-        ("short\n", "line 1: the key has less than 16 characters"),
-        (f"{KEY}\n{KEY}\n", "line 2: this key is there twice"),
+        ("short\n", "line 1: the key has fewer than 16 characters"),
+        (f"{KEY}\n{KEY}\n", "line 2: this key is given twice"),
         (f"{KEY} {ADMIN}\n", "line 1: expected KEY, or admin KEY"),
         (f"root {KEY}\n", "line 1: expected KEY, or admin KEY"),
     ],

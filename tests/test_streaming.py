@@ -203,8 +203,11 @@ def test_a_stopped_run_goes_on_at_the_exact_record(
     first, second = adapters(whole, stopped)
     assert first == second
     said = "\n".join(lines)
-    assert "files, a stream of 3 files; of its beginning: 7 training records" in said
-    assert "the rest is read during training: files in a random order, their records within 10,000;" in said
+    assert "files, a stream of 3 files; at its beginning: 7 training records" in said
+    assert (
+        "the rest is read during training: files in random order, their records shuffled within 10,000;"
+        in said
+    )
     assert "run: 9 steps of 8 records; lr" in said
     record = json.loads(Path(whole.out, "run.json").read_text())
     assert record["epochs"] is None
@@ -282,7 +285,7 @@ def test_a_path_that_would_be_taken_apart_is_refused(tmp_path: Path) -> None:
     (path,) = written(tmp_path / "a::b", {"a.jsonl": 3})
     config = DataConfig(train=str(path), stream=True, val_size=0)
     with pytest.raises(
-        UserError, match=r"a\.jsonl: data\.stream takes the '::' in 'a::b' for that of chained addresses"
+        UserError, match=r"a\.jsonl: data\.stream would read the '::' in 'a::b' as a chained address"
     ) as found:
         check_sources(config)
     assert "\n" not in str(found.value)
@@ -312,7 +315,7 @@ def test_a_dry_run_looks_at_the_beginning(tiny: Callable[..., Config], tmp_path:
     config = tiny("--data.train", str(written(tmp_path / "files")[0].parent), *STREAM)
     assert finetune(config, say=lines.append, dry_run=True) == 0
     said = "\n".join(lines)
-    assert "of its beginning: 44 training records" in said
+    assert "at its beginning: 44 training records" in said
     assert "time: about" in said
     assert "%) of the training" not in said
 

@@ -69,7 +69,7 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
         "1 (12.5%) of the training records left out: answer longer than data.max_length 512",
         "1 (12.5%) of the training records lost the start of their prompt to data.max_length",
         "1 (14.3%) of the training records are skipped in each epoch, different ones each time: "
-        "7 is no multiple of optim.batch_size 2",
+        "7 is not a multiple of optim.batch_size 2",
         "2 (25.0%) of the training records repeat an earlier one",
         "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
         "2 (25.0%) of the held-out records are in the training set too",
@@ -109,7 +109,7 @@ def test_weights_say_what_fills_no_step_and_which_source_is_empty(tiny_base: Pat
     said = [line.strip() for line in describe(data, color=False)]
     assert (
         f"weights: {path}: 7 of an epoch's 7 records, from 7; {long}: has no record; "
-        "1 of the 7, at random, are skipped: no multiple of optim.batch_size 2"
+        "1 of the 7, at random, are skipped: not a multiple of optim.batch_size 2"
     ) in said
     assert not [line for line in said if "skipped in each epoch" in line]
 

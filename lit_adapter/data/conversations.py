@@ -166,7 +166,7 @@ def _call(call: Any, turn: str) -> dict[str, Any]:
     arguments = _parsed(function.get("arguments"), "arguments", turn)
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
-        raise UserError(f"{turn}: the arguments of {shorten(function['name'])} are no object of JSON")
+        raise UserError(f"{turn}: the arguments of {shorten(function['name'])} are not a JSON object")
     outer = {"type": "function"} | (
         dict(call) if "function" in call else {key: call[key] for key in ("id",) if key in call}
     )
@@ -188,7 +188,7 @@ def _parsed(value: Any, key: str, where: str) -> Any:
     try:
         return parse_json(value)
     except ValueError as error:
-        raise UserError(f"{where}: {shorten(key)} is a text that is no JSON: {error}") from None
+        raise UserError(f"{where}: {shorten(key)} is a text that is not JSON: {error}") from None
 
 
 def _checked(value: Any, turn: str, key: str) -> Any:
@@ -202,7 +202,7 @@ def _checked(value: Any, turn: str, key: str) -> Any:
             f"{turn}: {shorten(key)} has half of a character (a lone surrogate); remove it"
         ) from None
     except TypeError as error:
-        raise UserError(f"{turn}: {shorten(key)} is no value of JSON: {error}") from None
+        raise UserError(f"{turn}: {shorten(key)} is not a JSON value: {error}") from None
     return value
 
 

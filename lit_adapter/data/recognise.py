@@ -117,7 +117,7 @@ def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: st
     if key not in values:
         found = ", ".join(map(shorten, [*values][:6])) or "none"
         raise UserError(
-            f"{where}: key {shorten(key)} is missing (found: {found}); name what holds it with "
+            f"{where}: key {shorten(key)} is missing (found: {found}); name the column that holds it with "
             f"{OPTION}.{field}"
         )
     messages = messages_of(values[key], key, where)

@@ -60,7 +60,7 @@ class StreamDataModule(AlpacaDataModule):
         self.worker_context = start_server() if config.workers else None
         files = sources_of(config.train, self.say, stream=True)
         self.stream = Stream(files, config.columns, self.seed, config.format)
-        name = f"{title(as_names(config.train))}, a stream of {counted(len(files), 'file')}; of its beginning"
+        name = f"{title(as_names(config.train))}, a stream of {counted(len(files), 'file')}; at its beginning"
         _, buffer = next(self.stream.buffers(Place()))
         rows = tuple(record for record in buffer[:LOOKED_AT] if not record.is_empty)
         n_empty = len(buffer[:LOOKED_AT]) - len(rows)
@@ -75,8 +75,8 @@ class StreamDataModule(AlpacaDataModule):
         self.train_packer = self._packer(self.train_encoded)
         self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
         self.remarks.append(
-            f"the rest is read during training: files in a random order, their records within {BUFFER:,}; "
-            "duplicates, and held-out records among them, are not counted"
+            "the rest is read during training: files in random order, their records shuffled within "
+            f"{BUFFER:,}; duplicates, and held-out records among them, are not counted"
         )
         return self
 

@@ -63,7 +63,7 @@ def check_streamable(source: Source) -> None:
     part = next((part for part in _address(source).split("/") if "::" in part), None)
     if part is not None:
         raise UserError(
-            f"{source.name}: data.stream takes the '::' in {shorten(part)} for that of chained addresses; "
+            f"{source.name}: data.stream would read the '::' in {shorten(part)} as a chained address; "
             "rename the file or folder, or leave data.stream out"
         )
 

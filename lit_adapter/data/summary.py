@@ -80,7 +80,7 @@ def _weights(data: AlpacaDataModule) -> list[str]:
         parts.append(f"{name}: {count:,}{unit}, from {size:,}")
         unit = ""
     if data.n_skipped:
-        why = f"no multiple of optim.batch_size {data.batch_size}"
+        why = f"not a multiple of optim.batch_size {data.batch_size}"
         parts.append(f"{data.n_skipped} of the {order.n_records:,}, at random, are skipped: {why}")
     return [f"weights: {'; '.join(parts)}"]
 
@@ -113,8 +113,8 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     cut = f"lost {lost} to data.max_length"
     n_skipped = data.n_skipped if data.config.weights is None else 0  # else `_weights` says it
     skipped = (
-        f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is no multiple of "
-        f"optim.batch_size {data.batch_size}"
+        f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is not a multiple "
+        f"of optim.batch_size {data.batch_size}"
     )
     notes = [
         (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),

@@ -59,7 +59,9 @@ class AnswerFile:
                 row = json.loads(line)
                 pair = str(row.pop("model")), int(row.pop("record"))
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self.path}:{number}: no line of an evaluation; delete this file") from None
+                raise UserError(
+                    f"{self.path}:{number}: not a line of an evaluation; delete this file"
+                ) from None
             self.values.setdefault(pair, {}).update(row)
 
     def _difference(self, header: bytes) -> str:

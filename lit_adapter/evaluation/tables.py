@@ -90,7 +90,7 @@ def score_table(found: dict[str, Any]) -> Table:
 def comparison_table(found: dict[str, Any]) -> Table:
     """Return every paired comparison."""
     rows = [_comparison(row, found) for row in found["comparisons"] if row["records"]]
-    header = ["", "metric", "difference", "p", "verdict", "smallest difference to be seen"]
+    header = ["", "metric", "difference", "p", "verdict", "smallest detectable difference"]
     return Table("Paired comparisons", header, rows)
 
 
@@ -114,7 +114,7 @@ def _comparison(row: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def _verdict(row: dict[str, Any]) -> str:
     if row["difference"] == 0:
         return "no difference"
-    return "a difference that chance can make" if row["noise"] else "more than chance"
+    return "may be due to chance" if row["noise"] else "more than chance"
 
 
 def _p(row: dict[str, Any]) -> str:

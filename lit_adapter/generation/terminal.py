@@ -22,7 +22,7 @@ COMMANDS = {
     "/undo": "take back the last message and its answer",
     "/system TEXT": "set the system prompt, or with no text remove it; this starts again",
     "/save FILE": "write the conversation as a line of JSONL that can be trained on",
-    "/adapter NAME": "go on with another adapter, or none for the plain base; with no name list them",
+    "/adapter NAME": "change to another adapter, or none for the plain base; without a name list them",
     "/exit": "leave, as Ctrl-D does",
 }
 PLAIN = "none"

@@ -87,7 +87,9 @@ def check_same_form(given: AdapterConfig, wanted: AdapterConfig, model: LlamaCon
         if key in ours and value != ours[key]
     ]
     if wrong:
-        raise UserError(f"{source}: cannot start from it: it has {', '.join(wrong)}; set them as it has them")
+        raise UserError(
+            f"{source}: cannot start from it: it has {', '.join(wrong)}; set them to the same values"
+        )
 
 
 @contextmanager

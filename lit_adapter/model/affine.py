@@ -3,8 +3,8 @@
     linear   y = s * (W x + b)     b = 0 and s = 1 at the start; W and its own bias stay frozen
     norm     y = w * x / rms(x)    w starts as the frozen norm's weight, which stays as it is
 
-Both modules replace the module they adapt and hold its frozen tensors under the same names, so that the
-model and the base's files do not know them.
+Both modules replace the module they adapt and hold its frozen tensors under the same names, so neither the
+model nor the base's files need to know them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class JoinedAffine:
         return [tensor for module in self.modules for tensor in (module.adapter_bias, module.adapter_scale)]
 
     def applied(self, matrix: Matrix) -> AffineMatrix:
-        """Return the layers' joined frozen ``matrix`` with what this process computes of them."""
+        """Return the joined frozen ``matrix`` with the biases and scales of the outputs computed here."""
         bias = torch.cat([module.adapter_bias.detach()[module.outputs] for module in self.modules])
         return AffineMatrix(matrix, torch.cat(self._scales), bias * self.modules[0].bias_share)
 

@@ -281,7 +281,7 @@ def _groups(
 def _rectangle(
     group: list[_Segment], device: torch.device, place: Tensor, window: int | None
 ) -> SegmentGroup:
-    """Plan one call; ``place [T]`` is where each token of the row stands in its text."""
+    """Plan one call; ``place [T]`` is the position of each token of the row in its text."""
     position, valid = _padded([[place for place, _ in s.queries] for s in group])
     query, _ = _padded([[number for _, number in s.queries] for s in group])
     key, real_key = _padded(

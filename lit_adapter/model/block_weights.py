@@ -1,6 +1,7 @@
 """The frozen matrices of a block as the CUDA executors read them: one for each group of `layout`.
 
-Layers that read the same input are joined. No weight is kept twice, but for a base in fp8 (see `matrices`).
+Layers that read the same input are joined. No weight is kept twice, except for a base in fp8 (see
+`matrices`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BESIDE_FLOAT8 = "the adapter trains the linear layers' biases and scales"
 
 
 def prepare(model: Llama, *, float8: bool = False) -> None:
-    """Store a loaded model's matrices as the CUDA executors read them, where they can compute it.
+    """Store a loaded model's matrices as the CUDA executors read them, if they can compute the model.
 
     Args:
         model: on its device, adapter attached.
@@ -81,7 +82,7 @@ class BlockWeights:
         return replace(self, **{group: of.applied(getattr(self, group)) for group, of in affine.items()})
 
     def operand(self, x: Operand) -> Operand:
-        """Return ``x`` as a product takes it."""
+        """Return ``x`` in the form that a product takes."""
         if not self.quantised or not isinstance(x, Tensor):
             return x
         from lit_adapter.model.kernels.rows import quantise  # needs Triton, which CUDA builds of torch bring

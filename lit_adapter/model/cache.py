@@ -1,4 +1,4 @@
-"""Keys and values of the slots, one per request, and what computes with them: the executor for every model.
+"""Keys and values of the slots, one per request, and the executor that decodes every model with them.
 
 Letters: B slots or pieces of prompts, T positions, S cached positions, H query heads, G key/value heads,
 D head size, N layers.
@@ -135,14 +135,14 @@ class ModuleDecode:
 
     @classmethod
     def in_place_of(cls, other: ModuleDecode) -> ModuleDecode:
-        """Return one that goes on with the slots of another executor, in the same memory."""
+        """Return one that continues with the slots of another executor, in the same memory."""
         decode = cls.__new__(cls)
         decode.model, decode.cache, decode.device = other.model, other.cache, other.device
         decode.prefixes = other.prefixes
         return decode
 
     def take(self, other: Any) -> None:
-        """Go on with the slots of an executor of the same class that is no larger."""
+        """Continue with the slots of an executor of the same class that is no larger."""
         for own, old in ((self.cache.k, other.cache.k), (self.cache.v, other.cache.v)):
             own[:, : other.cache.n_slots, :, : other.cache.length] = old
         self.prefixes.assign(dict(enumerate(other.prefixes.rows)))
@@ -167,7 +167,7 @@ class ModuleDecode:
         self.prefixes.assign({one: rows[other], other: rows[one]})
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
-        """Read pieces of prompts into their slots, and what an adapter's prompts have in common once.
+        """Read pieces of prompts into their slots; a start that prompts of one adapter share is read once.
 
         Returns:
             Normed hidden states of the last tokens ``[B, C]``.

@@ -14,7 +14,7 @@ def reading_sizes(source: str) -> Iterator[None]:
     """Name the file in errors about the sizes that are read inside the block.
 
     Raises:
-        UserError: a value of a wrong type, or one that no model has.
+        UserError: a value of the wrong type, or an impossible one.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def reading_sizes(source: str) -> Iterator[None]:
 
 
 def required(raw: dict[str, Any], key: str, source: str) -> Any:
-    """Return the value of a key that has to be there.
+    """Return the value of a required key.
 
     Raises:
         UserError: the key is absent or null.

@@ -126,7 +126,7 @@ class _Step:
     used: int
     """Tokens of the longest text with its new one (S)."""
     sights: dict[int | None, _Sight]
-    """By the window of the layer; None for layers without one."""
+    """Keyed by the window of the layer; None for layers without one."""
 
 
 @dataclass
@@ -134,9 +134,10 @@ class _Sight:
     """Which tokens the slots of a step see."""
 
     start: int
-    """The first that any sees."""
+    """The first token that any slot sees."""
     hidden: Tensor | None
-    """Minus infinity where a slot does not see one, else 0 ``[B G, 1, S - start]``; None if all see all."""
+    """Minus infinity where a slot does not see a token, else 0 ``[B G, 1, S - start]``; None if all see
+    all."""
 
 
 @dataclass
@@ -153,7 +154,7 @@ class _Baked:
     hidden: Tensor | None
     """Minus infinity beyond a slot's prompt, else 0 ``[B H, 1, K]``; None if it is shared."""
     unrotated: Tensor | bool
-    """Whether queries attend to it as they are before rotation; with several prefixes ``[B, 1, 1]``."""
+    """Whether queries attend to it before they are rotated; with several prefixes ``[B, 1, 1]``."""
 
 
 class CpuDecode(ModuleDecode):
@@ -163,20 +164,20 @@ class CpuDecode(ModuleDecode):
     """
 
     _norms: StepNorms
-    """Of the rows of the last step."""
+    """The norms of the last step's rows."""
 
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         super().__init__(model, n_slots, length)
         config = model.config
         self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.head_dim**-0.5
-        self._rows: list[Prefixes] = []  # whose prefixes are baked, and whose norms are joined
+        self._rows: list[Prefixes] = []  # those whose prefixes are baked, and whose norms are joined
         self._baked: list[_Baked | None] = []
 
     def step(self, token: Sequence[int], position: Sequence[int]) -> Tensor:
         """Put the newest tokens of the first B slots into the cache; see `ModuleDecode.step`."""
         model = self.model
-        if model.decode_weights is None:  # joined now, not earlier: the first token has not waited for it
+        if model.decode_weights is None:  # joined only now: the first token does not wait for it
             model.decode_weights = DecodeWeights(model)
         weights: DecodeWeights = model.decode_weights
         step = self._prepared(position, weights.norms)

@@ -7,7 +7,7 @@
 
 A fast executor has a function ``unsupported(model, setting)``, which returns why it cannot compute a model
 exactly as the modules would. It names what it knows; `survey.obstacle` finds everything else. A kernel that
-turns out not to compile raises `KernelError`, and its caller goes on with the modules.
+turns out not to compile raises `KernelError`, and its caller continues with the modules.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ _given_up: list[KernelError] = []
 
 
 def give_up_kernels(error: KernelError) -> None:
-    """Leave everything that this process computes from now on to the modules."""
+    """From now on, leave everything that this process computes to the modules."""
     _given_up.append(error)
 
 
 def despite_kernels(work: Callable[[], T], give_up: Callable[[KernelError], None]) -> T:
-    """Do some work, and once more after ``give_up`` if a kernel of it does not compile.
+    """Do some work, and do it again after ``give_up`` if one of its kernels does not compile.
 
-    ``give_up`` leaves what follows to the modules, or raises; the work must bear to be begun twice.
+    ``give_up`` leaves what follows to the modules, or raises; it must be safe to begin the work twice.
     """
     try:
         return work()
@@ -103,7 +103,7 @@ def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Ex
     Args:
         model: with its adapter attached; on the meta device for a choice before loading.
         purpose: what is computed.
-        setting: of the model when it is loaded; by default where it is now.
+        setting: device and precision of the model when it is loaded; by default those that it has now.
     """
     setting = Setting.of(model) if setting is None else setting
     fast = _FAST.get((setting.device.type, purpose))

@@ -1,7 +1,7 @@
 """The families of models, as Hugging Face's ``config.json`` spells them. No torch.
 
 A family is a configuration: `read` turns its file into the fields of `LlamaConfig`, and `write` does the
-reverse. The model itself knows no families.
+reverse. The model itself knows nothing of families.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Layers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """What a file of one `model_type` can say, and what transformers takes where it does not say it."""
+    """What a file of one `model_type` can say, and what transformers assumes where it says nothing."""
 
     architecture: str
     """The class of transformers."""
     bias_keys: tuple[str, ...] = ()
-    """The settings of biases that the file has."""
+    """The settings for biases in the file."""
     qkv_bias: bool = False
     """Whether queries, keys and values always have a bias, and no other layer has."""
     head_norms: bool = False
@@ -40,7 +40,7 @@ class Family:
     skips_rotation: bool = False
     """Whether some layers may have no rotary positions."""
     head_dim: int | None = None
-    """Where it is not the width over the number of heads."""
+    """The size of a head, if it is not the width divided by the number of heads."""
     context_length: int = 32_768
     theta: float = 10_000.0
     tied: bool = False
@@ -142,16 +142,16 @@ def write(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         **{key: getattr(config, key) for key in family.bias_keys},
         **_write_layers(family, config),
-        # Where a file is silent, transformers takes the ids of a family's own vocabulary.
+        # If a file says nothing, transformers uses the ids of the family's own vocabulary.
         **({} if config.family == "llama" else dict.fromkeys(TOKEN_IDS)),
     }
 
 
 def nearest(config: LlamaConfig) -> LlamaConfig:
-    """Return the configuration under the name of a family that has all of it, its own if that does.
+    """Return the configuration under the name of a family that can express it, its own if that can.
 
     Raises:
-        UserError: no family has.
+        UserError: no family can.
     """
     names: Iterable[FamilyName] = dict.fromkeys((config.family, *FAMILIES))
     for name in names:
@@ -163,7 +163,7 @@ def nearest(config: LlamaConfig) -> LlamaConfig:
 def _traits(config: LlamaConfig) -> str:
     """Name what distinguishes a configuration from the plainest one."""
     traits = {
-        "norms of heads": config.head_norms,
+        "head norms": config.head_norms,
         "biases in attention": config.attention_bias,
         "biases on queries, keys and values alone": config.qkv_bias,
         "biases in the MLP": config.mlp_bias,

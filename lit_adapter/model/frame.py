@@ -13,14 +13,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def framed(module: M) -> M:
-    """Return a copy of a module with the same tensors, in which others can take the place of its parts.
+    """Return a copy of a module with the same tensors, in which submodules can be replaced.
 
-    What an executor has made of a model's matrices is not copied.
+    What an executor has derived from a model's matrices is not copied.
     """
     own = object.__new__(type(module))
     values = vars(module).copy()  # a step in another thread may join the base's matrices meanwhile
     for name, x in values.items():
-        if isinstance(x, dict):  # hooks too: what is registered in the copy must not be in the module
+        if isinstance(x, dict):  # hooks too: what is registered in the copy must not reach the module
             values[name] = x.copy()
     vars(own).update(values)
     for name, part in own_children(own):

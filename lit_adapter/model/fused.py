@@ -5,10 +5,10 @@ Here a block is one node of the graph. For each token it keeps 6 C + 2 M numbers
 output of attention, the sum after attention, gate and up) and r of each of LoRA's updates, or its input alone
 with ``recompute``. It forms no gradient of a frozen weight. The tests compare it with `Block.compute`.
 
-Where processes share the heads and the MLP of a row, this one computes its own. The outputs of attention and
+Where processes share the heads and the MLP of a row, each computes its own part. The outputs of attention and
 MLP are summed over the group, and in the backward pass their gradients: two sums each way, and with
-``recompute`` that of attention's output once more. Any other gradient, also of a trained parameter, is this
-process's part: the sum over the group is meant, as with `Block.total`.
+``recompute`` that of attention's output once more. Any other gradient, also that of a trained parameter, is
+this process's part of a sum over the group, as with `Block.total`.
 
 Letters: T tokens of the row, C width, D head size; and of what this process computes, H query heads, G
 key/value heads, M width of the MLP.
@@ -74,7 +74,7 @@ class FusedView:
 
 @torch.no_grad()
 def _strengths(model: Llama, device: torch.device) -> dict[int, Tensor]:
-    """Return c(g) of every layer that has a prefix, as `attention.Prefix` has it, by the layer's number."""
+    """Return c(g) of every layer with a prefix, in the form of `attention.Prefix`, by layer number."""
     found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
     prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
     if not prefixes:

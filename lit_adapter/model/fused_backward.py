@@ -1,7 +1,7 @@
 """The backward pass of a fused block: the MLP, then attention. No gradient of a frozen weight is formed.
 
-LoRA's gradients need inputs of products, which the forward pass did not keep. The kernel that takes the
-gradient of an input computes the input again, and may put it in its gradient's place.
+LoRA's gradients need inputs of products, which the forward pass did not keep. The kernel that computes the
+gradient of an input also recomputes the input, and may store it in place of that gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lit_adapter.model.lora import product
 def mlp_backward(
     site: Site, between: Between, dy: Tensor, learned: dict[str, list[Tensor]]
 ) -> tuple[Tensor, rows.Operand, Tensor | None]:
-    """Return the gradient of the sum after attention, also as an operand, and of a trained norm's weight.
+    """Return the gradients of the sum after attention (also as an operand) and of a trained norm's weight.
 
     ``dy`` is that of the block's output; ``learned`` receives the gradients of what linear layers train.
     """
@@ -62,7 +62,7 @@ def output_backward(
 ) -> Tensor:
     """Return the gradient of attention's output, before the output projection.
 
-    ``dmiddle`` is that of the sum after attention, and ``operand`` the same as a product takes it.
+    ``dmiddle`` is that of the sum after attention, and ``operand`` the same in the form that a product takes.
     ``learned`` receives the gradients of what linear layers train.
     """
     dtotal = site.total(dmiddle)
@@ -132,7 +132,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """Return the gradients of the block's input, prompt, gate, and the weights of its trained norms.
 
-    Those of the norms of heads come last. ``learned`` receives the gradients of what linear layers train.
+    Those of the head norms come last. ``learned`` receives the gradients of what linear layers train.
     """
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]

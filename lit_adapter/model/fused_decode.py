@@ -81,7 +81,7 @@ class FusedDecode(ModuleDecode):
         return hidden if view.lost is None else hidden + view.lost[row.slot[row.last], None].to(hidden.dtype)
 
     def joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
-        """Return a layer's prefix as the kernel for prompts takes it."""
+        """Return a layer's prefix in the form that the kernel for prompts takes."""
         state = prefixes.layer(index)
         if state is None:
             return None
@@ -196,10 +196,10 @@ class _PromptView(_CacheRowView):
         self.lost = (
             None if self.shared is not None else row.ids.new_zeros(decode.cache.n_slots, dtype=torch.float32)
         )
-        """NaN for the slot of a text that has a value that is not finite; its neighbours must not get it."""
+        """NaN for the slot of a text with a value that is not finite, which must not reach its neighbours."""
 
     def _tiles(self, n: int) -> Tensor | None:
-        """Return what the programs for prefixes handle of ``n`` queries; None if all have the same one."""
+        """Return the plan of the prefix programs for ``n`` queries; None if all have the same prefix."""
         if self.shared is not None:
             return None
         slots = [piece.slot for piece in self.row.pieces]

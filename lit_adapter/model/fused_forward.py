@@ -1,4 +1,4 @@
-"""The forward pass of a fused block: attention, then what is between it and the MLP's last product."""
+"""The forward pass of a fused block: attention, then everything up to the MLP's last product."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Norms of heads in the CUDA executors: queries and keys are normed and rotated in one pass.
+"""Head norms in the CUDA executors: queries and keys are normed and rotated in one pass.
 
-A block keeps what its product gave, and computes both again in the backward pass, so that it keeps no more
-than without norms.
+A block keeps the output of its product, and computes both again in the backward pass, so it keeps no more
+than without head norms.
 
 Letters: T tokens of the row, M queries (T, or the targets alone), K prompt length, H query heads, G key/value
 heads, D head size.
@@ -20,7 +20,7 @@ from lit_adapter.model.llama import Attention, RMSNorm
 
 
 def unturned(rotation: KeyValue) -> KeyValue:
-    """Return cosines and sines of the same shape that turn nothing, for layers without rotary positions."""
+    """Return cosines and sines of the same shape that rotate nothing, for layers without rotary positions."""
     return torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
 
 
@@ -68,7 +68,7 @@ class HeadNorms:
         _norm(self.k_norm, k, None, k)
 
     def backward_(self, dq: Tensor, dkv: Tensor, q: Tensor, kv: Tensor) -> list[Tensor | None]:
-        """Turn the gradients of what `turned` returned, but unrotated, into those of what it took, in place.
+        """Turn the unrotated gradients of the outputs of `turned` into those of its inputs, in place.
 
         Returns:
             The gradients of `weights`, None where they are frozen.

@@ -68,7 +68,7 @@ class Site:
         )
 
     def turned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys as attention takes them, from what a block keeps of them."""
+        """Return queries and keys in the form that attention takes, from what a block keeps of them."""
         if self.head_norms is None:  # they were rotated in place
             return q, kv
         return self.head_norms.turned(q, kv, self.query_rotation, self.rotation)
@@ -76,8 +76,8 @@ class Site:
     def unturned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries, keys and values as the product gave them, from what a block keeps of them.
 
-        Rotated, they are rounded beside the channel that they turn with. So a V2 scale that is 0.1 of that
-        channel's has a gradient 1 % off in bf16, one of 0.01 is 8 % off (of random queries, 512 tokens).
+        Rotated, a channel is rounded together with the one that it is rotated with. So if a V2 scale is 0.1
+        of that channel's, its gradient is 1 % off in bf16, and 8 % off at 0.01 (random queries, 512 tokens).
         """
         if self.head_norms is not None:
             return q, kv
@@ -89,7 +89,7 @@ class Site:
         return q, kv
 
     def reload(self) -> None:
-        """Take weights that FSDP2 gathered anew for the backward pass."""
+        """Take the weights that FSDP2 has gathered again for the backward pass."""
         if self.is_gathered:
             self.weights = self._weights()
 
@@ -162,7 +162,7 @@ class Site:
         return y
 
     def add_updates(self, group: str, x: Any, y: Tensor) -> None:
-        """Add LoRA's updates of a group to its product ``y`` of ``x``, which is not in fp8 then."""
+        """Add LoRA's updates of a group to its product ``y`` of ``x``, which is then not in fp8."""
         update = self.updates.get(group)
         if update is not None:
             update.add_to(y, self.reduce(group, x))
@@ -174,7 +174,7 @@ class Site:
         return self.reduced[group]
 
     def dropped(self, group: str, x: Any) -> Tensor:
-        """Return the input ``x`` of a group's updates after dropout, or in the same places its gradient."""
+        """Return the input ``x`` of a group's updates, or its gradient, with the same places dropped."""
         share = self.updates[group].dropout
         return rows.dropout(x, share, self.seeds[group]) if share else x
 
@@ -214,7 +214,7 @@ class Attended:
     rstd: Tensor
     """Reciprocal root mean square of the norm before attention, fp32 ``[T]``."""
     q: Tensor
-    """Rotated ``[T, H D]``, or ``[M, H D]``; as the product gave it if the model has norms of heads."""
+    """Rotated ``[T, H D]``, or ``[M, H D]``; the product's output if the model has head norms."""
     kv: Tensor
     """Keys and values of the row and of the prompt, joined, ``[T + K, 2 G D]``; keys as ``q``."""
     y: Tensor

@@ -21,7 +21,7 @@ GateName = Literal["tanh", "identity", "layer", "channel", "token"]
 
 @dataclass(frozen=True)
 class GateForm:
-    """One gate form; ``description`` is what a person reads."""
+    """One gate form; ``description`` is for people."""
 
     description: str
     per_head: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def join(*linears: Any) -> None:
-    """Store the layers' weights side by side in memory, unless they are; the layers keep using them."""
+    """Store the layers' weights side by side in memory, if they are not yet; the layers use them there."""
     weights = weights_of(*linears)
     if lie_side_by_side(weights):
         return

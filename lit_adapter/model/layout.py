@@ -18,7 +18,7 @@ from lit_adapter.model.config import LlamaConfig
 Shape = tuple[int, ...]
 NORM_BEFORE, NORM_BETWEEN = "input_layernorm", "post_attention_layernorm"
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-"""Norms of heads, in families that have them."""
+"""The head norms, in families that have them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Linear:
     group: str
     """Layers of one group read the same input; executors join their matrices."""
     rotated_heads: int = 0
-    """Heads of the outputs that rotary positions turn; 0 for outputs that are not rotated."""
+    """Heads of the outputs that are rotated; 0 for outputs that are not."""
 
     @property
     def projection(self) -> str:

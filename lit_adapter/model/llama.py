@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Normalised(torch.autograd.Function):
-    """``x / rms(x)`` in x's dtype. It keeps x as it is; autograd would keep it widened, and be slower."""
+    """``x / rms(x)`` in x's dtype. It keeps x in that dtype; autograd would keep fp32, and be slower."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
@@ -110,7 +110,7 @@ class Attention(nn.Module):
     def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Project ``x [..., T, C]`` to unrotated keys and values, each ``[..., G, T, D]``.
 
-        Those of a prompt too: its keys pass the norm of keys, where the model has one (see `prefix`).
+        Also used for a prompt: its keys pass the norm of keys if the model has one (see `prefix`).
         """
         k = self.heads(self.k_proj(x))
         return k if self.k_norm is None else self.k_norm(k), self.heads(self.v_proj(x))
@@ -200,7 +200,7 @@ class Llama(nn.Module):
 
     inverse_frequency: Tensor
     adapter: AdapterConfig | None = None
-    """What is attached to it."""
+    """The adapter that is attached; None without one."""
     decode_weights: Any = None
     """The model's matrices as the CPU decoding executor holds them."""
     is_sharded = False

@@ -33,7 +33,8 @@ ROWS = 8
 class LoraLinear(TrainedModule):
     """A frozen linear layer with a low-rank update.
 
-    It holds the frozen tensors under their own names, so that the model and the base's files do not know it.
+    It holds the frozen tensors under their own names, so neither the model nor the base's files need to know
+    it.
 
     Args:
         frozen: the layer it replaces.
@@ -226,7 +227,7 @@ def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]
     """Return the updates of each block by the group of `layout`, as the trained tensors are now.
 
     Groups without updates are absent. The blocks are joined together, in a few large copies. Where processes
-    share the heads of a row, the updates are of what this one computes.
+    share the heads of a row, the updates are those of the outputs that this one computes.
     """
     found: list[dict[str, JoinedLora]] = [{} for _ in model.layers]
     layout = block_layout(model.config.shard(model.n_shards))

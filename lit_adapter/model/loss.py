@@ -1,9 +1,9 @@
 """Cross-entropy at the target positions, in chunks, through a frozen output layer.
 
 Only positions with a target reach the output layer, a chunk at a time, so that no ``[tokens, vocabulary]``
-tensor ever exists. Its weight is frozen, so that weight's gradient is never formed. The gradient of the
-hidden states is computed from each chunk while its logits exist, so that the backward pass is one product;
-so are the gradients of the bias and scale that V2 may train on the output layer, ``s * (W h + b)``.
+tensor ever exists. Its weight is frozen, so its gradient is never formed. The gradient of the hidden states
+is computed from each chunk while its logits exist, so that the backward pass is one product; so are the
+gradients of the bias and scale that V2 may train on the output layer, ``s * (W h + b)``.
 """
 
 from __future__ import annotations

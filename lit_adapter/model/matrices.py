@@ -233,7 +233,7 @@ def _product(x: Operand, matrix: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Float8Product(torch.autograd.Function):
-    """A product with a frozen matrix in fp8, by PyTorch's operations alone; its backward pass is one too."""
+    """A product with a frozen matrix in fp8, by PyTorch's operations alone; so is its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Float8Matrix) -> Tensor:

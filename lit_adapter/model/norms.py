@@ -22,9 +22,9 @@ class Norms:
     """The weights of all norms of a model; or of several slots, with B as the second dimension."""
 
     wide: Tensor
-    """Of the norms before attention and MLP of each layer in turn, and of the final one ``[2 N + 1, C]``."""
+    """The norms before attention and MLP of each layer in turn, and the final one ``[2 N + 1, C]``."""
     of_heads: Tensor | None
-    """Of queries and of keys ``[N, 2, D]``; None in a model without them."""
+    """The head norms, of queries and of keys ``[N, 2, D]``; None in a model without them."""
 
     @classmethod
     def of(cls, model: Llama) -> Norms:
@@ -61,14 +61,14 @@ class SlotNorms:
         self.rows = self.base.each(
             lambda x: x.to(torch.promote_types(x.dtype, torch.float32))[:, None].repeat_interleave(n_slots, 1)
         )
-        """In fp32 at least, as trained norms are."""
+        """In fp32 at least, like trained norms."""
         self.stepper = self._framed(model, lambda weights: SlotNorm(model.config, weights))
         """The model with the norms of all slots, for steps."""
         self.reader = self._framed(model, lambda weights: TokenNorm(model.config, weights, self.reading))
         """The model with the norms of the tokens of ``reading``."""
 
     def _framed(self, model: Llama, norm: Callable[[Tensor], RMSNorm]) -> Llama:
-        """Return the model with other norms, which are made of the weights of all slots."""
+        """Return the model with its norms replaced by ones made of the weights of all slots."""
         own, rows, heads = framed(model), self.rows.wide, self.rows.of_heads
         for index, block in enumerate(own.layers):
             block.input_layernorm = norm(rows[2 * index])
@@ -80,7 +80,7 @@ class SlotNorms:
         return own
 
     def put(self, where: Tensor, norms: Norms | None) -> None:
-        """Give the slots ``where`` the norms of one model; with None those that all have at first."""
+        """Give the slots ``where`` the norms of one model; None gives them the initial ones."""
         given = norms or self.base
         for own, new in ((self.rows.wide, given.wide), (self.rows.of_heads, given.of_heads)):
             if own is not None and new is not None:
@@ -94,7 +94,7 @@ class TokenSlots:
     _last: Tensor | int
 
     def set(self, of_all: Tensor | int, of_last: Tensor | int) -> None:
-        """Say the slots of all tokens of a row ``[T]``, and those of the last tokens of its texts ``[B]``."""
+        """Set the slots of all tokens of a row ``[T]``, and those of the last tokens of its texts ``[B]``."""
         self._all, self._last = of_all, of_last
 
     def among(self, n: int) -> Tensor | int:
@@ -141,7 +141,7 @@ class SlotNorm(RMSNorm):
         return self.weights[:n]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``, whose first has the first slots."""
+        """Normalise the last dimension of ``x``; its first dimension is the first slots."""
         weights = self.weight_of(len(x))
         weights = weights.view(len(weights), *[1] * (x.dim() - 2), -1)
         return (normalised(x, self.eps) * weights).to(x.dtype)

@@ -1,7 +1,7 @@
 """Trained parts: the kinds of parameters that an adapter can consist of.
 
 A part is described by sizes alone (`TrainedPart`); attached to a model, its parameters live in modules
-(`TrainedModule`). Freezing, counting, saving, loading, the optimizer and tensor parallelism go through these
+(`TrainedModule`). Freezing, counting, saving, loading, the optimizer and tensor parallelism use only these
 two and know no part by name.
 """
 
@@ -28,7 +28,7 @@ class TrainedModule(nn.Module):
     trained: ClassVar[tuple[str, ...]]
     """The names of its trained parameters."""
     active = True
-    """Off, the module computes what the frozen base computes."""
+    """If False, the module computes what the frozen base computes."""
 
     def shard(self, rank: int, n_shards: int) -> None:
         """Use the share of process ``rank`` under tensor parallelism; the parameters stay whole."""

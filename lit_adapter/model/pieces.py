@@ -1,4 +1,4 @@
-"""What is read of prompts at a time: pieces of them, placed one after another in one row.
+"""The pieces of prompts that are read together, placed one after another in one row.
 
 A piece is a whole prompt, or some tokens of one whose earlier tokens its slot holds. Pieces of a row may have
 different adapters.
@@ -24,13 +24,13 @@ LEAST_SAVED = 64
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What is read of one prompt."""
+    """The part of one prompt that is read."""
 
     prompt: Sequence[int]
     """Its token ids, up to the end of this piece."""
     slot: int
     prefixes: Prefixes
-    """Of its adapter."""
+    """The prefixes of its adapter."""
     done: int = 0
     """How many of the tokens the slot holds already."""
 
@@ -66,11 +66,11 @@ class PieceRow:
         """Of each token its id, position and slot ``[T]``; and the last token of each piece ``[B]``."""
 
     def among(self, n: int) -> list[slice]:
-        """Return where the pieces are among ``n`` tokens: all of the row, or the last one of each piece."""
+        """Return where the pieces are among ``n`` tokens: the whole row, or the last token of each piece."""
         return self.spans if n == self.spans[-1].stop else [slice(at, at + 1) for at in range(n)]
 
     def runs(self, n: int) -> list[tuple[Prefixes, slice]]:
-        """Return where neighbours with the same adapter are among ``n`` tokens, which are as in `among`."""
+        """Return where neighbouring pieces with the same adapter are among ``n`` tokens; see `among`."""
         pairs = groupby(zip(self.pieces, self.among(n), strict=True), lambda pair: pair[0].prefixes)
         spans = [(prefixes, [span for _, span in group]) for prefixes, group in pairs]
         return [(prefixes, slice(some[0].start, some[-1].stop)) for prefixes, some in spans]
@@ -79,7 +79,8 @@ class PieceRow:
 def common_starts(pieces: Sequence[Piece]) -> list[tuple[Piece, list[Piece]]]:
     """Return the starts that prompts of one adapter have in common, each with the pieces that begin with it.
 
-    Starts that would save little are left out. At least one token of each piece is left to be read after it.
+    Starts that would save little are left out. At least one token of each piece is left to read after the
+    start.
     """
     groups: dict[Prefixes, list[Piece]] = {}
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Floating-point types: their names in files, and where arithmetic needs more than a tensor's own."""
+"""Floating-point types: their names in files, and widening where arithmetic needs more precision."""
 
 from torch import Tensor, bfloat16, float16, float32, float64
 

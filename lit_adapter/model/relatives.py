@@ -1,4 +1,4 @@
-"""What models have that look like ours and are not: one phrase each, for the line that refuses them."""
+"""What distinguishes models that are similar to a family: one phrase each, for the line that refuses them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class RopeConfig:
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
         Raises:
-            UserError: a kind that is not known, or a factor that is missing or no number.
+            UserError: an unknown kind, or a factor that is missing or not a number.
         """
         rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -107,7 +107,7 @@ class _Values:
     source: str
 
     def need(self, name: str) -> float:
-        """Return a number that has to be there."""
+        """Return a required number."""
         return self._number(name, required(self.rope, name, f"{self.source}: rope"))
 
     def get(self, name: str, default: float) -> float:

@@ -52,7 +52,7 @@ class Prefixes:
 
     @property
     def form(self) -> tuple[Hashable, ...]:
-        """What slots are made for: adapted layers, sizes, whether queries are unrotated, and norms."""
+        """What slots must fit: adapted layers, sizes, whether queries are unrotated, and norms."""
         state = self.stacked
         of_state = () if state is None else (state.k.shape, state.strength.shape, state.unrotated)
         return (self.norms is not None, self.layers, *of_state)
@@ -72,7 +72,7 @@ Form: TypeAlias = tuple[tuple[int, ...], int, bool, bool]
 
 
 class SlotPrefixes:
-    """The prefixes of every slot, in tensors that stay where they are until an adapter does not fit them.
+    """The prefixes of every slot, in tensors that are replaced only when an adapter does not fit them.
 
     A slot without a prefix has keys, values and strengths of 0, which add nothing. From the first adapter
     with norms on, every slot has norms of its own.
@@ -88,7 +88,8 @@ class SlotPrefixes:
         self.source = torch.zeros(n_slots, dtype=torch.long, device=model.embed_tokens.weight.device)
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""
         self.joined = Prefixes()
-        """Of all slots, with tensors ``[L, B, ...]``; another object once the tensors are replaced."""
+        """The prefixes of all slots, with tensors ``[L, B, ...]``; a new object whenever the tensors are
+        replaced."""
         self.form: Form = ((), 0, False, False)
         """The tensors' adapted layers and K, whether a strength of theirs differs by prompt token, and
         whether unrotated queries attend to one of them."""
@@ -114,7 +115,7 @@ class SlotPrefixes:
         self.source.copy_(moved(source, self.source.device))
 
     def _room_for(self, new: Iterable[Prefixes]) -> tuple[Prefixes, Form]:
-        """Return tensors that fit the new prefixes too, those of now or new zeros, and their form."""
+        """Return tensors that fit the new prefixes too, the current ones or new zeros, and their form."""
         new = list(new)
         if self.norms is None and any(prefixes.norms is not None for prefixes in new):
             self.norms = SlotNorms(self.model, len(self.rows))

@@ -42,9 +42,9 @@ def kept_per_token(model: LlamaConfig, size: int) -> int:
 class TilePlan:
     """Attention of some queries over a packed row of T tokens, as int32 tensors on the device.
 
-    Query n stands at position ``place[n]`` of the row and sees the positions from ``first[n]`` to itself,
-    and those from ``preamble_start[n]`` to below ``preamble_end[n]`` (the preamble its record continues).
-    Both ranges are within the window, if there is one.
+    Query n is at position ``place[n]`` of the row and sees the positions from ``first[n]`` to itself, and
+    those from ``preamble_start[n]`` to below ``preamble_end[n]`` (the preamble its record continues). Both
+    ranges are within the window, if there is one.
     """
 
     n_keys: int
@@ -130,7 +130,7 @@ def _visits(
 ) -> tuple[NDArray, NDArray]:
     """Return the tiles of keys, and the tiles of queries that see something in them, as pairs.
 
-    A pair may be there several times. A matrix of all pairs of tiles would take the host tens of milliseconds
+    A pair may occur several times. A matrix of all pairs of tiles would take the host tens of milliseconds
     for a row of 40,000 tokens.
     """
     # One entry for each segment in each tile: from its first token to the last query there, and its preamble.

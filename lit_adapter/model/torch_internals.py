@@ -44,7 +44,7 @@ def is_fsdp_part(part: Any) -> bool:
 def flash_attention_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attend with the kernel of CPUs also on the meta device, where the public function takes another one.
+    """Attend with the CPU kernel also on the meta device, where the public function uses another one.
 
     Args:
         q: ``[B, H, T, D]``.

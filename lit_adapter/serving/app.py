@@ -92,7 +92,7 @@ def _admin(request: Request) -> None:
             403, "start the server with --api-keys and a line 'admin KEY' for this", code="no_admin"
         )
     if not visit_of(request.scope).is_admin:
-        raise ApiError(403, "this needs an admin's key", code="not_admin")
+        raise ApiError(403, "this needs an admin key", code="not_admin")
 
 
 def make_app(service: Service) -> FastAPI:

@@ -57,7 +57,7 @@ def read_key(path: Path) -> str:
     if not key:
         raise UserError(f"{path}: no key; write it on a line")
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{path}: the key has other characters than those of ASCII")
+        raise UserError(f"{path}: the key has characters outside ASCII")
     return key
 
 
@@ -146,7 +146,7 @@ class ServerModels:
                     yield text.encode(errors="replace").decode()  # half a character cannot be written
             n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
         if not ended and not self._stopped:
-            raise ServerError(self.url, "the server has gone in the middle of the answer")
+            raise ServerError(self.url, "the server disconnected in the middle of the answer")
         self.cut_after = n_tokens if was_cut else None
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[bytes]:

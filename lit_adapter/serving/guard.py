@@ -129,7 +129,7 @@ class Guard:
         if self._under_way[visit.owner] >= self.limits.per_key:
             raise ApiError(
                 429,
-                f"{self.limits.per_key} requests of this key are under way; wait for one to end",
+                f"{self.limits.per_key} requests with this key are in progress; wait for one to end",
                 code="too_many_requests",
                 retry_after=1,
             )

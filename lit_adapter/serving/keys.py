@@ -49,13 +49,13 @@ class Keys:
                 raise UserError(f"{path}, line {number}: expected KEY, or {ADMIN} KEY")
             key = words[-1]
             if len(key) < LEAST:
-                raise UserError(f"{path}, line {number}: the key has less than {LEAST} characters")
+                raise UserError(f"{path}, line {number}: the key has fewer than {LEAST} characters")
             digest = hashlib.sha256(key.encode()).digest()
             if any(other.digest == digest for other in self.keys):
-                raise UserError(f"{path}, line {number}: this key is there twice; remove one")
+                raise UserError(f"{path}, line {number}: this key is given twice; remove one")
             self.keys.append(Key(number, digest, is_admin))
         if not self.keys:
-            raise UserError(f"{path}: no key; write one a line")
+            raise UserError(f"{path}: no key; write one per line")
 
     def find(self, given: str) -> Key | None:
         """Return the key that a client sends, or None. The time taken says nothing of how close it is."""

@@ -68,7 +68,7 @@ def _name_and_file(word: str) -> tuple[str, Path]:
         raise UserError(f"--adapter {shorten(word)}: expected NAME=FILE, or a file")
     if whole.exists():
         raise UserError(
-            f"--adapter {shorten(word)}: is there, and may also be the file {file} under the name {name}; "
+            f"--adapter {shorten(word)}: is a file, but may also mean the file {file} under the name {name}; "
             f"write NAME={word} or {name}=./{file}"
         )
     return name, adapter_file(file)

@@ -54,7 +54,7 @@ def _on(day: str, source: str) -> str:
     dated = NOW.sub(lambda call: _literal(then.strftime(call[1][1:-1])), source)
     dated = IS_DEFINED.sub(lambda asked: "false" if asked[1] else "true", dated)
     if "strftime_now(" in dated:
-        raise UserError("the chat template shows the date in a form that it computes; it cannot be exported")
+        raise UserError("the chat template computes the format of its date; it cannot be exported")
     return dated
 
 

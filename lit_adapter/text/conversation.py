@@ -262,11 +262,11 @@ def _why(template: Template, *, is_last: bool, no_prompt: bool) -> str:
     """Say why an answer cannot be learned, and what would help."""
     name, other = f"template '{template.kind}'", "choose another data.template"
     if no_prompt:
-        return f"{name} writes this answer elsewhere than after the prompt for one; {other}"
+        return f"{name} writes this answer elsewhere than after its prompt; {other}"
     if is_last:
         return f"{name} does not show this answer; {other}"
     return (
-        f"{name} does not keep this answer as it was when the turns after it follow; {other}, or set "
+        f"{name} renders this answer differently once later turns follow; {other}, or set "
         "data.last_answer_only true"
     )
 

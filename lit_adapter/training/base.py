@@ -67,7 +67,7 @@ class InitialAdapter:
     """The tensors and fingerprint of an initial adapter; neither where ``init_from`` names none."""
 
     state: dict[str, Tensor] | None = None
-    """None also where the file is gone: the checkpoint that is resumed has what came of it."""
+    """None also where the file is gone: the checkpoint that is resumed has the adapter trained from it."""
     sha256: str | None = None
     """The first 16 digits of its file's."""
 
@@ -93,7 +93,7 @@ def read_initial_adapter(
         return InitialAdapter()
     path = adapter_file(config.init_from)
     if saved_sha256 is not None and not path.exists():
-        say(f"{path}: is gone, and not needed: the checkpoint has what came of it")
+        say(f"{path}: is gone, but not needed: the checkpoint has the adapter trained from it")
         return InitialAdapter(sha256=saved_sha256)
     info, state = read_adapter(path)
     check_base(info, base.folder, path)

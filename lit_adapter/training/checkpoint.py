@@ -100,7 +100,7 @@ def check_contents(path: Path, checkpoint: dict[str, Any], shapes: dict[str, tup
     }
     odd = Counter(tuple(moment.shape) for moment in moments.values()) - Counter([*shapes.values()] * 2)
     if odd:
-        raise UserError(f"{path}: the optimizer has a moment of shape {list(next(iter(odd)))} too many")
+        raise UserError(f"{path}: the optimizer has an unexpected moment of shape {list(next(iter(odd)))}")
     for name, tensor in (checkpoint["state_dict"] | moments).items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: {name} is not fp32, or has NaN or infinite values")

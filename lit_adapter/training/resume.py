@@ -130,7 +130,7 @@ def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
     if saved.steps != own.steps and (schedule != "constant" or 0 < warmup < 1):
         yield (
             f"the {schedule} schedule over {counted(own.steps, 'step')} instead of {saved.steps}: "
-            f"not the run that {counted(own.steps, 'step')} from the start would be"
+            f"unlike a run of {counted(own.steps, 'step')} from the start"
         )
 
 

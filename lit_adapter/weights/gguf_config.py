@@ -46,7 +46,7 @@ def architecture_of(config: LlamaConfig, source: Path) -> str:
     lacks = {
         f"layers without rotary positions other than every fourth one (here {listed})": unrotated
         not in ((), every_fourth(config.n_layer)),
-        "norms of heads together with biases": name == "qwen3" and config.attention_bias,
+        "head norms together with biases": name == "qwen3" and config.attention_bias,
         "layers without rotary positions together with biases": name == "smollm3"
         and (config.attention_bias or config.mlp_bias),
         "LLaMA 3's scaling of rotary positions outside llama": rope.kind == "llama3" and name != "llama",

@@ -53,7 +53,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[GGUFTensor]]:
     """
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise UserError(f"{path}: is no GGUF file; {AGAIN}")
+            raise UserError(f"{path}: is not a GGUF file; {AGAIN}")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 return _Header(content).read()
@@ -145,5 +145,5 @@ class _Header:
         kind = gguf.GGMLQuantizationType(self.number("I"))
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape and shape[-1] % block:
-            raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, no multiple of {block}")
+            raise ValueError(f"tensor {name!r} has rows of {shape[-1]}, not a multiple of {block}")
         return GGUFTensor(name, kind, shape, self.number("Q"), math.prod(shape) // block * n_bytes)

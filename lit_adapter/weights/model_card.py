@@ -90,7 +90,7 @@ def _what(info: AdapterInfo) -> str:
             f"gates of form `{config.gate}`."
         )
         if config.prefix_query == "unrotated":
-            text += " Queries attend to them as they are before rotary positions."
+            text += " Queries attend to them before rotary positions are applied."
     if "linears" in config.parts:
         output = ", and on the output layer" if config.head else ""
         text += f" Norms, and a bias and scale on every linear layer{output}."

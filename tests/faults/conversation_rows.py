@@ -82,7 +82,7 @@ ROWS = [
     Row(
         FIRST, "no list", records([{"messages": 5}]), r"d\.jsonl:1: 'messages' is the number 5; expected a l"
     ),
-    Row(FIRST, "text", records([{"messages": "hi"}]), r"d\.jsonl:1: 'messages' is a text that is no JSON"),
+    Row(FIRST, "text", records([{"messages": "hi"}]), r"d\.jsonl:1: 'messages' is a text that is not JSON"),
     Row(FIRST, "a number in it", talk(U, 5), r"d\.jsonl:2: turn 2: is the number 5; expected an object"),
     Row(FIRST + 1, "two answers", talk(U, A, A), r"d\.jsonl:2: turn 3: two assistant turns in a row; join"),
     Row(
@@ -124,7 +124,7 @@ ROWS = [
         FIRST + 4,
         "arguments",
         talk(U, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}),
-        r"d\.jsonl:2: turn 2: 'arguments' is a text that is no JSON",
+        r"d\.jsonl:2: turn 2: 'arguments' is a text that is not JSON",
     ),
     Row(
         FIRST + 5,
@@ -180,7 +180,7 @@ ROWS = [
         FIRST + 9,
         "an answer elsewhere",
         template(ELSEWHERE),
-        r"d\.jsonl:\d+: turn 2: template 'jinja' writes this answer elsewhere than after the prompt",
+        r"d\.jsonl:\d+: turn 2: template 'jinja' writes this answer elsewhere than after its prompt",
     ),
     Row(
         FIRST + 9,

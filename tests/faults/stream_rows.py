@@ -33,13 +33,13 @@ ROWS = [
         193,
         "duplicates",
         streamed("--data.drop_duplicates", "true"),
-        r"data\.stream true and data\.drop_duplicates exclude each other: it needs to know all records",
+        r"data\.stream true and data\.drop_duplicates exclude each other: the second needs all records",
     ),
     Row(
         194,
         "no length",
         streamed("--optim.max_steps", "null", "--optim.batch_size", "null"),
-        r"data\.stream true needs optim\.max_steps and optim\.batch_size: how many records a stream has",
+        r"data\.stream true needs optim\.max_steps and optim\.batch_size: the length of a stream",
     ),
     Row(
         195,
@@ -59,12 +59,12 @@ ROWS = [
         streamed("--optim.row_tokens", 100, "--data.max_length", 200),
         r"optim\.row_tokens is 100, but a record of a stream may take 199 tokens of a row; raise it, or low",
     ),
-    Row(202, "text as an answer", asked(U, "Hello"), r"d\.jsonl:1: 'completion' is a text that is no JSON"),
-    Row(202, "messages as an answer", asked("Hi", A), r"d\.jsonl:1: 'prompt' is a text that is no JSON"),
+    Row(202, "text as an answer", asked(U, "Hello"), r"d\.jsonl:1: 'completion' is a text that is not JSON"),
+    Row(202, "messages as an answer", asked("Hi", A), r"d\.jsonl:1: 'prompt' is a text that is not JSON"),
     Row(
         202,
         "another language",
         asked(str(U), str(A)),
-        r"d\.jsonl:1: 'prompt' is a text that is no JSON: Expecting property name enclosed in double quotes",
+        r"d\.jsonl:1: 'prompt' is a text that is not JSON: Expecting property name enclosed in double quotes",
     ),
 ]

@@ -43,11 +43,11 @@ class Prefix:
     by_token: bool = False
     """Whether ``strength`` is that of prompt tokens."""
     unrotated: bool = False
-    """Whether queries attend to the prompt as they were before rotation."""
+    """Whether queries attend to the prompt as they were before they were rotated."""
     dropout: float = 0.0
     """The share of the attention weights that is dropped."""
     seed: int = 0
-    """Decides which, below 2**31."""
+    """The seed that decides which weights are dropped, below 2**31."""
 
 
 def _sizes(k: Tensor, D: int, H: int, queries: int = QUERY_TILE, keys: int = KEY_TILE) -> dict[str, Any]:

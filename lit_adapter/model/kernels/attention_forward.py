@@ -30,7 +30,7 @@ def kernel(function: Any) -> Any:
 
 @triton.jit
 def load_queries(place, first, preamble_start, preamble_end, m, n_queries, TILE: tl.constexpr):
-    """Return a tile's queries: numbers, which are real, positions, and the limits of what they see."""
+    """Return a tile's queries: numbers, which of them are real, positions, and limits of what they see."""
     n = m * TILE + tl.arange(0, TILE)
     live = n < n_queries
     # Surplus queries of a tile have position -1, which sees nothing.

@@ -15,11 +15,11 @@ from triton.errors import TritonError
 from lit_adapter.model.executors import KernelError
 
 LAUNCHED = "Triton Error [CUDA]"
-"""Begins the messages of the CUDA driver, about a kernel that has been compiled."""
+"""The beginning of the CUDA driver's messages, which are about a kernel that has been compiled."""
 
 
 class Entry:
-    """A compiled function that Python launches as ``entry[grid](...)``, as Triton has it.
+    """A compiled function that Python launches as ``entry[grid](...)``, like Triton's own.
 
     A launch raises `KernelError` where the kernel cannot be compiled for its arguments, or needs more than
     the device has.

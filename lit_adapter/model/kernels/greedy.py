@@ -1,4 +1,4 @@
-"""The likeliest token of each text, and what its next step starts from, in one launch.
+"""Chooses the likeliest token of each text and prepares its next step, in one launch.
 
 Tensors are contiguous and on one CUDA device.
 

@@ -1,6 +1,6 @@
-"""Norms of heads: queries and keys of each head are normed, and rotated in the same pass; and the gradient.
+"""Head norms: queries and keys of each head are normed and rotated in one pass; and their gradient.
 
-A head's ``D`` numbers are read as two halves, the pairs that rotary positions turn.
+A head's ``D`` numbers are read as two halves: rotary positions rotate pairs of one number from each.
 """
 
 from __future__ import annotations

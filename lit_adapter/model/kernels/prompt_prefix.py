@@ -1,4 +1,4 @@
-"""The gated prefixes of prompts in one row, each its own; `attention` adds one prefix to the whole row.
+"""The gated prefixes of prompts in one row, a different one for each; `attention` adds one to a whole row.
 
 Letters: T tokens of the row, M queries, H query heads, G key/value heads, D head size, K prompt length.
 """
@@ -24,7 +24,7 @@ QUERIES = 64
 
 
 def plan(spans: Sequence[slice], slots: Sequence[int], device: torch.device) -> Tensor:
-    """Return what each program of a head handles: its first query, the last one's next, and their slot.
+    """Return what each program of a head handles: its first query, the end of its queries, and their slot.
 
     Args:
         spans: of the queries of each text, one after another.

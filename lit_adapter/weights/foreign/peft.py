@@ -64,7 +64,7 @@ class Peft(Format):
         if "norms" in config.parts:
             what = "a V2 adapter" if "linears" in config.parts else "an adapter with norms"
             raise UserError(
-                f"PEFT's AdaptionPrompt has no norms, biases and scales, so it cannot hold {what}; "
+                f"PEFT's AdaptionPrompt has no norms, biases or scales, so it cannot hold {what}; "
                 "use --to litgpt, or scripts/merge.py if the adapter has no prompts"
             )
         if "lora" in config.parts:

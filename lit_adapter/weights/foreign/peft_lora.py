@@ -84,7 +84,7 @@ class PeftLora(Format):
             raise UserError("the adapter has no LoRA; write its prompts with --to peft")
         if config.prompt_length or set(config.parts) - {"prefix", "lora"}:
             raise UserError(
-                "PEFT's LoRA has no prompts, norms, biases and scales, so it cannot hold this adapter"
+                "PEFT's LoRA has no prompts, norms, biases or scales, so it cannot hold this adapter"
             )
 
     def write(self, adapter: PlainAdapter, model: LlamaConfig) -> State:
