@@ -148,7 +148,7 @@ def test_what_the_server_refuses_is_told(
         assert talk.messages == []
     with pytest.raises(UserError, match="cannot reach a server there: Connection refused"):
         talk.take("Say it.")
-    for content, message in (("# none\n", "no key"), ("kéy\n", "other characters")):
+    for content, message in (("# none\n", "no key"), ("kéy\n", "characters outside ASCII")):
         mine.write_text(content)
         with pytest.raises(UserError, match=message):
             read_key(mine)

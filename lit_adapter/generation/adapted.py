@@ -1,4 +1,4 @@
-"""What Python users hold: a base with its adapter, ready to be prompted.
+"""The object that Python users hold: a base with its adapter, ready to be prompted.
 
 import lit_adapter
 model = lit_adapter.load(adapter="out/run/adapter.safetensors")
@@ -47,17 +47,17 @@ class AdaptedLlama:
     """A base, with or without an adapter, its tokenizer and the template it is prompted with.
 
     Every method may be called from several threads, on this object and on others of the same base: each
-    request has its own adapter, and those under way at the same time are answered together. One iterator of
-    `stream` belongs to one thread. A process forked after loading cannot use it, because PyTorch's threads do
-    not survive a fork and a computation would wait for them for ever: every method raises UserError there.
-    Load in the forked process, or start it by ``spawn``.
+    request has its own adapter, and requests in progress at the same time are answered together. One iterator
+    of `stream` belongs to one thread. A process forked after loading cannot use it, because PyTorch's threads
+    do not survive a fork and a computation would wait for them forever: every method raises UserError there.
+    Load the model in the forked process, or start the process with ``spawn``.
 
     Args:
         model: with its adapter attached, if it has one.
         tokenizer: the base's.
         template: what tasks are rendered with.
         loaded: the base that others share; None for a model whose adapter may still be trained: every call
-            takes it as it is then.
+            uses its current state.
         source: the adapter's file, if it has one.
     """
 
@@ -95,7 +95,7 @@ class AdaptedLlama:
 
     @property
     def base_name(self) -> str:
-        """The folder of the base, without those above it."""
+        """The name of the base's folder."""
         return self._shared().folder.resolve().name
 
     @property
@@ -110,7 +110,7 @@ class AdaptedLlama:
         ``path`` is an ``adapter.safetensors`` or a run's folder.
 
         Raises:
-            UserError: a file that is missing, damaged, or of another base; a ``path`` that is none.
+            UserError: a file that is missing, damaged, or of another base; a ``path`` that is not a path.
         """
         path, loaded = adapter_file(arguments.path("path", path)), self._shared()
         info, state = read_adapter(path)
@@ -143,10 +143,10 @@ class AdaptedLlama:
                   from 0, which is off, to 1.
                 - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
                   before; above 0, 1 is off (arXiv 1909.05858).
-                - ``frequency_penalty`` (0.0): subtract this from a token's logit for each time the answer has
-                  it; -2 to 2.
-                - ``presence_penalty`` (0.0): subtract this from the logits of tokens that the answer has;
-                  -2 to 2.
+                - ``frequency_penalty`` (0.0): subtract this from a token's logit for each time it occurs in
+                    the answer; -2 to 2.
+                - ``presence_penalty`` (0.0): subtract this from the logits of tokens that occur in the
+                    answer; -2 to 2.
                 - ``seed`` (0): seed of the random numbers; 0 to 2**64 - 1. The same one gives the same text,
                   alone or in a batch.
                 - ``stop`` (none): one text, or several, that end the answer; they are not part of it.
@@ -172,16 +172,16 @@ class AdaptedLlama:
         """Answer the last message of a conversation.
 
         Keys and values of the conversation stay in memory: a call whose messages begin with those of an
-        earlier one goes on from there. `forget` frees them.
+        earlier one continues from there. `forget` frees them.
 
         Args:
             messages: objects with ``role`` (system, user, assistant or tool) and ``content``, as in OpenAI's
                 interface; the last one is not the assistant's.
-            tools: what the assistant may call, for templates that show it; None for nothing.
+            tools: what the assistant may call, for templates that show it; None for no tools.
             **sampling: the settings of `generate`.
 
         Raises:
-            UserError: as `generate`; a message that is malformed, or that the template has no place for.
+            UserError: as `generate`; a message that is malformed or that the template cannot show.
         """
         return "".join(self.stream_chat(messages, tools=tools, **sampling))
 
@@ -214,7 +214,7 @@ class AdaptedLlama:
         )
 
     def spare_device(self) -> None:
-        """Keep in the host's memory what likelihoods alone need of its adapter; they take longer then."""
+        """Keep in the host's memory what only likelihoods need of its adapter; they then take longer."""
         if self.adapter.model is not self.model:
             keep_on_host(self.model)
 
@@ -276,9 +276,9 @@ class AdaptedLlama:
         """Continue many texts together, without a template.
 
         Args:
-            prompts: token ids of each text, BOS included if it shall have one.
-            begun: the first tokens of each answer, fewer than ``max_new_tokens``, where they are known
-                already; they belong to the answer. None for none.
+            prompts: token ids of each text, including BOS if it should have one.
+            begun: the first tokens of each answer, fewer than ``max_new_tokens``, if they are already known;
+                they belong to the answer. None for none.
             batch_size: as in `generate_batch`.
             finished: as in `generate_batch`.
             stopped: as in `generate_batch`.
@@ -317,8 +317,8 @@ class AdaptedLlama:
             its ``probability`` (its likelihood divided by the sum of all choices').
 
         Raises:
-            UserError: an empty instruction; fewer than two choices, or one that is empty, repeated, too
-                long or no text.
+            UserError: an empty instruction; fewer than two choices, or one that is empty, repeated, too long
+                or not a text.
         """
         return self.choose_batch([(instruction, input)], choices=choices)[0]
 
@@ -358,7 +358,7 @@ class AdaptedLlama:
         """Return the logits ``[B, T, V]``, fp32, of token ids ``[B, T]`` without a template.
 
         Raises:
-            UserError: ``ids`` is no such tensor, is longer than the base's context, or holds an id that is
+            UserError: ``ids`` is not such a tensor, is longer than the base's context, or holds an id that is
                 not in the vocabulary.
         """
         self.engine.refuse_fork()

@@ -1,4 +1,4 @@
-"""An adapter as a value: bound to a base, and chosen by each request. The base never changes for it."""
+"""An adapter as a value: bound to a base, which it never changes, and chosen by each request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_adapter.model.slot_prefixes import Prefixes
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a request is answered with."""
+    """The adapter that a request is answered with."""
 
     model: Llama
     """Computes its requests; requests with the same model are answered together."""
@@ -73,10 +73,10 @@ def _is_computed_alike(model: Llama, base: Llama) -> bool:
     if form in known:
         return True
     executor = choose(model, "decoding")
-    # What can be computed fast with an adapter can be without; the base is looked at only otherwise.
+    # What can be computed fast with an adapter can also be without it; only otherwise look at the base.
     if executor.why_not_fast is None or executor == choose(base, "decoding"):
         known.add(form)
-    return form in known  # no is not kept: it may be due to the memory that is free now
+    return form in known  # a no is not kept: it may be due to the memory that is free now
 
 
 def _own_kinds(model: nn.Module, base: nn.Module) -> set[type[nn.Module]]:

@@ -17,7 +17,7 @@ class AnswerText:
         self.decoder = StreamDecoder(tokenizer)
         self.stop, self.held, self.stopped = stop, "", False
         self.text = ""
-        """All that was returned, and what ``begun``, the answer's first tokens, says."""
+        """All text returned so far, after that of ``begun``, the answer's first tokens."""
         for token in begun:
             self.text += self.push(token)
 

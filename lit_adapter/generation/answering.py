@@ -1,4 +1,4 @@
-"""Answers for the command line: one as it is generated, two side by side, or a file of them."""
+"""Answers for the command line: one, streamed; two, side by side; or a file of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lit_adapter.weights.adapter_file import base_identity, base_of
 from lit_adapter.weights.base_content import check_content
 
 COLUMN_WIDTH = 48
-"""Below this width of a column, two answers stand one under the other."""
+"""Below this column width, two answers are printed one under the other."""
 CHOICE_COLUMNS = ("probabilities", "log_likelihoods")
 
 
@@ -60,7 +60,7 @@ class ModelChoice:
     verify: bool
 
     def load(self, dtype: str | torch.dtype | None = None) -> AdaptedLlama:
-        """Load it, in ``dtype`` where the choice leaves that open; None lets `load` choose."""
+        """Load it, in ``dtype`` if the choice leaves that open; None lets `load` choose."""
         dtype = dtype if self.dtype in (None, "auto") else self.dtype
         model = load(self.adapter, self.base, device=self.device, dtype=dtype, template=self.template)
         if self.verify:
@@ -89,7 +89,7 @@ def stream(model: AdaptedLlama, task: Task, sampling: Sampling, out: TextIO) -> 
     """Write an answer to ``out`` as it is generated.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
+        BrokenPipeError: nobody reads ``out`` any more.
     """
     _write(model.stream(*task, **asdict(sampling)), out)
 
@@ -187,7 +187,7 @@ def answer_file(
 
 
 def _ids(model: AdaptedLlama, prompt: Prompt) -> list[int]:
-    """Return the token ids of a prompt, as the model's template has it."""
+    """Return the token ids of a prompt, rendered with the model's template."""
     if prompt.messages:
         return prompt_of(model.tokenizer, model.template, prompt.messages, prompt.tools)
     return model.template.encode_prompt(model.tokenizer, prompt.instruction, prompt.input)

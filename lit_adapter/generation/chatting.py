@@ -19,7 +19,7 @@ def as_messages(given: Iterable[Said], name: str = "messages") -> list[Message]:
     """Return the messages of a conversation that is to be answered.
 
     Raises:
-        WrongTypeError: it is no list of messages.
+        WrongTypeError: it is not a list of messages.
         UserError: it is empty, a message is malformed, or the last one is the assistant's.
     """
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
@@ -44,7 +44,7 @@ def prompt_of(
     """Return the token ids of a conversation that is to be answered.
 
     Raises:
-        UserError: as `as_messages`, or the template cannot write it.
+        UserError: as `as_messages`, or the template cannot render it.
     """
     given = tools_of(list(tools or ()), "tools", name)
     return encode_prompt(tokenizer, template, as_messages(messages, name), given)

@@ -6,7 +6,7 @@ The probability of choice c is its likelihood divided by the sum over all choice
 
 The tokens are those that training learns for this answer, the end token included. Nothing is divided by the
 answer's length: with their end tokens the choices exclude each other, so these are the model's own
-probabilities, given that it answers with one of the choices.
+probabilities, given that its answer is one of the choices.
 
 A task's prompt is computed once: each choice is a segment that continues it, as records continue a preamble.
 """
@@ -40,7 +40,7 @@ class ScoredChoice:
     log_likelihood: float
     """Natural logarithm of the probability of the whole answer, its end token included."""
     probability: float
-    """Among the choices: theirs add up to 1."""
+    """Its probability among the choices; these add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EncodedChoices:
 
     prompt: list[int]
     answers: list[list[int]]
-    """Of each choice: its tokens and the end token."""
+    """The tokens of each choice, with the end token."""
 
 
 def encode_choices(
@@ -77,16 +77,16 @@ def encode_choices(
 
 @dataclass(frozen=True)
 class TextLikelihood:
-    """What a model gives the scored tokens of a text."""
+    """How likely a model finds the scored tokens of a text."""
 
     log_likelihood: float
     """Their sum, in nats."""
     n_tokens: int
     n_greedy: int
-    """How many of them, from the first, are the likeliest token at their place: greedy decoding's answer
-    begins with these."""
+    """How many of them, from the first on, are the likeliest token at their position: the answer of greedy
+    decoding begins with these."""
     then: int
-    """The token that greedy decoding has after these; -1 if they are all there are."""
+    """The token that greedy decoding chooses after these; -1 if they are all of the scored tokens."""
 
     @property
     def is_greedy(self) -> bool:
@@ -111,7 +111,7 @@ def likelihoods(
         if not values.isfinite().all():
             raise NonFiniteLogitsError()
         for text in np.unique(owner).tolist():
-            mine = torch.from_numpy(owner == text)  # in the order of the text: its start comes before it
+            mine = torch.from_numpy(owner == text)  # in the order of the text: a shared start first
             unlike = (likeliest[mine] != row.target_id[mine]).nonzero()
             n_greedy = int(unlike[0]) if len(unlike) else int(mine.sum())
             then = int(likeliest[mine][n_greedy]) if len(unlike) else -1

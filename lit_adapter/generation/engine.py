@@ -22,8 +22,8 @@ Answers = Generator[tuple[int, int | None], None, None]
 class Engine:
     """Takes the steps of all requests, from any thread: whoever waits for an answer drives all of them.
 
-    A lane is dropped with its last request, and its cache with it, unless it holds what later requests may go
-    on from (`Request.resumes`), or `reserve` keeps it.
+    A lane is dropped with its last request, and its cache with it, unless it holds something that later
+    requests may continue from (`Request.resumes`), or `reserve` keeps it.
     """
 
     prompt_tokens: int | None = None
@@ -38,7 +38,7 @@ class Engine:
         self._process = os.getpid()
 
     def refuse_fork(self) -> None:
-        """Refuse to compute in a process forked from the one that made this: it would wait for ever.
+        """Refuse to compute in a process forked from the one that made this engine: it would wait forever.
 
         PyTorch's threads do not survive a fork, but the child believes that they are there.
 
@@ -66,8 +66,8 @@ class Engine:
         """Take a step, or wait for the end of the one that another thread is taking.
 
         A step reads the prompts that wait, or gives every live request its next token, in each lane. An error
-        ends the requests concerned and is left to them. Only an interrupt of this thread is raised; it ends
-        all requests under way, because it may have left a cache half written.
+        ends the affected requests and is stored in them. Only an interrupt of this thread is raised; it ends
+        all requests in progress, because it may have left a cache half written.
         """
         if self._lock.locked():
             with self._lock:  # another thread's step has ended
@@ -97,14 +97,14 @@ class Engine:
             lane.advance(self.prompt_tokens)
 
     def _fail_all(self) -> None:
-        """End every request that a lane has with an error of its own."""
+        """End every request of every lane, each with an error of its own."""
         for lane in self._lanes.values():
             for request in (*lane.waiting, *lane.reading, *lane.live):
                 request.fail(RuntimeError("generation was interrupted in another thread; ask again"))
             lane.forget()
 
     def cancel(self, request: Request) -> None:
-        """End a request; its slot is free at once, and what its owner has not taken is dropped."""
+        """End a request; its slot is free at once, and tokens that its owner has not taken are dropped."""
         request.ended = True
         request.news.clear()
         request.likelihoods.clear()
@@ -127,7 +127,7 @@ class Engine:
             ``(index of the request, token)`` as tokens come, then ``(index, None)`` at its end.
 
         Raises:
-            UserError: ``batch_size`` is no whole number, or below 1.
+            UserError: ``batch_size`` is not a whole number, or below 1.
             BaseException: the error of a request; the others are then cancelled, as when this is closed.
         """
         batch_size = check_batch_size(batch_size)
@@ -169,7 +169,7 @@ class Engine:
 
 
 def lane_class(model: Llama) -> type[Lane]:
-    """Return what takes a model's steps."""
+    """Return the class that takes a model's steps."""
     on_cuda = model.embed_tokens.weight.device.type == "cuda"
     # A graph keeps the addresses of matrices; those of a sharded model are gathered elsewhere each time.
     return GraphLane if on_cuda and not model.is_sharded else Lane

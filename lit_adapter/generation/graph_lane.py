@@ -1,8 +1,8 @@
 """A lane on CUDA: a whole step is one captured graph, and the device runs ahead of whoever reads.
 
-Tokens, positions and everything else that a step needs stay on the device. While the host hands on the
-tokens of one step, the device computes the next; what it computes for a request that had ended is discarded.
-Capturing a step takes no longer than launching its kernels once, so that no answer is too short for it.
+Tokens, positions and everything else that a step needs stay on the device. While the host passes on the
+tokens of one step, the device computes the next; what it computes for a request that has ended is discarded.
+Capturing a step takes no longer than launching its kernels once, so no answer is too short for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_adapter.model.slot_prefixes import Prefixes
 LONG = 4 * 10**12
 """Prompt tokens times weights that keep the device busy for longer than the host needs to capture a step."""
 LEAST_USED = 256
-"""Fewest keys that a graph of the modules attends to; larger numbers are its doubles."""
+"""Fewest keys that a graph of the modules attends to; larger numbers double it."""
 
 
 class _Kind(NamedTuple):
@@ -47,13 +47,13 @@ class GraphLane(Lane):
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
-        """Of the newest tokens, in their texts and in their answers."""
+        """The positions of the newest tokens, in their texts and in their answers."""
         self.keys = new(0, 0, dtype=torch.long, device=self.device)
         """The random keys of every slot's answer."""
         self.graphs: dict[_Kind, Callable[[], None]] = {}
         self.prefixes: Prefixes | None = None  # those that the graphs read
         self.ahead: tuple[list[tuple[int, Request]], Landing] | None = None
-        """The step that the device takes while the host hands on the tokens of the step before."""
+        """The step that the device takes while the host passes on the tokens of the step before."""
 
     @property
     def has_kernels(self) -> bool:
@@ -61,7 +61,7 @@ class GraphLane(Lane):
         return self.executor_name == "CUDA decoding"
 
     def _go_on_with_modules(self, error: KernelError) -> None:
-        """Do the same; a step that the device has begun is whole, and its tokens are still handed on."""
+        """Do the same; a step that the device has begun completes, and its tokens are still passed on."""
         super()._go_on_with_modules(error)
         self.graphs.clear()
 
@@ -91,7 +91,7 @@ class GraphLane(Lane):
                 self.keys[slot, : len(request.keys)] = request.keys.to(self.device)
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
-        """Choose the first tokens of new requests, from which their steps go on."""
+        """Choose the first tokens of new requests, from which their steps continue."""
         new = [self.slots[slot] for slot in slots]
         n_weights = sum(parameter.numel() for parameter in self.model.parameters())
         n_tokens = sum(len(request.prompt) for request in new)
@@ -104,11 +104,11 @@ class GraphLane(Lane):
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
 
     def _step(self) -> None:
-        """Hand on the tokens of one step, and start the step after it."""
+        """Pass on the tokens of one step, and start the step after it."""
         if not self.live:
             return
         requests, landing = self.ahead or self._launch()
-        read = {request for _, request in requests}  # each of them has one token that was not handed on yet
+        read = {request for _, request in requests}  # each has one token that was not passed on yet
         wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
         tokens, scores = landing.wait()
@@ -145,7 +145,7 @@ class GraphLane(Lane):
         return self.graphs[kind]
 
     def _used(self, needed: int) -> int:
-        """Return how many keys a graph attends to, of which ``needed`` are there."""
+        """Return how many keys a graph attends to, given that ``needed`` are in use."""
         if self.has_kernels:
             return self.executor.cache.length
         size = LEAST_USED
@@ -171,7 +171,7 @@ class GraphLane(Lane):
         torch.clamp(token, min=0, out=self.token)
         if past is not None:
             past.add(torch.arange(len(token), device=self.device), self.token)
-        # Slots without a request go on counting, within their room, until they are filled.
+        # Slots without a request keep counting, within their length, until they are filled.
         torch.minimum(self.place + 1, self.last_place, out=self.place)
 
 

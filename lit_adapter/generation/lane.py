@@ -35,7 +35,7 @@ class Lane:
     executor: Any = None
     """Has the cache; None before the first request."""
     past: Past | None = None
-    """Of every slot; None before a request with a penalty or a bias."""
+    """The past of every slot; None before a request with a penalty or a bias."""
 
     def __init__(self, model: Llama) -> None:
         self.model, self.executor_name = model, choose_executor(model, "decoding").name
@@ -44,7 +44,7 @@ class Lane:
         self.slots: list[Request] = []
         """The requests of the slots that were ever filled; an ended one leaves its slot to others."""
         self.reading: list[Request] = []
-        """Those whose prompts are not wholly in their slots yet, in their order."""
+        """Requests whose prompts are not completely in their slots yet, in their order."""
         self._left: list[Request] = []
         """Requests that may keep their slots, the earliest first."""
 
@@ -63,7 +63,7 @@ class Lane:
 
     @property
     def holds(self) -> bool:
-        """Whether ended requests have left something that later ones may go on from."""
+        """Whether ended requests have left something that later ones may continue from."""
         return any(request.resumes for request in self.slots)
 
     def forget(self) -> None:
@@ -74,7 +74,7 @@ class Lane:
     def advance(self, most: int | None = None) -> None:
         """Read the waiting prompts, or give every live request its next token.
 
-        An error ends the requests that were being computed; it is left to their owners.
+        An error ends the requests that were being computed; their owners are given it.
 
         Args:
             most: how many tokens of prompts to read while other requests are live, which then have their next
@@ -100,9 +100,9 @@ class Lane:
                     request.fail(error)
 
     def _compute(self, work: Callable[[], None]) -> None:
-        """Do some work, and again by the modules if a kernel of it turns out not to compile.
+        """Do some work, and repeat it by the modules if one of its kernels turns out not to compile.
 
-        What the slots held before is still right: the work writes only behind it.
+        What the slots held before is still right: the work writes only after it.
         """
         reading, lengths = [*self.reading], {request: request.length for request in self.reading}
         try:
@@ -115,14 +115,14 @@ class Lane:
             work()
 
     def _go_on_with_modules(self, error: KernelError) -> None:
-        """Let the modules compute the rest of all answers, from what the slots hold."""
+        """Let the modules compute the rest of all answers, continuing from what the slots hold."""
         go_on_without_kernels(self.model, error)
         self.executor_name = "modules"
         if self.executor is not None:
             self.executor = ModuleDecode.in_place_of(self.executor)
 
     def _place(self, new: list[Request]) -> None:
-        """Give slots to requests, with what other slots hold of the prompts that `Request.resumes`."""
+        """Give slots to requests; those with `Request.resumes` get what other slots hold of their prompts."""
         shared = [self._longest_shared(request) for request in new]
         slots = self._slots_for(new, shared)
         longest = max(len(request.prompt) + request.settings.max_new_tokens for request in new)
@@ -172,7 +172,7 @@ class Lane:
         return (slot, n) if n >= LEAST_SHARED else (0, 0)
 
     def _slots_for(self, new: list[Request], shared: list[tuple[int, int]]) -> list[int]:
-        """Return a slot for each request: the one it goes on from, if that loses little, or a free one."""
+        """Return a slot for each request: the one that it resumes, if that loses little, or a free one."""
         chosen: list[int | None] = []
         for source, n in shared:
             is_own = n and source not in chosen and self.slots[source].ended
@@ -213,7 +213,7 @@ class Lane:
             self.past = Past(*(enlarged(own, n_slots) for own in vars(self.past).values()))
 
     def executor_class(self) -> Callable[[Llama, int, int], Any]:
-        """Return what computes this lane's model."""
+        """Return the class that computes this lane's model."""
         if self.executor_name == "CUDA decoding":
             # Imported here: it needs Triton, which CUDA builds of torch bring.
             from lit_adapter.model.fused_decode import FusedDecode
@@ -244,7 +244,7 @@ class Lane:
     def _first_slots(self) -> list[Request]:
         """Move live requests to the first slots, so that no step computes a free one, and return them.
 
-        One that is cancelled from now on is computed once more: the step's slots stay as they are.
+        A request that is cancelled from now on is computed once more: the step's slots stay as they are.
         """
         live = [slot for slot, request in enumerate(self.slots) if self._is_live(request)]
         n_live = len(live)

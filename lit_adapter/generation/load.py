@@ -43,10 +43,10 @@ def load(
             adapter's folder or of one above it, of ``$LIT_ADAPTER_HOME``, of the working directory, or of the
             checkout of this package.
         device: ``cpu`` or ``cuda``, which CUDA_VISIBLE_DEVICES chooses; by default CUDA where there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, which is
-            faster for one request at a time, and otherwise bf16 where the device multiplies it faster.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default fp32 on a CPU with memory for it, where
+            that is faster for one request at a time, and otherwise bf16 if the device multiplies it faster.
         template: prompt template of a plain base (``alpaca`` by default); an adapter brings its own.
-        verify: compare every byte of the base with its checksums, also where its files look unchanged.
+        verify: compare every byte of the base with its checksums, even if its files look unchanged.
 
     Returns:
         A model that several threads may use; a process forked after loading cannot (`AdaptedLlama`).
@@ -83,7 +83,7 @@ def load(
 
 
 def _check_kinds(adapter: Any, base: Any, device: Any, dtype: Any, template: Any) -> None:
-    """Refuse arguments of `load` of other types than it takes."""
+    """Refuse arguments of `load` that have the wrong type."""
     for name, value in (("adapter", adapter), ("base", base)):
         if value is not None:
             arguments.path(name, value)

@@ -1,4 +1,4 @@
-"""A terminal's partner in this process: adapters on one base, which are loaded as they are named."""
+"""A terminal's partner in this process: adapters on one base, loaded when they are named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lit_adapter.generation.adapted import AdaptedLlama
 
 LEAST_ANSWER = 16
-"""Tokens of the context that an answer must have, or the conversation is too long."""
+"""Tokens of the context that must be left for an answer; otherwise the conversation is too long."""
 
 
 class LoadedModels:
@@ -22,7 +22,7 @@ class LoadedModels:
 
     Args:
         model: answers first.
-        name: of its adapter, as its user gave it; None for the plain base.
+        name: of its adapter, as the user gave it; None for the plain base.
     """
 
     cut_after: int | None = None

@@ -30,7 +30,7 @@ from lit_adapter.text.conversation import Message
 BATCHES_PER_GROUP = 4
 """More leaves fewer slots idle at the end of a group, and loses more answers when the run is killed."""
 OTHER_SUFFIXES = {*SUFFIXES, ".txt"} - {".jsonl", ".ndjson"}
-"""Of formats that answers are not written in."""
+"""Suffixes of formats in which answers are not written."""
 STANDARD_INPUT = Path("-")
 
 
@@ -43,9 +43,9 @@ class Prompt:
     origin: str
     """``file:line``, for messages."""
     row: Mapping[str, Any]
-    """What the answer's row begins with: the file's columns, without those of answers."""
+    """The first columns of the answer's row: those of the file, without those of answers."""
     messages: Sequence[Message] = ()
-    """Of a conversation, which has them in place of instruction and input."""
+    """The messages of a conversation, which has them instead of instruction and input."""
     tools: Sequence[Mapping[str, Any]] = ()
     """What the assistant of a conversation may call."""
 
@@ -173,7 +173,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise UserError(f"{out}: already there; choose another --output, or replace it with --overwrite")
     partial = _partial(out)
     with reading(partial):
-        if partial.exists() and not partial.is_file():  # reading a pipe would wait for ever
+        if partial.exists() and not partial.is_file():  # reading a pipe would wait forever
             raise UserError(f"{partial}: not a regular file; remove it, or choose another --output")
 
 
@@ -210,7 +210,7 @@ class Answers:
             **{key: settings[key] for key in ("dtype", "device") if key in settings},
         }
         self.lines = self._read(keep_other=not overwrite)
-        """Those of the prompts, from the first one, that have their answer."""
+        """The finished answers, those of the first prompts."""
         if len(self.lines) < len(prompts):
             del self.lines[len(self.lines) // group * group :]
 
@@ -258,7 +258,7 @@ class Answers:
                 f"{self.path}: an unfinished run with {other}; run it with those, "
                 "choose another --output, or start again with --overwrite"
             )
-        # There are fewer lines than prompts where the run stopped midway.
+        # There are fewer lines than prompts if the run stopped midway.
         for number, (prompt, line) in enumerate(zip(self.prompts, lines, strict=False)):
             if not _answers(prompt, line):
                 raise UserError(

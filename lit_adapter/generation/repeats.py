@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 FEWEST_COPIES, FEWEST_CHARACTERS = 3, 60
-"""Of a repeated end: copies, and characters in all of them together."""
+"""Fewest copies in a repeated end, and fewest characters of all copies together."""
 REPEATS = " \u2026 repeats"
 
 

@@ -19,7 +19,7 @@ from lit_adapter.model.config import LlamaConfig
 
 
 class NonFiniteLogitsError(UserError):
-    """NaN or infinite logits: of a damaged file, or of an adapter whose training has failed."""
+    """NaN or infinite logits, due to a damaged file or to an adapter whose training has failed."""
 
     def __init__(self) -> None:
         super().__init__("the model's logits are NaN or infinite; the base or the adapter is damaged")
@@ -49,7 +49,7 @@ def check_batch_size(given: Any) -> int:
     """Return a batch size as Python's integer.
 
     Raises:
-        UserError: it is below 1, or no whole number (a TypeError too).
+        UserError: it is below 1, or not a whole number (a TypeError too).
     """
     batch_size = whole_number("batch_size", given)
     if batch_size < 1:
@@ -98,15 +98,16 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the answer, in addition to those of the settings."""
     resumes: bool = False
-    """Whether it goes on from what a slot holds of its prompt, and leaves its own slot to later requests."""
+    """Whether it continues from what a slot holds of its prompt, and leaves its own slot to later
+    requests."""
     bias: Mapping[int, float] = field(default_factory=dict)
     """What is added to the logits of some ids."""
     most_likely: int | None = None
-    """Of how many tokens the likelihoods are wanted beside the chosen one's; None for none at all."""
+    """How many tokens' likelihoods are wanted beside the chosen one's; None for none at all."""
     news: deque[int] = field(default_factory=deque, init=False)
     """Tokens of the answer that its owner has not taken yet."""
     likelihoods: deque[TokenLikelihood] = field(default_factory=deque, init=False)
-    """Those of ``news``, if ``most_likely`` asks for them."""
+    """The likelihoods of ``news``, if ``most_likely`` asks for them."""
     answer: list[int] = field(default_factory=list, init=False)
     """The tokens of the answer so far."""
     ended: bool = field(default=False, init=False)
@@ -118,7 +119,7 @@ class Request:
     length: int = field(default=0, init=False)
     """Tokens in the cache."""
     computed: int = field(default=0, init=False)
-    """Tokens of its prompt that were computed, and not taken over from a slot."""
+    """Tokens of its prompt that were computed, not taken over from a slot."""
 
     def __post_init__(self) -> None:
         check_stop_ids(self.adapter.model.config, self.settings)
@@ -137,12 +138,12 @@ class Request:
 
     @property
     def adjusted(self) -> bool:
-        """Whether its past or a bias changes its logits."""
+        """Whether penalties or a bias change its logits."""
         return self.settings.penalised or bool(self.bias)
 
     @cached_property
     def keys(self) -> Tensor:
-        """The random keys of its tokens: the n-th token is drawn with the n-th, alone or in a batch."""
+        """The random keys of its tokens: the n-th token is drawn with the n-th key, alone or in a batch."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         n, least = self.settings.max_new_tokens, torch.iinfo(torch.long).min
         return torch.empty(n, dtype=torch.long).random_(least, None, generator=generator)
@@ -168,5 +169,5 @@ class Request:
         self.ended = self.n_new >= self.settings.max_new_tokens
 
     def fail(self, error: BaseException) -> None:
-        """End with an error, which its owner will be given."""
+        """End with an error, which its owner is given."""
         self.error, self.ended = error, True

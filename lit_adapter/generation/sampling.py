@@ -1,10 +1,10 @@
 """How the next token of each row is chosen from its logits. Letters: B rows, V vocabulary.
 
 A token is drawn by the Gumbel-max trick: the largest ``log p(v) - log E(v)``, where E(v) is exponentially
-distributed, has probability p(v). E(v) is a hash of the row's key and of v. Texts computed beside others have
-logits that differ in their last bits; that changes a token only where two of these sums are equal as far. A
-number compared with cumulative probabilities would change it more often: tokens that are about equally likely
-change places in the order, and every one of them moves.
+distributed, has probability p(v). E(v) is a hash of the row's key and of v. The logits of a text differ in
+their last bits when it is computed beside others; that changes a token only if two of these values are equal
+to that precision. Comparing a random number with cumulative probabilities would change it more often: where
+about equally likely tokens swap places in the order, all of them move.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class Choice:
 
 @dataclass
 class Past:
-    """What rows have had so far, for penalties, and their biases; all ``[B, V]``."""
+    """The tokens of rows so far, for penalties, and the biases of the rows; all ``[B, V]``."""
 
     seen: Tensor
     """Which tokens a row has, in its prompt or its answer."""
     count: Tensor
-    """How often its answer has each."""
+    """How often each token occurs in its answer."""
     bias: Tensor
     """What its request adds to the logits."""
 
@@ -105,7 +105,7 @@ class Past:
             own[[one, other]] = own[[other, one]]
 
     def adjust(self, logits: Tensor, choice: Choice) -> Tensor:
-        """Return logits with biases added, then the penalties of repetition, frequency and presence taken.
+        """Return logits with biases added, and then the repetition, frequency and presence penalties applied.
 
         Repetition is that of arXiv 1909.05858; the other two, and the bias, are those of OpenAI's interface.
         """

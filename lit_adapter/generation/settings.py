@@ -72,7 +72,7 @@ class Sampling:
             raise UserError(f"stop_ids holds {below}; expected token ids, 0 or more")
 
     def _take_types(self) -> None:
-        """Keep every value as its own type of Python."""
+        """Convert every value to Python's own type."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         kept: dict[str, Any] = {
             "stop": tuple(text("an element of stop", each) for each in _sequence("stop", stop, "texts")),
@@ -102,7 +102,7 @@ class Sampling:
         return cls(**values)
 
     def after(self, n_tokens: int) -> Sampling:
-        """Return the settings of the rest of an answer whose first tokens are there already."""
+        """Return the settings for the rest of an answer whose first tokens already exist."""
         return replace(self, max_new_tokens=self.max_new_tokens - n_tokens) if n_tokens else self
 
     @property
@@ -122,10 +122,10 @@ class Sampling:
 
 
 def check_choices(choices: Sequence[str]) -> None:
-    """Refuse choices between which there is nothing to choose.
+    """Refuse choices that leave nothing to choose.
 
     Raises:
-        UserError: fewer than two, one that is empty, two that are equal, or no texts (a TypeError too).
+        UserError: fewer than two, one that is empty, two that are equal, or not texts (a TypeError too).
     """
     if isinstance(choices, str):
         raise WrongTypeError("choices is a single text; expected a list of texts")

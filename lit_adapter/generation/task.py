@@ -1,4 +1,4 @@
-"""Tasks, in the forms in which Python callers give them."""
+"""Tasks, in the forms that Python callers use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def as_task(instruction: Any, input: Any) -> Task:
     """Return a task given as two texts.
 
     Raises:
-        WrongTypeError: one of them is no text.
+        WrongTypeError: one of them is not a text.
         UserError: the instruction is empty.
     """
     task = text("instruction", instruction), text("input", input)
@@ -42,7 +42,7 @@ def as_tasks(given: Iterable[Any]) -> list[Task]:
 
 
 def check_instruction(name: str, instruction: str) -> None:
-    """Refuse an instruction of white space alone, as training data and the command line do."""
+    """Refuse an instruction that is only white space, as training data and the command line do."""
     if not instruction.strip():
         raise UserError(f"{name} is empty; write the task")
 

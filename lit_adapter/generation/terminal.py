@@ -33,18 +33,18 @@ class Partner(Protocol):
     """Who answers: models in this process, or those of a server."""
 
     name: str
-    """Of the model that answers now."""
+    """The name of the model that answers now."""
     cut_after: int | None
     """The tokens after which the last answer was cut; None if it came to its own end."""
 
     def names(self) -> list[str]:
-        """Return the names of the models that are there."""
+        """Return the names of the available models."""
 
     def choose(self, name: str) -> None:
         """Let another model answer from here on.
 
         Raises:
-            UserError: there is none of this name.
+            UserError: there is no model of this name.
         """
 
     def answer(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> Iterator[str]:
@@ -55,7 +55,7 @@ class Partner(Protocol):
         """
 
     def stop(self) -> None:
-        """Wait no longer for the rest of an answer; called from a signal's handler."""
+        """Stop waiting for the rest of an answer; called from a signal handler."""
 
 
 class Conversation:
@@ -66,7 +66,7 @@ class Conversation:
         sampling: its settings.
         out: where answers go.
         system: the system prompt, or empty.
-        interactive: whether a person types, who is told what happens.
+        interactive: whether a person types; then messages say what happens.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
 
 
 def converse(conversation: Conversation, lines: Iterator[str]) -> None:
-    """Take lines until there is no more, or a command to leave.
+    """Take lines until there are no more, or until a command to leave.
 
     Raises:
         UserError: what a line asks for cannot be done, and nobody is there to be told.
@@ -216,7 +216,7 @@ def converse(conversation: Conversation, lines: Iterator[str]) -> None:
 def typed_lines() -> Iterator[str]:
     """Yield what is typed, until Ctrl-D; Ctrl-C drops a line that is being typed, as does what is not UTF-8.
 
-    A line that ends in a backslash goes on in the next.
+    A line that ends in a backslash continues in the next.
     """
     import readline  # noqa: F401 (gives `input` its keys and its history)
 

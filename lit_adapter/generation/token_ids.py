@@ -1,4 +1,4 @@
-"""Token ids that Python callers give."""
+"""Token ids from Python callers."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def read_base(config: Config, say: Say, *, verify: bool = False) -> Base:
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """The tensors and fingerprint of an initial adapter; neither where ``init_from`` names none."""
+    """The tensors and fingerprint of an initial adapter; both None if ``init_from`` names none."""
 
     state: dict[str, Tensor] | None = None
-    """None also where the file is gone: the checkpoint that is resumed has the adapter trained from it."""
+    """None also if the file is gone: the checkpoint that is resumed has the adapter trained from it."""
     sha256: str | None = None
-    """The first 16 digits of its file's."""
+    """The first 16 digits of the file's SHA-256."""
 
     def tensors(self, checkpoint: Path | None) -> dict[str, Tensor] | None:
         """Return the tensors to start from, if any; the checkpoint's where the file is gone."""
@@ -83,8 +83,8 @@ def read_initial_adapter(
 ) -> InitialAdapter:
     """Read the file that ``init_from`` names and check that it fits the run.
 
-    A resumed run, whose checkpoint has the file's ``saved_sha256``, does not need the file again. Another
-    template in the file is only noted.
+    A resumed run, whose checkpoint has the file's ``saved_sha256``, does not need the file again. If the file
+    has another template, that is only reported.
 
     Raises:
         UserError: there is no such file, it is not an adapter of ours, or it does not fit.

@@ -22,8 +22,8 @@ from lit_adapter.training.run_folder import RunFolder
 class Validation(Callback):
     """Computes the held-out loss before the first step, every ``every`` steps and after the last one.
 
-    A validation that a kill has cut off is repeated: its step's checkpoint was saved before it, and a run
-    that resumes from there starts with it.
+    A validation that a kill has interrupted is repeated: the checkpoint of its step was saved before it, and
+    a run that resumes from there begins with the validation.
     """
 
     def __init__(self, every: int) -> None:
@@ -86,7 +86,7 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Save at the end of an optimizer step, where no step is half done."""
+        """Save at the end of an optimizer step, never inside one."""
         last = trainer.global_step >= trainer.datamodule.total_steps
         if trainer.global_step % self.every == 0 or last or trainer.should_stop:
             self.save(trainer)
@@ -121,7 +121,7 @@ class Checkpoints(Callback):
         return bool(trainer.strategy.reduce(gone, reduce_op="sum"))
 
     def _rescue(self, trainer: Any) -> NoReturn:
-        """Save to a new run folder, from which the run can go on."""
+        """Save to a new run folder, from which the run can continue."""
         reason = self.folder.leave()
         if trainer.is_global_zero:
             self.begin()
@@ -164,7 +164,7 @@ class BestAdapter(Callback):
         if trainer.should_stop or trainer.global_step == 0 or not loss < self.loss:
             return
         self.loss = loss
-        if trainer.is_global_zero and self.folder.is_there():  # if not, the next save ends the run
+        if trainer.is_global_zero and self.folder.is_there():  # if it is gone, the next save ends the run
             reached = {"steps": trainer.global_step, "val_loss": loss}
             try:
                 self.write(self.folder.best, adapter_state(pl_module.model), reached)

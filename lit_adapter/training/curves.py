@@ -1,4 +1,4 @@
-"""TensorBoard's event files, which are appended to, not renamed into place; a run can do without them."""
+"""TensorBoard's event files, which are appended to, not renamed into place. A run can do without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from lit_adapter.streams import Say
 
 LOSSES = ("loss/held_out", "loss/train")
-"""The curves whose newest values stand on the page HPARAMS."""
+"""The curves whose newest values the HPARAMS page shows."""
 LORA_ON, LORA_RANK = "adapter.lora.on", "adapter.lora.rank"
 VARIED = ("adapter.gate", LORA_RANK, "adapter.prompt_length", "optim.lr", "seed")
 """Settings in which runs differ most often."""
@@ -25,7 +25,8 @@ VARIED = ("adapter.gate", LORA_RANK, "adapter.prompt_length", "optim.lr", "seed"
 class Curves(TensorBoardLogger):
     """Writes ``RUN/tensorboard``; if it cannot, for example on a full disk, warns once and the run goes on.
 
-    ``purge_step`` is the first step that a resumed run draws; earlier starts' points from it on are hidden.
+    ``purge_step`` is the first step that a resumed run draws; points of earlier starts from there on are
+    hidden.
     """
 
     def __init__(self, folder: Path, purge_step: int | None, say: Say) -> None:
@@ -49,7 +50,8 @@ class Curves(TensorBoardLogger):
     def log_settings(self, settings: dict[str, Any]) -> None:
         """Fill the page HPARAMS: settings, beside the newest losses, which it takes from the curves.
 
-        What is off, and where and how the run is computed, would hide the columns that people look for.
+        Settings that are off, and those of where and how the run is computed, would hide the interesting
+        columns.
         """
         chosen = {name: value for name, value in settings.items() if not name.startswith("trainer.")}
         known = {
@@ -64,7 +66,7 @@ class Curves(TensorBoardLogger):
 
 
 def _put_first(experiment: Any, names: Sequence[str]) -> None:
-    """Let the page begin with these settings: it shows five at first, those marked as differing first."""
+    """Put these settings first: the page shows five initially, beginning with those marked as differing."""
     content = experiment.value[0].metadata.plugin_data
     known = HParamsPluginData.FromString(content.content)
     for setting in known.experiment.hparam_infos:

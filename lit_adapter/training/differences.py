@@ -1,4 +1,4 @@
-"""What tells a run from the one that is resumed, as its user knows it: files, settings and numbers."""
+"""How a run differs from the one that is resumed, in the user's terms: files, settings and numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXCERPT = 40
 
 
 def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[str]:
-    """Return what a run, which ``config`` describes, does not share with the one that is resumed.
+    """Return how a run, which ``config`` describes, differs from the one that is resumed.
 
     ``own`` and ``saved`` are the identities of the two.
     """

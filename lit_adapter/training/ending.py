@@ -1,4 +1,4 @@
-"""The end of a run: its adapter file, and what the user is told of it."""
+"""The end of a run: its adapter file, and what the user is told about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def conclude(module: LitAdapter, record: RunRecord, say: Say) -> None:
     """Write the adapter of a run that has taken all its steps, and say which file to use.
 
     Raises:
-        UserError: the file cannot be written, or the run folder is gone; it then lies in a new one.
+        UserError: the file cannot be written, or the run folder is gone; the adapter is then in a new one.
     """
     folder, steps = record.folder, record.data.finished_steps
     gone = None if folder.is_there() else folder.leave()
@@ -46,7 +46,7 @@ def _loss(module: LitAdapter, record: RunRecord, steps: int) -> str:
 
 
 def _advice(module: LitAdapter, record: RunRecord, steps: int) -> Iterator[str]:
-    """Yield which of two different adapters to use, or what went wrong."""
+    """Yield lines that say which of two different adapters to use, or what went wrong."""
     folder = record.folder
     step, loss = folder.lowest()
     lowest = ", the lowest" if record.is_lowest(loss) else ""

@@ -54,14 +54,14 @@ def finetune(
         say: gets each line for the user; only the first process calls it.
         signals: signal handlers that are installed already; by default they are installed here.
         dry_run: print the plan, try three steps, and leave nothing in the run folder.
-        verify: compare every byte of the base with its checksums, also where its files look unchanged.
+        verify: compare every byte of the base with its checksums, even if its files look unchanged.
         how_to_continue: ends the line about a run that was stopped.
 
     Returns:
         The exit status: 0, or 143 / 130 / 0 after SIGTERM / SIGINT / SIGUSR1.
 
     Raises:
-        UserError: anything the user can put right.
+        UserError: anything that the user can fix.
         Interrupted: a signal before training, where there is nothing to save.
     """
     folder = RunFolder(Path(config.out))

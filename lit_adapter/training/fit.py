@@ -1,4 +1,4 @@
-"""Lightning's part of a run: the trainer, what happens around its steps, and the steps themselves."""
+"""Lightning's part of a run: the trainer, its callbacks, and the training itself."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def train(point: ResumePoint, module: LitAdapter, record: RunRecord, say: Say) -
 def validation_of(plan: Plan, point: ResumePoint) -> tuple[Validation, bool]:
     """Return when a run validates, and whether a kill cut off the validation of the resume point's step.
 
-    That step is then validated again, and what was drawn at it is drawn again.
+    That step is then validated again, and its curves are drawn again.
     """
     validation = Validation(plan.config.trainer.val_every or plan.steps)
     return validation, validation.due(point.step, plan.steps) and not point.is_validated
@@ -177,6 +177,6 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"lightning\..*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*")
-        # Lightning wraps a model for DDP on another stream than it trains on; torch waits where it must.
+        # Lightning wraps a model for DDP on a different stream than it trains on; torch waits where it must.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
         yield

@@ -1,4 +1,4 @@
-"""How long a run is, and how often it validates, where the user has not said."""
+"""How long a run is and how often it validates, if the user has not said so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_adapter.errors import counted
 from lit_adapter.training.run_identity import RunIdentity
 
 ENOUGH_STEPS = 100
-"""Optimizer steps that a run of chosen length has at least, if its records suffice."""
+"""Fewest optimizer steps of a run whose length is chosen here, if its records suffice."""
 BATCH_SIZES = (64, 32, 16, 8, 4)
 SMALL_STEPS = 16
 """Records of a step below which the default learning rate is halved (docs/learning.md)."""
@@ -23,7 +23,7 @@ LEAST_VAL_EVERY = 10
 
 
 def chosen_batch_size(n_records: int, epochs: float | None = None, least: int = 1) -> int:
-    """Return the records of a step: as many as leave enough steps.
+    """Return the records per step: as many as leave enough steps.
 
     Small steps come before more epochs: with few records, steps of 4 or 8 in three epochs gave as many right
     answers as steps of 32 in eight, and a lower held-out loss on free text (docs/learning.md).

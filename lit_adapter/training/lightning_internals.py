@@ -18,7 +18,7 @@ CHECKPOINT_KEYS = frozenset({"state_dict", "optimizer_states", "global_step", "l
 
 
 def rank() -> int:
-    """Return this process's rank. Until there is a Trainer, Lightning tells it here and nowhere else."""
+    """Return this process's rank. Until there is a Trainer, Lightning provides it only here."""
     return int(getattr(rank_zero_only, "rank", 0))
 
 
@@ -45,7 +45,7 @@ def leave_validation() -> NoReturn:
 def let_go_on(checkpoint: dict[str, Any]) -> None:
     """Let a run that has ended be resumed with more steps.
 
-    Lightning takes the last batch of the shorter run for the last of this one, and no setting says otherwise.
+    Lightning takes the last batch of the shorter run for the last of this one, and no setting changes that.
     """
     checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 

@@ -1,7 +1,7 @@
 """Where curves go: TensorBoard, CSV, Weights & Biases or MLflow, through Lightning's loggers.
 
-Scalars go through `Logger.log_metrics`. Pictures, texts and settings have no common form; the functions here
-give each logger what it can show.
+Scalars go through `Logger.log_metrics`. Pictures, texts and settings have no common interface; the functions
+here give each logger what it can show.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def draw_layers(logger: Logger, heat: Tensor, by_head: Tensor, step: int) -> Non
 
     Args:
         logger: any of these here; a CSV file takes no pictures.
-        heat: mean strength of each adapted layer's heads, ``[L, H or 1]``, finite and not negative.
-        by_head: the same of every layer as they are ``[N, H or 1]``, NaN for those without a prefix.
+        heat: mean strength of the heads of each adapted layer, ``[L, H or 1]``, finite and not negative.
+        by_head: the same for every layer, unmodified, ``[N, H or 1]``; NaN for those without a prefix.
         step: of the run.
     """
     shades = heat / heat.max().clamp(min=1e-8)

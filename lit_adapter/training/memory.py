@@ -1,16 +1,16 @@
-"""How much memory a training step takes, known before the base is loaded.
+"""How much memory a training step takes, estimated before the base is loaded.
 
 At its peak a step holds
 
-    weights       the frozen base: 2 bytes a number under bf16-true, else 4
-    adapter       16 bytes a trained number: itself, its gradient and AdamW's two averages, all fp32
-    activations   what the backward pass of one packed row needs; none below the first layer that learns
-    workspace     the larger of a chunk of logits and the temporaries of one layer
+    weights       the frozen base: 2 bytes per number under bf16-true, else 4 adapter       16 bytes per
+    trained number: itself, its gradient and AdamW's two averages, all fp32 activations   what the backward
+    pass of one packed row needs; none below the first layer that learns workspace     the larger of a chunk
+    of logits and the temporaries of one layer
 
 Activations are measured: one block of each kind runs on PyTorch's meta device, which computes shapes without
 numbers, while hooks note what autograd saves. The kernels of the fused executor do not run there; it has a
-formula (`tiles.kept_per_token`). With recomputation every layer that learns keeps its input, and one layer
-at a time all the rest.
+formula (`tiles.kept_per_token`). With recomputation every layer that learns keeps only its input, and one
+layer at a time keeps everything.
 
 Of weights sharded over N devices (``shards=N``) each device holds its shard, the whole output layer, and
 three layers: the one at work, the one fetched ahead, and the buffer it arrives in. Adapter and activations
@@ -72,7 +72,7 @@ class Sizes:
     row: PackedRow
     """The row that needs most."""
     longest: PackedRow
-    """The longest record in a row of its own: no row can be shorter."""
+    """The longest record in a row of its own; no setting can make rows shorter than it."""
     precision: str
     """Lightning's name: ``32-true``, ``bf16-true``, ``bf16-mixed`` or ``16-mixed``."""
     device: str = "cpu"
@@ -80,7 +80,7 @@ class Sizes:
     shards: int = 1
     tensor_parallel: int = 1
     shardable_over: int = 1
-    """GPUs of a node that the base could be sharded over; 1 where it has to be whole."""
+    """GPUs of a node that the base could be sharded over; 1 if it must stay whole."""
     tokens: int | None = None
     """Another length of ``row``, not below that of ``longest``."""
 
@@ -133,7 +133,7 @@ class Sizes:
 
 
 class _Kind(NamedTuple):
-    """A kind of block: blocks of one kind keep equally much."""
+    """A kind of block: blocks of one kind keep the same number of bytes."""
 
     of_layer: int
     """The first layer with the same window and positions."""
@@ -166,7 +166,7 @@ def _measure(
 
 
 def _two_layers(model: LlamaConfig, layer: int) -> LlamaConfig:
-    """Return a model of one layer, twice, and next to no vocabulary."""
+    """Return a model that has one layer twice, and almost no vocabulary."""
     return replace(model.of_layers((layer, layer)), vocab_size=1)
 
 
@@ -212,7 +212,7 @@ def _plan(row: PackedRow, head_dim: int) -> tuple[SegmentView, Tensor]:
 
 
 class _AsOnCpu(TorchFunctionMode):
-    """Does what a CPU does and the meta device does not: autocast, and attention that keeps no scores."""
+    """Makes the meta device act like a CPU: with autocast, and with attention that keeps no scores."""
 
     def __init__(self, *, mixed: bool) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _AsOnCpu(TorchFunctionMode):
 
 
 def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, size: int, *, fused: bool) -> int:
-    """Return the largest of what is held for a moment: logits, scores, or a layer's own tensors.
+    """Return the largest temporary allocation: logits, scores, or a layer's own tensors.
 
     ``size`` is that of a number in the precision of the computation, in bytes.
     """
@@ -238,7 +238,7 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, size:
         joined = joined_numbers(model, adapter.lora)
         widths = 5 if "linears" in adapter.parts else 3  # a scaled gradient beside its own
         of_layer = tokens * (widths * model.n_hidden + 5 * model.n_embd)
-        # With V2's bias and scale on the output layer there are several forms of its logits in fp32.
+        # With V2's bias and scale on the output layer, several versions of its logits exist in fp32.
         return max(size * (joined + max(logits, of_layer)), 20 * logits * adapter.head)
     view, _ = _plan(row, model.head_dim)
     view.plan(None)
@@ -246,7 +246,7 @@ def _workspace(model: LlamaConfig, adapter: AdapterConfig, row: PackedRow, size:
     pairs = max((x.numel() for x in sights if x[0].numel() <= MOST_SCORED), default=0)
     states = tokens * model.n_embd * 4
     layer = tokens * 3 * model.n_hidden * size + 5 * states
-    # With V2's bias and scale there are several forms of the logits in fp32; else they change in place.
+    # With V2's bias and scale, several versions of the logits exist in fp32; else they change in place.
     logit = 20 if adapter.head else size
     softmax = 8 * min(targets, rows_at_once()) * model.vocab_size
     return max(logits * logit + softmax, pairs * model.n_head * 3 * size, layer) + 3 * states

@@ -48,8 +48,8 @@ class LitAdapter(LightningModule):
     """Trains the adapter of a frozen model; its state is the adapter alone.
 
     ``model`` is the frozen base with its adapter attached; ``seed`` is that of the prefix dropout. All
-    processes learn of ``signals`` with the step's loss. With ``recompute``, the backward pass recomputes the
-    blocks; see `row_loss`.
+    processes exchange ``signals`` along with the step's loss. With ``recompute``, the backward pass
+    recomputes the blocks; see `row_loss`.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LitAdapter(LightningModule):
         """Leave the rest of the run to the modules.
 
         Raises:
-            UserError: in one of several processes, the others of which may be waiting for its gradients.
+            UserError: this is one of several processes, and the others may be waiting for its gradients.
         """
         if self.trainer.world_size > 1:
             raise UserError(f"process {self.global_rank}: {error}; --resume last continues") from error
@@ -155,7 +155,7 @@ class LitAdapter(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Measure and clip the unscaled gradient; drop it where it or the loss is not finite.
+        """Measure and clip the unscaled gradient; drop it if it or the loss is not finite.
 
         Gradients and loss are already summed over processes, so that all of them decide alike.
         """
@@ -176,7 +176,7 @@ class LitAdapter(LightningModule):
         self.skipped_steps += 1
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and math.isfinite(self.last["loss"]) and scaler.get_scale() > 1:
-            self.bad_steps_in_a_row = 0  # the scaler is looking for its scale
+            self.bad_steps_in_a_row = 0  # the scaler is still looking for its scale
             return
         if self.bad_steps_in_a_row >= self.config.max_bad_steps:
             raise UserError(

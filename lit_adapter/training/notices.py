@@ -11,7 +11,7 @@ from lit_adapter.streams import Say
 GATES_AFTER = 10
 """Steps after which a gate that is still 0 is reported."""
 SAME = 1e-4
-"""Share of a loss by which it must change to count as another."""
+"""Share of a loss by which it must change to count as changed."""
 NOISE = 0.1
 """Share of a training loss by which it may rise from its first steps to its last ones by chance."""
 MEAN_OVER = 20

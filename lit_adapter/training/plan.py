@@ -39,13 +39,13 @@ class Plan:
     steps: int
     """Optimizer steps of the run."""
     epochs: float | None
-    """Passes over the training records: what ``optim.max_steps`` comes to, else as set; None of a stream."""
+    """Passes over the training records: those of ``optim.max_steps``, else as set; None for a stream."""
     chosen: str
-    """What was chosen of batch size and epochs, and why; empty if the user has set both."""
+    """Which of batch size and epochs were chosen, and why; empty if the user has set both."""
     n_records: int | None
-    """Training records; None of a stream."""
+    """Training records; None for a stream."""
     warmup: int
-    """Those in which the learning rate rises."""
+    """Optimizer steps in which the learning rate rises."""
     needed: Sizes
     """What the memory of a step depends on."""
     identity: RunIdentity
@@ -64,7 +64,7 @@ def make_plan(
     data: AlpacaDataModule,
     saved: RunIdentity,
 ) -> Plan:
-    """Plan a run from what has been read; ``saved`` is what a checkpoint says of the run that is resumed.
+    """Plan a run from what has been read; ``saved`` is the identity of the run that is resumed.
 
     Raises:
         UserError: the epochs or the warm-up do not fit the number of records.

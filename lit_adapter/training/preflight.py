@@ -68,7 +68,7 @@ def sizes(config: Config, model: LlamaConfig, data: AlpacaDataModule, placement:
         shardable_over=1 if whole else torch.cuda.device_count(),
     )
     least = replace(needed, row=longest)
-    if data.n_records is None and len(fullest.ids) > len(longest.ids):  # what comes may fill a row
+    if data.n_records is None and len(fullest.ids) > len(longest.ids):  # later records may fill a row
         needed = replace(needed, tokens=data.row_tokens)
     return max(needed, least, key=lambda one: one.memory.total)
 
@@ -83,7 +83,7 @@ def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | Non
 def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
     """Return a line about the memory of a step.
 
-    Each of ``sharing`` processes can have ``free`` bytes, which are None if the system does not say.
+    Each of ``sharing`` processes can have ``free`` bytes; None if the system does not say.
 
     Raises:
         UserError: more is needed than is free; names two settings that would fit.
@@ -103,7 +103,7 @@ def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
 def remedies(needed: Sizes, free: int) -> list[str]:
     """Return two settings that bring a step below ``free`` bytes, alone or in pairs.
 
-    Where there are several GPUs, the second is to shard the base over more of them.
+    If there are several GPUs, the second one is to shard the base over more of them.
     """
     found, sharding = list(islice(_fitting(needed, free), 2)), _sharding(needed, free)
     return [*found[:1], sharding] if sharding else found
@@ -227,7 +227,7 @@ def check_records(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
 
 @contextmanager
 def enough_memory(needed: Sizes) -> Iterator[None]:
-    """Turn an allocation that fails, here or in a loader process, into one line that names smaller settings.
+    """Turn a failed allocation, here or in a loader process, into one line that names smaller settings.
 
     Raises:
         UserError: in place of torch's own error.

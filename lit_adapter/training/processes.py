@@ -38,7 +38,7 @@ class StopOnSignal(Callback):
         trainer.should_stop = bool(pl_module.signals.agreed)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *unused: Any) -> None:
-        """Stop once all processes know of a signal; several have agreed with the step's loss."""
+        """Stop once all processes know of a signal; several processes learn of it with the step's loss."""
         if trainer.world_size == 1:
             agree(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or bool(pl_module.signals.agreed)
@@ -64,9 +64,9 @@ def start_processes(options: TrainerConfig, device: torch.device, on_death: Call
     """Start this node's other processes and watch them, unless a launcher has started them.
 
     They run this command again, up to where a Trainer connects all of them. The Trainer takes the variables
-    set here for a launcher's and starts nothing. Its own launcher would kill every process five seconds after
-    one has died, without a word. ``on_death`` is called from a thread of this process with a sentence about
-    the process that has died.
+    set here for those of a launcher and starts nothing. Its own launcher would kill every process five
+    seconds after one has died, without saying why. ``on_death`` is called from a thread of this process with
+    a sentence about the process that has died.
     """
     total, local = n_processes(options, device), processes_per_node(options, device)
     if local > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -100,7 +100,7 @@ def is_first_of_node() -> bool:
 
 
 def follow(train: Callable[[], int], signals: Signals) -> int:
-    """Run ``train`` as one of the other processes, which ends with the first and leaves the printing to it.
+    """Run ``train`` as one of the other processes, which end with the first and leave printing to it.
 
     Returns:
         The exit status; 0 also after a signal, because a launcher would take any other for a failure.
@@ -123,8 +123,8 @@ def follow(train: Callable[[], int], signals: Signals) -> int:
 def last_words(*, several: bool) -> Iterator[None]:
     """Delay an error, so that a process that knows its cause can report it and end this one first.
 
-    The first process reports errors that concern all of them. A broken connection means that one has died,
-    which the watch in `start_processes`, or a launcher, reports.
+    The first process reports errors that concern all of them. A broken connection means that one of them has
+    died; the watch in `start_processes`, or a launcher, reports it.
     """
     try:
         yield

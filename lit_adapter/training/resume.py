@@ -67,7 +67,7 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
 
 
 def saved_run(resume: str | None, folder: RunFolder) -> RunIdentity:
-    """Return what is known of the run that is resumed; nothing where no checkpoint of it can be read."""
+    """Return what is known of the run that is resumed; nothing if no checkpoint of it can be read."""
     if resume is None:
         return RunIdentity({}, {}, 0)
     for path in reversed(folder.saved()) if resume == "last" else [Path(resume)]:
@@ -96,7 +96,7 @@ def template_of_run(setting: str, base: Base, saved: RunIdentity, *, conversatio
 
 
 def _stored(checkpoint: dict[str, Any]) -> RunIdentity:
-    """Return what a checkpoint says of its run.
+    """Return what a checkpoint says about its run.
 
     Without a ``val_every``, which an earlier version left open, it validated after each tenth of the run.
     """

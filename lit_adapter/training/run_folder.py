@@ -1,11 +1,9 @@
 """A run's folder: its files and its lock.
 
-RUN/config.yaml              the resolved configuration
-RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
-RUN/best.safetensors         the adapter with the lowest held-out loss
-RUN/adapter.safetensors      the adapter at the end
-RUN/run.json                 what the run was, cost and reached
-RUN/tensorboard/             curves, gates and sample texts
+RUN/config.yaml              the resolved configuration RUN/checkpoints/step-*.ckpt  the newest checkpoints,
+for --resume RUN/best.safetensors         the adapter with the lowest held-out loss RUN/adapter.safetensors
+the adapter at the end RUN/run.json                 configuration, cost and results RUN/tensorboard/
+curves, gates and sample texts
 """
 
 from __future__ import annotations
@@ -161,7 +159,7 @@ class RunFolder:
         raise UserError(f"{self.path}: cannot resume: {reason}; start again with another --out")
 
     def set_aside(self, step: int, say: Say) -> None:
-        """Rename what comes after ``step``, so that a run resumed from there is not mixed with it."""
+        """Rename the files of later steps, so that a run resumed from ``step`` does not mix with them."""
         later = [path for path in self.saved() if path > self.checkpoint_path(step)]
         if later and self.lowest()[0] > step:
             later.append(self.best)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: what a resumed run must share with it, and what it may change."""
+"""What a checkpoint records about its run: what a resumed run must share, and what it may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_adapter.files.paths import without_home
 from lit_adapter.model.config import AdapterConfig
 
 BEFORE = Config(adapter=AdapterConfig(prompt_length=10, gate="tanh", norms=False))
-"""Holds the settings that a checkpoint of an earlier version does not name, as that version had them."""
+"""The settings that a checkpoint of an earlier version does not name, with the values that it had then."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run_identity(config: Config, steps: int = 0, **facts: Any) -> RunIdentity:
     values = asdict(config)
     shared: dict[str, Any] = {"seed": config.seed}
     shared |= {f"adapter.{key}": value for key, value in values["adapter"].items()}
-    is_v1 = config.adapter.version == "v1"  # v2 trains them whatever the setting says
+    is_v1 = config.adapter.version == "v1"  # v2 trains norms whatever the setting says
     shared["adapter.norms"] = is_v1 and "norms" in config.adapter.parts
     data = ("mask_prompt", "last_answer_only", "weights", "max_length", "drop_duplicates", "stream")
     shared |= _section(values, "data", *data)

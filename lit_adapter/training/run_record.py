@@ -1,4 +1,4 @@
-"""``run.json`` in a run's folder: what the run was, cost and reached, for programs to read."""
+"""``run.json`` in a run's folder: configuration, cost and results, for programs to read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMAT = 1
 
 
 class RunRecord(Callback):
-    """Counts tokens and time, keeps the held-out losses, and writes the file; a resumed run goes on counting.
+    """Counts tokens and time, keeps the held-out losses, and writes the file; a resumed run counts on.
 
     ``started`` is when this start of the run began, by `time.perf_counter`.
     """
@@ -50,18 +50,18 @@ class RunRecord(Callback):
         return self._before_start + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts that a resumed run goes on from."""
+        """Return the counts from which a resumed run continues."""
         names = ("held_out", "tokens", "step_seconds", "starts", "seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the counts of a checkpoint."""
+        """Continue from the counts of a checkpoint."""
         self.held_out, self.tokens = state_dict["held_out"], state_dict["tokens"]
         self.step_seconds, self.starts = state_dict["step_seconds"], state_dict["starts"] + 1
         self._before_start = state_dict["seconds"]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say that the run is going on; what a killed run leaves says so for ever."""
+        """Say that the run is running; the file of a killed run says so forever."""
         self._has_begun = True
         self._write(trainer, pl_module, "running")
 
@@ -147,7 +147,7 @@ class RunRecord(Callback):
 
 
 def _about(data: AlpacaDataModule) -> dict[str, int | str | None]:
-    """Return the numbers of records, tokens and targets, and what tells the records from others.
+    """Return the numbers of records, tokens and targets, and the records' SHA-256.
 
     None for those of a stream.
     """

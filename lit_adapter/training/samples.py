@@ -28,13 +28,13 @@ class Sample:
     prompt: list[int]
     """Token ids."""
     shown: dict[str, str]
-    """What is to be answered, by its title."""
+    """What is to be answered, keyed by title."""
     reference: str
     """The record's own answer."""
 
 
 def _sample_of(record: AnyRecord, assistant: AdaptedLlama) -> Sample | None:
-    """Return what there is to answer in a record; None for a text."""
+    """Return the sample of a record; None for a text, which asks for no answer."""
     tokenizer, template = assistant.tokenizer, assistant.template
     if isinstance(record, Record):
         prompt = template.encode_prompt(tokenizer, record.instruction, record.input)
@@ -48,7 +48,7 @@ def _sample_of(record: AnyRecord, assistant: AdaptedLlama) -> Sample | None:
 
 
 class Samples(Callback):
-    """Generates the sample answers; passes over records that are too long for the base's context.
+    """Generates the sample answers; skips records that are too long for the base's context.
 
     Raises:
         UserError: `sample_tokens` leaves no room for a prompt.

@@ -12,7 +12,7 @@ MOST_STEPS = 9_999_999
 
 
 def total_steps(config: OptimConfig, steps_per_epoch: int) -> int:
-    """Return the number of optimizer steps of a run whose length is set.
+    """Return the number of optimizer steps of a run.
 
     Raises:
         UserError: the epochs make less than one step, or more steps than checkpoint names can number.

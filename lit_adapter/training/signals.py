@@ -1,4 +1,4 @@
-"""Signals: finish the optimizer step, save, print where, exit with the right status.
+"""Signals: finish the optimizer step, save, print the path, exit with the right status.
 
 Before training there is nothing to save, and a signal ends the program at once. During training a handler
 only sets a flag, which is checked after every optimizer step, validation batch and sampled token. The flags
@@ -55,7 +55,8 @@ class Signals:
     def install(self) -> None:
         """Set the handlers, and unblock the signals that were blocked when this process started."""
         self.earlier = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
-        # torch's loaders set a handler for this one during the run, and notice dead workers without it too.
+        # torch's loaders set a handler for this signal during the run, and notice dead workers without it
+        # too.
         self.earlier[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_STATUS)
 

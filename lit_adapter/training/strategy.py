@@ -24,7 +24,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """A frozen base sharded over all processes by FSDP2, with an adapter that is whole on every process.
 
     No trained parameter is sharded, so clipping, optimizer, checkpoints and adapter file are those of one
-    process, and saving gathers nothing. The methods taken from `Strategy` replace ones for sharded
+    process, and saving gathers nothing. The methods taken from `Strategy` replace those for sharded
     parameters.
     """
 
@@ -62,7 +62,7 @@ def is_sharded(options: TrainerConfig) -> bool:
 
 
 def whole_because(options: TrainerConfig) -> str | None:
-    """Return the setting that does not allow a sharded base, or None."""
+    """Return the setting that rules out a sharded base, or None."""
     if options.precision == "16-mixed":
         return "precision 16-mixed"
     return "base_precision fp8" if options.base_precision == "fp8" else None
