@@ -1,6 +1,6 @@
 """Reads conversations: OpenAI's ``messages``, ShareGPT's ``conversations``, and the usual names of both.
 
-A message is an object with ``role`` and ``content``, or with ``from`` and ``value``. What is malformed is
+A message is an object with ``role`` and ``content``, or with ``from`` and ``value``. Malformed data is
 refused with its file, line and turn; turns are counted from 1.
 """
 
@@ -27,7 +27,7 @@ _MARKS = ("train", "weight")
 MOST_NESTED = 100
 """Lists and objects within each other in a field of a message."""
 MOST_CHARACTERS = 2**20
-"""Of a conversation. A longer one could hardly be meant, and would take minutes to render and encode."""
+"""Most characters of a conversation. A longer one is hardly intended, and would take minutes to encode."""
 
 
 def messages_of(value: Any, key: str, where: str) -> list[Message]:
@@ -39,7 +39,7 @@ def messages_of(value: Any, key: str, where: str) -> list[Message]:
         where: file and line, for messages.
 
     Raises:
-        UserError: it is no conversation, is empty, or a turn is malformed.
+        UserError: it is not a conversation, is empty, or a turn is malformed.
     """
     value = _parsed(value, key, where)
     if not isinstance(value, list):

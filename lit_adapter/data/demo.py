@@ -255,11 +255,11 @@ def generate(
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return (training, held-out) records with the keys instruction, input and output.
 
-    They have no slot value in common, for any two seeds. The same arguments give the same records on every
-    Python version.
+    They share no slot value, for any two seeds. The same arguments give the same records on every Python
+    version.
 
     Raises:
-        UserError: a count is below 1, or higher than the words suffice for.
+        UserError: a count is below 1, or higher than the words allow.
     """
     if n_train < 1 or n_val < 1:
         raise UserError(f"demo: n_train is {n_train} and n_val is {n_val}; expected at least 1 each")

@@ -1,7 +1,7 @@
 """Tokenization of records: encoded once by worker processes, cut to length, counted and cached.
 
 The cache is a table on disk (`lit_adapter.files.table`), keyed by the records' content, the tokenizer and the
-settings. Encoding that was interrupted goes on where it was.
+settings. Interrupted encoding continues where it stopped.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 PARALLEL_FROM = 4000
-"""Number of records from which worker processes pay."""
+"""Number of records from which worker processes pay off."""
 MOST_WORKERS = 8
 ANNOUNCED_FROM = 50_000
 """Number of records from which encoding takes so long that a line says so."""
 CHUNK = 500
 """Records encoded together: a tenth of a second; after Ctrl-C each worker finishes what it has begun."""
 CHUNKS_AHEAD = 3
-"""Chunks per worker that wait for it or for being written."""
+"""Chunks per worker that wait for it, or to be written."""
 FORMAT_VERSION = 6
 Columns = dict[str, NDArray]
 Chunk = tuple[int, Sequence[AnyRecord]]
@@ -64,7 +64,7 @@ SCHEMA = {
 class Encoded:
     """Encoded records: record r is ``ids[start[r] : start[r] + length[r]]``.
 
-    Each example counts as a record here, also where one that was read has become several (`examples`).
+    Each example counts as a record here, even if one record that was read has become several (`examples`).
     """
 
     ids: NDArray[np.int32]
@@ -97,7 +97,7 @@ class Encoded:
 
     @property
     def n_read(self) -> int:
-        """Number of records that were read and are here, as one example or several."""
+        """Number of records read that are included here, as one example or several."""
         return len(np.unique(self.source_row))
 
     @property
@@ -112,9 +112,9 @@ class Encoded:
         return int((~self.whole).sum())
 
     def choose(self, rows: NDArray[np.int64], n_read: int) -> Encoded:
-        """Return those of the records at ``rows``, ascending, of the ``n_read`` that were read.
+        """Return the examples of the records at ``rows`` (ascending), out of ``n_read`` that were read.
 
-        Their ``source_row`` is their place in ``rows``. No token is copied.
+        Their ``source_row`` is their index in ``rows``. No token is copied.
         """
         place = np.full(n_read, -1, np.int32)
         place[rows] = np.arange(len(rows), dtype=np.int32)
@@ -134,7 +134,7 @@ class Encoded:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The process that this goes to maps the files too; without the files, it gets copies.
+        # The receiving process maps the files too; if the files are gone, it gets copies.
         return {name: _MappedFile.of(values) or values for name, values in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class _MappedFile:
 
     @classmethod
     def of(cls, values: NDArray) -> _MappedFile | None:
-        """Return a whole column's file, if it is mapped and its file still there."""
+        """Return a whole column's file, if it is mapped and the file still exists."""
         path = values.filename if isinstance(values, np.memmap) else None
         if path is None or not os.path.exists(path) or os.path.getsize(path) != values.nbytes:
             return None
@@ -245,7 +245,7 @@ def _key(
 
 @dataclass(frozen=True)
 class _How:
-    """What records are encoded with; the arguments of `encode_examples`."""
+    """The arguments of `encode_examples` with which records are encoded."""
 
     tokenizer: Tokenizer
     template: Template
@@ -291,7 +291,7 @@ def _in_processes(workers: int, chunks: Iterator[Chunk], how: _How) -> Iterator[
 
 
 _how: list[_How] = []
-"""In a worker process: what it encodes with. Reading a tokenizer takes far longer than encoding a record."""
+"""In a worker process: its arguments. Reading a tokenizer takes far longer than encoding a record."""
 
 
 def _prepare(how: _How) -> None:

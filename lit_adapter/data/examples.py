@@ -1,8 +1,8 @@
 """A record as token ids, cut to length, with what each token is to the loss.
 
-A record is one example, except a conversation whose template writes earlier answers differently from the
-last one, as some do to drop reasoning. Each of its answers is then an example of its own: the conversation up
-to this answer, rendered as it is when the answer is generated.
+A record is one example, except a conversation whose template renders earlier answers differently from the
+last one, for example without reasoning. Then each of its answers is an example of its own: the conversation
+up to this answer, rendered as it is when the answer is generated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lit_adapter.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """What is trained on of one record."""
+    """A training example: a record, or a part of one."""
 
     ids: NDArray[np.int32]
     """Its tokens ``[T]``."""
@@ -56,7 +56,7 @@ def encode_examples(
     *,
     last_answer_only: bool = False,
 ) -> list[Example | None]:
-    """Encode a record and cut its examples to ``max_length`` tokens; None: it then has nothing to learn.
+    """Encode a record and cut its examples to ``max_length`` tokens; None for one with nothing to learn.
 
     An instruction record loses the start of its prompt and keeps its answer and EOS. A conversation loses its
     first turns, but not its system prompt. A text loses its end.
@@ -66,7 +66,7 @@ def encode_examples(
         tokenizer: the base's.
         template: of a task or a conversation; a text has none.
         max_length: in tokens.
-        last_answer_only: of a conversation's answers the last one alone is learned.
+        last_answer_only: learn only the last answer of a conversation.
 
     Raises:
         UserError: as `Template.encode_example` and `encode_conversation`; names the record, and the turn.
@@ -111,13 +111,13 @@ def _conversation(
         ends = [at for at, m in enumerate(messages, start=1) if m.role == "assistant" and m.learned]
         last_only = partial(encoded, last_only=True)
         found = [_cut(messages[:end], last_only, max_length) for end in ends]
-    # Where all of a text is learned, the last example that fits has it.
+    # If prompts are learned too, they are learned in the last example that fits.
     last = max((number for number, one in enumerate(found) if one is not None), default=0)
     return [one if one is None or number == last else _answer_alone(one) for number, one in enumerate(found)]
 
 
 def _answer_alone(example: Example) -> Example:
-    """Return an example of which nothing but the answer may be learned."""
+    """Return an example in which only the answer may be learned."""
     return replace(example, kinds=np.where(example.kinds == ANSWER, ANSWER, NEVER).astype(np.int8))
 
 
@@ -133,7 +133,7 @@ def _cut(
 
 
 def trimmed(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return messages up to the last answer: what follows it is answered by nobody."""
+    """Return messages up to the last answer; those after it have no answer."""
     last = max(at for at, message in enumerate(messages) if message.role == "assistant")
     return messages[: last + 1]
 

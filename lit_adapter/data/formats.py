@@ -1,7 +1,8 @@
 """Readers of JSON, JSONL, CSV, TSV and Parquet files; each row comes with the line it starts on.
 
-Rows are read one by one, so that memory does not grow with the file. What Python's own readers accept, such
-as short CSV rows, is refused: a reader that guesses would train on something other than what the file says.
+Rows are read one by one, so that memory does not grow with the file. Ambiguous input that Python's own
+readers accept, such as short CSV rows, is refused: guessing could mean training on something other than what
+the file says.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def check_no_columns(columns: Columns, name: str) -> None:
 
 
 def _check_text(path: Path, name: str) -> None:
-    """Refuse a file of another encoding, as far as its start tells, or with nothing but white space."""
+    """Refuse a file that begins in another encoding, or has nothing but white space."""
     try:
         with path.open("rb") as file:
             _check_encoding(file.read(2), name)
@@ -196,7 +197,7 @@ def text_rows(stream: TextIO, name: str) -> Iterator[Row]:
 def csv_rows(stream: TextIO, name: str, delimiters: Iterable[str] = DELIMITERS) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns.
 
-    The delimiter is the one that stands most often in the first line, not counting quoted names; if two do,
+    The delimiter is the one that is most frequent in the first line, not counting quoted names; of equals,
     the first of ``delimiters``.
     """
     delimiter, _ = _delimiter(stream.read(_LONGEST_HEADER), delimiters)
@@ -275,7 +276,7 @@ def parquet_rows(path: Path, name: str, wanted: Iterable[str] | None) -> Iterato
 
 
 def without_null(item: Any) -> Any:
-    """Return nested values without null: Parquet has it wherever another record has a value."""
+    """Return nested values without nulls: Parquet has one wherever another record has a value."""
     if isinstance(item, dict):
         return {key: without_null(value) for key, value in item.items() if value is not None}
     return [without_null(value) for value in item] if isinstance(item, list) else item

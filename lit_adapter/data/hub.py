@@ -27,7 +27,7 @@ _ABOUT_THE_DATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether ``source`` is a name as `hub_files` takes it, and not a local path or data file."""
+    """Whether ``source`` is a name that `hub_files` takes, and not a local path or data file."""
     found = _NAME.fullmatch(str(source))
     if found is None or Path(source).exists():
         return False
@@ -38,7 +38,7 @@ def hub_files(name: str, say: Callable[[str], None] = lambda line: None) -> list
     """Download a Hub data set's training files, or those of the named split; return paths and names.
 
     The name is ``org/name``, ``org/name:split``, ``org/name:subset:split`` or ``org/name:path/of/file.json``.
-    A subset, or a split, is what the data set's card calls so, or else what its files are named for. ``say``
+    Subsets and splits are those of the data set's card, or else those that its files are named after. ``say``
     gets a line if there are many files.
 
     Raises:
@@ -62,7 +62,7 @@ def hub_addresses(name: str) -> list[tuple[str, str]]:
 
 
 def _chosen(name: str) -> tuple[str, list[str], Listing]:
-    """Return a data set's repository, the files that a name means, and what the Hub says of them."""
+    """Return a data set's repository, the files that a name means, and what the Hub says about them."""
     found = _NAME.fullmatch(name)
     if found is None:
         raise UserError(
@@ -78,7 +78,7 @@ def _chosen(name: str) -> tuple[str, list[str], Listing]:
 
 
 def _check_room(repo: str, files: Sequence[str], about: Listing, say: Callable[[str], None]) -> None:
-    """Say that many files can be streamed, and refuse what the disk cannot take."""
+    """Say that many files can be streamed, and refuse files that do not fit on the disk."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if about.commit is None:
@@ -104,14 +104,14 @@ def _check_room(repo: str, files: Sequence[str], about: Listing, say: Callable[[
 
 @dataclass(frozen=True)
 class Listing:
-    """What the Hub says of a data set."""
+    """What the Hub says about a data set."""
 
     files: list[str]
     commit: str | None
     configs: Any = None
     """``configs`` of its card: subsets with the patterns of their splits' files."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of its files, as far as they are known."""
+    """Bytes of its files, if known."""
 
 
 def files_of_card(about: Listing, part: str | None, repo: str) -> list[str]:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 class EpochOrder:
     """The records of every epoch.
 
-    Without weights an epoch is a permutation of all records. With weights it has as many places, of which
-    every source gets its share. A source fills its places with its own records, each of which comes once
-    before any comes again, over the ends of epochs. Records at the end of an epoch that fill no step
+    Without weights an epoch is a permutation of all records. With weights it has as many places, and every
+    source gets its share of them. A source fills its places with its own records; each is used once before
+    any is used again, across the ends of epochs. Records at the end of an epoch that fill no step
     (`TrainingSteps`) count as taken: they are skipped in this round.
 
     With weights ``sizes`` holds the number of records of each source, and ``counts`` that of an epoch's
@@ -59,7 +59,7 @@ class EpochOrder:
 
 
 def shares(weights: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Divide ``total`` by weights into whole numbers; what rounding leaves goes to the largest remainders."""
+    """Divide ``total`` by weights into whole numbers; the rest goes to the largest remainders."""
     parts = np.asarray(weights, np.float64) / np.max(weights)  # whose sum cannot overflow
     exact = parts / parts.sum() * total
     counts = np.floor(exact).astype(np.int64)

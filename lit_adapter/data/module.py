@@ -39,7 +39,7 @@ class AlpacaDataModule(LightningDataModule):
     """Instruction records as packed optimizer steps.
 
     The position, in finished optimizer steps, is in this module's state and not in the loader: a resumed run
-    starts its sampler after the last finished step, whatever had been prefetched when it stopped.
+    starts its sampler after the last finished step, whatever had been prefetched before the stop.
 
     ``tokenizer_key``, the tokenizer's fingerprint with its BOS and EOS, is for the cache. ``batch_size``
     counts the records of an optimizer step over all processes (0 until it is chosen), ``row_tokens`` the
@@ -65,13 +65,13 @@ class AlpacaDataModule(LightningDataModule):
         self.finished_steps = 0
         self.total_steps = 0
         self.remarks: list[str] = []
-        """What is worth noting beside the counts."""
+        """Remarks to print beside the counts."""
 
     def read(self) -> AlpacaDataModule:
         """Read, split and encode the records, which everything else needs; return this module.
 
         Raises:
-            UserError: no file, records that cannot be read, or none that fits ``data.max_length``.
+            UserError: no file, records that cannot be read, or no record that fits ``data.max_length``.
         """
         check_sources(self.config)
         # Started before the reading, so that its imports are done by the time a loader needs a worker.
@@ -228,7 +228,7 @@ class AlpacaDataModule(LightningDataModule):
         )
 
     def finish(self, batch: StepBatch) -> None:
-        """Move the position behind a step."""
+        """Move the position past a step."""
         self.finished_steps = batch.step + 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class AlpacaDataModule(LightningDataModule):
         return self.train_records[int(self.train_encoded.source_row[record])].origin
 
     def identity(self) -> dict[str, Any]:
-        """Return the data's part of the run identity: what decides the records of steps and validations."""
+        """Return the data's part of the run identity, which determines the records of every step."""
         return {
             "records": self.train_records.sha256[:16],
             "n_records": len(self.train_encoded),

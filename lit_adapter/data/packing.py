@@ -5,8 +5,9 @@ permutation. How they are divided into rows, and which process computes which ro
 memory but not the step: loss is a sum over targets, divided by the number of targets of the whole step.
 
 A preamble is the text that a template puts before every record. It is found in the data as the longest common
-start of the prompts that use the same text of the template. A row contains it once, before the records that
-continue it. A record's last token is only a target: nothing is predicted from it, so it is not in the row.
+start of the prompts that use the same variant of the template. A row contains it once, before the records
+that continue it. A record's last token is only a target: nothing is predicted from it, so it is not in the
+row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lit_adapter.text.conversation import ANSWER, CONTEXT
 SHORTEST_PREAMBLE = 4
 """Tokens below which a preamble is not worth a segment of its own."""
 FIRST_BLOCK, BLOCK = 100, 10_000
-"""Records whose starts are compared, or whose targets are counted, together."""
+"""Records whose starts are compared together, or whose targets are counted together."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class StepBatch:
     """Tokens of the whole step's records, the preamble counted for every record."""
     step: int
     place: Place | None = None
-    """Of a stream: where what follows the step is read from."""
+    """For a stream: where the records after the step are read from."""
 
 
 def shared_preambles(encoded: Encoded) -> dict[int, NDArray[np.int32]]:
@@ -132,8 +133,8 @@ class Packer:
     def assign(self, records: NDArray[np.int64], n_processes: int = 1) -> list[list[int]]:
         """Divide ``records`` into as few rows as they fit in; their number is a multiple of ``n_processes``.
 
-        Each record, longest first, goes into the emptiest row: rows become nearly equal in length, and
-        processes wait little for each other.
+        Each record, longest first, goes into the emptiest row: rows become nearly equal in length, so that
+        processes hardly wait for each other.
         """
         own = self.n_own[records]
         order = np.argsort(-own, kind="stable")
@@ -191,7 +192,7 @@ class Packer:
         return segments
 
     def _targets(self, segments: list[_Segment]) -> tuple[NDArray[np.int64], ...]:
-        """Return the row's indices whose next token is learned, ascending, those tokens, and whose they are.
+        """Return the row's indices whose next token is learned, ascending, those tokens, and their records.
 
         Each is ``[M]``.
         """

@@ -32,7 +32,7 @@ def records_of(
     source: int = 0,
     recognised: Callable[[Recognised], object] = lambda known: None,
 ) -> Iterator[AnyRecord]:
-    """Yield the records of a file, those with nothing to learn too.
+    """Yield the records of a file, including those with nothing to learn.
 
     Args:
         path: its suffix tells how it is read.

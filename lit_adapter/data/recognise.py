@@ -1,4 +1,4 @@
-"""Which of the formats a record has, and what it becomes."""
+"""Recognises the format of a record, and makes the record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUIRED = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The fields of `Columns` that each format must have. Records of several are read as the first of them."""
+"""The fields of `Columns` that each format must have. A record that fits several is read as the first."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Recognised:
     why: str
     """The reason, for the user."""
     sources: tuple[int, ...] = ()
-    """The numbers of the sources, or of their files, that have it; where it is known (`each_once`)."""
+    """The numbers of the sources, or of their files, that have it, if known (`each_once`)."""
 
 
 def each_once(found: Iterable[tuple[int, Recognised]]) -> tuple[Recognised, ...]:
@@ -49,7 +49,7 @@ def each_once(found: Iterable[tuple[int, Recognised]]) -> tuple[Recognised, ...]
 def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto") -> Recognised:
     """Return the format of a record; ``wanted`` is what the configuration says.
 
-    A column that was given another name decides. A record of no format is taken for one of ``alpaca``, whose
+    A column that was given another name decides. A record that fits no format is treated as ``alpaca``, whose
     reader says what is missing.
     """
     if wanted != "auto":
@@ -112,7 +112,7 @@ def conversation_of(
 
 
 def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: str) -> list[Message]:
-    """Return the messages of a field; a prompt's answers are not learned."""
+    """Return the messages of a field; answers within a prompt are not learned."""
     key = getattr(columns, field)
     if key not in values:
         found = ", ".join(map(shorten, [*values][:6])) or "none"
@@ -134,7 +134,7 @@ def is_conversation(values: Mapping[str, Any], columns: Columns, known: Recognis
 
 
 def _is_list(value: Any) -> bool:
-    """Whether a value is a list, or a text that looks like one of messages, as in CSV files."""
+    """Whether a value is a list, or a text that looks like a list of messages, as in CSV files."""
     return isinstance(value, list) or (isinstance(value, str) and _MESSAGES.match(value) is not None)
 
 

@@ -38,7 +38,7 @@ class Record(_Origin):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that it says."""
+        """Return all of its texts."""
         return self.instruction, self.input, self.output
 
     @property
@@ -49,7 +49,7 @@ class Record(_Origin):
 
 @dataclass(frozen=True, slots=True)
 class Conversation(_Origin):
-    """Messages and the tools they may call, kept as one JSON text: a million of them are a million texts."""
+    """Messages and the tools they may call, kept as one JSON text to save memory."""
 
     content: str
 
@@ -72,7 +72,7 @@ class Conversation(_Origin):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that it says."""
+        """Return all of its texts."""
         return "conversation", self.content
 
     @property
@@ -83,13 +83,13 @@ class Conversation(_Origin):
 
 @dataclass(frozen=True, slots=True)
 class PlainText(_Origin):
-    """A text that is learned as it is, without a template."""
+    """A text that is learned unchanged, without a template."""
 
     text: str
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that it says."""
+        """Return all of its texts."""
         return "text", self.text
 
     @property
@@ -105,11 +105,11 @@ DIGEST_BYTES = 16
 
 
 def digest_of(record: AnyRecord) -> bytes:
-    """Return 16 bytes that tell a record's texts from all others."""
+    """Return 16 bytes that identify a record's texts."""
     digest = hashlib.sha256()
     for text in record.texts:
         content = text.encode()
-        # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+        # The length in front distinguishes ("ab", "c") from ("a", "bc").
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.digest()[:DIGEST_BYTES]
 

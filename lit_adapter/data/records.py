@@ -1,7 +1,7 @@
 """Records: counted, split and compared, in memory or on disk. No torch.
 
 A malformed record is refused with its line. Two flaws common in real data are only counted: records with
-nothing to learn, such as an empty output, which are skipped, and duplicates, which are kept unless asked.
+nothing to learn, such as an empty output, which are skipped, and duplicates, which are kept by default.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Records(Sequence[AnyRecord]):
     digests: NDArray[np.uint64] = field(
         default_factory=lambda: np.empty((0, 2), np.uint64), compare=False, repr=False
     )
-    """What tells the texts of each record from others ``[records, 2]``; computed where it is not given."""
+    """The digest of each record's texts ``[records, 2]``; computed if not given."""
 
     def __post_init__(self) -> None:
         if not len(self.rows):
@@ -119,7 +119,7 @@ def sources_of(rows: Sequence[AnyRecord]) -> NDArray[np.int64]:
 
 def first_of(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the index of the first digest that equals each one ``[records]``."""
-    # That two texts differ and share the first half of their digests is not expected in 2**32 records.
+    # Different texts with the same first half of the digest are not to be expected below 2**32 records.
     order = np.argsort(digests[:, 0], kind="stable")
     is_new = np.ones(len(order), np.bool_)
     is_new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
@@ -154,7 +154,7 @@ def read_records(
 
 
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:
-    """Split into (train, validation) as `split_rows`. Records skipped while reading are those of train."""
+    """Split into (train, validation) like `split_rows`. Records skipped while reading count for train."""
     train, val = split_rows(records, val_size=val_size, seed=seed)
     return (
         records.choose(train, f"{records.source} (train)", records.n_empty_output),

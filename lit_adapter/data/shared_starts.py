@@ -1,4 +1,4 @@
-"""Texts whose likelihoods are asked for, in packed rows that compute a shared start once.
+"""Packs texts whose likelihoods are wanted, in rows that compute a shared start once.
 
 The choices of a question continue one context, the questions of a task the same examples, and the records of
 a file the same template. `groups` finds these starts in the token ids, whatever they mean; each becomes the
@@ -40,7 +40,7 @@ class _Group:
     n_common: int
     """Tokens with which all of them begin; a text's last one is not counted."""
     n_tokens: int
-    """Of all texts, without the last of each, which is only predicted."""
+    """Tokens of all texts, without the last of each, which is only predicted."""
 
     @property
     def n_shared(self) -> int:
@@ -49,7 +49,7 @@ class _Group:
 
     @property
     def cost(self) -> int:
-        """Tokens that the group takes of a row."""
+        """Tokens of a row that the group takes."""
         return self.n_tokens - (len(self.texts) - 1) * self.n_shared
 
 
@@ -74,7 +74,7 @@ def rows_of(
 
 
 class _Packer(Packer):
-    """Packs texts whose shared starts may reach into what is scored: its tokens then count for each text."""
+    """Packs texts whose shared starts may reach into scored tokens, which then count for each text."""
 
     def _preamble_lengths(self) -> NDArray[np.int32]:
         lengths = [len(self.preambles.get(variant, ())) for variant in self.encoded.variant.tolist()]
@@ -100,8 +100,8 @@ def _rows(parts: list[list[int]], packer: Packer, row_tokens: int) -> Iterator[l
 def groups(texts: Sequence[Scored]) -> list[_Group]:
     """Return the groups whose shared starts save most, found greedily among neighbours in sorted order.
 
-    Texts with the same context begin as a group. It is joined with the next one while a shorter common start
-    of both takes fewer tokens than two starts.
+    Texts with the same context begin as a group. It is joined with the next one as long as a shorter common
+    start of both takes fewer tokens than two starts.
     """
     ids = [tuple(text.ids) for text in texts]
     contexts = [of[: text.n_context] for of, text in zip(ids, texts, strict=True)]

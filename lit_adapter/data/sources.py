@@ -1,4 +1,4 @@
-"""What a configuration names as data: files, folders, patterns and Hub data sets, alone or several."""
+"""The sources that a configuration names as data: files, folders, patterns and Hub data sets."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def title(names: Sequence[str]) -> str:
 
 
 def check_sources(config: DataConfig) -> None:
-    """Refuse data that is not named or not there, which needs no base, no tokenizer and no network.
+    """Refuse data that is not named or does not exist. This needs no base, no tokenizer and no network.
 
     Raises:
-        UserError: no training data is named, a file is missing or cannot be read, or cannot be streamed where
-            it should be, or a folder or pattern has no data file.
+        UserError: no training data is named; a file is missing, or cannot be read or streamed; or a folder or
+            pattern has no data file.
     """
     if not all(as_names(config.train)) or not config.train:
         raise UserError("data.train is not set; give a file of records or a Hub data set as org/name")
@@ -53,8 +53,8 @@ def sources_of(
 ) -> list[Source]:
     """Return the files that a setting names, in its order.
 
-    Those of a Hub data set are downloaded, of which ``say`` gets a line if they are many, or with ``stream``
-    only named.
+    Those of a Hub data set are downloaded (``say`` gets a line if there are many), or with ``stream`` only
+    named.
 
     Raises:
         UserError: as `check_sources`, or the Hub has no such data set, or the disk no room for it.

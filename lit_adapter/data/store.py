@@ -33,7 +33,7 @@ VERSION = 2
 CHUNK = 1000
 """Records that are written together."""
 SCHEMA = {"texts": np.uint8, "end": np.int64, "line": np.int64, "file": np.int32, "digests": np.uint64}
-"""Texts as JSON, one after another; where each record's end; two numbers a digest."""
+"""Texts as JSON, one after another; where those of each record end; two numbers per digest."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
     number: int = 0
     """Which of the named sources it belongs to."""
     address: str = ""
-    """Where it is read on the Hub, if it is not on this machine."""
+    """Its address on the Hub, if it is not on this machine."""
 
 
 def stored_records(

@@ -5,7 +5,7 @@ Step s has the records s * batch_size and following of the run; those with nothi
 `Place` from which they are read again. Every process and loader worker reads the whole stream, and encodes
 and packs only the steps that it is asked for.
 
-What needs to know all records is not offered: a number of epochs, weights, a part to hold out, duplicates.
+Settings that need all records are not offered: a number of epochs, weights, a part to hold out, duplicates.
 The first records stand for all of them in what is printed and checked before training.
 """
 
@@ -36,13 +36,13 @@ from lit_adapter.files.read import reading
 from lit_adapter.model.attention import PackedRow
 
 LOOKED_AT = 1000
-"""Records that stand for the stream."""
+"""First records, which stand for the whole stream."""
 END_BYTES = 2**16
-"""Of the start and of the end of a local file, by which a resumed run knows it; of what is shorter, all."""
+"""Bytes at the start and at the end of a local file by which a resumed run identifies it."""
 
 
 class StreamDataModule(AlpacaDataModule):
-    """As its base class, for ``data.stream``; ``train_records`` and what follows from them are the first."""
+    """Like its base class, for ``data.stream``; ``train_records`` are only the first ones."""
 
     def read(self) -> StreamDataModule:
         """Read the first records, and those that are held out; return this module.
@@ -126,7 +126,7 @@ class StreamDataModule(AlpacaDataModule):
         return self._loader(self.streamed_steps(*share_of_rows(self.trainer)), Remaining(self))
 
     def on_before_batch_transfer(self, batch: StepBatch | UserError, dataloader_idx: int) -> StepBatch:
-        """Raise what a worker has found wrong with the data.
+        """Raise the error that a worker has found in the data.
 
         Raises:
             UserError: a record is malformed, or a file cannot be read.
@@ -191,7 +191,7 @@ class StreamedSteps(Dataset):
     n_processes: int = 1
 
     def read(self, step: int) -> tuple[list[AnyRecord], Packer]:
-        """Return the records of a step that have something to learn, and what packs them.
+        """Return the records of a step that have something to learn, and their packer.
 
         Raises:
             UserError: a record is malformed, or a file cannot be read.

@@ -1,9 +1,9 @@
 """Records that are read while they are trained on, and neither downloaded nor kept on disk.
 
 The library ``datasets`` reads files where they are, here or on the Hub. An epoch takes them in an order drawn
-from (seed, epoch). Their records, one file after another, fill shuffle buffers, each of which is put into an
-order drawn from (seed, epoch, its number). So the order is a function of (seed, epoch), memory is bounded by
-a buffer, and from the `Place` of a buffer the order goes on without what came before.
+from (seed, epoch). Their records, one file after another, fill shuffle buffers, and each buffer is shuffled
+by (seed, epoch, its number). So the order is a function of (seed, epoch), memory is bounded by a buffer, and
+from the `Place` of a buffer the order continues without reading what came before.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lit_adapter.data.strict_json import Row, jsonl_rows
 from lit_adapter.errors import UserError, shorten
 
 BUFFER = 10_000
-"""Records of a buffer, where nothing else is said."""
+"""Records of a buffer by default."""
 BUFFER_CHARACTERS = 2**25
-"""Characters of a buffer's texts, from which it takes no further record."""
+"""Characters of a buffer's texts from which it takes no further record."""
 LINES = (".jsonl", ".ndjson")
 BATCH_ROWS = 1024
 READERS = ("datasets", "pyarrow", "fsspec", "huggingface_hub", "aiohttp", "httpx", "httpx2", "httpcore")
@@ -50,10 +50,10 @@ class Place(NamedTuple):
 
 
 def check_streamable(source: Source) -> None:
-    """Refuse a file that cannot be read from any of its records on.
+    """Refuse a file that cannot be read starting at any record.
 
     Raises:
-        UserError: it is neither JSON Lines nor Parquet, or its path is one that fsspec takes apart.
+        UserError: it is neither JSON Lines nor Parquet, or fsspec would split its path.
     """
     if source.path.suffix.lower() not in (*LINES, PARQUET):
         raise UserError(
@@ -89,14 +89,14 @@ def streamed_rows(source: Source, wanted: Iterable[str], skip: int = 0) -> Itera
 
 
 def _open(kind: str, source: Source, **options: Any) -> Any:
-    """Return what a file is read from, by ``datasets``."""
+    """Open a file with ``datasets``."""
     try:
         import datasets
     except ImportError:
         raise UserError("data.stream needs datasets; run: pip install 'datasets>=4'") from None
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a file asks nobody
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a file must not ask for confirmation
     datasets.disable_progress_bars()
-    files = {"train": [glob.escape(_address(source))]}  # taken for a pattern
+    files = {"train": [glob.escape(_address(source))]}  # otherwise it would be taken for a pattern
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 
@@ -121,7 +121,7 @@ def _parquet_rows(source: Source, wanted: Iterable[str], skip: int) -> Iterator[
 
 
 def _without_mark(lines: Iterator[str]) -> Iterator[str]:
-    """Take the byte order mark from the first line."""
+    """Remove the byte order mark from the first line."""
     for first in lines:
         yield first.removeprefix("\ufeff")
         break
@@ -130,7 +130,7 @@ def _without_mark(lines: Iterator[str]) -> Iterator[str]:
 
 @contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Report in one line what fails while a file is read."""
+    """Turn a failure while a file is read into one line."""
     try:
         yield
     except UserError:
@@ -166,7 +166,7 @@ class Stream:
     wanted: str = "auto"
     """The format of the records, as `records_of` takes it."""
     start: Place = field(default_factory=Place)
-    """Where a resumed run goes on reading."""
+    """Where a resumed run continues reading."""
     most: int = field(default_factory=lambda: BUFFER)
     """Records of a buffer, at most."""
 
@@ -231,12 +231,12 @@ class Stream:
 
 
 class StreamReader:
-    """Reads a stream forwards: the records of any step, and again from its start if it must go back."""
+    """Reads a stream forwards: the records of any step; to go back, it starts again."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.place: Place | None = None
-        """Of the buffer that the last record is in."""
+        """The place of the buffer that the last record is in."""
         self._buffer: list[AnyRecord] = []
         self._buffers: Iterator[tuple[Place, list[AnyRecord]]] = iter(())
 

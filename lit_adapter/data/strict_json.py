@@ -1,7 +1,7 @@
 """JSON arrays and JSON Lines, read record by record: memory does not grow with the file.
 
-What Python's own reader accepts beyond JSON (NaN, duplicate keys) is refused: a reader that guesses would
-train on something other than what the file says.
+What Python's own reader accepts beyond JSON (NaN, duplicate keys) is refused: guessing could mean training on
+something other than what the file says.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class _Window:
         return f"{line}:{index - start + (self._before if start < 0 else 0)}"
 
     def next_character(self) -> str:
-        """Return the next character that is no white space, which then is at ``at``; empty at the end."""
+        """Return the next character that is not white space, which is then at ``at``; empty at the end."""
         self.at = _skip(self.text, self.at)
         while self.at == len(self.text) and self._read_more():
             self.at = _skip(self.text, self.at)
@@ -173,7 +173,7 @@ class _Window:
         return bool(block)
 
     def value(self, name: str, hint: str = "") -> Any:
-        """Decode the value at ``at`` and go on to its end.
+        """Decode the value at ``at`` and move to its end.
 
         Raises:
             UserError: it is not valid, or nested too deeply; names the line of the file ``name``.

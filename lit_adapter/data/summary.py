@@ -28,7 +28,7 @@ STEPS_SHOWN = 20
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 REVERSE, NOT_REVERSE = "\x1b[7m", "\x1b[27m"
 LOOK_ALIKE = re.compile(rf"{CONTROL_SPELLING.pattern}|</?s>")
-"""What templates of known bases write for a control token."""
+"""Spellings of control tokens in templates of known bases."""
 
 
 def describe(data: AlpacaDataModule, *, color: bool, n_shares: int = 1) -> list[str]:
@@ -56,7 +56,7 @@ def describe(data: AlpacaDataModule, *, color: bool, n_shares: int = 1) -> list[
 
 
 def _formats(data: AlpacaDataModule) -> list[str]:
-    """Return a line for each format, with the sources that have it where there are several."""
+    """Return a line for each format; if there are several, with the sources that have it."""
     names, lines = as_names(data.config.train), []
     for known in data.train_records.formats:
         of = f" of {title([names[number] for number in known.sources])}" if len(names) > 1 else ""
@@ -65,7 +65,7 @@ def _formats(data: AlpacaDataModule) -> list[str]:
 
 
 def _weights(data: AlpacaDataModule) -> list[str]:
-    """Return a line that says what each source's weight makes of an epoch, if there are weights."""
+    """Return a line that says how many records of each source an epoch has, if there are weights."""
     weights = data.config.weights
     if weights is None:
         return []
@@ -97,7 +97,7 @@ def _packed(data: AlpacaDataModule, n_shares: int) -> str:
 
 
 def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
-    """Return what is worth noting: number of records, out of how many, and what happened to them."""
+    """Return the notes: number of records, out of how many, and what happened to them."""
     train, val = data.train_records, data.val_records or ()
     n_empty = train.n_empty_output + (data.val_records.n_empty_output if data.val_records else 0)
     encoded, held_out = data.train_encoded, data.val_encoded
@@ -169,7 +169,7 @@ def _look_alikes(data: AlpacaDataModule) -> list[str]:
 
 
 def _not_shown(data: AlpacaDataModule) -> list[str]:
-    """Return a warning of what the first conversations hold and the template never looks at."""
+    """Return a warning about fields of the first conversations that the template never reads."""
     talks = [row for row in data.train_records[:LOOKED_AT] if isinstance(row, Conversation)]
     held = {key for row in talks for message in row.messages for key in message.more if key not in _IDS}
     held |= {"tools"} if any(row.tools for row in talks) else set()
@@ -180,9 +180,9 @@ def _not_shown(data: AlpacaDataModule) -> list[str]:
 
 
 def _example(data: AlpacaDataModule, *, color: bool) -> str:
-    """Return the first record, its parts that are not learned marked; a conversation turn by turn.
+    """Return the first record, with the parts that are not learned marked; a conversation turn by turn.
 
-    Where its answers are examples of their own, these follow one another.
+    If its answers are examples of their own, these follow one another.
     """
     source_row = data.train_encoded.source_row
     n_examples = int((source_row == source_row[0]).sum())

@@ -54,7 +54,7 @@ def text_of(values: Mapping[str, Any], key: str, name: str, line: int, option: s
     """Return a row's text of the column ``key``, which ``option`` names.
 
     Raises:
-        UserError: it is missing, no string, or not valid Unicode; names file and line.
+        UserError: it is missing, not a string, or not valid Unicode; names file and line.
     """
     if key not in values:
         present = list(values)

@@ -1,4 +1,4 @@
-"""Worker processes: how they start, that they leave signals to their parent, and that they end with it."""
+"""Worker processes: they are forked from a server, leave signals to their parent, and end with it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_server() -> BaseContext:
-    """Start importing what loader workers need, in a process that they are forked from; return its context.
+    """Start a process that imports what loader workers need and forks them; return its context.
 
-    A fork of the trainer itself can hang: CPython 3.11 waits for ever if another thread, such as the
+    A fork of the trainer itself can hang: CPython 3.11 waits forever if another thread, such as the
     communication library's, is entering or leaving Python at that moment. This process has one thread.
     """
     context = get_context("forkserver")
@@ -42,7 +42,7 @@ def follow_parent(worker: int = 0) -> None:
     """Keep this worker process alive until its parent ends, and no longer.
 
     A signal to the process group would kill it before the parent has saved. If the parent is killed, a worker
-    would wait for ever for somebody to read its pipe, or print that a connection is gone.
+    would wait forever for a reader of its pipe, or print that a connection is gone.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -5,5 +5,5 @@
 appear whole or not at all, and `base_folder` says what a converted folder holds. `load` makes a model of it,
 `download` fetches sources, and `merge` merges a base and its adapter. `adapter_file` is our adapter format;
 `adapter_hub` exchanges adapters with the Hub, with a `model_card`. `foreign` holds the formats of other code
-bases, `plain` is an adapter between two formats, and `measure` compares logits.
+bases, `plain` is an adapter independent of any format, and `measure` compares logits.
 """

@@ -1,9 +1,9 @@
 """``adapter.safetensors``: the trained tensors in fp32, with all that is needed to use them as metadata.
 
-The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version,
-form and sizes of the adapter, prompt template and masking, the base's name, sizes and fingerprint, and a
-summary of the training; on a base with norms of heads or windows also ``prefix``, how they treat it. The
-tensors of a prefix are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate`` (raw, before c).
+The safetensors header's metadata holds one key, ``lit_adapter``, with a JSON object: format version, form and
+sizes of the adapter, prompt template and masking, the base's name, sizes and fingerprint, and a summary of
+the training; on a base with head norms or windows also ``prefix``, how they treat it. The tensors of a prefix
+are ``layers.{i}.self_attn.prefix.prompt [K, C]`` and ``.gate`` (raw, before c).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def base_identity(folder: Path) -> BaseIdentity:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter file says of itself."""
+    """What an adapter file says about itself."""
 
     adapter: AdapterConfig
     base: BaseIdentity
@@ -79,14 +79,14 @@ class AdapterInfo:
 def save_adapter(
     path: Path, state: dict[str, torch.Tensor], info: AdapterInfo, *, make_folder: bool = True
 ) -> None:
-    """Write an adapter, whole or not at all; ``make_folder``: and its folder, if missing.
+    """Write an adapter, whole or not at all; with ``make_folder`` also its folder, if missing.
 
     Raises:
         UserError: tensors that do not fit ``info`` or are not finite, or a file that cannot be written.
     """
     check_adapter_state(adapter_shapes(info.adapter, info.model), state, str(path))
     described = {"format_version": FORMAT_VERSION, **asdict(info)}
-    described["adapter"]["norms"] = "norms" in info.adapter.parts  # not left to another version's default
+    described["adapter"]["norms"] = "norms" in info.adapter.parts  # explicit, as defaults may change
     if treated := _treatment(info):
         described["prefix"] = treated
     tensors = {name: state[name].detach().float().cpu().contiguous() for name in sorted(state)}
@@ -136,7 +136,7 @@ def _treatment(info: AdapterInfo) -> dict[str, str]:
 
 
 def _missing(path: Path) -> UserError:
-    """Say what there is in place of an adapter's file: a folder, or a run that has not reached its end."""
+    """Say what is there instead of an adapter's file: a folder, or a run that has not reached its end."""
     run = path if path.is_dir() else path.parent
     files = [run / name for name in ("adapter.safetensors", "best.safetensors") if (run / name).is_file()]
     instead = f"; {' and '.join(map(str, files))} {'is' if len(files) == 1 else 'are'} there" if files else ""
@@ -188,12 +188,12 @@ def _parse(metadata: str, path: Path) -> tuple[AdapterInfo, dict[str, tuple[int,
 
 
 def _adapter_config(values: dict[str, Any]) -> AdapterConfig:
-    """Return a configuration; parts that the version that wrote the file did not have are left out."""
+    """Return a configuration without the parts that the version that wrote the file did not have."""
     return AdapterConfig(**{"norms": False, **values, "lora": LoraConfig(**values.get("lora", {}))})
 
 
 def _check_types(raw: Any) -> None:
-    """Refuse, by ValueError, metadata whose values are of other types than `save_adapter` writes."""
+    """Refuse, by ValueError, metadata whose values have other types than `save_adapter` writes."""
     whole = {"base_config": dict, "mask_prompt": bool, "training": dict}
     adapter, base = get_type_hints(AdapterConfig), get_type_hints(BaseIdentity)
     given = raw["adapter"]
@@ -231,7 +231,7 @@ def _is_a(value: object, kind: Any) -> bool:
 
 
 def check_base(info: AdapterInfo, folder: Path, path: Path) -> None:
-    """Refuse the adapter at ``path`` on another base than it was trained on.
+    """Refuse the adapter at ``path`` on a base other than the one it was trained on.
 
     Raises:
         UserError: ``folder`` is not a base, or another one, with both names.

@@ -27,7 +27,7 @@ def fetch_adapter(name: str, out: Path, *, revision: str | None = None) -> list[
     ``revision`` is a branch, tag or commit.
 
     Raises:
-        UserError: no such repository, none or a damaged adapter in it, or another file at ``out``.
+        UserError: no such repository, no adapter or a damaged one in it, or another file at ``out``.
     """
     check_name(name)
     names, commit = list_files(name, revision)
@@ -90,7 +90,7 @@ def push_adapter(
     from lit_adapter.weights.adapter_file import read_adapter
     from lit_adapter.weights.model_card import model_card
 
-    check_name(name)  # the Hub would make a repository of a bare name, under this login
+    check_name(name)  # for a bare name, the Hub would create a repository under this login
     info, _ = read_adapter(adapter)
     base = base_at_hand(info.base, adapter)
     if base is not None and not has_fingerprints(base, info.base):

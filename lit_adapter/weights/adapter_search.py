@@ -1,4 +1,4 @@
-"""Where the adapter is that a user names: the same for every command that takes one."""
+"""Finds the adapter that a user names, in the same way for every command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RUNS = Path("out")
 def adapter_file(name: str | Path) -> Path:
     """Return the file of an adapter named by its path, by its run's folder, or by the run's name in ``out``.
 
-    A name that fits nothing is returned as it is: whoever reads it says what is there instead.
+    A name that matches nothing is returned unchanged: its reader says what is there instead.
 
     Raises:
-        UserError: the name is empty; as a path it would be the working folder.
+        UserError: the name is empty; as a path it would mean the working directory.
     """
     if name == "":
         raise UserError("the adapter's name is empty; give a run's folder or an adapter file")

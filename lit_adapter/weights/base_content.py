@@ -1,9 +1,9 @@
-"""Whether a base folder still holds what its fingerprint was made from. No torch.
+"""Checks that a base folder still holds what its fingerprint was made from. No torch.
 
-Small files are compared at every start. Weights may have many gigabytes: they are compared whole when asked,
-and when a file is not the one seen at the last check (size, times, inode); otherwise one page of every tensor
-is compared. What was seen is kept in the cache folder, in one file for each base folder. Without that file
-everything is compared.
+Small files are compared at every start. Weights may have many gigabytes: they are compared in full on
+request, and when a file is not the one of the last check (by size, times, inode); otherwise one page of every
+tensor is compared. The results of a check are kept in the cache folder, in one file for each base folder.
+Without that file everything is compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lit_adapter.weights.base_folder import (
 )
 
 VERSION = 1
-"""Of the files in the cache folder."""
+"""Version of the files in the cache folder."""
 PAGE = 4096
 """Bytes in the middle of each tensor that are compared at every start."""
 THREADS = 8
@@ -66,9 +66,9 @@ def check_content(
 ) -> None:
     """Check that a base's files are those that were converted: weights, configuration, tokenizer, stop ids.
 
-    ``everything`` compares all weights, whatever was seen before, and the SHA-256 that adapters know the base
-    by; ``say`` then gets a line about it. A fingerprint of format 1 has no checksums of the configuration: it
-    is taken as it is at the first check, and compared from then on.
+    ``everything`` compares all weights, whatever an earlier check found, and the SHA-256 by which adapters
+    identify the base; ``say`` then gets a line about it. A fingerprint of format 1 has no checksums of the
+    configuration: it is accepted as it is at the first check, and compared from then on.
 
     Raises:
         UserError: not a converted base, or a file is missing, was added, or has changed; names it.
@@ -94,7 +94,7 @@ def check_content(
 
 
 def small_file_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file that decides an answer, except the weights, by name."""
+    """Return the SHA-256 of every file that affects an answer, except the weights, by name."""
     digests = {}
     for name in SMALL_FILES:
         path = folder / name
@@ -111,7 +111,7 @@ def tensor_checksums(folder: Path) -> dict[str, str]:
 
 
 def _check_presence(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Refuse a file that is missing, of another size, or new and would decide an answer."""
+    """Refuse a file that is missing, of another size, or new and would affect an answer."""
     files = fingerprint["files"]
     for name, size in files.items():
         path = folder / name
@@ -147,7 +147,7 @@ def _check_tokenizer(folder: Path, fingerprint: dict[str, Any]) -> None:
 def _check_weights(
     folder: Path, fingerprint: dict[str, Any], known: dict[str, Any], *, everything: bool
 ) -> dict[str, dict[str, Any]]:
-    """Compare tensors with their checksums; if there are none, the SHA-256 of all. Return what was seen."""
+    """Compare tensors with their checksums, or without any the SHA-256 of all; return what was found."""
     seen = _seen(folder)  # before they are read, so that a later write is noticed
     with _mapped(folder) as tensors:
         found, sha256 = _digests(tensors, identity=everything or not known)
@@ -171,7 +171,7 @@ def _check_tensors(
 
 
 def _check_identity(folder: Path, fingerprint: dict[str, Any], sha256: str) -> None:
-    """Compare the digests that adapters know the base by."""
+    """Compare the digests by which adapters identify the base."""
     _check_tokenizer(folder, fingerprint)
     if sha256 != fingerprint["weights"]:
         files = weight_files(folder)
@@ -239,7 +239,7 @@ def _header(view: memoryview, path: Path) -> Iterator[tuple[str, bytes, int, int
 
 
 def _seen(folder: Path) -> dict[str, list[int]]:
-    """Return what tells, without reading it, that a weight file is another or was written again."""
+    """Return what shows, without reading it, that a weight file was replaced or written again."""
     status = {path.name: path.stat() for path in weight_files(folder)}
     return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in status.items()}
 
@@ -249,7 +249,7 @@ def _pages(tensors: Mapping[str, _Tensor]) -> dict[str, str]:
 
 
 class _LastCheck:
-    """What was seen at the last check of a folder; ``content`` is empty where that is not known."""
+    """The results of the last check of a folder; ``content`` is empty if there are none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -261,7 +261,7 @@ class _LastCheck:
         self.read()
 
     def read(self) -> None:
-        """Read it; one that cannot be read, or is of another fingerprint or version, counts as none."""
+        """Read it; a file that cannot be read, or has another fingerprint or version, counts as none."""
         self.content: dict[str, Any] = {}
         with suppress(UserError):
             content = read_object(self.path) if self.path is not None else {}
@@ -280,7 +280,7 @@ class _LastCheck:
         return nullcontext() if self.path is None else one_at_a_time(self.path, doing="compares the base")
 
     def is_current(self) -> bool:
-        """Tell whether the weights are as they were seen; compares one page of every tensor."""
+        """Tell whether the weights are those of the last check; compares one page of every tensor."""
         if self.content.get("seen") != _seen(self.folder):
             return False
         with _mapped(self.folder) as tensors:

@@ -17,7 +17,7 @@ from lit_adapter.files.read import read_json
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 2
-"""Of fingerprints. Format 1 lacks ``file_sha256`` and ``tensor_crc32``; it is read too."""
+"""Format of fingerprints. Format 1, which lacks ``file_sha256`` and ``tensor_crc32``, is read too."""
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 FINGERPRINT = "fingerprint.json"
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
 )
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *TOKENIZER_FILES)
-"""What decides an answer besides the weights; most of them may be absent."""
+"""Files besides the weights that affect an answer; most of them may be absent."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def check_converted(folder: Path) -> None:
-    """Refuse a folder that is not there, or that ``scripts/convert.py`` has not made.
+    """Refuse a folder that does not exist, or that ``scripts/convert.py`` has not made.
 
     Raises:
         UserError: says how to get a base, or that the path is not UTF-8.

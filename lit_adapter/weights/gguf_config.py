@@ -1,6 +1,6 @@
-"""The configuration that the keys of a GGUF file say, and the architecture that computes a configuration.
+"""The configuration in the keys of a GGUF file, and the architecture that computes a configuration.
 
-llama.cpp hard-codes what its files do not say: in ``smollm3`` every fourth layer has no rotary positions.
+llama.cpp hard-codes what is not in its files: in ``smollm3`` every fourth layer has no rotary positions.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -101,7 +101,7 @@ class GGUFKeys:
         return self.fields.get(self.name(key), default)
 
     def need(self, key: str) -> Any:
-        """Return a value that has to be there."""
+        """Return a required value."""
         if self.get(key) is None:
             raise UserError(f"{self.path}: key '{self.name(key)}' is missing")
         return self.get(key)
@@ -155,7 +155,7 @@ def read_config(
 
 
 def _layers(keys: GGUFKeys, n_layer: int, context_length: int) -> dict[str, Any]:
-    """Return what differs by layer, and the family that the file is named for."""
+    """Return the settings that differ by layer, and the family of the file."""
     family, window = ARCHITECTURES[keys.architecture], keys.get("attention.sliding_window")
     unrotated = every_fourth(n_layer) if family == "smollm3" else ()
     if not window or window >= context_length:

@@ -149,7 +149,7 @@ class GGUFSource(Source):
             self.generation = {**ids, "eos_token_id": stops}
 
     def _spelled_stops(self) -> list[int]:
-        """Return the ids of `STOPS`, outside the architecture ``llama``, whose files name theirs."""
+        """Return the ids of `STOPS`; none for the architecture ``llama``, whose files name their own."""
         if self.config.family in ("llama", "mistral"):
             return []
         tokens, kinds = (self.fields.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))

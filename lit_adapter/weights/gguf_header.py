@@ -1,7 +1,7 @@
 """The header of a GGUF file: its keys as plain values, and where its tensors lie. Sizes are checked first.
 
-The gguf package reads as many elements as an array claims to have, and arrays in arrays by recursion, so it
-does not get to see the file. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The gguf package reads as many elements as an array claims to have, and nested arrays by recursion, so it is
+not used for this. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[GGUFTensor]]:
     """Return a file's keys and its tensors.
 
     Raises:
-        UserError: no GGUF file, a big-endian one, damaged, truncated, or with sizes that no LLaMA has.
+        UserError: not a GGUF file, a big-endian one, damaged, truncated, or with impossible sizes.
     """
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
@@ -64,7 +64,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[GGUFTensor]]:
 
 
 class _Header:
-    """A place in the file, which moves behind everything that is read."""
+    """A position in the file, which moves past everything that is read."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at, self.n_elements = content, 4, 0
@@ -96,7 +96,7 @@ class _Header:
         return fields, tensors
 
     def skip(self, n_bytes: int) -> int:
-        """Move behind ``n_bytes``, which must be there, and return where they start."""
+        """Move past ``n_bytes``, which must exist, and return where they start."""
         start, self.at = self.at, self.at + n_bytes
         if self.at > len(self.content):
             raise ValueError(f"{n_bytes} bytes are missing at offset {start}")

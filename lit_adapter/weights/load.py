@@ -15,7 +15,7 @@ from lit_adapter.model.llama import Llama, empty_llama
 from lit_adapter.weights.base_folder import read_config, weight_files
 
 Reader = Callable[[Any, str, torch.Tensor, torch.dtype], torch.Tensor]
-"""Returns what a parameter holds on this device, from an open safetensors file, the tensor's name in it, the
+"""Returns a parameter's value for this device, given an open safetensors file, the tensor's name in it, the
 empty parameter, and the dtype to return."""
 
 

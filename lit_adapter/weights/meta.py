@@ -65,7 +65,7 @@ class MetaSource(Source):
         self._read_token_ids()
 
     def _check_count(self, params: dict[str, object], path: Path) -> None:
-        """Compare the number of files with the number of ranks, which the rows of a query matrix tell."""
+        """Compare the number of files with the number of ranks that a query matrix's rows imply."""
         first, dim = self.shards[0], params.get("dim")
         shape = first.shapes.get("layers.0.attention.wq.weight", ())
         if not isinstance(dim, int) or len(shape) != 2 or not shape[0] or dim % shape[0]:

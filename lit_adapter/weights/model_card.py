@@ -1,4 +1,4 @@
-"""An adapter's model card on the Hub, written from what its file says."""
+"""An adapter's model card on the Hub, written from the file's metadata."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Evaluated:
     results: list[dict[str, Any]] = field(default_factory=list)
     """The Hub's ``model-index`` of the adapter: tasks, data sets and metrics."""
     section: str = ""
-    """Markdown, which may show ``files``."""
+    """A section in Markdown, which may show ``files``."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Pictures, by the name that they get in the repository."""
+    """Pictures, by their names in the repository."""
 
 
 def model_card(
     info: AdapterInfo, repository: str, base: Path | None, evaluated: Evaluated | None = None
 ) -> str:
-    """Return the card's Markdown for the repository ``org/name``; ``base`` is its base, if at hand."""
+    """Return the card's Markdown for the repository ``org/name``; ``base`` is its base, if available."""
     origin = read_fingerprint(base)["source"].get("model") if base is not None else None
     other_name = f" ({origin})" if origin and origin != info.base.name else ""
     known = origin if isinstance(origin, str) and origin.count("/") == 1 else None

@@ -31,7 +31,7 @@ def check_output(
     mark: str = FINGERPRINT,
     what: str = "a converted base",
 ) -> None:
-    """Refuse an output folder that must not be written; ``mark`` is a file of what it may replace.
+    """Refuse an output folder that must not be written; ``mark`` is a file that it must have to be replaced.
 
     Raises:
         UserError: it exists and ``overwrite`` is off; it has no ``mark``, so that replacing it would delete
@@ -54,7 +54,7 @@ def check_output(
 
 
 def check_free(out: Path, needed: int) -> None:
-    """Refuse, by a UserError, to start writing what needs more bytes than are free."""
+    """Refuse, by a UserError, to start writing more bytes than are free."""
     free = free_disk(out.parent)
     if free < needed:
         raise UserError(

@@ -1,4 +1,4 @@
-"""An adapter's form and tensors under our names, whatever file it comes from or goes to."""
+"""An adapter's form and tensors under our names, independent of any file format."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ class PlainAdapter:
     config: AdapterConfig
     state: State
     notes: list[str] = field(default_factory=list)
-    """What reading it had to decide, for the report."""
+    """Decisions made while reading it, for the report."""

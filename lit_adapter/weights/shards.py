@@ -28,13 +28,13 @@ OF_DAMAGE = (
     *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, MemoryError),
     *(ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile),
 )
-"""What PyTorch and zipfile raise on damaged files."""
+"""Errors that PyTorch and zipfile raise on damaged files."""
 REMAP_BYTES = 33_554_432
 """Bytes of a mapped file that may be read before its pages are released."""
 
 
 def member(folder: Path, name: str) -> Path:
-    """Return the path of a file that has to be in ``folder``.
+    """Return the path of a file that must be in ``folder``.
 
     A link may lead only into the blobs of the Hugging Face cache that the folder is part of.
 
@@ -70,8 +70,8 @@ def load_tensors(path: Path, instead: str, safe_globals: Sequence[type] = ()) ->
     It may build ``safe_globals`` besides PyTorch's own types.
 
     Raises:
-        UserError: damaged, or holding another type, with ``instead``, what the user can do then; no code of
-            the file has run.
+        UserError: damaged, or holding another type; the message ends with ``instead``, what the user can do.
+            No code of the file has run.
     """
     mapped = _is_zipped(path)
     try:

@@ -56,8 +56,9 @@ def check_tensors(
 ) -> None:
     """Compare the shapes ``found`` in a source, by its own names, with what its configuration asks for.
 
-    ``names`` holds its names by Hugging Face's (see `renamed`), or nothing if they are the same. ``file_of``
-    returns the file that holds, or should hold, a tensor, and ``sizes`` is where the sizes come from.
+    ``names`` maps Hugging Face's names to those of the source (see `renamed`); it is empty if they are the
+    same. ``file_of`` returns the file that holds, or should hold, a tensor, and ``sizes`` is where the sizes
+    come from.
 
     Raises:
         UserError: missing, unknown or misshapen tensors; the first few are named.
@@ -91,8 +92,8 @@ def _listed(names: list[str]) -> str:
 def renamed(config: LlamaConfig, modules: Mapping[str, str], layers: str) -> dict[str, str]:
     """Return another format's name of every tensor of a base, by Hugging Face's name.
 
-    ``modules`` holds its names of modules by Hugging Face's, within a layer or at the top, and ``layers`` is
-    its name of the list of layers.
+    ``modules`` maps Hugging Face's names of modules, within a layer or at the top, to those of the format,
+    and ``layers`` is its name for the list of layers.
     """
     names = {}
     for name in base_shapes(config):

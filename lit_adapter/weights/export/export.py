@@ -30,9 +30,9 @@ def export(
     """Write an adapter for another program, and return lines for the user.
 
     ``to`` is transformers or gguf, where ``kind`` is the type of the matrices, by default q8_0. For
-    transformers, an adapter without prompts becomes a plain model (`merge`), which needs no code of ours; of
-    another, ``with_base`` puts the base into the folder, in ``dtype``. The adapter's ``base`` is by default
-    the one that it names.
+    transformers, an adapter without prompts becomes a plain model (`merge`), which needs no code of ours; for
+    other adapters, ``with_base`` puts the base into the folder, in ``dtype``. The adapter's ``base`` is by
+    default the one that it names.
 
     Raises:
         UserError: an adapter that the format cannot hold, settings of the other format, another base, an

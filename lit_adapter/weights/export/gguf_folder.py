@@ -2,7 +2,7 @@
 
 Matrices are quantised by the gguf package, vectors stay fp32. With types below 8 bits, the embedding and the
 output layer are Q8_0: there the loss would be largest. llama.cpp computes no windows in these architectures,
-so the context that a file says is no longer than the window.
+so the context in the file is no longer than the window.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def export_gguf(
     """Write ``out/NAME-TYPE.gguf`` and ``out/Modelfile``, and return what to tell the user.
 
     Raises:
-        UserError: a model or a tokenizer that llama.cpp lacks, an output that must not be replaced, or a
-            full disk.
+        UserError: a model or a tokenizer that llama.cpp does not support, an output that must not be
+            replaced, or a full disk.
     """
     for source in (adapted.path, adapted.base):
         check_output(out, source, overwrite=overwrite, mark=MODELFILE, what="a GGUF export")
@@ -77,7 +77,7 @@ def export_gguf(
 
 
 def _notes(adapted: Adapted) -> list[str]:
-    """Say in what the file differs from the adapter's base."""
+    """Say how the file differs from the adapter's base."""
     config, notes = adapted.merged().config, []
     own, base = (architecture_of(one, adapted.path) for one in (config, adapted.info.model))
     if own != base:
@@ -125,7 +125,7 @@ def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progres
             rows = source.tensor(name)
             if architecture in META_ROWS:
                 rows = half_split(name, rows, config, undo=True)
-            with np.errstate(over="ignore"):  # it becomes infinite, which is looked for below
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which is checked below
                 packed = gguf.quants.quantize(rows.float().contiguous().numpy(), kinds[name])
             _check_range(packed, source.label(name), kind)
             writer.write_tensor_data(packed)
@@ -135,7 +135,7 @@ def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progres
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """Write a key of the tokenizer as the type that llama.cpp reads it as."""
+    """Write a key of the tokenizer with the type that llama.cpp expects."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -180,7 +180,7 @@ def _add_rope(writer: Any, rope: RopeConfig) -> None:
 
 
 def _rope_table(config: LlamaConfig) -> Any:
-    """Return by what LLaMA 3's scaling divides each frequency, fp32 ``[head_dim / 2]``."""
+    """Return the factors by which LLaMA 3's scaling divides the frequencies, fp32 ``[head_dim / 2]``."""
     if config.rope.kind != "llama3":
         return None
     plain = 1.0 / config.rope.theta ** (torch.arange(0, config.head_dim, 2).double() / config.head_dim)

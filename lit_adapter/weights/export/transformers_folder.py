@@ -1,7 +1,7 @@
 """A folder that transformers loads with ``trust_remote_code``: an adapter with prefixes, and its base.
 
-The base is in the folder, or named by it: a commit on the Hub, or a folder on this machine. LoRA and V2's
-biases and scales change the base's matrices, so with them the base has to be in the folder.
+The folder contains the base, or names it: a commit on the Hub, or a folder on this machine. LoRA and V2's
+biases and scales change the base's matrices, so with them the folder must contain the base.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lit_adapter.weights.tensor_writer import Entry, write_tensors
 MODELLING = Path(__file__).with_name("modeling_lit_adapter.py")
 ADAPTER = "adapter.safetensors"
 CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
-"""How the names of a family's classes end, by the class of transformers that loads them."""
+"""Endings of the names of a family's classes, by the class of transformers that loads them."""
 
 
 def export_folder(
@@ -48,8 +48,8 @@ def export_folder(
 ) -> list[str]:
     """Write a folder for transformers, whole or not at all, and return what to tell the user.
 
-    ``with_base`` puts the base into it, in ``dtype``; by default as the base has it, or in float32 where
-    something is merged into it.
+    ``with_base`` puts the base into it, in ``dtype``; by default that of the base, or float32 if something is
+    merged into it.
 
     Raises:
         UserError: ``dtype`` without a base in the folder, an output that must not be replaced, or a full
@@ -154,7 +154,7 @@ def _generation(source: MergedSource, template: Template, base: Path) -> dict[st
 
 
 def _compare(adapted: Adapted, folder: Path) -> str:
-    """Say how far the folder's logits are from the adapter's, where transformers is there to tell."""
+    """Say how far the folder's logits are from the adapter's, if transformers is installed."""
     try:
         from transformers.utils.logging import disable_progress_bar
 

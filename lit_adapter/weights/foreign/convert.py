@@ -30,7 +30,7 @@ OURS = FORMATS["ours"]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     to: str = OURS.name
     given: str = "auto"
@@ -120,7 +120,7 @@ def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) 
 def _read(
     opened: Opened, origin: Format, target: Format, wishes: Wishes
 ) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
-    """Return what is known of the adapter, its tensors, and its base's folder if it is at hand."""
+    """Return what is known of the adapter, its tensors, and its base's folder if available."""
     base = wishes.base
     if opened.info is not None:
         base = base or base_at_hand(opened.info.base, opened.path)
@@ -176,7 +176,7 @@ def _found(adapter: PlainAdapter, model: LlamaConfig) -> str:
 
 
 def _exactness(adapter: PlainAdapter, changed: PlainAdapter, worst: float) -> list[str]:
-    """Say how many tensors stay bit for bit, and what happens to the others, which are gates."""
+    """Say how many tensors stay bit for bit, and what happens to the others, which are all gates."""
     n_same = sum(torch.equal(tensor, changed.state[name]) for name, tensor in adapter.state.items())
     lines = [f"exact     {n_same} of {len(adapter.state)} tensors, bit for bit"]
     if n_same < len(adapter.state):

@@ -54,9 +54,9 @@ class Format(ABC):
     companion = ""
     """If an adapter is a folder: the JSON file that describes it."""
     is_certain = False
-    """Whether its files cannot be mistaken for another format's, so that ``--from`` cannot overrule that."""
+    """Whether its files are unmistakable, so that ``--from`` cannot overrule the recognition."""
     families: tuple[FamilyName, ...] | None = None
-    """The families of bases that the code base has and treats prefixes of as we do; None for all."""
+    """The families whose prefixes the code base supports and treats as we do; None for all."""
     asks_gate = False
     """Whether the user has to say how the gates act, because the file does not."""
 
@@ -194,6 +194,6 @@ def take(left: State, name: str, shape: tuple[int, ...], source: Path) -> Tensor
 
 
 def refuse_rest(left: State, source: Path, owner: str) -> None:
-    """Refuse, by a UserError that names the first, tensors that reading has not taken."""
+    """Refuse tensors that reading has not used, by a UserError that names the first."""
     if left:
         raise UserError(f"{source}: tensor {min(left)} does not belong to an adapter of {owner}")

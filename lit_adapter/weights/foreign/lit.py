@@ -34,7 +34,7 @@ LINEARS = (
     ("mlp.down_proj",),
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
-"""What each of a layer's linear layers joins, in the order they are written."""
+"""Which linear layers each of a layer's linear layers in the file joins, in the order of the file."""
 KINDS = ("bias", "scale")
 PROMPT, GATE = "transformer.h.{}.attn.adapter_wte.weight", "transformer.h.{}.attn.gating_factor"
 
@@ -58,7 +58,7 @@ class _Lit(Format):
     """Whether query and key rows are in Meta's rotary order."""
 
     def recognise(self, opened: Opened) -> str | None:
-        """By the names of V2's linear layers; V1 by the shape of its gates and the key ``model``."""
+        """Recognise V2 by its linear layers, V1 by the shape of its gates and the key ``model``."""
         names = opened.tensors
         if any(name.endswith(".adapter_scale") for name in names):
             marks = [mark for mark in self.joint if any(f".{mark}.adapter_" in name for name in names)]

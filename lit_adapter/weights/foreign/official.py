@@ -25,13 +25,13 @@ class Official(Format):
     asks_gate = True
 
     def recognise(self, opened: Opened) -> str | None:
-        """By the table of prompts."""
+        """Recognise it by the table of prompts."""
         if QUERY not in opened.tensors:
             return None
         return f"{QUERY}; a training checkpoint" if opened.wrapped else QUERY
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
-        """Return the adapter; a UserError refuses, too, a missing ``gate`` or an unknown number of layers."""
+        """Return the adapter; a UserError also refuses a missing ``gate`` or an unknown number of layers."""
         source, left = opened.path, dict(opened.tensors)
         if gate is None:
             raise UserError(

@@ -18,11 +18,11 @@ class Ours(Format):
     is_certain = True
 
     def recognise(self, opened: Opened) -> str | None:
-        """By its metadata."""
+        """Recognise it by its metadata."""
         return "its metadata" if opened.info is not None else None
 
     def read(self, opened: Opened, model: LlamaConfig, gate: GateName | None = None) -> PlainAdapter:
-        """Return what opening the file has read already."""
+        """Return the adapter, which opening the file has already read."""
         assert opened.info is not None
         return PlainAdapter(opened.info.adapter, opened.tensors)
 

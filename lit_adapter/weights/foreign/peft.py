@@ -37,7 +37,7 @@ class Peft(Format):
     is_certain = True
 
     def recognise(self, opened: Opened) -> str | None:
-        """By the configuration in the folder or, for a file, by the names of the gates."""
+        """Recognise it by the configuration in the folder or, for a file, by the names of the gates."""
         is_folder = opened.path.is_dir()
         if not is_folder and not any(name.endswith(".self_attn.adaption_gate") for name in opened.tensors):
             return None

@@ -39,7 +39,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
 }
-"""Settings that change what LoRA computes, and the values under which they do not."""
+"""Settings that could change what LoRA computes, and the values with which they do not."""
 
 
 class PeftLora(Format):
@@ -51,7 +51,7 @@ class PeftLora(Format):
     is_certain = True
 
     def recognise(self, opened: Opened) -> str | None:
-        """By the configuration in the folder or, for a file, by the names of its tensors."""
+        """Recognise it by the configuration in the folder or, for a file, by the names of its tensors."""
         is_folder = opened.path.is_dir()
         if not is_folder and not any(name.endswith(".lora_A.weight") for name in opened.tensors):
             return None
