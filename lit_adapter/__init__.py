@@ -1,4 +1,4 @@
-"""Fine-tune LLaMA models cheaply: a frozen base, and a few trained parameters in gated prefix attention.
+"""Fine-tune LLaMA models cheaply: a frozen base and a small trained adapter (gated prefixes, norms, LoRA).
 
 import lit_adapter
 model = lit_adapter.load(adapter="out/run/adapter.safetensors")

@@ -1,4 +1,4 @@
-"""Checks of what Python callers pass; a value of another type is refused by its parameter's name."""
+"""Checks of what Python callers pass; a value of the wrong type is refused, naming the parameter."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MOST_WORKERS = 64
 """Each worker holds pipes open; some hundreds reach the limit of open files, which ends a run silently."""
 DEFAULT_LR = {"v1": 2e-2, "v2": 1e-2}
 LORA_SHARE, LORA_RANKS = 0.3, 8
-"""LoRA's share of the learning rate where the ranks of a block's updates add up to no more than this."""
+"""LoRA's share of the learning rate, if the ranks of a block's updates add up to no more than this."""
 
 
 def _at_least(least: float, section: object, prefix: str, *names: str) -> None:
@@ -31,7 +31,7 @@ def _at_least(least: float, section: object, prefix: str, *names: str) -> None:
 
 
 def _read_paths(config: object, prefix: str, *names: str) -> None:
-    """Refuse paths that are not UTF-8, as the saved files are; replace ``~`` by the user's home folder."""
+    """Refuse paths that are not UTF-8, as saved files must be; replace ``~`` by the user's home folder."""
     for name in names:
         value = getattr(config, name)
         for path in [value] if isinstance(value, str) else value or []:
@@ -133,7 +133,7 @@ class DataConfig:
             )
 
     def _check_stream(self) -> None:
-        """Refuse what needs to know all records."""
+        """Refuse settings that need all records."""
         if self.weights is not None or self.drop_duplicates:
             what = "weights" if self.weights is not None else "drop_duplicates"
             raise UserError(

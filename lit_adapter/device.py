@@ -51,7 +51,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has had in use, on a GPU or in the machine."""
+    """Return the peak memory of this process, on its GPU or in the machine."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -74,7 +74,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
     """Return the named precision; by default bf16 if the device multiplies it faster than fp32.
 
     Raises:
-        UserError: the precision is none that a base is loaded in.
+        UserError: it is not a precision in which a base can be loaded.
     """
     if name in (None, "auto"):
         return torch.bfloat16 if _bf16_pays(device) else torch.float32

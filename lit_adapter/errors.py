@@ -43,7 +43,7 @@ def options_of_a_command() -> Iterator[None]:
 
 
 def option(name: str) -> str:
-    """Return a parameter as its user gives it: ``--base`` to a command, ``base=...`` to a Python function.
+    """Return a parameter as the user gives it: ``--base`` to a command, ``base=...`` to a Python function.
 
     For messages that both can meet; ``name`` is Python's.
     """
@@ -89,7 +89,7 @@ OTHER_NAMES = {
     "adapter_layer": "layers",
     "max_tokens": "max_new_tokens",
 }
-"""Other programs' names of our settings."""
+"""Other programs' names for our settings."""
 
 
 def nearest(name: str, candidates: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Sequences: groups of limited size, and what two of them share at their start."""
+"""Sequences: groups of limited size, and the common start of two of them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> list[lis
 
 
 def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many items two sequences have in common at their start."""
+    """Return the length of the common start of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face Hub; what fails is reported in one line."""
+"""Requests to the Hugging Face Hub; failures are reported in one line."""
 
 from __future__ import annotations
 

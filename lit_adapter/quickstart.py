@@ -1,4 +1,4 @@
-"""The main job on a built-in default: a real LLaMA of 135M learns to turn requests into JSON commands."""
+"""The whole task on built-in data: a real LLaMA of 135M learns to turn requests into JSON commands."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _python() -> str:
 
 
 def scoring(adapter: Path, base: Path, held_out: Path, out: Path) -> Evaluation:
-    """Return how the demo's adapter is scored, with the results in ``out``."""
+    """Return the settings with which the demo's adapter is scored, with the results in ``out``."""
     return Evaluation(
         out=out,
         adapters=(adapter,),
@@ -104,7 +104,7 @@ def scoring(adapter: Path, base: Path, held_out: Path, out: Path) -> Evaluation:
 
 
 def report(adapter: Path, base: Path, held_out: Path, start: float) -> None:
-    """Evaluate the adapter beside its base, print a table and examples, and say how to go on."""
+    """Evaluate the adapter beside its base, print a table and examples, and suggest next steps."""
     from rich.console import Console
     from rich.table import Table
 

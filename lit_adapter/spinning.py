@@ -22,7 +22,7 @@ PERIOD = 0.25
 SHARED, ALONE = 0.1, 0.03
 """Seconds waited per second from which cores count as shared, and below which they no longer do."""
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""The user's, which decide instead."""
+"""The user's own settings, which take precedence."""
 _TASKS = Path("/proc/self/task")
 
 
@@ -30,8 +30,8 @@ _TASKS = Path("/proc/self/task")
 def yield_shared_cores() -> Thread | None:
     """From now on, let torch's threads sleep while other programs use this process's cores.
 
-    Return the thread that sees to it; None where there is nothing to do: with one thread, another OpenMP
-    library, a setting of the user's, or a system that does not tell how long threads wait.
+    Return the thread that does this; None if there is nothing to do: with one thread, another OpenMP library,
+    a setting of the user's, or a system that does not tell how long threads wait.
     """
     import torch
 
@@ -39,7 +39,7 @@ def yield_shared_cores() -> Thread | None:
     is_set = any(name in os.environ for name in OWN_SETTINGS)
     if is_set or n_threads == 1 or waited() is None or "libgomp" not in Path("/proc/self/maps").read_text():
         return None
-    # Each team adds its threads but for the one that asks.
+    # Each team adds all of its threads except the calling one.
     n_teams = max(0, n_cores - n_threads) // (n_threads - 1) + 1
     ended = Event()
     watch = Thread(target=_watch, args=(partial(IdleTeams, n_teams), ended), name="shared cores", daemon=True)
@@ -97,7 +97,7 @@ class IdleTeams:
         self._ended.wait()
 
     def end(self) -> None:
-        """End them, with which the library no longer counts their teams."""
+        """End them, after which the library no longer counts their teams."""
         self._ended.set()
         for thread in self._threads:
             thread.join()

@@ -3,7 +3,7 @@
 A closed stream acts like /dev/null. A character that a terminal cannot show becomes a question mark. A failed
 write to standard output is a one-line error if the output is the result; if files are the result, it is a
 warning, and the run goes on. What is printed may come from a stranger's file: `say` keeps the terminal from
-obeying it.
+executing its control characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OUTPUT, ERROR = 1, 2
 
 
 class Shown(str):
-    """A text whose control characters are the program's own: what it holds of files is `visible` already."""
+    """A text whose control characters are the program's own: parts from files are already `visible`."""
 
 
 def say(text: str, out: TextIO | None = None) -> None:
@@ -37,7 +37,7 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 
 def write_answer(text: str, out: TextIO) -> None:
-    """Write a piece of generated text as it is, but on a terminal with its control characters written out."""
+    """Write a piece of generated text unchanged, but on a terminal with control characters written out."""
     out.write(visible(text) if out.isatty() else text)
     out.flush()
 
@@ -92,7 +92,7 @@ def prepare_streams() -> None:
 
 
 def output_is_no_result() -> None:
-    """Only warn of failed writes to standard output from here on: the script's results are files."""
+    """From here on only warn of failed writes to standard output: the script's results are files."""
     buffer = getattr(sys.stdout, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     if isinstance(raw, _Stream):

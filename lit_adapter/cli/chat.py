@@ -41,7 +41,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
 
 
 def _loaded(options: Any) -> tuple[Partner, str]:
-    """Load what is to answer; return it, and what a person is told of it."""
+    """Load the models that answer; return them, and what a person is told about them."""
     from lit_adapter.generation.load import load
     from lit_adapter.generation.loaded_models import LoadedModels
 
@@ -59,7 +59,7 @@ def _loaded(options: Any) -> tuple[Partner, str]:
 
 
 def _at_server(options: Any) -> tuple[Partner, str]:
-    """Return the models of a server, and what a person is told of them."""
+    """Return the models of a server, and what a person is told about them."""
     from lit_adapter.serving.client import ServerModels, read_key
 
     key = read_key(Path(options.api_key_file)) if options.api_key_file else None

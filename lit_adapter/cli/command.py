@@ -21,7 +21,7 @@ PIPE_CLOSED = 141
 """128 + SIGPIPE, as shells report a process that it ends."""
 
 _ABOUT_A_NAME = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
-"""Errors about a file's name, whatever was to be done with the file."""
+"""Errors that are about a file's name, whatever was done with the file."""
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -59,7 +59,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 def command_parser(description: str, program: str | None = None) -> Any:
     """Return a jsonargparse parser for `parse`: whole option names only, no exit on error.
 
-    ``program`` is the command as its user typed it; None: the script's own name, as argparse has it.
+    ``program`` is the command as the user typed it; None for the script's own name, as in argparse.
     """
     import jsonargparse
 
@@ -74,7 +74,7 @@ def parse(parser: Any, argv: Sequence[str]) -> Any:
     """Parse ``argv`` with a parser made by `command_parser`; ``--a-b`` and ``--a_b`` are one option.
 
     Raises:
-        UserError: the first mistake, with the nearest option name where one is misspelt.
+        UserError: the first mistake, with the nearest option name if one is misspelt.
     """
     known = [option for action in parser._actions for option in action.option_strings]
     try:
@@ -131,7 +131,7 @@ def check_least(options: Any, least: int, *names: str) -> None:
 
 
 def shown(path: Path) -> Path:
-    """Return a path relative to the working directory where it lies below it."""
+    """Return a path relative to the working directory if it lies below it."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -147,7 +147,7 @@ _KINDS = {
 
 
 def _in_words(message: str) -> str:
-    """Return jsonargparse's report of a wrong value in a user's words; it offers nothing but this text."""
+    """Return jsonargparse's report of a wrong value in a user's words; its text is all that it offers."""
     key = re.search(r'Parser key "([^"]+)"', message)
     given = re.search(r"(?:Got|Given) value: (.*)", message)
     wanted = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected an? <class '(\w+)'>", message)]

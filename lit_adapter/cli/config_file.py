@@ -1,4 +1,4 @@
-"""Checks of a configuration file before jsonargparse reads it: it names no line, and misses some mistakes."""
+"""Checks a configuration file before jsonargparse reads it, which names no line and misses some mistakes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _all_keys(section: Any, prefix: str = "") -> list[str]:
 
 
 def _check_value(node: yaml.Node, place: str, kind: Any) -> None:
-    """Refuse what jsonargparse takes without a word: null, odd spellings of numbers, null characters.
+    """Refuse what jsonargparse accepts silently: null, odd spellings of numbers, null characters.
 
     Values of a wrong type are left to jsonargparse.
     """

@@ -82,7 +82,7 @@ def _settings(options: Any) -> Evaluation:
     """Return the settings of the command line.
 
     Raises:
-        UserError: nothing to evaluate, or on nothing; a number out of range.
+        UserError: no model to evaluate, or nothing to evaluate on; a number out of range.
     """
     if not options.adapter and options.base is None:
         raise UserError("give --adapter FILE, or --base FOLDER for a plain base")

@@ -35,7 +35,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
 
 class FinetuneRequest(NamedTuple):
-    """What the command line asks for."""
+    """The request of a command line."""
 
     config: Config
     resume: str | None
@@ -76,7 +76,7 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
 
 
 SINGLE = ("--data.train", "--data.val")
-"""Options that may also have one value alone."""
+"""Options that may also have a single value."""
 LISTS = ("--adapter.lora.on", "--data.train", "--data.val", "--data.weights")
 
 

@@ -10,7 +10,7 @@ from lit_adapter.weights.adapter_search import adapter_file
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
-    """Parse, push, and say where to; with --dry-run say what."""
+    """Parse, push, and print the address; with --dry-run print what would be pushed."""
     parser = command_parser(COMMANDS["push"], program)
     parser.add_argument("adapter", help="a run's folder or its adapter.safetensors")
     parser.add_argument("name", help="org/name of the repository, which is created if needed")

@@ -1,1 +1,1 @@
-"""Runs side by side: what differs in their configurations, what they reached, and what that cost."""
+"""Runs side by side: differences of their configurations, results, and cost."""

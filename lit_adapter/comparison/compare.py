@@ -23,7 +23,7 @@ def compare(
     Runs are ordered ``by`` a metric of their evaluations, or their lowest held-out loss.
 
     Raises:
-        UserError: a folder that is no run, an unknown metric, or a page that cannot be written.
+        UserError: a folder that is not a run, an unknown metric, or a page that cannot be written.
     """
     runs = read_runs(paths)
     metric = tables.metric_named(runs, by)

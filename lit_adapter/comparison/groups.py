@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, and the spread of what they reached."""
+"""Runs that differ only in their seed, and the spread of their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Group:
     runs: list[Run]
 
     def spread(self, measure: Callable[[Run], float]) -> tuple[float, float]:
-        """Return mean and standard deviation (of a sample; NaN for one run) of what is finite."""
+        """Return mean and standard deviation (of a sample; NaN for one run) of the finite values."""
         values = [value for run in self.runs if math.isfinite(value := measure(run))]
         mean = statistics.fmean(values) if values else math.nan
         return mean, statistics.stdev(values) if len(values) > 1 else math.nan
@@ -47,7 +47,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def _name(members: Sequence[Run], names: Sequence[str]) -> str:
-    """Return the settings of a group, or its runs where many settings differ: another table shows those."""
+    """Return the settings of a group, or its runs if many settings differ, which another table shows."""
     if len(names) > MOST_NAMED:
         return ", ".join(run.name for run in members)
     run = members[0]

@@ -1,4 +1,4 @@
-"""What a run folder tells: configuration, losses, cost, and the results of evaluations of its adapters."""
+"""The contents of a run folder: configuration, losses, cost, and evaluations of its adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_EFFECT = (
     *(f"trainer.{name}" for name in ("log_every", "save_every", "keep_checkpoints", "progress", "logger")),
     *(f"trainer.{name}" for name in ("samples", "sample_tokens")),
 )
-"""Settings that change no result."""
+"""Settings that do not affect results."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class Metric:
     name: str
     title: str
     records: str = ""
-    """Their hash."""
+    """The hash of the records."""
     source: str = ""
-    """What they are called where there are several sets of records; empty for the only one."""
+    """The name of the records if there are several sets; empty for the only one."""
 
     @property
     def on(self) -> str:
-        """What is added to its name."""
+        """The suffix of the metric's name."""
         return f" on {self.source}" if self.source else ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run; numbers that its files do not tell are NaN."""
+    """One run; numbers that its files do not give are NaN."""
 
     name: str
     folder: Path
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def held_out(self) -> str:
-        """What tells its held-out records from those of other runs; empty if the file does not say."""
+        """The hash of its held-out records; empty if the file does not give it."""
         return str(self._at(("data", "held_out_sha256")) or "")
 
     @property
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
-        """What runs of one group have in common: all that results depend on, but `OWN`."""
+        """What runs of one group have in common: all settings that affect results, except `OWN`."""
         chosen = self.settings.keys() - {*OWN, *WITHOUT_EFFECT}
         return tuple((name, repr(self.settings[name])) for name in sorted(chosen))
 
@@ -98,7 +98,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run folders, and the evaluations among ``paths`` or inside a run; a file stands for its folder.
 
     Raises:
-        UserError: a folder that is neither, or named twice, or no run at all.
+        UserError: a folder that is neither or is named twice, or there is no run.
     """
     folders = [path.parent if path.is_file() else path for path in paths]
     known = [folder.resolve() for folder in folders]
@@ -126,7 +126,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _names_of_records(metrics: Sequence[Metric]) -> dict[str, str]:
-    """Return a name for each set of records by its hash: the file's, with the hash's start where needed."""
+    """Return a name for each set of records by its hash: the file's, with the hash's start if needed."""
     names = {metric.records: Path(metric.source).name for metric in metrics}
     return {
         records: name if list(names.values()).count(name) == 1 else f"{name} {records[:6]}"
@@ -135,7 +135,7 @@ def _names_of_records(metrics: Sequence[Metric]) -> dict[str, str]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths, of one length, that tell the folders apart."""
+    """Return the shortest ends of the paths, of equal length, that distinguish the folders."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-length:]) for own in parts]
@@ -152,7 +152,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _scores(run: Run, evaluations: Sequence[Path]) -> list[tuple[Metric, dict[str, float]]]:
-    """Return the scores of the run's adapters; those of the one at its end come last."""
+    """Return the scores of the run's adapters; those of the final adapter come last."""
     paths = dict.fromkeys([*sorted(run.folder.glob(f"*/{RESULTS}")), *evaluations])
     found = [one for path in paths for one in _results(run, path)]
     found.sort(key=lambda one: one[0] == ADAPTER)

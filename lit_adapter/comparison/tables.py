@@ -19,15 +19,15 @@ ENDS = {"finished": "", "diverged": " (diverged)", "stopped": " (stopped)", "fai
 
 
 def metrics_of(runs: Sequence[Run]) -> list[Metric]:
-    """Return the metrics that any run was evaluated by."""
+    """Return the metrics by which any run was evaluated."""
     return list(dict.fromkeys(metric for run in runs for metric in run.scores))
 
 
 def metric_named(runs: Sequence[Run], name: str) -> Metric | None:
-    """Return the metric that runs are ordered by; None for their lowest held-out loss.
+    """Return the metric by which runs are sorted; None for their lowest held-out loss.
 
     Raises:
-        UserError: no run was evaluated by it, or runs were on several sets of records.
+        UserError: no run was evaluated by it, or runs were evaluated on several sets of records.
     """
     if name == HELD_OUT:
         return None
@@ -58,13 +58,13 @@ def ordered(runs: Sequence[Run], by: Metric | None) -> list[Run]:
 
 
 def rank(by: Metric | None, value: float) -> tuple[bool, float]:
-    """Return what orders values from the best to the worst, the unknown last."""
+    """Return a sort key that puts values from the best to the worst, unknown ones last."""
     lower = by is None or by.name in LOWER_IS_BETTER
     return math.isnan(value), value if lower else -value
 
 
 def settings_table(runs: Sequence[Run]) -> Table | None:
-    """Return what differs in the configurations; None if nothing does."""
+    """Return the settings that differ; None if there are none."""
     names = differing(runs)
     rows = [[run.name, *(in_a_cell(run.settings.get(name)) for name in names)] for run in runs]
     return Table("Settings that differ", ["run", *names], rows) if names else None
@@ -97,7 +97,7 @@ def _score(run: Run, metric: Metric) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Return what a reader of the results has to know."""
+    """Return notes that readers of the results need."""
     n_sets = len(held_out_sets(runs))
     several = (
         f"the runs have {n_sets} different sets of held-out records: compare losses within one set only "

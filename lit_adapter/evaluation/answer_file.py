@@ -1,4 +1,4 @@
-"""``answers.jsonl``: what every model answered and predicted, kept as it comes, so that a killed run goes on.
+"""``answers.jsonl``: every model's answers and losses, kept as they come, so that a killed run continues.
 
 The first line says what the answers depend on. Each other line is a JSON object with ``model``, ``record``
 (from 0) and some of the values of that pair; later lines add to earlier ones.
@@ -26,10 +26,10 @@ class AnswerFile:
     Args:
         path: the file; its folder is made.
         identity: everything that answers depend on, as JSON values by name.
-        overwrite: forget the answers of another run.
+        overwrite: discard the answers of another run.
 
     Raises:
-        UserError: the file is damaged, or of another run, naming what differs.
+        UserError: the file is damaged, or of another run; names what differs.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -77,7 +77,7 @@ class AnswerFile:
         return "other " + ", ".join(names) if names else ""
 
     def append(self, rows: Iterable[tuple[Pair, dict[str, Any]]]) -> None:
-        """Add values, and put them on the disk before anything else is computed.
+        """Add values, and sync them to the disk before anything else is computed.
 
         Raises:
             UserError: the file cannot be written.

@@ -18,7 +18,7 @@ CURVES, SCORES = "loss.svg", "scores.svg"
 
 
 def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
-    """Return what a card says of the training and the evaluation of an adapter; little without either.
+    """Return what a card says about the training and the evaluation of an adapter, if available.
 
     The evaluation is in ``folder``; by default in the adapter's run folder, or in a folder of it.
 
@@ -58,7 +58,7 @@ def _results(adapter: Path, folder: Path | None) -> tuple[dict[str, Any] | None,
             continue
         found = read_results(path)
         scores = found.get("scores")
-        if not isinstance(scores, dict):  # of tasks or a plain text alone
+        if not isinstance(scores, dict):  # an evaluation of only tasks or a plain text
             if folder is None:
                 continue
             raise UserError(f"{path}: not the results of an evaluation on records")
@@ -100,7 +100,7 @@ def _score_plot(scores: dict[str, Any], titles: dict[str, str], name: str) -> di
 
 
 def _alone(plot: str) -> bytes:
-    """Return a plot as a file of its own, with its legend as text below it, in the page's light colours."""
+    """Return a plot as a separate file, with its legend as text below it, in the page's light colours."""
     drawing, _, legend = plot.partition("</svg>")
     names = re.findall(r"</svg>([^<]*)</span>", legend)
     colours = dict(re.findall(r"--([\w-]+): (#\w+)", STYLE.partition("@media")[0]))

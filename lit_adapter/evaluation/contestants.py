@@ -19,7 +19,7 @@ BASE = "base"
 
 @dataclass(frozen=True, eq=False)
 class Contestant:
-    """A model and what it is called."""
+    """A model and its name."""
 
     name: str
     model: AdaptedLlama
@@ -32,7 +32,7 @@ class Contestant:
         return [self.name, file_sha256(self.adapter) if self.adapter else None, template]
 
     def described(self) -> dict[str, Any]:
-        """Return what the results say of it."""
+        """Return what the results say about it."""
         return {
             "name": self.name,
             "parameters": sum(parameter.numel() for _, parameter in adapter_parameters(self.model.model)),
@@ -44,7 +44,7 @@ class Contestant:
 def contestants(adapters: Sequence[Path], base: Path | None, **choice: Any) -> list[Contestant]:
     """Load the base once, and every adapter on it; the base is prompted with the first adapter's template.
 
-    ``choice`` are device, dtype and template, as `load` takes them.
+    ``choice`` holds device, dtype and template, as for `load`.
 
     Raises:
         UserError: as `load`; adapters of different bases.
@@ -61,7 +61,7 @@ def contestants(adapters: Sequence[Path], base: Path | None, **choice: Any) -> l
 
 
 def names(adapters: Sequence[Path]) -> list[str]:
-    """Return short, different names: the run folder's, with the file's where that is not the usual one.
+    """Return short, different names: the run folder's, with the file's if that is not the usual one.
 
     Raises:
         UserError: a file is given twice.

@@ -1,4 +1,4 @@
-"""HTML files that need nothing else: the report of an evaluation, and a comparison of runs."""
+"""Self-contained HTML files: the report of an evaluation, and a comparison of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_adapter.evaluation.tables import Table
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """Return a page of these parts, below its title; light or dark as the reader's system is."""
+    """Return a page of these parts below a title, light or dark like the reader's system."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>{escaped(title)}</title><style>{STYLE}</style>"
     body = f"<h1>{escaped(title)}</h1>{''.join(parts)}"
@@ -31,6 +31,6 @@ def table_of(table: Table) -> str:
 
 
 def plots_of(title: str, drawn: Mapping[str, str]) -> str:
-    """Return plots by their titles under a common one, without those that are empty."""
+    """Return the plots that are not empty, each with its title, under a common title."""
     cards = [f"<div><h3>{escaped(name)}</h3>{plot}</div>" for name, plot in drawn.items() if plot]
     return f'<h2>{escaped(title)}</h2><div class="plots">{"".join(cards)}</div>' if cards else ""

@@ -35,11 +35,11 @@ FORMAT = 1
 def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
     """Evaluate the base and every adapter, write the folder, and return the contents of ``results.json``.
 
-    What is wrong with data, metrics or tasks is found before a model is loaded. The same call continues an
+    Mistakes in data, metrics or tasks are found before a model is loaded. The same call continues an
     evaluation that was stopped: answers and losses are kept as they come.
 
     Raises:
-        UserError: something of the settings is wrong; the message names it.
+        UserError: a setting is wrong; the message names it.
     """
     started = time.perf_counter()
     check_writable(settings.out)
@@ -48,7 +48,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         metrics = on_records.choose_metrics(settings, records, say) if records else []
         plain = _plain(settings)
         tasks = Tasks(settings, say)
-        # Many texts together are bound by products, and not, as one is, by reading the weights.
+        # Many texts together are bound by products, unlike a single one, which is bound by reading weights.
         dtype = choose_dtype(settings.dtype, choose_device(settings.device))
         choice = {"device": settings.device, "dtype": dtype, "template": settings.template}
         models = contestants(settings.adapters, settings.base, **choice)
@@ -80,7 +80,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
 
 @contextmanager
 def _answers_kept() -> Iterator[None]:
-    """Say of an interrupt that the same command goes on."""
+    """After an interrupt, say that the same command continues."""
     try:
         yield
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def _plain(settings: Evaluation) -> str | None:
 
 
 def _about(settings: Evaluation, models: Sequence[Contestant], seconds: float) -> dict[str, Any]:
-    """Return where, with what and for how long it ran."""
+    """Return where, with which versions and for how long it ran."""
     weight = models[0].model.model.embed_tokens.weight
     packages = ["torch", *(["lm-eval"] if settings.tasks else [])]
     return {

@@ -1,8 +1,8 @@
-"""Our model as lm-evaluation-harness asks for it, and its tasks.
+"""Our model in the form that lm-evaluation-harness and its tasks expect.
 
 Likelihoods are computed in packed rows, where the choices of a question share its text; answers come from the
-engine. Texts are tokenized as the harness's own ``hf`` model does: BOS first where the base was trained with
-it, unless the text begins with it, and control tokens by their spelling.
+engine. Texts are tokenized as by the harness's own ``hf`` model: BOS first if the base was trained with it,
+unless the text begins with it, and control tokens by their spelling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lit_adapter.progress import count_progress
 from lit_adapter.text.chat import control_pattern
 
 MAX_GEN_TOKS = 256
-"""Longest answer of a task that does not say how long it may be, as in ``hf``."""
+"""Longest answer of a task that sets no limit, as in ``hf``."""
 
 
 class HarnessModel(TemplateLM):
@@ -31,7 +31,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: as `load` returns it; its template is not used, because tasks bring their own prompts.
-        title: what the progress bar calls it.
+        title: its name in the progress bar.
         batch_size: answers generated at a time.
     """
 
@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context consists of: BOS, or EOS in a base without."""
+        """The token that stands for an empty context: BOS, or EOS in a base without BOS."""
         bos = self.adapted.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What names the chat template in the harness's caches."""
+        """The name of the chat template in the harness's caches."""
         return repr(self.adapted)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         return self._chat.render(chat_history, asks=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Return a text's ids; by default with BOS where the base was trained with it."""
+        """Return a text's ids; by default with BOS if the base was trained with it."""
         tokenizer = self.adapted.tokenizer
         pieces = self._pieces(string)
         bos = tokenizer.bos_id
@@ -156,7 +156,7 @@ class HarnessModel(TemplateLM):
         """Return a task's ``generation_kwargs`` as our settings.
 
         Raises:
-            UserError: one that we do not have.
+            UserError: there is a setting that we do not have.
         """
         settings = normalize_gen_kwargs(given, MAX_GEN_TOKS)
         sampled = settings.pop("do_sample", False)

@@ -1,4 +1,4 @@
-"""What a run folder tells of the training of the adapter in it: losses over steps, and the gates."""
+"""What a run folder tells about the training of its adapter: losses over steps, and the gates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Curve = list[tuple[float, float]]
 TRAIN, STRENGTH = "loss/train", "prefix/strength_by_head"
 """Names of curves; the second is a tensor of all layers and heads."""
 Strengths = dict[int, list[float]]
-"""How much each attention head takes from its prompts, by layer; one number where heads share a gate."""
+"""How much each attention head takes from its prompts, by layer; one number if heads share a gate."""
 
 
 @dataclass(frozen=True)
 class History:
-    """Curves of a run; empty where the folder does not have them."""
+    """Curves of a run; empty if the folder does not have them."""
 
     train: Curve = field(default_factory=list)
     held_out: Curve = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Whether the start of an answer can still become a given JSON value.
 
-An answer that is generated token by token need not be finished once it cannot: scoring by the same JSON value
-then takes a fraction of the time. In doubt (escapes, nested values that are not complete) it can.
+An answer that is generated token by token need not be finished once it cannot: scoring by equal JSON values
+then takes a fraction of the time. In doubt (escapes, incomplete nested values) the result is that it can.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _WrongError(Exception):
 
 
 def can_become(text: str, value: Any) -> bool:
-    """Whether some continuation of ``text`` is JSON of this value, order of keys and white space aside."""
+    """Whether some continuation of ``text`` is JSON of this value, whatever its key order and white space."""
     try:
         at = _value(text, _skip(text, 0), value)
         return _WHITE.fullmatch(text, at) is not None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lit_adapter.evaluation.metrics import label_of
 
 OTHER = "(other)"
-"""The column of answers that are no label."""
+"""The column of answers that are not a label."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Confusion:
     """How often each reference (row) was answered by each label (column)."""
 
     labels: tuple[str, ...]
-    """Those of the references, in the order of their frequency."""
+    """The labels of the references, in the order of their frequency."""
     counts: NDArray[np.int64]
-    """``[labels, labels + 1]``; the last column counts answers that are no label."""
+    """``[labels, labels + 1]``; the last column counts answers that are not a label."""
 
 
 def coded(answers: Sequence[str], references: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Return the labels, the most frequent first, and each record's reference and answer ``[records, 2]``.
 
-    An answer that is no label has the number after the last label's.
+    An answer that is not a label gets the number after the last label's.
     """
     wanted = list(map(label_of, references))
     names = sorted(set(wanted), key=lambda name: (-wanted.count(name), name))

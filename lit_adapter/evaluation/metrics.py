@@ -1,7 +1,7 @@
-"""What an answer is worth beside its reference: one number for each record, and which numbers fit which data.
+"""Scores of an answer against its reference, one number per record, and which of them fit which data.
 
-Every metric is a function of two texts that gives a number, mostly from 0 to 1, or None where the record does
-not count. Their means are what is reported. Metrics of a whole set (macro F1, confusion) are in `labels`.
+Every metric is a function of two texts that gives a number, mostly from 0 to 1, or None if the record does
+not count. Their means are reported. Metrics of a whole set (macro F1, confusion) are in `labels`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_adapter.data.strict_json import parse_json
 from lit_adapter.errors import UserError, nearest, shorten
 
 Score = Callable[[str, str], float | None]
-"""The worth of an answer (first) beside its reference (second)."""
+"""The score of an answer (first) against its reference (second)."""
 FAVOURED = 0.9
 """Share of references of one kind from which metrics for this kind are chosen."""
 
@@ -35,9 +35,9 @@ class Metric:
     fits: Callable[[str], bool] = lambda reference: True
     """Whether a reference is of the kind that the metric compares with."""
     needs: str = ""
-    """What its references are."""
+    """What its references must be, in words."""
     hopeless: Callable[[str, str], bool] | None = None
-    """Whether no continuation of an answer (first) can become right, if that can be told."""
+    """Whether no continuation of an answer (first) can be right; None if that cannot be told."""
     package: str = ""
     """Module that it needs, of the extra ``eval``."""
 
@@ -45,14 +45,14 @@ class Metric:
 def normalise(text: str) -> str:
     """Return a text in lower case without punctuation, articles and repeated white space, as SQuAD does.
 
-    A text that consists of nothing else keeps them, so that "A" is no empty answer.
+    A text that consists of nothing else keeps them, so that "A" does not become an empty answer.
     """
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split()) or " ".join(text.lower().split())
 
 
 def exact(answer: str, reference: str) -> float:
-    """Whether the texts are equal, but for white space at their ends."""
+    """Whether the texts are equal, except for white space at their ends."""
     return float(answer.strip() == reference.strip())
 
 
@@ -91,7 +91,7 @@ def numeric(answer: str, reference: str) -> float:
 
 
 def json_value(text: str) -> Any:
-    """Return the value of a text that is JSON, else None, which no object or array is."""
+    """Return the value of a text that is JSON, else None."""
     try:
         return parse_json(text)
     except ValueError:
@@ -109,7 +109,7 @@ def json_valid(answer: str, reference: str) -> float:
 
 
 def canonical(value: Any) -> str:
-    """Return a JSON value as text, the same for the same value: 21 is neither 21.0 nor "21"."""
+    """Return a JSON value as canonical text: 21 is neither 21.0 nor "21"."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -119,7 +119,7 @@ def json_exact(answer: str, reference: str) -> float:
 
 
 def json_fields(answer: str, reference: str) -> float | None:
-    """The share of the fields of both objects that are equal; None where the reference is no object."""
+    """The share of the fields of both objects that are equal; None if the reference is not an object."""
     wanted = json_value(reference)
     if not isinstance(wanted, dict):
         return None
@@ -166,7 +166,7 @@ def _cannot_be_json(answer: str, reference: str) -> bool:
 
 
 def label_of(text: str) -> str:
-    """Return a label as it is compared: without case, white space at its ends and a full stop."""
+    """Return a label in the form that is compared: without case, white space at its ends or a full stop."""
     return " ".join(text.casefold().split()).strip("\"'").removesuffix(".")
 
 
@@ -197,7 +197,7 @@ LONGEST_LABEL = 40
 
 
 def suggest(references: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Return the metrics that fit references, and in words what the references look like."""
+    """Return the metrics that fit the references, and in words what these look like."""
     kinds = set(map(label_of, references))
     if _share(is_json, references) >= FAVOURED:
         return ("json_exact", "json_valid", "json_fields"), "JSON"
@@ -237,7 +237,7 @@ def metrics_named(names: Sequence[str], references: Sequence[str], origins: Sequ
             from lit_adapter.evaluation.own_metric import own_metric
 
             found.append(own_metric(name))
-            found[-1].score(references[0], references[0])  # its errors show before hours of answers
+            found[-1].score(references[0], references[0])  # so that its errors show before hours of answers
             continue
         metric = METRICS.get(name)
         if metric is None:

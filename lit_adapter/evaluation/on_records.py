@@ -33,7 +33,7 @@ MOST_NEW_TOKENS = 512
 
 @dataclass(frozen=True)
 class Subject:
-    """What is asked: the records, how answers are scored, and how long they may be."""
+    """What every model is asked: the records, how answers are scored, and how long they may be."""
 
     records: Records
     questions: list[Question]
@@ -85,7 +85,7 @@ def choose_metrics(settings: Evaluation, records: Records, say: Say) -> list[Met
 def subject(
     settings: Evaluation, records: Records, metrics: list[Metric], models: Sequence[Contestant]
 ) -> Subject:
-    """Put together what is asked of every model.
+    """Put together what every model is asked.
 
     Raises:
         UserError: a prompt that does not fit the base's context; names file and line.
@@ -121,9 +121,9 @@ def identity(asked: Subject, models: Sequence[Contestant], base: Path) -> dict[s
 
 
 def measure_losses(asked: Subject, one: Contestant, file: AnswerFile) -> None:
-    """Compute the loss of every record's output, as held-out loss in training, unless it is there.
+    """Compute the loss of every record's output, like held-out loss in training, unless it is known.
 
-    The same pass tells how greedy decoding answers, up to the first token that the output does not have.
+    The same pass tells how greedy decoding answers, up to the first token that differs from the output.
     """
     if all("loss" in file.values.get((one.name, i), {}) for i in range(len(asked.records))):
         return
@@ -150,8 +150,8 @@ def measure_losses(asked: Subject, one: Contestant, file: AnswerFile) -> None:
 def answer(asked: Subject, one: Contestant, file: AnswerFile, batch_size: int) -> None:
     """Let a model answer the records that it has not answered yet, a few batches at a time.
 
-    What the losses have told is not generated again: an answer that is the output itself is complete, and
-    another one goes on from where it leaves the output.
+    What the losses have shown is not generated again: an answer equal to the output is complete, and any
+    other answer is generated from the first token that differs.
     """
     known = [_Start(asked, one, i, file.values[one.name, i].get("greedy")) for i in range(len(asked.records))]
     size = BATCHES_PER_GROUP * batch_size
@@ -174,7 +174,7 @@ def answer(asked: Subject, one: Contestant, file: AnswerFile, batch_size: int) -
 
 
 class _Start:
-    """An answer as far as the losses have told it.
+    """The part of an answer that the losses have shown.
 
     Args:
         asked: the records.
@@ -196,7 +196,7 @@ class _Start:
 
 
 def _cannot_be_right(asked: Subject, record: int, text: str) -> bool:
-    """Whether an answer need not be finished; the first ones are, so that a reader sees what a model says."""
+    """Whether an answer need not be finished; the first ones are, so that readers see whole answers."""
     if record < SHOWN:
         return False
     tests = (metric.hopeless for metric in asked.metrics if metric.hopeless is not None)
@@ -208,7 +208,7 @@ def _enough(asked: Subject, group: Sequence[int]) -> Callable[[int, str], bool]:
 
 
 def score(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> None:
-    """Score the answers, and put record and scores beside them in the file."""
+    """Score the answers, and put records and scores beside them in the file."""
     for one in models:
         for i, question in enumerate(asked.questions):
             row = file.values[one.name, i]
@@ -228,7 +228,7 @@ def score(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> Non
 def run(
     settings: Evaluation, records: Records, metrics: list[Metric], models: Sequence[Contestant], base: Path
 ) -> tuple[Subject, AnswerFile]:
-    """Answer, measure and score the records with all models; what they said is in the file then."""
+    """Answer, measure and score the records with all models; the file then has their answers."""
     asked = subject(settings, records, metrics, models)
     file = AnswerFile(
         settings.out / "answers.jsonl", identity(asked, models, base), overwrite=settings.overwrite

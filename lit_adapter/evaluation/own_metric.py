@@ -1,4 +1,4 @@
-"""A metric of the user's own, named ``module:function``."""
+"""A user's own metric, named ``module:function``."""
 
 from __future__ import annotations
 

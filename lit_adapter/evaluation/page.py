@@ -16,7 +16,7 @@ from lit_adapter.evaluation.history import History, Strengths, history, strength
 from lit_adapter.evaluation.samples import Sample
 
 BINS = 8
-"""Of lengths."""
+"""Number of bins of lengths."""
 MOMENTS = 3
 """Earlier steps whose gates are shown by layer and head."""
 
@@ -99,7 +99,7 @@ def _training_plots(adapter: Path, run: History) -> dict[str, str]:
 
 
 def _spread(items: Sequence[int], most: int) -> Sequence[int]:
-    """Return at most so many items, evenly spread."""
+    """Return at most ``most`` items, evenly spread."""
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(most, len(items)))]
 
 

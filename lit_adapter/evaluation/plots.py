@@ -1,4 +1,4 @@
-"""Plots as SVG that stands in an HTML page: it takes its colours from the page's style, light or dark."""
+"""Plots as SVG within an HTML page, whose style gives them their colours, light or dark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 DASHES = ("none", "7 3", "2 3")
-"""Of the first six lines of a plot, the next six, and those after them."""
+"""Dashes of the first six lines of a plot, of the next six, and of those after them."""
 MOST_MARKED = 12
 """Points of a line that are marked, so that a reader sees how few they are."""
 Point = tuple[float, float]
@@ -37,7 +37,7 @@ class Bar:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers between two values, about so many."""
+    """Return about ``about`` round numbers between two values."""
     span = high - low or 1.0
     step = 10 ** math.floor(math.log10(span / about))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about + 0.5)

@@ -1,4 +1,4 @@
-"""What a model is asked for a held-out record, and the right answer."""
+"""The question that a held-out record asks of a model, and the right answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Question:
         """Return the token ids that the answer continues.
 
         Raises:
-            UserError: the template has no place for what a message holds.
+            UserError: the template cannot show what a message holds.
         """
         if isinstance(self.record, Conversation):
             said = trimmed(self.record.messages)[:-1]

@@ -16,7 +16,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Return the results of an evaluation, which have a list of models.
 
     Raises:
-        UserError: the file cannot be read, or is none.
+        UserError: the file cannot be read, or does not hold results.
     """
     found = read_json(path)
     models = found.get("models") if isinstance(found, dict) else None
@@ -26,7 +26,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def places_of(adapter: object, results: Path, below: Path) -> set[Path]:
-    """Return where the adapter of an evaluation may be; empty if it names none.
+    """Return the paths where the adapter of an evaluation may be; empty if it names none.
 
     Its path may be relative to the results, or to a folder above ``below``, where the evaluation was started.
     """

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 SHOWN = 8
-"""Of each kind; so many first records are answered to their end in any case."""
+"""Samples of each kind; as many first records are always answered to the end."""
 CUT = " \u2026"
-"""After an answer that ended where it could no longer be right."""
+"""Marks an answer that ended where it could no longer be right."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Sample:
     reference: str
     answers: dict[str, str]
     scores: dict[str, float | None]
-    """By the first metric."""
+    """Scores by the first metric."""
     losses: dict[str, float | None]
     """Nats per token of the reference."""
     is_whole: bool
@@ -62,7 +62,7 @@ def _sample(metric: str, rows: dict[str, dict[str, Any]], is_whole: bool) -> Sam
 
 
 def _is_cut(score: float | None, is_whole: bool) -> bool:
-    """Whether an answer may have ended early: only one that is not right has."""
+    """Whether an answer may have ended early; one that is right has not."""
     return not is_whole and (score or 0.0) < 1
 
 

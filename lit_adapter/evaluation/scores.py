@@ -1,4 +1,4 @@
-"""What answers and losses are worth: every model's numbers, their intervals, and what differs."""
+"""Every model's scores and losses, their intervals, and their differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_adapter.evaluation.on_records import Subject
 
 
 def results(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> dict[str, Any]:
-    """Return the scores of every model with their intervals, comparisons, and what belongs to the metrics."""
+    """Return the scores of every model with their intervals, comparisons, and tables of single metrics."""
     table = {one.name: _Column(asked, one.name, file) for one in models}
     names = [metric.name for metric in asked.metrics]
     comparisons = [
@@ -46,7 +46,7 @@ def results(asked: Subject, models: Sequence[Contestant], file: AnswerFile) -> d
 
 
 def _pairs(models: Sequence[Contestant]) -> list[tuple[Contestant, Contestant]]:
-    """Return what is compared: every adapter with the base, and with the adapter before it."""
+    """Return the pairs to compare: every adapter with the base, and with the adapter before it."""
     base, *adapters = models
     return [(base, one) for one in adapters] + list(pairwise(adapters))
 
@@ -97,7 +97,7 @@ class _Column:
         return {"labels": [*counted_.labels], "other": labels.OTHER, "counts": counted_.counts.tolist()}
 
     def fields(self) -> dict[str, Any]:
-        """Return for each field of the references in how many of them the answer has the same value."""
+        """Return for each field of the references how many answers have the same value."""
         right: dict[str, list[bool]] = {}
         for text, reference in zip(self.answers, self.asked.references, strict=True):
             given, wanted = json_value(text), json_value(reference)

@@ -22,15 +22,15 @@ class Evaluation:
     """Held-out records."""
     columns: Columns = DEFAULT_COLUMNS
     limit: int | None = None
-    """Use only so many records, and documents of each task; None for all."""
+    """Use at most this many records, and documents of each task; None for all."""
     metrics: tuple[str, ...] = ()
     """Names, or module:function; none to choose by what the outputs look like."""
     max_new_tokens: int | None = None
-    """Longest answer; None: half as long again as the longest output."""
+    """Longest answer, in tokens; None: about 1.5 times the longest output."""
     stop_early: bool = False
     """End an answer as soon as it can no longer be right."""
     tasks: tuple[str, ...] = ()
-    """Of lm-evaluation-harness: names, or paths of YAML files."""
+    """Tasks of lm-evaluation-harness: names, or paths of YAML files."""
     few_shot: int | None = None
     """Examples before each question of the tasks; None as each task says."""
     chat_template: bool = False
@@ -38,10 +38,10 @@ class Evaluation:
     plain: Path | None = None
     """A plain text whose perplexity is measured."""
     template: str | None = None
-    """Of a plain base without adapters."""
+    """Template of a plain base without adapters."""
     device: str | None = None
     dtype: str | None = None
-    """By default bf16 where the device multiplies it faster than fp32."""
+    """By default bf16 if the device multiplies it faster than fp32."""
     batch_size: int = 16
     overwrite: bool = False
-    """Forget the answers of another run in ``out``."""
+    """Discard the answers of another run in ``out``."""

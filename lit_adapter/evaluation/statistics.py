@@ -1,7 +1,7 @@
 """How certain a mean over records is, and whether two models differ by more than chance.
 
 Intervals are bootstrap percentiles over records. Two models that answered the same records are compared by a
-randomisation test: were they equally good, exchanging their scores on any record would change nothing, so
+randomisation test: if they were equally good, exchanging their scores on any record would change nothing, so
 the observed difference is compared with those after random exchanges.
 """
 
@@ -20,7 +20,7 @@ SIGNIFICANT = 0.05
 TOGETHER = 2**22
 """Numbers drawn at a time."""
 FEWEST = 6
-"""Records that must all differ to the same side for p to be below `SIGNIFICANT`: it is 2 / 2**6 then."""
+"""Fewest records with which p can be below `SIGNIFICANT`: if all differ in one direction, p is 2 / 2**6."""
 POWER = 2.8
 """Standard errors that a true difference must have to be found at 5 % in four of five cases: 1.96 + 0.84."""
 
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def is_noise(self) -> bool:
-        """Whether chance alone makes such a difference."""
+        """Whether the difference may be due to chance alone."""
         return self.p_value > SIGNIFICANT
 
 
@@ -90,10 +90,10 @@ def compare(
     apart = values - other
     sign = -1.0 if apart.sum() < 0 else 1.0
     size = estimate(sign * apart, weights)
-    # Where all scores are equal, either model may be the better one.
+    # If all scores are equal, either model may be the better one.
     low, high = sorted((sign * size.low, sign * size.high)) if apart.any() else (-size.high, size.high)
     spread = float(np.sqrt(len(apart)) * apart.std(ddof=1) / weights.sum()) if len(apart) > 1 else 0.0
-    least = FEWEST / float(weights.sum())  # where all are alike so far
+    least = FEWEST / float(weights.sum())  # if all are alike so far
     detectable = max(POWER * spread, least) if len(apart) >= FEWEST else None
     return Comparison(sign * size.value, low, high, _p_value(apart), detectable)
 

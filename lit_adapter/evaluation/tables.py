@@ -42,7 +42,7 @@ def with_interval(metric: str, found: dict[str, Any]) -> str:
 
 
 def title_of(metric: str, titles: dict[str, str]) -> str:
-    """Return what a metric is called."""
+    """Return a metric's title."""
     return titles.get(metric, TITLES.get(metric, metric))
 
 
@@ -136,7 +136,7 @@ PLAIN = {"perplexity": "plain text, perplexity", "bits_per_byte": "plain text, b
 
 
 def forgetting_table(found: dict[str, Any]) -> Table | None:
-    """Return tasks and plain text before and after, with the change; None where neither was asked for."""
+    """Return tasks and plain text before and after, with the change; None if neither was asked for."""
     names = [model["name"] for model in found["models"]]
     rows = [
         [f"{task}, {metric}", *_cells([(values[name]["value"], values[name]["stderr"]) for name in names])]

@@ -16,15 +16,15 @@ from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.streams import Say, only_errors_of
 
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
-"""Loggers that would speak between our own lines."""
+"""Loggers that would print between our own lines."""
 
 
 class Tasks:
     """The loaded tasks of an evaluation; they are loaded before any model is.
 
     Raises:
-        UserError: the extra is not installed, a task is unknown or its file is missing, or its data cannot be
-            had; names the task.
+        UserError: the extra is not installed, a task is unknown or its file is missing, or its data is not
+            available; names the task.
     """
 
     def __init__(self, settings: Evaluation, say: Say) -> None:
@@ -68,7 +68,7 @@ class Tasks:
         except ConnectionError as error:
             reason = "the network cannot be reached, and its data is not in the cache"
             raise UserError(f"--tasks: {name}: {reason} ({error}); use a local YAML task") from None
-        except Exception as error:  # of the task's file, its data, or the libraries that read them
+        except Exception as error:  # an error in the task's file, its data, or the libraries that read them
             raise UserError(f"--tasks: {name}: cannot be loaded: {type(error).__name__}: {error}") from None
 
     def run(self, models: Sequence[Contestant]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The likelihood of a plain text of any length, as the field measures perplexity."""
+"""The likelihood of a plain text of any length, by the usual way of measuring perplexity."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lit_adapter.generation.choosing import Scored, likelihoods
 from lit_adapter.progress import count_progress
 
 LONGEST_WINDOW = 2048
-"""Tokens of context when a plain file is measured, where the base's context is longer."""
+"""Most tokens of context when a plain file is measured."""
 
 
 def windows(ids: Sequence[int], prefix: int, length: int) -> list[Scored]:
     """Cut a text into windows of at most ``length`` tokens of context, each token scored once.
 
     The first token is predicted from ``prefix``. The last window is as long as the others and scores only the
-    tokens that are left, as lm-evaluation-harness does it.
+    tokens that are left, as in lm-evaluation-harness.
     """
     padded = [prefix, *ids]
     found = []

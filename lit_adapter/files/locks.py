@@ -3,7 +3,7 @@
 `flock` ties a lock to an open file, so it also keeps two threads apart. A forked child shares the open file:
 it closes what it inherits, so that loader workers do not keep the lock of a killed trainer.
 
-The filelock package does not serve here: it leaves its lock file behind, does not say who holds the lock, and
+The filelock package is not used, because it leaves its lock file behind, does not say who holds the lock, and
 fails on file systems without locks (ENOLCK).
 """
 
@@ -25,7 +25,7 @@ from lit_adapter.streams import say
 REPORT_AFTER = 2.0
 """Seconds of waiting after which it is reported."""
 MAX_ATTEMPTS = 100
-"""To create a lock file whose folder disappears."""
+"""Attempts to create a lock file whose folder disappears."""
 _descriptors: set[int] = set()
 """Files that this process holds open for their locks."""
 
@@ -76,7 +76,7 @@ def is_locked(path: Path) -> bool | None:
 class LockFile:
     """A file that exists while its lock is held, with the number of the process that holds it.
 
-    Where the file system has no locks, a living Python process of that number counts as the holder. Messages
+    If the file system has no locks, a living Python process of that number counts as the holder. Messages
     name the ``guarded`` file or folder, which one process at a time may write, and the option that names it.
     """
 
@@ -135,11 +135,11 @@ class LockFile:
     def release(self) -> None:
         """Remove the lock file and release the lock; does nothing if it is not held.
 
-        Folders that were made for it go too, unless they hold something by now.
+        Folders that were made for it are removed too, unless they hold something by now.
         """
         if self._descriptor in _descriptors:
             with suppress(OSError):
-                if is_at(self.path, self._descriptor):  # not the lock of another, where the folder was moved
+                if is_at(self.path, self._descriptor):  # not another process's lock, if the folder was moved
                     self.path.unlink()
             unlock(self._descriptor)
             with suppress(OSError):
@@ -152,9 +152,9 @@ class LockFile:
 def one_at_a_time(
     path: Path, *, wait: bool = True, option: str = "path", doing: str = "writes it"
 ) -> Iterator[None]:
-    """Keep other processes from writing the file ``path``, which ``option`` names, meanwhile.
+    """Keep other processes from writing the file ``path``, which ``option`` names, inside the block.
 
-    Where no lock file can be created next to it, nobody is kept out. A longer wait is reported once on
+    If no lock file can be created next to it, no process is kept out. A longer wait is reported once on
     standard error, with what the other process is ``doing``.
 
     Raises:

@@ -14,7 +14,7 @@ MAX_LINKS = 40
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``$LIT_ADAPTER_CACHE``, else in the user's cache folder.
+    """Return the folder of cached files: ``$LIT_ADAPTER_CACHE``, else one in the user's cache folder.
 
     Raises:
         UserError: neither is known.
@@ -95,9 +95,9 @@ def is_unicode(name: str) -> bool:
 
 
 def without_home(path: str) -> str:
-    """Return ``path`` with ``~`` for the user's home folder, so that saved files name no user."""
+    """Return ``path`` with ``~`` for the user's home folder, so that saved files do not name the user."""
     try:
         home = str(Path.home())
-    except RuntimeError:  # a user without one
+    except RuntimeError:  # the user has none
         return path
     return "~" + path[len(home) :] if path == home or path.startswith(home + os.sep) else path

@@ -13,7 +13,7 @@ from typing import Any
 from lit_adapter.errors import UserError
 
 MAX_JSON_BYTES = 2**28
-"""Configurations, indexes and vocabularies are far smaller."""
+"""Most bytes of a JSON file; configurations, indexes and vocabularies are far smaller."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Tables of numbers that may be larger than the memory: appended on disk, then mapped.
 
 A table is a folder: a file for each column, and ``about.json`` with its key, the sizes and checksums of the
-columns, and whether it is complete. What has been committed survives a kill, and writing goes on after it.
+columns, and whether it is complete. Committed values survive a kill, and writing continues after them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lit_adapter.files.write import sync_folder, write_json
 VERSION = 1
 ABOUT = "about.json"
 SECONDS = 2.0
-"""Between commits: what a killed writer loses at most."""
+"""Seconds between commits: the most that a killed writer loses."""
 BLOCK = 1 << 20
 Schema = Mapping[str, DTypeLike]
 """The type of each column's values."""
@@ -43,11 +43,11 @@ class Table:
     columns: dict[str, NDArray]
     """Mapped read-only, or in memory if they could not be written."""
     notes: dict[str, Any]
-    """What its writer has noted, as JSON has it."""
+    """Notes of its writer, as JSON values."""
 
 
 class TableWriter:
-    """Appends to the columns of a table, after what an interrupted writer had committed to ``folder``.
+    """Appends to the columns of a table, after the values that an interrupted writer committed to ``folder``.
 
     Without a folder the columns are kept in memory.
 
@@ -80,7 +80,7 @@ class TableWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a full disk, which is reported already
+        with suppress(OSError):  # an error of a full disk, which is already reported
             self._open_files.close()
 
     def _open(self, name: str) -> BinaryIO:
@@ -114,7 +114,7 @@ class TableWriter:
             self._crc32[name] = zlib.crc32(content, self._crc32[name])
 
     def commit(self, notes: dict[str, Any], *, at_once: bool = False, complete: bool = False) -> None:
-        """Make what was appended durable, with ``notes``, if the last time is `SECONDS` ago or ``at_once``.
+        """Make appended values durable, with ``notes``, if `SECONDS` have passed or ``at_once``.
 
         Raises:
             WriteError: the disk is full, or fails.
@@ -167,8 +167,8 @@ def kept_table(
     """Return the table with this key, from its folder or made by ``fill``, which returns its notes.
 
     One process at a time makes it. ``say`` gets a line if the one in the folder is damaged and is made again,
-    and if it cannot be written: then it is kept in memory. ``what`` it is and what another process is
-    ``doing`` are for these lines. Without a folder, it is made in memory.
+    and if it cannot be written: then it is kept in memory. ``what`` names the table in these lines, and
+        ``doing`` what another process does. Without a folder, it is made in memory.
     """
     if folder is not None:
         with one_at_a_time(folder, doing=doing):  # a run's processes all need it
@@ -201,7 +201,7 @@ def _filled(
 def read_table(folder: Path, key: str, schema: Schema) -> Table | None:
     """Return the table in a folder; None if it is missing, not complete, damaged or has another key.
 
-    Contents are compared with their checksums if a file is not the one that was seen last (size, times,
+    Contents are compared with their checksums if a file is not the one of the last check (size, times,
     inode).
     """
     types = {name: np.dtype(kind) for name, kind in schema.items()}
@@ -218,7 +218,7 @@ def read_table(folder: Path, key: str, schema: Schema) -> Table | None:
 
 
 def _is_damaged(folder: Path, key: str, schema: Schema) -> bool:
-    """Whether a folder holds what is neither a complete table nor the start of one."""
+    """Whether a folder holds something that is neither a complete table nor the start of one."""
     try:
         if not (folder / ABOUT).exists():
             return False  # a writer was killed before its first commit
@@ -257,7 +257,7 @@ def _checksum(about: dict[str, Any]) -> str:
 
 
 def _seen(folder: Path, types: dict[str, np.dtype]) -> dict[str, list[int]] | None:
-    """Return what tells that the files are still the same, None if one is missing."""
+    """Return what shows that the files are still the same; None if one is missing."""
     try:
         found = {name: (folder / name).stat() for name in types}
     except OSError:

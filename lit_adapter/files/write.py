@@ -42,7 +42,7 @@ def sync_folder(folder: Path) -> None:
 def durable_path(path: Path, needed: int | None = None, *, make_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success sync it and rename it to ``path``.
 
-    The error message says that ``needed`` bytes are needed; by default, what had been written.
+    The error message says that ``needed`` bytes are needed; by default, as many as had been written.
 
     Raises:
         UserError: ``path`` names a pipe or device, its folder cannot be written, or does not exist and
@@ -75,13 +75,13 @@ def durable_path(path: Path, needed: int | None = None, *, make_folder: bool = T
 
 
 def write_bytes(path: Path, content: bytes, *, make_folder: bool = True) -> None:
-    """Write ``content`` to ``path``, whole or not at all; ``make_folder``: and its folder, if missing."""
+    """Write ``content`` to ``path``, whole or not at all; ``make_folder`` also makes a missing folder."""
     with durable_path(path, len(content), make_folder=make_folder) as temporary:
         temporary.write_bytes(content)
 
 
 def append_bytes(path: Path, content: bytes) -> None:
-    """Append to a file, durably; a part that was written before the disk was full is taken back.
+    """Append to a file, durably; a part that was written before the disk was full is removed.
 
     Raises:
         UserError: the file cannot be written.
@@ -93,7 +93,7 @@ def append_bytes(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        with suppress(OSError):  # half a line would only keep the disk full
+        with suppress(OSError):  # half a line would only fill the disk
             os.truncate(path, size)
         raise write_error(path, error, needed=len(content)) from error
 

@@ -1,4 +1,4 @@
-"""The adapters that are served: loaded and unloaded while requests run; those keep what they started with."""
+"""The adapters that are served: loaded and unloaded while requests run, which keep theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 
 
 State = tuple[int, int, int]
-"""What tells one content of a file from the next: its inode, its size, and when it was changed."""
+"""What shows that a file's content has changed: its inode, its size, and when it was changed."""
 
 
 def state_of(path: Path) -> State:
@@ -67,7 +67,7 @@ class Adapters:
     Args:
         base: the plain base.
         folder: of more adapters, ``NAME.safetensors`` or ``NAME/adapter.safetensors``. A file that appears is
-            loaded, one that changes is loaded again, and one that goes is unloaded.
+            loaded, one that changes is reloaded, and one that is removed is unloaded.
     """
 
     def __init__(self, base: AdaptedLlama, folder: Path | None) -> None:
@@ -89,10 +89,10 @@ class Adapters:
         return len(self._served)
 
     def find(self, name: str) -> Served:
-        """Return what is served under a name.
+        """Return the model that is served under a name.
 
         Raises:
-            ApiError: nothing is (404).
+            ApiError: there is none (404).
         """
         found = self.base if name == self.base.name else self._served.get(name)
         if found is None:
@@ -103,10 +103,10 @@ class Adapters:
         return found
 
     def load(self, name: str, path: Path) -> Served:
-        """Serve an adapter's file under a name, or in place of what has it.
+        """Serve an adapter's file under a name, replacing the adapter that has it.
 
         Raises:
-            UserError: the file is missing, damaged, or of another base; the name is the base's, or none.
+            UserError: the file is missing, damaged, or of another base; the name is the base's, or invalid.
         """
         if check_name(name) == self.base.name:
             raise UserError(f"adapter name {shorten(name)} is the base's; give the adapter another")
@@ -120,7 +120,7 @@ class Adapters:
         return served
 
     def unload(self, name: str) -> None:
-        """Stop serving an adapter; requests under way end as they began.
+        """Stop serving an adapter; requests in progress finish with it.
 
         Raises:
             ApiError: it is not loaded (404), or it is the base (400).
@@ -159,16 +159,16 @@ class Adapters:
             raise ApiError(400, told, param="name", code="adapter_refused") from None
 
     def listed(self) -> Mapping[str, Path]:
-        """Return the folder's adapter files by name, but none with the name of the base."""
+        """Return the folder's adapter files by name, except one with the name of the base."""
         found = {} if self.folder is None else adapter_files(self.folder)
         found.pop(self.base.name, None)
         return found
 
     def scan(self, *, patient: bool = True) -> None:
-        """Follow the folder.
+        """Load and unload what has changed in the folder.
 
         A new or changed file is loaded once it has stayed the same since the last scan; at once if not
-        ``patient``. One that is refused is logged, and tried again when it has changed.
+        ``patient``. A refused file is logged, and tried again when it has changed.
         """
         try:
             listed = self.listed()

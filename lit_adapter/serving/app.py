@@ -44,7 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """What the addresses answer from."""
+    """What the addresses need for their answers."""
 
     def __init__(self, jobs: Jobs, *, admins: bool, log_prompts: bool) -> None:
         self.jobs, self.adapters, self.worker = jobs, jobs.adapters, jobs.worker
@@ -86,7 +86,7 @@ def _service(request: Request) -> Service:
 
 
 def _admin(request: Request) -> None:
-    """Let only admins' keys pass."""
+    """Let only admin keys pass."""
     if not _service(request).admins:
         raise ApiError(
             403, "start the server with --api-keys and a line 'admin KEY' for this", code="no_admin"
@@ -180,7 +180,7 @@ def _add_admin(app: FastAPI) -> None:
 
     @app.delete("/v1/adapters/{name}", dependencies=[Depends(_admin)])
     async def unload(request: Request, name: str = Path(max_length=200)) -> Any:
-        """Unload an adapter; requests under way end as they began."""
+        """Unload an adapter; requests in progress finish with it."""
         await asyncio.to_thread(_service(request).adapters.unload, name)
         return {"id": name, "object": "model", "deleted": True}
 
@@ -197,7 +197,7 @@ def _add_probes(app: FastAPI) -> None:
 
     @app.get("/health/live")
     async def live(request: Request) -> Any:
-        """Say whether the process does its work at all; status 503 if it should be started anew."""
+        """Say whether the process works at all; status 503 if it should be restarted."""
         is_live = _service(request).worker.alive
         return JSONResponse({"live": is_live}, 200 if is_live else 503)
 

@@ -1,4 +1,4 @@
-"""A terminal's partner at a server: the one of this package, or another with OpenAI's interface."""
+"""A terminal's partner at a server: this package's, or another one with OpenAI's interface."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lit_adapter.generation.terminal import PLAIN
 from lit_adapter.serving.keys import words_of
 
 SECONDS = 300.0
-"""For a part of an answer to come: it may wait for a slot."""
+"""Longest wait for a part of an answer, which may have to wait for a slot."""
 ALWAYS = ("max_new_tokens", "temperature", "seed")
 """Settings whose defaults are not the server's."""
 LIMIT = 10_000_000
-"""Bytes of a body, or of a line of a stream: what a server says is far shorter."""
+"""Most bytes of a body, or of a line of a stream; real ones are far shorter."""
 UNREADABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
-"""What reading an answer may end with."""
+"""Errors that may end the reading of an answer."""
 KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
 """What JSON calls a type; others are shown as they are."""
 VISIBLE = re.compile("[!-~]+")
@@ -66,12 +66,12 @@ class ServerModels:
 
     Args:
         url: its address, with or without ``/v1``.
-        key: what it knows its client by, if it asks.
+        key: the API key, if the server asks for one.
         name: of the model that answers first; by default the first adapter, or the base if there is none.
 
     Raises:
-        UserError: an address that is none, a server that cannot be reached or refuses the key, or a model
-            that it does not have.
+        UserError: an invalid address, a server that cannot be reached or refuses the key, or a model that it
+            does not have.
     """
 
     cut_after: int | None = None
@@ -122,7 +122,7 @@ class ServerModels:
             if error.param != "max_tokens":
                 message = "the conversation fills the server's context; /reset starts again"
                 raise ServerError(self.url, message) from None
-            del body["max_tokens"]  # what room there is, which is less than was asked for
+            del body["max_tokens"]  # the room that is left, which is less than was asked for
             yield from self._answer(body)
 
     def _answer(self, body: Any) -> Iterator[str]:
@@ -158,7 +158,7 @@ class ServerModels:
                 yield line[5:].strip()
 
     def stop(self) -> None:
-        """Close the connection, from a signal's handler too: the answer ends, and its slot is free."""
+        """Close the connection, also from a signal handler: the answer ends, and its slot is free."""
         self._stopped = True
         if self._socket is not None:
             with suppress(OSError):
@@ -171,7 +171,7 @@ class ServerModels:
 
     @contextmanager
     def _asking(self, method: str, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
-        """Send a request and give the beginning of its answer; the connection closes with the block.
+        """Send a request and yield the beginning of its answer; the connection closes with the block.
 
         Raises:
             ServerError: the server cannot be reached, or answers with an error.
@@ -184,14 +184,14 @@ class ServerModels:
                 self._socket = connection.sock  # an answer without a length takes it from the connection
                 connection.request(method, self._path + path, content, self._headers)
                 response = connection.getresponse()
-            with response:  # without a length it has the connection, which is then not closed for us
+            with response:  # an answer without a length owns the connection, which is then not closed for us
                 if response.status != http.client.OK:
                     raise self._refused(_refusal(response), f"status {response.status} {response.reason}")
                 yield response
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
-        """Make one line of what reading inside the block ends with: ``what``, and the reason."""
+        """Turn an error while reading inside the block into one line: ``what``, and the reason."""
         try:
             yield
         except UNREADABLE as error:
@@ -217,7 +217,7 @@ def _place(url: str) -> SplitResult:
     """Return the parts of a server's address.
 
     Raises:
-        UserError: it is none, or has parts that no server's has.
+        UserError: it is not one, or has parts that no server's address has.
     """
     try:
         place = urlsplit(url)
@@ -233,7 +233,7 @@ def _place(url: str) -> SplitResult:
 
 
 def _line(response: http.client.HTTPResponse) -> bytes:
-    """Return the next line, or its first ``LIMIT + 1`` bytes; nothing if the server has gone."""
+    """Return the next line, or its first ``LIMIT + 1`` bytes; nothing if the server has disconnected."""
     try:
         return response.readline(LIMIT + 1)
     except (OSError, http.client.HTTPException, ValueError):
@@ -274,7 +274,7 @@ def _models(content: bytes) -> list[dict[str, Any]]:
     """Return the models of a list, each with its ``id``.
 
     Raises:
-        ValueError: it is none, or has no model.
+        ValueError: it is not a list of models, or has no model.
     """
     models = _object(content).get("data")
     for model in _checked(models, '"data"', list):
@@ -285,7 +285,7 @@ def _models(content: bytes) -> list[dict[str, Any]]:
 
 
 def _event(content: bytes) -> dict[str, Any]:
-    """Return an event of an answer: an error, or one whose fields that are read have the right types.
+    """Return an event of an answer: an error, or one in which the fields in use have the right types.
 
     Raises:
         ValueError: it is none.

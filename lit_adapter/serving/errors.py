@@ -1,4 +1,4 @@
-"""What a client is told that asks for something wrong: OpenAI's error object and its status."""
+"""What a client with a wrong request is told: OpenAI's error object and its status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers for clients that may go before they have them."""
+"""Answers for clients that may disconnect before the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, T]) -> T | None:
-    """Return what ``work`` returns, or None, with the work cancelled, as soon as the client has gone."""
+    """Return what ``work`` returns; if the client disconnects, cancel the work and return None."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_gone(receive))
     try:
@@ -32,7 +32,7 @@ async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 class EventStream(Response):
-    """A stream of server-sent events; ``ended`` is called at its end, also if the client goes before it."""
+    """A stream of server-sent events; ``ended`` is called at its end, even if the client disconnects."""
 
     media_type = "text/event-stream"
 

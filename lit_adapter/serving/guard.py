@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, how much, how fast; and the line of the log that it leaves."""
+"""What every request passes first: who asks, how much, how fast; and its line in the log."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Visit:
     id: str = field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
     started: float = field(default_factory=time.monotonic)
     status: int = 499
-    """499: the client has gone before an answer."""
+    """499: the client disconnected before an answer."""
     owner: str = ""
     """Whose requests count together: the key's line, or the address."""
     is_admin: bool = False
@@ -60,8 +60,8 @@ class Guard:
         limits: of every request.
         metrics: counts requests.
         keys: who may ask; None for everybody.
-        hosts: names that clients may call the server by; None for any. A web page elsewhere, whose name is
-            made to point here, has another one.
+        hosts: names that clients may call the server by; None for any. A web page elsewhere whose host name
+            is made to point here has another one.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Guard:
         return visit.owner
 
     async def _body(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        """Return a request's body; refuse one that is too large, too slow or no JSON."""
+        """Return a request's body; refuse one that is too large, too slow or not JSON."""
         headers, most = Headers(scope=scope), self.limits.max_body
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > most:
@@ -182,7 +182,7 @@ class Guard:
 
 
 async def _discard(receive: Receive, most: int = 2**24, seconds: float = 2.0) -> None:
-    """Let a client send some more: one whose connection is closed while it sends does not see the answer."""
+    """Let a client finish sending: if its connection is closed while it sends, it does not see the answer."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while most > 0:
@@ -193,7 +193,7 @@ async def _discard(receive: Receive, most: int = 2**24, seconds: float = 2.0) ->
 
 
 class _Sender:
-    """Notes an answer's status, adds the headers that all have, and waits no longer than it may."""
+    """Notes an answer's status, adds the common headers, and limits how long sending may take."""
 
     def __init__(self, send: Send, visit: Visit, seconds: float) -> None:
         self.send, self.visit, self.seconds, self.begun = send, visit, seconds, False
@@ -220,7 +220,7 @@ class _Sender:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return what gives the whole body once, and then whatever comes."""
+    """Return a receiver that gives the whole body once, and then whatever comes."""
     given = False
 
     async def replay() -> Message:

@@ -24,7 +24,7 @@ from lit_adapter.serving.worker import Choice, Event, Worker
 
 
 class Postbox:
-    """Hands events of the worker's thread to queues of the event loop, those that come together at once."""
+    """Passes events of the worker's thread to queues of the event loop, in one call if they come together."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -47,7 +47,7 @@ class Postbox:
 
 @dataclass(eq=False)
 class Job:
-    """A request with its choices, under way."""
+    """A request in progress, with its choices."""
 
     worker: Worker
     body: Settings
@@ -77,7 +77,7 @@ class Job:
             yield event
 
     def close(self) -> None:
-        """Cancel what is still under way."""
+        """Cancel the choices that are still in progress."""
         self.worker.cancel(self.choices)
 
     @property
@@ -95,7 +95,7 @@ class Job:
 
 
 def told(error: BaseException) -> ApiError:
-    """Return what a client is told of an error in answering it."""
+    """Return what a client is told about an error while answering it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):  # NaN or infinite logits: the adapter is damaged
@@ -181,7 +181,7 @@ class Jobs:
         wanted: int | None,
         most_likely: int | None,
     ) -> Iterator[tuple[list[int], Request | None]]:
-        """Yield ``n`` requests for each prompt, with the prompt; None in place of one for no token."""
+        """Yield ``n`` requests for each prompt, with the prompt; None instead of a request for no token."""
         stop = _stop_texts(body, self.limits)
         bias, adapter = _bias(body.logit_bias, model.model.config.vocab_size), model.adapter
         first = secrets.randbits(64) if body.seed is None else body.seed
@@ -191,7 +191,7 @@ class Jobs:
                 if not n_new:
                     yield prompt, None
                     continue
-                # The first choice is the one that a request for a single one gets.
+                # The first choice is the one that a request with n = 1 gets.
                 sampling = _sampling(body, n_new, stop, (first + number) % 2**64)
                 try:
                     request = Request(prompt, sampling, adapter, model.stop_ids, True, bias, most_likely)

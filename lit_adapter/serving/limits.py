@@ -12,7 +12,7 @@ class Limits:
     queue: int = 256
     """Choices that may wait for a slot; more are refused with status 429."""
     per_key: int = 64
-    """Requests under way for one key, or one address where no keys are used."""
+    """Requests in progress for one key, or for one address if no keys are used."""
     max_body: int = 2 * 2**20
     """Bytes of a request's body."""
     max_headers: int = 32 * 2**10
@@ -30,8 +30,8 @@ class Limits:
     stop_characters: int = 256
     """Length of a stop text."""
     receive_seconds: float = 30.0
-    """In which a request, headers and body, must have arrived."""
+    """Seconds in which a request, headers and body, must arrive."""
     send_seconds: float = 60.0
-    """In which a client must take a part of its answer."""
+    """Seconds in which a client must take a part of its answer."""
     connections: int = 1024
     """Open connections."""

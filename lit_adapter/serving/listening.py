@@ -1,4 +1,4 @@
-"""The HTTP server around the application: uvicorn's, which lets answers end before it does."""
+"""The HTTP server around the application: uvicorn, which lets answers finish before it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STOPPED = ApiError(503, "the server is stopping", code="stopping", retry_after=5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address, before anything is loaded for it; nobody can connect yet.
+    """Reserve an address before anything is loaded; nobody can connect yet.
 
     Raises:
         UserError: it is taken, or not this machine's.
@@ -59,7 +59,7 @@ def _config(app: Any, options: ServerOptions) -> uvicorn.Config:
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
-    """Return uvicorn's protocol, with an end to connections that take long to send a request's headers."""
+    """Return uvicorn's protocol, with a time limit for sending a request's headers."""
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
@@ -92,7 +92,7 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """Ends on the first SIGTERM or SIGINT with what is under way, within the grace; on the second at once."""
+    """Finishes open requests within the grace on the first SIGTERM or SIGINT; ends at once on the second."""
 
     on_start: Callable[[], None]
     """Is called when clients can connect."""
@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
         self.on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say that it ends, and let answers end."""
+        """Say that the server ends, and let answers finish."""
         if self.ready_file is not None:
             self.ready_file.unlink(missing_ok=True)
         await super().shutdown(sockets)

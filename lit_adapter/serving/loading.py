@@ -1,4 +1,4 @@
-"""What a server loads: the base, its adapters, and how much of memory goes to their answers."""
+"""What a server loads: the base, its adapters, and how much memory goes to their answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_adapters(options: ServerOptions) -> Adapters:
     """Load the base and all adapters.
 
     Raises:
-        UserError: as `load`; a folder of adapters that is none, or that names no base where none is given.
+        UserError: as `load`; ``--adapters`` is not a folder, or names no base and none is given.
     """
     folder = options.folder
     if folder is not None and not folder.is_dir():
@@ -39,7 +39,7 @@ def load_adapters(options: ServerOptions) -> Adapters:
         base=base_folder, device=options.device, dtype=options.dtype, template=template, verify=options.verify
     )
     adapters = Adapters(base, folder)
-    gc.freeze()  # what stays is not looked through again with every few adapters that are loaded
+    gc.freeze()  # the garbage collector need not go through the loaded models with every few adapters
     for name, path in options.adapters.items():
         other = adapters.listed().get(name)
         if other is not None and not (path.exists() and path.samefile(other)):
@@ -68,7 +68,7 @@ def _named_base(options: ServerOptions) -> Path:
 
 
 def choose_context(model: Llama, options: ServerOptions) -> int:
-    """Return the longest prompt with its answer, in tokens, that every slot has room for.
+    """Return the longest prompt plus answer, in tokens, that fits in every slot.
 
     Raises:
         UserError: ``--context`` is longer than the base's, or memory has no room for the slots.

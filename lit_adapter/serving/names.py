@@ -1,4 +1,4 @@
-"""The names of adapters: what they may be, and how a command line gives them. No library that is heavy."""
+"""The names of adapters: which are valid, and how a command line gives them. No heavy library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_adapter.weights.adapter_search import adapter_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 OF_RUNS = ("adapter", "best")
-"""What a run calls its files: its folder has the name."""
+"""Names of files in a run folder; such an adapter is named after the folder."""
 
 
 def check_name(name: str) -> str:
@@ -44,7 +44,7 @@ def named_adapters(words: Sequence[str]) -> dict[str, Path]:
     """Return files by name, each given as ``NAME=FILE``, or as a file or run folder that has its name.
 
     Raises:
-        UserError: a word that says neither, or both; a name that comes twice or cannot be one.
+        UserError: a word that is neither, or both; a name that is given twice or is invalid.
     """
     found: dict[str, Path] = {}
     for word in words:
@@ -58,7 +58,7 @@ def named_adapters(words: Sequence[str]) -> dict[str, Path]:
 
 
 def _name_and_file(word: str) -> tuple[str, Path]:
-    if not word:  # as a path it would be the working folder
+    if not word:  # as a path it would mean the working directory
         raise UserError("--adapter '': expected NAME=FILE, or a file")
     name, equals, file = word.partition("=")
     whole = adapter_file(word)

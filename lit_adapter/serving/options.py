@@ -1,4 +1,4 @@
-"""The settings of a server. No library that is heavy: command lines read it before anything is loaded."""
+"""The settings of a server. No heavy library: command lines read it before anything is loaded."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int = 32
-    """Answers that are generated at a time."""
+    """Answers generated at a time."""
     context: int | None = None
-    """Longest prompt with its answer, in tokens; by default what the base and half the free memory allow, or
-    on a CPU 4 GiB."""
+    """Longest prompt plus answer, in tokens; by default what the base and half the free memory allow, or on a
+    CPU 4 GiB."""
     api_keys: Path | None = None
     insecure: bool = False
-    """Serve another address than this machine's own without keys."""
+    """Serve an address that other machines can reach without keys."""
     cors: tuple[str, ...] = ()
-    """Origins of web pages elsewhere that may ask."""
+    """Origins whose web pages may send requests."""
     grace: float = 30.0
-    """Seconds that answers may take to end after SIGTERM."""
+    """Seconds that answers may take to finish after SIGTERM."""
     log_prompts: bool = False
     ready_file: Path | None = None
     """A file that exists while requests are answered."""

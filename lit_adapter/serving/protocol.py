@@ -1,7 +1,7 @@
-"""The bodies that clients send, as OpenAI's interface has them, with a few settings of vLLM's.
+"""The bodies that clients send: those of OpenAI's interface, with a few of vLLM's settings.
 
-A field that is null counts as left out. Fields that change nothing here are taken, and listed in a header of
-the answer; what is not offered, and every field that nobody knows, is refused.
+A field that is null counts as left out. Fields that change nothing here are accepted, and listed in a header
+of the answer; what is not offered, and every unknown field, is refused.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "refusal": ("",),
 }
-"""Fields of OpenAI's and vLLM's interfaces that are refused, with the values that ask for nothing."""
+"""Fields of OpenAI's and vLLM's interfaces that are refused, with the values that are allowed because they
+ask for nothing."""
 
 
 def _without_nothing(value: Any) -> Any:
-    """Leave out what is null, or asks for nothing; refuse what is not offered."""
+    """Leave out fields that are null or ask for nothing; refuse what is not offered."""
     if not isinstance(value, dict):
         return value
     kept = {}
@@ -51,7 +52,7 @@ def _without_nothing(value: Any) -> Any:
 
 
 class Body(BaseModel):
-    """What is strict in all of them: no unknown field, no number as text."""
+    """The common base of all bodies: no unknown field, no number as text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
-"""Messages become token ids, as the template of the adapter has them.
+"""Messages become token ids, by the template of the adapter.
 
 Templates for one task have an instruction and an input. A system message and one user message become these
-two; a user message alone is the instruction. All other conversations are written turn by turn.
+two; a user message alone is the instruction. All other conversations are rendered turn by turn.
 """
 
 from __future__ import annotations

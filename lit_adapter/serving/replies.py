@@ -16,7 +16,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `json.dum
 
 
 def token_text(tokenizer: Tokenizer, id_: int) -> str:
-    """Return a token's own text; of a part of a character, its bytes in hexadecimal."""
+    """Return a token's own text; for a part of a character, its bytes in hexadecimal."""
     piece = tokenizer.piece(id_)
     try:
         text = piece.decode()
@@ -70,7 +70,7 @@ def text_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, An
 
 
 class Shape:
-    """How the objects of one job look: those of chats, or those of text completions."""
+    """The form of a job's objects: those of chats, or those of text completions."""
 
     def __init__(self, job: Job) -> None:
         body: Any = job.body
@@ -113,7 +113,7 @@ class Shape:
 
 
 class _Echo:
-    """Puts the prompts before the answers, and moves the answers' places behind them."""
+    """Puts the prompts before the answers, and shifts the answers' positions accordingly."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -134,7 +134,7 @@ class _Echo:
 
 
 def _placed(tokenizer: Tokenizer, tokens: Sequence[Token]) -> list[Token]:
-    """Return the tokens of a prompt with the places where their texts begin."""
+    """Return the tokens of a prompt with the positions where their texts begin."""
     decoder, at, placed = StreamDecoder(tokenizer), 0, []
     for token in tokens:
         placed.append(Token(token.id, at, token.likelihood))
@@ -160,7 +160,7 @@ async def whole(job: Job) -> dict[str, Any]:
 
 
 async def stream(job: Job, begun: Callable[[], None]) -> AsyncIterator[bytes]:
-    """Yield the lines of an event stream; an error becomes its last event. ``begun`` is told of the first."""
+    """Yield the lines of an event stream; an error is its last event. ``begun`` is called at the first."""
     shape = Shape(job)
     echo = _Echo(shape)
     usage = {"usage": None} if job.body.usage_wanted else {}

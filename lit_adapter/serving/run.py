@@ -1,4 +1,4 @@
-"""A server from start to end: load, warm up, listen, and on SIGTERM finish what is under way."""
+"""A server from start to end: load, warm up, listen, and on SIGTERM finish requests in progress."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from lit_adapter.streams import say
 
 Ready = Callable[[str, Callable[[], None]], None]
 PROMPT_TOKENS = 256
-"""Of prompts, that are read between two steps of other answers: a step takes about as long then."""
+"""Prompt tokens read between two steps of other answers; reading them takes about as long as a step."""
 SCAN_SECONDS = 1.0
-"""Between two looks at the folder of adapters."""
+"""Seconds between two scans of the folder of adapters."""
 
 
 def serve(options: ServerOptions, ready: Ready | None = None) -> None:
@@ -43,7 +43,7 @@ def serve(options: ServerOptions, ready: Ready | None = None) -> None:
 
     Args:
         options: what, where and to whom.
-        ready: is told the server's address, and a function that ends it as SIGTERM does.
+        ready: is called with the server's address and a function that ends the server as SIGTERM does.
 
     Raises:
         UserError: options that do not go together, an address that is taken, or files that `load` refuses.
@@ -110,7 +110,7 @@ def _service(options: ServerOptions, keys: Keys | None, adapters: Adapters, cont
 
 
 def _shared(app: Any, origins: Sequence[str]) -> Any:
-    """Let web pages of some origins ask."""
+    """Let web pages of some origins send requests."""
     if not origins:
         return app
     headers = ["Authorization", "Content-Type"]
@@ -125,7 +125,7 @@ async def _watch(adapters: Adapters) -> None:
 
 
 def _warm_up(adapters: Adapters, n_slots: int) -> None:
-    """Take the steps that are slow the first time: of one text, and of adapters of all forms together.
+    """Take the steps that are slow the first time: with one text, and with adapters of all forms together.
 
     On CUDA all slots take steps.
     """
@@ -143,7 +143,7 @@ def _warm_up(adapters: Adapters, n_slots: int) -> None:
 
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> None:
-    """Answer requests together; those of a damaged adapter may fail, as they will for its users."""
+    """Answer requests together; those of a damaged adapter may fail, as they would for its users."""
     for request in requests:
         engine.add(request)
     while not all(request.ended for request in requests):

@@ -1,8 +1,8 @@
-"""The thread that takes the engine's steps; it alone computes. Other threads hand it choices and cancel them.
+"""The thread that takes the engine's steps; only it computes. Other threads submit choices and cancel them.
 
 A choice waits in a queue until a slot is free, is read by the next step and answered with all others. Its
-events, pieces of text with their tokens, go to whoever listens after a step, all of them in one call. On a
-fast device an event has the tokens of several steps: sending each alone would take longer than computing it.
+events, pieces of text with their tokens, are delivered after a step, all of them in one call. On a fast
+device an event has the tokens of several steps: sending each one alone would take longer than computing it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lit_adapter.serving.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 BURST_SECONDS = 0.02
-"""How long the first request of a burst waits at most for the others, to be read with them."""
+"""Longest time that the first request of a burst waits for the others, to be read with them."""
 BURST_TOKENS = 1024
 """Prompt tokens after which an idle server admits no other request before answers begin."""
 EVENT_SECONDS = 0.04
-"""Least time between two moments at which answers that go on are sent; first and last events do not wait."""
+"""Shortest time between events of unfinished answers; first and last events do not wait."""
 
 
 class Token(NamedTuple):
@@ -44,7 +44,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """What one step or several have brought for a choice."""
+    """What one step, or several, have produced for a choice."""
 
     index: int
     text: str = ""
@@ -60,7 +60,7 @@ Deliver = Callable[[Event], None]
 
 @dataclass(eq=False)
 class Choice:
-    """One answer to one prompt. The fields below ``model`` change in the worker's thread alone."""
+    """One answer to one prompt. The fields below ``model`` change only in the worker's thread."""
 
     index: int
     model: AdaptedLlama
@@ -76,7 +76,7 @@ class Choice:
     n_counted: int = 0
     """Tokens of the answer that are in the metrics."""
     last: float = 0.0
-    """When the newest of them came; 0 before the first."""
+    """The time of the newest of them; 0 before the first."""
     begun: bool = False
     """Whether it has had an event."""
 
@@ -92,9 +92,9 @@ class Choice:
         return 0 if self.request is None else self.request.n_new
 
     def take(self, *, due: bool = True) -> Event | None:
-        """Return what the tokens since its last event have brought; None if that is nothing.
+        """Return an event of the tokens since the last one; None if there is nothing to send.
 
-        If it is not ``due``, an answer that goes on is only searched for its stop texts.
+        If it is not ``due``, an unfinished answer is only searched for stop texts.
         """
         request = self.request
         assert request is not None
@@ -104,7 +104,7 @@ class Choice:
         return self._event(request) if due or self.text.stopped else None
 
     def _read(self, request: Request) -> None:
-        """Make text of the newest tokens, up to a stop text."""
+        """Turn the newest tokens into text, up to a stop text."""
         while request.news and not self.text.stopped:
             token = request.news.popleft()
             if request.likelihoods:
@@ -139,7 +139,7 @@ class Worker:
         model: the plain base; its engine is the one of all adapters on it.
         n_slots: choices that are answered at a time.
         queue: choices that may wait.
-        metrics: what it counts in.
+        metrics: where it counts.
     """
 
     def __init__(self, model: AdaptedLlama, n_slots: int, queue: int, metrics: Metrics) -> None:
@@ -150,7 +150,7 @@ class Worker:
         self._work = threading.Event()
         self._closed: ApiError | None = None
         self._coming = 0
-        self._due = 0.0  # when events of answers that go on are sent next
+        self._due = 0.0  # when events of unfinished answers are sent next
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -164,7 +164,7 @@ class Worker:
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """Say, in the event loop's thread, that a request is being made whose choices will be submitted."""
+        """Announce, in the event loop's thread, a request whose choices will be submitted."""
         self._coming += 1
         try:
             yield
@@ -201,11 +201,11 @@ class Worker:
         for choice in choices:
             choice.cancelled = True
             if choice.request is not None:
-                choice.request.ended = True  # what else it has is its thread's
+                choice.request.ended = True  # its other fields belong to the worker's thread
         self._work.set()
 
     def close(self, error: ApiError) -> None:
-        """Take no more choices, and end all there are with an error."""
+        """Accept no more choices, and end all present ones with an error."""
         with self._lock:
             self._closed = error
         self._work.set()
@@ -267,7 +267,7 @@ class Worker:
             if most is not None:
                 found = [None, *prompt_likelihoods(choice.model.model, choice.prompt, most)]
                 tokens = [Token(id_, 0, value) for id_, value in zip(choice.prompt, found, strict=True)]
-        except Exception as caught:  # of this choice, whose owner is told
+        except Exception as caught:  # an error of this choice, which its owner is told
             error = caught
             if choice.request is not None:
                 choice.request.ended = True
@@ -277,7 +277,7 @@ class Worker:
             self._running.remove(choice)
 
     def _hand_on(self, started: float) -> None:
-        """Deliver what is due after a step, and leave the slots of what has ended."""
+        """Deliver what is due after a step, and free the slots of choices that have ended."""
         now = time.monotonic()
         self.metrics.step.observe(now - started)
         if due := now >= self._due:
@@ -327,7 +327,7 @@ class Worker:
         for choice in ended:
             event = None
             if choice.request is not None:
-                with suppress(Exception):  # it may be what ended the worker
+                with suppress(Exception):  # its error may be what ended the worker
                     event = None if choice.cancelled else choice.take()  # tokens that were not due yet
                 self.engine.cancel(choice.request)
             if event is not None:

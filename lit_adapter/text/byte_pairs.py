@@ -22,9 +22,9 @@ PATTERNS: dict[Split, str] = {
     ).replace("{lower}", LETTERS["lower"])
     + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-"""Regular expressions whose matches stand apart."""
+"""Regular expressions whose matches become pieces of their own."""
 WHOLE_WORDS = ("llama3", "tekken")
-"""Those under which a word that is a token stays whole, whatever the merges say."""
+"""Pre-tokenizers under which a word that is a token stays whole, whatever the merges say."""
 
 LLAMA3_CONTROL = {
     0: "begin_of_text",

@@ -17,11 +17,11 @@ from lit_adapter.text.template import CHATS, FIELD, INPUT, INSTRUCTION, Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
-"""Asks for today's date in a form; other programs take their own day for it."""
+"""A call for today's date in some format; other programs would insert the current day."""
 IS_DEFINED = re.compile(r"strftime_now is (not )?defined")
-"""Asks whether the program has that function, which a fixed date does not need."""
+"""A test whether the program has that function, which a fixed date does not need."""
 BETWEEN = "\n\n"
-"""What stands between a system's and a user's words in a template that has one place for both."""
+"""Separates a system message from a user message in a template that has one place for both."""
 _TASKS = Sources(
     "{% set roles = messages | map(attribute='role') | join(' ') %}"
     "{% if roles == 'user' %}{{ $alone }}"
@@ -34,7 +34,7 @@ _TASKS = Sources(
 def chat_template(template: Template, tokenizer: Tokenizer) -> str:
     """Return the Jinja chat template that renders messages as the template's prompts.
 
-    That of a chat template is its own.
+    A chat template is returned as it is.
     """
     source = template.conversation_source(tokenizer)
     if template.date is not None:
@@ -48,7 +48,7 @@ def _on(day: str, source: str) -> str:
     """Return a chat template that shows the day on which the adapter was trained, as its prompts do.
 
     Raises:
-        UserError: it asks for the day in a form that is not written there.
+        UserError: it computes the format of the date.
     """
     then = datetime.fromisoformat(day)
     dated = NOW.sub(lambda call: _literal(then.strftime(call[1][1:-1])), source)
@@ -59,7 +59,7 @@ def _on(day: str, source: str) -> str:
 
 
 def _with_tasks(template: Template, conversation: str) -> str:
-    """Return Jinja for one or two messages, which are a task, and for the conversations that others are."""
+    """Return Jinja that treats one or two messages as a task, and others as a conversation."""
     first, second = (f"messages[{number}].content" for number in range(2))
     text, bare = template.text, _bare(template)
     both = f"({first} ~ {_literal(BETWEEN)} ~ {second})"

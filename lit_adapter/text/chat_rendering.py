@@ -28,8 +28,8 @@ def render_growing(request: dict[str, Any]) -> dict[str, Any]:
     """Return the text of a conversation, and how much of it its beginnings have in common with it.
 
     Each of ``starts`` is a number of messages, and whether a prompt for an answer follows them. For each,
-    ``lengths`` holds the length of its text if the whole text begins with that, and otherwise None. Where
-    the template fails, ``failed`` is the number of messages it was given and ``why`` what it says.
+    ``lengths`` holds the length of its text if the whole text begins with that, and otherwise None. If the
+    template fails, ``failed`` is the number of messages that it was given, and ``why`` its message.
     """
     template, messages = _compiled(request["template"], request.get("date")), request["messages"]
     found: dict[str, Any] = {"lengths": []}
@@ -48,7 +48,7 @@ def render_growing(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """Do what is asked for: to render conversations, or one as it grows."""
+    """Do what is asked: render conversations, or one as it grows."""
     return render_growing(request) if "messages" in request else render(request)
 
 
@@ -83,7 +83,7 @@ def _environment(date: str | None) -> ImmutableSandboxedEnvironment:
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Return JSON as transformers' filter of this name does: characters as they are, and no HTML escapes."""
+    """Return JSON like transformers' filter of this name: without ASCII or HTML escapes."""
     return json.dumps(value, indent=indent, **{"ensure_ascii": False, **options})
 
 

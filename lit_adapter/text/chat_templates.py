@@ -1,4 +1,4 @@
-"""The chat templates that have a name, as Jinja: what a conversation looks like as one text."""
+"""The named chat templates, as Jinja: what a conversation looks like as one text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHATML = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Of OpenAI, as many bases use it; tool calls in the form of Hermes and Qwen."""
+"""ChatML, OpenAI's, which many bases use; tool calls in the form of Hermes and Qwen."""
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
     "{{ message.content | trim }}"
@@ -22,7 +22,7 @@ LLAMA3 = (
     "<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-"""Of LLaMA 3; tool calls as LLaMA 3.1 writes those of its users' own tools."""
+"""LLaMA 3's; tool calls in the form of LLaMA 3.1's for user-defined tools."""
 MISTRAL = (
     "{{ bos_token }}{% set said = namespace(system='') %}"
     "{% for message in messages %}{% if message.role == 'system' %}"
@@ -32,7 +32,7 @@ MISTRAL = (
     "{% elif message.role == 'assistant' and not message.tool_calls %}{{ ' ' + message.content + eos_token }}"
     "{% else %}{{ raise_exception('mistral has no place for tool calls') }}{% endif %}{% endfor %}"
 )
-"""Of Mistral 7B Instruct v0.1 to v0.3; a system prompt stands before the next user's words."""
+"""That of Mistral 7B Instruct v0.1 to v0.3; a system prompt precedes the next user message."""
 _ALPACA = (
     "{% if not messages or messages[0].role != 'system' %}{{ OPENING }}{% endif %}"
     "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\n\n' }}"

@@ -1,9 +1,10 @@
-"""Conversations: messages become token ids, and which of them are an answer's is found by comparison.
+"""Conversations: messages become token ids, and comparing texts shows which of these belong to an answer.
 
-A chat template is a program that writes the whole conversation. Where an answer begins and ends in its text
-is seen by rendering the messages before the answer, with the prompt for one, and the messages up to it: each
-must be how the whole text begins. That works with any template, without marks in it. An answer that is
-rewritten once other turns follow, and may not be learned, is found by what changes in the text with it.
+A chat template is a program that writes the whole conversation. To see where an answer begins and ends in its
+text, the messages before the answer are rendered, with the prompt for one, and so are the messages up to it:
+the whole text must begin with each of these. This works with any template, without marks in it. An answer
+that is rewritten once later turns follow, and may not be learned, is found by what changes in the text when
+the answer changes.
 
 The template comes with the base, or is the user's, so it runs in a limited process (`limited`). Users' texts
 pass through it with a character inside everything that spells a control token, or could complete one; the
@@ -28,10 +29,10 @@ from lit_adapter.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 NEVER, CONTEXT, ANSWER = 0, 1, 2
-"""What a token is to the loss: never learned, learned with all of a text, learned as part of an answer."""
+"""What a token is to the loss: never learned, learned if whole texts are, or part of an answer."""
 _RENDERER = LimitedProcess("lit_adapter.text.chat_rendering")
 _BREAKERS = [chr(0xE000 + n) for n in range(64)]
-"""Characters for private use, one of which the conversation does not hold."""
+"""Characters for private use; one that the conversation does not contain is used."""
 
 
 class RewrittenError(UserError):
@@ -46,7 +47,7 @@ class Message:
     """One of `ROLES`."""
     content: str
     learned: bool = True
-    """Whether it may be learned: an answer by itself, another message with all of a text."""
+    """Whether it may be learned: an answer on its own, another message only if whole texts are learned."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What else a template may show: tool calls, their ids, reasoning."""
 
@@ -72,7 +73,7 @@ def encode_prompt(
     """Return the ids of a conversation, which an answer is to continue.
 
     Raises:
-        UserError: the template fails, or has no place for what a message holds.
+        UserError: the template fails, or cannot show what a message holds.
     """
     return _Rendered(tokenizer, template, messages, tools, prompt=True).encode().ids
 
@@ -162,7 +163,7 @@ class _Rendered:
         return spans
 
     def _hidden(self, lengths: list[int | None], request: Mapping[str, Any]) -> list[tuple[int, int]]:
-        """Return start and end of every message that may not be learned, and has no span.
+        """Return start and end of every message that may not be learned and has no span.
 
         Prompts for later answers do not look for them, so the text is not divided there (`_Writer.hide`).
         """
@@ -186,9 +187,9 @@ class _Rendered:
         return found
 
     def _changing(self, at: int, request: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Return the place that differs where a message has another content, and the token that ends it.
+        """Return the place that changes with a message's content, and the token that ends it.
 
-        None: the template fails then.
+        None if the template then fails.
         """
         messages = request["messages"]
         own = {} if self.messages[at].role == "assistant" else messages[at]  # a tool's answer has an id
@@ -210,7 +211,7 @@ class _Rendered:
         return start, following.end() if ends_others else end
 
     def _end(self, start: int, end: int) -> int:
-        """Return where an answer ends: with its last control token, if only white space follows that."""
+        """Return where an answer ends: at its last control token, if only white space follows."""
         last = start
         for found in self._controls(start, end):
             last = found.end()
@@ -305,7 +306,7 @@ class _Writer:
         self._run, self.after_control = self._run + text, False
 
     def hide(self, hidden: str, after: str) -> None:
-        """Mark the tokens that have any of a text as never learned; ``after`` was written after it."""
+        """Mark the tokens that hold any part of a text as never learned; ``after`` was written after it."""
         if not hidden:
             return
         ids, before = self.ids[self._run_start :], self._run.removesuffix(hidden + after)
@@ -350,7 +351,7 @@ def _strings(value: Any) -> Iterable[str]:
 
 
 def _breaker(values: Any) -> str:
-    """Return a character that the values do not hold."""
+    """Return a character that the values do not contain."""
     texts = list(_strings(values))
     found = next((mark for mark in _BREAKERS if not any(mark in text for text in texts)), None)
     if found is None:

@@ -13,7 +13,7 @@ from lit_adapter.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Description:
-    """Settings of a tokenizer from the files next to its vocabulary; None where they are silent."""
+    """Settings of a tokenizer from the files next to its vocabulary; None for those that are not given."""
 
     bos: str | None = None
     eos: str | None = None

@@ -10,9 +10,9 @@ import tokenizers
 from lit_adapter.text.limited import serve
 
 MOST = 100
-"""Characters for each one of a text; Unicode's compatibility forms give up to 18."""
+"""Most characters for each one of a text; Unicode's compatibility forms give up to 18."""
 REPEATS = 40
-"""Enough that what is put before a text once does not count."""
+"""Enough that a prefix that is added once does not matter."""
 COMMON = 'aAz0 \n\t_.!"<\u00e9\u4e00\u2581'
 """Characters of several classes, and of one to three bytes."""
 MODEL = {"type": "BPE", "vocab": {}, "merges": []}

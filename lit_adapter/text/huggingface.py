@@ -33,7 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, raw: dict[str, Any], about: Description, source: object) -> None:
-        self._source, self._pieces = str(source), dict[int, bytes]()  # those that were asked for
+        self._source, self._pieces = str(source), dict[int, bytes]()  # those asked for so far
         try:
             _try_patterns(raw, source)
             _try_growth(raw, source)
@@ -134,7 +134,7 @@ if BYTE_OF.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
 
 
 def _try_patterns(raw: dict[str, Any], source: object) -> None:
-    """Refuse regular expressions that take for ever on some text; LLaMA 3's own is not tried."""
+    """Refuse regular expressions that take forever on some text; LLaMA 3's own is not tried."""
     parts = (*_nodes(raw.get("normalizer")), *_nodes(raw.get("pre_tokenizer")))
     patterns = [part["pattern"] for part in parts if isinstance(part.get("pattern"), dict)]
     unknown = [
@@ -149,7 +149,7 @@ def _try_patterns(raw: dict[str, Any], source: object) -> None:
 
 
 def _try_growth(raw: dict[str, Any], source: object) -> None:
-    """Refuse replacements that together make a short text fill the memory."""
+    """Refuse replacements that together make a short text exhaust memory."""
     steps = {name: raw.get(name) for name in ("normalizer", "pre_tokenizer")}
     nodes = [node for step in steps.values() for node in _nodes(step)]
     byte_levels = [node for node in nodes if node.get("type") == "ByteLevel"]
@@ -181,7 +181,7 @@ def _backend(content: str) -> tokenizers.Tokenizer:
 
 
 def _mark_control_tokens(raw: dict[str, Any], vocabulary: dict[str, int], about: Description) -> None:
-    """Mark as special what acts as a control token: BOS, EOS and ``<|...|>``."""
+    """Mark as special the tokens that act as control tokens: BOS, EOS and ``<|...|>``."""
     added = raw["added_tokens"] = list(raw.get("added_tokens") or [])
     listed = {token["content"] for token in added}
     for spelling in dict.fromkeys((about.bos, about.eos)):

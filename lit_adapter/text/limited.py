@@ -1,6 +1,6 @@
-"""Work on what comes with a base and may be hostile, in a process with limits on time, memory and answer.
+"""Work on parts of a base that may be hostile, in a process with limits on time, memory and output.
 
-A template or a pattern can loop for ever or fill the memory in a single call of C, where nothing in the same
+A template or a pattern can loop forever or exhaust memory in a single call of C, where nothing in the same
 process can stop it. The system's limits can.
 """
 
@@ -20,12 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 CPU_SECONDS = 1
-"""Of processor time for each request, so that a busy machine changes nothing. Starting takes 0.1."""
+"""Processor time for each request, so that a busy machine changes nothing. Starting takes 0.1."""
 MEMORY_BYTES = 400 * 2**20
-"""Of address space."""
+"""Bytes of address space."""
 ANSWER_BYTES = 2**22
 WALL_SECONDS = 60
-"""Only for a process that is not given a processor."""
+"""Wall-clock limit, for a process that gets no processor time."""
 
 
 class LimitedError(Exception):
@@ -33,10 +33,10 @@ class LimitedError(Exception):
 
 
 def ask(module: str, request: Any) -> Any:
-    """Return what the ``module``'s work makes of a request, which is plain JSON, in a process of its own.
+    """Return the result of the ``module``'s work on a request (plain JSON), in a process of its own.
 
     Raises:
-        LimitedError: the work failed, or needs more than it may.
+        LimitedError: the work failed, or exceeded a limit.
     """
     process = _start(module)
     try:
@@ -65,10 +65,10 @@ class LimitedProcess:
         self._lock = threading.Lock()
 
     def ask(self, request: Any) -> Any:
-        """Return what the work makes of a request, which is plain JSON.
+        """Return the result of the work on a request, which is plain JSON.
 
         Raises:
-            LimitedError: the work failed, or needs more than it may.
+            LimitedError: the work failed, or exceeded a limit.
         """
         with self._lock:
             if self._process is None or self._owner != os.getpid():
@@ -155,7 +155,7 @@ def _answer(work: Callable[[Any], Any], request: Any) -> str:
         answer = json.dumps({"result": work(request)})
     except MemoryError:
         return json.dumps({"error": f"needs more than {MEMORY_BYTES // 2**20} MB of memory"})
-    except BaseException as error:  # whatever happens here is the stranger's, and PanicException no Exception
+    except BaseException as error:  # a failure here is the stranger's; a PanicException is no Exception
         return json.dumps({"error": f"{error}"[:500] or type(error).__name__})
     if len(answer) > ANSWER_BYTES:
         return json.dumps({"error": f"gives more than {ANSWER_BYTES:,} characters"})

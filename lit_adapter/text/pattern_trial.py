@@ -10,9 +10,9 @@ from tokenizers import Regex, pre_tokenizers
 from lit_adapter.text.limited import serve
 
 COMMON = 'aAz0 \n\t_.!"<\u00e9\u4e00'
-"""Characters of every class that patterns ask for."""
+"""Characters of every class that patterns use."""
 SHORT, LONG = 40, 1000
-"""Repeats: enough for what doubles with every character, and for what grows with their cube."""
+"""Repeats: enough to notice time that doubles with every character, and time that grows with the cube."""
 
 
 def try_patterns(patterns: list[str]) -> None:
@@ -21,7 +21,14 @@ def try_patterns(patterns: list[str]) -> None:
         splitter = pre_tokenizers.Split(Regex(pattern), "isolated")
         letters = dict.fromkeys([*COMMON, *pattern[:200]])
         words = dict.fromkeys(re.findall(r"\w{2,}", pattern[:200]))
-        ends = ("", "!", "a", " ", "\n", "!" + "".join(letters))  # the last has what a match must end with
+        ends = (
+            "",
+            "!",
+            "a",
+            " ",
+            "\n",
+            "!" + "".join(letters),
+        )  # the last one has the end that a match needs
         for word, end in product([*letters, *words], ends):
             splitter.pre_tokenize_str(word * SHORT + end)
         for letter in letters:

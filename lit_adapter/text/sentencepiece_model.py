@@ -74,7 +74,7 @@ def _processor(model: ModelProto, source: object) -> sentencepiece.SentencePiece
 
 
 def _mark_control_tokens(model: ModelProto, about: Description) -> None:
-    """Give the type CONTROL to what acts as a control token: BOS, EOS, special pieces and ``<|...|>``."""
+    """Give the type CONTROL to tokens that act as control tokens: BOS, EOS, special pieces, ``<|...|>``."""
     named = {about.bos, about.eos, *about.special}
     for piece in model.pieces:
         told = piece.piece in named and piece.type in (1, USER_DEFINED)

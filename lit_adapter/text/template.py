@@ -73,7 +73,7 @@ class Template:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the template as plain values, for a JSON file; others lack what chat templates have."""
+        """Return the template as plain values, for a JSON file; only chat templates have all keys."""
         values = asdict(self)
         return {name: value for name, value in values.items() if value is not None or name not in _OF_CHATS}
 
@@ -103,7 +103,7 @@ class Template:
         """
         if self.jinja is not None:
             return self.jinja
-        if self.kind == "chat" and tokenizer.chat_template:  # of an earlier version, which did not keep it
+        if self.kind == "chat" and tokenizer.chat_template:  # from an earlier version, which did not keep it
             return tokenizer.chat_template
         if self.kind in ("alpaca", "alpaca-newline"):
             return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
@@ -151,10 +151,10 @@ class Template:
     ) -> tuple[list[int], int]:
         """Return the ids of prompt, answer and end token, and the number of the prompt's.
 
-        The prompt's ids are exactly those of `encode_prompt`. Prompt and answer are tokenized together;
-        where that would change the prompt's ids, the answer is encoded separately as a continuation, as a
-        model generates it. Decoding the answer gives exactly ``output``, except that a sentencepiece
-        tokenizer drops one space at its start (`Tokenizer.strips_space`).
+        The prompt's ids are exactly those of `encode_prompt`. Prompt and answer are tokenized together; if
+        that would change the prompt's ids, the answer is encoded separately as a continuation, as a model
+        generates it. Decoding the answer gives exactly ``output``, except that a sentencepiece tokenizer
+        drops one space at its start (`Tokenizer.strips_space`).
 
         Raises:
             UserError: as `encode_prompt`.
@@ -234,7 +234,7 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer, *, conversations: 
     That is ``alpaca``, ``alpaca-newline``, ``chat`` (the base's own), a chat template's name, a text with
     ``{instruction}``, the path of a file with such a text, whose last line break is ignored, or the path of a
     chat template that ends in ``.jinja``. ``auto`` is ``alpaca``, or for ``conversations`` the base's own
-    chat template; without one ``chatml`` where the base has its control tokens, and else ``alpaca-chat``.
+    chat template; without one, ``chatml`` if the base has its control tokens, and else ``alpaca-chat``.
 
     Raises:
         UserError: the name is unknown, the file cannot be read, or the base has no usable chat template.
