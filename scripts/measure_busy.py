@@ -1,10 +1,10 @@
-"""How fast training and generating are beside programs that never wait, against the same alone.
+"""How fast training and generating are beside programs that never wait, compared with running alone.
 
     python scripts/measure_busy.py --base checkpoints/smollm2-135m --data alpaca_libre.json --json busy.json
 
 Training is the speed that a dry run forecasts, generating the time of a whole command for 100 tokens. Every
-command runs as users run it, and in turn with the spin count that the OpenMP library has by itself. Both are
-compared within a run only; run it where nothing else runs.
+command runs as users run it, alternating with the OpenMP library's own spin count. Compare figures only
+within a run, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def busy(number: int) -> Iterator[None]:
-    """Run programs that never wait, meanwhile."""
+    """Run programs that never wait, inside the block."""
     programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield
@@ -71,7 +71,7 @@ def busy(number: int) -> Iterator[None]:
 
 
 def tokens_per_second(base: str, data: str, variables: dict[str, str]) -> float:
-    """Return the speed that a dry run of the small recipe says."""
+    """Return the speed that a dry run of the small recipe reports."""
     with tempfile.TemporaryDirectory() as scratch:
         config = str(ROOT / "configs" / "small_gpu.yaml")
         paths = ["--config", config, "--base", base, "--data.train", data, "--out", f"{scratch}/run"]

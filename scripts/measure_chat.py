@@ -1,4 +1,4 @@
-"""Time to the first token of each turn of a conversation, going on and computed afresh.
+"""Time to the first token of each turn of a conversation, continued and computed afresh.
 
 python scripts/measure_chat.py --base checkpoints/smollm2-135m
 """

@@ -1,4 +1,4 @@
-"""What decides whether the demo is learned: one change at a time, scored on the held-out requests.
+"""What affects how well the demo is learned: one change at a time, scored on the held-out requests.
 
 python scripts/measure_demo.py --base checkpoints/smollm2-135m --json OUT.json
 """

@@ -4,8 +4,8 @@
 
 Every method is trained at the best of its learning rates, and there with three seeds, on free text, short
 tasks with exact answers, the demo, 300 records, and three epochs of free text; see `benchmarks.frontier`. Run
-again with the same file, the script goes on where it was; with nothing left to run it prints and draws what
-the file holds.
+again with the same file, the script continues where it stopped; with nothing left to run it prints and draws
+the results in the file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python scripts/measure_servers.py --server ours=http://127.0.0.1:8000/MODEL --server other=http://127.0.0.1:8001/MODEL
 
-MODEL is what the server calls its model. Every round asks each of them with the same new prompts of random
+MODEL is the server's name for its model. Every round asks each of them with the same new prompts of random
 words: one prompt alone, then several at once. Greedy, streamed, through /v1/completions.
 """
 

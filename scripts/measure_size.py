@@ -1,8 +1,8 @@
-"""What data of some size costs before the first step, and a step: time, processor time and memory.
+"""What data of a given size costs before the first step and per step: time, processor time and memory.
 
     python scripts/measure_size.py --base checkpoints/smollm2-135m --data alpaca_libre.json --json size.json
 
-The records are those of the file, repeated with a number behind each instruction. Every measurement is a
+The records are those of the file, repeated with a number after each instruction. Every measurement is a
 process of its own; the first one of a size encodes, the second one has the cache.
 """
 

@@ -1,4 +1,4 @@
-"""Make one plain Hugging Face LLaMA of a base and a V2 adapter without prompts."""
+"""Make a plain Hugging Face model of a base and an adapter without prompts."""
 
 from lit_adapter.cli.command import run
 from lit_adapter.cli.merge import main
