@@ -35,7 +35,7 @@ def words_of(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 class Keys:
-    """The keys of a file: one a line; ``admin KEY`` may also load and unload adapters; # begins a comment.
+    """The keys of a file, one per line; ``admin KEY`` may also load and unload adapters; # begins a comment.
 
     Raises:
         UserError: the file has no key, or one that is too short, has spaces, or comes twice.
