@@ -168,7 +168,7 @@ def kept_table(
 
     One process at a time makes it. ``say`` gets a line if the one in the folder is damaged and is made again,
     and if it cannot be written: then it is kept in memory. ``what`` names the table in these lines, and
-        ``doing`` what another process does. Without a folder, it is made in memory.
+    ``doing`` what another process does. Without a folder, it is made in memory.
     """
     if folder is not None:
         with one_at_a_time(folder, doing=doing):  # a run's processes all need it

@@ -144,9 +144,9 @@ class AdaptedLlama:
                 - ``repetition_penalty`` (1.0): divide (or multiply, if negative) the logits of tokens seen
                   before; above 0, 1 is off (arXiv 1909.05858).
                 - ``frequency_penalty`` (0.0): subtract this from a token's logit for each time it occurs in
-                    the answer; -2 to 2.
+                  the answer; -2 to 2.
                 - ``presence_penalty`` (0.0): subtract this from the logits of tokens that occur in the
-                    answer; -2 to 2.
+                  answer; -2 to 2.
                 - ``seed`` (0): seed of the random numbers; 0 to 2**64 - 1. The same one gives the same text,
                   alone or in a batch.
                 - ``stop`` (none): one text, or several, that end the answer; they are not part of it.

@@ -98,8 +98,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the answer, in addition to those of the settings."""
     resumes: bool = False
-    """Whether it continues from what a slot holds of its prompt, and leaves its own slot to later
-    requests."""
+    """Whether it continues from what a slot holds of its prompt, and leaves its slot to later requests."""
     bias: Mapping[int, float] = field(default_factory=dict)
     """What is added to the logits of some ids."""
     most_likely: int | None = None

@@ -136,8 +136,7 @@ class _Sight:
     start: int
     """The first token that any slot sees."""
     hidden: Tensor | None
-    """Minus infinity where a slot does not see a token, else 0 ``[B G, 1, S - start]``; None if all see
-    all."""
+    """Minus infinity for tokens hidden from a slot, else 0 ``[B G, 1, S - start]``; None if all see all."""
 
 
 @dataclass

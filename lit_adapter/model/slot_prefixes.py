@@ -88,8 +88,7 @@ class SlotPrefixes:
         self.source = torch.zeros(n_slots, dtype=torch.long, device=model.embed_tokens.weight.device)
         """The first slot with the same adapter, for each slot: kernels may read that one's row for all."""
         self.joined = Prefixes()
-        """The prefixes of all slots, with tensors ``[L, B, ...]``; a new object whenever the tensors are
-        replaced."""
+        """Those of all slots, with tensors ``[L, B, ...]``; a new object when the tensors are replaced."""
         self.form: Form = ((), 0, False, False)
         """The tensors' adapted layers and K, whether a strength of theirs differs by prompt token, and
         whether unrotated queries attend to one of them."""

@@ -33,8 +33,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "refusal": ("",),
 }
-"""Fields of OpenAI's and vLLM's interfaces that are refused, with the values that are allowed because they
-ask for nothing."""
+"""Fields of OpenAI's and vLLM's interfaces that are refused, except with values that ask for nothing."""
 
 
 def _without_nothing(value: Any) -> Any:

@@ -2,10 +2,10 @@
 
 At its peak a step holds
 
-    weights       the frozen base: 2 bytes per number under bf16-true, else 4 adapter       16 bytes per
-    trained number: itself, its gradient and AdamW's two averages, all fp32 activations   what the backward
-    pass of one packed row needs; none below the first layer that learns workspace     the larger of a chunk
-    of logits and the temporaries of one layer
+    weights       the frozen base: 2 bytes per number under bf16-true, else 4
+    adapter       16 bytes per trained number: itself, its gradient and AdamW's two averages, all fp32
+    activations   what the backward pass of one packed row needs; none below the first layer that learns
+    workspace     the larger of a chunk of logits and the temporaries of one layer
 
 Activations are measured: one block of each kind runs on PyTorch's meta device, which computes shapes without
 numbers, while hooks note what autograd saves. The kernels of the fused executor do not run there; it has a

@@ -1,9 +1,11 @@
 """A run's folder: its files and its lock.
 
-RUN/config.yaml              the resolved configuration RUN/checkpoints/step-*.ckpt  the newest checkpoints,
-for --resume RUN/best.safetensors         the adapter with the lowest held-out loss RUN/adapter.safetensors
-the adapter at the end RUN/run.json                 configuration, cost and results RUN/tensorboard/
-curves, gates and sample texts
+RUN/config.yaml              the resolved configuration
+RUN/checkpoints/step-*.ckpt  the newest checkpoints, for --resume
+RUN/best.safetensors         the adapter with the lowest held-out loss
+RUN/adapter.safetensors      the adapter at the end
+RUN/run.json                 configuration, cost and results
+RUN/tensorboard/             curves, gates and sample texts
 """
 
 from __future__ import annotations
