@@ -246,6 +246,9 @@ class TrainerConfig:
     tensor_parallel: int = 1
     """fsdp2: number of devices in a node that share the work of every row, each with some of the attention
     heads. It must divide devices, and the base's key/value heads and MLP width."""
+    whole_layers: int | str = "auto"
+    """fsdp2: layers that every device keeps whole, so that they are not gathered in each step. auto: on GPUs,
+    as many as fit into nine tenths of the free memory; on a CPU, none."""
     precision: Precision = "auto"
     """auto: bf16-true if the device multiplies bf16 faster, else 32-true. The adapter stays in fp32."""
     base_precision: Literal["full", "fp8"] = "full"
@@ -285,6 +288,10 @@ class TrainerConfig:
             _at_least(1, self, "trainer.", "devices")
         elif self.devices != "auto":
             raise UserError(f"trainer.devices is {self.devices!r}; expected a number or auto")
+        if isinstance(self.whole_layers, int):
+            _at_least(0, self, "trainer.", "whole_layers")
+        elif self.whole_layers != "auto":
+            raise UserError(f"trainer.whole_layers is {self.whole_layers!r}; expected a number or auto")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
     RANK=0 python tests/sharded_process.py BASE DTYPE STORE LAYOUTS ADAPTER
 
-LAYOUTS and ADAPTER are JSON. A layout is the number of processes, and how many of them share the heads of a
-row; a process of a higher rank sits it out. Prints an object for each layout, or null: the largest
-differences from the whole base (loss, gradients, next tokens), the bytes of memory of its own that reading
-took and left, how many layers were whole at once while computing, how often weights were gathered for a row
-(of a single layout), the numbers of the base that it holds, and what autograd kept, and what the estimate
-says.
+LAYOUTS and ADAPTER are JSON. A layout is the number of processes, how many of them share the heads of a row,
+and how many layers each process keeps whole (0 if it does not say); a process of a higher rank sits it out.
+Prints an object for each layout, or null: the largest differences from the whole base (loss, gradients, next
+tokens), the bytes of memory of its own that reading took and left, how many layers were whole at once while
+computing, how often weights were gathered for a row (of a single layout), the numbers of the base that it
+holds, and what autograd kept, and what the estimate says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,12 @@ def compared(
     base: Path,
     dtype: torch.dtype,
     store: str,
-    n: int,
-    tensor_parallel: int,
+    layout: Sequence[int],
     adapter: AdapterConfig,
     *,
     profiled: bool,
 ) -> dict[str, Any] | None:
+    n, tensor_parallel, n_whole = (*layout, 0)[:3]
     rank, n_shares = int(os.environ["RANK"]), n // tensor_parallel
     if rank >= n:
         return None
@@ -137,7 +138,7 @@ def compared(
     mesh = init_device_mesh("cpu", (n_shares, tensor_parallel), mesh_dim_names=("data", "tensor"))
     share, part = mesh.get_coordinate() or ()
     shard_heads(model, mesh["tensor"])
-    shard_base(model, mesh["data"])
+    shard_base(model, mesh["data"], n_whole)
     found: dict[str, Any] = {}
     with Peak() as peak:
         read_sharded_base(model, base, device=torch.device("cpu"), dtype=dtype, rank=part)
@@ -182,7 +183,7 @@ if __name__ == "__main__":
     config = AdapterConfig(prompt_length=3, prompt_init_std=1.0, lora=lora, **given)
     of_base, profiled_ = (Path(base_), getattr(torch, dtype_)), len(layouts) == 1
     found_ = [
-        compared(*of_base, f"{store_}.{number}", *layout, config, profiled=profiled_)
+        compared(*of_base, f"{store_}.{number}", layout, config, profiled=profiled_)
         for number, layout in enumerate(layouts)
     ]
     print(json.dumps(found_))

@@ -82,9 +82,10 @@ def assert_same_adapter(one: Path, other: Path) -> None:
         (("fsdp2",), ("--adapter.version", "v2", "--trainer.recompute", "true")),
         (("fsdp2",), ("--adapter.lora.rank", "2", "--optim.eps", "1e-3")),
         (("fsdp2",), ("--adapter.layers", "2")),
+        (("fsdp2", "--trainer.whole_layers", "1"), ("--adapter.norms", "true")),
         (("fsdp2", *HEADS), (*FORM, "--trainer.recompute", "true")),
     ],
-    ids=["ddp", "fsdp2", "lora", "few layers", "heads"],
+    ids=["ddp", "fsdp2", "lora", "few layers", "whole layers", "heads"],
 )
 def test_two_processes_take_the_steps_of_one(
     tiny: Callable[..., Config],
@@ -111,7 +112,8 @@ def test_two_processes_take_the_steps_of_one(
         if "--trainer.tensor_parallel" not in layout:
             assert 5 * n_trained <= exchanged["gloo:all_reduce"] < 5 * n_trained + 200
             assert exchanged["gloo:broadcast"] < 1000  # some paths and flags; the base has 95,664 numbers
-        assert ("gloo:all_gather" in exchanged) == (layout == ("fsdp2",))
+        gathers = layout[0] == "fsdp2" and "--trainer.tensor_parallel" not in layout
+        assert ("gloo:all_gather" in exchanged) == gathers
         assert not any("reduce_scatter" in name for name in exchanged)
 
 
@@ -336,11 +338,21 @@ def test_each_process_of_a_node_has_its_own_gpu(
             {"tensor_parallel": 2, "devices": 3, "num_nodes": 2},
             "tensor_parallel is 2, which does not divide trainer.devices, 3",
         ),
+        (
+            {"whole_layers": 2, "strategy": "ddp", "devices": 2},
+            "whole_layers is 2, which needs trainer.strategy fsdp2, not ddp; otherwise all layers are whole",
+        ),
     ],
 )
 def test_what_a_sharded_base_does_not_support_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_layout(TrainerConfig(**{"strategy": "fsdp2", **options}), torch.device("cpu"))
+
+
+def test_more_whole_layers_than_the_base_has_are_refused(tiny: Callable[..., Config]) -> None:
+    message = r"trainer.whole_layers is 99, but the base has \d layers; lower it, or use auto"
+    with pytest.raises(UserError, match=message):
+        finetune(tiny(*TWO, "fsdp2", "--trainer.whole_layers", "99"), say=Stopper())
 
 
 def test_heads_that_devices_cannot_share_are_refused_before_anything_is_read(

@@ -177,6 +177,12 @@ def test_weights_that_are_sharded_are_a_shard_an_output_layer_and_three_layers()
     grouped = estimate(model.config, config, row, precision="32-true", shards=4, tensor_parallel=2)
     held = whole.weights - 4 * 3 * layer // 2  # of a group; of three layers each has half
     assert grouped.weights == -(-held // 2) + 4 * (3 * layer // 2 + model.lm_head.weight.numel())
+    n_layer = model.config.n_layer
+    for n in range(1, n_layer + 1):
+        mixed = estimate(model.config, config, row, precision="32-true", shards=4, whole_layers=n)
+        sharded = -(-(whole.weights - 4 * n * layer) // 4)
+        gathered = min(3, n_layer - n) * layer + model.lm_head.weight.numel()
+        assert mixed.weights == sharded + 4 * (gathered + n * layer)
 
 
 def test_activations_grow_with_row_and_layers() -> None:

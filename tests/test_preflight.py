@@ -32,6 +32,7 @@ from lit_adapter.training.preflight import (
     remedies,
     run_bytes,
     with_layers,
+    with_whole_layers,
 )
 
 ROW, LONGEST = packed(60), packed(1)
@@ -114,6 +115,31 @@ def test_a_base_too_large_for_a_gpu_is_to_be_cut(free: int, gpus: int, advice: l
             shards *= int(part.split()[1])
         assert replace(needed, shards=shards).memory.total <= free * 10**9
         assert replace(needed, shards=shards // 2).memory.total > free * 10**9
+
+
+def test_as_many_layers_stay_whole_as_memory_allows() -> None:
+    """Of a 70B base on eight GPUs; one layer more would not leave a tenth of the memory free."""
+    needed = Sizes(LLAMA_70B, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda", shards=8)
+    options = TrainerConfig(strategy="fsdp2")
+    for free in (65, 80, 141):
+        found = with_whole_layers(needed, options, free * 10**9)
+        assert found.whole_layers > 0
+        assert found.memory.total <= 0.9 * free * 10**9
+        assert replace(found, whole_layers=found.whole_layers + 1).memory.total > 0.9 * free * 10**9
+    assert with_whole_layers(needed, options, 55 * 10**9) == needed
+    assert with_whole_layers(needed, options, 400 * 10**9).whole_layers == 80
+    assert with_whole_layers(needed, options, None) == needed
+    assert with_whole_layers(replace(needed, device="cpu"), options, 10**12).whole_layers == 0
+    for alone in (replace(needed, shards=1), replace(needed, tensor_parallel=8)):
+        assert with_whole_layers(alone, replace(options, whole_layers=3), 10**12) == alone
+
+
+def test_whole_layers_that_are_too_many_are_named() -> None:
+    needed = Sizes(LLAMA_70B, AdapterConfig(), ROW, LONGEST, "bf16-true", device="cuda", shards=8)
+    more = with_whole_layers(needed, TrainerConfig(strategy="fsdp2", whole_layers=40), 80 * 10**9)
+    assert more.whole_layers == 40
+    with pytest.raises(UserError, match=r"but 80\.0 GB are free; trainer\.whole_layers 0 .*would fit"):
+        check_memory(more, 80 * 10**9)
 
 
 def test_a_base_is_cut_over_a_multiple_of_the_devices_that_share_heads() -> None:

@@ -17,13 +17,13 @@ SCRIPT, DROPOUT = (Path(__file__).parent / name for name in ("sharded_process.py
 
 
 def layouts(
-    base: Path, dtype: str, store: Path, several: list[tuple[int, int]], **adapter: Any
+    base: Path, dtype: str, store: Path, several: list[tuple[int, ...]], **adapter: Any
 ) -> list[list[dict[str, Any]]]:
     """What each process of each layout found."""
     adapter.setdefault("layers", 2)
     arguments = [str(base), dtype, str(store), json.dumps(several), json.dumps(adapter)]
-    found = zip(*printed(SCRIPT, arguments, store, max(n for n, _ in several)), strict=True)
-    return [list(of_layout[:n]) for (n, _), of_layout in zip(several, found, strict=True)]
+    found = zip(*printed(SCRIPT, arguments, store, max(n for n, *_ in several)), strict=True)
+    return [list(of_layout[:n]) for (n, *_), of_layout in zip(several, found, strict=True)]
 
 
 def printed(script: Path, arguments: list[str], store: Path, n: int) -> list[Any]:
@@ -55,21 +55,26 @@ def converted(folder: Path, **sizes: Any) -> tuple[Path, int, int]:
 
 
 def processes(
-    base: Path, dtype: str, store: Path, n: int = 2, tensor_parallel: int = 1, **adapter: Any
+    base: Path, dtype: str, store: Path, n: int = 2, *layout: int, **adapter: Any
 ) -> list[dict[str, Any]]:
-    (found,) = layouts(base, dtype, store, [(n, tensor_parallel)], **adapter)
+    (found,) = layouts(base, dtype, store, [(n, *(layout or (1,)))], **adapter)
     return found
 
 
-def test_a_sharded_base_computes_what_the_whole_one_does(tmp_path: Path) -> None:
-    """With tied embeddings and a vocabulary that two processes cannot share evenly."""
+@pytest.mark.parametrize(("whole", "n_gathered"), [((), 1 + 4 + 2), ((1, 3), 1 + 2 + 1)])
+def test_a_sharded_base_computes_what_the_whole_one_does(
+    tmp_path: Path, whole: tuple[int, ...], n_gathered: int
+) -> None:
+    """With tied embeddings and a vocabulary that two processes cannot share evenly; also with whole layers.
+
+    Gathered are embeddings and output layer in one, the sharded layers, and the adapted ones of them again.
+    """
     model = random_llama(tie_word_embeddings=True, intermediate_size=95, num_hidden_layers=4)
     base = convert(write_hf(model, tmp_path / "source"), tmp_path / "base")
-    for found in processes(base, "float32", tmp_path / "store"):
-        assert found["whole_matrices"] == []
-        assert (
-            found["gatherings"] == 1 + 4 + 2
-        )  # embeddings and output layer in one, the layers, the adapted ones again
+    for found in processes(base, "float32", tmp_path / "store", 2, 1, len(whole)):
+        assert {int(name.split(".")[1]) for name in found["whole_matrices"]} == {*whole}
+        assert len(found["whole_matrices"]) == 7 * len(whole)
+        assert found["gatherings"] == n_gathered
         assert found["same_tokens"]
         assert found["loss"] < 1e-6
         assert found["gradient"] < 1e-6
@@ -122,13 +127,15 @@ def test_processes_that_share_the_heads_drop_each_for_its_own(tmp_path: Path) ->
 @pytest.mark.timeout(900)
 def test_up_to_eight_processes_share_a_base_and_its_heads(tmp_path: Path) -> None:
     """Also odd numbers; none divides the vocabulary, and five not the width of the MLP either."""
-    layout = [(8, 1), (8, 4), (8, 8), (5, 1), (3, 1), (6, 3)]
+    layout = [(8, 1), (8, 4), (8, 8), (5, 1), (3, 1), (6, 3), (8, 1, 1), (5, 1, 3), (6, 3, 2)]
     sizes = {"hidden_size": 96, "num_attention_heads": 48, "num_key_value_heads": 24, "head_dim": 4}
     base, layers, around = converted(tmp_path, **sizes, intermediate_size=72, num_hidden_layers=3)
     found = layouts(base, "float32", tmp_path / "store", layout, gate="token", norms=True)
-    for (n, tensor_parallel), ranks in zip(layout, found, strict=True):
+    for (n, tensor_parallel, *whole), ranks in zip(layout, found, strict=True):
         assert len(ranks) == n
-        held = (layers / tensor_parallel + around) * tensor_parallel / n
+        of_whole = layers * sum(whole) / 3
+        held = ((layers - of_whole) / tensor_parallel + around) * tensor_parallel / n
+        held += of_whole / tensor_parallel
         assert sum(rank["numbers"] for rank in ranks) == pytest.approx(n * held, rel=1e-6)
         for rank in ranks:
             assert rank["same_tokens"], (n, tensor_parallel)

@@ -6,7 +6,7 @@ Layers that read the same input are joined. No weight is kept twice, except for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,12 @@ BESIDE_FLOAT8 = "the adapter trains the linear layers' biases and scales"
 """Why a base is not kept in fp8."""
 
 
-def prepare(model: Llama, *, float8: bool = False) -> None:
-    """Store a loaded model's matrices as the CUDA executors read them, if they can compute the model.
+def prepare(model: Llama, blocks: Sequence[Block] | None = None, *, float8: bool = False) -> None:
+    """Store a loaded model's matrices as the CUDA executors read them, where they can compute it.
 
     Args:
         model: on its device, adapter attached.
+        blocks: those that are not sharded; by default all.
         float8: keep the matrices of the blocks in fp8.
 
     Raises:
@@ -48,17 +49,21 @@ def prepare(model: Llama, *, float8: bool = False) -> None:
     if why is not None:
         return
     layout = block_layout(model.config)
-    if not float8:
-        join_groups(model)
-    for block in model.layers:  # one at a time: never a second copy of the whole model
+    for block in model.layers if blocks is None else blocks:  # never a second copy of the whole model
+        if not float8:
+            _join_groups(block, layout)
         block.fused_weights = keep_float8(block, layout) if float8 else _plain_weights(block, layout)
 
 
 def join_groups(model: Llama) -> None:
     """Store matrices that read the same input side by side, where they are not yet."""
     for block in model.layers:
-        for linears in _groups(block, block_layout(model.config)).values():
-            join(*linears)
+        _join_groups(block, block_layout(model.config))
+
+
+def _join_groups(block: Block, layout: BlockLayout) -> None:
+    for linears in _groups(block, layout).values():
+        join(*linears)
 
 
 @dataclass

@@ -46,7 +46,13 @@ def make_module(plan: Plan, model: Llama, signals: Signals) -> LitAdapter:
     arguments = (model, config.optim, plan.steps, config.seed, signals)
     recompute = config.trainer.recompute
     if is_sharded(config.trainer):
-        return ShardedLitAdapter(*arguments, base=plan.base.folder, dtype=dtype, recompute=recompute)
+        return ShardedLitAdapter(
+            *arguments,
+            base=plan.base.folder,
+            dtype=dtype,
+            whole_layers=plan.needed.whole_layers,
+            recompute=recompute,
+        )
     return LitAdapter(*arguments, recompute=recompute)
 
 

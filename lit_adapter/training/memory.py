@@ -13,7 +13,8 @@ formula (`tiles.kept_per_token`). With recomputation every layer that learns kee
 layer at a time keeps everything.
 
 Of weights sharded over N devices (``shards=N``) each device holds its shard, the whole output layer, and
-three layers: the one at work, the one fetched ahead, and the buffer it arrives in. Adapter and activations
+three layers: the one at work, the one fetched ahead, and the buffer it arrives in. ``whole_layers`` of them
+are not sharded. Adapter and activations
 are those of one device, which computes its own rows.
 
 Where P devices share the heads of a row (``tensor_parallel=P``), a device has 1/P of every layer, and the
@@ -79,10 +80,17 @@ class Sizes:
     recompute: bool = False
     shards: int = 1
     tensor_parallel: int = 1
+    whole_layers: int = 0
+    """Of a sharded base: layers that each device keeps whole."""
     shardable_over: int = 1
     """GPUs of a node that the base could be sharded over; 1 if it must stay whole."""
     tokens: int | None = None
     """Another length of ``row``, not below that of ``longest``."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the base's matrices are sharded over several devices, which gather them."""
+        return self.shards > self.tensor_parallel
 
     @property
     def memory(self) -> Memory:
@@ -125,11 +133,12 @@ class Sizes:
         layer = n_block_parameters(model)
         rest = n_numbers(base_shapes(model)) - model.n_layer * layer
         layer //= parallel
-        weights = (rest + model.n_layer * layer) * stored
-        if self.shards <= parallel:
-            return weights
-        gathered = 3 * layer + model.vocab_size * model.n_embd
-        return math.ceil(weights / (self.shards // parallel)) + gathered * stored
+        if not self.gathers:
+            return (rest + model.n_layer * layer) * stored
+        n_sharded = model.n_layer - self.whole_layers
+        shard = math.ceil((rest + n_sharded * layer) * stored / (self.shards // parallel))
+        gathered = min(3, n_sharded) * layer + model.vocab_size * model.n_embd
+        return shard + (gathered + self.whole_layers * layer) * stored
 
 
 class _Kind(NamedTuple):

@@ -13,7 +13,7 @@ from lit_adapter.model.block_weights import BESIDE_FLOAT8
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.executors import Executor, Setting, choose_for_training
 from lit_adapter.streams import Say
-from lit_adapter.training.sharding import check_heads
+from lit_adapter.training.sharding import check_sharding
 from lit_adapter.training.strategy import check_layout
 
 
@@ -44,7 +44,7 @@ def choose_placement(config: Config, base: LlamaConfig, saved_precision: str | N
     options = config.trainer
     device = choose_device(options.accelerator)
     check_layout(options, device)
-    check_heads(options, base)
+    check_sharding(options, base)
     if device.type == "cuda":
         torch.cuda.set_device(own_device(device))  # kernels use the current device, before Lightning sets it
     precision: str = options.precision

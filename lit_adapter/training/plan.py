@@ -20,7 +20,14 @@ from lit_adapter.text.template import Template
 from lit_adapter.training.base import Base, InitialAdapter
 from lit_adapter.training.length import few_steps, with_length, with_val_every
 from lit_adapter.training.placement import Placement
-from lit_adapter.training.preflight import Sizes, check_disk, check_memory, free_memory, sizes
+from lit_adapter.training.preflight import (
+    Sizes,
+    check_disk,
+    check_memory,
+    free_memory,
+    sizes,
+    with_whole_layers,
+)
 from lit_adapter.training.run_identity import RunIdentity, run_identity
 from lit_adapter.training.schedule import total_steps, warmup_steps
 from lit_adapter.training.strategy import n_processes
@@ -78,6 +85,8 @@ def make_plan(
     if config.optim.max_steps:
         epochs = steps / steps_per_epoch if steps_per_epoch else None
     config = with_val_every(config, steps, saved)
+    free, _ = free_memory(config.trainer, placement.device)
+    needed = sizes(config, base.config, data, placement)
     return Plan(
         config,
         base,
@@ -88,7 +97,7 @@ def make_plan(
         chosen,
         n_records,
         warmup_steps(config.optim, steps),
-        sizes(config, base.config, data, placement),
+        with_whole_layers(needed, config.trainer, free),
         run_identity(config, steps, **_facts(base, placement, initial, data)),
     )
 
@@ -118,7 +127,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         UserError: memory or disk do not suffice.
     """
     config, optim, base, steps = plan.config, plan.config.optim, plan.base.config, plan.steps
-    yield check_memory(plan.needed, *free_memory(config.trainer, plan.placement.device))
+    needed, processes = plan.needed, n_processes(config.trainer, plan.placement.device)
+    yield check_memory(needed, *free_memory(config.trainer, plan.placement.device))
+    if needed.whole_layers:
+        n_sharded = base.n_layer - needed.whole_layers
+        yield f"layers: {needed.whole_layers} whole on each device, {n_sharded} sharded over {processes}"
     yield check_disk(Path(config.out), base, config, steps)
     yield (
         f"model: {plan.base.identity.name}, {n_numbers(base_shapes(base)):,} frozen parameters; adapter: "

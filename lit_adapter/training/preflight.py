@@ -42,6 +42,8 @@ STEPS_LOOKED_AT, RECORDS_LOOKED_AT = 100, 20_000
 """How much of a run's start is searched for its longest row."""
 HEADERS = 65_536
 """Most bytes of a checkpoint or adapter file that are not tensors."""
+WHOLE_SHARE = 0.9
+"""Of the memory that is free: what a step may need with the layers that `with_whole_layers` adds."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -80,6 +82,21 @@ def free_memory(options: TrainerConfig, device: torch.device) -> tuple[int | Non
     return free and free // sharing, sharing
 
 
+def with_whole_layers(needed: Sizes, options: TrainerConfig, free: int | None) -> Sizes:
+    """Return the sizes with the whole layers of ``trainer.whole_layers``: by default as many as fit a GPU."""
+    if not needed.gathers:
+        return needed
+    if isinstance(options.whole_layers, int):
+        return replace(needed, whole_layers=options.whole_layers)
+    if free is None or needed.device != "cuda":
+        return needed
+    tries = [replace(needed, whole_layers=n) for n in range(1, needed.model.n_layer + 1)]
+    return max(
+        (needed, *(more for more in tries if more.memory.total <= WHOLE_SHARE * free)),
+        key=lambda sizes: sizes.whole_layers,
+    )
+
+
 def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
     """Return a line about the memory of a step.
 
@@ -113,6 +130,8 @@ def _fitting(needed: Sizes, free: int) -> Iterator[str]:
     """Yield settings that fit, the mildest first; memory grows with tokens and with layers."""
     tokens = range(len(needed.longest.ids), len(needed.row.ids))
     layers = range(1, len(needed.adapter.adapted_layers(needed.model.n_layer)))
+    if needed.whole_layers and replace(needed, whole_layers=0).memory.total <= free:
+        yield "trainer.whole_layers 0"
     others = {"": needed}
     if not needed.recompute:
         others["trainer.recompute true"] = replace(needed, recompute=True)
@@ -140,7 +159,7 @@ def _sharding(needed: Sizes, free: int) -> str | None:
         return None
     layouts = [(n, 1) for n in (2, 4, 8) if n < per_node] + [(per_node, nodes) for nodes in (1, 2, 4, 8)]
     for devices, nodes in layouts:
-        more = replace(needed, shards=devices * nodes)
+        more = replace(needed, shards=devices * nodes, whole_layers=0)
         possible = devices % needed.tensor_parallel == 0 and more.shards > needed.shards
         if possible and more.memory.total <= free:
             on_nodes = f" with trainer.num_nodes {nodes}" if nodes > 1 else ""

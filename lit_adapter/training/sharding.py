@@ -1,6 +1,7 @@
 """A frozen base that is sharded over the processes, each of which reads only its own shard of the files.
 
-FSDP2 shards every matrix by rows and gathers a layer when it runs. Tensor parallelism divides the work: a
+FSDP2 shards every matrix by rows and gathers a layer when it runs. As the base is frozen, a layer that every
+device keeps whole need never be gathered: it costs memory alone. Tensor parallelism divides the work: a
 process computes some of the attention heads and a part of the MLP's width, and the results are summed over
 the group,
 
@@ -54,12 +55,17 @@ class _Total(torch.autograd.Function):
         return _Total.apply(dy, ctx.group), None
 
 
-def check_heads(options: TrainerConfig, model: LlamaConfig) -> None:
-    """Check that ``trainer.tensor_parallel`` divides a base's key/value heads and MLP width.
+def check_sharding(options: TrainerConfig, model: LlamaConfig) -> None:
+    """Check that a base has ``trainer.whole_layers``, and heads for ``trainer.tensor_parallel``.
 
     Raises:
-        UserError: it does not; names the numbers that do.
+        UserError: it has fewer layers, or a number of key/value heads or an MLP width that cannot be shared.
     """
+    if isinstance(options.whole_layers, int) and options.whole_layers > model.n_layer:
+        raise UserError(
+            f"trainer.whole_layers is {options.whole_layers}, but the base has {model.n_layer} layers; "
+            "lower it, or use auto"
+        )
     shared = math.gcd(model.n_kv_head, model.n_hidden)
     if shared % options.tensor_parallel:
         possible = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
@@ -104,8 +110,10 @@ def _shard_block(block: Block, layout: BlockLayout, rank: int, n_shards: int) ->
         module.shard(rank, n_shards)
 
 
-def shard_base(model: Llama, mesh: DeviceMesh) -> None:
+def shard_base(model: Llama, mesh: DeviceMesh, n_whole: int = 0) -> None:
     """Shard a base's matrices over ``mesh``: a layer is gathered when it runs, forward and backward.
+
+    ``n_whole`` of the layers, spread evenly, stay whole; those between them run while others are gathered.
 
     FSDP2 ignores the adapter, which stays whole on every process; `ShardedStrategy` averages its gradients.
     Norms and biases are small and stay whole too. The output layer is gathered once per forward pass and
@@ -115,12 +123,17 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     whole = {parameter for parameter in model.parameters() if not parameter.is_meta}
-    for block in model.layers:
+    sharded = []
+    for index, block in enumerate(model.layers):
+        if is_whole(index, n_whole, len(model.layers)):
+            whole |= {*block.parameters()}
+            continue
+        sharded.append(block)
         fully_shard(block, mesh=mesh, ignored_params=whole)
         register_fsdp_forward_method(block, "project_prefix")
-    for block, following in pairwise(model.layers):  # gathered while the block before it runs
+    for block, following in pairwise(sharded):  # gathered while the block before it runs
         block.set_modules_to_forward_prefetch([following])
-    learning = [*dropwhile(lambda block: not any(p.requires_grad for p in block.parameters()), model.layers)]
+    learning = [*dropwhile(lambda block: not any(p.requires_grad for p in block.parameters()), sharded)]
     # The lowest block names itself; otherwise FSDP2 gathers the one below, which has no backward pass.
     for below, block in pairwise(learning[:1] + learning):
         block.set_modules_to_backward_prefetch([below])
@@ -128,6 +141,16 @@ def shard_base(model: Llama, mesh: DeviceMesh) -> None:
         fully_shard(model.embed_tokens, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(model, "project_prefixes")
+
+
+def is_whole(index: int, n_whole: int, n_layer: int) -> bool:
+    """Return whether a layer is one of the ``n_whole`` that stay whole."""
+    return (index + 1) * n_whole // n_layer > index * n_whole // n_layer
+
+
+def whole_blocks(model: Llama) -> list[Block]:
+    """Return the blocks whose matrices are not gathered when they run."""
+    return [block for block in model.layers if not isinstance(block.mlp.down_proj.weight, DTensor)]
 
 
 def read_shard(tensors: Any, name: str, parameter: Tensor, dtype: torch.dtype, rank: int = 0) -> Tensor:
@@ -170,11 +193,16 @@ def read_sharded_base(
 
 
 class ShardedLitAdapter(LitAdapter):
-    """The same training on an empty ``model``, sharded and then read once the processes are connected."""
+    """The same training on an empty ``model``, sharded and then read once the processes are connected.
 
-    def __init__(self, model: Llama, *args: Any, base: Path, dtype: torch.dtype, **kwargs: Any) -> None:
+    ``whole_layers`` of the base stay whole: as many as every process has room for.
+    """
+
+    def __init__(
+        self, model: Llama, *args: Any, base: Path, dtype: torch.dtype, whole_layers: int, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
-        self.base, self.dtype_of_base = base, dtype
+        self.base, self.dtype_of_base, self.whole_layers = base, dtype, whole_layers
         self.is_ready = False
 
     @property
@@ -190,9 +218,11 @@ class ShardedLitAdapter(LitAdapter):
         tensor_mesh = strategy.device_mesh["tensor_parallel"]
         data_mesh = strategy.device_mesh["data_parallel"]
         shard_heads(self.model, tensor_mesh)
-        shard_base(self.model, data_mesh)
+        agreed = torch.tensor(self.whole_layers, device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        shard_base(self.model, data_mesh, int(agreed))
         rank = tensor_mesh.get_local_rank()
         read_sharded_base(self.model, self.base, device=self.device, dtype=self.dtype_of_base, rank=rank)
-        if self.device.type == "cuda" and data_mesh.size() == 1:  # nothing is gathered
-            prepare(self.model)
+        if self.device.type == "cuda":
+            prepare(self.model, whole_blocks(self.model))
         self.is_ready = True

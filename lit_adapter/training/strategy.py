@@ -96,6 +96,11 @@ def check_layout(options: TrainerConfig, device: torch.device) -> None:
     if is_sharded(options) and whole:
         raise UserError(f"trainer.strategy is fsdp2, which excludes trainer.{whole}; use bf16-true, or ddp")
     _check_tensor_parallel(options, processes_per_node(options, device))
+    if options.whole_layers not in ("auto", 0) and not is_sharded(options):
+        raise UserError(
+            f"trainer.whole_layers is {options.whole_layers}, which needs trainer.strategy fsdp2, "
+            f"not {options.strategy}; otherwise all layers are whole"
+        )
     gpu = device.type == "cuda"
     # Two processes may share a core, to try several devices; more would only be slow.
     available = torch.cuda.device_count() if gpu else max(2, os.cpu_count() or 1)
