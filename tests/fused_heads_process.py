@@ -2,12 +2,12 @@
 
     RANK=0 TRITON_INTERPRET=1 python tests/fused_heads_process.py BASE STORE N SHARED ADAPTERS
 
-Of N processes, each group of SHARED computes rows of its own. ADAPTERS is a JSON list of forms. Prints three
-objects for each form: a step of several records compared with the whole base's modules, the same recomputed,
-and a step of one record, which leaves a second group a row without tokens, compared with the whole base's
-fused blocks. An object has the relative errors of the loss and of the worst gradient, whether all processes
-have the same gradients, the executors of training and decoding on CUDA, and how many sums over the group a
-row took. Everything is in fp32, as in `interpreted`.
+Of N processes, each group of SHARED computes rows of its own; one layer of the base is whole on each of them.
+ADAPTERS is a JSON list of forms. Prints three objects for each form: a step of several records compared with
+the whole base's modules, the same recomputed, and a step of one record, which leaves a second group a row
+without tokens, compared with the whole base's fused blocks. An object has the relative errors of the loss and
+of the worst gradient, whether all processes have the same gradients, the executors of training and decoding
+on CUDA, and how many sums over the group a row took. Everything is in fp32, as in `interpreted`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lit_adapter.data.packing import Packer, shared_preambles
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.block_weights import join_groups
+from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.executors import Executor, Setting, choose
+from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import row_loss
-from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads
+from lit_adapter.training.sharding import read_sharded_base, shard_base, shard_heads, whole_blocks
 from lit_adapter.training.strategy import average_gradients
 from lit_adapter.weights.load import empty_base, load_base
 
@@ -69,11 +70,14 @@ def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
 def read_in_part(base: Path, config: AdapterConfig, mesh: DeviceMesh) -> Llama:
     model = open_adapter(empty_base(base, dtype=torch.float32), config)
     shard_heads(model, mesh["tensor"])
-    shard_base(model, mesh["data"])
+    shard_base(model, mesh["data"], 1)
     rank = mesh["tensor"].get_local_rank()
     read_sharded_base(model, base, device=torch.device("cpu"), dtype=torch.float32, rank=rank)
     if mesh["data"].size() == 1:  # as a run on CUDA does
         join_groups(model)
+    layout = block_layout(model.config)
+    for block in whole_blocks(model):
+        block.fused_weights = block_weights(block, layout)
     return model
 
 

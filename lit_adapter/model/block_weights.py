@@ -28,7 +28,7 @@ BESIDE_FLOAT8 = "the adapter trains the linear layers' biases and scales"
 
 
 def prepare(model: Llama, blocks: Sequence[Block] | None = None, *, float8: bool = False) -> None:
-    """Store a loaded model's matrices as the CUDA executors read them, where they can compute it.
+    """Store a loaded model's matrices as the CUDA executors read them, if they can compute the model.
 
     Args:
         model: on its device, adapter attached.

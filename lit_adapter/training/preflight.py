@@ -91,10 +91,7 @@ def with_whole_layers(needed: Sizes, options: TrainerConfig, free: int | None) -
     if free is None or needed.device != "cuda":
         return needed
     tries = [replace(needed, whole_layers=n) for n in range(1, needed.model.n_layer + 1)]
-    return max(
-        (needed, *(more for more in tries if more.memory.total <= WHOLE_SHARE * free)),
-        key=lambda sizes: sizes.whole_layers,
-    )
+    return next((more for more in reversed(tries) if more.memory.total <= WHOLE_SHARE * free), needed)
 
 
 def check_memory(needed: Sizes, free: int | None, sharing: int = 1) -> str:
