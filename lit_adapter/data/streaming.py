@@ -96,6 +96,7 @@ def _open(kind: str, source: Source, **options: Any) -> Any:
         raise UserError("data.stream needs datasets; run: pip install 'datasets>=4'") from None
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a file must not ask for confirmation
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a failure is raised too, and said in one line
     files = {"train": [glob.escape(_address(source))]}  # otherwise it would be taken for a pattern
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
