@@ -172,12 +172,13 @@ def test_csv_holds_prompts_and_completions_of_messages(tmp_path: Path) -> None:
 
 def test_formats_that_fit_too_are_named(tmp_path: Path) -> None:
     both = {"instruction": "a", "output": "b", "messages": [ASKED, ANSWERED], "text": "c"}
-    (known,) = read_records(lines(tmp_path / "b.jsonl", both)).formats
+    path = lines(tmp_path / "b.jsonl", both)
+    (known,) = read_records(path).formats
     assert known.name == "alpaca"
     assert known.why == (
         "its records have 'instruction' and 'output'; messages or text could be read too, with data.format"
     )
-    chosen = read_records(lines(tmp_path / "b.jsonl", both), wanted="messages")
+    chosen = load_records(str(path), Columns(), "messages", cache=None)
     assert messages(chosen) == [HELLO]
 
 

@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
     path = write_format(tmp_path, suffix, rows)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in records_of(path, "x", Columns())) == 10_000
+        assert sum(1 for _ in records_of(path, "x", Columns())[1]) == 10_000
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -44,12 +44,12 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stored_records_are_those_of_the_files(
     files: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [row for file in files for row in read_records(file.path, name=file.name)]
+    expected = [row for file in files for row in read_records(file.path)]
     whole = Records(tuple(expected), "both")
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         found = stored(files, cache)
         assert list(found) == expected
-        assert [row.origin for row in found] == [row.origin for row in expected]
+        assert [row.origin for row in found] == [f"{Path(row.file).name}:{row.line}" for row in expected]
         assert (found.n_empty_output, found.sha256, found.n_duplicate) == (2, whole.sha256, 4)
         assert (found[-1], found[1:3]) == (expected[-1], expected[1:3])
         with pytest.raises(IndexError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from lit_adapter.data.recognise import (
     Recognised,
     check_same,
     conversation_of,
-    is_conversation,
+    has_messages,
     recognise,
     wanted_columns,
 )
@@ -24,23 +24,15 @@ from lit_adapter.errors import UserError, shorten
 
 
 def records_of(
-    path: Path,
-    name: str,
-    columns: Columns,
-    wanted: str = "auto",
-    *,
-    source: int = 0,
-    recognised: Callable[[Recognised], object] = lambda known: None,
-) -> Iterator[AnyRecord]:
-    """Yield the records of a file, including those with nothing to learn.
+    path: Path, name: str, columns: Columns, wanted: str = "auto"
+) -> tuple[Recognised | None, Iterator[AnyRecord]]:
+    """Return the format of a file's records, None without any, and the records, including empty ones.
 
     Args:
         path: its suffix tells how it is read.
         name: what messages call it.
         columns: the names of its columns.
         wanted: the format of its records; ``auto``: that of the first one.
-        source: its number among several sources.
-        recognised: a function that is called with the format.
 
     Raises:
         UserError: it cannot be read or is malformed, or a record is; names file, line and turn.
@@ -48,10 +40,9 @@ def records_of(
     rows = rows_of(path, name, wanted_columns(columns))
     first = next(rows, None)
     if first is None:
-        return
+        return None, iter(())
     known = recognise(first[1], columns, wanted)
-    recognised(known)
-    yield from records_of_rows(chain([first], rows), name, columns, known, source=source)
+    return known, records_of_rows(chain([first], rows), name, columns, known)
 
 
 def records_of_rows(
@@ -78,7 +69,7 @@ def _tasks(rows: Iterator[Row], columns: Columns, known: Recognised, name: str) 
 
 def _prompts(rows: Iterator[Row], columns: Columns, known: Recognised, name: str) -> Iterator[AnyRecord]:
     for line, values in rows:
-        if is_conversation(values, columns, known):
+        if has_messages(values, columns):
             yield conversation_of(values, columns, known, file=name, line=line)
             continue
         prompt, completion = (

@@ -63,7 +63,7 @@ def recognise(values: Mapping[str, Any], columns: Columns, wanted: str = "auto")
     name, *others = [name for name in REQUIRED if _has(values, columns, name)] or ["alpaca"]
     keys = " and ".join(shorten(getattr(columns, field)) for field in REQUIRED[name])
     why = f"its records have {keys}"
-    if is_conversation(values, columns, Recognised(name, why)) and name == "prompt_completion":
+    if name == "prompt_completion" and has_messages(values, columns):
         why += ", lists of messages"
     if others:
         why += f"; {' or '.join(others)} could be read too, with data.format"
@@ -129,13 +129,14 @@ def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: st
 def is_conversation(values: Mapping[str, Any], columns: Columns, known: Recognised) -> bool:
     """Whether a record becomes a conversation."""
     if known.name == "prompt_completion":
-        return any(_is_list(values.get(key)) for key in (columns.prompt, columns.completion))
+        return has_messages(values, columns)
     return known.name in ("messages", "conversations")
 
 
-def _is_list(value: Any) -> bool:
-    """Whether a value is a list, or a text that looks like a list of messages, as in CSV files."""
-    return isinstance(value, list) or (isinstance(value, str) and _MESSAGES.match(value) is not None)
+def has_messages(values: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether prompt or completion is a list, or a text that looks like a list of messages, as in CSV."""
+    sides = values.get(columns.prompt), values.get(columns.completion)
+    return any(isinstance(side, list) or (isinstance(side, str) and _MESSAGES.match(side)) for side in sides)
 
 
 def wanted_columns(columns: Columns) -> list[str]:

@@ -128,29 +128,20 @@ def first_of(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
     return found
 
 
-def read_records(
-    path: str | Path,
-    *,
-    columns: Columns = DEFAULT_COLUMNS,
-    name: str | None = None,
-    wanted: str = "auto",
-    source: int = 0,
-) -> Records:
+def read_records(path: str | Path, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
     """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records into memory; the suffix tells which.
 
-    Columns not in ``columns`` are ignored. Messages call the file ``name``, by default its path. ``wanted``
-    is the format of its records (`records_of`), ``source`` their number among several sources.
+    Columns not in ``columns`` are ignored. The first record's columns tell the format.
 
     Raises:
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
             not a string or not valid Unicode, or an instruction is empty; a conversation is malformed; a
             record is of another format than the first one. Names file, line and turn.
     """
-    name = name or str(path)
-    formats: list[Recognised] = []
-    every = list(records_of(Path(path), name, columns, wanted, source=source, recognised=formats.append))
+    known, records = records_of(Path(path), str(path), columns)
+    every = list(records)
     rows = tuple(row for row in every if not row.is_empty)
-    return Records(rows, name, len(every) - len(rows), tuple(formats))
+    return Records(rows, str(path), len(every) - len(rows), (known,) if known else ())
 
 
 def split(records: Records, *, val_size: int | float, seed: int) -> tuple[Records, Records]:

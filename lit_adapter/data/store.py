@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,8 @@ def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns, w
     n_empty = 0
     formats: list[tuple[int, Recognised]] = []
     for number, file in enumerate(files):
-        found = partial(_note, formats, number)
-        records = records_of(file.path, file.name, columns, wanted, recognised=found)
+        known, records = records_of(file.path, file.name, columns, wanted)
+        formats += [(number, known)] if known else []
         with count_progress(f"reading {file.name}") as advance:
             while rows := list(islice(records, CHUNK)):
                 kept = [row for row in rows if not row.is_empty]
@@ -116,10 +115,6 @@ def _read_into(writer: TableWriter, files: Sequence[Source], columns: Columns, w
                 writer.append(_columns(kept, number, writer.length("texts")))
                 advance(len(rows))
     return {"n_empty_output": n_empty, "formats": [asdict(known) for known in each_once(formats)]}
-
-
-def _note(formats: list[tuple[int, Recognised]], file: int, known: Recognised) -> None:
-    formats.append((file, known))
 
 
 def _columns(rows: Sequence[AnyRecord], file: int, start: int) -> dict[str, NDArray]:
