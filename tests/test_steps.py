@@ -5,6 +5,7 @@ import pytest
 import torch
 from random_records import HEADS, encoded
 
+from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.data.packing import (
     SHORTEST_PREAMBLE,
     Packer,
@@ -113,7 +114,8 @@ def test_rows_shorter_than_a_record_are_refused() -> None:
 
 def steps_of(seed: int = 0, batch_size: int = 4, **kwargs: int) -> TrainingSteps:
     packer = Packer(encoded(8, 19), {}, mask_prompt=True, row_tokens=200)
-    return TrainingSteps(packer, batch_size=batch_size, seed=seed, **kwargs)
+    order = EpochOrder(len(packer.encoded), seed)
+    return TrainingSteps(packer, batch_size=batch_size, order=order, **kwargs)
 
 
 def test_an_epoch_is_a_permutation_and_each_epoch_another() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,7 @@ class AlpacaDataModule(LightningDataModule):
             n_empty, source = records.n_empty_output, f"{records.source} (train)"
             records, encoded = records.choose(rows, source, n_empty), encoded.choose(rows, len(records))
         self.train_records, self.train_encoded = records, encoded
-        for side in ((records, encoded), (self.val_records, self.val_encoded)):
-            self._check_lengths(*side)
-        self.preambles = shared_preambles(self.train_encoded)
-        self.train_packer = self._packer(self.train_encoded)
-        self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
+        self._prepare_packing()
         return self
 
     def _records(self, given: list[str] | str) -> Records:
@@ -141,16 +138,27 @@ class AlpacaDataModule(LightningDataModule):
             say=self.say,
         )
 
-    def _check_lengths(self, records: Records | None, encoded: Encoded | None) -> None:
-        if records is not None and not encoded:
-            raise UserError(
-                f"{records.source}: every answer is longer than data.max_length "
-                f"{self.config.max_length}; raise it"
-            )
+    def _prepare_packing(self) -> None:
+        """Make the packers of what was read; a UserError says that none of it fits ``data.max_length``."""
+        train, val = (self.train_records, self.train_encoded), (self.val_records, self.val_encoded)
+        for records, encoded in (train, val):
+            if records is not None and not encoded:
+                raise UserError(
+                    f"{records.source}: every answer is longer than data.max_length "
+                    f"{self.config.max_length}; raise it"
+                )
+        self.preambles = shared_preambles(self.train_encoded)
+        self.train_packer = self._packer(self.train_encoded)
+        self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
 
-    def _packer(self, encoded: Encoded) -> Packer:
-        return Packer(
-            encoded, self.preambles, mask_prompt=self.config.mask_prompt, row_tokens=self.row_tokens
+    @property
+    def _packer(self) -> Callable[[Encoded], Packer]:
+        """What packs encoded records; workers get it too."""
+        return partial(
+            Packer,
+            preambles=self.preambles,
+            mask_prompt=self.config.mask_prompt,
+            row_tokens=self.row_tokens,
         )
 
     @property

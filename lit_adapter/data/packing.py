@@ -244,8 +244,6 @@ def _tokens(segments: list[_Segment]) -> tuple[NDArray[np.int64], ...]:
 class TrainingSteps(torch.utils.data.Dataset):
     """The optimizer steps of a run; item s is this process's share of step s.
 
-    The records come in ``order``, by default in permutations by ``seed``.
-
     Raises:
         UserError: there are fewer records than ``batch_size``.
     """
@@ -255,13 +253,11 @@ class TrainingSteps(torch.utils.data.Dataset):
         packer: Packer,
         *,
         batch_size: int,
-        order: EpochOrder | None = None,
-        seed: int = 0,
+        order: EpochOrder,
         rank: int = 0,
         n_processes: int = 1,
     ) -> None:
-        self.packer, self.batch_size = packer, batch_size
-        self.order = EpochOrder(len(packer.encoded), seed) if order is None else order
+        self.packer, self.batch_size, self.order = packer, batch_size, order
         self.rank, self.n_processes = rank, n_processes
         n_records = len(packer.encoded)
         if n_records < batch_size:

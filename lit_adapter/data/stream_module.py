@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_adapter.data.encode import Encoded, encode_few
 from lit_adapter.data.module import AlpacaDataModule, Remaining, share_of_rows
-from lit_adapter.data.packing import Packer, StepBatch, share_of_step, shared_preambles
+from lit_adapter.data.packing import Packer, StepBatch, share_of_step
 from lit_adapter.data.recognise import each_once
 from lit_adapter.data.record import AnyRecord
 from lit_adapter.data.records import Records
@@ -66,14 +66,10 @@ class StreamDataModule(AlpacaDataModule):
         n_empty = len(buffer[:LOOKED_AT]) - len(rows)
         self.train_records = Records(rows, name, n_empty, each_once(self.stream.formats.items()))
         self.train_encoded = self._encode_few(rows)
-        self._check_lengths(self.train_records, self.train_encoded)
         self.val_records = self._records(config.val) if config.val else None
         self.val_encoded = self._encode(self.val_records) if self.val_records else None
-        self._check_lengths(self.val_records, self.val_encoded)
         self.n_duplicate = self.n_overlap = self.n_held_out_too = 0
-        self.preambles = shared_preambles(self.train_encoded)
-        self.train_packer = self._packer(self.train_encoded)
-        self.val_packer = self._packer(self.val_encoded) if self.val_encoded else None
+        self._prepare_packing()
         self.remarks.append(
             "the rest is read during training: files in random order, their records shuffled within "
             f"{BUFFER:,}; duplicates, and held-out records among them, are not counted"
@@ -112,14 +108,8 @@ class StreamDataModule(AlpacaDataModule):
 
     def streamed_steps(self, rank: int = 0, n_processes: int = 1) -> StreamedSteps:
         """Return the run's optimizer steps, each with the rows of process ``rank`` of ``n_processes``."""
-        pack = partial(
-            Packer,
-            preambles=self.preambles,
-            mask_prompt=self.config.mask_prompt,
-            row_tokens=self.row_tokens,
-        )
-        how = (self._encode_few, pack, self.batch_size, rank, n_processes)
-        return StreamedSteps(StreamReader(self.stream), *how)
+        reader = StreamReader(self.stream)
+        return StreamedSteps(reader, self._encode_few, self._packer, self.batch_size, rank, n_processes)
 
     def train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the loader of the steps that are not finished."""

@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.families import Batch, Ours, Peft, Run, all_methods
 from lit_adapter.config import OptimConfig
 from lit_adapter.data.encode import encode_records
+from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.data.packing import Packer, TrainingSteps, shared_preambles
 from lit_adapter.data.records import read_records, split
 from lit_adapter.device import DTYPES, choose_device
@@ -64,7 +65,8 @@ def read_course(options: Any, device: torch.device) -> Course:
     train, held_out = (encode_records(side, tokenizer, template, max_length=MAX_LENGTH) for side in sides)
     preambles, row_tokens = shared_preambles(train), 8192 if device.type == "cuda" else 2048
     packers = [Packer(side, preambles, mask_prompt=True, row_tokens=row_tokens) for side in (train, held_out)]
-    steps = TrainingSteps(packers[0], batch_size=options.batch, seed=options.seed)
+    order = EpochOrder(len(train), options.seed)
+    steps = TrainingSteps(packers[0], batch_size=options.batch, order=order)
     plan = OptimConfig(batch_size=options.batch, epochs=options.epochs, max_steps=options.max_steps)
     return Course(steps, packers[1], total_steps(plan, steps.steps_per_epoch))
 
