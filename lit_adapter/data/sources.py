@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_adapter.config import Columns, DataConfig
@@ -11,7 +11,7 @@ from lit_adapter.data.formats import SUFFIXES, check_regular, rows_of
 from lit_adapter.data.hub import hub_addresses, hub_files, is_hub_name
 from lit_adapter.data.recognise import is_conversation, recognise, wanted_columns
 from lit_adapter.data.records import Records
-from lit_adapter.data.store import Source, stored_records
+from lit_adapter.data.store import Source, first_of_each, stored_records
 from lit_adapter.data.streaming import check_streamable, streamed_rows
 from lit_adapter.errors import UserError
 
@@ -85,12 +85,10 @@ def _local(name: str, number: int) -> list[Source]:
 
 def _files_in(folder: Path, name: str) -> list[Path]:
     try:
-        files = sorted(
-            file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
-        )
+        found = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
     except OSError as error:
         raise UserError(f"{name}: cannot read: {error.strerror}; choose a readable folder") from None
-    files = [file for file in files if not file.name.startswith(".")]
+    files = sorted(file for file in found if not file.name.startswith("."))
     if not files:
         raise UserError(f"{name}: is a folder without a data file ({', '.join(SUFFIXES)}); name another one")
     return files
@@ -121,15 +119,10 @@ def has_conversations(config: DataConfig, say: Callable[[str], None] = lambda li
         UserError: a source cannot be read.
     """
     wanted = wanted_columns(config.columns)
-    for file in _first_of_each(sources_of(config.train, say, stream=config.stream)):
+    for file in first_of_each(sources_of(config.train, say, stream=config.stream)):
         rows = streamed_rows(file, wanted) if config.stream else rows_of(file.path, file.name, wanted)
         _, values = next(rows, (0, {}))
         known = recognise(values, config.columns, config.format)
         if is_conversation(values, config.columns, known):
             return True
     return False
-
-
-def _first_of_each(files: Iterable[Source]) -> list[Source]:
-    """Return the first file of each named source."""
-    return [*{file.number: file for file in reversed([*files])}.values()]

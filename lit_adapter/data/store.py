@@ -48,6 +48,12 @@ class Source:
     """Its address on the Hub, if it is not on this machine."""
 
 
+def first_of_each(files: Sequence[Source]) -> list[Source]:
+    """Return the first file of each named source, in the order of their numbers."""
+    first = {file.number: file for file in reversed(files)}
+    return [first[number] for number in sorted(first)]
+
+
 def stored_records(
     files: Sequence[Source],
     source: str,

@@ -21,7 +21,7 @@ from lit_adapter.data.formats import PARQUET, without_null
 from lit_adapter.data.reading import records_of_rows
 from lit_adapter.data.recognise import Recognised, recognise, wanted_columns
 from lit_adapter.data.record import AnyRecord
-from lit_adapter.data.store import Source
+from lit_adapter.data.store import Source, first_of_each
 from lit_adapter.data.strict_json import Row, jsonl_rows
 from lit_adapter.errors import UserError, shorten
 
@@ -174,8 +174,7 @@ class Stream:
     def __post_init__(self) -> None:
         for file in self.files:
             check_streamable(file)
-        first_of_source = {file.number: file for file in reversed(self.files)}
-        self.formats = {number: self._format(file) for number, file in sorted(first_of_source.items())}
+        self.formats = {file.number: self._format(file) for file in first_of_each(self.files)}
         """The format of each source's records, by its number."""
 
     def _format(self, file: Source) -> Recognised:

@@ -69,15 +69,13 @@ def jsonl_rows(lines: Iterable[str], name: str, first: int = 1) -> Iterator[Row]
     hint = "; each line must hold one whole JSON object"
     is_first = first == 1
     for line, ended in enumerate(lines, start=first):
-        content = ended.removesuffix("\n")
-        start = _skip(content, 0)
-        if start == len(content):
+        window = _Window(ended.removesuffix("\n"), line)
+        character = window.next_character()
+        if not character:
             continue
-        if is_first and content[start] == "[":
+        if is_first and character == "[":
             raise UserError(f"{name}:1: starts with '[', a JSON array; rename the file to .json")
         is_first = False
-        window = _Window(content, line)
-        window.at = start
         value = window.value(name, hint)
         if window.next_character():
             raise UserError(f"{name}:{line}:{window.at + 1}: text after the object{hint}")
