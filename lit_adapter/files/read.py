@@ -45,11 +45,11 @@ def read_json(path: Path) -> Any:
         UserError: it is missing, unreadable, larger than `MAX_JSON_BYTES`, not UTF-8 or not JSON.
     """
     try:
-        size, mode = path.stat().st_size, path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe would wait for a writer
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a pipe would wait for a writer
             raise UserError(f"{path}: cannot read: a pipe, socket or device")
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {size:,} bytes of JSON; expected {MAX_JSON_BYTES:,} or less")
+        if found.st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {found.st_size:,} bytes of JSON; expected {MAX_JSON_BYTES:,} or less")
         return json.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
@@ -61,6 +61,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file; a UserError says that it cannot be read, is not JSON, or does not hold an object."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return raw
 
 
 def refuse_stand_in(path: Path) -> None:

@@ -85,10 +85,9 @@ def render_conversations(
 
 def common_values(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what every chat template is given besides messages and tools."""
-    spelled = {id_: text for text, id_ in tokenizer.control_tokens.items()}
     return {
-        "bos_token": "" if tokenizer.bos_id is None else spelled.get(tokenizer.bos_id, ""),
-        "eos_token": spelled.get(tokenizer.eos_id, ""),
+        "bos_token": tokenizer.spelling(tokenizer.bos_id),
+        "eos_token": tokenizer.spelling(tokenizer.eos_id),
         "documents": None,
     }
 

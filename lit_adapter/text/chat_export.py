@@ -89,7 +89,7 @@ def ollama_template(template: Template, tokenizer: Tokenizer) -> str:
     else:
         system = f"{{{{ if .System }}}}{{{{ .System }}}}{BETWEEN}{{{{ end }}}}"
         prompt = _in_go(bare, bos, system + "{{ .Prompt }}")
-    end = _go_text(_spelling(tokenizer, template.end_id(tokenizer)))
+    end = _go_text(tokenizer.spelling(template.end_id(tokenizer)))
     return f"{prompt}{_go_text(template.lead)}{{{{ .Response }}}}{end}"
 
 
@@ -101,13 +101,7 @@ def _in_go(text: str, bos: str, instruction: str, input: str = "") -> str:
 
 def _bos(tokenizer: Tokenizer) -> str:
     """Return the spelling of BOS, which is put before every text; empty if none is."""
-    return (
-        _spelling(tokenizer, tokenizer.bos_id) if tokenizer.add_bos and tokenizer.bos_id is not None else ""
-    )
-
-
-def _spelling(tokenizer: Tokenizer, id_: int) -> str:
-    return next((text for text, own in tokenizer.control_tokens.items() if own == id_), "")
+    return tokenizer.spelling(tokenizer.bos_id) if tokenizer.add_bos else ""
 
 
 def _literal(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError
-from lit_adapter.files.read import read_json, read_text
+from lit_adapter.files.read import read_object, read_text
 from lit_adapter.text.tokenizer import Tokenizer
 
 
@@ -62,12 +62,7 @@ def read_description(folder: Path) -> Description:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return raw
+    return read_object(path) if path.is_file() else {}
 
 
 def _ids(path: Path, raw: dict[str, Any], key: str) -> list[int]:

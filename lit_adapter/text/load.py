@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lit_adapter.errors import UserError
-from lit_adapter.files.read import read_json, reading, refuse_stand_in
+from lit_adapter.files.read import read_object, reading, refuse_stand_in
 from lit_adapter.text.byte_pairs import LLAMA3_STOPS, llama3_json, looks_like_ranks
 from lit_adapter.text.description import read_description
 from lit_adapter.text.huggingface import HuggingFaceTokenizer
@@ -33,10 +33,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         content = path.read_bytes()
     about = read_description(folder)
     if path.suffix == ".json":
-        raw = read_json(path)
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: expected a JSON object")
-        return HuggingFaceTokenizer(raw, about, path)
+        return HuggingFaceTokenizer(read_object(path), about, path)
     if not looks_like_ranks(content):
         return SentencePieceTokenizer(content, about, path)
     about = replace(about, eos=about.eos or LLAMA3_STOPS[0])

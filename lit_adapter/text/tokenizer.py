@@ -64,6 +64,10 @@ class Tokenizer(ABC):
         decoder = StreamDecoder(self)
         return "".join([decoder.push(token) for token in ids]) + decoder.flush()
 
+    def spelling(self, token: int | None) -> str:
+        """Return the text of a control token; empty for other ids, and for None."""
+        return next((text for text, id_ in self.control_tokens.items() if id_ == token), "")
+
     @abstractmethod
     def piece(self, token: int) -> bytes:
         """Return a token's bytes; none for control tokens and unused ids."""

@@ -23,14 +23,13 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import cache_folder
-from lit_adapter.files.read import file_sha256, reading, refuse_stand_in
+from lit_adapter.files.read import file_sha256, read_object, reading, refuse_stand_in
 from lit_adapter.files.write import write_json
 from lit_adapter.weights.base_folder import (
     FINGERPRINT,
     SMALL_FILES,
     TOKENIZER_FILES,
     read_fingerprint,
-    read_object,
     tensor_line,
     tokenizer_fingerprint,
     weight_files,

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import is_unicode
-from lit_adapter.files.read import read_json
+from lit_adapter.files.read import read_object
 from lit_adapter.model.config import LlamaConfig
 
 FORMAT_VERSION = 2
@@ -48,14 +48,6 @@ def weight_files(folder: Path) -> list[Path]:
 def tensor_line(name: str, dtype: str, shape: Sequence[int]) -> bytes:
     """Return what a tensor's checksum covers before its bytes; ``dtype`` is safetensors' name for it."""
     return f"{name} {dtype} {list(shape)}\n".encode()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file; a UserError says that it cannot be read, is not JSON, or does not hold an object."""
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return raw
 
 
 def read_config(folder: Path) -> LlamaConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files.read import read_object
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.weights.base_folder import (
@@ -18,7 +19,6 @@ from lit_adapter.weights.base_folder import (
     GENERATION_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
-    read_object,
 )
 from lit_adapter.weights.shards import SafetensorsShard, Shard, TorchShard, member
 from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer

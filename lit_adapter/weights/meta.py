@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.files.read import read_object
 from lit_adapter.model.config import LlamaConfig
-from lit_adapter.weights.base_folder import read_object
 from lit_adapter.weights.shards import TorchShard, member
 from lit_adapter.weights.source import Source, check_tensors, copy_tokenizer, half_split, renamed
 

@@ -63,10 +63,7 @@ def export_gguf(
     with scratch_folder(out) as scratch:
         with durable_path(scratch / name) as temporary:
             _write(adapted, temporary, out, kind, progress)
-        stop = next(
-            (text for text, id_ in tokenizer.control_tokens.items() if id_ == template.end_id(tokenizer)),
-            None,
-        )
+        stop = tokenizer.spelling(template.end_id(tokenizer))
         lines = [f"FROM ./{name}", f'TEMPLATE """{ollama_template(template, tokenizer)}"""']
         lines += [f'PARAMETER stop "{stop}"'] if stop else []
         write_text(scratch / MODELFILE, "\n".join([*lines, "PARAMETER temperature 0"]) + "\n")
