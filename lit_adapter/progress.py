@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+    from rich import progress
+
+Progress = Callable[[int, int], None] | None
+"""Called with (bytes done, bytes in total); None where nobody watches."""
 
 
 @contextlib.contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a callback (bytes done, bytes in total) that draws the bar; None without a terminal."""
+def byte_progress(title: str) -> Iterator[Progress]:
+    """Yield what draws the bar; None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -37,9 +40,9 @@ def count_progress(title: str, total: int | None = None, done: int = 0) -> Itera
         yield lambda number: bar.advance(task)
 
 
-def _bar(amount: ProgressColumn) -> Progress:
+def _bar(amount: progress.ProgressColumn) -> progress.Progress:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    title, left = progress.TextColumn("{task.description}"), progress.TimeRemainingColumn()
+    return progress.Progress(title, progress.BarColumn(), amount, left, console=Console(stderr=True))

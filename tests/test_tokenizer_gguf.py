@@ -17,6 +17,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
+from lit_adapter.weights.gguf_header import read_header
 
 
 def byte_level_keys() -> dict[str, Any]:
@@ -149,9 +150,7 @@ def smollm2_gguf() -> Path:
 
 
 def test_the_real_135m_vocabulary(smollm2_gguf: Path, tmp_path: Path) -> None:
-    import gguf
-
-    write_gguf_tokenizer(gguf.GGUFReader(smollm2_gguf).fields, tmp_path)
+    write_gguf_tokenizer(read_header(smollm2_gguf)[0], tmp_path)
     ours = load_tokenizer(tmp_path)
     library = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     for text in kinds.HARD:

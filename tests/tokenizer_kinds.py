@@ -22,6 +22,7 @@ from lit_adapter.text.byte_pairs import LLAMA3_PATTERN, llama3_control_tokens
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.tokenizer import Tokenizer
+from lit_adapter.weights.gguf_header import read_header
 
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that completes the request.",
@@ -229,7 +230,7 @@ def _finish_gguf(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    write_gguf_tokenizer(gguf.GGUFReader(folder / "m.gguf").fields, folder)
+    write_gguf_tokenizer(read_header(folder / "m.gguf")[0], folder)
 
 
 def _json_kind(folder: Path, name: str = "tokenizer.json", **names: str) -> Kind:

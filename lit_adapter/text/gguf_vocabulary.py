@@ -41,8 +41,7 @@ def write_gguf_tokenizer(fields: Mapping[str, Any], out: Path) -> None:
     """Write the tokenizer files of a GGUF vocabulary.
 
     A byte-level vocabulary (``gpt2``) becomes ``tokenizer.json``, a sentencepiece vocabulary (``llama``)
-    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``. The fields'
-    values are plain ones, or those of `gguf.GGUFReader.fields`.
+    ``tokenizer.model``; control tokens and the chat template go into ``tokenizer_config.json``.
 
     Raises:
         UserError: a key is missing or inconsistent with the others, or the kind of vocabulary is unknown.
@@ -73,8 +72,6 @@ class _Keys:
 
     def get(self, name: str, default: Any = None, prefix: str = "tokenizer.ggml.") -> Any:
         value = self._fields.get(prefix + name)
-        if value is not None and hasattr(value, "contents"):
-            value = value.contents()
         return default if value is None else value
 
     def need(self, name: str) -> Any:

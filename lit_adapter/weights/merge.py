@@ -1,20 +1,19 @@
 """Merge a base and an adapter without prompts into one plain Hugging Face model of the base's family.
 
-Norms take the place of the base's. V2's ``s * (W x + b)`` is again a linear layer, with weight ``diag(s) W``
-and bias ``s * b``, and so is LoRA's, with weight ``W + scale * B A``. Where the base's family has no such
-biases, the nearest one that has all the rest is written. A gated prefix cannot be merged: it has a second
-softmax, which no weights of a plain model can express.
+`merged` says how. Where the base's family has no biases such as V2's, the nearest one that has all the rest
+is written. A gated prefix cannot be merged: it has a second softmax, which no weights of a plain model can
+express.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lit_adapter.errors import UserError
+from lit_adapter.progress import Progress
 from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_search import find_base
@@ -32,13 +31,12 @@ def merge(
     base: Path | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> str:
     """Write the merged model as a base folder, and say how far its logits are from the adapter's.
 
-    The adapter's ``base`` is by default the one that it names. The merged weights are
-    rounded to ``dtype``: float32, bfloat16 or float16. ``overwrite`` replaces a base folder that is already
-    there, and ``progress`` is called with (bytes written, bytes in all).
+    The adapter's ``base`` is by default the one that it names. The merged weights are rounded to ``dtype``:
+    float32, bfloat16 or float16. ``overwrite`` replaces a base folder that is already there.
 
     Raises:
         UserError: an adapter that cannot be merged, another base, or an output that must not be replaced.

@@ -21,6 +21,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.write import durable_path, write_json
 from lit_adapter.grouping import grouped
 from lit_adapter.model.precision import FLOAT_NAMES
+from lit_adapter.progress import Progress
 from lit_adapter.weights.base_folder import WEIGHTS, WEIGHTS_INDEX, tensor_line
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -47,13 +48,12 @@ def write_tensors(
     entries: Sequence[Entry],
     load: Callable[[str], Tensor],
     label: Callable[[str], str],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> tuple[str, dict[str, str]]:
     """Write entries in the order of their names into an existing folder.
 
     Above `MAX_FILE_BYTES`, these are several files and an index. ``load`` returns a tensor by name and is
-    called once for each, ``label`` says where one comes from, for messages, and ``progress`` is called with
-    (bytes done, bytes in all).
+    called once for each, ``label`` says where one comes from, for messages.
 
     Returns:
         The SHA-256 over `tensor_line` and bytes of all tensors in name order, and the CRC-32 over those of

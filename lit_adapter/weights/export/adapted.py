@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,6 @@ from torch import Tensor
 
 from lit_adapter.weights.adapter_file import AdapterInfo
 from lit_adapter.weights.merged import MergedSource
-
-Progress = Callable[[int, int], None] | None
-"""Called with (bytes written, bytes in all)."""
 
 
 @dataclass(frozen=True)

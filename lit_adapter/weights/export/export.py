@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_adapter.errors import UserError
+from lit_adapter.progress import Progress
 from lit_adapter.weights.adapter_file import check_base, read_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_search import find_base
-from lit_adapter.weights.export.adapted import Adapted, Progress
+from lit_adapter.weights.export.adapted import Adapted
 from lit_adapter.weights.export.gguf_folder import export_gguf
 from lit_adapter.weights.export.transformers_folder import export_folder
 from lit_adapter.weights.merge import merge, refuse_unmergeable

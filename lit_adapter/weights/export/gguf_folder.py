@@ -21,10 +21,11 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.layout import base_shapes
 from lit_adapter.model.rope import inverse_frequencies
 from lit_adapter.model.rope_config import RopeConfig, yarn_scale
+from lit_adapter.progress import Progress
 from lit_adapter.text.chat_export import chat_template, ollama_template
 from lit_adapter.text.gguf_export import gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
-from lit_adapter.weights.export.adapted import Adapted, Progress
+from lit_adapter.weights.export.adapted import Adapted
 from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, architecture_of
 from lit_adapter.weights.gguf_file import MODULES, GGUFSource
 from lit_adapter.weights.measure import fixed_prompt, logits, source_logits

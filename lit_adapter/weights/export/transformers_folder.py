@@ -20,11 +20,12 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_object
 from lit_adapter.files.write import write_bytes, write_json, write_text
 from lit_adapter.model.layout import base_shapes, checkpoint_name
+from lit_adapter.progress import Progress
 from lit_adapter.text.chat_export import chat_template
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import CONFIG, GENERATION_CONFIG, read_fingerprint
-from lit_adapter.weights.export.adapted import Adapted, Progress
+from lit_adapter.weights.export.adapted import Adapted
 from lit_adapter.weights.export.prefixes import prefix_settings, prefix_tensors
 from lit_adapter.weights.measure import fixed_prompt, logits
 from lit_adapter.weights.merged import OUTPUT_BIAS, MergedSource
