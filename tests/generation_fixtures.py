@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -58,7 +59,8 @@ def decode(
 def script(*argv: object, out: io.StringIO | None = None) -> str:
     """What ``scripts/generate.py`` writes on standard output."""
     out = out or io.StringIO()
-    assert main([str(value) for value in argv], out=out) == 0
+    with contextlib.redirect_stdout(out):
+        assert main([str(value) for value in argv]) == 0
     return out.getvalue()
 
 

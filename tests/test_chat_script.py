@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -150,7 +151,8 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str, *argv: object) -> str:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     out = io.StringIO()
     fixed = ("--device", "cpu", "--dtype", "float32", "--max_new_tokens", 8)
-    assert main([*map(str, (*fixed, *argv))], out=out) == 0
+    with contextlib.redirect_stdout(out):
+        assert main([*map(str, (*fixed, *argv))]) == 0
     return out.getvalue()
 
 

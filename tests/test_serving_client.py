@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +140,8 @@ def test_what_the_server_refuses_is_told(
             ServerModels(server.url)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Say it.\n")))
         out = io.StringIO()
-        assert main(["--url", server.url, "--api-key-file", str(mine), "--adapter", "beta"], out=out) == 0
+        with redirect_stdout(out):
+            assert main(["--url", server.url, "--api-key-file", str(mine), "--adapter", "beta"]) == 0
         assert out.getvalue().strip()
         talk = Conversation(ServerModels(server.url, KEY), Sampling(temperature=3.0), io.StringIO())
         with pytest.raises(UserError, match="temperature"):

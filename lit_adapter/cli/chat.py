@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lit_adapter.cli.command import add_sampling, command_parser, parse, sampling_of
 from lit_adapter.cli.main import COMMANDS
@@ -22,8 +22,8 @@ HERE = ("base", "template", "device", "dtype", "verify", "stop_ids")
 """Options for models in this process, which a server has chosen for itself or does not offer."""
 
 
-def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
-    """Parse, load, and answer what is typed or piped, on ``out`` (standard output)."""
+def main(argv: Sequence[str], program: str | None = None) -> int:
+    """Parse, load, and answer what is typed or piped."""
     options = _parse(argv, program)
     sampling = sampling_of(options)
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -31,7 +31,7 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     from lit_adapter.generation import terminal
 
     conversation = terminal.Conversation(
-        *(partner, sampling, out or sys.stdout, options.system or ""), interactive=interactive
+        *(partner, sampling, sys.stdout, options.system or ""), interactive=interactive
     )
     if interactive:
         say(about, sys.stderr)

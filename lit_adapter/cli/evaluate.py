@@ -29,12 +29,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     found = evaluate(settings, say)
     show(found)
-    say(f"wrote {shown(settings.out)}: report.html, report.md, results.json" + _answers(settings))
+    answers = ", answers.jsonl" if settings.data else ""
+    say(f"wrote {shown(settings.out)}: report.html, report.md, results.json{answers}")
     return 0
-
-
-def _answers(settings: Evaluation) -> str:
-    return ", answers.jsonl" if settings.data else ""
 
 
 def _parse(argv: Sequence[str], program: str | None) -> Any:

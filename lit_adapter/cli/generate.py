@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lit_adapter.cli.command import add_sampling, check_least, command_parser, parse, sampling_of
 from lit_adapter.cli.main import COMMANDS
@@ -31,10 +31,9 @@ CHOICES = (
 )
 
 
-def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = None) -> int:
-    """Parse and answer, on ``out`` (standard output) or into the file of ``--output``."""
+def main(argv: Sequence[str], program: str | None = None) -> int:
+    """Parse and answer, on standard output or into the file of ``--output``."""
     options = _parse(argv, program)
-    out = out or sys.stdout
     sampling = sampling_of(options)
     columns = Columns(**options.columns)
     choices = _choices(options, sampling)
@@ -47,24 +46,24 @@ def main(argv: Sequence[str], program: str | None = None, out: TextIO | None = N
     chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
     choice = answering.ModelChoice(**chosen)
     if task is None:
-        target, batch_size = Path(options.output), options.batch_size
+        target = Path(options.output)
         number = answering.answer_file(
             choice,
             Path(options.prompts),
             target,
             sampling,
-            batch_size,
+            options.batch_size,
             columns=columns,
             choices=choices,
             overwrite=options.overwrite,
         )
-        say(f"wrote {target} ({counted(number, 'answer')})", out)
+        say(f"wrote {target} ({counted(number, 'answer')})")
         return 0
     if choices:
-        answering.choose(choice.load(), task, choices, out)
+        answering.choose(choice.load(), task, choices, sys.stdout)
         return 0
     write = answering.compare if options.compare else answering.stream
-    write(choice.load(), task, sampling, out)
+    write(choice.load(), task, sampling, sys.stdout)
     return 0
 
 
