@@ -103,7 +103,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return min(timeit.repeat(product, timer=time.thread_time, repeat=5, number=1))
 
 
-def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a GPU, or of this machine or container; None where it is unknown.
 
     Memory that this process has in use is not free; memory in CUDA's cache is.
@@ -111,11 +111,11 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    machine = _keyed(meminfo).get("MemAvailable:")
+    machine = _keyed(MEMINFO).get("MemAvailable:")
     if machine is None:
         return None
-    v2 = cgroup, "memory.max", "memory.current", "inactive_file"
-    v1 = cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    v2 = CGROUP, "memory.max", "memory.current", "inactive_file"
+    v1 = CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
     left = [_group_bytes(*names) for names in (v2, v1)]
     return min([machine * 1024, *(bytes_ for bytes_ in left if bytes_ is not None)])
 

@@ -194,26 +194,30 @@ def test_activations_grow_with_row_and_layers() -> None:
     assert two.weights == one.weights
 
 
-def test_free_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
+def test_free_memory_is_the_machines_or_the_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tighter of the two counts; file cache that the container may drop is free."""
-    meminfo = tmp_path / "meminfo"
+    meminfo, group, cpu = tmp_path / "meminfo", tmp_path / "group", torch.device("cpu")
+    monkeypatch.setattr("lit_adapter.device.MEMINFO", meminfo)
+    monkeypatch.setattr("lit_adapter.device.CGROUP", group)
     meminfo.write_text("MemTotal:  900 kB\nMemAvailable:     500 kB\n")
-    assert free_bytes(torch.device("cpu"), meminfo, tmp_path / "none") == 500 * 1024
-    group = tmp_path / "group"
+    assert free_bytes(cpu) == 500 * 1024
     group.mkdir()
     (group / "memory.max").write_text("400000\n")
     (group / "memory.current").write_text("300000\n")
     (group / "memory.stat").write_text("anon 1000\ninactive_file 50000\n")
-    assert free_bytes(torch.device("cpu"), meminfo, group) == 150_000
+    assert free_bytes(cpu) == 150_000
     (group / "memory.max").write_text("max\n")
     old = group / "memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("9000\n")
     (old / "memory.usage_in_bytes").write_text("8000\n")
-    assert free_bytes(torch.device("cpu"), meminfo, group) == 1000
+    assert free_bytes(cpu) == 1000
     (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert free_bytes(torch.device("cpu"), meminfo, group) == 500 * 1024
-    assert free_bytes(torch.device("cpu"), tmp_path / "none", group) is None
+    assert free_bytes(cpu) == 500 * 1024
+    meminfo.unlink()
+    assert free_bytes(cpu) is None
 
 
 def test_free_memory_of_this_machine_is_a_plausible_number() -> None:

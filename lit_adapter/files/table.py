@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -58,7 +58,7 @@ class TableWriter:
     def __init__(self, folder: Path | None, key: str, schema: Schema) -> None:
         self.folder, self.key = folder, key
         self._types = {name: np.dtype(kind) for name, kind in schema.items()}
-        about = _read_about(folder, key, self._types) if folder is not None else None
+        about = _read_about(folder, key, schema) if folder is not None else None
         self.notes: dict[str, Any] = about["notes"] if about else {}
         self.n_bytes: dict[str, int] = about["bytes"] if about else dict.fromkeys(schema, 0)
         self._crc32: dict[str, int] = about["crc32"] if about else dict.fromkeys(schema, 0)
@@ -204,17 +204,16 @@ def read_table(folder: Path, key: str, schema: Schema) -> Table | None:
     Contents are compared with their checksums if a file is not the one of the last check (size, times,
     inode).
     """
-    types = {name: np.dtype(kind) for name, kind in schema.items()}
-    about = _read_about(folder, key, types)
+    about = _read_about(folder, key, schema)
     if about is None or not about["complete"]:
         return None
-    seen = _seen(folder, types)
+    seen = _seen(folder, schema)
     if about["seen"] != seen:
-        if _has_changed(folder, types, about):
+        if _has_changed(folder, about):
             return None
         with suppress(WriteError):
             _write_about(folder, about | {"seen": seen})
-    return Table(_mapped(folder, types, about["bytes"]), about["notes"])
+    return Table(_mapped(folder, schema, about["bytes"]), about["notes"])
 
 
 def _is_damaged(folder: Path, key: str, schema: Schema) -> bool:
@@ -224,23 +223,20 @@ def _is_damaged(folder: Path, key: str, schema: Schema) -> bool:
             return False  # a writer was killed before its first commit
     except OSError:  # a name that the file system refuses
         return False
-    types = {name: np.dtype(kind) for name, kind in schema.items()}
-    about = _read_about(folder, key, types)
-    if about is None or about["complete"]:
-        return True
-    return _has_changed(folder, types, about)
+    about = _read_about(folder, key, schema)
+    return about is None or about["complete"] or _has_changed(folder, about)
 
 
-def _has_changed(folder: Path, types: dict[str, np.dtype], about: dict[str, Any]) -> bool:
+def _has_changed(folder: Path, about: dict[str, Any]) -> bool:
     """Whether a file of a table is not what its checksum says."""
-    return any(_crc32(folder / name, about["bytes"][name]) != about["crc32"][name] for name in types)
+    return any(_crc32(folder / name, size) != about["crc32"][name] for name, size in about["bytes"].items())
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / ABOUT, {"checksum": _checksum(about), "about": about})
 
 
-def _read_about(folder: Path, key: str, types: dict[str, np.dtype]) -> dict[str, Any] | None:
+def _read_about(folder: Path, key: str, schema: Schema) -> dict[str, Any] | None:
     """Return what ``about.json`` says; None if it is missing, damaged, or of another table or version."""
     try:
         whole = json.loads((folder / ABOUT).read_bytes())
@@ -249,17 +245,17 @@ def _read_about(folder: Path, key: str, types: dict[str, np.dtype]) -> dict[str,
             return None
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return about if about["bytes"].keys() == types.keys() else None
+    return about if about["bytes"].keys() == schema.keys() else None
 
 
 def _checksum(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _seen(folder: Path, types: dict[str, np.dtype]) -> dict[str, list[int]] | None:
+def _seen(folder: Path, names: Iterable[str]) -> dict[str, list[int]] | None:
     """Return what shows that the files are still the same; None if one is missing."""
     try:
-        found = {name: (folder / name).stat() for name in types}
+        found = {name: (folder / name).stat() for name in names}
     except OSError:
         return None
     return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()}
@@ -277,11 +273,10 @@ def _crc32(path: Path, n_bytes: int) -> int | None:
     return None if n_bytes else crc32
 
 
-def _mapped(folder: Path, types: dict[str, np.dtype], n_bytes: dict[str, int]) -> dict[str, NDArray]:
-    return {
+def _mapped(folder: Path, schema: Schema, n_bytes: dict[str, int]) -> dict[str, NDArray]:
+    found: dict[str, NDArray] = {}
+    for name, kind in schema.items():
+        shape = (n_bytes[name] // np.dtype(kind).itemsize,)
         # An empty file cannot be mapped.
-        name: np.memmap(folder / name, kind, "r", shape=(n_bytes[name] // kind.itemsize,))
-        if n_bytes[name]
-        else np.empty(0, kind)
-        for name, kind in types.items()
-    }
+        found[name] = np.memmap(folder / name, kind, "r", shape=shape) if n_bytes[name] else np.empty(0, kind)
+    return found

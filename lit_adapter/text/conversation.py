@@ -27,7 +27,6 @@ from lit_adapter.text.limited import LimitedError, LimitedProcess
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
 NEVER, CONTEXT, ANSWER = 0, 1, 2
 """What a token is to the loss: never learned, learned if whole texts are, or part of an answer."""
 _RENDERER = LimitedProcess("lit_adapter.text.chat_rendering")
@@ -44,7 +43,7 @@ class Message:
     """One message of a conversation."""
 
     role: str
-    """One of `ROLES`."""
+    """system, user, assistant or tool."""
     content: str
     learned: bool = True
     """Whether it may be learned: an answer on its own, another message only if whole texts are learned."""
