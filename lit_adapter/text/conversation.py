@@ -6,32 +6,29 @@ the whole text must begin with each of these. This works with any template, with
 that is rewritten once later turns follow, and may not be learned, is found by what changes in the text when
 the answer changes.
 
-The template comes with the base, or is the user's, so it runs in a limited process (`limited`). Users' texts
-pass through it with a character inside everything that spells a control token, or could complete one; the
-character is taken out again after the template's own control tokens have been found.
+The template comes with the base, or is the user's, so it runs in a limited process (`limited`), through which
+users' texts pass with a mark in what looks like control tokens (`protection`).
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from lit_adapter.errors import UserError
 from lit_adapter.grouping import n_common
 from lit_adapter.text.chat import common_values, control_pattern
 from lit_adapter.text.limited import LimitedError, LimitedProcess
+from lit_adapter.text.protection import Protection, unused_mark
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
 NEVER, CONTEXT, ANSWER = 0, 1, 2
 """What a token is to the loss: never learned, learned if whole texts are, or part of an answer."""
 _RENDERER = LimitedProcess("lit_adapter.text.chat_rendering")
-_BREAKERS = [chr(0xE000 + n) for n in range(64)]
-"""Characters for private use; one that the conversation does not contain is used."""
 
 
 class RewrittenError(UserError):
@@ -119,8 +116,8 @@ class _Rendered:
         if last_only:
             self.wanted &= set(self.answers[-1:])
         given = {"messages": [message.to_dict() for message in messages], "tools": list(tools)}
-        self.breaker = _breaker(given)
-        protected = _Protection(tokenizer, self.breaker).of(given)
+        self.mark = unused_mark(given)
+        protected = Protection(tokenizer, self.mark).of(given)
         request = {
             "template": template.conversation_source(tokenizer),
             "date": template.date,
@@ -192,7 +189,7 @@ class _Rendered:
         """
         messages = request["messages"]
         own = {} if self.messages[at].role == "assistant" else messages[at]  # a tool's answer has an id
-        other = {**own, "role": self.messages[at].role, "content": self.breaker}
+        other = {**own, "role": self.messages[at].role, "content": self.mark}
         talk = {"messages": [*messages[:at], other, *messages[at + 1 :]], "add_generation_prompt": False}
         parts = {key: request[key] for key in ("template", "date", "common")}
         try:
@@ -252,7 +249,7 @@ class _Rendered:
 
     def _plain(self, start: int, end: int) -> str:
         """Return a part of the text as users wrote it."""
-        return self.text[start:end].replace(self.breaker, "")
+        return self.text[start:end].replace(self.mark, "")
 
     def _kind_at(self, place: int) -> int:
         return next((kind for start, end, kind in self.spans if start <= place < end), CONTEXT)
@@ -334,65 +331,3 @@ def _n_same(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their start, which may be a million."""
     lengths = range(1, min(len(one), len(other)) + 1)
     return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length])
-
-
-def _strings(value: Any) -> Iterable[str]:
-    """Yield every text in nested values, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _breaker(values: Any) -> str:
-    """Return a character that the values do not contain."""
-    texts = list(_strings(values))
-    found = next((mark for mark in _BREAKERS if not any(mark in text for text in texts)), None)
-    if found is None:
-        raise UserError("the conversation holds all of the characters U+E000 to U+E03F; remove one")
-    return found
-
-
-@cache
-def _parts(spellings: tuple[str, ...]) -> tuple[set[str], set[str], int]:
-    """Return how control tokens may begin and end, and the length of the longest one."""
-    heads = {one[:n] for one in spellings for n in range(1, len(one))}
-    tails = {one[n:] for one in spellings for n in range(1, len(one))}
-    return heads, tails, max(map(len, spellings), default=1)
-
-
-class _Protection:
-    """Puts ``mark`` into what spells a control token, or could complete one with what stands beside it."""
-
-    def __init__(self, tokenizer: Tokenizer, mark: str) -> None:
-        self.pattern, self.mark = control_pattern(tokenizer), mark
-        self.heads, self.tails, self.longest = _parts(tuple(tokenizer.control_tokens))
-
-    def of(self, value: Any) -> Any:
-        """Return nested values with all their texts protected."""
-        if isinstance(value, str):
-            return self._text(value)
-        if isinstance(value, Mapping):
-            return {self._text(key): self.of(item) for key, item in value.items()}
-        return [self.of(item) for item in value] if isinstance(value, list | tuple) else value
-
-    def _text(self, text: str) -> str:
-        if self.pattern is None or not text:
-            return text
-        text = self.pattern.sub(self._broken, text)
-        lengths = range(1, min(self.longest, len(text) + 1))
-        if any(text[:n] in self.tails for n in lengths):
-            text = self.mark + text
-        if any(text[-n:] in self.heads for n in lengths):
-            text += self.mark
-        return text
-
-    def _broken(self, found: re.Match[str]) -> str:
-        if len(found[0]) == 1:
-            raise UserError(f"a text holds {found[0]!r}, which is a control token of this base; remove it")
-        return found[0][0] + self.mark + found[0][1:]
