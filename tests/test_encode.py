@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -31,6 +32,8 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.text.tokenizer import Tokenizer
 
+Encode = Callable[..., Encoded]
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_base: Path) -> Tokenizer:
@@ -47,6 +50,12 @@ def records(tiny_records: Path) -> Records:
     return read_records(tiny_records)
 
 
+@pytest.fixture(scope="session")
+def encoded(records: Records, tokenizer: Tokenizer, template: Template) -> Encode:
+    """Encodes the records; settings as those of `encode_records`."""
+    return partial(encode_records, records, tokenizer, template, max_length=90)
+
+
 def assert_equal(a: Encoded, b: Encoded) -> None:
     for field in fields(Encoded):
         one, other = getattr(a, field.name), getattr(b, field.name)
@@ -60,9 +69,9 @@ def in_memory(data: Encoded) -> Encoded:
 
 
 def test_records_are_prompt_answer_and_eos(
-    records: Records, tokenizer: Tokenizer, template: Template
+    encoded: Encode, records: Records, tokenizer: Tokenizer, template: Template
 ) -> None:
-    data = encode_records(records, tokenizer, template, max_length=10_000)
+    data = encoded(max_length=10_000)
     assert len(data) == len(records) == 48
     assert data.n_cut == 0
     assert data.source_row.tolist() == list(range(48))
@@ -77,12 +86,10 @@ def test_records_are_prompt_answer_and_eos(
         assert data.variant[index] == (0 if record.input else 1)
 
 
-def test_cutting_takes_the_start_of_the_prompt(
-    records: Records, tokenizer: Tokenizer, template: Template
-) -> None:
-    whole = encode_records(records, tokenizer, template, max_length=10_000)
+def test_cutting_takes_the_start_of_the_prompt(encoded: Encode) -> None:
+    whole = encoded(max_length=10_000)
     limit = int(np.median(whole.length))
-    data = encode_records(records, tokenizer, template, max_length=limit)
+    data = encoded(max_length=limit)
     assert 0 < data.n_cut < len(data) == 48
     for index in range(48):
         full, short = whole.record(index), data.record(index)
@@ -94,12 +101,12 @@ def test_cutting_takes_the_start_of_the_prompt(
 
 
 def test_records_whose_answer_does_not_fit_are_dropped(
-    records: Records, tokenizer: Tokenizer, template: Template
+    encoded: Encode, records: Records, tokenizer: Tokenizer
 ) -> None:
-    whole = encode_records(records, tokenizer, template, max_length=10_000)
+    whole = encoded(max_length=10_000)
     n_answer = whole.length - whole.n_prompt
     limit = int(np.median(n_answer))
-    data = encode_records(records, tokenizer, template, max_length=limit)
+    data = encoded(max_length=limit)
     fits = n_answer < limit  # one token of prompt has to precede it
     assert 0 < fits.sum() < 48
     assert data.source_row.tolist() == np.flatnonzero(fits).tolist()
@@ -109,11 +116,9 @@ def test_records_whose_answer_does_not_fit_are_dropped(
         assert tokenizer.decode(data.record(place)[data.n_prompt[place] : -1].tolist()) == records[row].output
 
 
-def test_everything_dropped_leaves_empty_arrays_that_the_cache_keeps(
-    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
-) -> None:
+def test_everything_dropped_leaves_empty_arrays_that_the_cache_keeps(encoded: Encode, tmp_path: Path) -> None:
     for _ in range(2):
-        data = encode_records(records, tokenizer, template, max_length=1, cache=tmp_path)
+        data = encoded(max_length=1, cache=tmp_path)
         assert len(data) == 0
         assert data.start.tolist() == []
 
@@ -126,20 +131,21 @@ def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_second_call_reads_the_cache(
+    encoded: Encode,
     records: Records,
     tokenizer: Tokenizer,
     template: Template,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = {"max_length": 90, "cache": tmp_path / "new" / "folder", "tokenizer_key": "k"}
-    first = encode_records(records, tokenizer, template, **settings)
-    assert_equal(first, encode_records(records, tokenizer, template, max_length=90))
+    settings = {"cache": tmp_path / "new" / "folder", "tokenizer_key": "k"}
+    first = encoded(**settings)
+    assert_equal(first, encoded())
     few = encode_few(records, tokenizer, template, max_length=90)
     assert_equal(first, few)
     assert few.n_cut == first.n_cut > 0
     forbid_encoding(monkeypatch)
-    assert_equal(first, encode_records(records, tokenizer, template, **settings))
+    assert_equal(first, encoded(**settings))
 
 
 def test_what_decides_the_tokens_decides_the_file(
@@ -174,35 +180,23 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_a_cache_whose_name_is_refused_is_done_without(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-) -> None:
+def test_a_cache_whose_name_is_refused_is_done_without(encoded: Encode, tmp_path: Path) -> None:
     said: list[str] = []
     long = tmp_path / ("a" * 300)
-    first = encode_records(records, tokenizer, template, max_length=90, cache=None)
-    assert_equal(
-        first, encode_records(records, tokenizer, template, max_length=90, cache=long, say=said.append)
-    )
+    first = encoded()
+    assert_equal(first, encoded(cache=long, say=said.append))
     assert [line.startswith("tokens are not cached: ") for line in said] == [True]
 
 
 @pytest.mark.parametrize("name", ["ids", "length", "about.json"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_cache_is_made_anew_with_a_line(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    damage: Callable[[bytes], bytes],
-    name: str,
+    encoded: Encode, tmp_path: Path, damage: Callable[[bytes], bytes], name: str
 ) -> None:
     said: list[str] = []
 
     def again() -> Encoded:
-        return encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+        return encoded(cache=tmp_path, say=said.append)
 
     first = in_memory(again())
     (folder,) = tmp_path.iterdir()
@@ -213,11 +207,9 @@ def test_a_damaged_cache_is_made_anew_with_a_line(
     assert len(said) == 1
 
 
-def test_any_flipped_bit_of_the_cache_is_noticed(
-    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
-) -> None:
+def test_any_flipped_bit_of_the_cache_is_noticed(encoded: Encode, tmp_path: Path) -> None:
     def again() -> Encoded:
-        return encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+        return encoded(cache=tmp_path, say=said.append)
 
     said: list[str] = []
     first = in_memory(again())
@@ -234,11 +226,7 @@ def test_any_flipped_bit_of_the_cache_is_noticed(
 
 
 def test_encoding_goes_on_where_it_was_interrupted(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    encoded: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was committed is not encoded again, and what was written after that is."""
     monkeypatch.setattr(encode, "CHUNK", 5)
@@ -254,18 +242,18 @@ def test_encoding_goes_on_where_it_was_interrupted(
 
         return chunk
 
-    whole = encode_records(records, tokenizer, template, max_length=90)
+    whole = encoded()
     for limit in (20, 30):
         monkeypatch.setattr(encode, "_encode_chunk", stop_at(limit))
         with pytest.raises(KeyboardInterrupt):
-            encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+            encoded(cache=tmp_path)
         (folder,) = tmp_path.iterdir()
         with (folder / "ids").open("ab") as file:
             file.write(b"more than was committed")
     firsts.clear()
     monkeypatch.setattr(encode, "_encode_chunk", stop_at(100))
     said: list[str] = []
-    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
+    found = encoded(cache=tmp_path, say=said.append)
     assert_equal(found, whole)
     assert (firsts, said) == ([30, 35, 40, 45], [])
 
@@ -295,13 +283,7 @@ encode.encode_records(read_records(records), tokenizer, template, max_length=90,
 
 
 def test_encoding_goes_on_after_a_kill(
-    tiny_base: Path,
-    tiny_records: Path,
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    encoded: Encode, tiny_base: Path, tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-c", KILLED, *map(str, (tiny_base, tiny_records, tmp_path))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -316,17 +298,13 @@ def test_encoding_goes_on_after_a_kill(
 
     encode_chunk = encode._encode_chunk
     monkeypatch.setattr(encode, "_encode_chunk", noted)
-    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+    found = encoded(cache=tmp_path)
     assert last - 2 <= firsts[0] < 48
-    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+    assert_equal(found, encoded())
 
 
 def test_what_was_committed_and_then_damaged_is_encoded_again(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    encoded: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "CHUNK", 20)
     monkeypatch.setattr(table, "SECONDS", -1)
@@ -340,29 +318,25 @@ def test_what_was_committed_and_then_damaged_is_encoded_again(
     with monkeypatch.context() as patch:
         patch.setattr(encode, "_encode_chunk", first_only)
         with pytest.raises(KeyboardInterrupt):
-            encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+            encoded(cache=tmp_path)
     (folder,) = tmp_path.iterdir()
     (folder / "ids").write_bytes(flipped((folder / "ids").read_bytes()))
     said: list[str] = []
-    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
-    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+    found = encoded(cache=tmp_path, say=said.append)
+    assert_equal(found, encoded())
     assert len(said) == 1
 
 
 def test_a_full_disk_leaves_no_half_cache(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    encoded: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(table, "fsync", full)
     said: list[str] = []
-    found = encode_records(records, tokenizer, template, max_length=90, cache=tmp_path, say=said.append)
-    assert_equal(found, encode_records(records, tokenizer, template, max_length=90))
+    found = encoded(cache=tmp_path, say=said.append)
+    assert_equal(found, encoded())
     assert list(tmp_path.iterdir()) == []
     (line,) = said
     assert re.fullmatch(r"tokens are not cached: .*No space left on device \(needs [\d,]+ bytes, .*", line)
@@ -395,10 +369,8 @@ def test_chosen_records_are_those_of_the_whole(
     assert np.array_equal(copied.ids, whole.ids)
 
 
-def test_worker_processes_give_the_same_arrays(
-    records: Records, tokenizer: Tokenizer, template: Template, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = encode_records(records, tokenizer, template, max_length=90)
+def test_worker_processes_give_the_same_arrays(encoded: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = encoded()
     started: list[object] = []
 
     class Counted(encode.ProcessPoolExecutor):
@@ -409,7 +381,7 @@ def test_worker_processes_give_the_same_arrays(
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode, "ProcessPoolExecutor", Counted)
     monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {3, 5})
-    assert_equal(here, encode_records(records, tokenizer, template, max_length=90))
+    assert_equal(here, encoded())
     assert started == [2]
 
 
@@ -418,21 +390,17 @@ def die(*_: object, **__: object) -> None:
 
 
 def test_a_worker_that_is_killed_is_an_error_in_one_line(
-    records: Records, tokenizer: Tokenizer, template: Template, monkeypatch: pytest.MonkeyPatch
+    encoded: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "PARALLEL_FROM", 10)
     monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     monkeypatch.setattr(encode, "_encode_in_worker", die)
     with pytest.raises(UserError, match=r"a process that encodes records died; .* lack of memory"):
-        encode_records(records, tokenizer, template, max_length=90)
+        encoded()
 
 
 def test_processes_that_want_the_same_encode_it_once(
-    records: Records,
-    tokenizer: Tokenizer,
-    template: Template,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    encoded: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for them: such a lock belongs to an open file. The first one fails half way."""
     calls: list[float] = []
@@ -447,20 +415,15 @@ def test_processes_that_want_the_same_encode_it_once(
     encode_all = encode._encode_all
     monkeypatch.setattr(encode, "_encode_all", slowly)
     with ThreadPoolExecutor(4) as pool:
-        tries = [
-            pool.submit(encode_records, records, tokenizer, template, max_length=90, cache=tmp_path)
-            for _ in range(4)
-        ]
+        tries = [pool.submit(encoded, cache=tmp_path) for _ in range(4)]
     assert Counter(type(one.exception()) for one in tries) == {NoneType: 3, MemoryError: 1}
     assert len(calls) == 2
     assert calls[1] - calls[0] > 0.29
     assert [path.name[:7] for path in tmp_path.iterdir()] == ["tokens-"]
 
 
-def test_nobody_waits_for_a_process_that_was_killed(
-    records: Records, tokenizer: Tokenizer, template: Template, tmp_path: Path
-) -> None:
-    encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+def test_nobody_waits_for_a_process_that_was_killed(encoded: Encode, tmp_path: Path) -> None:
+    encoded(cache=tmp_path)
     (path,) = tmp_path.iterdir()
     shutil.rmtree(path)
     code = f"""
@@ -477,7 +440,7 @@ with one_at_a_time(Path({str(path)!r})):
         assert [file.suffix for file in tmp_path.iterdir()] == [".lock"]
         start = time.monotonic()
         threading.Timer(0.5, first.kill).start()
-        encode_records(records, tokenizer, template, max_length=90, cache=tmp_path)
+        encoded(cache=tmp_path)
         assert time.monotonic() - start > 0.4
     assert list(tmp_path.iterdir()) == [path]
 
