@@ -1,4 +1,4 @@
-"""The largest difference in logits between two forms of an adapter, on a fixed prompt."""
+"""The largest difference in logits between an adapter and another form of it, on a fixed prompt."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def _load(base: Path, adapter: PlainAdapter | None) -> Llama:
 def _logits(model: Llama, ids: Tensor) -> Tensor:
     position = torch.arange(ids.shape[1])[None]
     return model.logits(model(ids, CausalView(model.rotation(position))))
+
+
+def compared(adapted: Tensor, written: Tensor, what: str, remark: str = "") -> str:
+    """Say how far the logits of what was ``written`` are from the adapter's, both ``[1, T, V]``."""
+    return (
+        f"largest logit difference {float((adapted - written).abs().max()):.3g} between adapter and {what} "
+        f"({adapted.shape[1]} prompt tokens{remark}; logits up to {float(adapted.abs().max()):.3g})"
+    )
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from lit_adapter.weights.adapter_file import AdapterInfo, check_base, read_adapt
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_search import find_base
 from lit_adapter.weights.convert import write_base
-from lit_adapter.weights.measure import fixed_prompt, logits
+from lit_adapter.weights.measure import compared, fixed_prompt, logits
 from lit_adapter.weights.merged import MergedSource
 from lit_adapter.weights.output_folder import check_output, sweep_leftovers
 from lit_adapter.weights.plain import PlainAdapter
@@ -54,20 +54,16 @@ def merge(
     ids = fixed_prompt(folder)
     before = logits(folder, ids, PlainAdapter(info.adapter, state))
     _check_finite(before, f"{adapter}: its logits are NaN or infinite; train it again")
-    differences: list[float] = []
+    measured: list[str] = []
 
     def compare(written: Path) -> None:
         after = logits(written, ids, None)
         _check_finite(after, f"{out}: its logits are NaN or infinite in {dtype}; use --dtype float32")
-        differences.append(float((before - after).abs().max()))
+        measured.append(compared(before, after, "merged model"))
 
     merged = MergedSource(folder, adapter, info.adapter, state)
     write_base(merged, folder, out, dtype, origin, progress=progress, check=compare)
-    measured = (
-        f"largest logit difference {differences[0]:.3g} between adapter and merged model "
-        f"({ids.shape[1]} prompt tokens; logits up to {float(before.abs().max()):.3g})"
-    )
-    return "; ".join([*merged.other_family, measured])
+    return "; ".join([*merged.other_family, *measured])
 
 
 def _check_finite(found: Tensor, message: str) -> None:

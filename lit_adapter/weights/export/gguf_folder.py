@@ -28,9 +28,8 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.weights.export.adapted import Adapted
 from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, architecture_of
 from lit_adapter.weights.gguf_file import MODULES, GGUFSource
-from lit_adapter.weights.measure import fixed_prompt, logits, source_logits
+from lit_adapter.weights.measure import compared, fixed_prompt, source_logits
 from lit_adapter.weights.output_folder import check_free, check_output, move_into_place, scratch_folder
-from lit_adapter.weights.plain import PlainAdapter
 from lit_adapter.weights.source import half_split, renamed
 
 MODELFILE = "Modelfile"
@@ -208,11 +207,6 @@ def _check_range(packed: np.ndarray, label: str, kind: str) -> None:
 def _compare(adapted: Adapted, path: Path) -> str:
     """Say how far the logits of what the file holds are from the adapter's, and how often they agree."""
     ids = fixed_prompt(adapted.base)[:, : _context(adapted.info.model)]
-    wanted = logits(adapted.base, ids, PlainAdapter(adapted.info.adapter, adapted.state))
-    found = source_logits(GGUFSource(path), ids)
+    wanted, found = adapted.logits(ids), source_logits(GGUFSource(path), ids)
     same = int((found.argmax(-1) == wanted.argmax(-1)).sum())
-    return (
-        f"largest logit difference {float((found - wanted).abs().max()):.3g} between adapter and file "
-        f"({ids.shape[1]} prompt tokens, of which {same} have the same next token; "
-        f"logits up to {float(wanted.abs().max()):.3g})"
-    )
+    return compared(wanted, found, "file", f", of which {same} have the same next token")

@@ -27,10 +27,9 @@ from lit_adapter.text.template import Template
 from lit_adapter.weights.base_folder import CONFIG, GENERATION_CONFIG, read_fingerprint
 from lit_adapter.weights.export.adapted import Adapted
 from lit_adapter.weights.export.prefixes import prefix_settings, prefix_tensors
-from lit_adapter.weights.measure import fixed_prompt, logits
+from lit_adapter.weights.measure import compared, fixed_prompt
 from lit_adapter.weights.merged import OUTPUT_BIAS, MergedSource
 from lit_adapter.weights.output_folder import check_free, check_output, move_into_place, scratch_folder
-from lit_adapter.weights.plain import PlainAdapter
 from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
 MODELLING = Path(__file__).with_name("modeling_lit_adapter.py")
@@ -164,13 +163,9 @@ def _compare(adapted: Adapted, folder: Path) -> str:
     except ImportError as error:
         return f"not compared with the adapter's logits ({error})"
     ids = fixed_prompt(adapted.base)
-    wanted = logits(adapted.base, ids, PlainAdapter(adapted.info.adapter, adapted.state))
+    wanted = adapted.logits(ids)
     disable_progress_bar()
     kind = getattr(modelling, read_object(folder / CONFIG)["architectures"][0])
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        found = model(input_ids=ids).logits
-    return (
-        f"largest logit difference {float((found - wanted).abs().max()):.3g} between adapter and folder "
-        f"({ids.shape[1]} prompt tokens; logits up to {float(wanted.abs().max()):.3g})"
-    )
+        return compared(wanted, model(input_ids=ids).logits, "folder")
