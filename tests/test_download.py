@@ -15,7 +15,7 @@ import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config, read_fingerprint
-from lit_adapter.weights.download import WHEEL_MODELS, WheelModel, download, small_files, weight_files
+from lit_adapter.weights.download import WHEEL_MODELS, WheelModel, chosen_weights, download, small_files
 
 FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": 20},
@@ -43,13 +43,13 @@ def test_safetensors_are_preferred_and_nothing_else_is_fetched() -> None:
         "tokenizer_config.json",
         "tf_model.h5",
     ]
-    assert weight_files(repository) == repository[4:7]
+    assert chosen_weights(repository) == repository[4:7]
     chosen = ["config.json", "generation_config.json", *repository[11:14]]
     assert small_files(repository) == chosen
-    assert weight_files([n for n in repository if "safetensors" not in n]) == repository[9:11]
-    assert weight_files(["pytorch_model.bin", "model.safetensors"]) == ["model.safetensors"]
-    assert weight_files(["pytorch_model.bin", "a.gguf"]) == ["pytorch_model.bin"]
-    assert weight_files(["a.gguf"]) == []
+    assert chosen_weights([n for n in repository if "safetensors" not in n]) == repository[9:11]
+    assert chosen_weights(["pytorch_model.bin", "model.safetensors"]) == ["model.safetensors"]
+    assert chosen_weights(["pytorch_model.bin", "a.gguf"]) == ["pytorch_model.bin"]
+    assert chosen_weights(["a.gguf"]) == []
 
 
 @pytest.fixture

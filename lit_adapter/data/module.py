@@ -37,7 +37,7 @@ def share_of_rows(trainer: Trainer | None) -> tuple[int, int]:
 
 
 class AlpacaDataModule(LightningDataModule):
-    """Instruction records as packed optimizer steps.
+    """Records of any format as packed optimizer steps; checkpoints hold this class's name.
 
     The position, in finished optimizer steps, is in this module's state and not in the loader: a resumed run
     starts its sampler after the last finished step, whatever had been prefetched before the stop.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lit_adapter.config import Columns
 from lit_adapter.data.reading import records_of
 from lit_adapter.data.recognise import Recognised
-from lit_adapter.data.record import AnyRecord, Record, digest_of
+from lit_adapter.data.record import AnyRecord, digest_of
 from lit_adapter.data.tasks import DEFAULT_COLUMNS
 from lit_adapter.errors import UserError
 
@@ -65,11 +65,6 @@ class Records(Sequence[AnyRecord]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
-
-    @property
-    def tasks(self) -> list[Record]:
-        """The instruction records among them."""
-        return [row for row in self.rows if isinstance(row, Record)]
 
     @cached_property
     def sha256(self) -> str:

@@ -113,26 +113,27 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
     cut = f"lost {lost} to data.max_length"
     n_skipped = data.n_skipped if data.config.weights is None else 0  # else `_weights` says it
     skipped = (
-        f"are skipped in each epoch, different ones each time: {len(data.train_encoded)} is not a multiple "
+        f"are skipped in each epoch, different ones each time: {len(encoded)} is not a multiple "
         f"of optim.batch_size {data.batch_size}"
     )
-    notes = [
+    repeated = data.n_duplicate, len(train), "of the training records repeat an earlier one"
+    held_out_too = data.n_overlap, len(val), "of the held-out records are in the training set too"
+    if data.config.drop_duplicates:
+        n_before = len(train) + data.n_duplicate + data.n_held_out_too
+        dropped = "of the training records left out: they"
+        repeated = data.n_duplicate, n_before, f"{dropped} repeat an earlier one"
+        held_out_too = data.n_held_out_too, n_before, f"{dropped} are held out too"
+    return [
         (n_empty, len(train) + len(val) + n_empty, f"of all records left out: {_nothing(train)}"),
         (len(train) - encoded.n_read, len(train), f"of the training records {too_long}"),
         (encoded.n_cut, max(len(train), len(encoded)), f"of the training {kind} {cut}"),
-        (n_skipped, len(data.train_encoded), f"of the training records {skipped}"),
-        (data.n_duplicate, len(train), "of the training records repeat an earlier one"),
+        (n_skipped, len(encoded), f"of the training records {skipped}"),
+        repeated,
         (n_val_dropped, len(val), f"of the held-out records {too_long}"),
-        (data.n_overlap, len(val), "of the held-out records are in the training set too"),
+        held_out_too,
         (encoded.n_divided, len(train), f"of the training records {divided}"),
         (len(encoded.left_out), n_examples, f"of the training examples {too_long}"),
     ]
-    if not data.config.drop_duplicates:
-        return notes
-    n_before = len(train) + data.n_duplicate + data.n_held_out_too
-    notes[4] = data.n_duplicate, n_before, "of the training records left out: they repeat an earlier one"
-    notes[6] = data.n_held_out_too, n_before, "of the training records left out: they are held out too"
-    return notes
 
 
 def _words(records: Records) -> tuple[str, str]:

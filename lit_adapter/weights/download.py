@@ -137,7 +137,7 @@ def small_files(names: Sequence[str]) -> list[str]:
     return [name for name in names if name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)]
 
 
-def weight_files(names: Sequence[str]) -> list[str]:
+def chosen_weights(names: Sequence[str]) -> list[str]:
     """Return a repository's weight files, safetensors rather than pickles; none if it has neither."""
     if WEIGHTS in names:
         return [WEIGHTS]
@@ -152,7 +152,7 @@ def _from_hub(name: str, out: Path, revision: str | None, progress: Progress) ->
     # Kept when the network fails, so that the next try continues where this one stopped.
     folder = out.parent / f".{name.replace('/', '--')}.download"
     names, commit = list_files(name, revision)
-    weights = weight_files(names)
+    weights = chosen_weights(names)
     if CONFIG not in names or not weights:
         has = "no config.json" if CONFIG not in names else "no safetensors or pytorch_model*.bin"
         raise UserError(f"{name}: has {has}; fetch its files yourself and use scripts/convert.py")
