@@ -386,7 +386,7 @@ def test_named_templates_need_their_control_tokens(
     assert resolve_template("auto", made["sentencepiece"].ours, conversations=True).kind == "alpaca-chat"
     assert resolve_template("auto", both[0], conversations=True).kind == "chatml"
     assert resolve_template("auto", both[0]).kind == "alpaca"
-    for name in chat_templates.NAMES:
+    for name in chat_templates.SOURCES:
         found = encode_conversation(both[0], resolve_template(name, both[0]), said("a", "b", "c", "d"))
         texts = [text.split("<|")[0].strip() for text in learned(both[0], found.ids, found.kinds)]
         assert texts == ["b", "d"], name
@@ -464,7 +464,9 @@ def test_a_marked_turn_of_a_user_or_system_prompt_is_never_learned(
     """What answers are learned stays the same."""
     ours, _ = both
     needs = "{% for m in messages %}{% if m.role == 'user' %}{% set _ = '' + m.name %}{% endif %}{% endfor %}"
-    template = jinja(needs + chat_templates.CHATML if name == "needs a name" else chat_templates.named(name))
+    template = jinja(
+        needs + chat_templates.CHATML if name == "needs a name" else chat_templates.SOURCES[name]
+    )
     plain = [replace(one, more={"name": "n"}) for one in said("q1", "a1", "q2", "a2", system="BE BRIEF")]
     talk = [replace(one, learned=one.content not in ("BE BRIEF", "q2")) for one in plain]
     usual, found = (encode_conversation(ours, template, one) for one in (plain, talk))

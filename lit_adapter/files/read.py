@@ -88,6 +88,12 @@ def refuse_stand_in(path: Path) -> None:
         raise UserError(f"{path}: is a web page, not the file itself; fetch it again")
 
 
+def file_state(path: Path) -> list[int]:
+    """Return what shows, without reading it, that a file was replaced or written again."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hex."""
     with path.open("rb") as stream:

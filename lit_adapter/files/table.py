@@ -24,6 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from lit_adapter.errors import WriteError
 from lit_adapter.files.locks import one_at_a_time
+from lit_adapter.files.read import file_state
 from lit_adapter.files.space import write_error
 from lit_adapter.files.write import sync_folder, write_json
 
@@ -255,10 +256,9 @@ def _checksum(about: dict[str, Any]) -> str:
 def _seen(folder: Path, names: Iterable[str]) -> dict[str, list[int]] | None:
     """Return what shows that the files are still the same; None if one is missing."""
     try:
-        found = {name: (folder / name).stat() for name in names}
+        return {name: file_state(folder / name) for name in names}
     except OSError:
         return None
-    return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()}
 
 
 def _crc32(path: Path, n_bytes: int) -> int | None:

@@ -70,8 +70,7 @@ def _with_tasks(template: Template, conversation: str) -> str:
 
 def _bare(template: Template) -> str:
     """Return the template's text for a task without input."""
-    text = template.text if template.text_without_input is None else template.text_without_input
-    return text.replace(INPUT, "")
+    return template.text_for("").replace(INPUT, "")
 
 
 def _filled(text: str, instruction: str, input: str = "''") -> str:

@@ -54,9 +54,6 @@ OPENING = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
 )
-SOURCES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
-"""Jinja by name; `alpaca_chat` makes the others."""
-NAMES = (*SOURCES, "alpaca-chat")
 
 
 def alpaca_chat(*, newline: bool = False) -> str:
@@ -82,6 +79,5 @@ def _filled(source: str, **texts: str) -> str:
     return re.sub("|".join(values), lambda found: values[found[0]], source)
 
 
-def named(name: str) -> str:
-    """Return the Jinja of a named template."""
-    return SOURCES[name] if name in SOURCES else alpaca_chat()
+SOURCES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "alpaca-chat": alpaca_chat()}
+"""Jinja by name."""

@@ -12,13 +12,18 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import read_json
 from lit_adapter.text.byte_pairs import PATTERNS, Split, llama3_json, looks_like_ranks
-from lit_adapter.text.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED
 from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.sentencepiece_model import UNUSED, ModelProto
+from lit_adapter.text.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelProto,
+)
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
-NORMAL = 1
 PRE_NAMES: dict[Split, str] = {
     "gpt2": "gpt-2",
     "digits": "smollm",

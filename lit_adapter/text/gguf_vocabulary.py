@@ -14,7 +14,7 @@ from lit_adapter.errors import UserError, nearest
 from lit_adapter.files.write import write_bytes, write_json, write_text
 from lit_adapter.text.byte_pairs import Split, byte_level_json
 from lit_adapter.text.huggingface import added_token
-from lit_adapter.text.sentencepiece_model import ModelProto
+from lit_adapter.text.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, ModelProto
 
 PRE_TOKENIZERS: dict[str, Split] = {
     "default": "gpt2",
@@ -32,8 +32,6 @@ PRE_TOKENIZERS: dict[str, Split] = {
 """Pre-tokenizers by ``tokenizer.ggml.pre``. SmolLM3, whose tokenizer is LLaMA 3's, has that of Smaug."""
 PUTS_BOS = ("llama-bpe", "llama-v3", "llama3", "tekken")
 """Kinds of byte-level vocabulary before whose texts llama.cpp puts BOS, unless the file says otherwise."""
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Types of tokens, numbered as in sentencepiece."""
 BPE = 2
 
 
@@ -63,7 +61,7 @@ class _Keys:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
         self.tokens: list[str] = list(self.need("tokens"))
-        self.types: list[int] = list(self.get("token_type") or [1] * len(self.tokens))
+        self.types: list[int] = list(self.get("token_type") or [NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
             raise UserError(f"{len(self.tokens)} tokens but {len(self.types)} in 'tokenizer.ggml.token_type'")
         if len(set(self.tokens)) != len(self.tokens):

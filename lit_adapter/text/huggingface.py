@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.text.description import Description, describe
@@ -129,8 +128,6 @@ def byte_letters() -> dict[int, str]:
 
 
 BYTE_OF = {letter: byte for byte, letter in byte_letters().items()}
-if BYTE_OF.keys() != set(pre_tokenizers.ByteLevel.alphabet()):
-    raise ImportError("the installed tokenizers package maps bytes to characters differently from GPT-2")
 
 
 def _try_patterns(raw: dict[str, Any], source: object) -> None:

@@ -9,8 +9,8 @@ from lit_adapter.errors import UserError
 from lit_adapter.text.description import Description, describe
 from lit_adapter.text.tokenizer import CONTROL_SPELLING, Tokenizer
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-"""Types of pieces in sentencepiece's numbering."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+"""Types of pieces in sentencepiece's numbering, which GGUF files have too."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -77,7 +77,7 @@ def _mark_control_tokens(model: ModelProto, about: Description) -> None:
     """Give the type CONTROL to tokens that act as control tokens: BOS, EOS, special pieces, ``<|...|>``."""
     named = {about.bos, about.eos, *about.special}
     for piece in model.pieces:
-        told = piece.piece in named and piece.type in (1, USER_DEFINED)
+        told = piece.piece in named and piece.type in (NORMAL, USER_DEFINED)
         looks = piece.type == USER_DEFINED and CONTROL_SPELLING.fullmatch(piece.piece)
         if told or looks:
             piece.type = CONTROL

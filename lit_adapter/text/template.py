@@ -25,12 +25,8 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-CHATS = ("chat", *chat_templates.NAMES, "jinja")
+ALPACA_WITHOUT_INPUT = chat_templates.OPENING + "### Instruction:\n{instruction}\n\n### Response:"
+CHATS = ("chat", *chat_templates.SOURCES, "jinja")
 """Kinds of templates for conversations."""
 KINDS = ("alpaca", "alpaca-newline", *CHATS, "custom")
 _OF_CHATS = ("jinja", "date")
@@ -107,10 +103,13 @@ class Template:
             return tokenizer.chat_template
         if self.kind in ("alpaca", "alpaca-newline"):
             return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
-        text = (self.text if self.text_without_input is None else self.text_without_input).replace(INPUT, "")
-        before, _, after = text.partition(INSTRUCTION)
+        before, _, after = self.text_for("").replace(INPUT, "").partition(INSTRUCTION)
         end = next(name for name, id_ in tokenizer.control_tokens.items() if id_ == self.end_id(tokenizer))
         return chat_templates.repeated(before, after + self.lead, end)
+
+    def text_for(self, input: str) -> str:
+        """Return the text for a record with this input, which may be empty."""
+        return self.text if input or self.text_without_input is None else self.text_without_input
 
     def variant(self, record_has_input: bool) -> int:
         """Return which of the template's texts a record uses: 0, or 1 for the one without input."""
@@ -192,7 +191,7 @@ class Template:
             instruction, input = f"{instruction}\n\n{input}" if input else instruction, ""
         if self.trim:
             instruction = instruction.strip()
-        text = self.text if input or self.text_without_input is None else self.text_without_input
+        text = self.text_for(input)
         if input and INPUT not in text:
             raise UserError(
                 f"template {shorten(text)}: no place for an input; leave the input out, or use a "
@@ -246,10 +245,10 @@ def resolve_template(name_or_text: str, tokenizer: Tokenizer, *, conversations: 
         if not tokenizer.chat_template:
             raise UserError(
                 "template 'chat': this base has no chat template; use alpaca or a text of your own, or "
-                f"for conversations {', '.join(chat_templates.NAMES)}"
+                f"for conversations {', '.join(chat_templates.SOURCES)}"
             )
         return _chat(tokenizer, tokenizer.chat_template, name)
-    if name in chat_templates.NAMES:
+    if name in chat_templates.SOURCES:
         return _named_chat(tokenizer, name)
     if name in ("alpaca", "alpaca-newline"):
         newline = "\n" if name == "alpaca-newline" else ""
@@ -295,7 +294,7 @@ def _name_for_conversations(tokenizer: Tokenizer) -> str:
 
 
 def _named_chat(tokenizer: Tokenizer, name: str) -> Template:
-    source = chat_templates.named(name)
+    source = chat_templates.SOURCES[name]
     missing = [one for one in CONTROL_SPELLING.findall(source) if one not in tokenizer.control_tokens]
     if missing:
         raise UserError(

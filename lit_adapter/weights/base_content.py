@@ -23,7 +23,7 @@ from typing import Any
 from lit_adapter.errors import UserError
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import cache_folder
-from lit_adapter.files.read import file_sha256, read_object, reading, refuse_stand_in
+from lit_adapter.files.read import file_sha256, file_state, read_object, reading, refuse_stand_in
 from lit_adapter.files.write import write_json
 from lit_adapter.weights.base_folder import (
     FINGERPRINT,
@@ -238,9 +238,8 @@ def _header(view: memoryview, path: Path) -> Iterator[tuple[str, bytes, int, int
 
 
 def _seen(folder: Path) -> dict[str, list[int]]:
-    """Return what shows, without reading it, that a weight file was replaced or written again."""
-    status = {path.name: path.stat() for path in weight_files(folder)}
-    return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in status.items()}
+    """Return the state of every weight file."""
+    return {path.name: file_state(path) for path in weight_files(folder)}
 
 
 def _pages(tensors: Mapping[str, _Tensor]) -> dict[str, str]:

@@ -18,7 +18,8 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import refuse_stand_in
 from lit_adapter.model.config_keys import reading_sizes
 from lit_adapter.model.precision import FLOATS
-from lit_adapter.text.gguf_vocabulary import CONTROL, write_gguf_tokenizer
+from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
+from lit_adapter.text.sentencepiece_model import CONTROL
 from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, GGUFKeys, read_config
 from lit_adapter.weights.gguf_header import read_header
 from lit_adapter.weights.shards import AGAIN, read_bytes
