@@ -15,13 +15,16 @@ import torch
 import transformers
 import warm_runs
 from finetune_runs import TINY, WORDS
+from generation_fixtures import save_random_adapter
 from hub_stand_in import hub  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, settings
 from tiny_models import transformers_llama
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import lit_adapter
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.config import Config
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.text.template import ALPACA, ALPACA_WITHOUT_INPUT
 from lit_adapter.weights.convert import convert
 
@@ -99,6 +102,18 @@ def make_base(folder: Path, *, hidden_size: int) -> Path:
     )
     model.float().save_pretrained(source)
     return convert(source, source.parent / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny base whose gates are open."""
+    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
+    """That adapter on its base."""
+    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

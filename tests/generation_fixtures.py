@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from paper import paper
 
@@ -62,6 +63,11 @@ def script(*argv: object, out: io.StringIO | None = None) -> str:
     with contextlib.redirect_stdout(out):
         assert main([str(value) for value in argv]) == 0
     return out.getvalue()
+
+
+def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Have a command read ``content``."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 def json_lines(path: Path) -> list[dict[str, str]]:

@@ -33,12 +33,6 @@ from lit_adapter.weights.adapter_search import adapter_file
 HOW = {"max_new_tokens": 8}
 
 
-@pytest.fixture(scope="module")
-def model(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> AdaptedLlama:
-    path = save_random_adapter(tiny_base, tmp_path_factory.mktemp("chat") / "adapter.safetensors")
-    return lit_adapter.load(path, tiny_base, device="cpu", dtype="float32")
-
-
 @pytest.fixture
 def talk(model: AdaptedLlama) -> Conversation:
     return Conversation(LoadedModels(model, "ours"), Sampling(**HOW), io.StringIO())

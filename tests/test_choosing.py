@@ -13,7 +13,6 @@ import pytest
 import torch
 from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
 
-import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.answering import choose
@@ -24,16 +23,6 @@ from lit_adapter.model.config import AdapterConfig
 V2 = AdapterConfig(version="v2", layers=3, prompt_length=3, head=True)
 ANSWERS = ["red", "red and blue", " no", "Grün \U0001f468"]
 TASKS = [("Name it.", "red blue"), ("Say.", ""), ("Name the colour of this sentence.", "blue " * 20)]
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
-    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
 
 
 def summed(model: AdaptedLlama, task: tuple[str, str], answer: str) -> float:

@@ -149,16 +149,6 @@ def test_logits_that_are_nan_are_an_error() -> None:
         answers(model, [[1, 2]], Sampling())
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
-    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
-
-
 def test_a_text_at_a_time_is_answered_in_fp32_on_a_cpu_with_memory_for_it(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_fixtures import CHOICES, ROOT, process, save_random_adapter, script
+from generation_fixtures import CHOICES, ROOT, process, script, standard_input
 
 import lit_adapter
 from lit_adapter.errors import UserError
@@ -22,16 +22,6 @@ from lit_adapter.generation.settings import Sampling
 
 TASK = ("Say it back.", "red blue")
 SHORT = ("--max_new_tokens", 12)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
-    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +117,6 @@ def test_compare_cuts_no_long_word(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = zip(*(line.split("\u2502")[1:3] for line in out.getvalue().splitlines()[3:-1]), strict=True)
     texts = ["".join(cell.strip() for cell in column) for column in columns]
     assert texts == ['{"name":"' + "n" * 200 + '","end":1}'] * 2
-
-
-def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 def test_standard_input_is_one_instruction(

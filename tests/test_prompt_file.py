@@ -7,14 +7,13 @@ import datetime
 import io
 import json
 import signal
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from generation_fixtures import CHOICES, json_lines, save_random_adapter, script
+from generation_fixtures import CHOICES, json_lines, script, standard_input
 from warm_runs import Run, signal_after_answers
 
 import lit_adapter
@@ -26,11 +25,6 @@ from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.prompt_file import STANDARD_INPUT, read_prompts
 
 SHORT = ("--max_new_tokens", 40, "--batch_size", 2, "--temperature", 1.0)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +316,6 @@ def test_other_columns_are_kept_and_the_answer_gets_its_own(
         model.generate(row["question"], row["context"], max_new_tokens=5, temperature=1.0) for row in TABLE
     ]
     assert json_lines(out) == [{**row, "ours": text} for row, text in zip(TABLE, answers, strict=True)]
-
-
-def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from generation_fixtures import save_random_adapter
 
 import lit_adapter
 from lit_adapter import AdaptedLlama, Sampling, UserError
 from lit_adapter.cli.command import run
 from lit_adapter.cli.generate import main as generate_main
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_adapter(tiny_base, tmp_path_factory.mktemp("adapter") / "adapter.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_base: Path, adapter: Path) -> AdaptedLlama:
-    return lit_adapter.load(adapter, tiny_base, device="cpu", dtype="float32")
 
 
 def as_command(options: list[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
