@@ -87,15 +87,8 @@ def push_adapter(
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
 
-    from lit_adapter.weights.adapter_file import read_adapter
-    from lit_adapter.weights.model_card import model_card
-
     check_name(name)  # for a bare name, the Hub would create a repository under this login
-    info, _ = read_adapter(adapter)
-    base = base_at_hand(info.base, adapter)
-    if base is not None and not has_fingerprints(base, info.base):
-        base = None  # another one of that name, whose origin is not this adapter's
-    text = read_text(card) if card is not None else model_card(info, name, base, evaluated)
+    text = _card(adapter, name, card, evaluated)
     if dry_run:
         asking_hub(name, None, lambda: validate_repo_id(name))
         return "", text
@@ -114,3 +107,17 @@ def push_adapter(
         name, None, lambda: api.create_commit(name, operations, commit_message="Upload adapter")
     )
     return str(commit.commit_url), None if keeps else text
+
+
+def _card(adapter: Path, name: str, card: Path | None, evaluated: Evaluated | None) -> str:
+    """Return the user's model card, or one written for the adapter; a UserError refuses another file."""
+    from lit_adapter.weights.adapter_file import read_adapter
+    from lit_adapter.weights.model_card import model_card
+
+    info, _ = read_adapter(adapter)
+    if card is not None:
+        return read_text(card)
+    base = base_at_hand(info.base, adapter)
+    if base is not None and not has_fingerprints(base, info.base):
+        base = None  # another one of that name, whose origin is not this adapter's
+    return model_card(info, name, base, evaluated)

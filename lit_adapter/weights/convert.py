@@ -97,13 +97,7 @@ def write_base(
             check_vocabulary(load_tokenizer(scratch), checkpoint.config.vocab_size)
         check_free(out, sum(entry.n_bytes for entry in entries))
         weights, tensor_crc32 = write_tensors(scratch, entries, checkpoint.tensor, checkpoint.label, progress)
-        sizes: Counter[torch.dtype] = Counter()
-        for entry in entries:
-            sizes[entry.dtype] += entry.n_bytes
-        main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
-        write_json(scratch / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
-        if checkpoint.generation is not None:
-            write_json(scratch / GENERATION_CONFIG, checkpoint.generation)
+        _write_config(checkpoint, entries, scratch)
         files = [path for path in sorted(scratch.iterdir()) if not path.name.startswith(".")]
         fingerprint = {
             "format": FORMAT_VERSION,
@@ -118,6 +112,17 @@ def write_base(
         if check is not None:
             check(scratch)
         move_into_place(scratch, out)
+
+
+def _write_config(checkpoint: Source, entries: list[Entry], folder: Path) -> None:
+    """Write ``config.json``, which names the type of most of the weights, and what is known of generation."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in entries:
+        sizes[entry.dtype] += entry.n_bytes
+    main = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    write_json(folder / CONFIG, {**checkpoint.config.to_hf(), **checkpoint.token_ids, "dtype": main})
+    if checkpoint.generation is not None:
+        write_json(folder / GENERATION_CONFIG, checkpoint.generation)
 
 
 def _open_source(source: Path) -> Source:
