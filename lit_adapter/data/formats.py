@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from lit_adapter.config import Columns
 from lit_adapter.data.strict_json import Row, json_rows, jsonl_rows
 from lit_adapter.errors import UserError, shorten
+from lit_adapter.files.read import reading
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """What may separate the columns of a CSV file, and its name."""
@@ -56,7 +57,7 @@ def check_regular(path: Path, name: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{name}: not a regular file (a pipe, socket or device); name a data file")
     if status.st_size == 0:
-        raise UserError(f"{name}: the file is empty; expected records of instruction, input and output")
+        raise _empty(name)
 
 
 def rows_of(
@@ -135,14 +136,11 @@ def check_no_columns(columns: Columns, name: str) -> None:
 
 def _check_text(path: Path, name: str) -> None:
     """Refuse a file that begins in another encoding, or has nothing but white space."""
-    try:
-        with path.open("rb") as file:
-            _check_encoding(file.read(2), name)
-            file.seek(0)
-            while (block := file.read(_BLOCK)) and not block.removeprefix(codecs.BOM_UTF8).strip():
-                pass
-    except OSError as error:
-        raise UserError(f"{name}: cannot read: {error.strerror}") from None
+    with reading(name), path.open("rb") as file:
+        _check_encoding(file.read(2), name)
+        file.seek(0)
+        while (block := file.read(_BLOCK)) and not block.removeprefix(codecs.BOM_UTF8).strip():
+            pass
     if not block:
         raise _empty(name)
 
@@ -166,12 +164,10 @@ def _text_file_rows(path: Path, name: str, reader: Callable[[TextIO, str], Itera
     # The csv module wants line ends as they are; in JSON only a line feed ends a line.
     newline = "" if path.suffix.lower() in TABLES else "\n"
     try:
-        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+        with reading(name), path.open(encoding="utf-8-sig", newline=newline) as stream:
             yield from reader(stream, name)
     except UnicodeDecodeError:
         raise _first_error(path, name) from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot read: {error.strerror}") from None
 
 
 def _first_error(path: Path, name: str) -> UserError:

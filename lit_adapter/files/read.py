@@ -17,12 +17,12 @@ MAX_JSON_BYTES = 2**28
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError about ``path`` into a UserError."""
+def reading(name: Path | str) -> Iterator[None]:
+    """Turn an OSError about a file, which the message calls ``name``, into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
+        raise UserError(f"{name}: cannot read: {error.strerror or error}") from None
 
 
 def read_text(path: Path) -> str:
