@@ -18,7 +18,7 @@ from lit_adapter.model.config import LlamaConfig
 from lit_adapter.model.llama import Llama
 from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.convert import convert
-from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 
 HERE = Path(__file__).parent / "adapters"
 sys.path.insert(0, str(HERE))
@@ -69,6 +69,6 @@ def logits_of(adapter: Path, groups: int, ids: list[int] = IDS) -> Tensor:
         return model.logits(model(torch.tensor([ids]), view))[0]
 
 
-def converted(source: Path, out: Path, base: Path | None, **wishes: Any) -> list[str]:
+def converted(source: Path, out: Path, base: Path | None, **options: Any) -> list[str]:
     """The report's lines."""
-    return convert_adapter(source, out, Wishes(base=base, **wishes))
+    return convert_adapter(source, out, ConversionOptions(base=base, **options))

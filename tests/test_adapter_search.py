@@ -15,7 +15,7 @@ from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.loading import load_adapters
 from lit_adapter.serving.names import named_adapters
 from lit_adapter.serving.options import ServerOptions
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def test_generate_takes_a_run(run: Path, tiny_base: Path) -> None:
 
 def test_an_empty_name_is_not_the_working_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
-    assert adapter_file(".") == Path("adapter.safetensors")
+    assert find_adapter(".") == Path("adapter.safetensors")
     with pytest.raises(UserError, match="the adapter's name is empty"):
-        adapter_file("")
+        find_adapter("")
 
 
 def test_a_server_takes_a_run_and_its_name(run: Path, tiny_base: Path) -> None:

@@ -28,7 +28,7 @@ from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.loaded_models import LoadedModels
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.generation.terminal import Conversation, converse
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 HOW = {"max_new_tokens": 8}
 
@@ -88,7 +88,7 @@ def test_another_adapter_goes_on_with_the_conversation(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "other").mkdir(parents=True)
     path = save_random_adapter(tiny_base, tmp_path / "out/other/adapter.safetensors", seed=8)
-    assert adapter_file("other") == adapter_file("out/other") == Path("out/other/adapter.safetensors")
+    assert find_adapter("other") == find_adapter("out/other") == Path("out/other/adapter.safetensors")
     first_model = talk.partner.model
     converse(talk, iter(["Say it.", "/adapter other", "Again."]))
     other = lit_adapter.load(path, tiny_base, device="cpu", dtype="float32")

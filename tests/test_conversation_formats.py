@@ -12,7 +12,7 @@ import pytest
 
 from lit_adapter.config import Columns, DataConfig
 from lit_adapter.data.mixing import EpochOrder, shares
-from lit_adapter.data.record import Conversation, PlainText, Record, of_texts
+from lit_adapter.data.record import Conversation, PlainText, Record, record_of
 from lit_adapter.data.records import Records, read_records
 from lit_adapter.data.sources import check_sources, has_conversations, load_records
 from lit_adapter.errors import UserError
@@ -62,7 +62,7 @@ def test_the_same_conversation_in_every_form(tmp_path: Path, record: dict[str, A
     assert messages(found) == [HELLO]
     assert [known.name for known in found.formats] == [name]
     assert found[0].origin == f"{tmp_path}/x.jsonl:1"
-    assert of_texts(found[0].texts) == found[0]
+    assert record_of(found[0].texts) == found[0]
 
 
 def test_prompt_and_completion_and_text(tmp_path: Path) -> None:

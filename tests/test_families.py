@@ -26,8 +26,7 @@ from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
-from lit_adapter.weights.gguf_config import GGUFKeys
-from lit_adapter.weights.gguf_config import read_config as read_gguf_config
+from lit_adapter.weights.gguf_config import GGUFKeys, config_of
 from lit_adapter.weights.load import load_base
 
 SIZES: dict[str, Any] = {
@@ -218,12 +217,12 @@ def test_a_gguf_window_without_its_layers_is_refused() -> None:
         }
         keys, shapes = GGUFKeys(Path("model.gguf"), fields), {"token_embd.weight": (61, 32)}
         if architecture == "llama":
-            assert read_gguf_config(keys, shapes, None).window_of(3) == 8
+            assert config_of(keys, shapes, None).window_of(3) == 8
         elif window < 64:
             with pytest.raises(UserError, match="does not say which layers have the window"):
-                read_gguf_config(keys, shapes, None)
+                config_of(keys, shapes, None)
         else:
-            assert read_gguf_config(keys, shapes, None).window is None
+            assert config_of(keys, shapes, None).window is None
 
 
 FORMS: list[dict[str, Any]] = [

@@ -30,7 +30,7 @@ from lit_adapter.weights.adapter_file import METADATA_KEY, read_adapter, save_ad
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.export.export import export
-from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 from lit_adapter.weights.merge import merge
 
 WINDOW = {"sliding_window": 20, "use_sliding_window": True}
@@ -116,7 +116,7 @@ def test_lora_goes_to_peft_and_back_and_merges_into_its_own_family(
     info, state = read_adapter(ours)  # smaller updates, so that rounding does not grow from layer to layer
     save_adapter(ours, {name: 0.2 * tensor for name, tensor in state.items()}, info)
     wanted = logits(ours, base)
-    convert_adapter(ours, tmp_path / "peft", Wishes(to="peft-lora", base=base))
+    convert_adapter(ours, tmp_path / "peft", ConversionOptions(to="peft-lora", base=base))
     adapted = peft.PeftModel.from_pretrained(theirs(base.parent / "source"), tmp_path / "peft").eval()
     merge(ours, tmp_path / "merged", base=base)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_lora_goes_to_peft_and_back_and_merges_into_its_own_family(
         assert near(theirs(tmp_path / "merged")(input_ids=IDS).logits, wanted)
     assert read_config(tmp_path / "merged").family == kind
     adapted.save_pretrained(tmp_path / "again")
-    convert_adapter(tmp_path / "again", tmp_path / "back.safetensors", Wishes(base=base))
+    convert_adapter(tmp_path / "again", tmp_path / "back.safetensors", ConversionOptions(base=base))
     before, after = (load_file(path) for path in (ours, tmp_path / "back.safetensors"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -154,11 +154,11 @@ def test_v2_on_norms_of_heads_has_no_family(bases: dict[str, Path], tmp_path: Pa
 def test_prompts_of_mistral_go_to_peft_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
     base, form = bases["mistral"], paper(prompt_length=5, layers=2, gate="layer")
     ours = save_random_adapter(base, tmp_path / "ours.safetensors", config=form)
-    convert_adapter(ours, tmp_path / "peft", Wishes(to="peft", base=base))
+    convert_adapter(ours, tmp_path / "peft", ConversionOptions(to="peft", base=base))
     adapted = peft.PeftModel.from_pretrained(theirs(base.parent / "source"), tmp_path / "peft").eval()
     with torch.no_grad():
         assert near(adapted(input_ids=IDS).logits, logits(ours, base))
-    convert_adapter(tmp_path / "peft", tmp_path / "back.safetensors", Wishes(base=base))
+    convert_adapter(tmp_path / "peft", tmp_path / "back.safetensors", ConversionOptions(base=base))
     assert near(logits(tmp_path / "back.safetensors", base), logits(ours, base))
 
 
@@ -168,7 +168,9 @@ def test_what_another_code_base_has_no_model_for_is_refused(
 ) -> None:
     ours = save_random_adapter(bases[kind], tmp_path / "ours.safetensors")
     with pytest.raises(UserError, match=f"{to} adapters are for bases of .*; this one is of {kind}"):
-        convert_adapter(ours, tmp_path / "theirs", Wishes(to=to, base=bases[kind], allow_lossy=True))
+        convert_adapter(
+            ours, tmp_path / "theirs", ConversionOptions(to=to, base=bases[kind], allow_lossy=True)
+        )
 
 
 def test_an_adapter_that_treats_its_prefix_in_another_way_is_refused(

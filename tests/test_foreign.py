@@ -484,9 +484,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("name", "wishes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.parametrize(("name", "options", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes(
-    tmp_path: Path, bases: dict[int, Path], name: str, wishes: dict[str, Any], message: str
+    tmp_path: Path, bases: dict[int, Path], name: str, options: dict[str, Any], message: str
 ) -> None:
     own_adapter(tmp_path / "ours.safetensors", bases[2], paper(prompt_length=3, gate="layer"))
     own_adapter(tmp_path / "v2.safetensors", bases[2], paper(version="v2", prompt_length=3))
@@ -501,11 +501,11 @@ def test_mistakes(
     torch.save({key: torch.ones(2) for key in "abc"}, tmp_path / "unknown.pth")
     for path in HERE.glob("*.pth"):
         shutil.copy(path, tmp_path)
-    wishes = {"base": 2, **wishes}
-    base = bases[wishes["base"]] if wishes["base"] else None
-    out = tmp_path / wishes.pop("out", "out")
+    options = {"base": 2, **options}
+    base = bases[options["base"]] if options["base"] else None
+    out = tmp_path / options.pop("out", "out")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    asked = {key: value for key, value in wishes.items() if key != "base"}
+    asked = {key: value for key, value in options.items() if key != "base"}
     with pytest.raises(UserError, match=message):
         converted(tmp_path / name, out, base, overwrite=out.exists(), **asked)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -18,7 +18,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.config import LlamaConfig
 from lit_adapter.weights.adapter_file import BaseIdentity, read_adapter
 from lit_adapter.weights.base_search import base_at_hand, find_base
-from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 from lit_adapter.weights.foreign.pickles import read_torch_file
 from lit_adapter.weights.foreign.recognise import FORMATS, open_adapter, recognise
 from lit_adapter.weights.shards import TorchShard
@@ -234,8 +234,8 @@ def test_a_path_that_cannot_be_looked_at(tmp_path: Path) -> None:
     for attempt in (
         lambda: open_adapter(long),
         lambda: read_adapter(long),
-        lambda: convert_adapter(long, tmp_path / "out", Wishes()),
-        lambda: convert_adapter(tmp_path / "x", long, Wishes()),
+        lambda: convert_adapter(long, tmp_path / "out", ConversionOptions()),
+        lambda: convert_adapter(tmp_path / "x", long, ConversionOptions()),
     ):
         with pytest.raises(UserError, match=r"a{300}: cannot read: File name too long"):
             attempt()

@@ -22,7 +22,7 @@ from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.weights.convert import convert
-from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 
 CHAT = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] | trim + '</s>\n' }}"
@@ -109,7 +109,7 @@ def test_an_adapter_has_the_scores_of_its_peft_export(base: Path, source: Path, 
 
     config = AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("q_proj", "down_proj")))
     adapter = save_random_adapter(base, tmp_path / "lora" / "adapter.safetensors", config=config)
-    convert_adapter(adapter, tmp_path / "peft", Wishes(to="peft-lora", base=base))
+    convert_adapter(adapter, tmp_path / "peft", ConversionOptions(to="peft-lora", base=base))
     model = lit_adapter.load(adapter, base, device="cpu", dtype="float32")
     theirs = HFLM(str(source), peft=str(tmp_path / "peft"), device="cpu", dtype="float32", batch_size=3)
     check_same(HarnessModel(model), theirs, list(write_tasks(tmp_path).values()))

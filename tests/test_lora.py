@@ -37,7 +37,7 @@ from lit_adapter.training.finetune import finetune
 from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.convert import convert
-from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 from lit_adapter.weights.merge import merge
 
 FORMS = {
@@ -208,13 +208,13 @@ def test_peft_reads_ours_and_we_read_peft_with_equal_logits(
     lora = LoraConfig(rank=3, alpha=5.0, on=on, rank_stabilised=stabilised)
     ours = saved(base, tmp_path / "ours.safetensors", AdapterConfig(prompt_length=0, lora=lora))
     wanted = lit_adapter.load(adapter=ours, base=base, device="cpu", dtype="float32").logits(IDS)
-    report = convert_adapter(ours, tmp_path / "peft", Wishes(to="peft-lora", base=base))
+    report = convert_adapter(ours, tmp_path / "peft", ConversionOptions(to="peft-lora", base=base))
     assert any("largest difference 0 " in line for line in report)
     adapted = peft.PeftModel.from_pretrained(theirs(source[0]), tmp_path / "peft").eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(input_ids=IDS).logits, wanted, rtol=1e-4, atol=1e-4)
     adapted.save_pretrained(tmp_path / "again")  # their own files, with every key they write
-    convert_adapter(tmp_path / "again", tmp_path / "back.safetensors", Wishes(base=base))
+    convert_adapter(tmp_path / "again", tmp_path / "back.safetensors", ConversionOptions(base=base))
     before, after = (load_file(path) for path in (ours, tmp_path / "back.safetensors"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -239,7 +239,7 @@ def test_what_ours_cannot_hold_of_peft_is_named(
     adapted = peft.get_peft_model(theirs(source[0]), peft.LoraConfig(**(given | settings)))
     adapted.save_pretrained(tmp_path / "peft")
     with pytest.raises(UserError, match=message):
-        convert_adapter(tmp_path / "peft", tmp_path / "ours.safetensors", Wishes(base=source[1]))
+        convert_adapter(tmp_path / "peft", tmp_path / "ours.safetensors", ConversionOptions(base=source[1]))
     assert not (tmp_path / "ours.safetensors").exists()
 
 
@@ -268,7 +268,7 @@ def test_formats_that_cannot_hold_it_say_so(
 ) -> None:
     ours = saved(source[1], tmp_path / "ours.safetensors", FORMS[form])
     with pytest.raises(UserError, match=message):
-        convert_adapter(ours, tmp_path / "out", Wishes(to=to, base=source[1]))
+        convert_adapter(ours, tmp_path / "out", ConversionOptions(to=to, base=source[1]))
 
 
 @pytest.mark.parametrize(

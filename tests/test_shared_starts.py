@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import open_adapter, random_llama
 
-from lit_adapter.data.shared_starts import Scored, groups, rows_of
+from lit_adapter.data.shared_starts import Scored, groups, packed_rows
 from lit_adapter.generation.choosing import likelihoods
 from lit_adapter.model import loss
 from lit_adapter.model.attention import CausalView
@@ -54,7 +54,7 @@ def test_every_text_has_the_likelihood_that_it_has_alone(
     drawn: list[tuple[tuple[int, ...], list[int]]], row_tokens: int, model: Llama, n_columns: int
 ) -> None:
     texts = scored(drawn)
-    owners = [owner for _, owner in rows_of(texts, row_tokens)]
+    owners = [owner for _, owner in packed_rows(texts, row_tokens)]
     assert sorted({int(text) for owner in owners for text in owner}) == list(range(len(texts)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CPU_COLUMNS", n_columns)
@@ -76,7 +76,7 @@ def test_sharing_never_takes_more_tokens_than_whole_texts(
     found = groups(texts)
     assert sum(group.cost for group in found) <= sum(len(text.ids) - 1 for text in texts)
     assert sorted(i for group in found for i in group.texts) == list(range(len(texts)))
-    assert sum(len(row.ids) for row, _ in rows_of(texts)) == max(1, sum(group.cost for group in found))
+    assert sum(len(row.ids) for row, _ in packed_rows(texts)) == max(1, sum(group.cost for group in found))
 
 
 def test_the_level_that_saves_most_is_shared() -> None:
@@ -94,7 +94,7 @@ def test_a_logit_far_below_the_others_costs_no_precision() -> None:
     """The output layer's bias moves the first of each block; log-likelihoods are never positive."""
     model = open_adapter(random_llama(1), AdapterConfig(version="v2", head=True))
     texts = [Scored([1, 5, 6, 8, 9, 2], 1)]
-    [[row, _]] = rows_of(texts)
+    [[row, _]] = packed_rows(texts)
     with torch.no_grad():
         model.lm_head.adapter_bias[::7] -= 1e9
         expected = -float(loss.row_loss(model.double(), row))

@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.streams import say
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 TARGETS = ("ours", "lit-llama", "litgpt", "peft", "peft-lora")
 SOURCES = ("auto", "official", *TARGETS)
@@ -48,9 +48,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     options = parse(parser, argv)
 
-    from lit_adapter.weights.foreign.convert import Wishes, convert_adapter
+    from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 
-    wishes = Wishes(**{field.name: options[field.name] for field in fields(Wishes)})
-    for line in convert_adapter(adapter_file(options.source), Path(options.out), wishes):
+    wanted = ConversionOptions(**{field.name: options[field.name] for field in fields(ConversionOptions)})
+    for line in convert_adapter(find_adapter(options.source), Path(options.out), wanted):
         say(line)
     return 0

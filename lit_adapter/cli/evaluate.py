@@ -10,7 +10,7 @@ from lit_adapter.config import Columns
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.streams import output_is_no_result, say
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 DATA = "held-out records: a JSON, JSONL, CSV, TSV or Parquet file, as for training"
 METRICS = (
@@ -100,7 +100,7 @@ def _settings(options: Any) -> Evaluation:
             raise UserError(f"--{given} without --{needed} has no meaning; leave it out")
     return Evaluation(
         out=Path(options.out),
-        adapters=tuple(adapter_file(adapter) for adapter in options.adapter),
+        adapters=tuple(find_adapter(adapter) for adapter in options.adapter),
         base=_path(options.base),
         data=_path(options.data),
         columns=Columns(**options.columns),

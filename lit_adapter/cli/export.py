@@ -7,7 +7,7 @@ from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
 from lit_adapter.streams import say
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     choices = {name: options[name] for name in ("base", "to", "with_base", "dtype", "overwrite")}
     with byte_progress("exporting") as progress:
         report = export(
-            adapter_file(options.adapter), Path(options.out), kind=options.type, progress=progress, **choices
+            find_adapter(options.adapter), Path(options.out), kind=options.type, progress=progress, **choices
         )
     say(f"wrote {shown(Path(options.out))}: {'; '.join(report)}")
     return 0

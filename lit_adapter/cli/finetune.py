@@ -71,8 +71,8 @@ def parse_finetune(argv: Sequence[str], program: str | None = None) -> FinetuneR
     parsed = parse(parser, _with_lists(argv))
     values = parser.instantiate(parsed)
     values = {field.name: values[field.name] for field in fields(Config)}
-    config, wishes = Config(**values), (parsed.get(name, False) for name in ("dry_run", "verify"))
-    return FinetuneRequest(config, parsed.get("resume"), *wishes)
+    config, flags = Config(**values), (parsed.get(name, False) for name in ("dry_run", "verify"))
+    return FinetuneRequest(config, parsed.get("resume"), *flags)
 
 
 SINGLE = ("--data.train", "--data.val")

@@ -39,10 +39,10 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     choices = _choices(options, sampling)
     task = (_instruction(options), options.input or "") if options.prompts is None else None
     from lit_adapter.generation import answering
-    from lit_adapter.weights.adapter_search import adapter_file
+    from lit_adapter.weights.adapter_search import find_adapter
 
     if options.adapter is not None:
-        options.adapter = str(adapter_file(options.adapter))
+        options.adapter = str(find_adapter(options.adapter))
     chosen = {field.name: options[field.name] for field in fields(answering.ModelChoice)}
     choice = answering.ModelChoice(**chosen)
     if task is None:

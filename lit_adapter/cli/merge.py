@@ -7,7 +7,7 @@ from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.progress import byte_progress
 from lit_adapter.streams import say
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -34,6 +34,6 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
 
     choices = {name: options[name] for name in ("base", "dtype", "overwrite")}
     with byte_progress("merging") as progress:
-        report = merge(adapter_file(options.adapter), Path(options.out), progress=progress, **choices)
+        report = merge(find_adapter(options.adapter), Path(options.out), progress=progress, **choices)
     say(f"wrote {shown(Path(options.out))}: {report}")
     return 0

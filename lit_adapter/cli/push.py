@@ -6,7 +6,7 @@ from pathlib import Path
 from lit_adapter.cli.command import command_parser, parse, shown
 from lit_adapter.cli.main import COMMANDS
 from lit_adapter.streams import say
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 
 def main(argv: Sequence[str], program: str | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
     from lit_adapter.evaluation.card import evaluated
     from lit_adapter.weights.adapter_hub import push_adapter
 
-    adapter, card = adapter_file(options.adapter), options.card
+    adapter, card = find_adapter(options.adapter), options.card
     if card is not None and options.results is not None:
         raise UserError("--card and --results are both given; --results is for the card that is written")
     told = evaluated(adapter, options.results) if card is None else None

@@ -17,7 +17,7 @@ from lit_adapter.config import DataConfig
 from lit_adapter.data.encode import Encoded, encode_records
 from lit_adapter.data.mixing import EpochOrder
 from lit_adapter.data.packing import Packer, StepBatch, TrainingSteps, ValidationSteps, shared_preambles
-from lit_adapter.data.records import Records, overlap, sources_of, split_rows
+from lit_adapter.data.records import Records, overlap, source_numbers, split_rows
 from lit_adapter.data.sources import check_sources, load_records
 from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
@@ -79,7 +79,9 @@ class AlpacaDataModule(LightningDataModule):
         self.worker_context = start_server() if self.config.workers else None
         records = self._records(self.config.train)
         self.whole_sha256, self.n_whole = records.sha256, len(records)
-        self.n_of_sources = np.bincount(sources_of(records.rows)).tolist() if self.config.weights else None
+        self.n_of_sources = (
+            np.bincount(source_numbers(records.rows)).tolist() if self.config.weights else None
+        )
         encoded = self._encode(records)
         rows = np.arange(len(records))
         self.val_records: Records | None = None
@@ -205,7 +207,7 @@ class AlpacaDataModule(LightningDataModule):
         """Return the order of the training records in each epoch."""
         rows, weights, source = self.train_encoded.source_row, self.config.weights, None
         if weights is not None:
-            source = sources_of(self.train_records.rows)[rows]
+            source = source_numbers(self.train_records.rows)[rows]
         return EpochOrder(len(rows), self.seed, source, weights)
 
     def train_dataloader(self) -> DataLoader[StepBatch]:

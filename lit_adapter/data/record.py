@@ -114,7 +114,7 @@ def digest_of(record: AnyRecord) -> bytes:
     return digest.digest()[:DIGEST_BYTES]
 
 
-def of_texts(texts: Sequence[str], **origin: Any) -> AnyRecord:
+def record_of(texts: Sequence[str], **origin: Any) -> AnyRecord:
     """Return the record with these `texts`."""
     if len(texts) == 3:
         return Record(*texts, **origin)

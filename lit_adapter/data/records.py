@@ -103,10 +103,10 @@ class Chosen(Sequence[AnyRecord]):
 
     def sources(self) -> NDArray[np.int64]:
         """Return the number of the source of every record ``[records]``."""
-        return sources_of(self.rows)[self.indices]
+        return source_numbers(self.rows)[self.indices]
 
 
-def sources_of(rows: Sequence[AnyRecord]) -> NDArray[np.int64]:
+def source_numbers(rows: Sequence[AnyRecord]) -> NDArray[np.int64]:
     """Return the number of the source of every record ``[records]``; records on disk are not read for it."""
     known = getattr(rows, "sources", None)
     return known() if known else np.array([row.source for row in rows], np.int64)

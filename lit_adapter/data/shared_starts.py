@@ -53,7 +53,7 @@ class _Group:
         return self.n_tokens - (len(self.texts) - 1) * self.n_shared
 
 
-def rows_of(
+def packed_rows(
     texts: Sequence[Scored], row_tokens: int = ROW_TOKENS
 ) -> Iterator[tuple[PackedRow, NDArray[np.int64]]]:
     """Yield packed rows, and for each the text, by index, that every target of the row belongs to ``[M]``."""

@@ -21,7 +21,7 @@ from lit_adapter.config import Columns
 from lit_adapter.data.formats import check_regular
 from lit_adapter.data.reading import records_of
 from lit_adapter.data.recognise import Recognised, each_once
-from lit_adapter.data.record import AnyRecord, of_texts
+from lit_adapter.data.record import AnyRecord, record_of
 from lit_adapter.data.records import Records, digests_of
 from lit_adapter.errors import UserError
 from lit_adapter.files.read import file_sha256, reading
@@ -152,7 +152,7 @@ class StoredRows(Sequence[AnyRecord]):
         start = self._columns["end"][index - 1] if index else 0
         texts = json.loads(self._columns["texts"][start : self._columns["end"][index]].tobytes())
         file, line = self._files[self._columns["file"][index]], int(self._columns["line"][index])
-        return of_texts(texts, file=file.name, line=line, source=file.number)
+        return record_of(texts, file=file.name, line=line, source=file.number)
 
     def sources(self) -> NDArray[np.int64]:
         """Return the number of the source of every record; no text is read ``[records]``."""

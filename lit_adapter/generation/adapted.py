@@ -31,7 +31,7 @@ from lit_adapter.model.llama import Llama
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 from lit_adapter.weights.adapter_file import check_base, read_adapter
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class AdaptedLlama:
         Raises:
             UserError: a file that is missing, damaged, or of another base; a ``path`` that is not a path.
         """
-        path, loaded = adapter_file(arguments.path("path", path)), self._shared()
+        path, loaded = find_adapter(arguments.path("path", path)), self._shared()
         info, state = read_adapter(path)
         check_base(info, loaded.folder, path)
         model = attached(loaded.model, info.adapter, state, str(path))

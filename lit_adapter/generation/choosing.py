@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from lit_adapter.data.shared_starts import Scored, rows_of
+from lit_adapter.data.shared_starts import Scored, packed_rows
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.generation.fallback import go_on_without_kernels
 from lit_adapter.generation.request import NonFiniteLogitsError
@@ -105,7 +105,7 @@ def likelihoods(
         NonFiniteLogitsError: logits are NaN or infinite.
     """
     found = [TextLikelihood(0.0, 0, 0, -1)] * len(texts)
-    for row, owner in rows_of(texts):
+    for row, owner in packed_rows(texts):
         score = partial(target_log_likelihoods, model, row)
         values, likeliest = despite_kernels(score, partial(go_on_without_kernels, model))
         if not values.isfinite().all():

@@ -19,7 +19,7 @@ from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.text.tokenizer import check_vocabulary
 from lit_adapter.weights.adapter_file import check_base, read_adapter
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import read_config
 from lit_adapter.weights.base_search import find_base
@@ -56,7 +56,7 @@ def load(
             range, or of another type. It is a ValueError, and for types a TypeError too.
     """
     _check_kinds(adapter, base, device, dtype, template)
-    path = adapter_file(adapter) if adapter is not None else None
+    path = find_adapter(adapter) if adapter is not None else None
     if adapter is None and base is None:
         raise UserError("give an adapter, a base, or both")
     if adapter is not None and template is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.generation.terminal import PLAIN
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 OF_RUNS = ("adapter", "best")
@@ -61,7 +61,7 @@ def _name_and_file(word: str) -> tuple[str, Path]:
     if not word:  # as a path it would mean the working directory
         raise UserError("--adapter '': expected NAME=FILE, or a file")
     name, equals, file = word.partition("=")
-    whole = adapter_file(word)
+    whole = find_adapter(word)
     if not (equals and NAME.fullmatch(name)):
         return _own_name(whole, word), whole
     if not file:
@@ -71,7 +71,7 @@ def _name_and_file(word: str) -> tuple[str, Path]:
             f"--adapter {shorten(word)}: is a file, but may also mean the file {file} under the name {name}; "
             f"write NAME={word} or {name}=./{file}"
         )
-    return name, adapter_file(file)
+    return name, find_adapter(file)
 
 
 def _own_name(path: Path, word: str) -> str:

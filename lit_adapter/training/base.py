@@ -23,7 +23,7 @@ from lit_adapter.training.checkpoint import read_checkpoint
 from lit_adapter.training.placement import Placement
 from lit_adapter.training.strategy import is_sharded
 from lit_adapter.weights.adapter_file import BaseIdentity, base_identity, check_base, read_adapter
-from lit_adapter.weights.adapter_search import adapter_file
+from lit_adapter.weights.adapter_search import find_adapter
 from lit_adapter.weights.base_content import check_content
 from lit_adapter.weights.base_folder import check_converted, read_config
 from lit_adapter.weights.load import empty_base, load_base
@@ -91,7 +91,7 @@ def read_initial_adapter(
     """
     if config.init_from is None:
         return InitialAdapter()
-    path = adapter_file(config.init_from)
+    path = find_adapter(config.init_from)
     if saved_sha256 is not None and not path.exists():
         say(f"{path}: is gone, but not needed: the checkpoint has the adapter trained from it")
         return InitialAdapter(sha256=saved_sha256)

@@ -12,7 +12,7 @@ RUNS = Path("out")
 """Where runs are, unless their configuration says otherwise."""
 
 
-def adapter_file(name: str | Path) -> Path:
+def find_adapter(name: str | Path) -> Path:
     """Return the file of an adapter named by its path, by its run's folder, or by the run's name in ``out``.
 
     A name that matches nothing is returned unchanged: its reader says what is there instead.

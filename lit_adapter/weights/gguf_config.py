@@ -107,7 +107,7 @@ class GGUFKeys:
         return self.get(key)
 
 
-def read_config(
+def config_of(
     keys: GGUFKeys, shapes: Mapping[str, tuple[int, ...]], table: NDArray[np.float32] | None
 ) -> LlamaConfig:
     """Return the configuration of a file.

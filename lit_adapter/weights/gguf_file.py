@@ -20,7 +20,7 @@ from lit_adapter.model.config_keys import reading_sizes
 from lit_adapter.model.precision import FLOATS
 from lit_adapter.text.gguf_vocabulary import write_gguf_tokenizer
 from lit_adapter.text.sentencepiece_model import CONTROL
-from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, GGUFKeys, read_config
+from lit_adapter.weights.gguf_config import META_ROWS, ROPE_TABLE, GGUFKeys, config_of
 from lit_adapter.weights.gguf_header import read_header
 from lit_adapter.weights.shards import AGAIN, read_bytes
 from lit_adapter.weights.source import Source, check_tensors, half_split, renamed
@@ -69,7 +69,7 @@ class GGUFSource(Source):
         self._has_meta_rows = keys.architecture in META_ROWS
         shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         with reading_sizes(str(self.path)):
-            self.config = read_config(keys, shapes, self._rope_table())
+            self.config = config_of(keys, shapes, self._rope_table())
         self._names = renamed(self.config, MODULES, "blk")
         shapes.pop(ROPE_TABLE, None)
         self._check_types()

@@ -29,7 +29,7 @@ OURS = FORMATS["ours"]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ConversionOptions:
     """The options of the command line."""
 
     to: str = OURS.name
@@ -43,27 +43,27 @@ class Wishes:
     overwrite: bool = False
 
 
-def convert_adapter(source: Path, out: Path, wishes: Wishes) -> list[str]:
+def convert_adapter(source: Path, out: Path, options: ConversionOptions) -> list[str]:
     """Convert, and return the report's lines.
 
     Raises:
         UserError: a source that is not understood or does not fit its base, a conversion that loses
             something without ``allow_lossy``, or an output that is in the way.
     """
-    target = FORMATS[wishes.to]
-    _check_output(source, out, target, overwrite=wishes.overwrite)
+    target = FORMATS[options.to]
+    _check_output(source, out, target, overwrite=options.overwrite)
     opened = open_adapter(source)
-    origin, why = recognise(opened, wishes.given)
-    _check_wishes(source, origin, target, wishes)
-    info, adapter, base = _read(opened, origin, target, wishes)
+    origin, why = recognise(opened, options.given)
+    _check_options(source, origin, target, options)
+    info, adapter, base = _read(opened, origin, target, options)
     if base is not None:
         _refuse_inputs(out, target, [base])
     model = info.model
     check_adapter_state(adapter_shapes(adapter.config, model), adapter.state, str(source))
     target.check_writable(adapter.config, model)
-    form = wishes.to_gate or target.gate or adapter.config.gate
+    form = options.to_gate or target.gate or adapter.config.gate
     changed, worst = with_gates(adapter, form, model)
-    if worst and not wishes.allow_lossy:
+    if worst and not options.allow_lossy:
         raise UserError(
             f"{source}: {target.name} has one gate {GATE_FORMS[form].description.partition(' ')[2]}, and the "
             f"gates differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
@@ -102,26 +102,26 @@ def _refuse_inputs(out: Path, target: Format, inputs: list[Path]) -> None:
         refuse_input(path, inputs, "--out")
 
 
-def _check_wishes(source: Path, origin: Format, target: Format, wishes: Wishes) -> None:
+def _check_options(source: Path, origin: Format, target: Format, options: ConversionOptions) -> None:
     """Refuse options that would have no effect."""
     foreign = origin is not OURS and target is OURS
     checks = (
-        (wishes.gate, "--gate", origin.asks_gate, "an official source, whose file does not say it"),
-        (wishes.template, "--template", foreign, "a source of another format and --to ours"),
-        (wishes.to_gate, "--to-gate", target is OURS, "--to ours; every other format has one gate form"),
+        (options.gate, "--gate", origin.asks_gate, "an official source, whose file does not say it"),
+        (options.template, "--template", foreign, "a source of another format and --to ours"),
+        (options.to_gate, "--to-gate", target is OURS, "--to ours; every other format has one gate form"),
     )
     for given, option, applies, where in checks:
         if given is not None and not applies:
             raise UserError(f"{option} is for {where}; leave it out")
-    if origin is OURS is target and wishes.to_gate is None:
+    if origin is OURS is target and options.to_gate is None:
         raise UserError(f"{source}: is in our format already; add --to with another, or --to-gate")
 
 
 def _read(
-    opened: Opened, origin: Format, target: Format, wishes: Wishes
+    opened: Opened, origin: Format, target: Format, options: ConversionOptions
 ) -> tuple[AdapterInfo, PlainAdapter, Path | None]:
     """Return what is known of the adapter, its tensors, and its base's folder if available."""
-    base = wishes.base
+    base = options.base
     if opened.info is not None:
         base = base or base_at_hand(opened.info.base, opened.path)
         if base is not None:
@@ -135,8 +135,8 @@ def _read(
     model = read_config(base)
     for form in (origin, target):
         form.check_family(model)
-    adapter = origin.read(opened, model, wishes.gate)
-    template = wishes.template
+    adapter = origin.read(opened, model, options.gate)
+    template = options.template
     if template is not None:
         reason = "as --template says"
     elif origin.template is not None:
