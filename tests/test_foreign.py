@@ -12,6 +12,7 @@ import pytest
 import torch
 from finetune_runs import TINY
 from foreign_adapters import HERE, IDS, SIZES, base_tensors, converted, logits_of, sizes, write_base
+from generation_fixtures import save_random_adapter
 from paper import paper
 from prefix_formula import reference_logits
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,9 @@ from lit_adapter.cli.convert_adapter import SOURCES, TARGETS
 from lit_adapter.cli.convert_adapter import main as convert_adapter_main
 from lit_adapter.cli.finetune import parse_finetune
 from lit_adapter.errors import UserError
-from lit_adapter.model.adapter import adapter_shapes
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
-from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
+from lit_adapter.weights.adapter_file import read_adapter, save_adapter
 from lit_adapter.weights.foreign.format import Format
 from lit_adapter.weights.foreign.recognise import FORMATS
 from lit_adapter.weights.measure import fixed_prompt
@@ -43,17 +41,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {groups: write_base(folder, groups) for groups in (2, 4)}
 
 
-def own_adapter(path: Path, base: Path, config: AdapterConfig, groups: int = 2, equal: bool = False) -> Path:
+def own_adapter(path: Path, base: Path, config: AdapterConfig, *, equal: bool = False) -> Path:
     """An adapter in our format with random tensors; ``equal``: one value in all gates of a layer."""
-    draw = torch.Generator().manual_seed(7)
-    shapes = adapter_shapes(config, LlamaConfig.from_hf(sizes(groups)))
-    state = {name: torch.randn(shape, generator=draw) * 0.7 for name, shape in shapes.items()}
+    info, state = read_adapter(save_random_adapter(base, path, 7, config))
     for name in state:
         if equal and name.endswith(".gate"):
             state[name] = state[name][:1].expand(len(state[name])).clone()
-    template = resolve_template("alpaca", load_tokenizer(base))
-    raw = json.loads((base / "config.json").read_text())
-    save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
+    save_adapter(path, state, info)
     return path
 
 
@@ -115,22 +109,26 @@ def test_there_and_back_is_the_same_file_bit_for_bit(
         assert torch.equal(after[key], tensor), key
 
 
-@pytest.mark.parametrize("target", ["lit-llama", "litgpt", "peft"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_ours_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str, version: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "version", "head"),
+    [
+        *((target, "v1", False) for target in ("lit-llama", "litgpt", "peft")),
+        *((target, "v2", head) for target in ("lit-llama", "litgpt") for head in (False, True)),
+    ],
+)
+def test_ours_there_and_back(
+    tmp_path: Path, bases: dict[int, Path], target: str, version: str, head: bool
+) -> None:
     """An untrained head is left out again, and one that was trained is kept."""
-    if (target, version) == ("peft", "v2"):
-        return
-    for head in {False, version == "v2"}:
-        form = "layer" if target == "peft" else "identity"
-        config = paper(version=version, prompt_length=3, layers=2, gate=form, head=head)
-        ours = own_adapter(tmp_path / f"ours-{head}.safetensors", bases[4], config, 4)
-        there, back = tmp_path / f"there-{head}", tmp_path / f"back-{head}.safetensors"
-        converted(ours, there, None, to=target)
-        converted(there, back, bases[4])
-        (one, before), (other, after) = read_adapter(ours), read_adapter(back)
-        assert one.adapter == other.adapter
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    form = "layer" if target == "peft" else "identity"
+    config = paper(version=version, prompt_length=3, layers=2, gate=form, head=head)
+    ours = own_adapter(tmp_path / "ours.safetensors", bases[4], config)
+    there, back = tmp_path / "there", tmp_path / "back.safetensors"
+    converted(ours, there, None, to=target)
+    converted(there, back, bases[4])
+    (one, before), (other, after) = read_adapter(ours), read_adapter(back)
+    assert one.adapter == other.adapter
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 # The official code is not installable; its file and forward are written here from the published layout.
@@ -204,14 +202,9 @@ def test_peft_loads_ours_and_gives_our_logits(tmp_path: Path, n_kv_head: int) ->
 
     write_tokenizer(source, 260)
     base = convert(source, tmp_path / "base")
-    raw = json.loads((base / "config.json").read_text())
     config = paper(prompt_length=5, layers=2, gate="layer")
-    draw = torch.Generator().manual_seed(1)
-    shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
-    state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     ours, folder = tmp_path / "ours.safetensors", tmp_path / "for-peft"
-    template = resolve_template("alpaca", load_tokenizer(base))
-    save_adapter(ours, state, AdapterInfo(config, base_identity(base), raw, template))
+    _, state = read_adapter(save_random_adapter(base, ours, 1, config))
     assert any("largest difference 0 " in line for line in converted(ours, folder, base, to="peft"))
 
     ids = torch.arange(3, 20)[None]
@@ -240,7 +233,7 @@ def test_gates_that_differ_go_to_peft_only_if_asked_and_are_measured(
     config = paper(prompt_length=3, layers=2, gate="tanh")
     ours, out = own_adapter(tmp_path / "a.safetensors", bases[2], config), tmp_path / "out"
     with pytest.raises(
-        UserError, match=r"peft has one gate per layer, and the gates differ, by up to 0\.\d+ .*--allow"
+        UserError, match=r"peft has one gate per layer, and the gates differ, by up to \d\.\d+ .*--allow"
     ):
         converted(ours, out, bases[2], to="peft")
     assert not out.exists()
@@ -262,7 +255,7 @@ def test_gates_per_token_become_their_mean_only_if_asked(
     tmp_path: Path, bases: dict[int, Path], target: str
 ) -> None:
     config = paper(prompt_length=3, layers=2, gate="token")
-    ours, out = own_adapter(tmp_path / "a.safetensors", bases[4], config, 4), tmp_path / "out"
+    ours, out = own_adapter(tmp_path / "a.safetensors", bases[4], config), tmp_path / "out"
     one = "per layer" if target == "peft" else "per head"
     with pytest.raises(UserError, match=rf"{target} has one gate {one}, and the gates differ, by .*--allow"):
         converted(ours, out, bases[4], to=target)
@@ -293,9 +286,7 @@ def test_norms_of_upper_layers_alone_go_to_no_v2_file(
     tmp_path: Path, bases: dict[int, Path], target: str
 ) -> None:
     """Which would have ones in place of the base's norms below them."""
-    ours = own_adapter(
-        tmp_path / "ours.safetensors", bases[4], paper(norms=True, layers=1, gate="identity"), 4
-    )
+    ours = own_adapter(tmp_path / "ours.safetensors", bases[4], paper(norms=True, layers=1, gate="identity"))
     with pytest.raises(UserError, match=r"trains none below layer \d; train one with adapter\.layers null"):
         converted(ours, tmp_path / "there.pth", bases[4], to=target)
     assert not (tmp_path / "there.pth").exists()
@@ -306,7 +297,7 @@ def test_norms_of_upper_layers_alone_go_to_no_v2_file(
 def test_norms_go_to_a_v2_file(tmp_path: Path, bases: dict[int, Path], target: str, length: int) -> None:
     """With biases of 0 and scales of 1: the same function."""
     config = paper(norms=True, prompt_length=length, gate="identity")
-    ours = own_adapter(tmp_path / "ours.safetensors", bases[4], config, 4)
+    ours = own_adapter(tmp_path / "ours.safetensors", bases[4], config)
     there, back = tmp_path / "there.pth", tmp_path / "back.safetensors"
     report = "\n".join(converted(ours, there, bases[4], to=target))
     assert "; norms of all layers" in report
@@ -491,7 +482,7 @@ def test_mistakes(
     own_adapter(tmp_path / "ours.safetensors", bases[2], paper(prompt_length=3, gate="layer"))
     own_adapter(tmp_path / "v2.safetensors", bases[2], paper(version="v2", prompt_length=3))
     unrotated = paper(prompt_length=3, prefix_query="unrotated")
-    own_adapter(tmp_path / "unrotated.safetensors", bases[4], unrotated, 4)
+    own_adapter(tmp_path / "unrotated.safetensors", bases[4], unrotated)
     own_adapter(tmp_path / "norms.safetensors", bases[2], paper(prompt_length=3, norms=True))
     plain = own_adapter(tmp_path / "plain.safetensors", bases[2], paper(prompt_length=3), equal=True)
     converted(plain, tmp_path / "peft", bases[2], to="peft")
@@ -536,7 +527,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, bases: dict[int, Path]
 def test_v2_without_prompts_there_and_back(tmp_path: Path, bases: dict[int, Path], target: str) -> None:
     config = paper(version="v2", prompt_length=0)
     ours, there, back = (tmp_path / name for name in ("ours.safetensors", "there.pth", "back.safetensors"))
-    own_adapter(ours, bases[4], config, 4)
+    own_adapter(ours, bases[4], config)
     assert any(
         line.startswith("found     V2, 0 of 2 layers; norms")
         for line in converted(ours, there, None, to=target)
