@@ -32,12 +32,14 @@ ROOT = Path(__file__).parents[1]
 CHOICES = ("--device", "cpu", "--dtype", "float32")
 
 
-def save_random_adapter(base: Path, path: Path, seed: int = 0, config: AdapterConfig | None = None) -> Path:
-    """An adapter of the tiny base whose gates are open."""
+def save_random_adapter(
+    base: Path, path: Path, seed: int = 0, config: AdapterConfig | None = None, *, scale: float = 1.0
+) -> Path:
+    """An adapter of a base with random numbers, ``scale`` large, so that its gates are open."""
     raw, config = read_json(base / "config.json"), config or paper(layers=3, prompt_length=5)
     generator = torch.Generator().manual_seed(seed)
     shapes = adapter_shapes(config, LlamaConfig.from_hf(raw))
-    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state = {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     template = resolve_template("alpaca", load_tokenizer(base))
     save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
     return path

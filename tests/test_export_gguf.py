@@ -11,6 +11,7 @@ import pytest
 import tokenizer_kinds as kinds
 import torch
 from convert_sources import random_llama
+from generation_fixtures import save_random_adapter
 from llama_cpp import Job, computed, needs_llama_cpp
 from test_merge import BARE, NORMS, made
 from transformers import AutoTokenizer
@@ -18,17 +19,15 @@ from transformers import AutoTokenizer
 import lit_adapter
 from lit_adapter.cli.export import main as export_main
 from lit_adapter.errors import UserError
-from lit_adapter.files.read import read_json
 from lit_adapter.files.write import write_json
-from lit_adapter.model.adapter import adapter_shapes
-from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.text.byte_pairs import Split, byte_level_json
 from lit_adapter.text.gguf_export import gguf_tokenizer
 from lit_adapter.text.gguf_vocabulary import PRE_TOKENIZERS, write_gguf_tokenizer
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
+from lit_adapter.weights.adapter_file import read_adapter, save_adapter
 from lit_adapter.weights.export.export import export
 from lit_adapter.weights.gguf_file import GGUFSource
 from lit_adapter.weights.measure import source_logits
@@ -222,10 +221,5 @@ def test_llama_cpp_gives_our_greedy_answers(tmp_path: Path) -> None:
 
 def with_random_lora(base: Path, folder: Path) -> tuple[Path, Path]:
     """A real base and an adapter that changes its answers, but not into noise."""
-    raw, form = read_json(base / "config.json"), AdapterConfig(prompt_length=0, lora=LoraConfig(rank=3))
-    draw = torch.Generator().manual_seed(5)
-    shapes = adapter_shapes(form, LlamaConfig.from_hf(raw))
-    state = {name: torch.randn(shape, generator=draw) * 0.02 for name, shape in shapes.items()}
-    template = resolve_template("alpaca", load_tokenizer(base))
-    save_adapter(folder / "a.safetensors", state, AdapterInfo(form, base_identity(base), raw, template))
-    return base, folder / "a.safetensors"
+    form = AdapterConfig(prompt_length=0, lora=LoraConfig(rank=3))
+    return base, save_random_adapter(base, folder / "a.safetensors", 5, form, scale=0.02)

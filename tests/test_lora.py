@@ -14,6 +14,7 @@ import transformers
 from convert_sources import random_llama as random_source
 from convert_sources import write_hf
 from finetune_runs import Stopper
+from generation_fixtures import save_random_adapter
 from paper import paper
 from prefix_formula import reference_logits
 from random_records import encoded
@@ -31,11 +32,8 @@ from lit_adapter.model.executors import choose
 from lit_adapter.model.lora import join_updates, product
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.loss import row_loss
-from lit_adapter.text.load import load_tokenizer
-from lit_adapter.text.template import resolve_template
 from lit_adapter.training.finetune import finetune
-from lit_adapter.weights.adapter_file import AdapterInfo, base_identity, read_adapter, save_adapter
-from lit_adapter.weights.base_folder import read_config
+from lit_adapter.weights.adapter_file import read_adapter
 from lit_adapter.weights.convert import convert
 from lit_adapter.weights.foreign.convert import ConversionOptions, convert_adapter
 from lit_adapter.weights.merge import merge
@@ -126,14 +124,9 @@ def block_linear(module: Any, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, module.weight, module.bias)
 
 
-def saved(base: Path, path: Path, config: AdapterConfig, seed: int = 5) -> Path:
+def saved(base: Path, path: Path, config: AdapterConfig) -> Path:
     """An adapter of a converted base with random tensors."""
-    draw, raw = torch.Generator().manual_seed(seed), json.loads((base / "config.json").read_text())
-    shapes = adapter_shapes(config, read_config(base))
-    state = {name: torch.randn(shape, generator=draw) * 0.2 for name, shape in shapes.items()}
-    template = resolve_template("alpaca", load_tokenizer(base))
-    save_adapter(path, state, AdapterInfo(config, base_identity(base), raw, template))
-    return path
+    return save_random_adapter(base, path, 5, config, scale=0.2)
 
 
 @pytest.mark.parametrize("form", FORMS)
