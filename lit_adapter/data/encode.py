@@ -187,13 +187,13 @@ def encode_records(
         UserError: a worker process died, or a record cannot be encoded (see `encode_examples`).
     """
     key = _key(records, template, max_length, tokenizer_key, last_answer_only)
-    how = _How(tokenizer, template, max_length, last_answer_only)
+    settings = _Settings(tokenizer, template, max_length, last_answer_only)
 
     def fill(writer: TableWriter) -> dict[str, Any]:
         done = writer.notes.get("n_read", 0)
         _announce(len(records), done, say)
         with count_progress("encoding", len(records), done) as advance:
-            for columns in _encode_all(records, done, how):
+            for columns in _encode_all(records, done, settings):
                 writer.append(columns)
                 n_new = min(CHUNK, len(records) - done)
                 done += n_new
@@ -219,7 +219,7 @@ def encode_few(
     Raises:
         UserError: as `encode_examples`.
     """
-    columns = _encode_chunk(_How(tokenizer, template, max_length, last_answer_only), 0, records)
+    columns = _encode_chunk(_Settings(tokenizer, template, max_length, last_answer_only), 0, records)
     return _encoded({name: values.astype(SCHEMA[name]) for name, values in columns.items()})
 
 
@@ -238,13 +238,13 @@ def _announce(n_records: int, done: int, say: Callable[[str], None]) -> None:
 def _key(
     records: Records, template: Template, max_length: int, tokenizer_key: str, last_answer_only: bool
 ) -> str:
-    how = [template.to_dict(), max_length, tokenizer_key, last_answer_only]
-    parts = [FORMAT_VERSION, records.sha256, *how]
+    settings = [template.to_dict(), max_length, tokenizer_key, last_answer_only]
+    parts = [FORMAT_VERSION, records.sha256, *settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class _How:
+class _Settings:
     """The arguments of `encode_examples` with which records are encoded."""
 
     tokenizer: Tokenizer
@@ -253,24 +253,24 @@ class _How:
     last_answer_only: bool
 
 
-def _encode_all(records: Records, done: int, how: _How) -> Iterator[Columns]:
+def _encode_all(records: Records, done: int, settings: _Settings) -> Iterator[Columns]:
     """Yield the columns of the records after the first ``done``, `CHUNK` records at a time."""
     chunks = ((first, records[first : first + CHUNK]) for first in range(done, len(records), CHUNK))
     # A job queue or container may allow this process only some of the CPUs.
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(MOST_WORKERS, n_cpus)
     if len(records) - done < PARALLEL_FROM or workers == 1:
-        return (_encode_chunk(how, *chunk) for chunk in chunks)
-    return _in_processes(workers, chunks, how)
+        return (_encode_chunk(settings, *chunk) for chunk in chunks)
+    return _in_processes(workers, chunks, settings)
 
 
-def _in_processes(workers: int, chunks: Iterator[Chunk], how: _How) -> Iterator[Columns]:
-    """Yield what `_encode_chunk` returns for each chunk, from processes that have got ``how``."""
+def _in_processes(workers: int, chunks: Iterator[Chunk], settings: _Settings) -> Iterator[Columns]:
+    """Yield what `_encode_chunk` returns for each chunk, from processes that have got ``settings``."""
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),  # forking a process with threads can hang; spawning cannot
         initializer=_prepare,
-        initargs=(how,),
+        initargs=(settings,),
     )
     waiting: deque[Future[Columns]] = deque()
     try:
@@ -290,22 +290,22 @@ def _in_processes(workers: int, chunks: Iterator[Chunk], how: _How) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-_how: list[_How] = []
+_own_settings: list[_Settings] = []
 """In a worker process: its arguments. Reading a tokenizer takes far longer than encoding a record."""
 
 
-def _prepare(how: _How) -> None:
+def _prepare(settings: _Settings) -> None:
     follow_parent()
-    _how[:] = [how]
+    _own_settings[:] = [settings]
 
 
 def _encode_in_worker(first: int, records: Sequence[AnyRecord]) -> Columns:
-    return _encode_chunk(_how[0], first, records)
+    return _encode_chunk(_own_settings[0], first, records)
 
 
-def _encode_chunk(how: _How, first: int, records: Sequence[AnyRecord]) -> Columns:
+def _encode_chunk(settings: _Settings, first: int, records: Sequence[AnyRecord]) -> Columns:
     """Return the columns of records, the first of which has the index ``first``."""
-    found = [encode_examples(record, **vars(how)) for record in records]
+    found = [encode_examples(record, **vars(settings)) for record in records]
     every = [(row, example) for row, examples in enumerate(found, start=first) for example in examples]
     kept = [(row, example) for row, example in every if example is not None]
     has_some = {row for row, _ in kept}
@@ -316,7 +316,7 @@ def _encode_chunk(how: _How, first: int, records: Sequence[AnyRecord]) -> Column
     return columns | {
         "ids": np.concatenate([np.empty(0, np.int32), *(example.ids for _, example in kept)]),
         "kinds": np.concatenate([np.empty(0, np.int8), *(example.kinds for _, example in kept)]),
-        "look_alikes": np.array(_look_alikes(how.tokenizer, first, records), np.int32).reshape(-1),
+        "look_alikes": np.array(_look_alikes(settings.tokenizer, first, records), np.int32).reshape(-1),
         "left_out": np.array(left_out, np.int32),
     }
 

@@ -165,15 +165,11 @@ def _answer(work: Callable[[Any], Any], request: Any) -> str:
 def _allow_seconds() -> None:
     """Let this process compute for `CPU_SECONDS` more; the system counts whole seconds."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    most = math.ceil(used.ru_utime + used.ru_stime + CPU_SECONDS)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
-    )
+    _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + CPU_SECONDS), for_good=False)
 
 
-def _limit(kind: int, most: int) -> None:
-    """Lower a limit of this process; one that is lower already stays."""
+def _limit(kind: int, most: int, *, for_good: bool = True) -> None:
+    """Lower a limit of this process, ``for_good`` or until the next call; one that is lower already stays."""
     _, hard = resource.getrlimit(kind)
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
+    resource.setrlimit(kind, (most, most if for_good else hard))

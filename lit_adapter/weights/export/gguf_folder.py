@@ -95,21 +95,19 @@ def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progres
     config = source.config
     architecture = architecture_of(config, adapted.path)
     writer: Any = gguf.GGUFWriter(path, architecture)
-    keys = gguf_tokenizer(adapted.base, template, config.vocab_size)
     _add_sizes(writer, config, out.name, kind)
-    for key, value in keys.items():
+    for key, value in gguf_tokenizer(adapted.base, template, config.vocab_size).items():
         _add(writer, f"tokenizer.ggml.{key}", value)
     writer.add_chat_template(chat_template(template, load_tokenizer(adapted.base)))
-    names = renamed(config, MODULES, "blk")
-    kinds = {name: _kind(name, shape, kind) for name, shape in base_shapes(config).items()}
+    names, shapes = renamed(config, MODULES, "blk"), base_shapes(config)
+    kinds = {name: _kind(name, shape, kind) for name, shape in shapes.items()}
+    n_bytes = {name: _n_bytes(shape, kinds[name]) for name, shape in shapes.items()}
     table = _rope_table(config)
     if table is not None:
         writer.add_tensor_info(ROPE_TABLE, table.shape, table.dtype, table.nbytes, Kind.F32)
-    n_total = 0
-    for name, shape in base_shapes(config).items():
-        n_bytes = _n_bytes(shape, kinds[name])
-        writer.add_tensor_info(names[name], shape, np.float32, n_bytes, kinds[name])
-        n_total += n_bytes
+    for name, shape in shapes.items():
+        writer.add_tensor_info(names[name], shape, np.float32, n_bytes[name], kinds[name])
+    n_total = sum(n_bytes.values())
     check_free(out, n_total)
     with closing(writer):
         writer.write_header_to_file()
@@ -118,7 +116,7 @@ def _write(adapted: Adapted, path: Path, out: Path, kind: str, progress: Progres
         if table is not None:
             writer.write_tensor_data(table)
         n_done = 0
-        for name in base_shapes(config):
+        for name in shapes:
             rows = source.tensor(name)
             if architecture in META_ROWS:
                 rows = half_split(name, rows, config, undo=True)
