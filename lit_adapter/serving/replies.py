@@ -22,10 +22,7 @@ def token_text(tokenizer: Tokenizer, id_: int) -> str:
         text = piece.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-    if text:
-        return text
-    spelled = next((text for text, other in tokenizer.control_tokens.items() if other == id_), "")
-    return spelled or f"<{id_}>"
+    return text or tokenizer.spelling(id_) or f"<{id_}>"
 
 
 def _finite(value: float) -> float:
