@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from lit_adapter.data.worker import follow_parent, holding_signals
 from lit_adapter.errors import UserError, counted
 from lit_adapter.files.table import TableWriter, kept_table
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import Say
 from lit_adapter.text.chat import control_pattern
 from lit_adapter.text.conversation import ANSWER, CONTEXT
 from lit_adapter.text.template import Template
@@ -176,7 +177,7 @@ def encode_records(
     cache: Path | None = None,
     tokenizer_key: str = "",
     last_answer_only: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Encoded:
     """Encode all records, or read them from the cache; `encode_examples` says how, and which are dropped.
 
@@ -229,7 +230,7 @@ def _encoded(columns: Columns) -> Encoded:
     return Encoded(start=start, **columns | {"look_alikes": look_alikes})
 
 
-def _announce(n_records: int, done: int, say: Callable[[str], None]) -> None:
+def _announce(n_records: int, done: int, say: Say) -> None:
     if n_records >= ANNOUNCED_FROM:
         again = f"; {done:,} are done already" if done else ""
         say(f"encoding {counted(n_records, 'record')}, once{again}")

@@ -7,7 +7,7 @@ local ones, or streamed (`streaming`): no code of the data set runs, and error m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,6 +18,7 @@ from lit_adapter.data.formats import SUFFIXES
 from lit_adapter.errors import UserError, counted, nearest
 from lit_adapter.files.space import free_disk
 from lit_adapter.hub import asking_hub
+from lit_adapter.streams import Say
 
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<part>.+))?", re.ASCII)
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
@@ -34,7 +35,7 @@ def is_hub_name(source: str | Path) -> bool:
     return PurePosixPath(found["repo"]).suffix.lower() not in SUFFIXES
 
 
-def hub_files(name: str, say: Callable[[str], None] = lambda line: None) -> list[tuple[Path, str]]:
+def hub_files(name: str, say: Say = lambda line: None) -> list[tuple[Path, str]]:
     """Download a Hub data set's training files, or those of the named split; return paths and names.
 
     The name is ``org/name``, ``org/name:split``, ``org/name:subset:split`` or ``org/name:path/of/file.json``.
@@ -77,7 +78,7 @@ def _chosen(name: str) -> tuple[str, list[str], Listing]:
     return repo, files_of_card(about, part, repo) or choose_files(about.files, part, repo), about
 
 
-def _check_room(repo: str, files: Sequence[str], about: Listing, say: Callable[[str], None]) -> None:
+def _check_room(repo: str, files: Sequence[str], about: Listing, say: Say) -> None:
     """Say that many files can be streamed, and refuse files that do not fit on the disk."""
     from huggingface_hub import constants, try_to_load_from_cache
 

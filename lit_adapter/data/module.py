@@ -23,6 +23,7 @@ from lit_adapter.data.worker import follow_parent, start_server
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import cache_folder
 from lit_adapter.model.attention import PackedRow
+from lit_adapter.streams import Say
 from lit_adapter.text.template import Template
 from lit_adapter.text.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ class AlpacaDataModule(LightningDataModule):
         batch_size: int,
         row_tokens: int,
         seed: int = 0,
-        say: Callable[[str], None] = print,
+        say: Say = print,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.template = config, tokenizer, template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lit_adapter.config import Columns, DataConfig
@@ -14,6 +14,7 @@ from lit_adapter.data.records import Records
 from lit_adapter.data.store import Source, first_of_each, stored_records
 from lit_adapter.data.streaming import check_streamable, streamed_rows
 from lit_adapter.errors import UserError
+from lit_adapter.streams import Say
 
 SHOWN = 3
 """Sources that are named together."""
@@ -49,7 +50,7 @@ def check_sources(config: DataConfig) -> None:
 
 
 def sources_of(
-    given: Sequence[str] | str, say: Callable[[str], None] = lambda line: None, *, stream: bool = False
+    given: Sequence[str] | str, say: Say = lambda line: None, *, stream: bool = False
 ) -> list[Source]:
     """Return the files that a setting names, in its order.
 
@@ -100,7 +101,7 @@ def load_records(
     wanted: str = "auto",
     *,
     cache: Path | None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Records:
     """Read all sources into one, in order; ``cache`` and ``say`` are those of `stored_records`.
 
@@ -112,7 +113,7 @@ def load_records(
     return stored_records(files, name, columns, wanted, cache=cache, say=say)
 
 
-def has_conversations(config: DataConfig, say: Callable[[str], None] = lambda line: None) -> bool:
+def has_conversations(config: DataConfig, say: Say = lambda line: None) -> bool:
     """Whether the first record of a training source is a conversation; ``say`` is that of `sources_of`.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.files.read import file_sha256, reading
 from lit_adapter.files.table import Table, TableWriter, kept_table
 from lit_adapter.progress import count_progress
+from lit_adapter.streams import Say
 
 VERSION = 2
 CHUNK = 1000
@@ -61,7 +62,7 @@ def stored_records(
     wanted: str = "auto",
     *,
     cache: Path | None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Records:
     """Return the records of files as one, in order, from the folder ``cache`` if they are there already.
 

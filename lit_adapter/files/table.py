@@ -27,6 +27,7 @@ from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.read import file_state
 from lit_adapter.files.space import write_error
 from lit_adapter.files.write import sync_folder, write_json
+from lit_adapter.streams import Say
 
 VERSION = 1
 ABOUT = "about.json"
@@ -163,7 +164,7 @@ def kept_table(
     *,
     what: str,
     doing: str,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Table:
     """Return the table with this key, from its folder or made by ``fill``, which returns its notes.
 

@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import cache_folder
 from lit_adapter.files.read import file_sha256, file_state, read_object, reading, refuse_stand_in
 from lit_adapter.files.write import write_json
+from lit_adapter.streams import Say
 from lit_adapter.weights.base_folder import (
     FINGERPRINT,
     SMALL_FILES,
@@ -60,9 +61,7 @@ class _Tensor:
         return f"{zlib.crc32(self.content[middle : middle + PAGE], zlib.crc32(self.line)):08x}"
 
 
-def check_content(
-    folder: Path, *, everything: bool = False, say: Callable[[str], None] = lambda line: None
-) -> None:
+def check_content(folder: Path, *, everything: bool = False, say: Say = lambda line: None) -> None:
     """Check that a base's files are those that were converted: weights, configuration, tokenizer, stop ids.
 
     ``everything`` compares all weights, whatever an earlier check found, and the SHA-256 by which adapters
