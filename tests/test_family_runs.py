@@ -146,7 +146,7 @@ def test_v2_merges_into_the_nearest_family_that_has_its_biases(
 
 def test_v2_on_norms_of_heads_has_no_family(bases: dict[str, Path], tmp_path: Path) -> None:
     ours = save_random_adapter(bases["qwen3"], tmp_path / "ours.safetensors", config=V2)
-    with pytest.raises(UserError, match=r"cannot be merged into a qwen3 model: no family .* has norms of"):
+    with pytest.raises(UserError, match=r"cannot be merged into a qwen3 model: no family .* has head norms"):
         merge(ours, tmp_path / "merged", base=bases["qwen3"])
     assert not (tmp_path / "merged").exists()
 
