@@ -397,7 +397,7 @@ def another(hint: Any, default: Any) -> Any:
     if bool in kinds:
         return not default
     if int in kinds:
-        return 12 if default is None else int(default) + 3
+        return default + 3 if isinstance(default, int) else 12
     return 0.25 if float in kinds else f"another {default}"
 
 
