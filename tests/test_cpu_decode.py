@@ -12,14 +12,17 @@ from torch import Tensor
 
 from lit_adapter.generation.adapter import Adapter
 from lit_adapter.generation.settings import Sampling
-from lit_adapter.model import cache, cpu_decode, pieces
+from lit_adapter.model import cache, cpu_decode, joining, pieces
 from lit_adapter.model.adapter import adapter_parameters
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.cpu_decode import CpuDecode, DecodeWeights, _Matrix
 from lit_adapter.model.executors import Setting
+from lit_adapter.model.frame import framed
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.pieces import Piece
+from lit_adapter.model.torch_internals import packs
 
 CASES: dict[str, tuple[dict[str, Any], AdapterConfig | None]] = {
     "gqa-top-layer": ({}, AdapterConfig(prompt_length=4, layers=1)),
@@ -159,3 +162,55 @@ def test_matrices_stay_where_they_are_where_memory_is_short(monkeypatch: pytest.
     assert "more memory than is free" in str(cpu_decode.unsupported(model, Setting.of(model)))
     monkeypatch.setattr(cpu_decode, "free_bytes", lambda _: size)
     assert cpu_decode.unsupported(model, Setting.of(model)) is None
+
+
+def steps_of(model: Llama, n_texts: int) -> Tensor:
+    """The logits of one step after prompts."""
+    executor, prefixes = CpuDecode(model, n_texts, 16), Adapter.of(model).prefixes
+    executor.read([Piece(list(PROMPTS[slot]), slot, prefixes) for slot in range(n_texts)])
+    return executor.step([3] * n_texts, [len(prompt) for prompt in PROMPTS[:n_texts]])
+
+
+def is_packed(model: Llama) -> bool:
+    return model.decode_weights.head.packed is not None
+
+
+@pytest.mark.parametrize(("dtype", "fewest"), [(torch.float32, 3), (torch.bfloat16, 1)])
+def test_matrices_are_packed_for_steps_of_several_rows(dtype: torch.dtype, fewest: int) -> None:
+    if not packs(dtype):
+        pytest.skip(f"oneDNN packs no weights in {dtype} on this processor")
+    for n_texts in (1, 2, 3):
+        model = model_of("biases", dtype)
+        with torch.inference_mode():
+            steps_of(model, n_texts)
+        assert is_packed(model) == (n_texts >= fewest)
+
+
+def test_matrices_are_not_packed_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free may go; the tied output layer is not counted twice."""
+    model = model_of("mqa-tied-layer-gates", torch.float32)
+    size = sum(4 * weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2)
+    size -= sum(4 * prompt.numel() for name, prompt in model.named_parameters() if name.endswith("prompt"))
+    for free, packed in ((2 * size - 1, False), (2 * size, packs(torch.float32))):
+        model.decode_weights = None
+        monkeypatch.setattr(joining, "free_bytes", lambda _, free=free: free)
+        with torch.inference_mode():
+            found = steps_of(model, 3)
+            exact = torch.stack([wanted(model, [*prompt, 3]) for prompt in PROMPTS])
+        assert is_packed(model) == packed
+        assert (found - exact).norm() < 2e-5 * exact.norm()
+
+
+def test_models_on_one_base_share_its_packed_matrices() -> None:
+    """Though each has updates of its own."""
+    if not packs(torch.float32):
+        pytest.skip("oneDNN packs no weights on this processor")
+    base = random_llama(3, torch.float32)
+    lora = AdapterConfig(prompt_length=0, lora=LoraConfig(rank=2, on=("attention",)))
+    models = [open_adapter(framed(base), lora, seed=seed).requires_grad_(False) for seed in (1, 2)]
+    with torch.inference_mode():
+        found = [steps_of(model, 3) for model in models]
+    first, second = (model.decode_weights for model in models)
+    assert first.head.packed is second.head.packed
+    assert all(a.qkv.packed is b.qkv.packed for a, b in zip(first.layers, second.layers, strict=True))
+    assert not torch.allclose(*found)

@@ -14,7 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lit_adapter.model.survey import obstacle
-from lit_adapter.model.torch_internals import flash_attention_on_cpu, hooks, is_fsdp_part
+from lit_adapter.model.torch_internals import (
+    flash_attention_on_cpu,
+    hooks,
+    is_fsdp_part,
+    pack,
+    packed_linear,
+    packs,
+)
 
 MOVED = f"torch {torch.__version__} has moved a private part: see torch_internals"
 
@@ -84,3 +91,19 @@ def test_a_base_that_is_sharded_is_known_to_the_survey() -> None:
     assert obstacle(model) is None
     model.layers[1].register_forward_hook(lambda module, args, output: output)
     assert obstacle(model) == "layers.1 has a hook or another forward method"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("n_rows", [1, 3, 17, 200])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_packed_linear(dtype: torch.dtype, tolerance: float, n_rows: int, has_bias: bool) -> None:
+    if not packs(dtype):
+        pytest.skip(f"oneDNN packs no weights in {dtype} on this processor")
+    drawn = torch.Generator().manual_seed(n_rows)
+    x, weight, bias = (
+        torch.randn(size, generator=drawn).to(dtype) for size in ((n_rows, 70), (91, 70), (91,))
+    )
+    y = packed_linear(x, pack(weight), bias if has_bias else None)
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0.0)
+    assert (y - exact).norm() < tolerance * exact.norm(), f"{MOVED}.packed_linear"
+    assert y.dtype == dtype

@@ -1,4 +1,7 @@
-"""Joins the weights of layers that read the same input, so that one matrix product computes them all."""
+"""Joins the weights of layers that read the same input, so that one matrix product computes them all.
+
+On CPUs, products of several rows read a copy of the joined weights that is packed for them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lit_adapter.device import free_bytes
+from lit_adapter.model.torch_internals import pack
 
 
 def join(*linears: Any) -> None:
@@ -50,3 +56,19 @@ def lie_side_by_side(weights: list[Tensor]) -> bool:
             return False
         place += weight.numel()
     return True
+
+
+class PackedWeights:
+    """Packed copies of a base's matrices, made when first needed; all models on the base share them."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, Tensor] = {}  # by the place of the matrix in memory
+
+    def copies_of(self, matrices: list[Tensor]) -> list[Tensor] | None:
+        """Return a copy of each matrix; None where new ones would take more than half of the free memory."""
+        missing = [matrix for matrix in matrices if matrix.data_ptr() not in self._copies]
+        free = free_bytes(torch.device("cpu"))
+        if free is not None and 2 * sum(matrix.nbytes for matrix in missing) > free:
+            return None
+        self._copies |= {matrix.data_ptr(): pack(matrix) for matrix in missing}
+        return [self._copies[matrix.data_ptr()] for matrix in matrices]

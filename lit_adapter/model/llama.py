@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.joining import PackedWeights
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.precision import widen
 from lit_adapter.model.prefix import GatedPrefix, PrefixState
@@ -222,6 +223,7 @@ class Llama(nn.Module):
         self.register_buffer(
             "inverse_frequency", inverse_frequencies(config.rope, config.head_dim), persistent=False
         )
+        self.packed_weights = PackedWeights()
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of ``position [B, T]``, each ``[B, T, D/2]``."""

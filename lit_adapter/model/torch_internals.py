@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -55,3 +56,25 @@ def flash_attention_on_cpu(
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(q, k, v, attn_mask=mask, scale=scale)[0]
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Return whether `pack` and `packed_linear` serve: in fp32 and bf16, on x86 processors."""
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a copy of weights ``[outputs, inputs]`` in the layout that oneDNN's products read fastest.
+
+    The public function for it, ``torch.utils.mkldnn.to_mkldnn``, makes a copy that every product packs anew.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b [B, outputs]`` of ``x [B, inputs]`` and weights from `pack`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
