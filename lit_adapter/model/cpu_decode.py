@@ -110,6 +110,9 @@ class DecodeWeights:
             self.layers = [_Layer(block, layout, update) for block, update in blocks]
         self.may_pack = packs(self.head.whole.dtype)
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """Return None: a copied model joins its own matrices."""
+
     def pack_for(self, n_rows: int, copies: PackedWeights) -> None:
         """Pack the matrices before the first step of ``n_rows`` for which it pays, where memory allows it."""
         if not self.may_pack or n_rows < self.head.packed_from:

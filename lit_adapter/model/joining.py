@@ -64,6 +64,10 @@ class PackedWeights:
     def __init__(self) -> None:
         self._copies: dict[int, Tensor] = {}  # by the place of the matrix in memory
 
+    def __deepcopy__(self, memo: Any) -> PackedWeights:
+        """Return an empty object: torch cannot copy them, and a copied base is in another place."""
+        return PackedWeights()
+
     def copies_of(self, matrices: list[Tensor]) -> list[Tensor] | None:
         """Return a copy of each matrix; None where new ones would take more than half of the free memory."""
         missing = [matrix for matrix in matrices if matrix.data_ptr() not in self._copies]
