@@ -24,6 +24,7 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.config import AdapterConfig
+from lit_adapter.model.torch_internals import packs
 from lit_adapter.serving.loading import load_adapters
 from lit_adapter.serving.options import ServerOptions
 from lit_adapter.serving.run import _warm_up
@@ -612,3 +613,13 @@ def test_the_warm_up_covers_adapters_of_every_form(tiny_base: Path, tmp_path: Pa
     prefixes = lane.executor.prefixes
     assert prefixes.norms is not None
     assert prefixes.joined.length == 6
+
+
+def test_the_warm_up_packs_the_matrices(tiny_base: Path) -> None:
+    if not packs(torch.float32):
+        pytest.skip("oneDNN packs no weights on this processor")
+    adapters = load_adapters(ServerOptions(base=tiny_base, adapters={}, device="cpu", dtype="float32"))
+    base = adapters.base.model
+    base.engine.reserve(base.model, 4, 200)
+    _warm_up(adapters, 4)
+    assert base.model.decode_weights.head.packed is not None

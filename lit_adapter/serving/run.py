@@ -19,6 +19,7 @@ from lit_adapter.generation.lane import MOST_KEPT
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.grouping import grouped
+from lit_adapter.model.cpu_decode import FEW_ROWS
 from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.app import Service, make_app
 from lit_adapter.serving.guard import LOCAL, Guard
@@ -127,15 +128,15 @@ async def _watch(adapters: Adapters) -> None:
 def _warm_up(adapters: Adapters, n_slots: int) -> None:
     """Take the steps that are slow the first time: with one text, and with adapters of all forms together.
 
-    On CUDA all slots take steps.
+    On CUDA all slots take steps, on a CPU as many as it packs its matrices for.
     """
     base = adapters.base.model
     own = [served.model.adapter for served in adapters if served.model.adapter.model is base.model]
     forms = list({adapter.prefixes.form: adapter for adapter in own}.values())
     prompt = base.template.encode_prompt(base.tokenizer, "Hello")
-    on_cuda = base.model.embed_tokens.weight.is_cuda
+    most = n_slots if base.model.embed_tokens.weight.is_cuda else min(n_slots, FEW_ROWS)
     for how in (Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)):
-        chosen = [*forms, *islice(cycle(own), max(0, n_slots - len(forms)) if on_cuda else 0)]
+        chosen = [*forms, *islice(cycle(own), max(0, most - len(forms)))]
         for _ in base.engine.run([Request(prompt, how, base.adapter)]):
             pass
         for together in grouped(chosen, lambda _: 1, n_slots):
