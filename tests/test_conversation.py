@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
@@ -333,6 +334,18 @@ def test_a_template_that_shows_no_answer_as_a_prompt_asks_for_it_is_refused_with
     record = Conversation.of(said("a", "b", "c", "d"), [], file="x.jsonl", line=3)
     with pytest.raises(UserError, match=r"^x.jsonl:3: turn 2: template 'jinja' writes this answer elsewhere"):
         encode_examples(record, ours, jinja(asks), 1000)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "alpaca-newline", "Q: {instruction}\nA:"])
+def test_an_end_token_without_a_spelling_cannot_end_answers(
+    both: tuple[Tokenizer, Any], template: str
+) -> None:
+    """As of a base that names its EOS by an id alone, which is that of no special token."""
+    ours = copy.copy(both[0])
+    ours.control_tokens = {text: i for text, i in ours.control_tokens.items() if i != ours.eos_id}
+    record = Conversation.of(said("a", "b", "c", "d"), [], file="x.jsonl", line=3)
+    with pytest.raises(UserError, match=f"end token, {ours.eos_id}, is no control token.*mark it as special"):
+        encode_examples(record, ours, resolve_template(template, ours), 1000)
 
 
 def test_a_template_that_fails_names_the_turn(both: tuple[Tokenizer, Any]) -> None:

@@ -96,15 +96,23 @@ class Template:
         """Return the Jinja that writes a conversation under this template.
 
         A template of one task is repeated for each of the user's messages.
+
+        Raises:
+            UserError: the base's end token has no spelling, so no text can say where an answer ends.
         """
         if self.jinja is not None:
             return self.jinja
         if self.kind == "chat" and tokenizer.chat_template:  # from an earlier version, which did not keep it
             return tokenizer.chat_template
+        end = tokenizer.spelling(self.end_id(tokenizer))
+        if not end:
+            raise UserError(
+                f"template '{self.kind}': the base's end token, {self.end_id(tokenizer)}, is no control token, "
+                "so it cannot end the answers of a conversation; mark it as special in the base's tokenizer"
+            )
         if self.kind in ("alpaca", "alpaca-newline"):
             return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
         before, _, after = self.text_for("").replace(INPUT, "").partition(INSTRUCTION)
-        end = next(name for name, id_ in tokenizer.control_tokens.items() if id_ == self.end_id(tokenizer))
         return chat_templates.repeated(before, after + self.lead, end)
 
     def text_for(self, input: str) -> str:
