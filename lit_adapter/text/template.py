@@ -107,8 +107,8 @@ class Template:
         end = tokenizer.spelling(self.end_id(tokenizer))
         if not end:
             raise UserError(
-                f"template '{self.kind}': the base's end token, {self.end_id(tokenizer)}, is no control token, "
-                "so it cannot end the answers of a conversation; mark it as special in the base's tokenizer"
+                f"template '{self.kind}': the base's end token, {self.end_id(tokenizer)}, is no control "
+                "token, so it cannot end the answers of a conversation; mark it as special in the base's tokenizer"
             )
         if self.kind in ("alpaca", "alpaca-newline"):
             return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
