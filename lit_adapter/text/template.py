@@ -108,7 +108,8 @@ class Template:
         if not end:
             raise UserError(
                 f"template '{self.kind}': the base's end token, {self.end_id(tokenizer)}, is no control "
-                "token, so it cannot end the answers of a conversation; mark it as special in the base's tokenizer"
+                "token, so it cannot end the answers of a conversation; "
+                "mark it as special in the base's tokenizer"
             )
         if self.kind in ("alpaca", "alpaca-newline"):
             return chat_templates.alpaca_chat(newline=self.kind == "alpaca-newline")
