@@ -19,6 +19,7 @@ from lit_adapter.evaluation import metrics, statistics
 from lit_adapter.evaluation.json_start import can_become
 from lit_adapter.evaluation.labels import coded, confusion, macro_f1
 from lit_adapter.evaluation.metrics import METRICS, json_exact, json_value, metrics_named, suggest
+from lit_adapter.evaluation.scores import warnings
 
 EXPECTED = '{"action":"set_temperature","room":"top office","degrees":21}'
 
@@ -272,3 +273,13 @@ def test_the_interval_of_equal_scores_is_open_to_both_sides() -> None:
     worse, better = statistics.compare(wrong, right), statistics.compare(right, wrong)
     assert (worse.low, worse.high) == (-better.high, -better.low) == (-1.0, -better.low)
     assert 0.8 < better.low < better.high
+
+
+def test_one_record_is_too_few_to_show_a_difference() -> None:
+    row = {"model": "one", "against": "base", "metric": "exact", "noise": True, "difference": 0.0}
+    one = row | {"p_value": 1.0, "records": 1, "detectable": None}
+    found = {"metrics": {"exact": "exact"}, "comparisons": [one, one | {"records": 2}]}
+    assert [line.partition("): ")[2] for line in warnings(found)] == [
+        "1 record is too few to show one",
+        "2 records are too few to show one",
+    ]

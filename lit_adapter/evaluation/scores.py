@@ -124,7 +124,8 @@ def warnings(found: dict[str, Any]) -> list[str]:
     for row in found["comparisons"]:
         if row["metric"] == first and row.get("noise"):
             least = row["detectable"]
-            shows = "are too few to show one" if least is None else f"would show one from about {least:.2f}"
+            few = "is too few to show one" if row["records"] == 1 else "are too few to show one"
+            shows = few if least is None else f"would show one from about {least:.2f}"
             lines.append(
                 f"{row['model']} and {row['against']} do not differ by more than chance in {first} "
                 f"({row['difference']:+.3f}, p = {row['p_value']:.2f}): {counted(row['records'], 'record')} "
