@@ -10,7 +10,6 @@ from typing import Any
 from lit_adapter.config import Columns
 from lit_adapter.data.conversations import check_turns, messages_of, tools_of
 from lit_adapter.data.record import Conversation
-from lit_adapter.data.tasks import OPTION
 from lit_adapter.errors import UserError, shorten
 from lit_adapter.text.conversation import Message
 
@@ -93,15 +92,15 @@ def check_same(values: Mapping[str, Any], columns: Columns, known: Recognised, w
 
 
 def conversation_of(
-    values: Mapping[str, Any], columns: Columns, known: Recognised, *, file: str, line: int
+    values: Mapping[str, Any], columns: Columns, known: Recognised, option: str, *, file: str, line: int
 ) -> Conversation:
-    """Return the conversation of a record in ``line`` of ``file``.
+    """Return the conversation of a record in ``line`` of ``file``; ``option`` names the columns in messages.
 
     Raises:
         UserError: it is malformed; names file, line and turn.
     """
     where = f"{file}:{line}"
-    parts = [_messages(values, columns, field, where) for field in REQUIRED[known.name]]
+    parts = [_messages(values, columns, field, where, option) for field in REQUIRED[known.name]]
     messages = [message for part in parts for message in part]
     system = values.get(SYSTEM) if known.name != "prompt_completion" else None
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
@@ -111,14 +110,16 @@ def conversation_of(
     return Conversation.of(messages, tools, file=file, line=line)
 
 
-def _messages(values: Mapping[str, Any], columns: Columns, field: str, where: str) -> list[Message]:
+def _messages(
+    values: Mapping[str, Any], columns: Columns, field: str, where: str, option: str
+) -> list[Message]:
     """Return the messages of a field; answers within a prompt are not learned."""
     key = getattr(columns, field)
     if key not in values:
         found = ", ".join(map(shorten, [*values][:6])) or "none"
         raise UserError(
             f"{where}: key {shorten(key)} is missing (found: {found}); name the column that holds it with "
-            f"{OPTION}.{field}"
+            f"{option}.{field}"
         )
     messages = messages_of(values[key], key, where)
     if field == "prompt":

@@ -21,7 +21,7 @@ from lit_adapter.config import Columns
 from lit_adapter.data.reading import records_of
 from lit_adapter.data.recognise import Recognised
 from lit_adapter.data.record import AnyRecord, digest_of
-from lit_adapter.data.tasks import DEFAULT_COLUMNS
+from lit_adapter.data.tasks import DEFAULT_COLUMNS, OPTION
 from lit_adapter.errors import UserError
 
 
@@ -53,7 +53,8 @@ class Records(Sequence[AnyRecord]):
 
     def __post_init__(self) -> None:
         if not len(self.rows):
-            why = f"all {self.n_empty_output} have an empty output" if self.n_empty_output else "it is empty"
+            nothing = f"all {self.n_empty_output} have an empty output, or no turn to learn"
+            why = nothing if self.n_empty_output else "it is empty"
             raise UserError(
                 f"{self.source}: no usable record: {why}; expected records of instruction, input and output"
             )
@@ -123,17 +124,18 @@ def first_of(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
     return found
 
 
-def read_records(path: str | Path, *, columns: Columns = DEFAULT_COLUMNS) -> Records:
+def read_records(path: str | Path, *, columns: Columns = DEFAULT_COLUMNS, option: str = OPTION) -> Records:
     """Read a JSON (array), JSONL, CSV, TSV or Parquet file of records into memory; the suffix tells which.
 
-    Columns not in ``columns`` are ignored. The first record's columns tell the format.
+    Columns not in ``columns`` are ignored. The first record's columns tell the format. ``option`` is the one
+    that names the columns, for messages.
 
     Raises:
         UserError: the file cannot be read, is malformed or not UTF-8, or has no record; a field is missing,
             not a string or not valid Unicode, or an instruction is empty; a conversation is malformed; a
             record is of another format than the first one. Names file, line and turn.
     """
-    known, records = records_of(Path(path), str(path), columns)
+    known, records = records_of(Path(path), str(path), columns, option=option)
     every = list(records)
     rows = tuple(row for row in every if not row.is_empty)
     return Records(rows, str(path), len(every) - len(rows), (known,) if known else ())

@@ -53,7 +53,7 @@ def read(settings: Evaluation, say: Say) -> Records:
     Raises:
         UserError: as `read_records`.
     """
-    records = read_records(Path(str(settings.data)), columns=settings.columns)
+    records = read_records(Path(str(settings.data)), columns=settings.columns, option="--columns")
     if settings.limit is not None and settings.limit < len(records):
         say(f"{records.source}: the first {settings.limit} of {len(records)} records (--limit)")
         return records.choose(np.arange(settings.limit), records.source, records.n_empty_output)

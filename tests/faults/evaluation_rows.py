@@ -104,6 +104,12 @@ ROWS = [
     ),
     Row(
         137,
+        "held-out records without outputs",
+        lambda b: b.evaluate("--data", b.file("q.json", '[{"instruction": "a", "answer": "b"}]')),
+        r"q\.json:1: key 'output' is missing .*holds it with --columns\.output",
+    ),
+    Row(
+        137,
         "an empty plain text",
         lambda b: b.evaluate("--plain", b.file("none.txt", "\n")),
         r"none\.txt: the file is empty; expected a text to measure perplexity on",
