@@ -171,6 +171,10 @@ FAULTS = {
         '{"instruction":"a","output":" "}',
         r": no usable record: all 1 have an empty output",
     ),
+    "no-turn.jsonl": (
+        '{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":0}]}',
+        r": no usable record: all 1 have an empty output, or no turn to learn",
+    ),
     "empty.json": ("", r": the file is empty"),
     "blank.json": (" \r\n", r": the file is empty"),
     "no-records.json": ("[ \n ]", r": no usable record: it is empty"),
@@ -391,6 +395,11 @@ def test_split_depends_on_the_seed_and_takes_a_fraction() -> None:
 def test_split_that_leaves_nothing_is_refused(size: float) -> None:
     with pytest.raises(UserError, match="val_size"):
         split(numbered(10), val_size=size, seed=0)
+
+
+def test_one_record_cannot_be_split_and_the_message_says_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"the only record .*; add records, or set data\.val_size 0"):
+        split(numbered(1), val_size=0.1, seed=0)
 
 
 def test_overlap_counts_validation_records_in_training() -> None:

@@ -164,6 +164,11 @@ def split_rows(
     total = len(records)
     if not (0 < val_size < 1 or val_size == val_size // 1):
         raise UserError(f"val_size is {val_size}; expected a number of records, or a fraction below 1")
+    if total == 1 and val_size > 0:
+        raise UserError(
+            f"{records.source}: the only record cannot be trained on and held out too; add records, or set "
+            "data.val_size 0"
+        )
     count = round(total * val_size) if 0 < val_size < 1 else int(val_size)
     if not 0 < count < total:
         asked = f"val_size {val_size}" if count == val_size else f"val_size {val_size} ({count} records)"
