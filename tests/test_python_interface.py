@@ -65,6 +65,7 @@ def test_a_precision_that_no_base_is_loaded_in(tiny_base: Path, dtype: Any) -> N
         lit_adapter.load(base=tiny_base, device="cpu", dtype=dtype)
 
 
+HELLO = [{"role": "user", "content": "a"}]
 CALLS: list[tuple[Callable[[AdaptedLlama], object], type[Exception], str]] = [
     (lambda m: m.generate(None), TypeError, r"^instruction is None; expected text \(str\)$"),
     (lambda m: m.generate(["a", "b"]), TypeError, r"^instruction is of type list; expected text"),
@@ -120,6 +121,22 @@ CALLS: list[tuple[Callable[[AdaptedLlama], object], type[Exception], str]] = [
     (lambda m: m.generate(" "), ValueError, r"^instruction is empty; write the task$"),
     (lambda m: m.generate_batch(["a", ""]), ValueError, r"^the instruction of tasks\[1\] is empty; write"),
     (lambda m: m.choose("", choices=["a", "b"]), ValueError, r"^the instruction of tasks\[0\] is empty"),
+    (lambda m: m.chat(HELLO, tools=5), TypeError, r"^tools is 5; expected a list of objects, or None$"),
+    (lambda m: m.chat(HELLO, tools="x"), TypeError, r"^tools is 'x'; expected a list of objects, or None$"),
+    (
+        lambda m: m.chat(HELLO, tools=[{"a": object()}]),
+        ValueError,
+        r"'tools' is not a JSON value: Object of t",
+    ),
+    (
+        lambda m: m.continue_batch([[1], [-1]]),
+        ValueError,
+        r"^prompts\[1\] holds -1; expected token ids from 0",
+    ),
+    (lambda m: m.continue_batch([[9999, 1]]), ValueError, r"^prompts\[0\] holds 9999; expected token ids fr"),
+    (lambda m: m.continue_batch([1, 2]), TypeError, r"^prompts\[0\] is 1; expected a list of token ids$"),
+    (lambda m: m.continue_batch([[1.5]]), TypeError, r"^an element of prompts\[0\] is 1.5; expected a whole"),
+    (lambda m: m.continue_batch("ab"), TypeError, r"^prompts is of type str; expected a list of token id"),
     (lambda m: m.with_adapter(5), TypeError, r"^path is 5; expected a path"),
 ]
 

@@ -211,6 +211,6 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level:
         depth += 1
-        inner = (one.values() if isinstance(one, Mapping) else one for one in level)
-        level = [item for items in inner if not isinstance(items, str | int | float | None) for item in items]
+        holders = [one for one in level if isinstance(one, Mapping | list | tuple)]
+        level = [item for one in holders for item in (one.values() if isinstance(one, Mapping) else one)]
     return depth

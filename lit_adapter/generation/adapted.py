@@ -25,7 +25,7 @@ from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.request import Request, check_batch_size
 from lit_adapter.generation.settings import Sampling, check_choices
 from lit_adapter.generation.task import Task, as_task, as_tasks
-from lit_adapter.generation.token_ids import check_ids
+from lit_adapter.generation.token_ids import as_prompts, check_ids
 from lit_adapter.model.attention import CausalView
 from lit_adapter.model.llama import Llama
 from lit_adapter.text.template import Template
@@ -291,7 +291,7 @@ class AdaptedLlama:
         Raises:
             UserError: as `generate`.
         """
-        prompts = list(prompts)
+        prompts = as_prompts(prompts, self.model.config)
         answers = [""] * len(prompts)
         events = self._answers(prompts, Sampling.of(**sampling), batch_size, enough=enough, begun=begun)
         for number, piece in events:

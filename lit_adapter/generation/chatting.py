@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lit_adapter import arguments
 from lit_adapter.data.conversations import messages_of, tools_of
 from lit_adapter.errors import UserError, WrongTypeError
 from lit_adapter.text.conversation import Message, encode_prompt
@@ -44,7 +45,9 @@ def prompt_of(
     """Return the token ids of a conversation that is to be answered.
 
     Raises:
-        UserError: as `as_messages`, or the template cannot render it.
+        UserError: as `as_messages`; ``tools`` is not a list of objects (a TypeError too); the template cannot
+            render it.
     """
+    arguments.of_kind("tools", tools, (list, tuple, type(None)), "a list of objects, or None")
     given = tools_of(list(tools or ()), "tools", name)
     return encode_prompt(tokenizer, template, as_messages(messages, name), given)
