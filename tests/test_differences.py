@@ -28,6 +28,23 @@ def said(config: Config | None = None, facts: dict[str, Any] | None = None, **da
     return differences(run(Config(), {}), run(config, facts or {}, **data), config)
 
 
+def said_of_stream(**data: Any) -> list[str]:
+    before: dict[str, Any] = {"streamed": "3 files, a1b2", "file_contents": "c3d4"}
+    config = Config(data=DataConfig(train="logs"))
+    sides = [
+        run_identity(config, 5, **{f"data.{key}": value for key, value in side.items()})
+        for side in (before, before | data)
+    ]
+    return differences(*sides, config)
+
+
+def test_of_a_stream_its_files_are_named_without_their_checksums() -> None:
+    changed = "data.train logs: its files have changed (3 files then, 1 file now)"
+    assert said_of_stream(streamed="1 file, e5f6", file_contents="0718") == [changed]
+    assert said_of_stream(file_contents="0718") == ["data.train logs: the content of its files has changed"]
+    assert said_of_stream() == []
+
+
 VAL = Config(data=DataConfig(train="my.json", val="held.json"))
 
 

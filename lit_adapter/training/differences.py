@@ -15,6 +15,8 @@ ADDED = ("base.", "data.val_records", "data.file", "data.n_file", "data.n_val_re
 """Prefixes of what the oldest checkpoints do not store."""
 _COUNTED = ("records", "val_records", "file")
 RECORDS = (*(f"data.{what}" for what in _COUNTED), *(f"data.n_{what}" for what in _COUNTED))
+FILES, CONTENTS = "data.streamed", "data.file_contents"
+"""Of a stream: the number of its files, with a checksum of names and sizes; and a checksum of contents."""
 EXCERPT = 40
 """Characters of a template that a message shows."""
 
@@ -31,7 +33,7 @@ def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[st
         for key, value in now.items()
         if known.get(key) != value and (key in known or not key.startswith(ADDED))
     ]
-    found = _of_records(set(keys), known, now, config)
+    found = [*_of_records(set(keys), known, now, config), *_of_stream(set(keys), known, now, config)]
     for key in keys:
         if key == "base":
             found.append(_of_base("its weights are not those", config.base, saved))
@@ -44,7 +46,7 @@ def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[st
         elif key == "init_from":
             before = "a file" if known.get(key) else "null"
             found.append(f"init_from was {before}, now {config.init_from or 'null'}")
-        elif key not in RECORDS:
+        elif key not in (*RECORDS, FILES, CONTENTS):
             found.append(f"{key} was {known.get(key)!r}, now {now[key]!r}")
     return found
 
@@ -66,6 +68,15 @@ def _of_records(keys: set[str], known: dict[str, Any], now: dict[str, Any], conf
     if "data.n_records" in keys and not found and not split_follows:
         found.append(f"{train}: {_numbers('data.n_records', known, now)} fit data.max_length")
     return found
+
+
+def _of_stream(keys: set[str], known: dict[str, Any], now: dict[str, Any], config: Config) -> list[str]:
+    """Return which files of a stream differ, and how many there were and are."""
+    train = f"data.train {title(as_names(config.data.train))}"
+    if FILES in keys and FILES in known:
+        before, after = (str(side[FILES]).partition(",")[0] for side in (known, now))
+        return [f"{train}: its files have changed ({before} then, {after} now)"]
+    return [f"{train}: the content of its files has changed"] if CONTENTS in keys else []
 
 
 def _numbers(key: str, known: dict[str, Any], now: dict[str, Any]) -> str:
