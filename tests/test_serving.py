@@ -467,6 +467,15 @@ def test_bodies_that_are_no_request_are_refused(server: Running, content: bytes,
         assert (found, set(answer)) == (status, {"error"}), answer
 
 
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"null", b"\xff\xfe{", b"[" * 100_000], ids=["array", "null", "no-utf8", "deep"]
+)
+def test_a_body_that_is_no_object_is_told_what_is_expected(server: Running, content: bytes) -> None:
+    _, answer, _ = server.ask("v1/completions", content)
+    assert answer["error"]["code"] == "invalid_json"
+    assert "JSON object" in answer["error"]["message"]
+
+
 def test_other_addresses_methods_and_kinds_of_bodies(server: Running) -> None:
     assert server.ask("v1/nothing")[0] == 404
     assert server.ask("../../etc/passwd")[0] == 404

@@ -234,11 +234,14 @@ async def _told(request: Request, error: Any) -> Response:
 
 
 async def _not_there(request: Request, error: Any) -> Response:
-    messages = {404: "there is nothing at this address", 405: "this address does not take this method"}
+    messages = {
+        400: "the body cannot be read; expected a JSON object in UTF-8",
+        404: "there is nothing at this address",
+        405: "this address does not take this method",
+    }
     message = messages.get(error.status_code, str(error.detail))
-    return _reply(
-        ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
-    )
+    codes = {400: "invalid_json", 404: "not_found"}
+    return _reply(ApiError(error.status_code, message, code=codes.get(error.status_code)))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -260,6 +263,8 @@ def _mistake(found: dict[str, Any]) -> ApiError:
         )
     if kind == "missing" and not where:
         return invalid("the request has no body; expected a JSON object", None, "invalid_json")
+    if kind in ("model_attributes_type", "model_type") and not where:
+        return invalid("the body is not a JSON object", None, "invalid_json")
     if kind == "extra_forbidden":
         known = [*ChatRequest.model_fields, *CompletionRequest.model_fields]
         hint = nearest(str(where[-1]), sorted(set(known))) if len(where) == 1 else ""
