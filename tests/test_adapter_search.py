@@ -123,6 +123,30 @@ def test_a_folder_cannot_have_the_name_of_the_plain_base(
     assert error.value.status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("base", "adapter name 'base' is the base's; give the adapter another"),
+        ("two words", "expected letters, digits"),
+        ("two\nlines", "expected letters, digits"),
+    ],
+)
+def test_a_name_in_the_folder_that_no_adapter_can_have_is_logged_once(
+    run: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture, name: str, why: str
+) -> None:
+    shutil.copytree(tiny_base, "base")
+    shutil.copytree(run, f"adapters/{name}")
+    shutil.copytree(run, "adapters/.written-now")
+    options = ServerOptions(base=Path("base"), folder=Path("adapters"), device="cpu", dtype="float32")
+    adapters = load_adapters(options)
+    for _ in range(2):
+        adapters.scan()
+    assert [served.name for served in adapters] == ["base"]
+    (message,) = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert why in message
+    assert "\n" not in message
+
+
 def test_an_adapter_that_memory_cannot_take_keeps_no_other_out(
     run: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

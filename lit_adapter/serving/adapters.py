@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest, shorten
+from lit_adapter.errors import UserError, nearest, shorten, visible
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.names import NAME, check_characters, check_name
@@ -45,19 +45,17 @@ class Served:
 
 
 def adapter_files(folder: Path) -> dict[str, Path]:
-    """Return a folder's adapter files by name; other entries are left out."""
+    """Return a folder's adapter files by name, but for hidden ones; other entries are left out."""
     found: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             path = Path(entry.path)
-            if entry.is_dir() and (path / ADAPTER).is_file():
-                name, path = entry.name, path / ADAPTER
-            elif entry.name.endswith(SUFFIX) and entry.is_file():
-                name = entry.name.removesuffix(SUFFIX)
-            else:
+            if entry.name.startswith("."):
                 continue
-            if NAME.fullmatch(name):
-                found[name] = path
+            if entry.is_dir() and (path / ADAPTER).is_file():
+                found[entry.name] = path / ADAPTER
+            elif entry.name.endswith(SUFFIX) and entry.is_file():
+                found[entry.name.removesuffix(SUFFIX)] = path
     return found
 
 
@@ -145,7 +143,7 @@ class Adapters:
             raise ApiError(400, "this server was started without --adapters FOLDER", code="no_folder")
         path = self.listed().get(name)
         if path is None:
-            known = ", ".join(sorted(self.listed())[:10]) or "nothing"
+            known = ", ".join(sorted(filter(NAME.fullmatch, self.listed()))[:10]) or "nothing"
             raise ApiError(
                 404,
                 f"the folder of adapters has no {shorten(name)}; it has {known}",
@@ -159,10 +157,8 @@ class Adapters:
             raise ApiError(400, told, param="name", code="adapter_refused") from None
 
     def listed(self) -> Mapping[str, Path]:
-        """Return the folder's adapter files by name, except one with the name of the base."""
-        found = {} if self.folder is None else adapter_files(self.folder)
-        found.pop(self.base.name, None)
-        return found
+        """Return the folder's adapter files by name; `load` refuses some names."""
+        return {} if self.folder is None else adapter_files(self.folder)
 
     def scan(self, *, patient: bool = True) -> None:
         """Load and unload what has changed in the folder.
@@ -200,7 +196,8 @@ class Adapters:
         except Exception as error:  # also for lack of memory: the others are followed all the same
             self._failed[name] = state
             is_refusal = isinstance(error, UserError | OSError)
-            logger.warning("adapter %s: refused: %s", name, error, exc_info=not is_refusal)
+            shown = visible(" ".join(name.split()))  # a folder's name may be any
+            logger.warning("adapter %s: refused: %s", shown, error, exc_info=not is_refusal)
 
     def described(self, served: Served) -> dict[str, Any]:
         """Return OpenAI's object of a model, with the base that it belongs to."""
