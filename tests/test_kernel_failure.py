@@ -81,3 +81,21 @@ def test_a_step_is_computed_again_by_the_modules(
     assert failing_view["rows"] == rows // 2  # no row after it was given to the kernels
     whole, failing = (Path(tiny(out=name).out) / "adapter.safetensors" for name in ("whole", "failing"))
     assert whole.read_bytes() == failing.read_bytes()
+
+
+def test_a_kernel_of_head_norms_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA")
+    from triton.errors import TritonError
+    from triton.runtime.jit import JITFunction
+
+    from lit_adapter.model.kernels import heads
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TritonError("PassManager::run failed")
+
+    monkeypatch.setattr(JITFunction, "run", fail)
+    x, weight = torch.zeros(3, 2 * 16), torch.ones(16)
+    with pytest.raises(KernelError, match="the kernel _norm_kernel does not compile"):
+        heads.norm(x, weight, 1e-5, None, x)
+    with pytest.raises(KernelError, match="the kernel _norm_gradient_kernel does not compile"):
+        heads.norm_backward_(x, x, weight, 1e-5)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lit_adapter.model.kernels.entry import Entry
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two, row_stride
 
 SUMMED_TOKENS = 8
@@ -39,6 +40,7 @@ def _rstd(first, second, eps, HALF: tl.constexpr):
     return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
 
 
+@Entry
 @triton.jit(do_not_specialize=["n_rotated"])
 def _norm_kernel(
     x_at, out_at, weight_at, cos_at, sin_at, x_stride, out_stride, weight_stride, n_heads, n_rotated, eps,
@@ -59,6 +61,7 @@ def _norm_kernel(
     _store_halves(out_at, t * out_stride, turned, turned_too, n_heads, HALF, HEADS)
 
 
+@Entry
 @triton.jit(do_not_specialize=["T"])
 def _norm_gradient_kernel(
     dy_at, x_at, weight_at, sums_at, dy_stride, x_stride, n_heads, T, eps,
