@@ -80,10 +80,9 @@ class LlamaConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"model config: {name} is {value!r}; expected a whole number above 0")
-            if value > MOST.get(name, MOST_WIDE):
-                raise UserError(
-                    f"model config: {name} is {value}; expected {MOST.get(name, MOST_WIDE)} or less"
-                )
+            most = MOST.get(name, MOST_WIDE)
+            if value > most:
+                raise UserError(f"model config: {name} is {value}; expected {most} or less")
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"model config: {self.n_head} query heads cannot share {self.n_kv_head} key/value heads; "

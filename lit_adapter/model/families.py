@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+KINDS = ("full_attention", "sliding_attention")
+"""Layers without and with a window, as ``layer_types`` names them."""
 Layers = dict[str, Any]
 """The fields `window`, `windowed_layers` and `unrotated_layers`, where a family has them."""
 
@@ -210,12 +212,11 @@ def _upper_layers(raw: dict[str, Any], n_layer: int, source: str) -> tuple[int, 
 
 def _listed_layers(kinds: Any, n_layer: int, source: str) -> tuple[int, ...]:
     """Return the layers that ``layer_types`` gives a window."""
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in known for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in KINDS for kind in kinds):
         raise UserError(
-            f"{source}: layer_types is {kinds!r:.60}; expected {' or '.join(known)} for {n_layer} layers"
+            f"{source}: layer_types is {kinds!r:.60}; expected {' or '.join(KINDS)} for {n_layer} layers"
         )
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == known[1])
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == KINDS[1])
 
 
 def _write_layers(family: Family, config: LlamaConfig) -> dict[str, Any]:
@@ -225,9 +226,8 @@ def _write_layers(family: Family, config: LlamaConfig) -> dict[str, Any]:
     if family.windows != "none":
         found["sliding_window"] = config.window if windowed else None
     if family.windows == "listed":
-        kinds = ("full_attention", "sliding_attention")
         found["use_sliding_window"] = bool(windowed)
-        found["layer_types"] = [kinds[layer in windowed] for layer in range(n_layer)]
+        found["layer_types"] = [KINDS[layer in windowed] for layer in range(n_layer)]
         if not family.skips_rotation:
             found["max_window_layers"] = min(windowed, default=n_layer)
     if family.skips_rotation:

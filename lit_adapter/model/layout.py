@@ -16,9 +16,6 @@ from typing import Literal
 from lit_adapter.model.config import LlamaConfig
 
 Shape = tuple[int, ...]
-NORM_BEFORE, NORM_BETWEEN = "input_layernorm", "post_attention_layernorm"
-QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-"""The head norms, in families that have them."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,10 @@ def block_layout(config: LlamaConfig) -> BlockLayout:
     n_query, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     attention, mlp = config.attention_bias, config.mlp_bias
     qkv = attention or config.qkv_bias
-    norms = (Norm(NORM_BEFORE, C), Norm(NORM_BETWEEN, C))
-    of_heads = (Norm(QUERY_NORM, config.head_dim), Norm(KEY_NORM, config.head_dim))
+    norms = Norm("input_layernorm", C), Norm("post_attention_layernorm", C)
+    head_norms = Norm("self_attn.q_norm", config.head_dim), Norm("self_attn.k_norm", config.head_dim)
     return BlockLayout(
-        norms=norms + (of_heads if config.head_norms else ()),
+        norms=norms + (head_norms if config.head_norms else ()),
         linears=(
             Linear("self_attn.q_proj", C, n_query, qkv, "outputs", "qkv", config.n_head),
             Linear("self_attn.k_proj", C, n_kv, qkv, "outputs", "qkv", config.n_kv_head),

@@ -53,9 +53,15 @@ class RopeConfig:
 
     @classmethod
     def from_hf(
-        cls, raw: dict[str, Any], source: str, default_theta: float = 10_000.0, context_length: int = 2048
+        cls, raw: dict[str, Any], source: str, default_theta: float, context_length: int
     ) -> RopeConfig:
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+        Args:
+            raw: the parsed file.
+            source: its name, for messages.
+            default_theta: the base frequency where the file names none.
+            context_length: the model's; yarn's original one where the file does not give it.
 
         Raises:
             UserError: an unknown kind, or a factor that is missing or not a number.
