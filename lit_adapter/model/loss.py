@@ -41,10 +41,10 @@ class _FrozenOutputLoss(torch.autograd.Function):
             chunk = slice(start, start + rows)
             narrow = F.linear(hidden[chunk], weight)
             logits = narrow if bias is None or scale is None else (narrow + bias) * scale
-            loss, share = _sum_and_share(logits, target_id[chunk], gradient is not None)
-            total += loss
+            total += _cross_entropy_(logits, target_id[chunk], gradient=gradient is not None)
             if gradient is None:
                 continue
+            share = logits
             if bias is not None and scale is not None:
                 affine[1] += (share * (narrow + bias)).sum(0)
                 share = share * scale
@@ -60,21 +60,21 @@ class _FrozenOutputLoss(torch.autograd.Function):
         return hidden, None, None, bias, scale
 
 
-def _sum_and_share(logits: Tensor, target_id: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy and, if asked for, its gradient, which overwrites the logits."""
+def _cross_entropy_(logits: Tensor, target_id: Tensor, *, gradient: bool) -> Tensor:
+    """Return the summed cross-entropy; with ``gradient``, that of the logits overwrites them."""
     if logits.is_cuda and logits.dtype != torch.float64 and kernels_given_up() is None:
         from lit_adapter.model.kernels.loss import cross_entropy_
 
-        return cross_entropy_(logits, target_id, gradient=wants_gradient).sum(), logits
+        return cross_entropy_(logits, target_id, gradient=gradient).sum()
     total, n_rows = widen(logits[:0]).sum(), rows_at_once()
     for start in range(0, len(logits), n_rows):
         rows = slice(start, start + n_rows)
         target = target_id[rows, None]
         share = widen(logits[rows]).log_softmax(-1)  # logsumexp would write out twice as much
         total -= share.gather(-1, target).sum()
-        if wants_gradient:
+        if gradient:
             logits[rows] = share.exp_().scatter_add_(-1, target, share.new_full(target.shape, -1.0))
-    return total, logits
+    return total
 
 
 def rows_at_once() -> int:
