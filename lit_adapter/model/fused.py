@@ -75,8 +75,8 @@ class FusedView:
 @torch.no_grad()
 def _strengths(model: Llama, device: torch.device) -> dict[int, Tensor]:
     """Return c(g) of every layer with a prefix, in the form of `attention.Prefix`, by layer number."""
-    found = [(block.self_attn.index, block.self_attn.prefix) for block in model.layers]
-    prefixes: dict[int, GatedPrefix] = {index: prefix for index, prefix in found if prefix is not None}
+    adapted = [block.self_attn for block in model.layers if block.self_attn.prefix is not None]
+    prefixes: dict[int, GatedPrefix] = {attention.index: attention.prefix for attention in adapted}
     if not prefixes:
         return {}
     some = next(iter(prefixes.values()))
@@ -126,15 +126,14 @@ class _FusedBlock(torch.autograd.Function):
         site.reload()
         attended = Attended(*kept[:-3]) if kept else attend(site, x)
         between = Between(*kept[-3:]) if kept else go_between(site, x, attended, twice=False)[0]
-        learned: dict[str, list[Tensor]] = {}
         of_heads: list[Tensor | None] = [None] * (2 if site.head_norms else 0)
-        dmiddle, operand, dbetween = mlp_backward(site, between, dy.contiguous(), learned)
+        dmiddle, operand, dbetween = mlp_backward(site, between, dy.contiguous())
         del between
-        do = output_backward(site, attended, dmiddle, operand, learned)
+        do = output_backward(site, attended, dmiddle, operand)
         needs_x, _, _, _, needs_norms, *_ = ctx.needs_input_grad
         if needs_x or needs_norms or "qkv" in site.updates:
-            dx, *dtrained, of_heads = attention_backward(site, x, attended, do, dmiddle, learned)
+            dx, *dtrained, of_heads = attention_backward(site, x, attended, do, dmiddle)
         else:  # in the lowest block that learns
             dx, dtrained = None, [*prefix_gradients(site, attended, do), None]
-        of_linears = [gradient for group in site.trained for gradient in learned[group]]
+        of_linears = [gradient for group in site.trained for gradient in site.learned.pop(group)]
         return dx, None, *dtrained, dbetween, *of_heads, *of_linears

@@ -16,27 +16,25 @@ from lit_adapter.model.kernels import attention, rows
 from lit_adapter.model.lora import product
 
 
-def mlp_backward(
-    site: Site, between: Between, dy: Tensor, learned: dict[str, list[Tensor]]
-) -> tuple[Tensor, rows.Operand, Tensor | None]:
+def mlp_backward(site: Site, between: Between, dy: Tensor) -> tuple[Tensor, rows.Operand, Tensor | None]:
     """Return the gradients of the sum after attention (also as an operand) and of a trained norm's weight.
 
-    ``dy`` is that of the block's output; ``learned`` receives the gradients of what linear layers train.
+    ``dy`` is that of the block's output.
     """
     weights, dtotal = site.weights, site.total(dy)
     if site.affine:
         y = site.outputs.pop("down", None)
         y = weights.down(weights.operand(rows.swiglu(between.gate_up))) if y is None else y
-        site.learn_affine("down", learned, (dtotal, y))
+        site.learn_affine("down", (dtotal, y))
         del y
     dproduct = weights.down.backward(weights.operand(dtotal))
     dz = site.reach("down", dtotal, dproduct)
     hidden = dproduct if "down" in site.updates else None
     dgate_up = rows.swiglu_backward(dproduct, between.gate_up, hidden, quantised=site.quantises("gate_up"))
-    site.learn("down", hidden, dtotal, dz, learned)
+    site.learn("down", hidden, dtotal, dz)
     del dproduct, hidden, dtotal
     if site.affine:
-        site.learn_affine("gate_up", learned, (dgate_up, between.gate_up))
+        site.learn_affine("gate_up", (dgate_up, between.gate_up))
     dnormed = weights.gate_up.backward(weights.operand(dgate_up))
     dz = site.reach("gate_up", dgate_up, dnormed)
     normed = dnormed if "gate_up" in site.updates else None
@@ -49,27 +47,20 @@ def mlp_backward(
         normed,
         quantised=weights.quantised,
     )
-    site.learn("gate_up", normed, dgate_up, dz, learned)
+    site.learn("gate_up", normed, dgate_up, dz)
     return found
 
 
-def output_backward(
-    site: Site,
-    attended: Attended,
-    dmiddle: Tensor,
-    operand: rows.Operand,
-    learned: dict[str, list[Tensor]],
-) -> Tensor:
+def output_backward(site: Site, attended: Attended, dmiddle: Tensor, operand: rows.Operand) -> Tensor:
     """Return the gradient of attention's output, before the output projection.
 
     ``dmiddle`` is that of the sum after attention, and ``operand`` the same in the form that a product takes.
-    ``learned`` receives the gradients of what linear layers train.
     """
     dtotal = site.total(dmiddle)
     if site.affine:
-        site.learn_affine("o", learned, (dtotal, site.outputs.pop("o")))
+        site.learn_affine("o", (dtotal, site.outputs.pop("o")))
     do = site.weights.o.backward(operand if dtotal is dmiddle else site.weights.operand(dtotal))
-    site.learn("o", attended.y, dtotal, site.reach("o", dtotal, do), learned)
+    site.learn("o", attended.y, dtotal, site.reach("o", dtotal, do))
     return do
 
 
@@ -114,8 +105,6 @@ def prefix_gradients(site: Site, attended: Attended, do: Tensor) -> tuple[Tensor
         return None, None
     dkv = torch.empty_like(attended.prompt, memory_format=torch.contiguous_format)
     dgate = _scores_backward(site, attended, do, None, (dkv, None))
-    if dgate is None:
-        return None, None
     if site.head_norms is not None:
         width = site.k_width
         site.head_norms.keys_backward_(dkv[:, :width], attended.prompt[:, :width])
@@ -128,11 +117,10 @@ def attention_backward(
     attended: Attended,
     do: Tensor,
     dmiddle: Tensor,
-    learned: dict[str, list[Tensor]],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
     """Return the gradients of the block's input, prompt, gate, and the weights of its trained norms.
 
-    Those of the head norms come last. ``learned`` receives the gradients of what linear layers train.
+    Those of the head norms come last; those of what linear layers train are in `Site.learned`.
     """
     weights, T, q_width = site.weights, x.shape[0], site.q_width
     n_rows = T + attended.prompt.shape[0]
@@ -147,14 +135,14 @@ def attention_backward(
     of_heads = [] if site.head_norms is None else site.head_norms.backward_(dq, dkv, attended.q, attended.kv)
     if site.affine:
         outputs = site.unturned(attended.q, attended.kv)
-        site.learn_affine("qkv", learned, *zip((dq, dkv), outputs, strict=True))
+        site.learn_affine("qkv", *zip((dq, dkv), outputs, strict=True))
     if site.query_positions is None:
         dnormed, beside = weights.qkv.backward(weights.operand(dqkv)), dmiddle
         dz = site.reach("qkv", dqkv, dnormed)
     else:  # in fp32: many targets can share one position, in a preamble
         dnormed = site.kv.backward(weights.operand(dkv)).float()
         dnormed.index_add_(0, site.query_positions, site.q.backward(weights.operand(dq)).float())
-        _learn_targets(site, x, (dq, dkv), dnormed, learned)
+        _learn_targets(site, x, (dq, dkv), dnormed)
         beside = dnormed.new_zeros(T, x.shape[1]).index_add_(0, site.query_positions, dmiddle.float())
     dprompt = None if dgate is None else dnormed[T:].to(torch.float32, copy=True)  # those rows are used again
     weight, updated = site.before.used_weight, "qkv" in site.updates and site.query_positions is None
@@ -163,17 +151,11 @@ def attention_backward(
     if updated:
         if site.prompt is not None:
             dnormed[T:] = site.prompt
-        site.learn("qkv", dnormed, dqkv, dz, learned)
+        site.learn("qkv", dnormed, dqkv, dz)
     return dx, dprompt, dgate, dbefore, of_heads
 
 
-def _learn_targets(
-    site: Site,
-    x: Tensor,
-    dy: tuple[Tensor, Tensor],
-    dnormed: Tensor,
-    learned: dict[str, list[Tensor]],
-) -> None:
+def _learn_targets(site: Site, x: Tensor, dy: tuple[Tensor, Tensor], dnormed: Tensor) -> None:
     """Do what `Site.learn` does for q, k and v where only the targets have queries.
 
     ``dy`` are the gradients of the targets' queries and of the keys and values; ``dnormed`` is fp32.
@@ -188,4 +170,4 @@ def _learn_targets(
     dz = dz.index_add_(0, targets, (dq @ update.b[:split]).float()).to(z.dtype)
     dnormed.add_(site.dropped("qkv", dz @ update.a))
     dyz = torch.cat((product(dq.T, z[targets]), product(dkv.T, z)))
-    learned["qkv"] = update.gradients(dz, dyz, site.dropped("qkv", given))
+    site.learned["qkv"] = update.gradients(dz, dyz, site.dropped("qkv", given))

@@ -35,6 +35,7 @@ class Site:
         self.block, self.view, self.query_positions = block, view, query_positions
         self.affine = join_affine(block, view.layout)
         self.outputs: dict[str, Tensor] = {}  # of o and down, where biases and scales are trained
+        self.learned: dict[str, list[Tensor]] = {}  # gradients of `trained`, in the backward pass
         self.weights = self._weights()
         self.is_gathered = block.fused_weights is None
         self.adapter: GatedPrefix | None = attn.prefix
@@ -57,15 +58,10 @@ class Site:
     @property
     def query_rotation(self) -> KeyValue:
         """Cosines and sines of the queries."""
+        if self.query_positions is None:
+            return self.rotation
         cos, sin = self.rotation
-        return (
-            self.rotation
-            if self.query_positions is None
-            else (
-                cos[self.query_positions],
-                sin[self.query_positions],
-            )
-        )
+        return cos[self.query_positions], sin[self.query_positions]
 
     def turned(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys in the form that attention takes, from what a block keeps of them."""
@@ -82,10 +78,13 @@ class Site:
         if self.head_norms is not None:
             return q, kv
         q, kv = q.clone(), kv.clone()
-        of_queries, of_keys = (q, self.query_rotation), (kv[: len(self.rotation[0])], self.rotation)
-        for x, (cos, sin) in (of_queries, of_keys):
+        keys = kv[: len(self.rotation[0])]
+        for x, (cos, sin), width in (
+            (q, self.query_rotation, self.q_width),
+            (keys, self.rotation, self.k_width),
+        ):
             square = cos.square() + sin.square()  # yarn's rotation lengthens
-            rows.rotate_(x, cos / square, -sin / square, (self.q_width if x is q else self.k_width) // self.D)
+            rows.rotate_(x, cos / square, -sin / square, width // self.D)
         return q, kv
 
     def reload(self) -> None:
@@ -147,13 +146,13 @@ class Site:
         self.block.add_up_(total)
         return total
 
-    def learn_affine(self, group: str, learned: dict[str, list[Tensor]], *parts: tuple[Any, Tensor]) -> None:
-        """Note the gradients of a group's biases and scales in ``learned``.
+    def learn_affine(self, group: str, *parts: tuple[Any, Tensor]) -> None:
+        """Note the gradients of a group's biases and scales in `learned`.
 
         ``parts`` are the gradients of its outputs and the outputs, in the order of the group's layers.
         """
         sums = torch.cat([rows.column_sums(dy, y) for dy, y in parts], dim=1)
-        learned[group] = self.affine[group].gradients(*sums)
+        self.learned[group] = self.affine[group].gradients(*sums)
 
     def project(self, group: str, x: Any) -> Tensor:
         """Return a group's product of ``x``, with its updates."""
@@ -199,12 +198,12 @@ class Site:
             dx.addmm_(dz, update.a)
         return dz
 
-    def learn(self, group: str, x: Any, dy: Any, dz: Any, learned: dict[str, list[Tensor]]) -> None:
-        """Note the gradients of a group's updates in ``learned``: ``x`` is its input, ``dz`` from `reach`."""
+    def learn(self, group: str, x: Any, dy: Any, dz: Any) -> None:
+        """Note the gradients of a group's updates in `learned`: ``x`` is its input, ``dz`` from `reach`."""
         if dz is not None:
             update = self.updates[group]
             dyz = product(dy.T, self.reduce(group, x))
-            learned[group] = update.gradients(dz, dyz, self.dropped(group, x))
+            self.learned[group] = update.gradients(dz, dyz, self.dropped(group, x))
 
 
 @dataclass
