@@ -94,9 +94,9 @@ class DecodeView(BaseView):
         """Return which keys the slots see with a window ``[B, 1, 1, used]``; None if they see all."""
         if window not in self._seen:
             sees_all = self.exact and len(self.position) == 1 and (window is None or window >= self.used)
-            place = torch.arange(self.used, device=self.position.device)
-            seen = sees(self.position[:, None], place, window)[:, None, None, :]
-            self._seen[window] = None if sees_all else seen
+            key = torch.arange(self.used, device=self.position.device)
+            query = self.position[:, None, None, None]
+            self._seen[window] = None if sees_all else sees(query, key, window)
         return self._seen[window]
 
     def attend(
@@ -141,7 +141,7 @@ class ModuleDecode:
         decode.prefixes = other.prefixes
         return decode
 
-    def take(self, other: Any) -> None:
+    def take(self, other: ModuleDecode) -> None:
         """Continue with the slots of an executor of the same class that is no larger."""
         for own, old in ((self.cache.k, other.cache.k), (self.cache.v, other.cache.v)):
             own[:, : other.cache.n_slots, :, : other.cache.length] = old

@@ -68,8 +68,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``, in x's dtype before and after the weight."""
-        return (normalised(x, self.eps) * self.used_weight).to(x.dtype)
+        """Normalise the last dimension of ``x [..., T, width]``, in x's dtype before and after the weight."""
+        return (normalised(x, self.eps) * self.weight_of(x.shape[-2])).to(x.dtype)
 
     @property
     def used_weight(self) -> Tensor:
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         return self.weight
 
     def weight_of(self, n: int) -> Tensor:
-        """The weight for ``n`` tokens ``[width]``, or for each of them ``[n, width]``."""
+        """Return the weight for ``n`` tokens ``[width]``, or for each of them ``[n, width]``."""
         return self.used_weight
 
 

@@ -32,12 +32,10 @@ class Norms:
         blocks = list(model.layers)
         wide = [norm for block in blocks for norm in (block.input_layernorm, block.post_attention_layernorm)]
         heads = [norm for block in blocks for norm in (block.self_attn.q_norm, block.self_attn.k_norm)]
-        return cls(
-            torch.stack([norm.used_weight.detach() for norm in (*wide, model.norm)]),
-            torch.stack([norm.used_weight.detach() for norm in heads]).unflatten(0, (-1, 2))
-            if model.config.head_norms
-            else None,
-        )
+        of_all = torch.stack([norm.used_weight.detach() for norm in (*wide, model.norm)])
+        if not model.config.head_norms:
+            return cls(of_all, None)
+        return cls(of_all, torch.stack([norm.used_weight.detach() for norm in heads]).unflatten(0, (-1, 2)))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Norms:
         """Return these norms with a change to both of their tensors."""
@@ -116,12 +114,8 @@ class TokenNorm(RMSNorm):
         self.eps, self.weights, self.slots = config.norm_eps, weights, slots
 
     def weight_of(self, n: int) -> Tensor:
-        """See `RMSNorm.weight_of`."""
+        """Return the weights of the slots of ``n`` tokens."""
         return self.weights[self.slots.among(n)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x``; the one before it has the tokens."""
-        return (normalised(x, self.eps) * self.weight_of(x.shape[-2])).to(x.dtype)
 
 
 class SlotNorm(RMSNorm):
@@ -137,7 +131,7 @@ class SlotNorm(RMSNorm):
         self.eps, self.weights = config.norm_eps, weights
 
     def weight_of(self, n: int) -> Tensor:
-        """The weights of the first ``n`` slots."""
+        """Return the weights of the first ``n`` slots."""
         return self.weights[:n]
 
     def forward(self, x: Tensor) -> Tensor:
