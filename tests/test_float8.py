@@ -55,7 +55,7 @@ def test_a_product_and_its_gradient_are_those_of_rounded_factors() -> None:
 
 def test_the_update_is_computed_beside_the_rounded_layer_and_not_rounded() -> None:
     linear = torch.nn.Linear(32, 48, bias=True, dtype=torch.bfloat16)
-    layer = LoraLinear(linear, LoraConfig(rank=4))
+    layer = LoraLinear(linear, LoraConfig(rank=4), "outputs")
     torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(7, 32).bfloat16()

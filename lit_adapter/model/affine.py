@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_adapter.model.config import AdapterConfig, LlamaConfig
+from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.layout import FINAL_NORM, OUTPUT_LAYER, BlockLayout, Shape, block_layout, block_names
 from lit_adapter.model.llama import Block, Llama, RMSNorm
 from lit_adapter.model.matrices import AffineMatrix, Matrix
@@ -40,7 +41,7 @@ class AdaptedLinear(TrainedModule):
     bias_share = 1.0
     """0 where another process, whose result is added to this one's, adds the bias."""
 
-    def __init__(self, frozen: nn.Linear, shard_axis: str = "outputs") -> None:
+    def __init__(self, frozen: nn.Linear, shard_axis: str) -> None:
         super().__init__()
         self.shard_axis = shard_axis
         self.weight = frozen.weight
@@ -109,9 +110,7 @@ def join_affine(block: Block, layout: BlockLayout) -> dict[str, JoinedAffine]:
     """Return a block's trained biases and scales by the group of `layout`; nothing where it has none."""
     if not isinstance(block.mlp.down_proj, AdaptedLinear):  # all linear layers have them, or none
         return {}
-    groups = layout.groups.items()
-    found: Any = {group: [block.get_submodule(name) for name in names] for group, names in groups}
-    return {group: JoinedAffine(linears) for group, linears in found.items()}
+    return {group: JoinedAffine(linears) for group, linears in grouped_linears(block, layout).items()}
 
 
 class AdaptedNorm(RMSNorm, TrainedModule):

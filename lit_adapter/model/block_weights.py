@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.model.affine import AdaptedLinear, JoinedAffine
 from lit_adapter.model.cuda_support import unsupported
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import join, joined, joined_biases
+from lit_adapter.model.joining import grouped_linears, join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import LoraLinear
@@ -39,12 +38,7 @@ def prepare(model: Llama, blocks: Sequence[Block] | None = None, *, float8: bool
         UserError: fp8 on a model or device that cannot have it.
     """
     why = unsupported(model, Setting.of(model))
-    device = model.embed_tokens.weight.device
-    if float8 and isinstance(model.layers[0].mlp.down_proj, AdaptedLinear):
-        why = why or BESIDE_FLOAT8
-    if float8 and why is None and torch.cuda.get_device_capability(device) < (9, 0):
-        why = f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
-    if float8 and why is not None:
+    if float8 and (why := why or _why_not_float8(model)):
         raise UserError(f"trainer.base_precision is fp8, but {why}; use base_precision full")
     if why is not None:
         return
@@ -55,6 +49,16 @@ def prepare(model: Llama, blocks: Sequence[Block] | None = None, *, float8: bool
         block.fused_weights = keep_float8(block, layout) if float8 else _plain_weights(block, layout)
 
 
+def _why_not_float8(model: Llama) -> str | None:
+    """Return why a model that the CUDA executors compute cannot be kept in fp8."""
+    if isinstance(model.layers[0].mlp.down_proj, AdaptedLinear):
+        return BESIDE_FLOAT8
+    device = model.embed_tokens.weight.device
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has no fp8 products (Hopper and later have)"
+    return None
+
+
 def join_groups(model: Llama) -> None:
     """Store matrices that read the same input side by side, where they are not yet."""
     for block in model.layers:
@@ -62,7 +66,7 @@ def join_groups(model: Llama) -> None:
 
 
 def _join_groups(block: Block, layout: BlockLayout) -> None:
-    for linears in _groups(block, layout).values():
+    for linears in grouped_linears(block, layout).values():
         join(*linears)
 
 
@@ -102,19 +106,13 @@ def block_weights(block: Block, layout: BlockLayout) -> BlockWeights:
 
 def float8_weights(block: Block, layout: BlockLayout) -> BlockWeights:
     """Return a block's matrices in fp8."""
-    groups = _groups(block, layout)
-    found = {group: (joined(*linears), joined_biases(*linears)) for group, linears in groups.items()}
-    return BlockWeights(**{group: Float8Matrix.of(*given) for group, given in found.items()})
+    groups = grouped_linears(block, layout).items()
+    return BlockWeights(**{g: Float8Matrix.of(joined(*some), joined_biases(*some)) for g, some in groups})
 
 
 def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:
-    groups = _groups(block, layout)
-    return BlockWeights(**{group: side_by_side(*linears) for group, linears in groups.items()})
-
-
-def _groups(block: Block, layout: BlockLayout) -> dict[str, list[Any]]:
-    """Return the linear layers of each group."""
-    return {group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()}
+    groups = grouped_linears(block, layout).items()
+    return BlockWeights(**{group: side_by_side(*linears) for group, linears in groups})
 
 
 def keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:

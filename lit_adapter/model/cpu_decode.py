@@ -24,7 +24,7 @@ from lit_adapter.model.affine import AdaptedNorm
 from lit_adapter.model.attention import KeyValue, sees
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.executors import Setting
-from lit_adapter.model.joining import PackedWeights, join, joined, joined_biases
+from lit_adapter.model.joining import PackedWeights, grouped_linears, join, joined, joined_biases
 from lit_adapter.model.layout import BlockLayout, block_layout
 from lit_adapter.model.llama import Block, Llama, normalised
 from lit_adapter.model.lora import JoinedLora, LoraLinear, join_updates
@@ -87,8 +87,8 @@ class _Layer:
         attention = block.self_attn
         self.window, self.is_rotated = attention.window, attention.is_rotated
         matrices = {
-            group: _Matrix([block.get_submodule(name) for name in names], updates.get(group))
-            for group, names in layout.groups.items()
+            group: _Matrix(linears, updates.get(group))
+            for group, linears in grouped_linears(block, layout).items()
         }
         self.matrices = list(matrices.values())
         self.qkv, self.o = matrices["qkv"], matrices["o"]

@@ -22,6 +22,7 @@ from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.fused_heads import HeadNorms, unturned
+from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
@@ -60,11 +61,16 @@ class FusedDecode(ModuleDecode):
         self.rotations = [turned if block.self_attn.is_rotated else still for block in model.layers]
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not any(self.updates) and not any(affine)
-        plain = plain and not any(weights.quantised for weights in self.weights)
         biased = {linear.group for linear in layout.linears if linear.bias}
-        plain = plain and biased <= {"qkv"}  # what is added to the residual takes no bias there
-        plain = plain and not config.head_norms  # a program there has half a head at most
+        plain = (
+            type(head) is nn.Linear
+            and head.bias is None
+            and not any(self.updates)
+            and not any(affine)
+            and not any(weights.quantised for weights in self.weights)
+            and biased <= {"qkv"}  # what is added to the residual takes no bias there
+            and not config.head_norms  # a program there has half a head at most
+        )
         self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
@@ -254,22 +260,20 @@ class _FewTexts:
     def step(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
         """Take a step with the norms of ``model``; see `FusedDecode.captured_step`."""
         decode, products, x = self.decode, self.products, self.x
-        groups = block_layout(model.config).groups
+        layout = block_layout(model.config)
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
         for index, block in enumerate(model.layers):
-            qkv, (o,), (gate, up), (down,) = (
-                [block.get_submodule(name).weight for name in names] for names in groups.values()
-            )
-            biases = [block.get_submodule(name).bias for name in groups["qkv"]]
+            qkv, (o,), (gate, up), (down,) = grouped_linears(block, layout).values()
+            weights, biases = [linear.weight for linear in qkv], [linear.bias for linear in qkv]
             cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
             rotation = decode.rotations[index]
             products.project(
-                x, norm.weight_of(len(x)), norm.eps, qkv, biases, rotation, position, self.q, cache
+                x, norm.weight_of(len(x)), norm.eps, weights, biases, rotation, position, self.q, cache
             )
-            products.add_linear(decode.attend(index, self.q, cache, position), o, x)
+            products.add_linear(decode.attend(index, self.q, cache, position), o.weight, x)
             norm = block.post_attention_layernorm
-            products.gate_up(x, norm.weight_of(len(x)), norm.eps, gate, up, self.hidden)
-            products.add_linear(self.hidden, down, x)
+            products.gate_up(x, norm.weight_of(len(x)), norm.eps, gate.weight, up.weight, self.hidden)
+            products.add_linear(self.hidden, down.weight, x)
         norm = model.norm
         products.norm_linear(x, norm.weight_of(len(x)), norm.eps, model.lm_head.weight, self.logits)
         return self.logits

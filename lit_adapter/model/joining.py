@@ -8,10 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_adapter.device import free_bytes
+from lit_adapter.model.layout import BlockLayout
 from lit_adapter.model.torch_internals import pack
+
+
+def grouped_linears(block: nn.Module, layout: BlockLayout) -> dict[str, list[Any]]:
+    """Return the linear layers of each group of a block, in the order in which they are joined."""
+    return {group: [block.get_submodule(name) for name in names] for group, names in layout.groups.items()}
 
 
 def join(*linears: Any) -> None:

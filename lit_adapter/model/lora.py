@@ -51,7 +51,7 @@ class LoraLinear(TrainedModule):
     inputs = outputs = slice(None)
     """What this process computes; everything without tensor parallelism."""
 
-    def __init__(self, frozen: nn.Linear, config: LoraConfig, shard_axis: str = "outputs") -> None:
+    def __init__(self, frozen: nn.Linear, config: LoraConfig, shard_axis: str) -> None:
         super().__init__()
         self.scale, self.dropout, self.shard_axis = config.scale, config.dropout, shard_axis
         self.weight = frozen.weight
@@ -204,9 +204,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def joined_rows(model: LlamaConfig, lora: LoraConfig) -> dict[str, int]:
     """Return the rows of the joined A of each group of a block; 0 where it has no updates."""
-    layout, groups = block_layout(model), block_layout(model).groups
-    chosen = {group: [layout[name].projection in lora.layers for name in groups[group]] for group in groups}
-    return {group: _n_rows(sum(has), lora.rank) for group, has in chosen.items()}
+    groups = [linear.group for linear in block_layout(model).linears]
+    chosen = [linear.group for linear in block_layout(model).projections(lora.layers)]
+    return {group: _n_rows(chosen.count(group), lora.rank) for group in groups}
 
 
 def joined_numbers(model: LlamaConfig, lora: LoraConfig) -> int:

@@ -63,7 +63,7 @@ class PlainMatrix:
 
     quantised = False
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Operand) -> Tensor:
@@ -89,7 +89,7 @@ class SplitMatrix:
 
     quantised = False
 
-    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None = None) -> None:
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         self.weights, self.bias = weights, bias
         self.sizes = [len(weight) for weight in weights]
 
@@ -158,8 +158,7 @@ class Float8Matrix:
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Float8Matrix:
         """Quantise a matrix."""
-        forward, backward = _scaled(weight), _scaled(weight.T)
-        return cls(forward[0], forward[1], backward[0], backward[1], bias)
+        return cls(*_scaled(weight), *_scaled(weight.T), bias)
 
     def __call__(self, x: Operand) -> Tensor:
         """Return ``x W^T + b``."""

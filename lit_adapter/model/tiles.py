@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_adapter.model.attention import PackedRow
+from lit_adapter.model.attention import PackedRow, moved
 from lit_adapter.model.config import LlamaConfig
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -112,10 +112,8 @@ def plan_tiles(
     key_lists = _lists(*_visits(own, *sight, QUERY_TILE, KEY_TILE)[::-1], -(-len(place) // QUERY_TILE))
     *work, sum_from = _parts(query_from)
     arrays = [*sight, *key_lists, query_tile, *work, sum_from]
-    joined = torch.from_numpy(np.concatenate(arrays).astype(np.int32))
-    if device.type == "cuda":
-        joined = joined.pin_memory()
-    parts = joined.to(device, non_blocking=True).split([len(array) for array in arrays])
+    joined = moved(torch.from_numpy(np.concatenate(arrays).astype(np.int32)), device)
+    parts = joined.split([len(array) for array in arrays])
     return TilePlan(n_keys, int(sum_from[-1]), *parts)
 
 
