@@ -62,11 +62,12 @@ class TableWriter:
         self._types = {name: np.dtype(kind) for name, kind in schema.items()}
         about = _read_about(folder, key, schema) if folder is not None else None
         self.notes: dict[str, Any] = about["notes"] if about else {}
+        """The notes of the interrupted writer's last commit."""
         self.n_bytes: dict[str, int] = about["bytes"] if about else dict.fromkeys(schema, 0)
         self._crc32: dict[str, int] = about["crc32"] if about else dict.fromkeys(schema, 0)
         self.has_committed = about is not None
         self._files: dict[str, BinaryIO] = {}
-        self._committed = time.monotonic()
+        self._last_commit = time.monotonic()
         self._open_files = ExitStack()
 
     def __enter__(self) -> TableWriter:
@@ -115,14 +116,13 @@ class TableWriter:
             self.n_bytes[name] += len(content)
             self._crc32[name] = zlib.crc32(content, self._crc32[name])
 
-    def commit(self, notes: dict[str, Any], *, at_once: bool = False, complete: bool = False) -> None:
-        """Make appended values durable, with ``notes``, if `SECONDS` have passed or ``at_once``.
+    def commit(self, notes: dict[str, Any], *, complete: bool = False) -> None:
+        """Make appended values durable, with ``notes``, if `SECONDS` have passed or they are ``complete``.
 
         Raises:
             WriteError: the disk is full, or fails.
         """
-        self.notes = notes
-        if self.folder is None or not (at_once or time.monotonic() - self._committed > SECONDS):
+        if self.folder is None or not (complete or time.monotonic() - self._last_commit > SECONDS):
             return
         try:
             for file in self._files.values():
@@ -141,7 +141,7 @@ class TableWriter:
             "seen": _seen(self.folder, self._types) if complete else None,
         }
         _write_about(self.folder, about)
-        self.has_committed, self._committed = True, time.monotonic()
+        self.has_committed, self._last_commit = True, time.monotonic()
 
     def finish(self, notes: dict[str, Any]) -> Table:
         """Complete the table.
@@ -149,7 +149,7 @@ class TableWriter:
         Raises:
             WriteError: as `commit`.
         """
-        self.commit(notes, at_once=True, complete=True)
+        self.commit(notes, complete=True)
         if self.folder is not None:
             return Table(_mapped(self.folder, self._types, self.n_bytes), notes)
         contents = {name: file.getvalue() for name, file in self._files.items() if isinstance(file, BytesIO)}
