@@ -57,6 +57,7 @@ def rotated_back(
     """Return the gradient ``x [ROWS, D]`` rotated by the opposite angles of its positions ``place``.
 
     If INVERSE, return what gave ``x`` when it was rotated: yarn's rotation lengthens, so this shortens.
+    Rows that are not ``live`` are rotated by no angle.
     """
     HALF: tl.constexpr = D // 2
     at = place[:, None] * HALF + tl.arange(0, HALF)[None, :]

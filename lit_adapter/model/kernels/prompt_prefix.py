@@ -81,7 +81,7 @@ def _add_kernel(
     q = tl.load(q_ptr + n[:, None] * q_stride + channel, mask=live[:, None], other=0.0)
     if UNROTATED:
         each = tl.zeros([M], tl.int32)  # Triton 3.9's interpreter cannot combine a mask with one boolean
-        back = live & (tl.load(unrotated_ptr + row + each) != 0)  # others are rotated by no angle
+        back = live & (tl.load(unrotated_ptr + row + each) != 0)
         i = tl.load(place_ptr + n, mask=live, other=0)
         q = rotated_back(q.to(tl.float32), cos_ptr, sin_ptr, i, back, D, M, True).to(q.dtype)
     place = (row * G + head // GROUP).to(tl.int64) * K * D

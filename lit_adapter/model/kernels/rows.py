@@ -268,7 +268,7 @@ def norm(
 
 
 def add_and_norm(
-    x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool = False, twice: bool = True
+    x: Tensor, plus: Tensor, weight: Tensor, eps: float, *, quantised: bool, twice: bool
 ) -> tuple[Tensor, Tensor, Operand, Tensor]:
     """Return ``x + plus``, a copy of it if ``twice``, and what `norm` returns for it."""
     T, C = x.shape
@@ -289,7 +289,7 @@ def norm_backward(
     weight: Tensor,
     rstd: Tensor,
     beside: Tensor,
-    again: Tensor | None = None,
+    again: Tensor | None,
     *,
     quantised: bool = False,
 ) -> tuple[Tensor, Operand, Tensor | None]:
@@ -301,7 +301,7 @@ def norm_backward(
         weight: its weight ``[C]``.
         rstd: from `norm`, ``[T]``.
         beside: the gradient that reaches ``x`` through the residual ``[T, C]``.
-        again: receives the norm's output once more ``[T, C]``; may be ``dy``.
+        again: receives the norm's output once more ``[T, C]``; may be ``dy``. None: it is not needed.
         quantised: whether the next product takes fp8.
 
     Returns:
@@ -357,12 +357,10 @@ def swiglu(gate_up: Tensor, *, quantised: bool = False) -> Operand:
     return room
 
 
-def swiglu_backward(
-    dy: Tensor, gate_up: Tensor, again: Tensor | None = None, *, quantised: bool = False
-) -> Operand:
+def swiglu_backward(dy: Tensor, gate_up: Tensor, again: Tensor | None, *, quantised: bool) -> Operand:
     """Return the gradient of ``gate_up [T, 2 M]``.
 
-    ``again`` receives what `swiglu` returned, ``[T, M]``; it may be ``dy``.
+    ``again`` receives what `swiglu` returned, ``[T, M]``, unless it is None; it may be ``dy``.
     """
     T, M = dy.shape
     room, data, scale = _room(T, 2 * M, gate_up, quantised)
