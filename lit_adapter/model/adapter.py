@@ -33,7 +33,7 @@ def parts_of(config: AdapterConfig) -> list[TrainedPart]:
 
 
 def attach(model: Llama, config: AdapterConfig, seed: int | None = 0) -> None:
-    """Give a frozen model what ``config`` trains; prompts are drawn with ``seed``, or with None left unset.
+    """Give a frozen model what ``config`` trains, initialised with ``seed``; None: loaded afterwards.
 
     Raises:
         UserError: more adapted layers than layers.
@@ -116,7 +116,7 @@ def load_adapter_state(
     """Copy ``state`` into the model's adapter, and return its parameters by name.
 
     Args:
-        model: a model with prefixes attached.
+        model: with its adapter attached.
         state: tensors by name.
         source: the file's name, for messages.
 

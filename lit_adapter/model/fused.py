@@ -29,13 +29,13 @@ from lit_adapter.model.fused_backward import (
     prefix_gradients,
 )
 from lit_adapter.model.fused_forward import attend, go_between
-from lit_adapter.model.fused_heads import unturned
 from lit_adapter.model.fused_site import Attended, Between, Site
 from lit_adapter.model.kernels import rows
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import JoinedLora, join_updates
 from lit_adapter.model.prefix import GatedPrefix
+from lit_adapter.model.rope import no_rotation
 from lit_adapter.model.tiles import plan_tiles
 
 
@@ -51,7 +51,7 @@ class FusedView:
 
     def __init__(self, model: Llama, row: PackedRow, rotation: KeyValue, *, recompute: bool = False) -> None:
         self.rotation, self.recompute = rotation, recompute
-        self.unturned = unturned(rotation) if model.config.unrotated_layers else rotation
+        self.no_rotation = no_rotation(rotation) if model.config.unrotated_layers else rotation
         self.layout = block_layout(model.config.shard(model.n_shards))
         self.is_part = model.n_shards > 1
         device = rotation[0].device

@@ -21,7 +21,7 @@ from lit_adapter.model.affine import join_affine
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode
-from lit_adapter.model.fused_heads import HeadNorms, unturned
+from lit_adapter.model.fused_heads import HeadNorms
 from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
@@ -29,6 +29,7 @@ from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import join_updates
 from lit_adapter.model.pieces import Piece, PieceRow
+from lit_adapter.model.rope import no_rotation
 from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.model.tiles import plan_tiles
 
@@ -56,9 +57,9 @@ class FusedDecode(ModuleDecode):
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
         self.slot = torch.arange(B, device=device)
-        turned = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
-        still = unturned(turned) if config.unrotated_layers else turned
-        self.rotations = [turned if block.self_attn.is_rotated else still for block in model.layers]
+        rotated = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
+        still = no_rotation(rotated) if config.unrotated_layers else rotated
+        self.rotations = [rotated if block.self_attn.is_rotated else still for block in model.layers]
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         biased = {linear.group for linear in layout.linears if linear.bias}

@@ -11,17 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.kernels import heads
 from lit_adapter.model.llama import Attention, RMSNorm
-
-
-def unturned(rotation: KeyValue) -> KeyValue:
-    """Return cosines and sines of the same shape that rotate nothing, for layers without rotary positions."""
-    return torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
 
 
 @dataclass(frozen=True)

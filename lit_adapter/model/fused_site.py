@@ -52,7 +52,7 @@ class Site:
         self.k_width = view.layout["self_attn.k_proj"].n_out
         plans = view.all_queries if query_positions is None else view.target_queries
         self.plan: TilePlan = plans[attn.window]
-        cos, sin = view.rotation if attn.is_rotated else view.unturned
+        cos, sin = view.rotation if attn.is_rotated else view.no_rotation
         self.rotation: KeyValue = (cos[0], sin[0])
 
     @property

@@ -153,7 +153,7 @@ class Float8Matrix:
     """The scale of each input, fp32 ``[1, inputs]``."""
     bias: Tensor | None = None
     """``[outputs]``, in the base's precision."""
-    quantised: bool = True
+    quantised = True
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Float8Matrix:
@@ -191,7 +191,7 @@ class AffineMatrix:
     bias: Tensor
     """fp32 ``[outputs]``"""
 
-    quantised: bool = False
+    quantised = False
 
     def __call__(self, x: Operand) -> Tensor:
         """Return ``s (x W^T + b)``."""

@@ -62,6 +62,11 @@ def rotation(position: Tensor, inverse_frequency: Tensor, scale: float = 1.0) ->
     return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
 
+def no_rotation(rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the same shape that rotate nothing, for layers without rotary positions."""
+    return torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x [B, H, T, D]`` by ``cos, sin [B, T, D/2]``; computed in fp32, returned in x's dtype."""
     return _Rotated.apply(x, cos, sin)
