@@ -102,7 +102,7 @@ def test_packed_rows_give_the_gradients_of_single_records(form: str) -> None:
 def test_joined_updates_and_their_gradients_are_those_of_the_layers(form: str, half: int | None) -> None:
     """The arithmetic of the CUDA executors, whose own tests need a GPU; also where two share the heads."""
     model = halved(open_adapter(random_llama(5), FORMS[form], seed=1), half)
-    for updates in join_updates(model, torch.float64):
+    for updates in join_updates(model):
         for group, update in updates.items():
             x = torch.randn(7, update.a.shape[1], dtype=torch.float64, requires_grad=True)
             z, y = update.reduce(x), torch.zeros(7, len(update.b), dtype=torch.float64)

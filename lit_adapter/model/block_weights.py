@@ -118,14 +118,11 @@ def _plain_weights(block: Block, layout: BlockLayout) -> BlockWeights:
 def keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
     """Replace a block's matrices by fp8 ones, beside which LoRA's updates stay, and return them."""
     weights = float8_weights(block, layout)
-    for group, names in layout.groups.items():
-        matrix, start = getattr(weights, group), 0
-        for name in names:
-            end = start + layout[name].n_out
-            part, linear = matrix.outputs(start, end), block.get_submodule(name)
+    for group in layout.groups:
+        for name, own in layout.outputs(group).items():
+            part, linear = getattr(weights, group).outputs(own.start, own.stop), block.get_submodule(name)
             if isinstance(linear, LoraLinear):
                 linear.keep_float8(part)
             else:
                 block.set_submodule(name, Float8Linear(part))
-            start = end
     return weights

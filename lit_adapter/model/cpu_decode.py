@@ -105,9 +105,8 @@ class DecodeWeights:
     def __init__(self, model: Llama) -> None:
         with torch.inference_mode(False):  # the model may be trained later
             self.norms, self.head = Norms.of(model), _Matrix([model.lm_head])
-            layout, updates = block_layout(model.config), join_updates(model, model.embed_tokens.weight.dtype)
-            blocks = zip(model.layers, updates, strict=True)
-            self.layers = [_Layer(block, layout, update) for block, update in blocks]
+            layout, blocks = block_layout(model.config), zip(model.layers, join_updates(model), strict=True)
+            self.layers = [_Layer(block, layout, updates) for block, updates in blocks]
         self.may_pack = packs(self.head.whole.dtype)
 
     def __deepcopy__(self, memo: Any) -> None:

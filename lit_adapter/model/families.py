@@ -6,7 +6,7 @@ reverse. The model itself knows nothing of families.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,18 +49,14 @@ class Family:
 
     def expresses(self, config: LlamaConfig) -> bool:
         """Whether a file of this family can say all of a configuration."""
+        n_windows = {"none": (0,), "all layers": (0, config.n_layer), "listed": range(config.n_layer + 1)}
         return (
             config.qkv_bias == self.qkv_bias
             and all(getattr(config, key) <= (key in self.bias_keys) for key in ("attention_bias", "mlp_bias"))
             and config.head_norms == self.head_norms
             and bool(config.unrotated_layers) <= self.skips_rotation
-            and len(config.windowed_layers) in self._numbers_of_windows(config.n_layer)
+            and len(config.windowed_layers) in n_windows[self.windows]
         )
-
-    def _numbers_of_windows(self, n_layer: int) -> Collection[int]:
-        """Return how many layers may have a window."""
-        numbers = {"none": (0,), "all layers": (0, n_layer), "listed": range(n_layer + 1)}
-        return numbers[self.windows]
 
 
 FAMILIES: dict[FamilyName, Family] = {

@@ -59,7 +59,7 @@ class FusedView:
         self.all_queries = {window: plan_tiles(row, None, device, window) for window in windows}
         self.target_queries = {w: plan_tiles(row, row.target_index, device, w) for w in windows}
         self.strength = _strengths(model, device)
-        self.updates = join_updates(model, model.embed_tokens.weight.dtype)
+        self.updates = join_updates(model)
         self.seeds = _seeds(model, self.updates)
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:

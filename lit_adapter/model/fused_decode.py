@@ -27,7 +27,7 @@ from lit_adapter.model.kernels import attention, decode_attention, decode_produc
 from lit_adapter.model.kernels.attention import Prefix
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
-from lit_adapter.model.lora import join_updates
+from lit_adapter.model.lora import JoinedLora, join_updates
 from lit_adapter.model.pieces import Piece, PieceRow
 from lit_adapter.model.rope import no_rotation
 from lit_adapter.model.slot_prefixes import Prefixes
@@ -53,7 +53,7 @@ class FusedDecode(ModuleDecode):
         affine = [join_affine(block, layout) for block in model.layers]
         found = zip(model.layers, affine, strict=True)
         self.weights = [block_weights(block, layout).adapted(own) for block, own in found]
-        self.updates = join_updates(model, model.embed_tokens.weight.dtype)
+        self.updates = join_updates(model)
         self.parts = decode_attention.Parts(B, (H, G), D, length, device)
         self.y = model.embed_tokens.weight.new_empty(B, H * D)
         self.slot = torch.arange(B, device=device)
@@ -150,7 +150,7 @@ class _CacheRowView:
         before, between = block.input_layernorm, block.post_attention_layernorm
         normed, _ = rows.norm(x, before.weight_of(len(x)), before.eps, None, quantised=in_fp8["qkv"])
         qkv = weights.qkv(weights.operand(normed))
-        self._update("qkv", layer, qkv, normed)
+        _add_update(updates.get("qkv"), qkv, normed)
         norms, kept = HeadNorms.of(block.self_attn), decode.q_width + decode.kv_width
         if norms is not None:
             norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
@@ -159,26 +159,26 @@ class _CacheRowView:
         y = self.attend(layer, qkv, query_positions)
         x = x if query_positions is None else x[query_positions]
         added = weights.o(weights.operand(y))
-        self._update("o", layer, added, y)
+        _add_update(updates.get("o"), added, y)
         middle, _, normed, _ = rows.add_and_norm(
             x, added, between.weight_of(len(x)), between.eps, quantised=in_fp8["gate_up"], twice=False
         )
         gate_up = weights.gate_up(weights.operand(normed))
-        self._update("gate_up", layer, gate_up, normed)
+        _add_update(updates.get("gate_up"), gate_up, normed)
         hidden = rows.swiglu(gate_up, quantised=in_fp8["down"])
         weights.down.add_to(middle, weights.operand(hidden))
-        self._update("down", layer, middle, hidden)
+        _add_update(updates.get("down"), middle, hidden)
         return middle[None]
-
-    def _update(self, group: str, layer: int, y: Tensor, x: Any) -> None:
-        """Add LoRA's updates of a group to its product ``y`` of ``x``."""
-        update = self.decode.updates[layer].get(group)
-        if update is not None:
-            update.add_to(y, update.reduce(x))
 
     @abstractmethod
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
         """Return attention ``[T, H * D]`` of rotated ``qkv [T, (H + 2 G) * D]``, or ``[M, H * D]``."""
+
+
+def _add_update(update: JoinedLora | None, y: Tensor, x: Any) -> None:
+    """Add LoRA's updates of a group, if it has any, to its product ``y`` of ``x``."""
+    if update is not None:
+        update.add_to(y, update.reduce(x))
 
 
 class _PromptView(_CacheRowView):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 from lit_adapter.model.config import LlamaConfig
@@ -68,6 +69,12 @@ class BlockLayout:
         """The names of the linear layers of each group, in the order in which they are joined."""
         names = dict.fromkeys(linear.group for linear in self.linears)
         return {g: tuple(linear.name for linear in self.linears if linear.group == g) for g in names}
+
+    def outputs(self, group: str) -> dict[str, slice]:
+        """Return where each layer's outputs are among those of its group's joined matrix."""
+        names = self.groups[group]
+        ends = accumulate(self[name].n_out for name in names)
+        return {name: slice(end - self[name].n_out, end) for name, end in zip(names, ends, strict=True)}
 
     def shapes(self) -> Iterator[tuple[str, Shape]]:
         """Yield the name and shape of every tensor of the block."""

@@ -223,11 +223,12 @@ def _n_rows(n_layers: int, rank: int) -> int:
 
 
 @torch.no_grad()
-def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]]:
+def join_updates(model: Llama) -> list[dict[str, JoinedLora]]:
     """Return the updates of each block by the group of `layout`, as the trained tensors are now.
 
-    Groups without updates are absent. The blocks are joined together, in a few large copies. Where processes
-    share the heads of a row, the updates are those of the outputs that this one computes.
+    They are in the base's precision; groups without updates are absent. The blocks are joined together, in a
+    few large copies. Where processes share the heads of a row, the updates are those of the outputs that this
+    one computes.
     """
     found: list[dict[str, JoinedLora]] = [{} for _ in model.layers]
     layout = block_layout(model.config.shard(model.n_shards))
@@ -238,13 +239,10 @@ def join_updates(model: Llama, dtype: torch.dtype) -> list[dict[str, JoinedLora]
             continue
         first = modules[chosen[0]][0]
         rank, n_in = len(first.lora_a), layout[chosen[0]].n_in
-        n_rows, n_out = _n_rows(len(chosen), rank), sum(layout[name].n_out for name in names)
+        n_rows, places = _n_rows(len(chosen), rank), layout.outputs(group)
+        dtype = model.embed_tokens.weight.dtype
         a = first.lora_a.new_zeros(len(model.layers), n_rows, n_in, dtype=dtype)
-        b = a.new_zeros(len(model.layers), n_out, n_rows)
-        places, start = {}, 0
-        for name in names:
-            places[name] = slice(start, start + layout[name].n_out)
-            start = places[name].stop
+        b = a.new_zeros(len(model.layers), places[names[-1]].stop, n_rows)
         for number, name in enumerate(chosen):
             rows = slice(number * rank, (number + 1) * rank)
             of_all = modules[name]
