@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from lit_adapter.model.llama import Attention
+    from lit_adapter.model.llama import Attention, Block
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -60,7 +60,7 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
 class View(Protocol):
     """One forward pass over a model: what an executor makes, and what runs each of its blocks."""
 
-    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Return the block's output for ``x [B, T, C]``, or for its ``query_positions [M]`` only."""
 
 
@@ -88,14 +88,14 @@ class BaseView:
         cos, sin = self.rotation
         return cos[:, query_positions], sin[:, query_positions]
 
-    def run(self, block: Any, x: Tensor, query_positions: Tensor | None) -> Tensor:
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
         """Run the block's modules."""
         if self.recompute:
             return checkpoint(block.compute, x, self, query_positions, use_reentrant=False)
         return block.compute(x, self, query_positions)
 
     def attend_prefix(
-        self, attention: Any, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
+        self, attention: Attention, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
         """Attend to the layer's own prefix, projected now: while training it changes with every step."""
         prefix = attention.prefix

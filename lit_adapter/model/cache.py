@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +59,7 @@ class PromptView(BaseView):
         return torch.cat(found, 2)
 
     def attend_prefix(
-        self, attention: Any, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
+        self, attention: Attention, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
         """Attend to the prefix of each piece's adapter."""
         runs = [(of.layer(attention.index), at) for of, at in self.row.runs(rotated.shape[2])]
@@ -112,7 +111,7 @@ class DecodeView(BaseView):
         )
 
     def attend_prefix(
-        self, attention: Any, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
+        self, attention: Attention, rotated: Tensor, unrotated: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
         """Attend to the prefix of each slot."""
         state = self.prefixes.layer(attention.index)

@@ -17,11 +17,9 @@ from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import BlockWeights, block_weights
 from lit_adapter.model.fused_heads import HeadNorms
 from lit_adapter.model.kernels import attention, rows
-from lit_adapter.model.llama import Block, RMSNorm
-from lit_adapter.model.lora import JoinedLora, product
+from lit_adapter.model.llama import Block
+from lit_adapter.model.lora import product
 from lit_adapter.model.matrices import Matrix
-from lit_adapter.model.prefix import GatedPrefix
-from lit_adapter.model.tiles import TilePlan
 
 if TYPE_CHECKING:
     from lit_adapter.model.fused import FusedView
@@ -31,29 +29,28 @@ class Site:
     """One block on one row: everything that its computation reads beside ``x``."""
 
     def __init__(self, block: Block, view: FusedView, query_positions: Tensor | None) -> None:
-        attn: Any = block.self_attn
+        attn = block.self_attn
         self.block, self.view, self.query_positions = block, view, query_positions
         self.affine = join_affine(block, view.layout)
         self.outputs: dict[str, Tensor] = {}  # of o and down, where biases and scales are trained
         self.learned: dict[str, list[Tensor]] = {}  # gradients of `trained`, in the backward pass
         self.weights = self._weights()
         self.is_gathered = block.fused_weights is None
-        self.adapter: GatedPrefix | None = attn.prefix
+        self.adapter = attn.prefix
         self.prompt = None if self.adapter is None else self.adapter.prompt.to(view.rotation[0].device)
         self.strength = view.strength.get(attn.index)  # of all heads
-        self.updates: dict[str, JoinedLora] = view.updates[attn.index]
+        self.updates = view.updates[attn.index]
         self.reduced: dict[str, Tensor] = {}  # ``x a^T`` of each of them: narrow, so it is kept
         self.seeds = view.seeds[attn.index]
         self.head_norms = HeadNorms.of(attn)
-        self.before: RMSNorm = block.input_layernorm
-        self.between: RMSNorm = block.post_attention_layernorm
-        self.D: int = attn.head_dim
+        self.before, self.between = block.input_layernorm, block.post_attention_layernorm
+        self.D = attn.head_dim
         self.q_width = view.layout["self_attn.q_proj"].n_out
         self.k_width = view.layout["self_attn.k_proj"].n_out
         plans = view.all_queries if query_positions is None else view.target_queries
-        self.plan: TilePlan = plans[attn.window]
+        self.plan = plans[attn.window]
         cos, sin = view.rotation if attn.is_rotated else view.no_rotation
-        self.rotation: KeyValue = (cos[0], sin[0])
+        self.rotation = cos[0], sin[0]
 
     @property
     def query_rotation(self) -> KeyValue:

@@ -146,7 +146,7 @@ def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> 
     """Return log-likelihoods and likeliest tokens of targets ``[M]``, a block of the vocabulary at a time."""
     weight, (bias, scale) = model.lm_head.weight, _affine(model)
     chosen = widen(hidden).new_empty(len(hidden))
-    highest, where, beyond = [], [], []  # of each block; its logsumexp is so far beyond its maximum
+    highest, where, excess = [], [], []  # of each block; the excess is its logsumexp less its maximum
     for start in range(0, len(weight), n_columns):
         block = slice(start, start + n_columns)
         logits = F.linear(hidden, weight[block])
@@ -159,10 +159,10 @@ def _scored(model: Llama, hidden: Tensor, target_id: Tensor, n_columns: int) -> 
         highest.append(top.values)
         where.append(top.indices + start)
         # Much faster than logsumexp, which writes the exponentials out.
-        beyond.append(-logits.log_softmax(-1).gather(-1, top.indices[:, None])[:, 0])
-    most, best = torch.stack(highest).max(0)
-    above = (torch.stack(highest) - most + torch.stack(beyond)).logsumexp(0)
-    return chosen - most - above, torch.stack(where).gather(0, best[None])[0]
+        excess.append(-logits.log_softmax(-1).gather(-1, top.indices[:, None])[:, 0])
+    maximum, best = torch.stack(highest).max(0)
+    whole_excess = (torch.stack(highest) - maximum + torch.stack(excess)).logsumexp(0)
+    return chosen - maximum - whole_excess, torch.stack(where).gather(0, best[None])[0]
 
 
 def _target_hidden(

@@ -42,7 +42,7 @@ class Norms:
         return Norms(change(self.wide), None if self.of_heads is None else change(self.of_heads))
 
     def on_host(self) -> Norms:
-        """Return them in the host's memory, from which a device gets them with the requests."""
+        """Return them in the host's memory; a device gets them with each request."""
         return self.each(lambda x: x.cpu().pin_memory() if x.is_cuda else x)
 
 

@@ -30,8 +30,7 @@ class Prefixes:
     stacked: PrefixState | None = None
     """The states of these layers, all tensors ``[L, ...]``; None without a prefix."""
     norms: Norms | None = None
-    """The norms that the adapter trains beside them, if those are not the executor's model's; or those of all
-    slots."""
+    """The norms that the adapter trains, if the executor's model has others; or those of all slots."""
 
     @classmethod
     def of(cls, states: Sequence[PrefixState | None]) -> Prefixes:
