@@ -119,8 +119,8 @@ def keep_float8(block: Block, layout: BlockLayout) -> BlockWeights:
     """Replace a block's matrices by fp8 ones, beside which LoRA's updates stay, and return them."""
     weights = float8_weights(block, layout)
     for group in layout.groups:
-        for name, own in layout.outputs(group).items():
-            part, linear = getattr(weights, group).outputs(own.start, own.stop), block.get_submodule(name)
+        for name, outputs in layout.outputs(group).items():
+            part, linear = getattr(weights, group).outputs(outputs), block.get_submodule(name)
             if isinstance(linear, LoraLinear):
                 linear.keep_float8(part)
             else:

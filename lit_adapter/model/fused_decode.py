@@ -87,7 +87,7 @@ class FusedDecode(ModuleDecode):
         hidden = self.prefixes.reader(row)(row.ids[None], view, row.last)[0]
         return hidden if view.lost is None else hidden + view.lost[row.slot[row.last], None].to(hidden.dtype)
 
-    def joined(self, prefixes: Prefixes, index: int) -> Prefix | None:
+    def kernel_prefix(self, prefixes: Prefixes, index: int) -> Prefix | None:
         """Return a layer's prefix in the form that the kernel for prompts takes."""
         state = prefixes.layer(index)
         if state is None:
@@ -186,6 +186,7 @@ class _PromptView(_CacheRowView):
 
     def __init__(self, decode: FusedDecode, row: PieceRow) -> None:
         super().__init__(decode, row.slot, row.position)
+        # The keys of all texts, which of them have queries (None: all), and the rotation at their positions.
         self.keys, self.new, self.of_keys = row, None, self.rotations
         if any(piece.done for piece in row.pieces):  # then keys are read from the cache
             self.keys = PieceRow([replace(piece, done=0) for piece in row.pieces], decode.device)
@@ -225,7 +226,7 @@ class _PromptView(_CacheRowView):
             self.lost.index_add_(0, self.keys.slot, (v - v).sum(1, dtype=torch.float32))
             v.nan_to_num_(0, 0, 0)  # a weight of 0 times NaN would reach the neighbours
         plan = plans[decode.windows[layer]]
-        shared = None if self.shared is None else decode.joined(self.shared, layer)
+        shared = None if self.shared is None else decode.kernel_prefix(self.shared, layer)
         y = attention.attend(q, k, v, rotation, plan, decode.D, shared)[0]
         own = decode.prefixes.joined.layer(layer)
         if tiles is not None and own is not None:

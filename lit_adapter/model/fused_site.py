@@ -95,12 +95,12 @@ class Site:
     @property
     def q(self) -> Matrix:
         """The matrix of the queries."""
-        return self.weights.qkv.outputs(0, self.q_width)
+        return self.weights.qkv.outputs(slice(self.q_width))
 
     @property
     def kv(self) -> Matrix:
         """The matrix of keys and values."""
-        return self.weights.qkv.outputs(self.q_width)
+        return self.weights.qkv.outputs(slice(self.q_width, None))
 
     def prefix(self, kv: Tensor) -> attention.Prefix | None:
         """Return the prompt with its projection ``[K, 2 G D]``, or None where there is no prompt."""

@@ -54,8 +54,8 @@ class Matrix(Protocol):
     def backward(self, dy: Operand) -> Tensor:
         """Return ``dy W``, ``[T, inputs]``."""
 
-    def outputs(self, start: int, end: int | None = None) -> Matrix:
-        """Return the matrix of the outputs from ``start`` to ``end``."""
+    def outputs(self, part: slice) -> Matrix:
+        """Return the matrix of some of the outputs."""
 
 
 class PlainMatrix:
@@ -79,9 +79,9 @@ class PlainMatrix:
         """Return ``dy W``."""
         return _plain(dy) @ self.weight
 
-    def outputs(self, start: int, end: int | None = None) -> PlainMatrix:
-        """Return the matrix of the outputs from ``start`` to ``end``."""
-        return PlainMatrix(self.weight[start:end], _part(self.bias, start, end))
+    def outputs(self, part: slice) -> PlainMatrix:
+        """Return the matrix of some of the outputs."""
+        return PlainMatrix(self.weight[part], _part(self.bias, part))
 
 
 class SplitMatrix:
@@ -116,17 +116,17 @@ class SplitMatrix:
             total.addmm_(part, weight)
         return total
 
-    def outputs(self, start: int, end: int | None = None) -> SplitMatrix:
-        """Return the matrix of the outputs from ``start`` to ``end``."""
-        *firsts, all_ = accumulate(self.sizes, initial=0)
-        end = all_ if end is None else end
+    def outputs(self, part: slice) -> SplitMatrix:
+        """Return the matrix of some of the outputs."""
+        *firsts, n_outputs = accumulate(self.sizes, initial=0)
+        start, end, _ = part.indices(n_outputs)
         numbered = zip(self.weights, firsts, strict=True)
-        parts = [weight[max(start - first, 0) : max(end - first, 0)] for weight, first in numbered]
-        return SplitMatrix([part for part in parts if len(part)], _part(self.bias, start, end))
+        weights = [weight[max(start - first, 0) : max(end - first, 0)] for weight, first in numbered]
+        return SplitMatrix([weight for weight in weights if len(weight)], _part(self.bias, part))
 
 
-def _part(bias: Tensor | None, start: int, end: int | None) -> Tensor | None:
-    return None if bias is None else bias[start:end]
+def _part(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> None:
@@ -174,10 +174,9 @@ class Float8Matrix:
         """Return ``dy W``."""
         return _product(dy, self.back, self.back_scale)
 
-    def outputs(self, start: int, end: int | None = None) -> Float8Matrix:
-        """Return the matrix of the outputs from ``start`` to ``end``."""
-        part = slice(start, end)
-        bias = _part(self.bias, start, end)
+    def outputs(self, part: slice) -> Float8Matrix:
+        """Return the matrix of some of the outputs."""
+        bias = _part(self.bias, part)
         return Float8Matrix(self.data[part], self.scale[:, part], self.back[:, part], self.back_scale, bias)
 
 
@@ -207,10 +206,9 @@ class AffineMatrix:
         dy = _plain(dy)
         return self.matrix.backward(torch.mul(dy, self.scale, out=torch.empty_like(dy)))
 
-    def outputs(self, start: int, end: int | None = None) -> AffineMatrix:
-        """Return the matrix of the outputs from ``start`` to ``end``."""
-        part = slice(start, end)
-        return AffineMatrix(self.matrix.outputs(start, end), self.scale[part], self.bias[part])
+    def outputs(self, part: slice) -> AffineMatrix:
+        """Return the matrix of some of the outputs."""
+        return AffineMatrix(self.matrix.outputs(part), self.scale[part], self.bias[part])
 
 
 def quantised(x: Tensor) -> Quantised:
