@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_adapter.grouping import grouped
-from lit_adapter.model.attention import BaseView, attend_causally, sees
+from lit_adapter.model.attention import BaseView, KeyValue, attend_causally, sees
 from lit_adapter.model.llama import Attention, Llama
 from lit_adapter.model.pieces import Piece, PieceRow, common_starts
 from lit_adapter.model.prefix import attend_prefix, queries_of
@@ -30,9 +30,13 @@ class KeyValueCache:
     def __init__(self, model: Llama, n_slots: int, length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
         self.n_slots, self.length = n_slots, length
-        shape = (config.n_layer, n_slots, config.n_kv_head // model.n_shards, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # [N, B, G, S, D]
-        self.v = torch.zeros_like(self.k)
+        shape = (2, config.n_layer, n_slots, config.n_kv_head // model.n_shards, length, config.head_dim)
+        self.both = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.k, self.v = self.both[0], self.both[1]  # each [N, B, G, S, D]
+
+    def layer(self, index: int) -> KeyValue:
+        """Return the keys and values of one layer, each ``[B, G, S, D]``."""
+        return self.k[index], self.v[index]
 
 
 class PromptView(BaseView):
@@ -52,7 +56,7 @@ class PromptView(BaseView):
         found, row = [], self.row
         for piece, new, at in zip(row.pieces, row.spans, row.among(q.shape[2]), strict=True):
             length, n_queries = len(piece.prompt), at.stop - at.start
-            keys, values = (x[attention.index, piece.slot, :, :length] for x in (self.cache.k, self.cache.v))
+            keys, values = (x[piece.slot, :, :length] for x in self.cache.layer(attention.index))
             keys[:, piece.done :], values[:, piece.done :] = k[0, :, new], v[0, :, new]
             place = row.position[new.stop - n_queries : new.stop] if n_queries < length else None
             found.append(attend_causally(q[:, :, at], keys[None], values[None], place, attention.window))
@@ -102,8 +106,8 @@ class DecodeView(BaseView):
         self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None
     ) -> Tensor:
         """Keep the new key and value, and attend to all so far, or to those in the window."""
-        layer, seen = attention.index, self.seen(attention.window)
-        keys, values = self.cache.k[layer, : len(q)], self.cache.v[layer, : len(q)]
+        seen = self.seen(attention.window)
+        keys, values = (x[: len(q)] for x in self.cache.layer(attention.index))
         keys[self.slot, :, self.position] = k[:, :, 0]
         values[self.slot, :, self.position] = v[:, :, 0]
         return F.scaled_dot_product_attention(
@@ -142,25 +146,23 @@ class ModuleDecode:
 
     def take(self, other: ModuleDecode) -> None:
         """Continue with the slots of an executor of the same class that is no larger."""
-        for own, old in ((self.cache.k, other.cache.k), (self.cache.v, other.cache.v)):
-            own[:, : other.cache.n_slots, :, : other.cache.length] = old
+        self.cache.both[:, :, : other.cache.n_slots, :, : other.cache.length] = other.cache.both
         self.prefixes.assign(dict(enumerate(other.prefixes.rows)))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a request of ``length`` cached tokens from one slot to another."""
-        for x in (self.cache.k, self.cache.v):
-            x[:, target, :, :length] = x[:, source, :, :length]
+        both = self.cache.both
+        both[:, :, target, :, :length] = both[:, :, source, :, :length]
         self.prefixes.assign({target: self.prefixes.rows[source]})
 
     def clear(self, slot: int) -> None:
         """Leave nothing in a slot whose request failed: NaN there would reach texts that come to it later."""
-        for x in (self.cache.k, self.cache.v):
-            x[:, slot] = 0
+        self.cache.both[:, :, slot] = 0
         self.prefixes.assign({slot: Prefixes()})
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange two slots of up to ``length`` cached tokens."""
-        for x in (self.cache.k, self.cache.v):
+        for x in self.cache.both:  # one after the other: a copy takes memory
             x[:, [one, other], :, :length] = x[:, [other, one], :, :length]
         rows = self.prefixes.rows
         self.prefixes.assign({one: rows[other], other: rows[one]})
@@ -177,11 +179,11 @@ class ModuleDecode:
             return self._read_rows(pieces)
         self._read_rows([start for start, _ in starts])
         n_read: dict[int, int] = {}
+        both = self.cache.both
         for start, group in starts:
             n, slots = len(start.prompt), [piece.slot for piece in group]
             n_read |= dict.fromkeys(slots, n)
-            for x in (self.cache.k, self.cache.v):
-                x[:, slots, :, :n] = x[:, start.slot, None, :, :n]
+            both[:, :, slots, :, :n] = both[:, :, start.slot, None, :, :n]
         return self._read_rows([replace(p, done=n_read.get(p.slot, p.done)) for p in pieces])
 
     def _read_rows(self, pieces: Sequence[Piece]) -> Tensor:

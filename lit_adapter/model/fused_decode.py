@@ -106,13 +106,13 @@ class FusedDecode(ModuleDecode):
         view = _StepView(self, self.slot, position)
         return self.model.logits(model(token[:, None], view)[:, 0])
 
-    def attend(self, layer: int, q: Tensor, cache: KeyValue, position: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, position: Tensor) -> Tensor:
         """Return the attention of every slot's newest token ``[B, H * D]``, with its prefix branch.
 
-        ``q [B, H * D]`` is rotated; ``cache`` is the layer's; ``position [B]`` is that of the tokens.
+        ``q [B, H * D]`` is rotated; ``position [B]`` is that of the tokens.
         """
+        cache, rotation, window = self.cache.layer(layer), self.rotations[layer], self.windows[layer]
         prefix, source = self.prefixes.joined.layer(layer), self.prefixes.source
-        rotation, window = self.rotations[layer], self.windows[layer]
         decode_attention.attend(q, cache, rotation, position, prefix, source, self.parts, self.y, window)
         return self.y
 
@@ -154,7 +154,7 @@ class _CacheRowView:
         norms, kept = HeadNorms.of(block.self_attn), decode.q_width + decode.kv_width
         if norms is not None:
             norms.norm_(qkv[:, : decode.q_width], qkv[:, decode.q_width : kept])
-        cache = (decode.cache.k[layer], decode.cache.v[layer])
+        cache = decode.cache.layer(layer)
         decode_attention.rotate_and_keep(qkv, self.rotations[layer], self.slot, self.position, cache)
         y = self.attend(layer, qkv, query_positions)
         x = x if query_positions is None else x[query_positions]
@@ -221,7 +221,7 @@ class _PromptView(_CacheRowView):
             q, plans, tiles = q[query_positions], self.last_queries, self.last_tiles
         if self.new is not None:
             at = (self.keys.slot, slice(None), self.keys.position)
-            k, v = (x[layer][at].flatten(1) for x in (decode.cache.k, decode.cache.v))
+            k, v = (x[at].flatten(1) for x in decode.cache.layer(layer))
         if self.lost is not None:
             self.lost.index_add_(0, self.keys.slot, (v - v).sum(1, dtype=torch.float32))
             v.nan_to_num_(0, 0, 0)  # a weight of 0 times NaN would reach the neighbours
@@ -242,9 +242,7 @@ class _StepView(_CacheRowView):
         return super().run(block, x.transpose(0, 1), None).transpose(0, 1)
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
-        decode = self.decode
-        cache = (decode.cache.k[layer], decode.cache.v[layer])
-        return decode.attend(layer, qkv[:, : decode.q_width], cache, self.position)
+        return self.decode.attend(layer, qkv[:, : self.decode.q_width], self.position)
 
 
 class _FewTexts:
@@ -267,12 +265,11 @@ class _FewTexts:
         for index, block in enumerate(model.layers):
             qkv, (o,), (gate, up), (down,) = grouped_linears(block, layout).values()
             weights, biases = [linear.weight for linear in qkv], [linear.bias for linear in qkv]
-            cache, norm = (decode.cache.k[index], decode.cache.v[index]), block.input_layernorm
-            rotation = decode.rotations[index]
+            cache, norm, rotation = decode.cache.layer(index), block.input_layernorm, decode.rotations[index]
             products.project(
                 x, norm.weight_of(len(x)), norm.eps, weights, biases, rotation, position, self.q, cache
             )
-            products.add_linear(decode.attend(index, self.q, cache, position), o.weight, x)
+            products.add_linear(decode.attend(index, self.q, position), o.weight, x)
             norm = block.post_attention_layernorm
             products.gate_up(x, norm.weight_of(len(x)), norm.eps, gate.weight, up.weight, self.hidden)
             products.add_linear(self.hidden, down.weight, x)
