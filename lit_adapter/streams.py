@@ -33,7 +33,9 @@ def say(text: str, out: TextIO | None = None) -> None:
 
     Everything that this package prints goes through here, except answers (`write_answer`) and tables.
     """
-    print(text if isinstance(text, Shown) else visible(text), file=out or sys.stdout, flush=True)
+    line = text if isinstance(text, Shown) else visible(text)
+    # With its end in the same write: lines of processes that share an unbuffered stream would mix.
+    print(f"{line}\n", end="", file=out or sys.stdout, flush=True)
 
 
 def write_answer(text: str, out: TextIO) -> None:

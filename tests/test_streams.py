@@ -123,6 +123,20 @@ RANGES = (range(32), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x2
 CONTROLS = [chr(code) for codes in RANGES for code in codes]
 
 
+def test_a_line_is_written_whole() -> None:
+    """Processes that share an unbuffered standard error would mix their lines otherwise."""
+    written: list[str] = []
+
+    class Unbuffered(io.StringIO):
+        def write(self, text: str) -> int:
+            if text:
+                written.append(text)
+            return len(text)
+
+    say("error: no such file", Unbuffered())
+    assert written == ["error: no such file\n"]
+
+
 def test_what_a_terminal_obeys_is_written_out() -> None:
     """All controls but tab and line feed, whatever is printed through; letters of every script stay."""
     for control in CONTROLS:
