@@ -27,7 +27,9 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         default="float32",
         help="default: float32; bfloat16 and float16 round what was learned",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a base that is already there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a merged model that is already there"
+    )
     options = parse(parser, argv)
 
     from lit_adapter.weights.merge import merge

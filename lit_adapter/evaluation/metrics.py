@@ -190,7 +190,8 @@ METRICS = {
         Metric("chrf", "chrF", chrf, package="sacrebleu"),
     )
 }
-TEXT = ("exact", "normalised", "contains", "rouge_l", "chrf")
+TEXT = ("rouge_l", "chrf", "exact", "normalised", "contains")
+"""Free text is seldom repeated exactly, so that exact match alone would tell nothing."""
 MOST_LABELS = 20
 LONGEST_LABEL = 40
 """Characters."""

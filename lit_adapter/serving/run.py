@@ -53,6 +53,7 @@ def serve(options: ServerOptions, ready: Ready | None = None) -> None:
     keys = Keys(options.api_keys) if options.api_keys is not None else None
     listening = bind(options.host, options.port)
     try:
+        say("loading the base and the adapters", sys.stderr)
         adapters = load_adapters(options)
         context = choose_context(adapters.base.model.model, options)
         _start_log()

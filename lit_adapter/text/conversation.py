@@ -147,7 +147,8 @@ class _Rendered:
                 if at in self.wanted and self._is_blank(start, end):
                     raise UserError(
                         f"turn {at + 1}: template '{template.kind}' shows nothing of this answer, which "
-                        'calls tools; choose another data.template, or mark the turn with "train": false'
+                        "calls tools; choose another data.template (chatml shows tool calls), or mark "
+                        'the turn with "train": false'
                     )
                 kind = ANSWER if at in self.wanted else CONTEXT
                 kind = kind if self.messages[at].learned else NEVER

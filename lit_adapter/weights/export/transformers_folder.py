@@ -34,6 +34,8 @@ from lit_adapter.weights.tensor_writer import Entry, write_tensors
 
 MODELLING = Path(__file__).with_name("modeling_lit_adapter.py")
 ADAPTER = "adapter.safetensors"
+MERGED = {"lora": "LoRA", "linears": "biases and scales"}
+"""Trained parts that go into the base's own weights, as messages call them."""
 CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 """Endings of the names of a family's classes, by the class of transformers that loads them."""
 
@@ -56,7 +58,7 @@ def export_folder(
         UserError: ``dtype`` without a base in the folder, an output that must not be replaced, or a full
             disk.
     """
-    merges = {"lora", "linears"} & set(adapted.info.adapter.parts)
+    merges = [part for part in MERGED if part in adapted.info.adapter.parts]
     if dtype is not None and not (with_base or merges):
         raise UserError("--dtype is for a base in the folder; give --with-base too")
     for source in (adapted.path, adapted.base):
@@ -69,7 +71,7 @@ def export_folder(
         _write_rest(adapted, scratch, settings)
         measured = _compare(adapted, scratch)
         move_into_place(scratch, out)
-    told = [f"holds the base, merged with {' and '.join(sorted(merges))}"] if merges else []
+    told = [f"holds the base, merged with {' and '.join(MERGED[part] for part in merges)}"] if merges else []
     told += adapted.merged().other_family
     if "base_model" in settings:
         seen = "" if settings["base_revision"] else ", seen from the folder: keep both in place"
@@ -98,7 +100,7 @@ def _write_whole(
 
 
 def _default_dtype(adapted: Adapted, source: MergedSource) -> torch.dtype:
-    if {"lora", "linears"} & set(adapted.info.adapter.parts):
+    if set(MERGED) & set(adapted.info.adapter.parts):
         return torch.float32
     kinds = list(source.base.dtypes.values())
     return max(set(kinds), key=kinds.count)
@@ -161,7 +163,7 @@ def _compare(adapted: Adapted, folder: Path) -> str:
 
         from lit_adapter.weights.export import modeling_lit_adapter as modelling
     except ImportError as error:
-        return f"not compared with the adapter's logits ({error})"
+        return f"not compared with the adapter's logits, which needs the extra export ({error})"
     ids = fixed_prompt(adapted.base)
     wanted = adapted.logits(ids)
     disable_progress_bar()

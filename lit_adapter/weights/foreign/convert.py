@@ -66,7 +66,8 @@ def convert_adapter(source: Path, out: Path, options: ConversionOptions) -> list
     if worst and not options.allow_lossy:
         raise UserError(
             f"{source}: {target.name} has one gate {GATE_FORMS[form].description.partition(' ')[2]}, and the "
-            f"gates differ, by up to {worst:.3g} from their mean; add --allow-lossy to write the means"
+            f"gates differ, by up to {worst:.3g} from their mean; train with --adapter.gate {form}, or add "
+            "--allow-lossy to write the means"
         )
     info = replace(info, adapter=changed.config)
     tensors = target.write(changed, model)
