@@ -337,6 +337,29 @@ def test_a_longer_run_says_what_happens_to_its_schedule(tiny: Callable[..., Conf
     assert any("the cosine schedule over 4 steps instead of 2" in line for line in lines.lines)
 
 
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [("optim.max_steps", "set optim.max_steps to 3"), ("optim.epochs", "raise optim.epochs")],
+)
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_checkpoint_past_the_end_of_the_run_is_refused(
+    tiny: Callable[..., Config], setting: str, advice: str, is_complete: bool
+) -> None:
+    """Whether or not that run had ended, and before anything is written; its own end is no refusal."""
+    whole = tiny("--optim.max_steps", "3" if is_complete else "9")
+    assert finetune(whole, say=Stopper("never" if is_complete else "step 3/")) in (0, 143)
+    folder = Path(whole.out)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shorter = tiny(f"--{setting}", "2" if setting == "optim.max_steps" else "0.4")
+    lines = Stopper()
+    message = rf"step-0000003\.ckpt: has 3 steps, more than the 2 of this run; {advice}"
+    with pytest.raises(UserError, match=message):
+        finetune(shorter, resume="last", say=lines)
+    assert not any(line.startswith(("resuming with", "run:", "warning")) for line in lines.lines)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert finetune(tiny("--optim.max_steps", "3"), resume="last", say=Stopper()) == 0
+
+
 def test_a_second_run_does_not_touch_the_first(tiny: Callable[..., Config]) -> None:
     finetune(tiny("--optim.max_steps", "1"), say=Stopper())
     before = (Path(tiny().out) / "adapter.safetensors").read_bytes()

@@ -42,7 +42,8 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
     ``resume`` is ``last``, a checkpoint file, or None to start at step 0.
 
     Raises:
-        UserError: there is no checkpoint, it is not usable, or it is another run's; says what differs.
+        UserError: there is no checkpoint, it is not usable, it is past the planned steps, or it is another
+            run's; says what differs.
     """
     if resume is None:
         return ResumePoint()
@@ -60,9 +61,15 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
     else:
         path, checkpoint = Path(resume), read_checkpoint(Path(resume))
         check(path, checkpoint)
+    step = checkpoint["global_step"]
+    if step > plan.steps:
+        by_steps = plan.config.optim.max_steps is not None
+        advice = f"set optim.max_steps to {step} or more" if by_steps else "raise optim.epochs"
+        raise UserError(
+            f"{path}: has {counted(step, 'step')}, more than the {plan.steps:,} of this run; {advice}"
+        )
     for line in _changes(_stored(checkpoint), plan.identity):
         say(f"resuming with {line}")
-    step = checkpoint["global_step"]
     return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
 
 

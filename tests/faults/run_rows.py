@@ -363,6 +363,12 @@ ROWS = [
         True,
     ),
     Row(
+        75,
+        "finished run, fewer steps planned",
+        resumed(lambda run: None, "--optim.max_steps", 5),
+        r"has 6 steps, more than the 5 of this run; set optim.max_steps to 6 or more",
+    ),
+    Row(
         77,
         "nan in a checkpoint",
         not_finite,
