@@ -99,6 +99,7 @@ def test_the_last_lines_say_which_file_to_use(
     losses = {
         "one": [3.0, 2.0, 1.0, 0.5],
         "two": [3.0, 1.0, 2.0, 2.5],
+        "even": [3.0, 1.001, 2.0, 1.004],
         "diverged": [3.0, 2.0, 4.0, 5.0],
         "worse": [3.0, 6.0, 5.0, 4.0],
     }
@@ -114,7 +115,7 @@ def test_the_last_lines_say_which_file_to_use(
         assert finetune(config, say=lines) == 0
         ends[name] = lines.lines[next(n for n, x in enumerate(lines.lines) if x.startswith("wrote")) :]
         statuses[name] = record(config)["status"]
-    assert statuses == dict.fromkeys(("one", "two"), "finished") | dict.fromkeys(
+    assert statuses == dict.fromkeys(("one", "two", "even"), "finished") | dict.fromkeys(
         ("diverged", "worse"), "diverged"
     )
     assert ends["worse"][0].endswith("in all; held-out loss 4.0000")
@@ -126,12 +127,16 @@ def test_the_last_lines_say_which_file_to_use(
     best = "use best.safetensors (step 1, held-out loss 1.0000, the lowest) for free text; for labels"
     assert ends["two"][1].startswith(best)
     assert "adapter.safetensors is usually as good" in ends["two"][1]
+    assert ends["even"][1] == (
+        "use adapter.safetensors or best.safetensors (step 1, held-out loss 1.0010, the lowest): "
+        "to two decimals their held-out losses are the same"
+    )
     assert "the held-out loss ended at 5.0000, above the 3.0000 it began with" in ends["diverged"][1]
     assert ends["diverged"][1].startswith("warning: the run diverged: ")
     assert ends["diverged"][1].endswith(
         "; best.safetensors (step 1, held-out loss 2.0000, the lowest) is better"
     )
-    assert [len(end) for end in ends.values()] == [1, 2, 2, 2]
+    assert [len(end) for end in ends.values()] == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,12 @@ def _advice(module: LitAdapter, record: RunRecord, steps: int) -> Iterator[str]:
             f"warning: the held-out loss rose above its start, to {rose[1]:.4f} at step {rose[0]}: a lower "
             "optim.lr or another seed may do better"
         )
-    if 0 < step < steps and f"{loss:.2f}" != f"{module.val_loss:.2f}":
-        yield (
-            f"use {best} for free text; for labels and other short answers {folder.adapter.name} is usually "
-            "as good: compare both on held-out records"
-        )
+    if not 0 < step < steps:
+        return
+    if f"{loss:.2f}" == f"{module.val_loss:.2f}":
+        yield f"use {folder.adapter.name} or {best}: to two decimals their held-out losses are the same"
+        return
+    yield (
+        f"use {best} for free text; for labels and other short answers {folder.adapter.name} is usually "
+        "as good: compare both on held-out records"
+    )
