@@ -210,7 +210,9 @@ def test_a_chat_template_that_shows_the_time_is_kept_on_resume(
     base = convert(source, tmp_path / "chat")
     options = ("--base", str(base), "--optim.max_steps", "2", "--trainer.samples", "0")
     chat = tiny(*options, "--data.template", "chat")
-    assert finetune(chat, say=Stopper("step 1/")) == 143
+    lines = Stopper("step 1/")
+    assert finetune(chat, say=lines) == 143
+    assert "      template: chat (the base's own chat template)" in lines.lines
     first = read_checkpoint(Path(chat.out) / "checkpoints" / "step-0000001.ckpt")
     with pytest.raises(UserError, match=r"data\.template: its kind was 'chat', now 'alpaca'$"):
         finetune(tiny(*options), resume="last", say=Stopper())

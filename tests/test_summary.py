@@ -70,9 +70,18 @@ def test_every_share_is_of_what_it_counts(tiny_base: Path, tmp_path: Path) -> No
         "1 (12.5%) of the training records lost the start of their prompt to data.max_length",
         "1 (14.3%) of the training records are skipped in each epoch, different ones each time: "
         "7 is not a multiple of optim.batch_size 2",
-        "2 (25.0%) of the training records repeat an earlier one",
+        "2 (25.0%) of the training records repeat an earlier one, see data.drop_duplicates",
         "2 (25.0%) of the held-out records left out: answer longer than data.max_length 512",
         "2 (25.0%) of the held-out records are in the training set too",
+    ]
+
+
+def test_records_held_out_too_hint_at_the_setting_that_leaves_them_out(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    train, val = write(tmp_path / "a.jsonl", *plain("x", 4)), write(tmp_path / "b.jsonl", *plain("x", 2))
+    assert notes(tiny_base, DataConfig(train=train, val=val)) == [
+        "2 (100.0%) of the held-out records are in the training set too, see data.drop_duplicates"
     ]
 
 
@@ -118,6 +127,27 @@ def test_one_source_needs_no_name_beside_its_format(tiny_base: Path, tmp_path: P
     path = write(tmp_path / "x.jsonl", *plain("x", 7))
     said = describe(module(tiny_base, DataConfig(train=[path], val_size=0)), color=False)
     assert "      format: alpaca; its records have 'instruction' and 'output'" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("alpaca", "alpaca"),
+        ("alpaca-chat", "alpaca-chat"),
+        ("Task: {instruction}\nAnswer:", r"custom ('Task: {instruction}\nAnswer:')"),
+        ("FILE.jinja", "jinja ('FILE.jinja')"),
+    ],
+)
+def test_the_template_is_named(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, shown: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    path = write(tmp_path / "x.jsonl", *plain("x", 7))
+    said = describe(
+        module(tiny_base, DataConfig(train=path, val_size=0, template=setting), template=setting), color=False
+    )
+    assert [line.strip() for line in said if "template:" in line] == [f"template: {shown}"]
 
 
 def test_duplicates_can_be_left_out(tiny_base: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def describe(data: AlpacaDataModule, *, color: bool, n_shares: int = 1) -> list[
         f"data: {records.source}: {counted(encoded.n_read, 'training record')}, {int(length.sum()):,} tokens "
         f"(median {int(np.median(length))}, longest {int(length.max())}), {n_targets:,} learned"
     ]
-    lines += [f"      {line}" for line in (*_formats(data), *_weights(data))]
+    lines += [f"      {line}" for line in (*_formats(data), *_template(data), *_weights(data))]
     if data.val_encoded is not None:
         n_tokens = int(data.val_encoded.length.sum())
         lines.append(f"      {counted(data.val_encoded.n_read, 'held-out record')}, {n_tokens:,} tokens")
@@ -62,6 +62,16 @@ def _formats(data: AlpacaDataModule) -> list[str]:
         of = f" of {title([names[number] for number in known.sources])}" if len(names) > 1 else ""
         lines.append(f"format{of}: {known.name}; {known.why}")
     return lines
+
+
+def _template(data: AlpacaDataModule) -> list[str]:
+    """Return a line that names the template, unless all records are plain texts, which have none."""
+    if all(known.name == "text" for known in data.train_records.formats):
+        return []
+    kind = data.template.kind
+    own = shorten(data.config.template)
+    of = {"chat": "the base's own chat template", "custom": own, "jinja": own}
+    return [f"template: {kind}{f' ({of[kind]})' if kind in of else ''}"]
 
 
 def _weights(data: AlpacaDataModule) -> list[str]:
@@ -116,8 +126,10 @@ def _notes(data: AlpacaDataModule) -> list[tuple[int, int, str]]:
         f"are skipped in each epoch, different ones each time: {len(encoded)} is not a multiple "
         f"of optim.batch_size {data.batch_size}"
     )
-    repeated = data.n_duplicate, len(train), "of the training records repeat an earlier one"
-    held_out_too = data.n_overlap, len(val), "of the held-out records are in the training set too"
+    hint = ", see data.drop_duplicates"
+    repeated = data.n_duplicate, len(train), f"of the training records repeat an earlier one{hint}"
+    hint = "" if data.n_duplicate else hint  # once is enough
+    held_out_too = data.n_overlap, len(val), f"of the held-out records are in the training set too{hint}"
     if data.config.drop_duplicates:
         n_before = len(train) + data.n_duplicate + data.n_held_out_too
         dropped = "of the training records left out: they"
