@@ -18,6 +18,18 @@ from lit_adapter.files.write import write_text
 from lit_adapter.training import finetune as training
 
 
+def test_a_missing_default_base_is_named_with_its_download(
+    tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = (
+        r"^checkpoints/smollm2-135m: no converted base there; python scripts/download\.py smollm2-135m "
+        "fetches it$"
+    )
+    with pytest.raises(UserError, match=message):
+        finetune_main(["--config", str(TINY), "--data.train", str(tiny_records)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -115,7 +127,8 @@ from lit_adapter.training import finetune as training
         ("--adapter 5", "adapter is a group of fields; give them one by one"),
         (
             "--base nowhere",
-            r"^nowhere: no converted base there; python scripts/download.py smollm2-135m fetches",
+            r"^nowhere: no converted base there; python scripts/download\.py ORG/NAME --out nowhere fetches "
+            r"one from the Hugging Face Hub, scripts/convert\.py converts a model that you have$",
         ),
         ("--resume last", "no such run folder, nothing to resume"),
         ("--out /proc/x", "/proc/x.*cannot write"),

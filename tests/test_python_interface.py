@@ -44,7 +44,7 @@ LOADS = [
     (
         {"base": "gone"},
         ValueError,
-        r"^gone: no converted base there; python scripts/download.py smollm2-135m",
+        r"^gone: no converted base there; python scripts/download.py ORG/NAME --out gone fetches",
     ),
 ]
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.files.paths import is_unicode
 from lit_adapter.files.read import read_object
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
 )
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *TOKENIZER_FILES)
 """Files besides the weights that affect an answer; most of them may be absent."""
+DOWNLOAD = "python scripts/download.py"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -72,9 +74,11 @@ def check_converted(folder: Path) -> None:
         return
     if (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {FINGERPRINT}, so not a converted base; run scripts/convert.py first")
+    if folder == Path(Config.base):
+        raise UserError(f"{folder}: no converted base there; {DOWNLOAD} {folder.name} fetches it")
     raise UserError(
-        f"{folder}: no converted base there; python scripts/download.py smollm2-135m fetches the default "
-        "one, scripts/convert.py converts your own"
+        f"{folder}: no converted base there; {DOWNLOAD} ORG/NAME --out {folder} fetches one from the Hugging "
+        "Face Hub, scripts/convert.py converts a model that you have"
     )
 
 
