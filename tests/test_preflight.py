@@ -178,15 +178,17 @@ def test_memory_is_that_of_the_rows_of_one_process(
 
 def test_disk_is_said_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(trainer=TrainerConfig(keep_checkpoints=9))
-    assert "are free" in check_disk(tmp_path, MODEL, config, 100)
     needed = run_bytes(MODEL, config, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=75_799_355_392))
+    said = f"disk: the run writes about {needed / 1e6:.1f} MB into {tmp_path}; 75.8 GB are free"
+    assert check_disk(tmp_path, MODEL, config, 100) == said
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(
         UserError, match=r"but .* free; trainer.keep_checkpoints 1 or --out on another disk would do"
     ):
         check_disk(tmp_path, MODEL, config, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"10 are free; --out on another disk would do"):
+    with pytest.raises(UserError, match=r" 0\.0 MB are free; --out on another disk would do"):
         check_disk(tmp_path, MODEL, config, 100)
 
 
@@ -195,7 +197,7 @@ def test_a_run_writes_about_what_was_said(tiny: Callable[..., Config]) -> None:
     config = tiny("--optim.max_steps", "10", "--trainer.log_every", "1")
     assert finetune(config, say=lines) == 0
     said = next(line for line in lines.lines if line.startswith("disk:"))
-    expected = int(re.findall(r"about ([\d,]+) bytes", said)[0].replace(",", ""))
+    expected = 1e6 * float(re.findall(r"about ([\d.]+) MB", said)[0]) + 5e4  # it is rounded
     written = sum(path.stat().st_size for path in Path(config.out).rglob("*") if path.is_file())
     headers = 6 * preflight.HEADERS  # their bound hides the rest in so small a run
     assert written <= expected

@@ -187,15 +187,15 @@ def check_disk(folder: Path, model: LlamaConfig, config: Config, steps: int) -> 
     """
     needed = run_bytes(model, config, steps)
     free = free_disk(folder)
-    line = f"disk: the run writes about {needed:,} bytes into {folder}"
+    line = f"disk: the run writes about {gigabytes(needed)} into {folder}"
     if needed <= free:
-        return f"{line}; {free:,} are free"
+        return f"{line}; {gigabytes(free)} are free"
     fewer = replace(config, trainer=replace(config.trainer, keep_checkpoints=1))
     rarer = replace(config, trainer=replace(config.trainer, log_every=max(10, steps // 10)))
     tries = {"trainer.keep_checkpoints 1": fewer, f"trainer.log_every {rarer.trainer.log_every}": rarer}
     found = [name for name, other in tries.items() if run_bytes(model, other, steps) <= free]
     advice = " or ".join([*found[:1], "--out on another disk"])
-    raise UserError(f"{line}, but {free:,} are free; {advice} would do")
+    raise UserError(f"{line}, but {gigabytes(free)} are free; {advice} would do")
 
 
 def check_kernels(model: Llama, data: AlpacaDataModule, needed: Sizes) -> None:
