@@ -151,9 +151,21 @@ def test_steps_given_outright_need_no_epochs(tiny: Callable[..., Config]) -> Non
     assert info.training["epochs"] == pytest.approx(4 / 10)
     longer = Stopper()
     assert finetune(tiny(*UNSET), resume="last", say=longer, dry_run=True) == 0
-    assert any("optim.epochs changed from null to 8.0" in line for line in longer.lines)
+    changes = [line for line in longer.lines if "changed from" in line]
+    assert changes == ["resuming with optim.max_steps changed from 4 to unset"]  # epochs follow
     said = "epochs 8 (batch_size as in the resumed run, epochs chosen for 40 records); lr"
     assert any(said in line for line in longer.lines)
+
+
+def test_epochs_that_the_user_sets_on_resume_are_listed(tiny: Callable[..., Config]) -> None:
+    assert finetune(tiny(*UNSET, "--optim.max_steps", "4"), say=Stopper("step 1/")) == 143
+    lines = Stopper()
+    config = tiny(*UNSET, "--optim.epochs", "2", "--optim.batch_size", "4")
+    assert finetune(config, resume="last", say=lines, dry_run=True) == 0
+    assert [line for line in lines.lines if "changed from" in line] == [
+        "resuming with optim.epochs changed from unset to 2.0",
+        "resuming with optim.max_steps changed from 4 to unset",
+    ]
 
 
 def test_max_steps_decides_the_epochs_of_a_run_that_also_sets_them(tiny: Callable[..., Config]) -> None:

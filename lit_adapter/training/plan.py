@@ -49,6 +49,8 @@ class Plan:
     """Passes over the training records: those of ``optim.max_steps``, else as set; None for a stream."""
     chosen: str
     """Which of batch size and epochs were chosen, and why; empty if the user has set both."""
+    has_own_epochs: bool
+    """The user has set ``optim.epochs``; they do not follow from the number of records or a resumed run."""
     n_records: int | None
     """Training records; None for a stream."""
     warmup: int
@@ -76,6 +78,7 @@ def make_plan(
     Raises:
         UserError: the epochs or the warm-up do not fit the number of records.
     """
+    has_own_epochs = config.optim.epochs is not None
     n_records, processes = data.n_records, n_processes(config.trainer, placement.device)
     config, chosen = with_length(config, n_records or 0, saved, processes)
     data.batch_size = config.optim.batch_size or 0
@@ -95,6 +98,7 @@ def make_plan(
         steps,
         epochs,
         chosen,
+        has_own_epochs,
         n_records,
         warmup_steps(config.optim, steps),
         with_whole_layers(needed, config.trainer, free),

@@ -68,7 +68,7 @@ def find_resume_point(resume: str | None, folder: RunFolder, plan: Plan, say: Sa
         raise UserError(
             f"{path}: has {counted(step, 'step')}, more than the {plan.steps:,} of this run; {advice}"
         )
-    for line in _changes(_stored(checkpoint), plan.identity):
+    for line in _changes(_stored(checkpoint), plan):
         say(f"resuming with {line}")
     return ResumePoint(path, step, checkpoint["measured"]["validated_step"] == step)
 
@@ -125,13 +125,16 @@ def is_written(adapter: Path, checkpoint: Path | None) -> bool:
     return state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in state)
 
 
-def _changes(saved: RunIdentity, own: RunIdentity) -> Iterator[str]:
+def _changes(saved: RunIdentity, plan: Plan) -> Iterator[str]:
+    """Yield the settings that change; without those that follow from others, as epochs that were chosen."""
+    own = plan.identity
     before, now = _peak_lr(saved), _peak_lr(own)
     if before != now:
         yield f"optim.lr changed from {before:g} to {now:g}"
     settings = run_identity(BEFORE).changeable | saved.changeable
+    following = RATES if plan.has_own_epochs else (*RATES, "optim.epochs")
     for key, value in own.changeable.items():
-        if key not in RATES and settings[key] != value:
+        if key not in following and settings[key] != value:
             yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"
     schedule, warmup = own.identity["optim.schedule"], own.identity["optim.warmup"]
     if saved.steps != own.steps and (schedule != "constant" or 0 < warmup < 1):
@@ -150,4 +153,4 @@ def _peak_lr(run: RunIdentity) -> float:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)
+    return "unset" if value is None else repr(value)
