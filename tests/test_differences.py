@@ -110,6 +110,11 @@ def test_what_a_refusal_says(lines: list[str], expected: list[str]) -> None:
     assert lines == expected
 
 
+def test_a_setting_without_a_value_is_unset() -> None:
+    weighted = Config(data=DataConfig(train=["my.json", "b.json"], weights=[3, 1]))
+    assert said(weighted) == ["data.weights was unset, now [3, 1]"]
+
+
 def test_a_checkpoint_that_does_not_know_the_file_is_compared_by_what_it_knows() -> None:
     config = Config(data=DataConfig(train="my.json"))
     saved = run(Config(), {}, **dict.fromkeys(NEW, "unknown"))

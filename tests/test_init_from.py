@@ -78,7 +78,7 @@ def test_another_start_is_another_run(tiny: Callable[..., Config], tiny_base: Pa
     one, two = (save_random_adapter(tiny_base, tmp_path / f"{n}.safetensors", seed=n) for n in (1, 2))
     finetune(tiny(*FORM, "--init-from", str(one)), say=Stopper())
     changed = f"init_from {two}: is not the file that the run started from"
-    for options, message in ((["--init-from", str(two)], changed), ([], "init_from was a file, now null")):
+    for options, message in ((["--init-from", str(two)], changed), ([], "init_from was a file, now unset")):
         with pytest.raises(UserError, match=rf"cannot resume another run: {message}$"):
             finetune(tiny(*FORM, "--optim.epochs", "5", *options), resume="last", say=Stopper())
 

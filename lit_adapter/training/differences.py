@@ -44,11 +44,16 @@ def differences(saved: RunIdentity, own: RunIdentity, config: Config) -> list[st
         elif key == "init_from" and known.get(key) and now[key]:
             found.append(f"init_from {config.init_from}: is not the file that the run started from")
         elif key == "init_from":
-            before = "a file" if known.get(key) else "null"
-            found.append(f"init_from was {before}, now {config.init_from or 'null'}")
+            before = "a file" if known.get(key) else "unset"
+            found.append(f"init_from was {before}, now {config.init_from or 'unset'}")
         elif key not in (*RECORDS, FILES, CONTENTS):
-            found.append(f"{key} was {known.get(key)!r}, now {now[key]!r}")
+            found.append(f"{key} was {shown_value(known.get(key))}, now {shown_value(now[key])}")
     return found
+
+
+def shown_value(value: object) -> str:
+    """Return a setting's value for a message."""
+    return "unset" if value is None else repr(value)
 
 
 def _of_records(keys: set[str], known: dict[str, Any], now: dict[str, Any], config: Config) -> list[str]:

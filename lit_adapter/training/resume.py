@@ -17,7 +17,7 @@ from lit_adapter.streams import Say
 from lit_adapter.text.template import Template, resolve_template
 from lit_adapter.training.base import Base
 from lit_adapter.training.checkpoint import check_contents, read_checkpoint
-from lit_adapter.training.differences import differences
+from lit_adapter.training.differences import differences, shown_value
 from lit_adapter.training.plan import Plan
 from lit_adapter.training.run_folder import AnotherRunError, RunFolder
 from lit_adapter.training.run_identity import BEFORE, RunIdentity, run_identity
@@ -135,7 +135,7 @@ def _changes(saved: RunIdentity, plan: Plan) -> Iterator[str]:
     following = RATES if plan.has_own_epochs else (*RATES, "optim.epochs")
     for key, value in own.changeable.items():
         if key not in following and settings[key] != value:
-            yield f"{key} changed from {_shown(settings[key])} to {_shown(value)}"
+            yield f"{key} changed from {shown_value(settings[key])} to {shown_value(value)}"
     schedule, warmup = own.identity["optim.schedule"], own.identity["optim.warmup"]
     if saved.steps != own.steps and (schedule != "constant" or 0 < warmup < 1):
         yield (
@@ -150,7 +150,3 @@ def _peak_lr(run: RunIdentity) -> float:
     if lr is None and base_lr is None:
         return DEFAULT_LR[run.identity["adapter.version"]]
     return OptimConfig(lr=lr, base_lr=base_lr, batch_size=run.identity["optim.batch_size"]).peak_lr
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else repr(value)
