@@ -17,7 +17,7 @@ class UserError(ValueError):
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(" ".join(message.split())))
+        super().__init__(one_line(message))
 
 
 class WriteError(UserError):
@@ -61,6 +61,11 @@ punctuation and digits next to them.
 def visible(text: str) -> str:
     """Return a text with its control characters written out as in a repr: a terminal would obey them."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line, with what a terminal would obey written out, as by `visible`."""
+    return visible(" ".join(text.split()))
 
 
 def counted(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError, nearest, shorten, visible
+from lit_adapter.errors import UserError, nearest, one_line, shorten
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.serving.errors import ApiError
 from lit_adapter.serving.names import NAME, check_characters, check_name
@@ -196,8 +196,7 @@ class Adapters:
         except Exception as error:  # also for lack of memory: the others are followed all the same
             self._failed[name] = state
             is_refusal = isinstance(error, UserError | OSError)
-            shown = visible(" ".join(name.split()))  # a folder's name may be any
-            logger.warning("adapter %s: refused: %s", shown, error, exc_info=not is_refusal)
+            logger.warning("adapter %s: refused: %s", one_line(name), error, exc_info=not is_refusal)
 
     def described(self, served: Served) -> dict[str, Any]:
         """Return OpenAI's object of a model, with the base that it belongs to."""
