@@ -3,8 +3,9 @@
     TRITON_INTERPRET=1 python tests/interpreted_decoding.py
 
 Slots have different adapters, some of them with norms, and change them; others have a model of their own, V2
-or on a base with yarn. Kernels read the prompts of all slots in one row, whole and in pieces. Each line has
-the number of slots and the largest relative error of a slot's hidden states or logits, in fp32.
+or on a base with yarn. Kernels read the prompts of all slots in one row, or as queries of one step, whole and
+in pieces. Each line has the number of slots and the largest relative error of a slot's hidden states or
+logits, in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from paper import paper
 from tiny_models import open_adapter, random_ids, random_llama
 
 from lit_adapter.generation.adapter import Adapter, attached
+from lit_adapter.model import fused_decode
 from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig
@@ -65,7 +67,8 @@ def compare(n_slots: int, head_dim: int, **more: Any) -> None:
     base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES, **more).eval().requires_grad_(False)
     forms = prefixes_on(base)
     with torch.inference_mode():
-        take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
+        for fused_decode.FEW_TOKENS in (0, 256):
+            take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
 
 
 def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
@@ -73,8 +76,9 @@ def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
     base = random_llama(1, torch.float32, head_dim=16, **SIZES, **sizes)
     model = open_adapter(base, form, seed=3).eval().requires_grad_(False)
     with torch.inference_mode():
-        executors = [ModuleDecode(model, 3, 24), FusedDecode(model, 3, 24)]
-        take_steps(executors, [Adapter.of(model).prefixes], 3)
+        for fused_decode.FEW_TOKENS in (0, 256):
+            executors = [ModuleDecode(model, 3, 24), FusedDecode(model, 3, 24)]
+            take_steps(executors, [Adapter.of(model).prefixes], 3)
 
 
 def compare_beside_damaged(damage: float) -> None:
@@ -86,11 +90,12 @@ def compare_beside_damaged(damage: float) -> None:
         pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
         modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
-        found = fused.read(pieces)
-        assert found[1].isnan().all()
-        report(wanted[::2], found[::2])
-        fused.read([replace(piece, prompt=piece.prompt[:3]) for piece in pieces])
-        report(wanted[::2], fused.read([replace(piece, done=3) for piece in pieces])[::2])
+        for fused_decode.FEW_TOKENS in (0, 256):
+            found = fused.read(pieces)
+            assert found[1].isnan().all()
+            report(wanted[::2], found[::2])
+            fused.read([replace(piece, prompt=piece.prompt[:3]) for piece in pieces])
+            report(wanted[::2], fused.read([replace(piece, done=3) for piece in pieces])[::2])
 
 
 def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: int) -> None:
@@ -112,6 +117,12 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
             wanted, found = (x.captured_step(token, position, 24) for x in executors)
             report(wanted, found)
             token = wanted.argmax(-1)
+        n = max(1, n_slots - 1)  # the first slots, the last of which has no request
+        position[n - 1] = 23
+        wanted, found = (x.captured_step(token[:n], position[:n], 24) for x in executors)
+        assert found.isfinite().all()
+        if n > 1:
+            report(wanted[:-1], found[:-1])
 
 
 def report(wanted: torch.Tensor, found: torch.Tensor) -> None:
@@ -123,6 +134,7 @@ if __name__ == "__main__":
     without_a_device()
     torch.cuda.get_device_capability = lambda *_: (8, 0)  # launches do not overlap there
     torch.Tensor.pin_memory = lambda self: self
+    fused_decode.capture = lambda body: body
     for n_slots, head_dim in ((5, 32), (1, 32), (5, 16)):
         compare(n_slots, head_dim)
     compare(5, 16, head_norms=True, rope=YARN)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,18 @@ def test_every_family_is_decoded_as_near_to_fp64(
     compare_with_fp64(model, lengths, family != "qwen3" and len(lengths) < 33)
 
 
+def ways_to_read(executor: ModuleDecode, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
+    """Packed into rows; as queries of a step, where the tokens are few; and by its captured graph."""
+    for most in (0, fused_decode().FEW_TOKENS, fused_decode().FEW_TOKENS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_decode(), "FEW_TOKENS", most)
+            yield lambda: executor.read(pieces)
+
+
+def fused_decode() -> Any:
+    return importlib.import_module("lit_adapter.model.fused_decode")  # needs Triton
+
+
 def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
     from lit_adapter.model.fused_decode import FusedDecode
 
@@ -169,13 +182,15 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
     exact, plain = Plain(wide, len(slots)), Plain(copy.deepcopy(device), len(slots))
     assert choose_executor(device, "decoding").name == "CUDA decoding"
     fused = FusedDecode(device, len(slots), 320)
-    assert (fused.few is not None) == few
+    fused.prepare(len(slots))
+    assert (fused.steps[len(slots)].few is not None) == few
     with torch.inference_mode():
         wanted = exact.read(asked, slots, [prefixes_of(wide)] * len(slots))
         prefixes = prefixes_of(device)
         beside = plain.read(asked, slots, [prefixes] * len(slots))
-        found = fused.read([Piece(*each, prefixes) for each in zip(asked, slots, strict=True)])
-        assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+        pieces = [Piece(*each, prefixes) for each in zip(asked, slots, strict=True)]
+        for read in ways_to_read(fused, pieces):
+            assert distance(read(), wanted) < 1.5 * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n
@@ -267,11 +282,12 @@ def test_every_slot_has_its_own_adapter(heads: tuple[int, int, int], family: str
             wanted = exact.read(asked, slots, [wide[n] for n in owner])
             beside = plain.read(asked, slots, [narrow[n] for n in owner])
             pieces = [Piece(asked[slot], slot, narrow[n]) for slot, n in zip(slots, owner, strict=True)]
-            for read in (pieces, in_pieces(fused, pieces)):
-                found = fused.read(read)
-                assert distance(found, wanted) < 1.5 * distance(beside, wanted)
-                for slot in slots:
-                    assert distance(found[slot], wanted[slot]) < 3 * distance(beside, wanted) + 0.01
+            for asked_for in (pieces, in_pieces(fused, pieces)):
+                for read in ways_to_read(fused, asked_for):
+                    found = read()
+                    assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+                    for slot in slots:
+                        assert distance(found[slot], wanted[slot]) < 3 * distance(beside, wanted) + 0.01
             token = random_ids(n_slots, vocab=VOCAB)
             for n in range(3):
                 position = torch.tensor([len(prompt) for prompt in asked]) + n

@@ -58,6 +58,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_lane, "capture", _capture)
     monkeypatch.setattr(GraphLane, "executor_class", lambda self: ModuleDecode)
     monkeypatch.setattr(graph_lane, "LEAST_USED", 8)  # so that a few captures come to pass
+    monkeypatch.setattr(graph_lane, "PATIENCE", 2)
     captured.clear()
 
 
@@ -160,6 +161,40 @@ def test_prompts_read_in_pieces_while_steps_run_ahead(most: int, monkeypatch: py
         for _ in range(3):
             running.step()
     assert [request.answer for request in requests] == wanted
+
+
+def test_steps_compute_the_slots_of_live_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are left move to the first slots; what steps write for the others spoils no later answer."""
+    adapters = eight(base_of())
+    wanted = [alone(number, adapters) for number in range(8)]
+    steps: list[tuple[int, list[int]]] = []
+    advance = GraphLane._advance
+
+    def watched(self: GraphLane, kind: graph_lane._Kind) -> None:
+        last = int(self.last_place[0, 0])
+        counting = {slot for slot, _ in self._live_slots()}
+        idle = [slot for slot in range(len(self.place[0])) if slot not in counting]
+        assert all(self.place[0, slot] == last for slot in idle)
+        steps.append((kind.rows, sorted(counting)))
+        advance(self, kind)
+
+    monkeypatch.setattr(GraphLane, "_advance", watched)
+    monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
+    running = Engine()
+    running.reserve(adapters[0].model, 11, 90)
+    for left in (5, 0):  # in the first slots of the second time are answers that were cancelled
+        requests = [Request(*each) for each in zip(PROMPTS, HOW, adapters, strict=True)]
+        for request in requests:
+            running.add(request)
+        running.step()
+        running.step()
+        for request in requests[:left]:
+            running.cancel(request)
+        while not all(request.ended for request in requests):
+            running.step()
+        assert [request.answer for request in requests[left:]] == wanted[left:]
+    assert {rows for rows, _ in steps} >= {2, 8}
+    assert all(slots[-1] < rows for rows, slots in steps if slots)
 
 
 def test_likelihoods_come_with_their_tokens() -> None:

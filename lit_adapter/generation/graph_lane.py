@@ -8,7 +8,6 @@ Capturing a step takes no longer than launching its kernels once, so no answer i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.sampling import MOST_LIKELY, Choice, choose, likelihoods
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.executors import KernelError
+from lit_adapter.model.graphs import capture
+from lit_adapter.model.kernels.sizes import power_of_two
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.slot_prefixes import Prefixes
 
@@ -26,11 +27,14 @@ LONG = 4 * 10**12
 """Prompt tokens times weights that keep the device busy for longer than the host needs to capture a step."""
 LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers double it."""
+PATIENCE = 64
+"""Steps for which fewer slots would do before they are computed: capturing that costs as much as it saves."""
 
 
 class _Kind(NamedTuple):
     """What distinguishes one captured step from another."""
 
+    rows: int  # slots that it computes, from the first on
     used: int  # keys that it attends to
     sampled: bool  # whether a request draws random numbers
     truncates: bool  # whether one of them leaves out the less likely tokens
@@ -43,11 +47,16 @@ class GraphLane(Lane):
 
     def __init__(self, model: Llama) -> None:
         super().__init__(model)
+        self.n_weights = sum(parameter.numel() for parameter in model.parameters())
         new = torch.zeros
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
-        """The positions of the newest tokens, in their texts and in their answers."""
+        """The positions of the newest tokens, in their texts and in their answers. Slots without a request to
+        answer have the last place, where no text ends."""
+        self.counting: set[int] = set()  # slots whose positions are others
+        self.rows = 0  # slots that steps compute
+        self.too_many = 0  # steps in a row for which fewer would do
         self.keys = new(0, 0, dtype=torch.long, device=self.device)
         """The random keys of every slot's answer."""
         self.graphs: dict[_Kind, Callable[[], None]] = {}
@@ -69,8 +78,10 @@ class GraphLane(Lane):
         super()._grow(n_slots, length)
         self.graphs.clear()
         self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
-        self.place = enlarged(self.place, 2, n_slots)
         self.last_place = torch.full((2, 1), length - 1, device=self.device)
+        place, counting = self.last_place.repeat(1, n_slots), sorted(self.counting)
+        place[:, counting] = self.place[:, counting]
+        self.place = place
         self.keys = enlarged(self.keys, n_slots, length)
         width = 1 + 2 * min(MOST_LIKELY, self.model.config.vocab_size)
         self.scores = torch.zeros(n_slots, width, dtype=torch.double, device=self.device)
@@ -84,7 +95,7 @@ class GraphLane(Lane):
         super()._prepare(slots)
         requests = [self.slots[slot] for slot in slots]
         where = torch.tensor(slots, device=self.device)
-        self.place[:, where] = self.last_place  # until their prompts are read, what steps write there is lost
+        self._park(slots)  # until their prompts are read
         self.choice.put(where, Choice.of([request.settings for request in requests], self.device))
         for slot, request in zip(slots, requests, strict=True):
             if not request.settings.greedy:
@@ -93,15 +104,31 @@ class GraphLane(Lane):
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose the first tokens of new requests, from which their steps continue."""
         new = [self.slots[slot] for slot in slots]
-        n_weights = sum(parameter.numel() for parameter in self.model.parameters())
         n_tokens = sum(len(request.prompt) for request in new)
-        if n_tokens * n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in new):
-            self._graph()  # captures the next step while the device still reads the prompts
+        if n_tokens * self.n_weights >= LONG and any(request.settings.max_new_tokens > 1 for request in new):
+            # Captures the next step while the device still reads the prompts.
+            self._graph(max(self.rows, self._size(len(self.live))))
         super()._choose(logits, slots)
         where = torch.tensor(slots, device=self.device)
         state = [(request.token, request.length, 1) for request in new]
         token, position, drawn = torch.tensor(state, device=self.device).T
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
+        self.counting |= set(slots)
+
+    def _park(self, slots: Sequence[int]) -> None:
+        """Let steps read nothing of slots, and write where nothing is lost."""
+        for slot in slots:
+            self.place[:, slot : slot + 1] = self.last_place
+        self.counting -= set(slots)
+
+    def _swap_state(self, one: int, other: int) -> None:
+        super()._swap_state(one, other)
+        pair, swapped = [one, other], [other, one]
+        for own in (self.token, self.keys):
+            own[pair] = own[swapped]
+        self.place[:, pair] = self.place[:, swapped]
+        self.choice.put(pair, self.choice.of_rows(swapped))
+        self.counting = {dict(zip(pair, swapped, strict=True)).get(slot, slot) for slot in self.counting}
 
     def _step(self) -> None:
         """Pass on the tokens of one step, and start the step after it."""
@@ -113,13 +140,17 @@ class GraphLane(Lane):
         self.ahead = self._launch() if wanted else None
         tokens, scores = landing.wait()
         for slot, request in requests:
-            if self.slots[slot] is request:  # otherwise a new request has taken its place
-                self._receive(slot, tokens[slot], scores[slot] if scores else None)
+            self._receive(request, tokens[slot], scores[slot] if scores else None)
 
     def _launch(self) -> tuple[list[tuple[int, Request]], Landing]:
-        """Start one step of all slots, and return its requests and where its tokens will arrive."""
-        self._graph()()
-        live = [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
+        """Start one step of all live requests, and return them and where their tokens will arrive."""
+        live = self._live_slots()
+        self._resize(len(live))
+        if live[-1][0] >= self.rows:
+            self._first_slots()
+            live = self._live_slots()
+        self._park(sorted(self.counting - {slot for slot, _ in live}))
+        self._graph(self.rows)()
         for _, request in live:
             request.length += 1
         self.landings.reverse()
@@ -127,13 +158,28 @@ class GraphLane(Lane):
         self.landings[0].send(self.chosen, self.scores if scored else None)
         return live, self.landings[0]
 
-    def _graph(self) -> Callable[[], None]:
-        """Return the step that the live requests need, captured the first time."""
+    def _live_slots(self) -> list[tuple[int, Request]]:
+        return [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
+
+    def _size(self, n: int) -> int:
+        """Return how many slots steps compute for ``n`` requests: each number is a graph of its own."""
+        return min(power_of_two(n), self.executor.cache.n_slots)
+
+    def _resize(self, n: int) -> None:
+        """Let the next steps compute the slots of ``n`` requests."""
+        size = self._size(n)
+        self.too_many = self.too_many + 1 if size < self.rows else 0
+        if size > self.rows or self.too_many > PATIENCE:
+            self.rows, self.too_many = size, 0
+
+    def _graph(self, rows: int) -> Callable[[], None]:
+        """Return a step of the first ``rows`` slots as the live requests need it, captured the first time."""
         live = self.live
         if self.prefixes is not self.executor.prefixes.joined:
             self.graphs.clear()
             self.prefixes = self.executor.prefixes.joined
         kind = _Kind(
+            rows,
             self._used(max((request.length for request in live), default=0) + 1),
             sampled=not all(request.settings.greedy for request in live),
             truncates=any(request.settings.truncates for request in live),
@@ -141,6 +187,7 @@ class GraphLane(Lane):
             scored=any(request.most_likely is not None for request in live),
         )
         if kind not in self.graphs:
+            self.executor.prepare(rows)
             self.graphs[kind] = capture(lambda: self._advance(kind))
         return self.graphs[kind]
 
@@ -155,41 +202,25 @@ class GraphLane(Lane):
 
     def _advance(self, kind: _Kind) -> None:
         """Take one step on the device: from ``token`` at ``place`` to ``chosen``, the next ``token``."""
-        logits = self.executor.captured_step(self.token, self.place[0], kind.used)
+        rows = slice(kind.rows)
+        token, chosen, place = self.token[rows], self.chosen[rows], self.place[:, rows]
+        logits = self.executor.captured_step(token, place[0], kind.used)
         if self.has_kernels and not (kind.sampled or kind.adjusted or kind.scored):
             from lit_adapter.model.kernels import greedy  # needs Triton, see `Lane.executor_class`
 
-            greedy.advance(logits, self.chosen, self.token, self.place, self.last_place)
+            greedy.advance(logits, chosen, token, place, self.last_place)
             return
-        keys = self.keys.gather(1, self.place[1:].T)[:, 0] if kind.sampled else None
-        self.choice.truncates = kind.truncates
-        past = self.past if kind.adjusted else None
-        token = choose(logits, self.choice, keys, past)
-        self.chosen.copy_(token)
+        keys = self.keys[rows].gather(1, place[1:].T)[:, 0] if kind.sampled else None
+        choice = self.choice.of_rows(rows)
+        choice.truncates = kind.truncates
+        past = self.past.of(rows) if kind.adjusted and self.past is not None else None
+        chosen.copy_(choose(logits, choice, keys, past))
         if kind.scored:
-            self.scores.copy_(likelihoods(logits, token))
-        torch.clamp(token, min=0, out=self.token)
+            self.scores[rows] = likelihoods(logits, chosen)
+        torch.clamp(chosen, min=0, out=token)
         if past is not None:
-            past.add(torch.arange(len(token), device=self.device), self.token)
-        # Slots without a request keep counting, within their length, until they are filled.
-        torch.minimum(self.place + 1, self.last_place, out=self.place)
-
-
-def capture(body: Callable[[], None]) -> Callable[[], None]:
-    """Record what ``body`` launches, without running it, and return what runs it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        # Not `torch.cuda.graph`, which first gives all unused memory back to the driver. Relaxed: kernels
-        # used here for the first time are loaded meanwhile.
-        graph.capture_begin(capture_error_mode="relaxed")
-        try:
-            body()
-        except BaseException:
-            with suppress(RuntimeError):  # what went wrong may have ended the capture
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    return graph.replay
+            past.add(torch.arange(len(token), device=self.device), token)
+        torch.minimum(place + 1, self.last_place, out=place)
 
 
 class Landing:

@@ -255,10 +255,14 @@ class Lane:
                 self.executor.swap(source, target, max(other.length, self.slots[source].length))
             else:
                 self.executor.move(source, target, self.slots[source].length)
-            if self.past is not None:
-                self.past.swap(source, target)
+            self._swap_state(source, target)
             self.slots[target], self.slots[source] = self.slots[source], self.slots[target]
         return self.slots[:n_live]
+
+    def _swap_state(self, one: int, other: int) -> None:
+        """Exchange what this lane itself keeps of two slots."""
+        if self.past is not None:
+            self.past.swap(one, other)
 
     def _choose(self, logits: Tensor, slots: Sequence[int]) -> None:
         """Choose a token for each of ``slots`` from its ``logits [B, V]``."""
@@ -275,15 +279,16 @@ class Lane:
             self.past.add(where, token.clamp(min=0))
         scored = any(request.most_likely is not None for request in requests)
         scores = likelihoods(logits, token).tolist() if scored else [None] * len(requests)
-        for slot, chosen, row in zip(slots, token.tolist(), scores, strict=True):
-            self._receive(slot, chosen, row)
+        for request, chosen, row in zip(requests, token.tolist(), scores, strict=True):
+            self._receive(request, chosen, row)
 
-    def _receive(self, slot: int, token: int, likelihoods: Sequence[float] | None) -> None:
-        """Give a slot's request its next token; see `Request.receive`."""
-        request = self.slots[slot]
+    def _receive(self, request: Request, token: int, likelihoods: Sequence[float] | None) -> None:
+        """Give a request its next token, unless it has ended; see `Request.receive`."""
+        if request.ended:  # cancelled meanwhile; another may have its slot
+            return
         request.receive(token, likelihoods)
         if request.error is not None:
-            self.executor.clear(slot)
+            self.executor.clear(self.slots.index(request))
 
 
 def enlarged(x: Tensor, *shape: int) -> Tensor:

@@ -61,13 +61,14 @@ def load(
         raise UserError("give an adapter, a base, or both")
     if adapter is not None and template is not None:
         raise UserError("an adapter brings its template; leave template out")
-    yield_shared_cores()
     folder = Path(str(base))
     if path is not None:
         info, state = read_adapter(path)
         folder = find_base(info.base, path) if base is None else folder
         check_base(info, folder, path)
     target = choose_device(device)
+    if target.type == "cpu":
+        yield_shared_cores()
     check_content(folder, everything=verify)
     tokenizer = load_tokenizer(folder)
     if dtype in (None, "auto") and target.type == "cpu" and _fits_in_fp32(folder):

@@ -10,7 +10,7 @@ about equally likely tokens swap places in the order, all of them move.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,12 @@ class Choice:
             greedy.bool(), temperature, top_k, top_p, min_p, repetition, frequency, presence, truncates
         )
 
-    def put(self, rows: Tensor, other: Choice) -> None:
+    def of_rows(self, rows: Any) -> Choice:
+        """Return the settings of some rows."""
+        own: dict[str, Any] = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **own)
+
+    def put(self, rows: Any, other: Choice) -> None:
         """Replace the settings of ``rows``."""
         for own, new in zip(vars(self).values(), vars(other).values(), strict=True):
             if isinstance(own, Tensor):

@@ -212,10 +212,14 @@ class ModuleDecode:
         view = DecodeView(self, place, self.prefixes.first(len(ids)), max(position) + 1, exact=True)
         return self.model.logits(self.prefixes.stepper(ids, view)[:, 0])
 
-    def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
-        """Do the same for all slots from ``token [B]`` and ``position [B]`` on the device.
+    def prepare(self, n: int) -> None:
+        """Make what `captured_step` needs for the first ``n`` slots, before it is captured."""
 
-        ``used`` may be more than the longest text has. The next call may overwrite the logits.
+    def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
+        """Do the same for the first B slots from ``token [B]`` and ``position [B]`` on the device.
+
+        ``used`` may be more than the longest text has. A slot whose position is the cache's last place has no
+        text; what is computed for it means nothing. The next call may overwrite the logits.
         """
-        view = DecodeView(self, position[:, None], self.prefixes.joined, used, exact=False)
+        view = DecodeView(self, position[:, None], self.prefixes.joined_of(len(token)), used, exact=False)
         return self.model.logits(self.prefixes.stepper(token[:, None], view)[:, 0])

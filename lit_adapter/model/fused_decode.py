@@ -2,14 +2,14 @@
 
 It computes the models that the kernels of training compute; no weight is kept twice.
 
-Letters: B slots, T tokens, C width, H query heads, G key/value heads, D head size, K prompt length,
-V vocabulary.
+Letters: B slots, N queries, T tokens, C width, H query heads, G key/value heads, D head size, K prompt
+length, V vocabulary.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,9 +22,11 @@ from lit_adapter.model.attention import KeyValue
 from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.fused_heads import HeadNorms
+from lit_adapter.model.graphs import capture
 from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
+from lit_adapter.model.kernels.sizes import power_of_two
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import JoinedLora, join_updates
@@ -32,6 +34,10 @@ from lit_adapter.model.pieces import Piece, PieceRow
 from lit_adapter.model.rope import no_rotation
 from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.model.tiles import plan_tiles
+
+FEW_TOKENS = 256
+"""Most tokens of prompts that are read by a captured graph: to launch kernels one by one would take the host
+longer than the device needs for these."""
 
 
 class FusedDecode(ModuleDecode):
@@ -45,7 +51,7 @@ class FusedDecode(ModuleDecode):
         if model.layers[0].fused_weights is None:
             with torch.inference_mode(False):  # the model may be trained later
                 join_groups(model)
-        config, B, device = model.config, n_slots, self.device
+        config, device = model.config, self.device
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         self.H, self.D = H, D
         self.q_width, self.kv_width = H * D, G * D
@@ -54,16 +60,13 @@ class FusedDecode(ModuleDecode):
         found = zip(model.layers, affine, strict=True)
         self.weights = [block_weights(block, layout).adapted(own) for block, own in found]
         self.updates = join_updates(model)
-        self.parts = decode_attention.Parts(B, (H, G), D, length, device)
-        self.y = model.embed_tokens.weight.new_empty(B, H * D)
-        self.slot = torch.arange(B, device=device)
         rotated = model.rotation(torch.arange(length, device=device))  # of all positions, [S, D/2]
         still = no_rotation(rotated) if config.unrotated_layers else rotated
         self.rotations = [rotated if block.self_attn.is_rotated else still for block in model.layers]
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         biased = {linear.group for linear in layout.linears if linear.bias}
-        plain = (
+        self.plain = (
             type(head) is nn.Linear
             and head.bias is None
             and not any(self.updates)
@@ -72,12 +75,21 @@ class FusedDecode(ModuleDecode):
             and biased <= {"qkv"}  # what is added to the residual takes no bias there
             and not config.head_norms  # a program there has half a head at most
         )
-        self.few = _FewTexts(self) if plain and decode_products.computes(B, D, self.y.device) else None
+        self.steps: dict[int, _Step] = {}
+        """Those of the numbers of slots that have taken steps together."""
+        self.few_tokens: dict[int, _FewTokens] = {}
+        """What reads few tokens, by their number."""
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
         """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
         self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
-        return self._read_rows(pieces)
+        n = sum(piece.n_new for piece in pieces)
+        if n > FEW_TOKENS:
+            return self._read_rows(pieces)
+        n = max(16, power_of_two(n))
+        if n not in self.few_tokens:
+            self.few_tokens[n] = _FewTokens(self, n)
+        return self.few_tokens[n].read(pieces)
 
     def _length_in_row(self, piece: Piece) -> int:
         return len(piece.prompt)  # keys before a piece are gathered into the row
@@ -87,34 +99,106 @@ class FusedDecode(ModuleDecode):
         hidden = self.prefixes.reader(row)(row.ids[None], view, row.last)[0]
         return hidden if view.lost is None else hidden + view.lost[row.slot[row.last], None].to(hidden.dtype)
 
-    def kernel_prefix(self, prefixes: Prefixes, index: int) -> Prefix | None:
-        """Return a layer's prefix in the form that the kernel for prompts takes."""
-        state = prefixes.layer(index)
-        if state is None:
-            return None
-        kv = torch.cat((state.k, state.v)).transpose(0, 1).flatten(1)
-        unrotated = bool(state.unrotated)
-        if state.strength.shape[1] > 1:
-            return Prefix(kv, state.strength[..., 0].contiguous(), by_token=True, unrotated=unrotated)
-        return Prefix(kv, state.strength[:, 0].expand(self.H, self.D).contiguous(), unrotated=unrotated)
+    def kernel_prefixes(self, prefixes: Prefixes) -> dict[int, Prefix]:
+        """Return the prefix of each adapted layer in the form that the kernel for prompts takes."""
+        states = prefixes.stacked
+        if states is None:
+            return {}
+        kv = torch.cat((states.k, states.v), 1).transpose(1, 2).flatten(2)  # [L, K, 2 G D]
+        by_token, unrotated = states.strength.shape[2] > 1, bool(states.unrotated)
+        strength = (
+            states.strength[..., 0] if by_token else states.strength[:, :, 0].expand(-1, self.H, self.D)
+        )
+        pairs = zip(kv, strength.contiguous(), strict=True)
+        found = [Prefix(*pair, by_token=by_token, unrotated=unrotated) for pair in pairs]
+        return dict(zip(prefixes.layers, found, strict=True))
+
+    def prepare(self, n: int) -> None:
+        """Make what steps of the first ``n`` slots need; nothing is made while a graph is captured."""
+        if n not in self.steps:
+            self.steps[n] = _Step(self, n)
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
-        """Put every slot's newest token into the cache; see `ModuleDecode.captured_step`."""
-        model = self.prefixes.stepper
-        if self.few is not None:
-            return self.few.step(model, token, position)
-        view = _StepView(self, self.slot, position)
-        return self.model.logits(model(token[:, None], view)[:, 0])
+        """Put the newest tokens of the first slots into the cache; see `ModuleDecode.captured_step`."""
+        self.prepare(len(token))
+        return self.steps[len(token)].take(self.prefixes.stepper, token, position)
+
+
+class _Queries:
+    """The attention of N queries, each to its slot's keys: those of a step, or a few tokens of prompts."""
+
+    def __init__(self, decode: FusedDecode, n: int, slot: Tensor | None = None) -> None:
+        self.decode, self.slot, config = decode, slot, decode.model.config
+        heads = config.n_head, config.n_kv_head
+        self.parts = decode_attention.Parts(n, heads, decode.D, decode.cache.length, decode.device)
+        self.y = decode.model.embed_tokens.weight.new_empty(n, decode.q_width)
 
     def attend(self, layer: int, q: Tensor, position: Tensor) -> Tensor:
-        """Return the attention of every slot's newest token ``[B, H * D]``, with its prefix branch.
+        """Return the attention of all queries ``[N, H * D]``, with their prefix branch, until the next call.
 
-        ``q [B, H * D]`` is rotated; ``position [B]`` is that of the tokens.
+        ``q [N, H * D]`` is rotated; ``position [N]`` is that of the tokens.
         """
-        cache, rotation, window = self.cache.layer(layer), self.rotations[layer], self.windows[layer]
-        prefix, source = self.prefixes.joined.layer(layer), self.prefixes.source
-        decode_attention.attend(q, cache, rotation, position, prefix, source, self.parts, self.y, window)
+        decode = self.decode
+        cache, rotation, window = decode.cache.layer(layer), decode.rotations[layer], decode.windows[layer]
+        prefix, source = decode.prefixes.joined.layer(layer), decode.prefixes.source
+        decode_attention.attend(
+            q, cache, rotation, position, prefix, source, self.parts, self.y, window, self.slot
+        )
         return self.y
+
+
+class _Step:
+    """Takes the steps of the first N slots."""
+
+    def __init__(self, decode: FusedDecode, n: int) -> None:
+        self.decode, self.queries = decode, _Queries(decode, n)
+        self.slot = torch.arange(n, device=decode.device)
+        fits = decode.plain and decode_products.computes(n, decode.D, decode.device)
+        self.few = _FewTexts(self.queries, n) if fits else None
+
+    def take(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
+        """Take a step with the norms of ``model``; see `FusedDecode.captured_step`."""
+        if self.few is not None:
+            return self.few.step(model, token, position)
+        view = _StepView(self.decode, self.queries, self.slot, position)
+        return model.logits(model(token[:, None], view)[:, 0])
+
+
+class _FewTokens:
+    """Reads up to N tokens of any prompts as the queries of one step, by a graph."""
+
+    def __init__(self, decode: FusedDecode, n: int) -> None:
+        self.decode = decode
+        self.tokens = torch.zeros(3, n, dtype=torch.long, device=decode.device)
+        """Their ids, slots and positions."""
+        self.queries = _Queries(decode, n, self.tokens[1])
+        self.hidden: Tensor | None = None
+        self.graph: Callable[[], None] | None = None
+        self.prefixes: Prefixes | None = None  # those that the graph reads
+
+    def read(self, pieces: Sequence[Piece]) -> Tensor:
+        """Return the hidden states of the last tokens ``[B, C]``; see `ModuleDecode.read`."""
+        row = PieceRow(pieces, self.decode.device)
+        n, joined = len(row.ids), self.decode.prefixes.joined
+        self.tokens[:, :n] = torch.stack((row.ids, row.slot, row.position))
+        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # computed once more, with the same result
+        if self.prefixes is not joined:  # nor is a graph worth its capture if this is the only time
+            self.prefixes, self.graph = joined, None
+            self._compute()
+        else:
+            self.graph = self.graph or capture(self._compute)
+            self.graph()
+        assert self.hidden is not None
+        return self.hidden[row.last]
+
+    def _compute(self) -> None:
+        decode, (ids, slot, position) = self.decode, self.tokens
+        model, norms = decode.model, decode.prefixes.norms
+        if norms is not None:
+            norms.reading.set(slot, slot)
+            model = norms.reader
+        view = _FewTokensView(decode, self.queries, slot, position)
+        self.hidden = model(ids[None], view)[0]
 
 
 class _Rotations:
@@ -199,7 +283,7 @@ class _PromptView(_CacheRowView):
         self.all_queries = {window: plan(self.new, window=window) for window in windows}
         self.last_queries = {window: plan(texts.target_index, window=window) for window in windows}
         prefixes, *others = {piece.prefixes for piece in row.pieces}
-        self.shared = None if others else prefixes
+        self.shared = None if others else decode.kernel_prefixes(prefixes)
         self.all_tiles, self.last_tiles = (self._tiles(n) for n in (len(row.ids), len(row.pieces)))
         self.lost = (
             None if self.shared is not None else row.ids.new_zeros(decode.cache.n_slots, dtype=torch.float32)
@@ -226,7 +310,7 @@ class _PromptView(_CacheRowView):
             self.lost.index_add_(0, self.keys.slot, (v - v).sum(1, dtype=torch.float32))
             v.nan_to_num_(0, 0, 0)  # a weight of 0 times NaN would reach the neighbours
         plan = plans[decode.windows[layer]]
-        shared = None if self.shared is None else decode.kernel_prefix(self.shared, layer)
+        shared = None if self.shared is None else self.shared.get(layer)
         y = attention.attend(q, k, v, rotation, plan, decode.D, shared)[0]
         own = decode.prefixes.joined.layer(layer)
         if tiles is not None and own is not None:
@@ -234,31 +318,39 @@ class _PromptView(_CacheRowView):
         return y
 
 
-class _StepView(_CacheRowView):
-    """One new token in every slot, ``[B, 1]``."""
+class _FewTokensView(_CacheRowView):
+    """A few tokens of any texts ``[1, N]``, each a query of its own."""
 
-    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
-        """Compute a block for ``x [B, 1, C]`` as for one row."""
-        return super().run(block, x.transpose(0, 1), None).transpose(0, 1)
+    def __init__(self, decode: FusedDecode, queries: _Queries, slot: Tensor, position: Tensor) -> None:
+        super().__init__(decode, slot, position)
+        self.queries = queries
 
     def attend(self, layer: int, qkv: Tensor, query_positions: Tensor | None) -> Tensor:
-        return self.decode.attend(layer, qkv[:, : self.decode.q_width], self.position)
+        return self.queries.attend(layer, qkv[:, : self.decode.q_width], self.position)
+
+
+class _StepView(_FewTokensView):
+    """One new token in each of the first slots, ``[N, 1]``."""
+
+    def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
+        """Compute a block for ``x [N, 1, C]`` as for one row."""
+        return super().run(block, x.transpose(0, 1), None).transpose(0, 1)
 
 
 class _FewTexts:
     """The steps of few texts: five or seven launches per layer, which read each weight once."""
 
-    def __init__(self, decode: FusedDecode) -> None:
-        self.decode, config, B = decode, decode.model.config, decode.cache.n_slots
-        new = decode.y.new_empty
-        self.x = new(B, config.n_embd)
-        self.q = new(B, decode.q_width)
-        self.hidden = new(B, config.n_hidden)
-        self.logits = new(B, config.vocab_size, dtype=torch.float32)
+    def __init__(self, queries: _Queries, n: int) -> None:
+        self.queries, self.decode, config = queries, queries.decode, queries.decode.model.config
+        new = queries.y.new_empty
+        self.x = new(n, config.n_embd)
+        self.q = new(n, self.decode.q_width)
+        self.hidden = new(n, config.n_hidden)
+        self.logits = new(n, config.vocab_size, dtype=torch.float32)
         self.products = decode_products.Products(self.x)
 
     def step(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
-        """Take a step with the norms of ``model``; see `FusedDecode.captured_step`."""
+        """Take a step; see `_Step.take`."""
         decode, products, x = self.decode, self.products, self.x
         layout = block_layout(model.config)
         torch.index_select(model.embed_tokens.weight, 0, token, out=x)
@@ -269,7 +361,7 @@ class _FewTexts:
             products.project(
                 x, norm.weight_of(len(x)), norm.eps, weights, biases, rotation, position, self.q, cache
             )
-            products.add_linear(decode.attend(index, self.q, position), o.weight, x)
+            products.add_linear(self.queries.attend(index, self.q, position), o.weight, x)
             norm = block.post_attention_layernorm
             products.gate_up(x, norm.weight_of(len(x)), norm.eps, gate.weight, up.weight, self.hidden)
             products.add_linear(self.hidden, down.weight, x)

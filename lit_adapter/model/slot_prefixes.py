@@ -184,8 +184,11 @@ class SlotPrefixes:
         """Return the prefixes of the first B slots: a row for each, or the adapter that all of them share."""
         if all(row is self.rows[0] for row in self.rows[:B]):
             return self.rows[0]
-        first = _indexed(self.joined.stacked, (slice(None), slice(B)))
-        return replace(self.joined, stacked=first)
+        return self.joined_of(B)
+
+    def joined_of(self, B: int) -> Prefixes:
+        """Return `joined` for the first B slots."""
+        return replace(self.joined, stacked=_indexed(self.joined.stacked, (slice(None), slice(B))))
 
 
 def _differs_by_token(state: PrefixState) -> bool:

@@ -97,13 +97,14 @@ def _run(
 ) -> int:
     """Read the configuration and what it names, plan, load, train, and write the adapter."""
     started = time.perf_counter()
-    yield_shared_cores()
     config = with_learning_rate(config)
     check_sources(config.data)  # before anything that takes seconds
     check_logger(config.trainer.logger)
     base = read_base(config, say, verify=verify)
     saved = saved_run(resume, folder)
     placement = choose_placement(config, base.config, saved.identity.get("precision"), say)
+    if placement.device.type == "cpu":
+        yield_shared_cores()
     chats = config.data.template == "auto" and has_conversations(config.data, say)
     template = template_of_run(config.data.template, base, saved, conversations=chats)
     initial = read_initial_adapter(config, base, template, saved.identity.get("init_from"), say)

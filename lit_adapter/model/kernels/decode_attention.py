@@ -1,9 +1,10 @@
-"""Attention of one decode step: one query per slot, keys in the cache, and each slot's own gated prefix.
+"""Attention to the keys in the cache and to each slot's own gated prefix, of one query a slot or of several.
 
-With few slots, several programs share the keys of one slot, and one more computes its prefix; the last of
-them to finish adds up their parts.
+With few queries, several programs share the keys of one, and one more computes its prefix; the last of them
+to finish adds up their parts.
 
-Letters: B slots, T tokens, H query heads, G key/value heads, D head size, S cache length, K prompt length.
+Letters: B slots, T tokens, N queries, H query heads, G key/value heads, D head size, S cache length, K prompt
+length.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ HEADS = 8
 
 
 class Parts:
-    """Where the programs that share one slot's keys leave their parts.
+    """Where the programs that share one query's keys leave their parts, of N queries.
 
     ``heads`` are query and key/value heads (H, G), ``length`` is the cache's (S).
     """
 
     def __init__(
-        self, n_slots: int, heads: tuple[int, int], head_dim: int, length: int, device: torch.device
+        self, n_queries: int, heads: tuple[int, int], head_dim: int, length: int, device: torch.device
     ) -> None:
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = max(1, programs // (n_slots * heads[1]))
+        wanted = max(1, programs // (n_queries * heads[1]))
         most = power_of_two(ceil_div(length, KEYS))
         self.splits = min(power_of_two(wanted + 1) // 2, most, MOST_SPLITS)
-        shape = (n_slots, heads[1], self.splits + 1, heads[0] // heads[1])  # one more for the prefix
-        self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [B, G, splits + 1, H/G, D]
+        shape = (n_queries, heads[1], self.splits + 1, heads[0] // heads[1])  # one more for the prefix
+        self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [N, G, splits + 1, H/G, D]
         self.weight = torch.empty(*shape, device=device)  # log of each part's softmax denominator
-        self.arrived = torch.zeros(n_slots, heads[1], dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(n_queries, heads[1], dtype=torch.int32, device=device)
         self.early = starts_early(device)
 
 
@@ -55,34 +56,39 @@ def attend(
     parts: Parts,
     y: Tensor,
     window: int | None,
+    slot: Tensor | None = None,
 ) -> None:
-    """Attend to all keys up to each slot's position, or the last ones, and add the gated prefix branch.
+    """Attend to all keys up to each query's position, or the last ones, and add the gated prefix branch.
+
+    A query at the cache's last place S - 1 is that of a slot without a request: it sees no key.
 
     Args:
-        q: rotated queries ``[B, H * D]``; rows may be strided.
+        q: rotated queries ``[N, H * D]``; rows may be strided.
         cache: the layer's keys and values ``[B, G, S, D]``.
         rotation: cosines and sines of every position of the cache, fp32 ``[S, D/2]``.
-        position: of the newest key ``[B]``.
+        position: of the last key that each query sees ``[N]``.
         prefix: the layer's, a row for each slot: ``k`` and ``v [B, G, K, D]``, ``strength [B, H, 1, D]`` and
             the others as in `PrefixState`, contiguous; None if no slot has one.
         source: the slot whose row of ``prefix`` a slot uses ``[B]``; one row is read for all that are equal.
         parts: room for them; overwritten.
-        y: receives the result ``[B, H * D]``.
-        window: how many keys a slot sees at most; None for all.
+        y: receives the result ``[N, H * D]``.
+        window: how many keys a query sees at most; None for all.
+        slot: of each query ``[N]``; None: the n-th query is that of slot n.
     """
-    B, G, S, D = cache[0].shape
+    _, G, S, D = cache[0].shape
     H = y.shape[1] // D
     K = prefix.k.shape[2] if prefix else 0
     some = (prefix.k, prefix.v, prefix.strength, prefix.hidden) if prefix else (q, q, parts.y, parts.y)
     by_token = prefix.by_token if prefix else None
     unrotated = prefix.unrotated if prefix and isinstance(prefix.unrotated, Tensor) else None
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
-    _attention_kernel[B * G, n_programs](
-        q, *cache, *rotation, position, *some, parts.y if by_token is None else by_token,
+    own_slot = position if slot is None else slot
+    _attention_kernel[len(y) * G, n_programs](
+        q, *cache, *rotation, position, own_slot, *some, parts.y if by_token is None else by_token,
         parts.arrived if unrotated is None else unrotated.view(torch.int8),
         source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, window or S, D**-0.5,
         GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
-        K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits,
+        K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits, MAPPED=slot is not None,
         WIDTH=power_of_two(H // G * D), BY_TOKEN=by_token is not None, UNROTATED=unrotated is not None,
         EARLY=parts.early,
         num_warps=4, num_stages=3 if parts.splits == 1 else 2, launch_pdl=parts.early,
@@ -139,18 +145,22 @@ def _keep_kernel(
 @Entry
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,
     by_token_ptr, unrotated_ptr, source_ptr, y_ptr, part_ptr, weight_ptr, arrived_ptr, q_stride, S,
     window, scale,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, MAPPED: tl.constexpr, WIDTH: tl.constexpr,
     BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program owns the query heads of one slot and group, and one of SPLITS shares of its keys."""
+    """A program owns one query's heads of a group, and one of SPLITS shares of its keys."""
     pair, split = tl.program_id(0), tl.program_id(1)
-    slot, group = pair // G, pair % G
+    n, group = pair // G, pair % G
     # Safe before the wait: a step begins with a launch that waits for all of the step before it.
-    length = tl.load(position_ptr + slot).to(tl.int32) + 1
+    place = tl.load(position_ptr + n).to(tl.int32)
+    length = tl.where(place == S - 1, 0, place + 1)
+    slot = n
+    if MAPPED:
+        slot = tl.load(slot_ptr + n).to(tl.int32)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -158,11 +168,11 @@ def _attention_kernel(
     real = head < GROUP
     d = tl.arange(0, D)[None, :]
     channel = (group * GROUP + head)[:, None] * D + d
-    q = tl.load(q_ptr + slot * q_stride + channel, mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + n * q_stride + channel, mask=real[:, None], other=0.0)
     first = tl.maximum(length - window, 0)
     own = tl.cdiv(tl.cdiv(length - first, KEYS), SPLITS) * KEYS
     begin = tl.minimum(first + split * own, length)  # a program beyond SPLITS, the prefix's, has no keys
-    at = pair.to(tl.int64) * S * D
+    at = (slot * G + group).to(tl.int64) * S * D
     y, weight = _attend_keys(
         q, k_ptr + at, v_ptr + at, begin, tl.minimum(begin + own, length), scale, D, KEYS
     )
@@ -170,19 +180,19 @@ def _attention_kernel(
         if SPLITS == 1 or split == SPLITS:
             row = tl.load(source_ptr + slot)
             strength = tl.load(strength_ptr + row * G * GROUP * D + channel, mask=real[:, None], other=0.0)
-            place = (row * G + group).to(tl.int64) * K * D
+            prompt = (row * G + group).to(tl.int64) * K * D
             prefix_q = q
             if UNROTATED:
-                angle = (length - 1) * (D // 2)
+                angle = place * (D // 2)
                 back = tl.load(unrotated_ptr + row) != 0
                 prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, HEADS)
             factor_ptr = by_token_ptr + (row * G * GROUP + group * GROUP + head) * K
             y += strength * attend_prompt(
-                prefix_q, pk_ptr + place, pv_ptr + place, hidden_ptr + row * K, factor_ptr, real, scale,
+                prefix_q, pk_ptr + prompt, pv_ptr + prompt, hidden_ptr + row * K, factor_ptr, real, scale,
                 D, K, K_PADDED, BY_TOKEN,
             )  # fmt: skip
     if SPLITS == 1:
-        tl.store(y_ptr + slot * G * GROUP * D + channel, y, mask=real[:, None])
+        tl.store(y_ptr + n * G * GROUP * D + channel, y, mask=real[:, None])
     else:
         part = (pair * (SPLITS + 1) + split) * GROUP + head
         tl.store(part_ptr + part[:, None] * D + d, y, mask=real[:, None])
@@ -262,7 +272,7 @@ def _join(
     part_ptr, weight_ptr, y_ptr, pair,
     D: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of a slot's and group's parts, each by its weight, and of its prefix.
+    """Write the sum of a query's and group's parts, each by its weight, and of its prefix.
 
     Parts are read from L2, where all programs wrote them: a line in L1 could be an older step's.
     """
@@ -273,6 +283,7 @@ def _join(
     for split in tl.static_range(SPLITS):
         place = weight_ptr + first + split * GROUP + channel // D
         top = tl.maximum(top, tl.load(place, mask=real, other=0.0, cache_modifier=".cg"))
+    top = tl.where(top == float("-inf"), 0.0, top)  # without any key all parts are 0
     total = tl.zeros((WIDTH,), tl.float32)
     y = tl.zeros((WIDTH,), tl.float32)
     for split in tl.static_range(SPLITS):
@@ -281,7 +292,7 @@ def _join(
         part = part_ptr + (first + split * GROUP) * D + channel
         total += factor
         y += factor * tl.load(part, mask=real, other=0.0, cache_modifier=".cg")
-    y /= total
+    y /= tl.where(total > 0, total, 1.0)
     if K > 0:
         part = part_ptr + (first + SPLITS * GROUP) * D + channel
         y += tl.load(part, mask=real, other=0.0, cache_modifier=".cg")

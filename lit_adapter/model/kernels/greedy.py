@@ -25,13 +25,13 @@ def advance(logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_p
         logits: ``[B, V]``.
         chosen: receives the likeliest tokens ``[B]``, the first of equals; -1 if logits are NaN or infinite.
         token: receives the same, but 0 for -1 ``[B]``.
-        place: counters of the texts ``[2, B]``; each is increased by one.
+        place: counters of the texts ``[2, B]``, rows may be strided; each is increased by one.
         last_place: their largest values ``[2, 1]``.
     """
     B, V = logits.shape
     early = starts_early(logits.device)
     _advance_kernel[(B,)](
-        logits, chosen, token, place, last_place, B, V,
+        logits, chosen, token, place, last_place, place.stride(0), V,
         BLOCK=BLOCK, EARLY=early, num_warps=8, launch_pdl=early,
     )  # fmt: skip
 
@@ -39,8 +39,9 @@ def advance(logits: Tensor, chosen: Tensor, token: Tensor, place: Tensor, last_p
 @Entry
 @triton.jit
 def _advance_kernel(
-    logits_ptr, chosen_ptr, token_ptr, place_ptr, last_ptr, B, V, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
+    logits_ptr, chosen_ptr, token_ptr, place_ptr, last_ptr, place_stride, V,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """A program owns a text."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -62,5 +63,5 @@ def _advance_kernel(
     tl.store(chosen_ptr + text, tl.where(is_number, token, -1))
     tl.store(token_ptr + text, tl.where(is_number, token, 0))
     for counter in tl.static_range(2):
-        count = tl.load(place_ptr + counter * B + text) + 1
-        tl.store(place_ptr + counter * B + text, tl.minimum(count, tl.load(last_ptr + counter)))
+        count = tl.load(place_ptr + counter * place_stride + text) + 1
+        tl.store(place_ptr + counter * place_stride + text, tl.minimum(count, tl.load(last_ptr + counter)))
