@@ -189,8 +189,8 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
         prefixes = prefixes_of(device)
         beside = plain.read(asked, slots, [prefixes] * len(slots))
         pieces = [Piece(*each, prefixes) for each in zip(asked, slots, strict=True)]
-        for read in ways_to_read(fused, pieces):
-            assert distance(read(), wanted) < 1.5 * distance(beside, wanted)
+        for read in ways_to_read(fused, pieces):  # a single text's rounding varies by half
+            assert distance(read(), wanted) < 2 * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from test_generate import answers, prompts, tiny
 from tiny_models import random_ids
 from torch import Tensor
 
+import lit_adapter
 from lit_adapter.errors import UserError
 from lit_adapter.generation import engine, graph_lane
 from lit_adapter.generation.adapter import Adapter
@@ -28,6 +30,8 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.llama import Llama
+from lit_adapter.model.pieces import Piece
+from lit_adapter.serving.run import capture_graphs
 
 
 class _LateLanding:
@@ -195,6 +199,31 @@ def test_steps_compute_the_slots_of_live_requests(monkeypatch: pytest.MonkeyPatc
         assert [request.answer for request in requests[left:]] == wanted[left:]
     assert {rows for rows, _ in steps} >= {2, 8}
     assert all(slots[-1] < rows for rows, slots in steps if slots)
+
+
+def test_a_server_captures_all_sizes_before_it_is_ready(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: set[tuple[int, bool]] = set()
+    prompts: list[int] = []
+    advance, read = GraphLane._advance, ModuleDecode.read
+
+    def watched(self: GraphLane, kind: graph_lane._Kind) -> None:
+        kinds.add((kind.rows, kind.sampled))
+        advance(self, kind)
+
+    def watched_read(self: ModuleDecode, pieces: list[Piece]) -> Tensor:
+        prompts.append(sum(piece.n_new for piece in pieces))
+        return read(self, pieces)
+
+    monkeypatch.setattr(GraphLane, "_advance", watched)
+    monkeypatch.setattr(ModuleDecode, "read", watched_read)
+    monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
+    base = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
+    base.engine.reserve(base.model, 7 + 8, 64)
+    capture_graphs(base, 7, 64)
+    assert kinds == {(rows, sampled) for rows in (1, 2, 4, 8) for sampled in (False, True)}
+    assert {1, 2, 4, 8, 16, 32, 60} <= {n for n in prompts if prompts.count(n) > 1}
 
 
 def test_likelihoods_come_with_their_tokens() -> None:

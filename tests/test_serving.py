@@ -617,7 +617,7 @@ def test_the_warm_up_covers_adapters_of_every_form(tiny_base: Path, tmp_path: Pa
     adapters = load_adapters(ServerOptions(base=tiny_base, adapters=paths, device="cpu", dtype="float32"))
     base = adapters.base.model
     base.engine.reserve(base.model, 2, 200)
-    _warm_up(adapters, 2)
+    _warm_up(adapters, 2, 128)
     (lane,) = base.engine._lanes.values()
     prefixes = lane.executor.prefixes
     assert prefixes.norms is not None
@@ -630,5 +630,5 @@ def test_the_warm_up_packs_the_matrices(tiny_base: Path) -> None:
     adapters = load_adapters(ServerOptions(base=tiny_base, adapters={}, device="cpu", dtype="float32"))
     base = adapters.base.model
     base.engine.reserve(base.model, 4, 200)
-    _warm_up(adapters, 4)
+    _warm_up(adapters, 4, 128)
     assert base.model.decode_weights.head.packed is not None

@@ -138,6 +138,8 @@ class GraphLane(Lane):
         read = {request for _, request in requests}  # each has one token that was not passed on yet
         wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
+        if self.ahead is None:
+            self.rows = 0  # whoever comes next decides anew
         tokens, scores = landing.wait()
         for slot, request in requests:
             self._receive(request, tokens[slot], scores[slot] if scores else None)

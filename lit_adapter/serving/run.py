@@ -14,6 +14,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 
 from lit_adapter.errors import counted
+from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.engine import Engine
 from lit_adapter.generation.lane import MOST_KEPT
 from lit_adapter.generation.request import NonFiniteLogitsError, Request
@@ -35,6 +36,8 @@ from lit_adapter.streams import say
 Ready = Callable[[str, Callable[[], None]], None]
 PROMPT_TOKENS = 256
 """Prompt tokens read between two steps of other answers; reading them takes about as long as a step."""
+WARM_UP = Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)
+"""Settings that are computed in different ways."""
 SCAN_SECONDS = 1.0
 """Seconds between two scans of the folder of adapters."""
 
@@ -73,7 +76,7 @@ async def _serve(
     service = _service(options, keys, adapters, context)
     hosts = {*LOCAL, options.host} if options.is_local and keys is None else None
     guard = Guard(make_app(service), options.limits, service.metrics, keys, hosts)
-    _warm_up(adapters, options.slots)
+    _warm_up(adapters, options.slots, context)
     service.worker.start()
     service.ready = True
     server = Server(_shared(guard, options.cors), service, guard, options)
@@ -126,22 +129,50 @@ async def _watch(adapters: Adapters) -> None:
         await asyncio.to_thread(adapters.scan)
 
 
-def _warm_up(adapters: Adapters, n_slots: int) -> None:
+def _warm_up(adapters: Adapters, n_slots: int, context: int) -> None:
     """Take the steps that are slow the first time: with one text, and with adapters of all forms together.
 
     On CUDA all slots take steps, on a CPU as many as it packs its matrices for.
     """
+    _answer_forms(adapters, n_slots)
+    base = adapters.base.model
+    if base.model.embed_tokens.weight.is_cuda:
+        capture_graphs(base, n_slots, context)
+
+
+def _answer_forms(adapters: Adapters, n_slots: int) -> None:
     base = adapters.base.model
     own = [served.model.adapter for served in adapters if served.model.adapter.model is base.model]
     forms = list({adapter.prefixes.form: adapter for adapter in own}.values())
     prompt = base.template.encode_prompt(base.tokenizer, "Hello")
     most = n_slots if base.model.embed_tokens.weight.is_cuda else min(n_slots, FEW_ROWS)
-    for how in (Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)):
+    for how in WARM_UP:
         chosen = [*forms, *islice(cycle(own), max(0, most - len(forms)))]
         for _ in base.engine.run([Request(prompt, how, base.adapter)]):
             pass
         for together in grouped(chosen, lambda _: 1, n_slots):
             _answer(base.engine, [Request(prompt, how, adapter) for adapter in together])
+
+
+def capture_graphs(base: AdaptedLlama, n_slots: int, context: int) -> None:
+    """Let an idle engine on CUDA capture the steps of any number of texts, and what reads few tokens.
+
+    Capturing one takes as long as several steps, which a client would wait for.
+    """
+    ids = base.template.encode_prompt(base.tokenizer, "Hello")
+    adapter = base.adapter
+    for n in _doubled(min(PROMPT_TOKENS, context - WARM_UP[0].max_new_tokens)):
+        for _ in range(2):  # the first time launches one by one
+            prompt = list(islice(cycle(ids), n))
+            _answer(base.engine, [Request(prompt, WARM_UP[0], adapter)])
+    for how in WARM_UP:
+        for n in _doubled(n_slots):
+            _answer(base.engine, [Request(ids, how, adapter) for _ in range(n)])
+
+
+def _doubled(most: int) -> list[int]:
+    """Return the powers of two below a number, and the number."""
+    return [*(2**n for n in range((most - 1).bit_length())), most]
 
 
 def _answer(engine: Engine, requests: Sequence[Request]) -> None:

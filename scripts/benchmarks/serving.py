@@ -164,7 +164,9 @@ def compare(options: Any, report: Report) -> None:
             asked = [names[n % streams] for n in range(6 * streams)]
             rate = 0.75 * capacity / n_new
             found = clients.arrivals(asked, [prompt() for _ in asked], n_new, rate, options.seed)
-            _put(report, f"first token of {length}, 75 % load", first=[each.first for each in found])
+            answered = [each.first for each in found if each.times]
+            refused = len(found) - len(answered)
+            _put(report, f"first token of {length}, 75 % load", first=answered, refused=refused)
             shared = prompt(1000)
             cold = clients.ask(names[0], shared + prompt(20), 2).first
             warm = [clients.ask(names[0], shared + prompt(20), 2).first for _ in range(3)]
@@ -209,6 +211,7 @@ def _rates(
         report.put(row)
 
 
-def _put(report: Report, name: str, *, first: Seconds) -> None:
+def _put(report: Report, name: str, *, first: Seconds, refused: int = 0) -> None:
     quantiles = {"first_p50": statistics.median(first), "first_p99": quantile(first, 0.99)}
-    report.put({"name": name, "useful_tokens_per_s": None, "n": len(first), **quantiles})
+    counts = {"n": len(first), "refused": refused}
+    report.put({"name": name, "useful_tokens_per_s": None, **counts, **quantiles})
