@@ -67,8 +67,7 @@ def compare(n_slots: int, head_dim: int, **more: Any) -> None:
     base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES, **more).eval().requires_grad_(False)
     forms = prefixes_on(base)
     with torch.inference_mode():
-        for fused_decode.FEW_TOKENS in (0, 256):
-            take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
+        take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
 
 
 def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
@@ -76,9 +75,8 @@ def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
     base = random_llama(1, torch.float32, head_dim=16, **SIZES, **sizes)
     model = open_adapter(base, form, seed=3).eval().requires_grad_(False)
     with torch.inference_mode():
-        for fused_decode.FEW_TOKENS in (0, 256):
-            executors = [ModuleDecode(model, 3, 24), FusedDecode(model, 3, 24)]
-            take_steps(executors, [Adapter.of(model).prefixes], 3)
+        executors = [ModuleDecode(model, 3, 24), FusedDecode(model, 3, 24)]
+        take_steps(executors, [Adapter.of(model).prefixes], 3)
 
 
 def compare_beside_damaged(damage: float) -> None:
@@ -106,11 +104,12 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
         pieces = [Piece(*each) for each in zip(asked, range(n_slots), own, strict=True)]
         modules, fused = executors
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
-        report(wanted, fused.read(pieces))
         n_read = [min(slot, len(prompt) - 1) for slot, prompt in enumerate(asked)]
         pairs = list(zip(pieces, n_read, strict=True))
-        fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
-        report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))
+        for fused_decode.FEW_TOKENS in (0, 256):
+            report(wanted, fused.read(pieces))
+            fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
+            report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))
         token = random_ids(n_slots, vocab=VOCAB)
         for n in range(2):
             position = torch.tensor([len(prompt) for prompt in asked]) + n

@@ -181,7 +181,7 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
     wide, device = widened(model), copy.deepcopy(model).cuda()
     exact, plain = Plain(wide, len(slots)), Plain(copy.deepcopy(device), len(slots))
     assert choose_executor(device, "decoding").name == "CUDA decoding"
-    fused = FusedDecode(device, len(slots), 320)
+    fused, most = FusedDecode(device, len(slots), 320), 1.5 if len(slots) > 1 else 2
     fused.prepare(len(slots))
     assert (fused.steps[len(slots)].few is not None) == few
     with torch.inference_mode():
@@ -189,8 +189,8 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
         prefixes = prefixes_of(device)
         beside = plain.read(asked, slots, [prefixes] * len(slots))
         pieces = [Piece(*each, prefixes) for each in zip(asked, slots, strict=True)]
-        for read in ways_to_read(fused, pieces):  # a single text's rounding varies by half
-            assert distance(read(), wanted) < 2 * distance(beside, wanted)
+        for read in ways_to_read(fused, pieces):
+            assert distance(read(), wanted) < most * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n
@@ -199,7 +199,7 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
                 plain.step(token, position),
             )
             wanted = exact.step(token, position)
-            assert distance(found, wanted) < 1.5 * distance(beside, wanted)
+            assert distance(found, wanted) < most * distance(beside, wanted)
             token = wanted.argmax(-1)
         assert distance(fused.cache.k, exact.cache.k) < 0.03
         assert distance(fused.cache.v, exact.cache.v) < 0.03
