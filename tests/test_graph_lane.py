@@ -201,6 +201,18 @@ def test_steps_compute_the_slots_of_live_requests(monkeypatch: pytest.MonkeyPatc
     assert all(slots[-1] < rows for rows, slots in steps if slots)
 
 
+def test_a_step_whose_requests_another_thread_cancels_as_it_begins() -> None:
+    model = tiny()
+    with torch.inference_mode():
+        requests = [Request([5, n], Sampling(max_new_tokens=9), Adapter.of(model)) for n in range(2)]
+        lane = GraphLane(model)
+        lane.waiting += requests
+        lane.advance()
+        for request in requests:
+            request.ended = True
+        assert lane._launch()[0] == []
+
+
 def test_a_server_captures_all_sizes_before_it_is_ready(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,7 @@ class GraphLane(Lane):
         """Start one step of all live requests, and return them and where their tokens will arrive."""
         live = self._live_slots()
         self._resize(len(live))
-        if live[-1][0] >= self.rows:
+        if any(slot >= self.rows for slot, _ in live):
             self._first_slots()
             live = self._live_slots()
         self._park(sorted(self.counting - {slot for slot, _ in live}))
