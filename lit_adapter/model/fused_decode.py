@@ -66,7 +66,7 @@ class FusedDecode(ModuleDecode):
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         biased = {linear.group for linear in layout.linears if linear.bias}
-        self.plain = (
+        self.takes_few = (
             type(head) is nn.Linear
             and head.bias is None
             and not any(self.updates)
@@ -75,10 +75,11 @@ class FusedDecode(ModuleDecode):
             and biased <= {"qkv"}  # what is added to the residual takes no bias there
             and not config.head_norms  # a program there has half a head at most
         )
+        """Whether the kernels for few texts compute the model."""
         self.steps: dict[int, _Step] = {}
-        """Those of the numbers of slots that have taken steps together."""
+        """What takes steps, by the number of slots."""
         self.few_tokens: dict[int, _FewTokens] = {}
-        """What reads few tokens, by their number."""
+        """What reads few tokens, by their largest number."""
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
         """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
@@ -114,7 +115,7 @@ class FusedDecode(ModuleDecode):
         return dict(zip(prefixes.layers, found, strict=True))
 
     def prepare(self, n: int) -> None:
-        """Make what steps of the first ``n`` slots need; nothing is made while a graph is captured."""
+        """Make what steps of the first ``n`` slots need: a graph cannot make it while it is captured."""
         if n not in self.steps:
             self.steps[n] = _Step(self, n)
 
@@ -153,7 +154,7 @@ class _Step:
     def __init__(self, decode: FusedDecode, n: int) -> None:
         self.decode, self.queries = decode, _Queries(decode, n)
         self.slot = torch.arange(n, device=decode.device)
-        fits = decode.plain and decode_products.computes(n, decode.D, decode.device)
+        fits = decode.takes_few and decode_products.computes(n, decode.D, decode.device)
         self.few = _FewTexts(self.queries, n) if fits else None
 
     def take(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
@@ -181,8 +182,8 @@ class _FewTokens:
         row = PieceRow(pieces, self.decode.device)
         n, joined = len(row.ids), self.decode.prefixes.joined
         self.tokens[:, :n] = torch.stack((row.ids, row.slot, row.position))
-        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # computed once more, with the same result
-        if self.prefixes is not joined:  # nor is a graph worth its capture if this is the only time
+        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # the rest computes the last token again
+        if self.prefixes is not joined:  # a single use is not worth a capture
             self.prefixes, self.graph = joined, None
             self._compute()
         else:

@@ -13,8 +13,9 @@ formula (`tiles.kept_per_token`). With recomputation every layer that learns kee
 layer at a time keeps everything.
 
 Of weights sharded over N devices (``shards=N``) each device holds its shard, the whole output layer, and
-three layers: the one at work, the one fetched ahead, and the buffer it arrives in; or the embeddings, if these
-are larger. ``whole_layers`` are not sharded. Adapter and activations are those of one device, which computes its own rows.
+three layers: the one at work, the one fetched ahead, and the buffer it arrives in; or the embeddings, if they
+are larger. ``whole_layers`` are not sharded. Adapter and activations are those of one device, which computes
+its own rows.
 
 Where P devices share the heads of a row (``tensor_parallel=P``), a device has 1/P of every layer, and the
 activations of its own heads and of its part of the MLP's width. Embeddings and output layer are sharded over
