@@ -199,6 +199,34 @@ def test_the_page_needs_nothing_and_runs_nothing_of_the_data(
     assert not re.search("[\x1b\u202e]", markdown)
 
 
+def test_conversations_are_asked_for_their_last_answers(
+    evaluate: Callable[..., dict[str, Any]], tmp_path: Path, tiny_base: Path, adapters: tuple[Path, ...]
+) -> None:
+    data = tmp_path / "chats.jsonl"
+    chats = [["Say it.", "red", "And?", "green blue"], ["Count.", "blue"]]
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": said} for n, said in enumerate(chat)]}
+        for chat in chats
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(data=data)
+    answers: list[dict[str, Any]] = json_lines(tmp_path / "out" / "answers.jsonl")[1:]  # type: ignore[assignment]
+    records = read_records(data)
+    for name, model in models(tiny_base, adapters).items():
+        mine = [row for row in answers if row["model"] == name]
+        before = [row["messages"][:-1] for row in rows]
+        assert [row["answer"] for row in mine] == model.chat_batch(before, max_new_tokens=9)
+        assert [row["reference"] for row in mine] == ["green blue", "blue"]
+        encoded = encode_records(
+            records, model.tokenizer, model.template, max_length=512, last_answer_only=True
+        )
+        packer = Packer(encoded, shared_preambles(encoded), mask_prompt=True, row_tokens=600)
+        everything = np.arange(2)
+        total = sum(float(row_loss(model.model, packer.row(row))) for row in packer.assign(everything))
+        expected = total / packer.n_targets(everything)
+        assert found["scores"][name]["loss"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_plain_text_is_compared_before_and_after(
     evaluate: Callable[..., dict[str, Any]],
     tmp_path: Path,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,40 @@ def test_tasks_and_their_data_are_found_and_compared(base: Path, tmp_path: Path)
     assert "word, perplexity" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_finished_tasks_are_not_computed_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop in the second task, only what is missing; and nothing of other data is taken over."""
+    import lm_eval
+
+    paths = write_tasks(tmp_path)
+    names, asked = (str(paths["word"]), str(paths["answer"])), []
+    settings = Evaluation(
+        out=tmp_path / "out", base=base, tasks=names, limit=4, device="cpu", dtype="float32"
+    )
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def stopped(model: Any, *, tasks: list[Any], **more: Any) -> Any:
+        asked.append(tasks[0].config.task)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return simple_evaluate(model, tasks=tasks, **more)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt, match="what is finished is kept; the same command continues"):
+        evaluation.evaluate(settings, lambda line: None)
+    found = evaluation.evaluate(settings, lambda line: None)["tasks"]
+    assert asked == ["word", "answer", "answer"]
+    fresh = replace(settings, out=tmp_path / "fresh")
+    assert evaluation.evaluate(fresh, lambda line: None)["tasks"] == found
+    with pytest.raises(UserError, match=r"tasks\.jsonl: answers of another run \(other limit\); choose"):
+        evaluation.evaluate(replace(settings, limit=3), lambda line: None)
+    data = tmp_path / "docs.jsonl"
+    data.write_text(data.read_text().replace("red", "blue"))
+    with pytest.raises(UserError, match=r"other data of tasks"):
+        evaluation.evaluate(settings, lambda line: None)
+
+
 def test_a_conversation_is_rendered_once_for_its_roles(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
@@ -157,3 +194,16 @@ def test_a_base_without_a_chat_template_says_so(tiny_base: Path) -> None:
 
     with pytest.raises(UserError, match="no chat template; leave --chat-template out"):
         ChatTemplate(load_tokenizer(tiny_base))
+
+
+def test_libraries_stay_quiet_that_are_first_imported_with_the_tasks() -> None:
+    """Without a network, the Hub's client would log each of its retries."""
+    code = (
+        "import logging\n"
+        "from lit_adapter.evaluation.tasks import NOISY, _quiet\n"
+        "with _quiet():\n"
+        "    import lm_eval.tasks\n"
+        "    print([logging.getLogger(name).getEffectiveLevel() for name in NOISY])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{[40] * 4}\n"

@@ -1,7 +1,7 @@
-"""``answers.jsonl``: every model's answers and losses, kept as they come, so that a killed run continues.
+"""``answers.jsonl`` and ``tasks.jsonl``: every model's values, kept as they come: a killed run continues.
 
-The first line says what the answers depend on. Each other line is a JSON object with ``model``, ``record``
-(from 0) and some of the values of that pair; later lines add to earlier ones.
+The first line says what the values depend on. Each other line is a JSON object with ``model``, the number of
+a ``record`` or ``task`` (from 0) and some of the values of that pair; later lines add to earlier ones.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from lit_adapter.files.write import append_bytes, write_bytes
 
 FORMAT = 1
 Pair = tuple[str, int]
-"""A model's name and a record's index."""
+"""A model's name and the number of a record or task."""
 
 
 class AnswerFile:
-    """The values so far, by model and record.
+    """The values so far, by model and record, or by model and task.
 
     Args:
         path: the file; its folder is made.
-        identity: everything that answers depend on, as JSON values by name.
-        overwrite: discard the answers of another run.
+        identity: everything that the values depend on, as JSON values by name.
+        overwrite: discard the values of another run.
+        item: what is numbered.
 
     Raises:
         UserError: the file is damaged, or of another run; names what differs.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, overwrite: bool, item: str = "record"
+    ) -> None:
+        self.path, self._item = path, item
         self._header = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
         self.values: dict[Pair, dict[str, Any]] = {}
         self._read(overwrite=overwrite)
@@ -57,7 +60,7 @@ class AnswerFile:
         for number, line in enumerate(lines, 2):
             try:
                 row = json.loads(line)
-                pair = str(row.pop("model")), int(row.pop("record"))
+                pair = str(row.pop("model")), int(row.pop(self._item))
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
                 raise UserError(
                     f"{self.path}:{number}: not a line of an evaluation; delete this file"
@@ -85,15 +88,14 @@ class AnswerFile:
         rows = list(rows)
         for pair, row in rows:
             self.values.setdefault(pair, {}).update(row)
-        append_bytes(self.path, b"".join(_line(pair, row) for pair, row in rows))
+        append_bytes(self.path, b"".join(self._line(pair, row) for pair, row in rows))
 
     def rewrite(self) -> None:
-        """Write the file anew, one line for each model and record, in the order of records."""
+        """Write the file anew, one line for each pair, in the order of their numbers."""
         pairs = sorted(self.values, key=lambda pair: pair[1])
-        lines = [_line(pair, self.values[pair]) for pair in pairs]
+        lines = [self._line(pair, self.values[pair]) for pair in pairs]
         write_bytes(self.path, json.dumps(self._header).encode() + b"\n" + b"".join(lines))
 
-
-def _line(pair: Pair, row: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"model": pair[0], "record": pair[1], **row}, ensure_ascii=False)
-    return text.encode(errors="backslashreplace") + b"\n"
+    def _line(self, pair: Pair, row: Mapping[str, Any]) -> bytes:
+        text = json.dumps({"model": pair[0], self._item: pair[1], **row}, ensure_ascii=False)
+        return text.encode(errors="backslashreplace") + b"\n"

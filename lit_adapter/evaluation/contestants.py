@@ -13,6 +13,7 @@ from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama
 from lit_adapter.generation.load import load
 from lit_adapter.model.adapter import adapter_parameters
+from lit_adapter.weights.adapter_file import base_identity
 
 BASE = "base"
 
@@ -39,6 +40,17 @@ class Contestant:
             "adapter": without_home(str(self.adapter)) if self.adapter else None,
             "template": self.model.template.kind,
         }
+
+
+def identity_of(models: Sequence[Contestant], base: Path) -> dict[str, Any]:
+    """Return what all results of these models depend on, by the name that a message gives it."""
+    weight, about = models[0].model.model.embed_tokens.weight, base_identity(base)
+    return {
+        "base": [about.weights, about.tokenizer],
+        "adapters or templates": [one.identity() for one in models],
+        "precision": str(weight.dtype),
+        "device": weight.device.type,
+    }
 
 
 def contestants(adapters: Sequence[Path], base: Path | None, **choice: Any) -> list[Contestant]:

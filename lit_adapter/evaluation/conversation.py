@@ -26,7 +26,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
-            raise UserError("this base has no chat template; leave --chat-template out")
+            raise UserError("this base has no chat template; leave --chat_template out")
         self._tokenizer, self._source = tokenizer, tokenizer.chat_template
         self._forms = cache(self._form)
 

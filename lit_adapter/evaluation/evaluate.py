@@ -36,7 +36,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
     """Evaluate the base and every adapter, write the folder, and return the contents of ``results.json``.
 
     Mistakes in data, metrics or tasks are found before a model is loaded. The same call continues an
-    evaluation that was stopped: answers and losses are kept as they come.
+    evaluation that was stopped: answers, losses and finished tasks are kept as they come.
 
     Raises:
         UserError: a setting is wrong; the message names it.
@@ -54,8 +54,8 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         models = contestants(settings.adapters, settings.base, **choice)
         found: dict[str, Any] = {"format": FORMAT, "models": [one.described() for one in models]}
         answers: dict[str, list[dict[str, Any]]] = {}
+        base = settings.base or base_of(settings.adapters[0])
         if records is not None:
-            base = settings.base or base_of(settings.adapters[0])
             with _answers_kept(), enough_memory(settings.batch_size):
                 asked, file = on_records.run(settings, records, metrics, models, base)
             found["data"] = {
@@ -71,7 +71,8 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         if plain is not None:
             found["plain"] = {one.name: asdict(plain_text(one.model, plain, one.name)) for one in models}
         if tasks.loaded:
-            found["tasks"] = tasks.run(models)
+            with _answers_kept():
+                found["tasks"] = tasks.run(models, base)
         found["run"] = _about(settings, models, time.perf_counter() - started)
         write_json(settings.out / "results.json", found)
         write_report(settings.out, found, answers, settings.adapters)
@@ -84,7 +85,7 @@ def _answers_kept() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = "interrupted: finished answers are kept; the same command continues"
+        kept = "interrupted: what is finished is kept; the same command continues"
         raise KeyboardInterrupt(kept) from None
 
 

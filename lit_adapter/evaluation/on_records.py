@@ -15,7 +15,7 @@ from lit_adapter.data.records import Records, read_records
 from lit_adapter.data.shared_starts import Scored
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.answer_file import AnswerFile
-from lit_adapter.evaluation.contestants import Contestant
+from lit_adapter.evaluation.contestants import Contestant, identity_of
 from lit_adapter.evaluation.metrics import Metric, metrics_named, suggest
 from lit_adapter.evaluation.questions import Question, questions_of
 from lit_adapter.evaluation.samples import SHOWN
@@ -26,7 +26,6 @@ from lit_adapter.generation.request import check_prompt
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.progress import count_progress
 from lit_adapter.streams import Say
-from lit_adapter.weights.adapter_file import base_identity
 
 MOST_NEW_TOKENS = 512
 
@@ -74,7 +73,7 @@ def choose_metrics(settings: Evaluation, records: Records, say: Say) -> list[Met
     found = metrics_named(names, references, [record.origin for record in records])
     whole = next((metric for metric in found if metric.hopeless is None), None)
     if settings.stop_early and whole is not None:
-        raise UserError(f"--stop-early: {whole.name} needs whole answers; leave it or --stop-early out")
+        raise UserError(f"--stop_early: {whole.name} needs whole answers; leave it or --stop_early out")
     shown = ", ".join(metric.name for metric in found)
     say(
         f"outputs look like {looks}; scored by {shown}" + ("" if settings.metrics else " (--metrics chooses)")
@@ -107,16 +106,11 @@ def subject(
 
 def identity(asked: Subject, models: Sequence[Contestant], base: Path) -> dict[str, Any]:
     """Return everything that answers and losses depend on, by the name that a message gives it."""
-    weight = models[0].model.model.embed_tokens.weight
-    about = base_identity(base)
     return {
         "data": asked.records.sha256,
-        "base": [about.weights, about.tokenizer],
-        "adapters or templates": [one.identity() for one in models],
+        **identity_of(models, base),
         "max_new_tokens": asked.sampling.max_new_tokens,
         "metrics to stop early by": [metric.name for metric in asked.metrics] if asked.stop_early else None,
-        "precision": str(weight.dtype),
-        "device": weight.device.type,
     }
 
 

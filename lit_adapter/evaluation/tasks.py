@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lit_adapter.errors import UserError, nearest
-from lit_adapter.evaluation.contestants import Contestant
+from lit_adapter.evaluation.answer_file import AnswerFile
+from lit_adapter.evaluation.contestants import Contestant, identity_of
 from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.files.read import file_sha256
 from lit_adapter.streams import Say, only_errors_of
 
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "evaluate")
@@ -71,24 +77,49 @@ class Tasks:
         except Exception as error:  # an error in the task's file, its data, or the libraries that read them
             raise UserError(f"--tasks: {name}: cannot be loaded: {type(error).__name__}: {error}") from None
 
-    def run(self, models: Sequence[Contestant]) -> dict[str, Any]:
-        """Return for each task and metric every model's value and standard error."""
+    def run(self, models: Sequence[Contestant], base: Path) -> dict[str, Any]:
+        """Return for each task and metric every model's value and standard error.
+
+        Finished tasks are kept in ``tasks.jsonl``, from which the same call continues.
+
+        Raises:
+            UserError: that file is of another run; names what differs.
+        """
         found: dict[str, Any] = {}
+        path, overwrite = self.settings.out / "tasks.jsonl", self.settings.overwrite
+        file = AnswerFile(path, self._identity(models, base), overwrite=overwrite, item="task")
         with _quiet():
             for one in models:
-                for task, numbers in self._results(one).items():
-                    for metric, value in numbers.items():
-                        found.setdefault(task, {}).setdefault(metric, {})[one.name] = value
+                for number, task in enumerate(self.loaded):
+                    pair = one.name, number
+                    if pair not in file.values:
+                        file.append([(pair, {"results": self._results(one, task)})])
+                    for name, numbers in file.values[pair]["results"].items():
+                        for metric, value in numbers.items():
+                            found.setdefault(name, {}).setdefault(metric, {})[one.name] = value
         return found
 
-    def _results(self, one: Contestant) -> dict[str, dict[str, Any]]:
+    def _identity(self, models: Sequence[Contestant], base: Path) -> dict[str, Any]:
+        """Return everything that the results depend on, by the name that a message gives it."""
+        names = self.settings.tasks
+        return {
+            "tasks": [file_sha256(Path(name)) if _is_path(name) else name for name in names],
+            "data of tasks": [_digest(task.eval_docs) for task in self.loaded],
+            **identity_of(models, base),
+            "few_shot": self.settings.few_shot,
+            "limit": self.settings.limit,
+            "chat_template": self.settings.chat_template,
+            "lm-eval": version("lm-eval"),
+        }
+
+    def _results(self, one: Contestant, task: Any) -> dict[str, dict[str, Any]]:
         from lm_eval import simple_evaluate
 
         from lit_adapter.evaluation.harness import HarnessModel
 
         done = simple_evaluate(
             HarnessModel(one.model, one.name, self.settings.batch_size),
-            tasks=self.loaded,
+            tasks=[task],
             task_manager=self._manager,
             num_fewshot=self.settings.few_shot,
             limit=self.settings.limit,
@@ -96,7 +127,7 @@ class Tasks:
             log_samples=False,
             bootstrap_iters=1000,
         )
-        return {task: _numbers(values) for task, values in done["results"].items()}
+        return {name: _numbers(values) for name, values in done["results"].items()}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +139,11 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
             name = metric if rule == "none" else f"{metric} ({rule})"
             found[name] = {"value": float(value), "stderr": _finite(values.get(f"{metric}_stderr,{rule}"))}
     return found
+
+
+def _digest(docs: Any) -> str:
+    """Return a digest of a task's questions."""
+    return hashlib.sha256(json.dumps(list(docs), default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(value: Any) -> float | None:
@@ -123,5 +159,7 @@ def _is_path(name: str) -> bool:
 def _quiet() -> Iterator[None]:
     """Keep the harness and what it uses from printing bars and remarks between our lines."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    for library in ("huggingface_hub.utils", "datasets"):
+        import_module(library)  # sets its logger's level when it is first imported
     with only_errors_of(*NOISY):
         yield
