@@ -88,7 +88,7 @@ def compare_beside_damaged(damage: float) -> None:
         pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
         modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
-        for fused_decode.FEW_TOKENS in (0, 256):
+        for fused_decode.SHORT_READ in (0, 256):
             found = fused.read(pieces)
             assert found[1].isnan().all()
             report(wanted[::2], found[::2])
@@ -106,7 +106,7 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
         n_read = [min(slot, len(prompt) - 1) for slot, prompt in enumerate(asked)]
         pairs = list(zip(pieces, n_read, strict=True))
-        for fused_decode.FEW_TOKENS in (0, 256):
+        for fused_decode.SHORT_READ in (0, 256):
             report(wanted, fused.read(pieces))
             fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
             report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))

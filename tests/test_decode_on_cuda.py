@@ -163,9 +163,9 @@ def test_every_family_is_decoded_as_near_to_fp64(
 
 def ways_to_read(executor: ModuleDecode, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
     """Packed into rows; as queries of a step, where the tokens are few; and by its captured graph."""
-    for most in (0, fused_decode().FEW_TOKENS, fused_decode().FEW_TOKENS):
+    for most in (0, fused_decode().SHORT_READ, fused_decode().SHORT_READ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused_decode(), "FEW_TOKENS", most)
+            patch.setattr(fused_decode(), "SHORT_READ", most)
             yield lambda: executor.read(pieces)
 
 

@@ -126,6 +126,15 @@ def test_a_hook_that_comes_after_the_adapter_counts_from_the_next_request_on() -
         assert token == int(model.logits(model(torch.tensor([[*prompt, 7]]), view))[0, -1].argmax())
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_sharded_base_is_decoded_by_the_modules(device: str) -> None:
+    """On CUDA too, although kernels train it: its matrices are whole only within its own passes."""
+    model = adapted().requires_grad_(False)
+    model.is_sharded = True
+    executor = choose(model, "decoding", Setting(torch.device(device), torch.bfloat16))
+    assert (executor.name, executor.why_not_fast) == ("modules", "the model is sharded")
+
+
 def test_training_on_a_cpu_has_no_fast_executor() -> None:
     assert choose(adapted(), "training").name == "modules"
     assert choose(adapted(), "training").why_not_fast is None

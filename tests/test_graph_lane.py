@@ -213,6 +213,46 @@ def test_a_step_whose_requests_another_thread_cancels_as_it_begins() -> None:
         assert lane._launch()[0] == []
 
 
+def test_an_answer_that_fills_the_cache_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last step ran ahead of its end; the last place holds none of its keys."""
+    model = tiny()
+    adapter, how = Adapter.of(model), Sampling(max_new_tokens=10)
+    monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
+    running = Engine()
+    prompt = random_ids(6, seed=1).tolist()
+    full = Request(prompt, how, adapter, resumes=True)
+    other = Request([5, 6], Sampling(max_new_tokens=13), adapter)
+    for request in (full, other):
+        running.add(request)
+    while not other.ended:
+        running.step()
+    going = Request([*prompt, *full.answer, 7, 8], how, adapter, resumes=True)
+    fresh = Request(going.prompt, how, adapter)
+    assert [*running.run([going])] == [*Engine().run([fresh])]
+    assert going.computed == 3
+
+
+def test_steps_do_not_spoil_the_penalties_of_a_prompt_that_is_being_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny()
+    how = Sampling(max_new_tokens=12, repetition_penalty=1.5, frequency_penalty=1.0, presence_penalty=0.5)
+    adapter = Adapter.of(model)
+    asked = [random_ids(n, seed=n).tolist() for n in (5, 6, 7, 20)]
+    wanted = [[token for _, token in Engine().run([Request(ids, how, adapter)])][:-1] for ids in asked]
+    monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
+    running = Engine()
+    running.prompt_tokens = 3
+    requests = [Request(ids, how, adapter) for ids in asked]
+    for request in requests[:3]:
+        running.add(request)
+    running.step()
+    running.add(requests[3])  # in the fourth slot of four, which steps compute
+    while not all(request.ended for request in requests):
+        running.step()
+    assert [request.answer for request in requests] == wanted
+
+
 def test_a_server_captures_all_sizes_before_it_is_ready(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

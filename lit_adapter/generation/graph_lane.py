@@ -28,7 +28,7 @@ LONG = 4 * 10**12
 LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers double it."""
 PATIENCE = 64
-"""Steps for which fewer slots would do before they are computed: capturing that costs as much as it saves."""
+"""Steps in a row that could compute fewer slots before they do: a capture costs as much as they would save."""
 
 
 class _Kind(NamedTuple):
@@ -52,9 +52,9 @@ class GraphLane(Lane):
         self.token = new(0, dtype=torch.long, device=self.device)
         self.chosen = self.token
         self.place = new(2, 0, dtype=torch.long, device=self.device)
-        """The positions of the newest tokens, in their texts and in their answers. Slots without a request to
-        answer have the last place, where no text ends."""
-        self.counting: set[int] = set()  # slots whose positions are others
+        """The positions of the newest tokens, in their texts and in their answers. A slot without a live
+        request is parked: both are the last place, which holds no token of any text."""
+        self.unparked: set[int] = set()
         self.rows = 0  # slots that steps compute
         self.too_many = 0  # steps in a row for which fewer would do
         self.keys = new(0, 0, dtype=torch.long, device=self.device)
@@ -79,8 +79,8 @@ class GraphLane(Lane):
         self.graphs.clear()
         self.token, self.chosen = enlarged(self.token, n_slots), enlarged(self.chosen, n_slots)
         self.last_place = torch.full((2, 1), length - 1, device=self.device)
-        place, counting = self.last_place.repeat(1, n_slots), sorted(self.counting)
-        place[:, counting] = self.place[:, counting]
+        place, kept = self.last_place.repeat(1, n_slots), sorted(self.unparked)
+        place[:, kept] = self.place[:, kept]
         self.place = place
         self.keys = enlarged(self.keys, n_slots, length)
         width = 1 + 2 * min(MOST_LIKELY, self.model.config.vocab_size)
@@ -113,13 +113,13 @@ class GraphLane(Lane):
         state = [(request.token, request.length, 1) for request in new]
         token, position, drawn = torch.tensor(state, device=self.device).T
         self.token[where], self.place[0, where], self.place[1, where] = token, position, drawn
-        self.counting |= set(slots)
+        self.unparked |= set(slots)
 
     def _park(self, slots: Sequence[int]) -> None:
-        """Let steps read nothing of slots, and write where nothing is lost."""
+        """Move slots to the last place, where a step overwrites nothing that is needed."""
         for slot in slots:
             self.place[:, slot : slot + 1] = self.last_place
-        self.counting -= set(slots)
+        self.unparked -= set(slots)
 
     def _swap_state(self, one: int, other: int) -> None:
         super()._swap_state(one, other)
@@ -128,13 +128,14 @@ class GraphLane(Lane):
             own[pair] = own[swapped]
         self.place[:, pair] = self.place[:, swapped]
         self.choice.put(pair, self.choice.of_rows(swapped))
-        self.counting = {dict(zip(pair, swapped, strict=True)).get(slot, slot) for slot in self.counting}
+        self.unparked = {dict(zip(pair, swapped, strict=True)).get(slot, slot) for slot in self.unparked}
 
     def _step(self) -> None:
         """Pass on the tokens of one step, and start the step after it."""
         if not self.live:
             return
-        requests, landing = self.ahead or self._launch()
+        self.ahead = self.ahead or self._launch()
+        requests, landing = self.ahead
         read = {request for _, request in requests}  # each has one token that was not passed on yet
         wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
@@ -151,10 +152,10 @@ class GraphLane(Lane):
         if any(slot >= self.rows for slot, _ in live):
             self._first_slots()
             live = self._live_slots()
-        self._park(sorted(self.counting - {slot for slot, _ in live}))
+        self._park(sorted(self.unparked - {slot for slot, _ in live}))
         self._graph(self.rows)()
-        for _, request in live:
-            request.length += 1
+        for _, request in live:  # the last place is that of parked slots
+            request.length = min(request.length + 1, self.executor.cache.length - 1)
         self.landings.reverse()
         scored = any(request.most_likely is not None for _, request in live)
         self.landings[0].send(self.chosen, self.scores if scored else None)

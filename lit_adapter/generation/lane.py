@@ -156,7 +156,9 @@ class Lane:
         n_read = sum(request.length == len(request.prompt) for request in self.reading[: len(pieces)])
         self.reading = self.reading[n_read:]  # a prompt that is not read to its end is the last of them
         if n_read:
-            self._choose(self.model.logits(hidden[:n_read]), [piece.slot for piece in pieces[:n_read]])
+            slots = [piece.slot for piece in pieces[:n_read]]
+            self._begin_past(slots)
+            self._choose(self.model.logits(hidden[:n_read]), slots)
 
     def _longest_shared(self, request: Request) -> tuple[int, int]:
         """Return the slot that holds the longest start of a prompt, and how many tokens; 0 if none does."""
@@ -222,14 +224,16 @@ class Lane:
         return CpuDecode if self.executor_name == "CPU decoding" else ModuleDecode
 
     def _prepare(self, slots: Sequence[int]) -> None:
-        """Set up slots for the prompts that will be read: their past, if a request needs one."""
-        if self.past is None and not any(self.slots[slot].adjusted for slot in slots):
-            return
-        if self.past is None:
+        """Set up what the requests of slots need, before their prompts are read."""
+        if self.past is None and any(self.slots[slot].adjusted for slot in slots):
             B, V = self.executor.cache.n_slots, self.model.config.vocab_size
             self.past = Past.empty(B, V, self.device)
-        for slot in slots:
-            self.past.begin(slot, self.slots[slot].prompt, self.slots[slot].bias)
+
+    def _begin_past(self, slots: Sequence[int]) -> None:
+        """Give slots the past of their requests, whose prompts are read; until then, steps may spoil it."""
+        if self.past is not None:
+            for slot in slots:
+                self.past.begin(slot, self.slots[slot].prompt, self.slots[slot].bias)
 
     def _step(self) -> None:
         """Put every live request's newest token into the cache and choose the next."""

@@ -130,7 +130,6 @@ def unsupported(model: Llama, setting: Setting) -> str | None:
     parameters = list(model.parameters())
     n_bytes = sum(parameter.nbytes for parameter in parameters)
     reasons = (
-        (model.is_sharded, "the model is sharded"),
         (any(parameter.requires_grad for parameter in parameters), "the model is being trained"),
         (
             model.decode_weights is None and free is not None and n_bytes > free,

@@ -111,6 +111,8 @@ def choose(model: Llama, purpose: Purpose, setting: Setting | None = None) -> Ex
         return Executor("modules")
     if purpose == "decoding" and model.n_shards > 1:
         return Executor("modules", f"{model.n_shards} processes share the attention heads")
+    if purpose == "decoding" and model.is_sharded:
+        return Executor("modules", "the model is sharded")
     executor, module = fast
     # Imported here: these modules import this one.
     why = import_module(f"lit_adapter.model.{module}").unsupported(model, setting)

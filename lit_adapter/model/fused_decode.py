@@ -30,14 +30,13 @@ from lit_adapter.model.kernels.sizes import power_of_two
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import JoinedLora, join_updates
-from lit_adapter.model.pieces import Piece, PieceRow
+from lit_adapter.model.pieces import SHORT_READ, Piece, PieceRow
 from lit_adapter.model.rope import no_rotation
 from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.model.tiles import plan_tiles
 
-FEW_TOKENS = 256
-"""Most tokens of prompts that are read by a captured graph: to launch kernels one by one would take the host
-longer than the device needs for these."""
+MOST_KEYS = 2**16
+"""Most keys that the queries of a short read see in all: each query reads them for itself."""
 
 
 class FusedDecode(ModuleDecode):
@@ -66,7 +65,7 @@ class FusedDecode(ModuleDecode):
         self.windows = [block.self_attn.window for block in model.layers]
         head = model.lm_head
         biased = {linear.group for linear in layout.linears if linear.bias}
-        self.takes_few = (
+        self.fits_few_texts = (
             type(head) is nn.Linear
             and head.bias is None
             and not any(self.updates)
@@ -78,19 +77,19 @@ class FusedDecode(ModuleDecode):
         """Whether the kernels for few texts compute the model."""
         self.steps: dict[int, _Step] = {}
         """What takes steps, by the number of slots."""
-        self.few_tokens: dict[int, _FewTokens] = {}
-        """What reads few tokens, by their largest number."""
+        self.short_reads: dict[int, _ShortRead] = {}
+        """What reads few tokens of prompts, by their largest number."""
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
         """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
         self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
-        n = sum(piece.n_new for piece in pieces)
-        if n > FEW_TOKENS:
+        n, n_keys = sum(p.n_new for p in pieces), sum(p.n_new * len(p.prompt) for p in pieces)
+        if n > SHORT_READ or n_keys > MOST_KEYS:
             return self._read_rows(pieces)
         n = max(16, power_of_two(n))
-        if n not in self.few_tokens:
-            self.few_tokens[n] = _FewTokens(self, n)
-        return self.few_tokens[n].read(pieces)
+        if n not in self.short_reads:
+            self.short_reads[n] = _ShortRead(self, n)
+        return self.short_reads[n].read(pieces)
 
     def _length_in_row(self, piece: Piece) -> int:
         return len(piece.prompt)  # keys before a piece are gathered into the row
@@ -115,7 +114,7 @@ class FusedDecode(ModuleDecode):
         return dict(zip(prefixes.layers, found, strict=True))
 
     def prepare(self, n: int) -> None:
-        """Make what steps of the first ``n`` slots need: a graph cannot make it while it is captured."""
+        """Allocate what steps of the first ``n`` slots use; this must not happen during a capture."""
         if n not in self.steps:
             self.steps[n] = _Step(self, n)
 
@@ -125,7 +124,7 @@ class FusedDecode(ModuleDecode):
         return self.steps[len(token)].take(self.prefixes.stepper, token, position)
 
 
-class _Queries:
+class _QueryAttention:
     """The attention of N queries, each to its slot's keys: those of a step, or a few tokens of prompts."""
 
     def __init__(self, decode: FusedDecode, n: int, slot: Tensor | None = None) -> None:
@@ -152,9 +151,9 @@ class _Step:
     """Takes the steps of the first N slots."""
 
     def __init__(self, decode: FusedDecode, n: int) -> None:
-        self.decode, self.queries = decode, _Queries(decode, n)
+        self.decode, self.queries = decode, _QueryAttention(decode, n)
         self.slot = torch.arange(n, device=decode.device)
-        fits = decode.takes_few and decode_products.computes(n, decode.D, decode.device)
+        fits = decode.fits_few_texts and decode_products.computes(n, decode.D, decode.device)
         self.few = _FewTexts(self.queries, n) if fits else None
 
     def take(self, model: Llama, token: Tensor, position: Tensor) -> Tensor:
@@ -165,14 +164,14 @@ class _Step:
         return model.logits(model(token[:, None], view)[:, 0])
 
 
-class _FewTokens:
+class _ShortRead:
     """Reads up to N tokens of any prompts as the queries of one step, by a graph."""
 
     def __init__(self, decode: FusedDecode, n: int) -> None:
         self.decode = decode
         self.tokens = torch.zeros(3, n, dtype=torch.long, device=decode.device)
         """Their ids, slots and positions."""
-        self.queries = _Queries(decode, n, self.tokens[1])
+        self.queries = _QueryAttention(decode, n, self.tokens[1])
         self.hidden: Tensor | None = None
         self.graph: Callable[[], None] | None = None
         self.prefixes: Prefixes | None = None  # those that the graph reads
@@ -182,7 +181,8 @@ class _FewTokens:
         row = PieceRow(pieces, self.decode.device)
         n, joined = len(row.ids), self.decode.prefixes.joined
         self.tokens[:, :n] = torch.stack((row.ids, row.slot, row.position))
-        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # the rest computes the last token again
+        self.tokens[:, n:] = self.tokens[:, n - 1 : n]
+        self.tokens[2, n:] = self.decode.cache.length - 1  # the rest sees no key
         if self.prefixes is not joined:  # a single use is not worth a capture
             self.prefixes, self.graph = joined, None
             self._compute()
@@ -198,7 +198,7 @@ class _FewTokens:
         if norms is not None:
             norms.reading.set(slot, slot)
             model = norms.reader
-        view = _FewTokensView(decode, self.queries, slot, position)
+        view = _QueryView(decode, self.queries, slot, position)
         self.hidden = model(ids[None], view)[0]
 
 
@@ -319,10 +319,10 @@ class _PromptView(_CacheRowView):
         return y
 
 
-class _FewTokensView(_CacheRowView):
+class _QueryView(_CacheRowView):
     """A few tokens of any texts ``[1, N]``, each a query of its own."""
 
-    def __init__(self, decode: FusedDecode, queries: _Queries, slot: Tensor, position: Tensor) -> None:
+    def __init__(self, decode: FusedDecode, queries: _QueryAttention, slot: Tensor, position: Tensor) -> None:
         super().__init__(decode, slot, position)
         self.queries = queries
 
@@ -330,7 +330,7 @@ class _FewTokensView(_CacheRowView):
         return self.queries.attend(layer, qkv[:, : self.decode.q_width], self.position)
 
 
-class _StepView(_FewTokensView):
+class _StepView(_QueryView):
     """One new token in each of the first slots, ``[N, 1]``."""
 
     def run(self, block: Block, x: Tensor, query_positions: Tensor | None) -> Tensor:
@@ -341,7 +341,7 @@ class _StepView(_FewTokensView):
 class _FewTexts:
     """The steps of few texts: five or seven launches per layer, which read each weight once."""
 
-    def __init__(self, queries: _Queries, n: int) -> None:
+    def __init__(self, queries: _QueryAttention, n: int) -> None:
         self.queries, self.decode, config = queries, queries.decode, queries.decode.model.config
         new = queries.y.new_empty
         self.x = new(n, config.n_embd)

@@ -21,6 +21,10 @@ from lit_adapter.model.slot_prefixes import Prefixes
 LEAST_SAVED = 64
 """Tokens, of all prompts that are read together, below which their common start is read with each of them."""
 
+SHORT_READ = 256
+"""Most tokens of prompts that CUDA reads by a captured graph: to launch kernels one by one would take the
+host longer than the device needs for these."""
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:

@@ -21,6 +21,7 @@ from lit_adapter.generation.request import NonFiniteLogitsError, Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.grouping import grouped
 from lit_adapter.model.cpu_decode import FEW_ROWS
+from lit_adapter.model.pieces import SHORT_READ
 from lit_adapter.serving.adapters import Adapters
 from lit_adapter.serving.app import Service, make_app
 from lit_adapter.serving.guard import LOCAL, Guard
@@ -34,10 +35,10 @@ from lit_adapter.serving.worker import Worker
 from lit_adapter.streams import say
 
 Ready = Callable[[str, Callable[[], None]], None]
-PROMPT_TOKENS = 256
+PROMPT_TOKENS = SHORT_READ
 """Prompt tokens read between two steps of other answers; reading them takes about as long as a step."""
 WARM_UP = Sampling(max_new_tokens=4), Sampling(max_new_tokens=4, temperature=1.0, top_p=0.9)
-"""Settings that are computed in different ways."""
+"""Greedy and sampled: each has graphs of its own."""
 SCAN_SECONDS = 1.0
 """Seconds between two scans of the folder of adapters."""
 
@@ -132,15 +133,8 @@ async def _watch(adapters: Adapters) -> None:
 def _warm_up(adapters: Adapters, n_slots: int, context: int) -> None:
     """Take the steps that are slow the first time: with one text, and with adapters of all forms together.
 
-    On CUDA all slots take steps, on a CPU as many as it packs its matrices for.
+    On CUDA there are as many texts as slots, on a CPU as many as it packs its matrices for.
     """
-    _answer_forms(adapters, n_slots)
-    base = adapters.base.model
-    if base.model.embed_tokens.weight.is_cuda:
-        capture_graphs(base, n_slots, context)
-
-
-def _answer_forms(adapters: Adapters, n_slots: int) -> None:
     base = adapters.base.model
     own = [served.model.adapter for served in adapters if served.model.adapter.model is base.model]
     forms = list({adapter.prefixes.form: adapter for adapter in own}.values())
@@ -152,10 +146,15 @@ def _answer_forms(adapters: Adapters, n_slots: int) -> None:
             pass
         for together in grouped(chosen, lambda _: 1, n_slots):
             _answer(base.engine, [Request(prompt, how, adapter) for adapter in together])
+    if base.model.embed_tokens.weight.is_cuda:
+        long = list(islice(cycle(prompt), min(PROMPT_TOKENS + 1, context - WARM_UP[0].max_new_tokens)))
+        for adapter in (base.adapter, *forms):  # the kernels of packed rows
+            _answer(base.engine, [Request(long, WARM_UP[0], adapter)])
+        capture_graphs(base, n_slots, context)
 
 
 def capture_graphs(base: AdaptedLlama, n_slots: int, context: int) -> None:
-    """Let an idle engine on CUDA capture the steps of any number of texts, and what reads few tokens.
+    """Capture, on an idle engine on CUDA, steps of every number of texts and the reading of short prompts.
 
     Capturing one takes as long as several steps, which a client would wait for.
     """

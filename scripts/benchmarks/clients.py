@@ -78,11 +78,14 @@ async def _ask(url: str, model: str, prompt: Prompt, n_new: int) -> Answered:
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
-    times = []
+    times: Seconds = []
+    is_refused = b" 429 " in await reader.readline()
     async for line in reader:
         if line.startswith(b'data: {"id"') and b'"finish_reason":null' in line:
             times.append(time.perf_counter() - started)
     writer.close()
+    if not times and not is_refused:
+        raise RuntimeError("an answer without a token")
     return Answered(times)
 
 
