@@ -28,7 +28,7 @@ LONG = 4 * 10**12
 LEAST_USED = 256
 """Fewest keys that a graph of the modules attends to; larger numbers double it."""
 PATIENCE = 64
-"""Steps in a row that could compute fewer slots before they do: a capture costs as much as they would save."""
+"""Steps in a row that could compute fewer slots, before they do: a capture costs what these would save."""
 
 
 class _Kind(NamedTuple):
