@@ -28,6 +28,7 @@ from lit_adapter.text.gguf_vocabulary import PRE_TOKENIZERS, write_gguf_tokenize
 from lit_adapter.text.load import load_tokenizer
 from lit_adapter.text.template import resolve_template
 from lit_adapter.weights.adapter_file import read_adapter, save_adapter
+from lit_adapter.weights.convert import convert
 from lit_adapter.weights.export.export import export
 from lit_adapter.weights.gguf_file import GGUFSource
 from lit_adapter.weights.measure import source_logits
@@ -192,17 +193,15 @@ def test_values_beyond_a_types_range_leave_nothing(tmp_path: Path) -> None:
 @needs_llama_cpp
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_llama_cpp_gives_our_greedy_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_llama_cpp_gives_our_greedy_answers(tmp_path: Path, kind: str) -> None:
     """On the real base, from messages to tokens."""
-    root = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"
-    if not root.is_dir():
-        pytest.skip("needs checkpoints/smollm2-135m; scripts/download.py smollm2-135m fetches it")
-    base, adapter = with_random_lora(root, tmp_path)
-    export(adapter, tmp_path / "out", base=base, to="gguf", kind="f32")
+    base, adapter = with_random_lora(real_base(), tmp_path)
+    export(adapter, tmp_path / "out", base=base, to="gguf", kind=kind)
     ours = lit_adapter.load(adapter=adapter, base=base, device="cpu", dtype="float32")
     tokenizer = load_tokenizer(base)
     theirs = AutoTokenizer.from_pretrained(base)
-    path = str(tmp_path / "out" / "out-F32.gguf")
+    path = str(tmp_path / "out" / f"out-{kind.upper()}.gguf")
     theirs.chat_template = gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents()
     tasks = ["What is the capital of France?", "List three colours.", "12345 + 6789 = ?"]
     prompts = [
@@ -217,6 +216,29 @@ def test_llama_cpp_gives_our_greedy_answers(tmp_path: Path) -> None:
         ended = [id_ in tokenizer.stop_ids for id_ in found.greedy]
         assert tokenizer.decode(found.greedy[: [*ended, True].index(True)]).strip() == answer.strip()
     assert answers != [ours.base.generate(task, max_new_tokens=24) for task in tasks]
+
+
+@needs_llama_cpp
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_llama_cpp_reads_eight_bits_as_we_do(tmp_path: Path) -> None:
+    """It rounds what is multiplied to eight bits too, so the distributions are near, not equal."""
+    base, adapter = with_random_lora(real_base(), tmp_path)
+    export(adapter, tmp_path / "out", base=base, to="gguf", kind="q8_0")
+    path = tmp_path / "out" / "out-Q8_0.gguf"
+    ours = lit_adapter.load(base=convert(path, tmp_path / "read"), device="cpu", dtype="float32")
+    ids = ours.template.encode_prompt(ours.tokenizer, "What is the capital of France?")
+    wanted = ours.logits(torch.tensor([ids]))[0].double().log_softmax(-1)
+    found = computed([Job(str(path), ids)], tmp_path)[0].log_probabilities
+    assert (wanted.exp() * (wanted - found)).sum(-1).max() < 0.03
+    assert (wanted.argmax(-1) == found.argmax(-1)).double().mean() > 0.9
+
+
+def real_base() -> Path:
+    root = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"
+    if not root.is_dir():
+        pytest.skip("needs checkpoints/smollm2-135m; scripts/download.py smollm2-135m fetches it")
+    return root
 
 
 def with_random_lora(base: Path, folder: Path) -> tuple[Path, Path]:
