@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_adapter.cli.compare import main as compare_main
 from lit_adapter.comparison.compare import compare
+from lit_adapter.comparison.runs import read_runs
+from lit_adapter.comparison.tables import metric_named, ordered
 from lit_adapter.config import Config
 from lit_adapter.errors import UserError
 from lit_adapter.training.finetune import finetune
@@ -119,6 +121,29 @@ def test_losses_on_other_records_are_not_ranked_together(
     assert notes[0].startswith("the runs have 2 different sets of held-out records")
     assert compare_main([*map(str, runs)]) == 0
     assert "note: the runs have 2 different sets" in capsys.readouterr().out
+
+
+def test_tasks_and_plain_text_of_evaluations_are_compared(runs: list[Path], tmp_path: Path) -> None:
+    for place, run in enumerate(runs[:2]):
+        score = {"value": 0.5 + 0.1 * place, "stderr": 0.05}
+        perplexity = {"value": 30.0 - place, "stderr": None}
+        found = {
+            "models": [{"name": "x", "adapter": str(run / "adapter.safetensors")}],
+            "tasks": {
+                "arc": {"acc": {"x": score, "base": score}},
+                "text": {"word_perplexity": {"x": perplexity}},
+            },
+            "plain": {"x": {"tokens": 9, "perplexity": 20.0 + place, "bits_per_byte": 1.0}},
+        }
+        (run / "evaluation").mkdir()
+        (run / "evaluation" / "results.json").write_text(json.dumps(found))
+    read = read_runs(runs[:2])
+    first = {metric.title: score for metric, score in read[0].scores.items()}
+    assert first["arc, acc"] == pytest.approx({"value": 0.5, "low": 0.402, "high": 0.598})
+    assert first["text, word_perplexity"] == {"value": 30.0}
+    assert first["plain text, perplexity"] == {"value": 20.0}
+    for name, best in (("arc, acc", 1), ("text, word_perplexity", 1), ("plain text, perplexity", 0)):
+        assert ordered(read, metric_named(read, name))[0] is read[best]
 
 
 def test_scores_on_several_sets_of_records_have_columns_of_their_own(

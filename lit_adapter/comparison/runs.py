@@ -12,7 +12,7 @@ from lit_adapter.config import dotted
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
 from lit_adapter.evaluation.results import RESULTS, places_of, read_results
-from lit_adapter.evaluation.tables import title_of
+from lit_adapter.evaluation.tables import PLAIN, title_of
 from lit_adapter.files.read import read_json
 from lit_adapter.weights.adapter_search import ADAPTER
 
@@ -25,6 +25,8 @@ WITHOUT_EFFECT = (
     *(f"trainer.{name}" for name in ("samples", "sample_tokens")),
 )
 """Settings that do not affect results."""
+NORMAL_95 = 1.96
+"""Standard errors from the middle of a 95 % interval to its end."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Metric:
     name: str
     title: str
     records: str = ""
-    """The hash of the records."""
+    """The hash of the records; empty for tasks and plain text."""
     source: str = ""
     """The name of the records if there are several sets; empty for the only one."""
 
@@ -116,11 +118,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     evaluations = [folder / RESULTS for folder in folders if (folder / RESULTS).is_file()]
     runs = [_read(folder, name) for folder, name in zip(given, _names(given), strict=True)]
     measured = [list(_scores(run, evaluations)) for run in runs]
-    only = len({metric.records for of_run in measured for metric, _ in of_run}) < 2
+    only = len({metric.records for of_run in measured for metric, _ in of_run if metric.records}) < 2
     names = _names_of_records([metric for of_run in measured for metric, _ in of_run])
     for run, of_run in zip(runs, measured, strict=True):
         for metric, score in of_run:
-            source = "" if only else names[metric.records]
+            source = "" if only or not metric.records else names[metric.records]
             run.scores[Metric(metric.name, metric.title, metric.records, source)] = score
     return runs
 
@@ -168,8 +170,23 @@ def _results(run: Run, path: Path) -> Iterator[tuple[str, Metric, dict[str, floa
     for model in found["models"]:
         if not any(place.parent == home for place in places_of(model.get("adapter"), path, home)):
             continue
-        for name, score in found.get("scores", {}).get(model.get("name"), {}).items():
+        file, own = Path(model["adapter"]).name, model.get("name")
+        for name, score in found.get("scores", {}).get(own, {}).items():
             if isinstance(score, dict) and isinstance(score.get("value"), int | float):
                 kept = {key: float(score[key]) for key in ("value", "low", "high") if key in score}
-                metric = Metric(name, title_of(name, titles), records, source)
-                yield Path(model["adapter"]).name, metric, kept
+                yield file, Metric(name, title_of(name, titles), records, source), kept
+        for title, score in _beside_records(found, own):
+            yield file, Metric(title, title), score
+
+
+def _beside_records(found: dict[str, Any], model: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield a model's results on tasks, with 95 % intervals, and on plain text."""
+    for task, metrics in found.get("tasks", {}).items():
+        for metric, by_model in metrics.items():
+            if (score := by_model.get(model)) is not None:
+                value, half = float(score["value"]), NORMAL_95 * float(score.get("stderr") or 0.0)
+                ends = {"low": value - half, "high": value + half} if half else {}
+                yield f"{task}, {metric}", {"value": value, **ends}
+    for key, value in found.get("plain", {}).get(model, {}).items():
+        if key in PLAIN:
+            yield PLAIN[key], {"value": float(value)}

@@ -14,7 +14,8 @@ from lit_adapter.evaluation.tables import Table, shown, with_interval
 HELD_OUT = "held-out"
 UNKNOWN = "-"
 LOSSES = ("held-out: lowest", "at the end")
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "bits per byte")
+"""The ends of the names of such metrics."""
 ENDS = {"finished": "", "diverged": " (diverged)", "stopped": " (stopped)", "failed": " (failed)"}
 
 
@@ -59,7 +60,7 @@ def ordered(runs: Sequence[Run], by: Metric | None) -> list[Run]:
 
 def rank(by: Metric | None, value: float) -> tuple[bool, float]:
     """Return a sort key that puts values from the best to the worst, unknown ones last."""
-    lower = by is None or by.name in LOWER_IS_BETTER
+    lower = by is None or by.name.endswith(LOWER_IS_BETTER)
     return math.isnan(value), value if lower else -value
 
 
