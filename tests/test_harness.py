@@ -192,7 +192,7 @@ def test_a_conversation_is_rendered_once_for_its_roles(base: Path, monkeypatch: 
 def test_a_base_without_a_chat_template_says_so(tiny_base: Path) -> None:
     from lit_adapter.text.load import load_tokenizer
 
-    with pytest.raises(UserError, match="no chat template; leave --chat-template out"):
+    with pytest.raises(UserError, match="no chat template; leave --chat_template out"):
         ChatTemplate(load_tokenizer(tiny_base))
 
 

@@ -68,7 +68,7 @@ ROWS = [
         133,
         "early stops with a metric of whole answers",
         on_words("--stop_early", "--metrics", "contains"),
-        r"--stop-early: contains needs whole answers; leave it or --stop-early out",
+        r"--stop_early: contains needs whole answers; leave it or --stop_early out",
     ),
     Row(
         134,
