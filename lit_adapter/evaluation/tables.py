@@ -90,7 +90,7 @@ def score_table(found: dict[str, Any]) -> Table:
 def comparison_table(found: dict[str, Any]) -> Table:
     """Return every paired comparison."""
     rows = [_comparison(row, found) for row in found["comparisons"] if row["records"]]
-    header = ["", "metric", "difference", "p", "verdict", "smallest detectable difference"]
+    header = ["", "metric", "difference", "p", "verdict", "detectable from"]
     return Table("Paired comparisons", header, rows)
 
 
