@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lit_adapter.errors import UserError
 from lit_adapter.evaluation import evaluate as evaluation
 from lit_adapter.evaluation.conversation import ChatTemplate
 from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.tables import number
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.weights.convert import convert
@@ -134,6 +136,9 @@ def test_tasks_and_their_data_are_found_and_compared(base: Path, tmp_path: Path)
     assert set(found) == {"word", "answer"}
     assert found["word"]["perplexity"]["base"]["value"] != found["word"]["perplexity"]["run"]["value"]
     assert "word, perplexity" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    first = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").split("## ")[0]
+    base, run = (number(found["word"]["perplexity"][name]["value"]) for name in ("base", "run"))
+    assert re.search(f"^Word, perplexity: base {base} ± [^,]+, run {run} ± .*[.]$", first, re.MULTILINE)
 
 
 def test_finished_tasks_are_not_computed_again(

@@ -30,7 +30,7 @@ def page(
     """Return the page: summary, tables, plots, answers."""
     names = [model["name"] for model in found["models"]]
     parts = [f'<p class="dim">{escaped(_about(found))}</p>']
-    parts += [f'<p class="lead">{escaped(line)}</p>' for line in tables.summary(found)]
+    parts += [f'<p class="lead">{escaped(line)}</p>' for line in tables.lead(found)]
     parts += [f'<p class="warning">{escaped(line)}</p>' for line in found.get("warnings", [])]
     parts += map(table_of, tables.all_tables(found))
     if "scores" in found:

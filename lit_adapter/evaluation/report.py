@@ -32,7 +32,7 @@ def write_report(out: Path, found: dict[str, Any], answers: Answers, adapters: S
 
 
 def _markdown(found: dict[str, Any], shown: dict[str, list[Sample]]) -> str:
-    parts = ["# Evaluation", *tables.summary(found)]
+    parts = ["# Evaluation", *tables.lead(found)]
     parts += [f"**Warning:** {line}" for line in found.get("warnings", [])]
     for table in tables.all_tables(found):
         parts += [f"## {table.title}", _markdown_table(table)]

@@ -8,6 +8,8 @@ from typing import Any
 from lit_adapter.errors import counted
 from lit_adapter.evaluation.metrics import METRICS
 
+MOST_SENTENCES = 4
+"""At the beginning of a report without comparisons."""
 TITLES = {"loss": "loss (nats per token)", "perplexity": "perplexity", "macro_f1": "macro F1"}
 
 
@@ -53,6 +55,24 @@ def summary(found: dict[str, Any]) -> list[str]:
         _sentence(found, metric, row)
         for row in found.get("comparisons", ())
         if row["metric"] == metric and row["against"] == "base" and row["records"]
+    ]
+
+
+def lead(found: dict[str, Any]) -> list[str]:
+    """Return what a report begins with: the summary, or without comparisons the first values."""
+    return summary(found) or _first_values(found)
+
+
+def _first_values(found: dict[str, Any]) -> list[str]:
+    tables = [score_table(found)] if "scores" in found else [forgetting_table(found)]
+    n_models = len(found["models"])
+    return [
+        f"{title[:1].upper()}{title[1:]}: "
+        + ", ".join(map(" ".join, zip(table.header[1:], cells[:n_models], strict=False)))
+        + "."
+        for table in tables
+        if table is not None
+        for title, *cells in table.rows[:MOST_SENTENCES]
     ]
 
 
