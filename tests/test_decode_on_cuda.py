@@ -162,8 +162,8 @@ def test_every_family_is_decoded_as_near_to_fp64(
 
 
 def ways_to_read(executor: ModuleDecode, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
-    """Packed into rows; as queries of a step, where the tokens are few; and by its captured graph."""
-    for most in (0, fused_decode().SHORT_READ, fused_decode().SHORT_READ):
+    """As queries of a step, where the tokens are few; by its captured graph; and packed into rows."""
+    for most in (fused_decode().SHORT_READ, fused_decode().SHORT_READ, 0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_decode(), "SHORT_READ", most)
             yield lambda: executor.read(pieces)
@@ -181,7 +181,7 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
     wide, device = widened(model), copy.deepcopy(model).cuda()
     exact, plain = Plain(wide, len(slots)), Plain(copy.deepcopy(device), len(slots))
     assert choose_executor(device, "decoding").name == "CUDA decoding"
-    fused, most = FusedDecode(device, len(slots), 320), 1.5 if len(slots) > 1 else 2
+    fused = FusedDecode(device, len(slots), 320)
     fused.prepare(len(slots))
     assert (fused.steps[len(slots)].few is not None) == few
     with torch.inference_mode():
@@ -190,7 +190,7 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
         beside = plain.read(asked, slots, [prefixes] * len(slots))
         pieces = [Piece(*each, prefixes) for each in zip(asked, slots, strict=True)]
         for read in ways_to_read(fused, pieces):
-            assert distance(read(), wanted) < most * distance(beside, wanted)
+            assert distance(read(), wanted) < 1.5 * distance(beside, wanted)
         token = random_ids(len(slots), vocab=VOCAB)
         for n in range(3):
             position = torch.tensor(lengths[::-1]) + n
@@ -199,7 +199,7 @@ def compare_with_fp64(model: Llama, lengths: list[int], few: bool) -> None:
                 plain.step(token, position),
             )
             wanted = exact.step(token, position)
-            assert distance(found, wanted) < most * distance(beside, wanted)
+            assert distance(found, wanted) < 1.5 * distance(beside, wanted)
             token = wanted.argmax(-1)
         assert distance(fused.cache.k, exact.cache.k) < 0.03
         assert distance(fused.cache.v, exact.cache.v) < 0.03

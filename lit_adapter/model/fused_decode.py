@@ -181,8 +181,7 @@ class _ShortRead:
         row = PieceRow(pieces, self.decode.device)
         n, joined = len(row.ids), self.decode.prefixes.joined
         self.tokens[:, :n] = torch.stack((row.ids, row.slot, row.position))
-        self.tokens[:, n:] = self.tokens[:, n - 1 : n]
-        self.tokens[2, n:] = self.decode.cache.length - 1  # the rest sees no key
+        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # the rest computes the last token again
         if self.prefixes is not joined:  # a single use is not worth a capture
             self.prefixes, self.graph = joined, None
             self._compute()

@@ -60,7 +60,7 @@ def attend(
 ) -> None:
     """Attend to all keys up to each query's position, or the last ones, and add the gated prefix branch.
 
-    A query at the cache's last place S - 1 belongs to a parked slot, or to none: it sees no key.
+    A query at the cache's last place S - 1 belongs to a parked slot: it sees no key.
 
     Args:
         q: rotated queries ``[N, H * D]``; rows may be strided.
