@@ -12,7 +12,7 @@ from lit_adapter.config import dotted
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.history import History, history
 from lit_adapter.evaluation.results import RESULTS, places_of, read_results
-from lit_adapter.evaluation.tables import PLAIN, title_of
+from lit_adapter.evaluation.tables import beside_records, title_of
 from lit_adapter.files.read import read_json
 from lit_adapter.weights.adapter_search import ADAPTER
 
@@ -26,7 +26,7 @@ WITHOUT_EFFECT = (
 )
 """Settings that do not affect results."""
 NORMAL_95 = 1.96
-"""Standard errors from the middle of a 95 % interval to its end."""
+"""Half the width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -175,18 +175,14 @@ def _results(run: Run, path: Path) -> Iterator[tuple[str, Metric, dict[str, floa
             if isinstance(score, dict) and isinstance(score.get("value"), int | float):
                 kept = {key: float(score[key]) for key in ("value", "low", "high") if key in score}
                 yield file, Metric(name, title_of(name, titles), records, source), kept
-        for title, score in _beside_records(found, own):
-            yield file, Metric(title, title), score
+        for title, by_model in beside_records(found):
+            if own in by_model:
+                yield file, Metric(title, title), _with_ends(*by_model[own])
 
 
-def _beside_records(found: dict[str, Any], model: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield a model's results on tasks, with 95 % intervals, and on plain text."""
-    for task, metrics in found.get("tasks", {}).items():
-        for metric, by_model in metrics.items():
-            if (score := by_model.get(model)) is not None:
-                value, half = float(score["value"]), NORMAL_95 * float(score.get("stderr") or 0.0)
-                ends = {"low": value - half, "high": value + half} if half else {}
-                yield f"{task}, {metric}", {"value": value, **ends}
-    for key, value in found.get("plain", {}).get(model, {}).items():
-        if key in PLAIN:
-            yield PLAIN[key], {"value": float(value)}
+def _with_ends(value: float, stderr: float | None) -> dict[str, float]:
+    """Return a value with its 95 % interval, if its standard error is known."""
+    if not stderr:
+        return {"value": value}
+    half = NORMAL_95 * stderr
+    return {"value": value, "low": value - half, "high": value + half}

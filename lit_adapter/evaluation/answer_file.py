@@ -1,4 +1,4 @@
-"""``answers.jsonl`` and ``tasks.jsonl``: every model's values, kept as they come: a killed run continues.
+"""``answers.jsonl`` and ``tasks.jsonl``: the values of every model, kept so that a killed run continues.
 
 The first line says what the values depend on. Each other line is a JSON object with ``model``, the number of
 a ``record`` or ``task`` (from 0) and some of the values of that pair; later lines add to earlier ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from lit_adapter.errors import counted
 from lit_adapter.evaluation.metrics import METRICS
 
 MOST_SENTENCES = 4
-"""At the beginning of a report without comparisons."""
+"""How many a report without comparisons begins with."""
 TITLES = {"loss": "loss (nats per token)", "perplexity": "perplexity", "macro_f1": "macro F1"}
 
 
@@ -64,23 +65,27 @@ def lead(found: dict[str, Any]) -> list[str]:
 
 
 def _first_values(found: dict[str, Any]) -> list[str]:
-    tables = [score_table(found)] if "scores" in found else [forgetting_table(found)]
-    n_models = len(found["models"])
-    return [
-        f"{title[:1].upper()}{title[1:]}: "
-        + ", ".join(map(" ".join, zip(table.header[1:], cells[:n_models], strict=False)))
-        + "."
-        for table in tables
-        if table is not None
-        for title, *cells in table.rows[:MOST_SENTENCES]
-    ]
+    table = score_table(found) if "scores" in found else forgetting_table(found)
+    if table is None:
+        return []
+    of_models = slice(1, 1 + len(found["models"]))
+    sentences = []
+    for row in table.rows[:MOST_SENTENCES]:
+        pairs = zip(table.header[of_models], row[of_models], strict=True)
+        values = ", ".join(f"{name} {value}" for name, value in pairs)
+        sentences.append(f"{_capital(row[0])}: {values}.")
+    return sentences
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sentence(found: dict[str, Any], metric: str, row: dict[str, Any]) -> str:
     mine, base = (found["scores"][row[key]][metric] for key in ("model", "against"))
     title = title_of(metric, found["metrics"])
     return (
-        f"{title[:1].upper()}{title[1:]} on {counted(row['records'], 'record')}: {row['model']} "
+        f"{_capital(title)} on {counted(row['records'], 'record')}: {row['model']} "
         f"{with_interval(metric, mine)}, base {with_interval(metric, base)}; "
         f"{_verdict(row)} ({_p(row)})."
     )
@@ -155,19 +160,22 @@ def field_table(found: dict[str, Any]) -> Table:
 PLAIN = {"perplexity": "plain text, perplexity", "bits_per_byte": "plain text, bits per byte"}
 
 
+def beside_records(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, tuple[float, float | None]]]]:
+    """Yield the title of every result on tasks and plain text, with each model's value and standard error."""
+    for task, metrics in found.get("tasks", {}).items():
+        for metric, by_model in metrics.items():
+            title = f"{task}, {metric}"
+            yield title, {name: (score["value"], score["stderr"]) for name, score in by_model.items()}
+    if "plain" in found:
+        for key, title in PLAIN.items():
+            yield title, {name: (values[key], None) for name, values in found["plain"].items()}
+
+
 def forgetting_table(found: dict[str, Any]) -> Table | None:
     """Return tasks and plain text before and after, with the change; None if neither was asked for."""
     names = [model["name"] for model in found["models"]]
-    rows = [
-        [f"{task}, {metric}", *_cells([(values[name]["value"], values[name]["stderr"]) for name in names])]
-        for task, metrics in found.get("tasks", {}).items()
-        for metric, values in metrics.items()
-    ]
-    if "plain" in found:
-        rows += [
-            [title, *_cells([(found["plain"][name][key], None) for name in names])]
-            for key, title in PLAIN.items()
-        ]
+    measured = beside_records(found)
+    rows = [[title, *_cells([by_model[name] for name in names])] for title, by_model in measured]
     if not rows:
         return None
     changes = [f"{name} - {names[0]}" for name in names[1:]]

@@ -140,7 +140,7 @@ class GraphLane(Lane):
         wanted = any(r.n_new + (r in read) < r.settings.max_new_tokens for r in self.live)
         self.ahead = self._launch() if wanted else None
         if self.ahead is None:
-            self.rows = 0  # whoever comes next decides anew
+            self.rows = 0  # the next requests choose it again
         tokens, scores = landing.wait()
         for slot, request in requests:
             self._receive(request, tokens[slot], scores[slot] if scores else None)

@@ -165,7 +165,9 @@ class Request:
         if likelihoods is not None and self.most_likely is not None:
             self.likelihoods.append(TokenLikelihood.of(likelihoods, self.most_likely))
         self.news.append(token)
-        if self.n_new >= self.settings.max_new_tokens:  # otherwise another thread may have ended it
+        if (
+            self.n_new >= self.settings.max_new_tokens
+        ):  # never back to False: another thread may have ended it
             self.ended = True
 
     def fail(self, error: BaseException) -> None:

@@ -213,7 +213,7 @@ class ModuleDecode:
         return self.model.logits(self.prefixes.stepper(ids, view)[:, 0])
 
     def prepare(self, n: int) -> None:
-        """Make what `captured_step` needs for the first ``n`` slots, before it is captured."""
+        """Allocate what `captured_step` uses for the first ``n`` slots; called before a capture."""
 
     def captured_step(self, token: Tensor, position: Tensor, used: int) -> Tensor:
         """Do the same for the first B slots from ``token [B]`` and ``position [B]`` on the device.
