@@ -85,15 +85,18 @@ class Tasks:
         Raises:
             UserError: that file is of another run; names what differs.
         """
+        from lit_adapter.evaluation.harness import HarnessModel
+
         found: dict[str, Any] = {}
         path, overwrite = self.settings.out / "tasks.jsonl", self.settings.overwrite
         file = AnswerFile(path, self._identity(models, base), overwrite=overwrite, item="task")
         with _quiet():
             for one in models:
+                model = HarnessModel(one.model, one.name, self.settings.batch_size)
                 for number, task in enumerate(self.loaded):
                     pair = one.name, number
                     if pair not in file.values:
-                        file.append([(pair, {"results": self._results(one, task)})])
+                        file.append([(pair, {"results": self._results(model, task)})])
                     for name, numbers in file.values[pair]["results"].items():
                         for metric, value in numbers.items():
                             found.setdefault(name, {}).setdefault(metric, {})[one.name] = value
@@ -112,13 +115,11 @@ class Tasks:
             "lm-eval": version("lm-eval"),
         }
 
-    def _results(self, one: Contestant, task: Any) -> dict[str, dict[str, Any]]:
+    def _results(self, model: Any, task: Any) -> dict[str, dict[str, Any]]:
         from lm_eval import simple_evaluate
 
-        from lit_adapter.evaluation.harness import HarnessModel
-
         done = simple_evaluate(
-            HarnessModel(one.model, one.name, self.settings.batch_size),
+            model,
             tasks=[task],
             task_manager=self._manager,
             num_fewshot=self.settings.few_shot,

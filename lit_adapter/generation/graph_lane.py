@@ -161,9 +161,6 @@ class GraphLane(Lane):
         self.landings[0].send(self.chosen, self.scores if scored else None)
         return live, self.landings[0]
 
-    def _live_slots(self) -> list[tuple[int, Request]]:
-        return [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
-
     def _size(self, n: int) -> int:
         """Return how many slots steps compute for ``n`` requests: each number is a graph of its own."""
         return min(power_of_two(n), self.executor.cache.n_slots)

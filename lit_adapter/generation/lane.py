@@ -51,7 +51,10 @@ class Lane:
     @property
     def live(self) -> list[Request]:
         """The requests that are being answered: their prompts are read."""
-        return [request for request in self.slots if self._is_live(request)]
+        return [request for _, request in self._live_slots()]
+
+    def _live_slots(self) -> list[tuple[int, Request]]:
+        return [(slot, request) for slot, request in enumerate(self.slots) if self._is_live(request)]
 
     def _is_live(self, request: Request) -> bool:
         return not request.ended and request not in self.reading
@@ -250,7 +253,7 @@ class Lane:
 
         A request that is cancelled from now on is computed once more: the step's slots stay as they are.
         """
-        live = [slot for slot, request in enumerate(self.slots) if self._is_live(request)]
+        live = [slot for slot, _ in self._live_slots()]
         n_live = len(live)
         for target in sorted(set(range(n_live)) - set(live)):
             source = live.pop()
