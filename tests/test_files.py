@@ -55,7 +55,10 @@ def save_for_ever(folder: Path, adapter: Path, started: int) -> None:
 def test_fifty_kills_during_saves_leave_whole_files(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL at random moments of saving, the system's temporary folder on another file system."""
+    """SIGKILL at random moments of saving, the system's temporary folder on another file system.
+
+    How many of the moments fall into a save depends on the disk: there are more kills if too few did.
+    """
     other = Path("/dev/shm")
     if other.is_dir() and other.stat().st_dev != tmp_path.stat().st_dev:
         monkeypatch.setenv("TMPDIR", str(other))
@@ -64,7 +67,9 @@ def test_fifty_kills_during_saves_leave_whole_files(
     draw = random.Random(1337)
     folder, leftovers, rounds = tmp_path / "saved", 0, 0.0
     folder.mkdir()
-    for _ in range(KILLS):
+    for kill in range(10 * KILLS):
+        if kill >= KILLS and leftovers > KILLS // 5:
+            break
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
