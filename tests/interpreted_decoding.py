@@ -26,6 +26,7 @@ from lit_adapter.model.adapter import adapter_state
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.config import AdapterConfig
 from lit_adapter.model.fused_decode import FusedDecode
+from lit_adapter.model.kernels import decode_attention
 from lit_adapter.model.llama import Llama
 from lit_adapter.model.lora_config import LoraConfig
 from lit_adapter.model.pieces import Piece
@@ -38,6 +39,8 @@ FORMS = [
     AdapterConfig(prompt_length=0, norms=True),
     paper(layers=1, prompt_length=4, gate="channel"),
 ]
+READS = (0, 0), (256, 0), (256, 10**6)
+"""Constants of `fused_decode` with which prompts are read in rows, in tiles of queries, or query by query."""
 VOCAB = 67
 SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}
 ALONE: list[tuple[AdapterConfig, dict[str, Any]]] = [
@@ -88,12 +91,37 @@ def compare_beside_damaged(damage: float) -> None:
         pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
         modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
-        for fused_decode.SHORT_READ in (0, 256):
+        for fused_decode.SHORT_READ, fused_decode.ROW_KEYS in READS:
             found = fused.read(pieces)
             assert found[1].isnan().all()
             report(wanted[::2], found[::2])
             fused.read([replace(piece, prompt=piece.prompt[:3]) for piece in pieces])
             report(wanted[::2], fused.read([replace(piece, done=3) for piece in pieces])[::2])
+
+
+def compare_attention(heads: tuple[int, int], size: int, window: int | None, length: int) -> None:
+    """Compare tiles of queries, each of a slot of its own, with the formula in fp64."""
+    H, G, D, S, n_tiles = *heads, 16, length + 2, 3
+    draw = torch.Generator().manual_seed(length)
+    q, k, v = (
+        torch.randn(*shape, generator=draw)
+        for shape in ((n_tiles * size, H * D), (n_tiles, G, S, D), (n_tiles, G, S, D))
+    )
+    slot = torch.tensor([2, 0, 1]).repeat_interleave(size)
+    last = torch.tensor([length, 40, size])[slot]  # of its tile's queries
+    position = last - size + 1 + torch.arange(size).repeat(n_tiles)
+    position[-1] = S - 1  # of no text
+    parts = decode_attention.Parts(n_tiles, size, heads, D, S, q.device)
+    found, angles, source = torch.full_like(q, math.nan), torch.zeros(S, D // 2), torch.arange(n_tiles)
+    decode_attention.attend(q, (k, v), (angles, angles), position, None, source, parts, found, window, slot)
+    at = torch.arange(S)
+    seen = (at <= position[:, None]) & (at > position[:, None] - (window or S)) & (position[:, None] < S - 1)
+    keys, values = (x.double().repeat_interleave(H // G, 1)[slot] for x in (k, v))  # [N, H, S, D]
+    score = torch.einsum("nhd,nhsd->nhs", q.double().unflatten(1, (H, D)), keys) * D**-0.5
+    weight = score.masked_fill(~seen[:, None], -math.inf).softmax(-1).nan_to_num(0)
+    wanted = torch.einsum("nhs,nhsd->nhd", weight, values).flatten(1)
+    assert found[-1].eq(0).all()
+    report(wanted[:-1], found[:-1])
 
 
 def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: int) -> None:
@@ -106,7 +134,7 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
         n_read = [min(slot, len(prompt) - 1) for slot, prompt in enumerate(asked)]
         pairs = list(zip(pieces, n_read, strict=True))
-        for fused_decode.SHORT_READ in (0, 256):
+        for fused_decode.SHORT_READ, fused_decode.ROW_KEYS in READS:
             report(wanted, fused.read(pieces))
             fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
             report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))
@@ -139,5 +167,9 @@ if __name__ == "__main__":
     compare(5, 16, head_norms=True, rope=YARN)
     for form, sizes in ALONE:
         compare_alone(form, sizes)
+    for heads, size in (((2, 2), 16), ((3, 1), 4), ((4, 2), 8), ((2, 2), 1)):
+        for window in (None, 1, 37, 70):
+            for length in (130, 45):
+                compare_attention(heads, size, window, length)
     compare_beside_damaged(math.nan)
     compare_beside_damaged(math.inf)

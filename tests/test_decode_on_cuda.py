@@ -162,10 +162,12 @@ def test_every_family_is_decoded_as_near_to_fp64(
 
 
 def ways_to_read(executor: ModuleDecode, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
-    """As queries of a step, where the tokens are few; by its captured graph; and packed into rows."""
-    for most in (fused_decode().SHORT_READ, fused_decode().SHORT_READ, 0):
+    """As queries of a step if the tokens are few, each alone or in tiles; by graphs; and packed into rows."""
+    few, large = fused_decode().SHORT_READ, 10**6
+    for most, row_keys in ((few, large), (few, large), (few, 0), (few, 0), (0, 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_decode(), "SHORT_READ", most)
+            patch.setattr(fused_decode(), "ROW_KEYS", row_keys)
             yield lambda: executor.read(pieces)
 
 

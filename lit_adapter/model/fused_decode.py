@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_adapter.model.affine import join_affine
-from lit_adapter.model.attention import KeyValue
+from lit_adapter.model.attention import KeyValue, moved
 from lit_adapter.model.block_weights import block_weights, join_groups
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.fused_heads import HeadNorms
@@ -26,7 +26,8 @@ from lit_adapter.model.graphs import capture
 from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
-from lit_adapter.model.kernels.sizes import power_of_two
+from lit_adapter.model.kernels.decode_attention import ROWS
+from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
 from lit_adapter.model.lora import JoinedLora, join_updates
@@ -36,7 +37,9 @@ from lit_adapter.model.slot_prefixes import Prefixes
 from lit_adapter.model.tiles import plan_tiles
 
 MOST_KEYS = 2**16
-"""Most keys that the queries of a short read see in all: each query reads them for itself."""
+"""Most keys that the tiles of a short read see in all: each tile reads them for itself."""
+ROW_KEYS = 64
+"""Keys of a tile that take as long to read as one query more takes in the products."""
 
 
 class FusedDecode(ModuleDecode):
@@ -77,19 +80,34 @@ class FusedDecode(ModuleDecode):
         """Whether the kernels for few texts compute the model."""
         self.steps: dict[int, _Step] = {}
         """What takes steps, by the number of slots."""
-        self.short_reads: dict[int, _ShortRead] = {}
-        """What reads few tokens of prompts, by their largest number."""
+        self.tile_size = decode_attention.tile_size((H, G))
+        self.short_reads: dict[tuple[int, int], _ShortRead] = {}
+        """What reads few tokens of prompts, by the number of queries and the size of their tiles."""
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
         """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
         self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
-        n, n_keys = sum(p.n_new for p in pieces), sum(p.n_new * len(p.prompt) for p in pieces)
-        if n > SHORT_READ or n_keys > MOST_KEYS:
+        kind = self._short_read_of(pieces)
+        if kind is None:
             return self._read_rows(pieces)
-        n = max(16, power_of_two(n))
-        if n not in self.short_reads:
-            self.short_reads[n] = _ShortRead(self, n)
-        return self.short_reads[n].read(pieces)
+        if kind not in self.short_reads:
+            self.short_reads[kind] = _ShortRead(self, *kind)
+        return self.short_reads[kind].read(pieces)
+
+    def _short_read_of(self, pieces: Sequence[Piece]) -> tuple[int, int] | None:
+        """Return the number of queries of the cheapest short read, and the size of their tiles.
+
+        Large tiles read fewer keys, but a short piece leaves rows of its last tile empty. None if the pieces
+        are too long.
+        """
+        found = {}
+        for size in (self.tile_size, 1):
+            n_tiles = [ceil_div(piece.n_new, size) for piece in pieces]
+            n = max(ROWS, power_of_two(size * sum(n_tiles)))
+            n_keys = sum(tiles * len(piece.prompt) for tiles, piece in zip(n_tiles, pieces, strict=True))
+            if n <= SHORT_READ and n_keys <= MOST_KEYS:
+                found[n_keys + ROW_KEYS * n] = n, size
+        return found[min(found)] if found else None
 
     def _length_in_row(self, piece: Piece) -> int:
         return len(piece.prompt)  # keys before a piece are gathered into the row
@@ -125,12 +143,15 @@ class FusedDecode(ModuleDecode):
 
 
 class _QueryAttention:
-    """The attention of N queries, each to its slot's keys: those of a step, or a few tokens of prompts."""
+    """The attention of N queries, each to its slot's keys: those of a step, or a few tokens of prompts.
 
-    def __init__(self, decode: FusedDecode, n: int, slot: Tensor | None = None) -> None:
+    The queries of a tile, ``size`` of them, belong to one slot.
+    """
+
+    def __init__(self, decode: FusedDecode, n: int, slot: Tensor | None = None, size: int = 1) -> None:
         self.decode, self.slot, config = decode, slot, decode.model.config
-        heads = config.n_head, config.n_kv_head
-        self.parts = decode_attention.Parts(n, heads, decode.D, decode.cache.length, decode.device)
+        heads, length = (config.n_head, config.n_kv_head), decode.cache.length
+        self.parts = decode_attention.Parts(n // size, size, heads, decode.D, length, decode.device)
         self.y = decode.model.embed_tokens.weight.new_empty(n, decode.q_width)
 
     def attend(self, layer: int, q: Tensor, position: Tensor) -> Tensor:
@@ -165,23 +186,20 @@ class _Step:
 
 
 class _ShortRead:
-    """Reads up to N tokens of any prompts as the queries of one step, by a graph."""
+    """Reads up to N tokens of any prompts as the queries of one step, in tiles of a size, by a graph."""
 
-    def __init__(self, decode: FusedDecode, n: int) -> None:
-        self.decode = decode
+    def __init__(self, decode: FusedDecode, n: int, size: int) -> None:
+        self.decode, self.n, self.size = decode, n, size
         self.tokens = torch.zeros(3, n, dtype=torch.long, device=decode.device)
         """Their ids, slots and positions."""
-        self.queries = _QueryAttention(decode, n, self.tokens[1])
+        self.queries = _QueryAttention(decode, n, self.tokens[1], size)
         self.hidden: Tensor | None = None
         self.graph: Callable[[], None] | None = None
         self.prefixes: Prefixes | None = None  # those that the graph reads
 
     def read(self, pieces: Sequence[Piece]) -> Tensor:
         """Return the hidden states of the last tokens ``[B, C]``; see `ModuleDecode.read`."""
-        row = PieceRow(pieces, self.decode.device)
-        n, joined = len(row.ids), self.decode.prefixes.joined
-        self.tokens[:, :n] = torch.stack((row.ids, row.slot, row.position))
-        self.tokens[:, n:] = self.tokens[:, n - 1 : n]  # the rest computes the last token again
+        last, joined = self._place(pieces), self.decode.prefixes.joined
         if self.prefixes is not joined:  # a single use is not worth a capture
             self.prefixes, self.graph = joined, None
             self._compute()
@@ -189,7 +207,24 @@ class _ShortRead:
             self.graph = self.graph or capture(self._compute)
             self.graph()
         assert self.hidden is not None
-        return self.hidden[row.last]
+        return self.hidden[last]
+
+    def _place(self, pieces: Sequence[Piece]) -> Tensor:
+        """Put the tokens of pieces into tiles, and return where their last ones are ``[B]``.
+
+        Where a tile is not full, its piece's last token is computed again.
+        """
+        tokens: list[tuple[int, int, int]] = []
+        last = []
+        for piece in pieces:
+            own = [(piece.prompt[at], piece.slot, at) for at in range(piece.done, len(piece.prompt))]
+            tokens += own + own[-1:] * (-len(own) % self.size)
+            last.append(len(tokens) - 1)
+        tokens += tokens[-1:] * (self.n - len(tokens))
+        columns = [value for column in zip(*tokens, strict=True) for value in column]
+        found = moved(torch.tensor(columns + last), self.decode.device)
+        self.tokens.copy_(found[: 3 * self.n].view(3, self.n))
+        return found[3 * self.n :]
 
     def _compute(self) -> None:
         decode, (ids, slot, position) = self.decode, self.tokens

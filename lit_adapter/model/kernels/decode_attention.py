@@ -1,7 +1,7 @@
 """Attention to the keys in the cache and to each slot's own gated prefix, of one query a slot or of several.
 
-With few queries, several programs share the keys of one, and one more computes its prefix; the last of them
-to finish adds up their parts.
+Several queries of one slot form a tile, which reads their keys once. With few tiles, several programs share
+the keys of one, and one more computes its prefix; the last of them to finish adds up their parts.
 
 Letters: B slots, T tokens, N queries, H query heads, G key/value heads, D head size, S cache length, K prompt
 length.
@@ -24,25 +24,46 @@ KEYS = 32
 MOST_SPLITS = 64
 HEADS = 8
 """Heads that one program rotates or stores."""
+ROWS = 16
+"""Fewest rows that a matrix product takes: a tile has this many, of all its queries and heads of a group."""
+
+
+def tile_size(heads: tuple[int, int]) -> int:
+    """Return how many queries of one slot form a tile, given query and key/value heads (H, G)."""
+    return max(1, ROWS // power_of_two(heads[0] // heads[1]))
 
 
 class Parts:
-    """Where the programs that share one query's keys leave their parts, of N queries.
+    """Where the programs that share one tile's keys leave their parts.
 
-    ``heads`` are query and key/value heads (H, G), ``length`` is the cache's (S).
+    Args:
+        n_tiles: M.
+        size: queries of a tile.
+        heads: query and key/value heads (H, G).
+        head_dim: D.
+        length: of the cache (S).
+        device: of the tensors.
     """
 
     def __init__(
-        self, n_queries: int, heads: tuple[int, int], head_dim: int, length: int, device: torch.device
+        self,
+        n_tiles: int,
+        size: int,
+        heads: tuple[int, int],
+        head_dim: int,
+        length: int,
+        device: torch.device,
     ) -> None:
+        self.size = size
         programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = max(1, programs // (n_queries * heads[1]))
+        wanted = max(1, programs // (n_tiles * heads[1]))
         most = power_of_two(ceil_div(length, KEYS))
         self.splits = min(power_of_two(wanted + 1) // 2, most, MOST_SPLITS)
-        shape = (n_queries, heads[1], self.splits + 1, heads[0] // heads[1])  # one more for the prefix
-        self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [N, G, splits + 1, H/G, D]
+        rows = size * heads[0] // heads[1]
+        shape = (n_tiles, heads[1], self.splits + 1, rows)  # one more for the prefix
+        self.y = torch.empty(*shape, head_dim, device=device)  # fp32 [M, G, splits + 1, size * H/G, D]
         self.weight = torch.empty(*shape, device=device)  # log of each part's softmax denominator
-        self.arrived = torch.zeros(n_queries, heads[1], dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(n_tiles, heads[1], dtype=torch.int32, device=device)
         self.early = starts_early(device)
 
 
@@ -70,7 +91,7 @@ def attend(
         prefix: the layer's, a row for each slot: ``k`` and ``v [B, G, K, D]``, ``strength [B, H, 1, D]`` and
             the others as in `PrefixState`, contiguous; None if no slot has one.
         source: the slot whose row of ``prefix`` a slot uses ``[B]``; one row is read for all that are equal.
-        parts: room for them; overwritten.
+        parts: room for them; overwritten. The queries of one of its tiles belong to one slot.
         y: receives the result ``[N, H * D]``.
         window: how many keys a query sees at most; None for all.
         slot: of each query ``[N]``; None: the n-th query is that of slot n.
@@ -81,15 +102,16 @@ def attend(
     some = (prefix.k, prefix.v, prefix.strength, prefix.hidden) if prefix else (q, q, parts.y, parts.y)
     by_token = prefix.by_token if prefix else None
     unrotated = prefix.unrotated if prefix and isinstance(prefix.unrotated, Tensor) else None
+    size, group = parts.size, H // G
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
     own_slot = position if slot is None else slot
-    _attention_kernel[len(y) * G, n_programs](
+    _attention_kernel[len(y) // parts.size * G, n_programs](
         q, *cache, *rotation, position, own_slot, *some, parts.y if by_token is None else by_token,
         parts.arrived if unrotated is None else unrotated.view(torch.int8),
         source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, window or S, D**-0.5,
-        GROUP=H // G, G=G, D=D, HEADS=max(16, power_of_two(H // G)), KEYS=KEYS,
+        QUERIES=size, GROUP=group, G=G, D=D, ROWS=max(ROWS, power_of_two(size * group)), KEYS=KEYS,
         K=K, K_PADDED=max(16, power_of_two(K)), SPLITS=parts.splits, MAPPED=slot is not None,
-        WIDTH=power_of_two(H // G * D), BY_TOKEN=by_token is not None, UNROTATED=unrotated is not None,
+        WIDTH=power_of_two(size * group * D), BY_TOKEN=by_token is not None, UNROTATED=unrotated is not None,
         EARLY=parts.early,
         num_warps=4, num_stages=3 if parts.splits == 1 else 2, launch_pdl=parts.early,
     )  # fmt: skip
@@ -148,78 +170,96 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, pk_ptr, pv_ptr, strength_ptr, hidden_ptr,
     by_token_ptr, unrotated_ptr, source_ptr, y_ptr, part_ptr, weight_ptr, arrived_ptr, q_stride, S,
     window, scale,
-    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, MAPPED: tl.constexpr, WIDTH: tl.constexpr,
-    BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, EARLY: tl.constexpr,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, SPLITS: tl.constexpr, MAPPED: tl.constexpr,
+    WIDTH: tl.constexpr, BY_TOKEN: tl.constexpr, UNROTATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one query's heads of a group, and one of SPLITS shares of its keys."""
+    """A program owns a tile's QUERIES with their heads of a group, and one of SPLITS shares of their keys."""
     pair, split = tl.program_id(0), tl.program_id(1)
-    n, group = pair // G, pair % G
+    n, group = pair // G * QUERIES, pair % G
+    row = tl.arange(0, ROWS)
+    real = row < QUERIES * GROUP
+    head = group * GROUP + row % GROUP
     # Safe before the wait: a step begins with a launch that waits for all of the step before it.
-    place = tl.load(position_ptr + n).to(tl.int32)
-    length = tl.where(place == S - 1, 0, place + 1)
+    if QUERIES == 1:
+        own_n = n
+        place = tl.load(position_ptr + n).to(tl.int32)
+        length = tl.where(place == S - 1, 0, place + 1)
+        first = tl.maximum(length - window, 0)
+        longest, begin = length, first
+    else:
+        own_n = n + (row // GROUP)[:, None]
+        place = tl.load(position_ptr + own_n, mask=real[:, None], other=S - 1).to(tl.int32)
+        length = tl.where(place == S - 1, 0, place + 1)
+        first = tl.maximum(length - window, 0)
+        longest = tl.max(length)
+        begin = tl.minimum(tl.min(tl.where(length > 0, first, S)), longest)
     slot = n
     if MAPPED:
         slot = tl.load(slot_ptr + n).to(tl.int32)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    head = tl.arange(0, HEADS)
-    real = head < GROUP
     d = tl.arange(0, D)[None, :]
-    channel = (group * GROUP + head)[:, None] * D + d
-    q = tl.load(q_ptr + n * q_stride + channel, mask=real[:, None], other=0.0)
-    first = tl.maximum(length - window, 0)
-    own = tl.cdiv(tl.cdiv(length - first, KEYS), SPLITS) * KEYS
-    begin = tl.minimum(first + split * own, length)  # a program beyond SPLITS, the prefix's, has no keys
+    channel = head[:, None] * D + d
+    q = tl.load(q_ptr + own_n * q_stride + channel, mask=real[:, None], other=0.0)
+    share = tl.cdiv(tl.cdiv(longest - begin, KEYS), SPLITS) * KEYS
+    begin = tl.minimum(begin + split * share, longest)  # a program beyond SPLITS, the prefix's, has no keys
     at = (slot * G + group).to(tl.int64) * S * D
     y, weight = _attend_keys(
-        q, k_ptr + at, v_ptr + at, begin, tl.minimum(begin + own, length), scale, D, KEYS
+        q, k_ptr + at, v_ptr + at, begin, tl.minimum(begin + share, longest), first, length, scale, D, KEYS
     )
     if K > 0:  # noqa: SIM102 (decided when compiling)
         if SPLITS == 1 or split == SPLITS:
-            row = tl.load(source_ptr + slot)
-            strength = tl.load(strength_ptr + row * G * GROUP * D + channel, mask=real[:, None], other=0.0)
-            prompt = (row * G + group).to(tl.int64) * K * D
+            own = tl.load(source_ptr + slot)
+            strength = tl.load(strength_ptr + own * G * GROUP * D + channel, mask=real[:, None], other=0.0)
+            prompt = (own * G + group).to(tl.int64) * K * D
             prefix_q = q
             if UNROTATED:
                 angle = place * (D // 2)
-                back = tl.load(unrotated_ptr + row) != 0
-                prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, HEADS)
-            factor_ptr = by_token_ptr + (row * G * GROUP + group * GROUP + head) * K
+                back = tl.load(unrotated_ptr + own) != 0
+                prefix_q = _rotated_back(q, cos_ptr + angle, sin_ptr + angle, back, D, ROWS)
+            factor_ptr = by_token_ptr + (own * G * GROUP + head) * K
             y += strength * attend_prompt(
-                prefix_q, pk_ptr + prompt, pv_ptr + prompt, hidden_ptr + row * K, factor_ptr, real, scale,
+                prefix_q, pk_ptr + prompt, pv_ptr + prompt, hidden_ptr + own * K, factor_ptr, real, scale,
                 D, K, K_PADDED, BY_TOKEN,
             )  # fmt: skip
     if SPLITS == 1:
-        tl.store(y_ptr + n * G * GROUP * D + channel, y, mask=real[:, None])
+        tl.store(y_ptr + own_n * G * GROUP * D + channel, y, mask=real[:, None])
     else:
-        part = (pair * (SPLITS + 1) + split) * GROUP + head
+        part = (pair * (SPLITS + 1) + split) * QUERIES * GROUP + row
         tl.store(part_ptr + part[:, None] * D + d, y, mask=real[:, None])
         tl.store(weight_ptr + part, weight, mask=real)
         tl.debug_barrier()  # all of this program's stores come before it is counted
         if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") == tl.num_programs(1) - 1:
             tl.store(arrived_ptr + pair, 0)
-            _join(part_ptr, weight_ptr, y_ptr, pair, D, GROUP, K, SPLITS, WIDTH)
+            _join(part_ptr, weight_ptr, y_ptr, pair, G, D, GROUP, QUERIES, K, SPLITS, WIDTH)
 
 
 @triton.jit
-def _attend_keys(q, k_ptr, v_ptr, begin, end, scale, D: tl.constexpr, KEYS: tl.constexpr):
-    """Return the attention of ``q [HEADS, D]`` over keys ``begin`` to ``end``, and its weight's logarithm."""
+def _attend_keys(
+    q, k_ptr, v_ptr, begin, end, first, length, scale, D: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """Return the attention of ``q [ROWS, D]`` over keys ``begin`` to ``end``, and its weight's logarithm.
+
+    A row sees keys from its ``first`` on, up to its ``length``.
+    """
     d = tl.arange(0, D)
     top = tl.full((q.shape[0],), float("-inf"), tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
     y = tl.zeros((q.shape[0], D), tl.float32)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        seen = key < end
+        there = (key < end)[:, None]
         place = key[:, None] * D + d[None, :]
-        k = tl.load(k_ptr + place, mask=seen[:, None], other=0.0)
-        v = tl.load(v_ptr + place, mask=seen[:, None], other=0.0)
-        score = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        k = tl.load(k_ptr + place, mask=there, other=0.0)
+        v = tl.load(v_ptr + place, mask=there, other=0.0)
+        seen = (key[None, :] >= first) & (key[None, :] < tl.minimum(length, end))
+        score = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - higher[:, None])
-        shrink = tl.exp(top - higher)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
+        p = tl.exp(score - shift[:, None])
+        shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
         y = tl.dot(p.to(v.dtype), v, y * shrink[:, None])
         top = higher
@@ -228,8 +268,8 @@ def _attend_keys(q, k_ptr, v_ptr, begin, end, scale, D: tl.constexpr, KEYS: tl.c
 
 
 @triton.jit
-def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, HEADS: tl.constexpr):
-    """Return ``q [HEADS, D]``, if ``back``, as it was before its rotation.
+def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, ROWS: tl.constexpr):
+    """Return ``q [ROWS, D]``, if ``back``, as it was before its rotation.
 
     `rotated_back` of `attention_forward` would take about 40 more registers, for an angle of every head.
     """
@@ -239,9 +279,9 @@ def _rotated_back(q, cos_ptr, sin_ptr, back, D: tl.constexpr, HEADS: tl.constexp
     sin = tl.where(back, tl.load(sin_ptr + channel), 0.0)
     shrink = 1.0 / (cos * cos + sin * sin)  # yarn's rotation lengthens
     cos, sin = cos * shrink, sin * shrink
-    a, b = tl.split(tl.permute(tl.reshape(q.to(tl.float32), (HEADS, 2, HALF)), (0, 2, 1)))
+    a, b = tl.split(tl.permute(tl.reshape(q.to(tl.float32), (ROWS, 2, HALF)), (0, 2, 1)))
     turned = tl.join(a * cos + b * sin, b * cos - a * sin)
-    return tl.reshape(tl.permute(turned, (0, 2, 1)), (HEADS, D)).to(q.dtype)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, D)).to(q.dtype)
 
 
 @triton.jit
@@ -269,31 +309,34 @@ def attend_prompt(
 
 @triton.jit
 def _join(
-    part_ptr, weight_ptr, y_ptr, pair,
-    D: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    part_ptr, weight_ptr, y_ptr, pair, G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
+    QUERIES: tl.constexpr, K: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of a query's and group's parts, each by its weight, and of its prefix.
+    """Write the sum of a tile's and group's parts, each by its weight, and of its prefix.
 
     Parts are read from L2, where all programs wrote them: a line in L1 could be an older step's.
     """
     channel = tl.arange(0, WIDTH)
-    real = channel < GROUP * D
-    first = pair * (SPLITS + 1) * GROUP
+    row = channel // D
+    real = row < QUERIES * GROUP
+    first = pair * (SPLITS + 1) * QUERIES * GROUP
     top = tl.full((WIDTH,), float("-inf"), tl.float32)
     for split in tl.static_range(SPLITS):
-        place = weight_ptr + first + split * GROUP + channel // D
+        place = weight_ptr + first + split * QUERIES * GROUP + row
         top = tl.maximum(top, tl.load(place, mask=real, other=0.0, cache_modifier=".cg"))
     top = tl.where(top == float("-inf"), 0.0, top)  # without any key all parts are 0
     total = tl.zeros((WIDTH,), tl.float32)
     y = tl.zeros((WIDTH,), tl.float32)
     for split in tl.static_range(SPLITS):
-        place = weight_ptr + first + split * GROUP + channel // D
+        place = weight_ptr + first + split * QUERIES * GROUP + row
         factor = tl.exp(tl.load(place, mask=real, other=0.0, cache_modifier=".cg") - top)
-        part = part_ptr + (first + split * GROUP) * D + channel
+        part = part_ptr + (first + split * QUERIES * GROUP) * D + channel
         total += factor
         y += factor * tl.load(part, mask=real, other=0.0, cache_modifier=".cg")
     y /= tl.where(total > 0, total, 1.0)
     if K > 0:
-        part = part_ptr + (first + SPLITS * GROUP) * D + channel
+        part = part_ptr + (first + SPLITS * QUERIES * GROUP) * D + channel
         y += tl.load(part, mask=real, other=0.0, cache_modifier=".cg")
-    tl.store(y_ptr + pair * GROUP * D + channel, y, mask=real)
+    n = pair // G * QUERIES + row // GROUP
+    own = (n * G + pair % G) * GROUP + row % GROUP
+    tl.store(y_ptr + own * D + channel % D, y, mask=real)
