@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+FEW_TOKENS = 2
+"""Length of answers that are asked for only for their first token."""
 Seconds = list[float]
 Prompt = Sequence[int]
 
@@ -68,9 +70,10 @@ def _run(work: Callable[..., Coroutine[Any, Any, list[Answered]]], *given: Any) 
 
 
 async def _ask(url: str, model: str, prompt: Prompt, n_new: int) -> Answered:
-    """Ask for one streamed answer that does not end before its last token."""
+    """Ask for one streamed answer; a long one does not end before its last token."""
     body = {"model": model, "prompt": list(prompt), "max_tokens": n_new, "temperature": 0, "stream": True}
-    body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
+    if n_new > FEW_TOKENS:
+        body["logit_bias"] = {"0": -100, "1": -100, "2": -100}
     content = json.dumps(body).encode()
     place = urlsplit(url)
     started = time.perf_counter()
@@ -81,7 +84,7 @@ async def _ask(url: str, model: str, prompt: Prompt, n_new: int) -> Answered:
     times: Seconds = []
     is_refused = b" 429 " in await reader.readline()
     async for line in reader:
-        if line.startswith(b'data: {"id"') and b'"finish_reason":null' in line:
+        if line.startswith(b'data: {"id"'):
             times.append(time.perf_counter() - started)
     writer.close()
     if not times and not is_refused:

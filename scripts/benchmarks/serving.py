@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clients import Answered, Clients, Seconds
+from benchmarks.clients import FEW_TOKENS, Answered, Clients, Seconds
 from benchmarks.report import Report, Row
 from lit_adapter.files.read import read_json
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -158,8 +158,8 @@ def compare(options: Any, report: Report) -> None:
                 for kind, of in (("", names), (" with norms", list(normed))):
                     asked = [of[n % kinds] for n in range(streams)]
                     _rates(report, clients, asked, models, prompt, n_new, options.repeats, kind)
-            alone = [clients.ask(names[0], prompt(512), 2).first for _ in range(5)]
-            _put(report, "first token of 512, idle", first=alone)
+            _first_tokens(report, clients, names[0], prompt, "")
+            _first_tokens(report, clients, next(iter(normed)), prompt, " with norms")
             capacity = report.rows[f"server, {streams} streams, {streams} adapters"]["useful_tokens_per_s"]
             asked = [names[n % streams] for n in range(6 * streams)]
             rate = 0.75 * capacity / n_new
@@ -167,11 +167,23 @@ def compare(options: Any, report: Report) -> None:
             answered = [each.first for each in found if each.times]
             refused = len(found) - len(answered)
             _put(report, f"first token of {length}, 75 % load", first=answered, refused=refused)
-            shared = prompt(1000)
-            cold = clients.ask(names[0], shared + prompt(20), 2).first
-            warm = [clients.ask(names[0], shared + prompt(20), 2).first for _ in range(3)]
-            _put(report, "shared start of 1,000: first request", first=[cold])
-            _put(report, "shared start of 1,000: later requests", first=warm)
+
+
+def _first_tokens(
+    report: Report, clients: Clients, name: str, prompt: Callable[[int], list[int]], kind: str
+) -> None:
+    """Measure first tokens of an idle server, also of prompts whose first 1,000 tokens it has read before."""
+    for n in (20, 64, 512):
+        alone = [clients.ask(name, prompt(n), FEW_TOKENS).first for _ in range(15)]
+        _put(report, f"first token of {n}, idle{kind}", first=alone)
+    cold, warm = [], []
+    for _ in range(3):
+        start = prompt(1000)
+        first, *later = (clients.ask(name, start + prompt(20), FEW_TOKENS).first for _ in range(6))
+        cold.append(first)
+        warm += later
+    _put(report, f"shared start of 1,000: first request{kind}", first=cold)
+    _put(report, f"shared start of 1,000: later requests{kind}", first=warm)
 
 
 def _rates(
