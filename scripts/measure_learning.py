@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     stop_at = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         courses = write_courses(options.courses, Path(folder), options.text)
-        devices = sorted(_devices() * options.processes)
+        devices = _devices() * options.processes
         results = frontier.measure(options.base, courses, chosen, Path(options.json), devices, stop_at)
     for course in options.courses:
         print(f"## {course}", table(results, course), sep="\n\n", end="\n\n")

@@ -164,9 +164,8 @@ def result(power: int, seed: int, loss: float) -> frontier.Result:
 def test_the_search_of_a_frontier_ends_within_its_rates(best: int, noise: list[float]) -> None:
     """On a valley with its floor anywhere near the grid: no run twice, the best inside, three seeds there."""
     done: list[frontier.Result] = []
-    while (run := frontier.next_run(done)) is not None:
-        power, seed = run
-        done.append(result(power, seed, abs(power - best) + noise[power] * 0.5))
+    while runs := frontier.next_runs(done):
+        done += [result(power, seed, abs(power - best) + noise[power] * 0.5) for power, seed in runs]
     assert len({(r.power, r.seed) for r in done}) == len(done)
     searched = [r.power for r in done if r.seed == frontier.SEEDS[0]]
     assert min(searched) < best < max(searched)
@@ -176,8 +175,8 @@ def test_the_search_of_a_frontier_ends_within_its_rates(best: int, noise: list[f
 
 def test_a_search_whose_loss_falls_for_ever_ends_too() -> None:
     done: list[frontier.Result] = []
-    while (run := frontier.next_run(done)) is not None:
-        done.append(result(*run, loss=-float(run[0])))
+    while runs := frontier.next_runs(done):
+        done += [result(power, seed, -float(power)) for power, seed in runs]
     assert len(done) == frontier.MOST_RATES + 2
 
 

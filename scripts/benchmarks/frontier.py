@@ -137,21 +137,21 @@ def methods() -> list[Method]:
     return [Method(line, options) for line, sizes in lines.items() for options in sizes]
 
 
-def next_run(done: Sequence[Result]) -> tuple[int, int] | None:
-    """Return the power and seed of a method's next run on a course, or None after its last.
+def next_runs(done: Sequence[Result]) -> list[tuple[int, int]]:
+    """Return the powers and seeds of a method's next runs on a course, which do not depend on each other.
 
     Args:
         done: the method's results on that course.
     """
     searched = {result.power: result.loss for result in done if result.seed == SEEDS[0]}
-    missing = [power for power in FIRST if power not in searched]
+    missing = [(power, SEEDS[0]) for power in FIRST if power not in searched]
     if missing:
-        return missing[0], SEEDS[0]
+        return missing
     best = min(searched, key=searched.__getitem__)
     if len(searched) < MOST_RATES and best in (min(searched), max(searched)):
-        return best + (1 if best == max(searched) else -1), SEEDS[0]
+        return [(best + (1 if best == max(searched) else -1), SEEDS[0])]
     seen = {result.seed for result in done if result.power == best}
-    return next(((best, seed) for seed in SEEDS if seed not in seen), None)
+    return [(best, seed) for seed in SEEDS if seed not in seen]
 
 
 @dataclass(frozen=True)
@@ -261,13 +261,12 @@ def measure(
     for device in devices:
         queue.put(device)
     with ProcessPoolExecutor(len(devices), context, _own_device, (queue,)) as pool, path.open("a") as lines:
-        running: dict[Future[Result], tuple[str, Method]] = {}
+        running: dict[Future[Result], Task] = {}
         while True:
-            busy = set(running.values())
-            for task in _tasks(base, courses, chosen, results, busy):
+            for task in _tasks(base, courses, chosen, results, set(running.values())):
                 if len(running) == len(devices) or time.monotonic() > stop_at:
                     break
-                running[pool.submit(take, task)] = (task.course.name, task.method)
+                running[pool.submit(take, task)] = task
             if not running:
                 return results
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -282,15 +281,14 @@ def _tasks(
     courses: Sequence[Course],
     chosen: Sequence[Method],
     results: Sequence[Result],
-    busy: set[tuple[str, Method]],
+    running: set[Task],
 ) -> Iterator[Task]:
-    """Yield the next run of every method on every course, but for those that are running."""
+    """Yield the next runs of every method on every course, but for those that are running."""
     for method in chosen:
         for course in courses:
-            if (course.name, method) not in busy:
-                run = next_run(of_method(results, course.name, method))
-                if run is not None:
-                    yield Task(base, course, method, *run)
+            runs = next_runs(of_method(results, course.name, method))
+            tasks = (Task(base, course, method, *run) for run in runs)
+            yield from (task for task in tasks if task not in running)
 
 
 def of_method(results: Sequence[Result], course: str, method: Method) -> list[Result]:
