@@ -77,12 +77,17 @@ class SlotNorms:
         own.norm = norm(rows[-1])
         return own
 
-    def put(self, where: Tensor, norms: Norms | None) -> None:
-        """Give the slots ``where`` the norms of one model; None gives them the initial ones."""
-        given = norms or self.base
-        for own, new in ((self.rows.wide, given.wide), (self.rows.of_heads, given.of_heads)):
-            if own is not None and new is not None:
-                own[:, where] = new.to(own.device, own.dtype, non_blocking=True)[:, None]
+    def put(self, where: Tensor, norms: Sequence[Norms | None]) -> None:
+        """Give each of the slots ``where`` the norms of a model; None gives it the initial ones."""
+        rows, given = self.rows, [each or self.base for each in norms]
+        here = {
+            own: own.each(lambda x: x.to(rows.wide.device, rows.wide.dtype, non_blocking=True))
+            for own in set(given)
+        }
+        rows.wide[:, where] = torch.stack([here[own].wide for own in given], 1)
+        if rows.of_heads is not None:
+            of_heads = [here[own].of_heads for own in given]
+            rows.of_heads[:, where] = torch.stack([x for x in of_heads if x is not None], 1)
 
 
 class TokenSlots:

@@ -101,11 +101,12 @@ class SlotPrefixes:
             self.rows[slot] = Prefixes()  # nobody's, until all of it is written
         joined, form = self._room_for(new.values())
         changed = new if form == self.form else dict(enumerate(self.rows)) | new
-        slots_of: dict[Prefixes, list[int]] = {}
+        slots_of: dict[Hashable, list[int]] = {}
         for slot, prefixes in changed.items():
-            slots_of.setdefault(prefixes, []).append(slot)
-        for prefixes, slots in slots_of.items():
-            self._write(joined, moved(torch.tensor(slots), self.source.device), prefixes)
+            slots_of.setdefault(prefixes.form, []).append(slot)
+        for slots in slots_of.values():  # a write for each adapter would be many launches
+            where = moved(torch.tensor(slots), self.source.device)
+            self._write(joined, where, [changed[slot] for slot in slots])
         self.joined, self.form = joined, form  # only now: an error before leaves the other slots as they were
         for slot, prefixes in new.items():
             self.rows[slot] = prefixes
@@ -141,30 +142,33 @@ class SlotPrefixes:
         )
         return Prefixes(layers, joined, self.joined.norms), form
 
-    def _write(self, joined: Prefixes, where: Tensor, prefixes: Prefixes) -> None:
+    def _write(self, joined: Prefixes, where: Tensor, given: Sequence[Prefixes]) -> None:
+        """Give the slots ``where`` prefixes of one form."""
         if self.norms is not None:
-            self.norms.put(where, prefixes.norms)
-        own, new, K = joined.stacked, prefixes.stacked, prefixes.length
+            self.norms.put(where, [prefixes.norms for prefixes in given])
+        own, some, K = joined.stacked, given[0], given[0].length
         if own is None:
             return
         assert own.hidden is not None
         for x in vars(own).values():
             if isinstance(x, Tensor):
                 x[:, where] = 0
-        if new is None:
+        if some.stacked is None:
             return
-        top = slice(len(joined.layers) - len(prefixes.layers), None)
-        own.k[top, where, :, :K], own.v[top, where, :, :K] = new.k[:, None], new.v[:, None]
-        own.hidden[top, where, :, K:] = -torch.inf
-        one = new.strength.new_ones(())
-        by_channel, by_token = (
-            (one, new.strength[:, None]) if _differs_by_token(new) else (new.strength[:, None], one)
+        top = slice(len(joined.layers) - len(some.layers), None)
+        k, v, strength = (
+            torch.stack([getattr(prefixes.stacked, name) for prefixes in given], 1)  # [L, n, ...]
+            for name in ("k", "v", "strength")
         )
+        own.k[top, where, :, :K], own.v[top, where, :, :K] = k, v
+        own.hidden[top, where, :, K:] = -torch.inf
+        one = strength.new_ones(())
+        by_channel, by_token = (one, strength) if _differs_by_token(some.stacked) else (strength, one)
         own.strength[top, where] = by_channel
         if own.by_token is not None:
             own.by_token[top, where, :, :K] = by_token
         if isinstance(own.unrotated, Tensor):
-            own.unrotated[top, where] = new.unrotated
+            own.unrotated[top, where] = some.stacked.unrotated
 
     @property
     def stepper(self) -> Llama:
