@@ -26,7 +26,6 @@ from lit_adapter.model.graphs import capture
 from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
-from lit_adapter.model.kernels.decode_attention import ROWS
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
@@ -103,7 +102,7 @@ class FusedDecode(ModuleDecode):
         found = {}
         for size in (self.tile_size, 1):
             n_tiles = [ceil_div(piece.n_new, size) for piece in pieces]
-            n = max(ROWS, power_of_two(size * sum(n_tiles)))
+            n = max(decode_attention.ROWS, power_of_two(size * sum(n_tiles)))
             n_keys = sum(tiles * len(piece.prompt) for tiles, piece in zip(n_tiles, pieces, strict=True))
             if n <= SHORT_READ and n_keys <= MOST_KEYS:
                 found[n_keys + ROW_KEYS * n] = n, size

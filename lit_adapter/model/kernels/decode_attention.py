@@ -105,7 +105,7 @@ def attend(
     size, group = parts.size, H // G
     n_programs = parts.splits + (K > 0 and parts.splits > 1)
     own_slot = position if slot is None else slot
-    _attention_kernel[len(y) // parts.size * G, n_programs](
+    _attention_kernel[len(y) // size * G, n_programs](
         q, *cache, *rotation, position, own_slot, *some, parts.y if by_token is None else by_token,
         parts.arrived if unrotated is None else unrotated.view(torch.int8),
         source, y, parts.y, parts.weight, parts.arrived, q.stride(0), S, window or S, D**-0.5,
