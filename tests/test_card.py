@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from generation_fixtures import save_random_adapter
 from hub_stand_in import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
+from local_tasks import write_tasks
 from test_adapter_hub import push
 
 from lit_adapter.cli.push import main as push_main
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation.card import evaluated
+from lit_adapter.evaluation.evaluate import evaluate
+from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.weights.adapter_hub import push_adapter
 
 
@@ -60,6 +64,92 @@ def test_the_card_holds_the_evaluation_as_metadata_table_and_plots(adapter: Path
         assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
         assert b"var(" not in content
     assert b"held out" in told.files["loss.svg"]
+
+
+def measured(adapter: Path, folder: str, **found: Any) -> None:
+    """Put an evaluation of an adapter, beside base and another adapter, into its run folder."""
+    names = {"base": None, "mine": str(adapter), "other": "elsewhere/adapter.safetensors"}
+    models = [{"name": name, "adapter": path} for name, path in names.items()]
+    (adapter.parent / folder).mkdir()
+    (adapter.parent / folder / "results.json").write_text(json.dumps({"models": models, **found}))
+
+
+def results_of(adapter: Path, folder: Path | None = None) -> tuple[dict[tuple[str, str], EvalResult], str]:
+    """What the Hub's own reader finds on the card by data set and metric's name, and the card."""
+    told = evaluated(adapter, folder)
+    text = str(push_adapter(adapter, "me/x", evaluated=told, dry_run=True)[1])
+    found = ModelCard(text).data.eval_results or []
+    by_metric = {(one.dataset_name, str(one.metric_name)): one for one in found}
+    assert len(by_metric) == len(found)
+    return by_metric, text
+
+
+def on_tasks(value: float, **run: Any) -> dict[str, Any]:
+    """Results of two tasks; the second has not been finished by the adapter."""
+    other = {"other": {"value": 0.77, "stderr": 0.01}, "base": {"value": 0.25, "stderr": 0.02}}
+    mine = {"mine": {"value": value, "stderr": None}}
+    match = {"exact_match (flexible-extract)": {**other, **mine}}
+    return {"tasks": {"arc|easy": {"acc": {**other, **mine}, **match}, "piqa": {"acc": other}}, "run": run}
+
+
+def test_the_card_holds_tasks_and_plain_text_beside_the_records(adapter: Path) -> None:
+    """From several evaluations, what each has measured of this adapter, and of a task what has no limit."""
+    evaluated_run(adapter)
+    measured(adapter, "later", **on_tasks(0.5, limit=40, few_shot=5, chat_template=True))
+    measured(adapter, "latest", **on_tasks(0.6))
+    plain = {
+        "base": {"tokens": 1200, "perplexity": 9.25, "bits_per_byte": 1.5},
+        "mine": {"tokens": 1200, "perplexity": 8.125, "bits_per_byte": 1.25},
+    }
+    about = {"source": "~/books/plain.txt", "sha256": "0" * 64}
+    measured(adapter, "text", plain=plain, plain_text=about)
+    results, text = results_of(adapter)
+    assert {name for name, _ in results} == {"held.json", "arc|easy", "plain.txt"}
+    task = results["arc|easy", "acc"]
+    assert (task.task_type, task.metric_type, task.metric_value) == ("text-generation", "acc", 0.6)
+    assert results["arc|easy", "exact_match (flexible-extract)"].metric_type == "exact_match"
+    assert results["plain.txt", "perplexity"].metric_value == 8.125
+    assert results["plain.txt", "bits per byte"].metric_type == "bits_per_byte"
+    assert "| arc\\|easy, acc | 0.25 ± 0.02 | 0.6 |" in text
+    assert "On 1,200 tokens of the plain text `plain.txt`." in text
+    assert "| bits per byte | 1.5 | 1.25 |" in text
+    assert "0.77" not in text
+    assert text.count("## Evaluation") == 1
+    assert "books" not in text
+
+    results, text = results_of(adapter, adapter.parent / "later")
+    assert {name for name, _ in results} == {"arc|easy"}
+    arguments = {"limit": 40, "num_few_shot": 5, "chat_template": True}
+    assert results["arc|easy", "acc"].dataset_args == arguments
+    assert "the first 40 questions of each, 5 examples before each question, in the base's chat" in text
+
+
+def test_a_card_shows_what_an_evaluation_of_tasks_and_text_has_written(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = save_random_adapter(tiny_base, tmp_path / "run" / "adapter.safetensors")
+    tasks, plain = write_tasks(tmp_path), tmp_path / "plain.txt"
+    plain.write_text("red green blue " * 9)
+    settings = Evaluation(
+        out=tmp_path / "run" / "evaluation",
+        adapters=(adapter,),
+        base=tiny_base,
+        tasks=(str(tasks["choice"]),),
+        plain=plain,
+        limit=4,
+        device="cpu",
+        dtype="float32",
+    )
+    written = evaluate(settings, lambda line: None)
+    results, _ = results_of(adapter)
+    wanted = {
+        ("choice", metric): by_model["run"]["value"]
+        for metric, by_model in written["tasks"]["choice"].items()
+    }
+    wanted["plain.txt", "perplexity"] = written["plain"]["run"]["perplexity"]
+    wanted["plain.txt", "bits per byte"] = written["plain"]["run"]["bits_per_byte"]
+    assert {key: one.metric_value for key, one in results.items()} == wanted
+    assert len(wanted) > 3
 
 
 def test_an_adapter_that_was_not_evaluated_has_a_card_without_scores(adapter: Path) -> None:

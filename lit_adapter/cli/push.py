@@ -22,7 +22,7 @@ def main(argv: Sequence[str], program: str | None = None) -> int:
         "--results",
         type=Path | None,
         metavar="FOLDER",
-        help="an evaluation for the card; by default one in the adapter's run folder",
+        help="an evaluation for the card; by default those in the adapter's run folder",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent; send nothing")
     options = parse(parser, argv)

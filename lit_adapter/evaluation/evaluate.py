@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
             found["warnings"] = scores.warnings(found)
             answers = {one.name: [file.values[one.name, i] for i in range(len(records))] for one in models}
         if plain is not None:
+            found["plain_text"] = {"source": without_home(str(settings.plain)), "sha256": _sha256(plain)}
             found["plain"] = {one.name: asdict(plain_text(one.model, plain, one.name)) for one in models}
         if tasks.loaded:
             with _answers_kept():
@@ -96,6 +98,10 @@ def _plain(settings: Evaluation) -> str | None:
     if not text.strip():
         raise UserError(f"{settings.plain}: the file is empty; expected a text to measure perplexity on")
     return text
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _about(settings: Evaluation, models: Sequence[Contestant], seconds: float) -> dict[str, Any]:

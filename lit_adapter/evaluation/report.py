@@ -35,7 +35,7 @@ def _markdown(found: dict[str, Any], shown: dict[str, list[Sample]]) -> str:
     parts = ["# Evaluation", *tables.lead(found)]
     parts += [f"**Warning:** {line}" for line in found.get("warnings", [])]
     for table in tables.all_tables(found):
-        parts += [f"## {table.title}", _markdown_table(table)]
+        parts += [f"## {table.title}", markdown_table(table)]
     for title, chosen in shown.items():
         parts.append(f"## {title}")
         parts += ["\n".join(_markdown_sample(sample)) for sample in chosen]
@@ -44,7 +44,8 @@ def _markdown(found: dict[str, Any], shown: dict[str, list[Sample]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Return a table in Markdown, without its title."""
     ruler = ["---", *["---:"] * (len(table.header) - 1)]
     rows = [table.header, ruler, *table.rows]
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)

@@ -44,6 +44,11 @@ def with_interval(metric: str, found: dict[str, Any]) -> str:
     return f"{shown(metric, found['value'])} ({low} to {high})"
 
 
+def with_error(value: float, spread: float | None) -> str:
+    """Return a value with its standard error, where it has one."""
+    return number(value) + ("" if spread is None else f" \u00b1 {spread:.2g}")
+
+
 def title_of(metric: str, titles: dict[str, str]) -> str:
     """Return a metric's title."""
     return titles.get(metric, TITLES.get(metric, metric))
@@ -184,6 +189,6 @@ def forgetting_table(found: dict[str, Any]) -> Table | None:
 
 def _cells(values: list[tuple[float, float | None]]) -> list[str]:
     """Return values with their standard errors, and their differences from the first."""
-    cells = [number(value) + ("" if spread is None else f" \u00b1 {spread:.2g}") for value, spread in values]
+    cells = [with_error(value, spread) for value, spread in values]
     apart = [value - values[0][0] for value, _ in values[1:]]
     return [*cells, *("+" * (value >= 0) + number(value) for value in apart)]
