@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_merge import made
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_backend import on_a_backend
@@ -205,6 +206,45 @@ def test_a_prefix_stays_in_fp32_on_a_bf16_base(tmp_path: Path) -> None:
     model = loaded(folder)
     kinds = {name.rpartition(".prefix.")[1]: tensor.dtype for name, tensor in model.named_parameters()}
     assert kinds == {"": torch.bfloat16, ".prefix.": torch.float32}
+
+
+def in_int8(library: str) -> object:
+    if library == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    pytest.importorskip(library)
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["by name", "whole"])
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_the_base_is_loaded_in_int8_and_the_adapter_as_it_is(
+    tmp_path: Path, library: str, with_base: bool
+) -> None:
+    form = in_int8(library)
+    folder, ours = exported(tmp_path, FORMS["norms"], with_base=with_base)
+    model = loaded(folder, quantization_config=form, dtype=torch.float32)
+    found = dict(model.named_parameters())
+    file = load_file(folder / ("model.safetensors" if with_base else "adapter.safetensors"))
+    learned = {name: tensor for name, tensor in file.items() if ".prefix." in name or "norm" in name}
+    assert {name.split(".")[-2] for name in learned} >= {"prefix", "strength", "input_layernorm", "norm"}
+    for name, tensor in learned.items():
+        assert (type(found[name]), found[name].dtype) == (torch.nn.Parameter, torch.float32), name
+        assert torch.equal(found[name], tensor), name
+    matrices = [name for name in found if name.endswith("_proj.weight")]
+    assert len(matrices) == 7 * model.config.num_hidden_layers
+    assert all(type(found[name]) is not torch.nn.Parameter for name in matrices)
+
+    ids = torch.arange(3, 25)[None]
+    wanted = ours.logits(ids)
+    by_adapter = (ours.base.logits(ids) - wanted).abs().max()
+    with torch.no_grad():
+        assert 0 < (model(input_ids=ids).logits - wanted).abs().max() < 0.05 * by_adapter
+        answer = model.generate(ids, max_new_tokens=8, do_sample=False)
+        greedy = model(input_ids=answer).logits.argmax(-1)
+    n_prompt = ids.shape[1]
+    assert answer.shape[1] > n_prompt
+    assert torch.equal(answer[:, n_prompt:], greedy[:, n_prompt - 1 : -1])
 
 
 def test_without_its_code_it_is_refused_rather_than_a_plain_llama(tmp_path: Path) -> None:

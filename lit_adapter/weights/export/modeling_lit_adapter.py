@@ -160,8 +160,13 @@ class _OnBase(PreTrainedModel):
     """Loads the base's weights from where the folder says they are, and then the adapter's."""
 
     config_class: Any
-    # In fp32 whatever the base's precision; the second, a suffix, is what quantisation leaves alone.
-    _keep_in_fp32_modules = ["prefix", "prefix.strength"]  # noqa: RUF012 (as transformers declares it)
+    # In fp32 whatever the base's precision. Quantisation leaves names with these ends alone: of layers, or
+    # with torchao of parameters.
+    _keep_in_fp32_modules = [  # noqa: RUF012 (as transformers declares it)
+        "prefix",
+        "prefix.strength",
+        "prefix.strength.weight",
+    ]
     _keep_in_fp32_modules_strict = ["prefix"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"\.prefix\."]  # noqa: RUF012
 
