@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_adapter.errors import UserError
+from lit_adapter.evaluation.settings import refuse_twice
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import file_sha256
 from lit_adapter.generation.adapted import AdaptedLlama
@@ -79,9 +79,7 @@ def names(adapters: Sequence[Path]) -> list[str]:
         UserError: a file is given twice.
     """
     paths = [path.absolute() for path in adapters]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise UserError(f"--adapter: {twice} is given twice; leave one out")
+    refuse_twice("adapter", paths)
     plain = [p.parent.name if p.name == "adapter.safetensors" else f"{p.parent.name}/{p.stem}" for p in paths]
     if len({BASE, *plain}) == len(plain) + 1:
         return plain

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lit_adapter.config import Columns
 from lit_adapter.data.tasks import DEFAULT_COLUMNS
+from lit_adapter.errors import UserError
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation; at least one of ``data``, ``plain`` and ``tasks`` is given."""
+    """One evaluation; at least one of ``data``, ``plain`` and ``tasks`` is given.
+
+    Raises:
+        UserError: a metric or task is given twice.
+    """
 
     out: Path
     """The folder of the results."""
@@ -45,3 +51,18 @@ class Evaluation:
     batch_size: int = 16
     overwrite: bool = False
     """Discard the answers of another run in ``out``."""
+
+    def __post_init__(self) -> None:
+        refuse_twice("metrics", self.metrics)
+        refuse_twice("tasks", self.tasks)
+
+
+def refuse_twice(option: str, given: Sequence[object]) -> None:
+    """Refuse an option that names something twice.
+
+    Raises:
+        UserError: names it.
+    """
+    twice = next((one for one in given if given.count(one) > 1), None)
+    if twice is not None:
+        raise UserError(f"--{option}: {twice} is given twice; leave one out")

@@ -66,6 +66,12 @@ ROWS = [
     ),
     Row(
         133,
+        "a metric twice",
+        on_words("--metrics", "exact,contains,exact"),
+        r"--metrics: exact is given twice; leave one out",
+    ),
+    Row(
+        133,
         "early stops with a metric of whole answers",
         on_words("--stop_early", "--metrics", "contains"),
         r"--stop_early: contains needs whole answers; leave it or --stop_early out",
@@ -81,6 +87,12 @@ ROWS = [
         "a task file that does not exist",
         lambda b: b.evaluate("--tasks", "nowhere.yaml"),
         r"--tasks: nowhere\.yaml: file not found",
+    ),
+    Row(
+        135,
+        "a task twice",
+        lambda b: b.evaluate("--tasks", "arc_easy,arc_easy"),
+        r"--tasks: arc_easy is given twice; leave one out",
     ),
     Row(
         135,
