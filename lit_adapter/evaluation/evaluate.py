@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +24,18 @@ from lit_adapter.evaluation.tasks import Tasks
 from lit_adapter.evaluation.windows import plain_text
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import without_home
-from lit_adapter.files.read import read_text
+from lit_adapter.files.read import read_text, reading
 from lit_adapter.files.write import check_writable, write_json
 from lit_adapter.generation.fallback import enough_memory
 from lit_adapter.streams import Say
 from lit_adapter.weights.adapter_file import base_of
+from lit_adapter.weights.base_folder import CONFIG, FINGERPRINT
 
 FORMAT = 1
 """Version of the keys of results.json; docs/evaluation.md describes them."""
+
+NO_REPORTS = {FINGERPRINT: "a converted base", CONFIG: "a model", "step-*.ckpt": "a run's checkpoints"}
+"""Files beside which no evaluation is written, and what their folder is; a run's own folder may hold one."""
 
 
 def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         UserError: a setting is wrong; the message names it.
     """
     started = time.perf_counter()
-    check_writable(settings.out)
+    _check_out(settings.out)
     with one_at_a_time(settings.out / "results.json", wait=False, option="--out"):
         records = on_records.read(settings, say) if settings.data else None
         metrics = on_records.choose_metrics(settings, records, say) if records else []
@@ -79,6 +84,16 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         write_json(settings.out / "results.json", found)
         write_report(settings.out, found, answers, settings.adapters)
     return found
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; --out names a folder")
+    with reading(out):
+        for pattern, what in NO_REPORTS.items():
+            if any(out.glob(pattern)):
+                raise UserError(f"{out}: holds {what}; choose another --out, such as a new folder")
+    check_writable(out)
 
 
 @contextmanager

@@ -83,6 +83,30 @@ ROWS = [
         r"answers\.jsonl: answers of another run \(other max_new_tokens\); choose another --out",
     ),
     Row(
+        134,
+        "a report into the base",
+        lambda b: on_words("--out", b.base)(b),
+        r"tiny: holds a converted base; choose another --out, such as a new folder",
+    ),
+    Row(
+        134,
+        "a report into another program's model",
+        lambda b: on_words("--out", b.file("model/config.json", "{}").parent)(b),
+        r"model: holds a model; choose another --out, such as a new folder",
+    ),
+    Row(
+        134,
+        "a report into checkpoints",
+        lambda b: on_words("--out", b.file("checkpoints/step-0000001.ckpt", "").parent)(b),
+        r"checkpoints: holds a run's checkpoints; choose another --out, such as a new folder",
+    ),
+    Row(
+        134,
+        "a report into a file",
+        lambda b: on_words("--out", b.file("report.html", ""))(b),
+        r"report\.html: is a file; --out names a folder",
+    ),
+    Row(
         135,
         "a task file that does not exist",
         lambda b: b.evaluate("--tasks", "nowhere.yaml"),
