@@ -250,3 +250,37 @@ def test_plain_text_is_compared_before_and_after(
         assert found["plain"][name]["tokens"] == len(ids) > length
         assert found["plain"][name]["perplexity"] == pytest.approx(np.exp(total / len(ids)), rel=1e-5)
     assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
+def test_a_plain_text_is_measured_once_by_each_model(
+    evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop, by the models that have not; a text or precision that has changed, by all again."""
+    plain, measured = tmp_path / "plain.txt", []
+    plain.write_text("red green blue\n" * 20)
+    only: dict[str, Any] = {"data": None, "plain": plain, "max_new_tokens": None}
+    plain_text = evaluation.plain_text
+
+    def stopped(model: AdaptedLlama, text: str, title: str) -> Any:
+        measured.append(title)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return plain_text(model, text, title)
+
+    monkeypatch.setattr(evaluation, "plain_text", stopped)
+    with pytest.raises(KeyboardInterrupt, match="what is finished is kept; the same command continues"):
+        evaluate(**only)
+    found = evaluate(**only)
+    assert measured == ["base", "one", "one", "two"]
+    path = tmp_path / "out" / "plain.jsonl"
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-20])  # killed while it wrote the last line
+    again = evaluate(**only)
+    assert measured[4:] == ["two"]
+    assert (again["plain"], path.read_bytes()) == (found["plain"], complete)
+    plain.write_text("red green blue\n" * 19 + "red green red\n")
+    assert evaluate(**only)["plain"] != found["plain"]
+    assert evaluate(**only, dtype="bfloat16")["plain"] != found["plain"]
+    assert measured[5:] == ["base", "one", "two"] * 2
+    plain.write_text("red green blue\n" * 20)
+    assert evaluate(**only, out=tmp_path / "fresh")["plain"] == found["plain"]

@@ -1,7 +1,7 @@
-"""``answers.jsonl`` and ``tasks.jsonl``: the values of every model, kept so that a killed run continues.
+"""``answers.jsonl``, ``tasks.jsonl``, ``plain.jsonl``: every model's values, so that a killed run continues.
 
 The first line says what the values depend on. Each other line is a JSON object with ``model``, the number of
-a ``record`` or ``task`` (from 0) and some of the values of that pair; later lines add to earlier ones.
+a ``record``, ``task`` or ``text`` (from 0) and values of that pair; later lines add to earlier ones.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lit_adapter.files.write import append_bytes, write_bytes
 
 FORMAT = 1
 Pair = tuple[str, int]
-"""A model's name and the number of a record or task."""
+"""A model's name and the number of a record, task or text."""
 
 
 class AnswerFile:
-    """The values so far, by model and record, or by model and task.
+    """The values so far, by model and record, task or text.
 
     Args:
         path: the file; its folder is made.

@@ -17,11 +17,12 @@ import lit_adapter
 from lit_adapter.device import choose_device, choose_dtype, device_name
 from lit_adapter.errors import UserError
 from lit_adapter.evaluation import on_records, scores
-from lit_adapter.evaluation.contestants import Contestant, contestants
+from lit_adapter.evaluation.answer_file import AnswerFile
+from lit_adapter.evaluation.contestants import Contestant, contestants, identity_of
 from lit_adapter.evaluation.report import write_report
 from lit_adapter.evaluation.settings import Evaluation
 from lit_adapter.evaluation.tasks import Tasks
-from lit_adapter.evaluation.windows import plain_text
+from lit_adapter.evaluation.windows import LONGEST_WINDOW, plain_text
 from lit_adapter.files.locks import one_at_a_time
 from lit_adapter.files.paths import without_home
 from lit_adapter.files.read import read_text, reading
@@ -42,7 +43,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
     """Evaluate the base and every adapter, write the folder, and return the contents of ``results.json``.
 
     Mistakes in data, metrics or tasks are found before a model is loaded. The same call continues an
-    evaluation that was stopped: answers, losses and finished tasks are kept as they come.
+    evaluation that was stopped: what is finished is kept as it comes.
 
     Raises:
         UserError: a setting is wrong; the message names it.
@@ -74,12 +75,13 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
             found |= scores.results(asked, models, file)
             found["warnings"] = scores.warnings(found)
             answers = {one.name: [file.values[one.name, i] for i in range(len(records))] for one in models}
-        if plain is not None:
-            found["plain_text"] = {"source": without_home(str(settings.plain)), "sha256": _sha256(plain)}
-            found["plain"] = {one.name: asdict(plain_text(one.model, plain, one.name)) for one in models}
         if tasks.loaded:
             with _answers_kept():
                 found["tasks"] = tasks.run(models, base)
+        if plain is not None:
+            found["plain_text"] = {"source": without_home(str(settings.plain)), "sha256": _sha256(plain)}
+            with _answers_kept():
+                found["plain"] = _on_plain_text(settings.out, plain, models, base)
         found["run"] = _about(settings, models, time.perf_counter() - started)
         write_json(settings.out / "results.json", found)
         write_report(settings.out, found, answers, settings.adapters)
@@ -113,6 +115,17 @@ def _plain(settings: Evaluation) -> str | None:
     if not text.strip():
         raise UserError(f"{settings.plain}: the file is empty; expected a text to measure perplexity on")
     return text
+
+
+def _on_plain_text(out: Path, text: str, models: Sequence[Contestant], base: Path) -> dict[str, Any]:
+    """Measure a text with every model that has not measured it yet; ``plain.jsonl`` keeps the results."""
+    identity = {"text": _sha256(text), "longest window": LONGEST_WINDOW, **identity_of(models, base)}
+    # Unlike answers, what another run has measured is replaced: there is one number per model to lose.
+    file = AnswerFile(out / "plain.jsonl", identity, overwrite=True, item="text")
+    for one in models:
+        if (one.name, 0) not in file.values:
+            file.append([((one.name, 0), asdict(plain_text(one.model, text, one.name)))])
+    return {one.name: file.values[one.name, 0] for one in models}
 
 
 def _sha256(text: str) -> str:
