@@ -17,7 +17,7 @@ from typing import Any
 from lit_adapter.errors import UserError, nearest
 from lit_adapter.evaluation.answer_file import AnswerFile
 from lit_adapter.evaluation.contestants import Contestant, identity_of
-from lit_adapter.evaluation.settings import Evaluation
+from lit_adapter.evaluation.settings import Evaluation, refuse_twice
 from lit_adapter.files.read import file_sha256
 from lit_adapter.streams import Say, only_errors_of
 
@@ -59,6 +59,7 @@ class Tasks:
                 raise UserError(f"--tasks: '{name}' is unknown{hint}")
         for name in self.settings.tasks:
             self.loaded += self._one(name)
+        refuse_twice("tasks", [task.task_name for task in self.loaded])  # files or groups may share a name
 
     def _one(self, name: str) -> list[Any]:
         """Load a task, or all of a group."""
@@ -162,5 +163,6 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     for library in ("huggingface_hub.utils", "datasets"):
         import_module(library)  # sets its logger's level when it is first imported
+    import_module("datasets").disable_progress_bars()  # where tqdm was imported before
     with only_errors_of(*NOISY):
         yield

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from bench import OK, Bench, Outcome, Row
+from local_tasks import write_tasks
 
 WITHOUT_DATA = "task: far\ndataset_path: nobody/far-away\noutput_type: loglikelihood\ntest_split: test\n"
 
@@ -37,6 +38,11 @@ def by(text: str) -> Callable[[Bench], Outcome]:
 def after_another(bench: Bench) -> Outcome:
     assert on_words()(bench).status == 0
     return on_words("--max_new_tokens", 4)(bench)
+
+
+def two_files_of_one_task(bench: Bench) -> Outcome:
+    one, other = (write_tasks(bench.file(f"{name}/.kept", "").parent)["choice"] for name in ("one", "other"))
+    return bench.evaluate("--tasks", f"{one},{other}")
 
 
 def far_away(bench: Bench) -> Outcome:
@@ -117,6 +123,12 @@ ROWS = [
         "a task twice",
         lambda b: b.evaluate("--tasks", "arc_easy,arc_easy"),
         r"--tasks: arc_easy is given twice; leave one out",
+    ),
+    Row(
+        135,
+        "two files of one task",
+        two_files_of_one_task,
+        r"--tasks: choice is given twice; leave one out",
     ),
     Row(
         135,
