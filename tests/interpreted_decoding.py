@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +40,6 @@ FORMS = [
     AdapterConfig(prompt_length=0, norms=True),
     paper(layers=1, prompt_length=4, gate="channel"),
 ]
-READS = (0, 0), (256, 0), (256, 10**6)
-"""Constants of `fused_decode` with which prompts are read in rows, in tiles of queries, or query by query."""
 VOCAB = 67
 SIZES = {"n_embd": 64, "n_hidden": 48, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": VOCAB}
 ALONE: list[tuple[AdapterConfig, dict[str, Any]]] = [
@@ -65,12 +64,25 @@ def prefixes_on(base: Llama) -> list[Prefixes]:
     return found
 
 
+def ways_to_read(fused: FusedDecode) -> Iterator[None]:
+    """Packed into rows, as queries of a step in tiles, and each query alone."""
+    tile, fused_decode.ROW_KEYS = fused.tile_size, 0
+    for fused_decode.SHORT_READ, fused.tile_size in ((0, tile), (256, tile), (256, 1)):
+        yield
+    fused.tile_size = tile
+    assert {size for _, size in fused.short_reads} == {1, tile}
+
+
 def compare(n_slots: int, head_dim: int, **more: Any) -> None:
     """Compare slots of a base with heads of a size."""
     base = random_llama(1, torch.float32, head_dim=head_dim, **SIZES, **more).eval().requires_grad_(False)
     forms = prefixes_on(base)
     with torch.inference_mode():
-        take_steps([ModuleDecode(base, n_slots, 24), FusedDecode(base, n_slots, 24)], forms, n_slots)
+        fused = FusedDecode(base, n_slots, 24)
+        fused.capture_reads()
+        assert set(fused.short_reads) == {(n, size) for n in (16, 32) for size in (1, 8)}
+        assert all(read.graph for read in fused.short_reads.values())
+        take_steps([ModuleDecode(base, n_slots, 24), fused], forms, n_slots)
 
 
 def compare_alone(form: AdapterConfig, sizes: dict[str, Any]) -> None:
@@ -91,7 +103,7 @@ def compare_beside_damaged(damage: float) -> None:
         pieces = [Piece(*each) for each in zip(texts, range(3), own, strict=True)]
         modules, fused = ModuleDecode(base, 3, 24), FusedDecode(base, 3, 24)
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
-        for fused_decode.SHORT_READ, fused_decode.ROW_KEYS in READS:
+        for _ in ways_to_read(fused):
             found = fused.read(pieces)
             assert found[1].isnan().all()
             report(wanted[::2], found[::2])
@@ -134,7 +146,7 @@ def take_steps(executors: list[ModuleDecode], forms: list[Prefixes], n_slots: in
         wanted = torch.cat([modules.read([piece]) for piece in pieces])
         n_read = [min(slot, len(prompt) - 1) for slot, prompt in enumerate(asked)]
         pairs = list(zip(pieces, n_read, strict=True))
-        for fused_decode.SHORT_READ, fused_decode.ROW_KEYS in READS:
+        for _ in ways_to_read(fused):
             report(wanted, fused.read(pieces))
             fused.read([replace(piece, prompt=piece.prompt[: n + 1]) for piece, n in pairs])
             report(wanted, fused.read([replace(piece, done=n) for piece, n in pairs]))

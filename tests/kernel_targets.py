@@ -1,4 +1,4 @@
-"""Compiles the attention kernels of packed rows for a GPU that need not be there, and prints what each needs.
+"""Compiles the kernels of attention for a GPU that need not be there, and prints what each needs.
 
     python tests/kernel_targets.py 89    # the compute capability, here of Ada
 
@@ -17,11 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lit_adapter.model.attention import PackedRow
-from lit_adapter.model.kernels import attention, entry, prompt_prefix
+from lit_adapter.model.kernels import attention, decode_attention, entry, prompt_prefix
 from lit_adapter.model.prefix import PrefixState
 from lit_adapter.model.tiles import HEAD_SIZES, plan_tiles
 
-H, G, T = 4, 2, 200
+H, G, T, B = 4, 2, 200, 3
 FORMS = [(0, False, False), (10, False, False), (10, True, True), (64, True, True)]
 """Prompt length, strengths by token, unrotated queries."""
 
@@ -71,11 +71,10 @@ def compile_attention(D: int, K: int, by_token: bool, unrotated: bool) -> None:
     attention.attend_backward(o, q, k, v, rotation, o, lse, plan, D, prefix, into, below)
 
 
-def compile_own_prefixes(D: int, K: int, by_token: bool, unrotated: bool) -> None:
-    """Compile what adds to each prompt of a row the prefix of its slot, of B."""
-    B, q = 3, torch.zeros(T, H * D, dtype=torch.bfloat16)
+def own_prefixes(D: int, K: int, by_token: bool, unrotated: bool) -> PrefixState:
+    """A layer's prefixes, a row for each slot."""
     kv = torch.zeros(B, G, K, D, dtype=torch.bfloat16)
-    prefix = PrefixState(
+    return PrefixState(
         k=kv,
         v=kv,
         strength=torch.zeros(B, H, 1, D),
@@ -83,20 +82,42 @@ def compile_own_prefixes(D: int, K: int, by_token: bool, unrotated: bool) -> Non
         by_token=torch.zeros(B, H, K, 1) if by_token else None,
         hidden=torch.zeros(B, 1, K, 1),
     )
+
+
+def compile_own_prefixes(D: int, K: int, by_token: bool, unrotated: bool) -> None:
+    """Compile what adds to each prompt of a row the prefix of its slot."""
+    q, prefix = torch.zeros(T, H * D, dtype=torch.bfloat16), own_prefixes(D, K, by_token, unrotated)
     tiles = prompt_prefix.plan([slice(0, T)], [1], torch.device("cpu"))
     rotation = (torch.zeros(T, D // 2), torch.zeros(T, D // 2))
     prompt_prefix.add(q, torch.arange(T, dtype=torch.int32), rotation, prefix, tiles, q)
+
+
+def compile_queries(D: int, K: int, by_token: bool, unrotated: bool) -> None:
+    """Compile attention to the cache, of queries that are alone and of tiles, with few programs and many."""
+    for n_tiles, size, window in ((2, 1, None), (256, 1, 7), (2, 8, 7), (64, 8, None)):
+        q, slot = torch.zeros(n_tiles * size, H * D, dtype=torch.bfloat16), torch.zeros(n_tiles * size).long()
+        cache, prefix = (
+            torch.zeros(B, G, 500, D, dtype=torch.bfloat16),
+            own_prefixes(D, K, by_token, unrotated),
+        )
+        rotation = (torch.zeros(500, D // 2), torch.zeros(500, D // 2))
+        parts = decode_attention.Parts(n_tiles, size, (H, G), D, 500, q.device)
+        some = prefix if K else None
+        decode_attention.attend(q, (cache, cache), rotation, slot, some, slot[:B], parts, q, window, slot)
 
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     driver.set_active(stand_in(capability))
     torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)  # type: ignore[assignment]
-    for module in (attention, prompt_prefix):
+    processors = SimpleNamespace(multi_processor_count=132)
+    torch.cuda.get_device_properties = lambda device=None: processors  # type: ignore[assignment]
+    for module in (attention, prompt_prefix, decode_attention):
         for name, kernel in vars(module).items():
             if isinstance(kernel, entry.Entry):
                 setattr(module, name, Compiled(kernel.function))
     for form in FORMS:
         compile_attention(max(HEAD_SIZES), *form)
+        compile_queries(max(HEAD_SIZES), *form)
     for form in FORMS[1:]:
         compile_own_prefixes(max(HEAD_SIZES), *form)

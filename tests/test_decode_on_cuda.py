@@ -161,14 +161,16 @@ def test_every_family_is_decoded_as_near_to_fp64(
     compare_with_fp64(model, lengths, family != "qwen3" and len(lengths) < 33)
 
 
-def ways_to_read(executor: ModuleDecode, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
+def ways_to_read(executor: Any, pieces: list[Piece]) -> Iterator[Callable[[], Tensor]]:
     """As queries of a step if the tokens are few, each alone or in tiles; by graphs; and packed into rows."""
-    few, large = fused_decode().SHORT_READ, 10**6
-    for most, row_keys in ((few, large), (few, large), (few, 0), (few, 0), (0, 0)):
+    few, tile = fused_decode().SHORT_READ, executor.tile_size
+    for most, size in ((few, 1), (few, 1), (few, tile), (few, tile), (0, tile)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_decode(), "SHORT_READ", most)
-            patch.setattr(fused_decode(), "ROW_KEYS", row_keys)
+            patch.setattr(fused_decode(), "ROW_KEYS", 0)
+            patch.setattr(executor, "tile_size", size)
             yield lambda: executor.read(pieces)
+    assert {size for _, size in executor.short_reads} in ({1, tile}, set())
 
 
 def fused_decode() -> Any:

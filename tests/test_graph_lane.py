@@ -30,7 +30,6 @@ from lit_adapter.generation.request import Request
 from lit_adapter.generation.settings import Sampling
 from lit_adapter.model.cache import ModuleDecode
 from lit_adapter.model.llama import Llama
-from lit_adapter.model.pieces import Piece
 from lit_adapter.serving.run import capture_graphs
 
 
@@ -257,25 +256,21 @@ def test_a_server_captures_all_sizes_before_it_is_ready(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds: set[tuple[int, bool]] = set()
-    prompts: list[int] = []
-    advance, read = GraphLane._advance, ModuleDecode.read
+    captured: list[ModuleDecode] = []
+    advance = GraphLane._advance
 
     def watched(self: GraphLane, kind: graph_lane._Kind) -> None:
         kinds.add((kind.rows, kind.sampled))
         advance(self, kind)
 
-    def watched_read(self: ModuleDecode, pieces: list[Piece]) -> Tensor:
-        prompts.append(sum(piece.n_new for piece in pieces))
-        return read(self, pieces)
-
     monkeypatch.setattr(GraphLane, "_advance", watched)
-    monkeypatch.setattr(ModuleDecode, "read", watched_read)
+    monkeypatch.setattr(ModuleDecode, "capture_reads", lambda self: captured.append(self))
     monkeypatch.setattr(engine, "lane_class", lambda model: GraphLane)
     base = lit_adapter.load(base=tiny_base, device="cpu", dtype="float32")
     base.engine.reserve(base.model, 7 + 8, 64)
-    capture_graphs(base, 7, 64)
+    capture_graphs(base, 7, [1, 2, 3])
     assert kinds == {(rows, sampled) for rows in (1, 2, 4, 8) for sampled in (False, True)}
-    assert {1, 2, 4, 8, 16, 32, 60} <= {n for n in prompts if prompts.count(n) > 1}
+    assert [decode.model for decode in captured] == [base.model]
 
 
 def test_likelihoods_come_with_their_tokens() -> None:

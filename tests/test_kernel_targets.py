@@ -22,9 +22,9 @@ def test_attention_compiles_and_fits(capability: int) -> None:
         [sys.executable, str(script), str(capability)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    needed = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines())}
-    assert len(needed) == 6
-    assert max(needed.values()) <= SHARED[capability], needed
+    needed = [line.split() for line in done.stdout.splitlines()]
+    assert len({name for name, _ in needed}) == 7
+    assert max(int(size) for _, size in needed) <= SHARED[capability], needed
 
 
 def interpreted_errors(script: str) -> list[float]:
@@ -38,7 +38,7 @@ def interpreted_errors(script: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "n"), [("interpreted.py", 20), ("interpreted_decoding.py", 118)])
+@pytest.mark.parametrize(("script", "n"), [("interpreted.py", 20), ("interpreted_decoding.py", 186)])
 def test_the_fused_executors_compute_what_the_modules_compute_in_the_interpreter(script: str, n: int) -> None:
     errors = interpreted_errors(script)
     assert len(errors) == n

@@ -62,6 +62,11 @@ class Engine:
             lane.enlarge(n_slots, length)
             self._kept.add(model)
 
+    def capture_reads(self, model: Llama) -> None:
+        """Let a reserved lane capture, while it is idle, what reads short prompts."""
+        with self._lock, torch.inference_mode():
+            self._lanes[model].capture_reads()
+
     def step(self) -> None:
         """Take a step, or wait for the end of the one that another thread is taking.
 

@@ -92,6 +92,10 @@ class Lane:
         if live and (most is not None or not begun):
             self._attempt(self.live, self._step)
 
+    def capture_reads(self) -> None:
+        """Capture what reads short prompts, while there are no requests."""
+        self._compute(lambda: self.executor.capture_reads())
+
     def _attempt(self, requests: list[Request], work: Callable[[], None]) -> None:
         if not requests:
             return

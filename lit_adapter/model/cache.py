@@ -212,6 +212,9 @@ class ModuleDecode:
         view = DecodeView(self, place, self.prefixes.first(len(ids)), max(position) + 1, exact=True)
         return self.model.logits(self.prefixes.stepper(ids, view)[:, 0])
 
+    def capture_reads(self) -> None:
+        """Capture what reads short prompts, if this executor does so by graphs; slot 0 must be free."""
+
     def prepare(self, n: int) -> None:
         """Allocate what `captured_step` uses for the first ``n`` slots; called before a capture."""
 

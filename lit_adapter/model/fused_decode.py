@@ -26,6 +26,7 @@ from lit_adapter.model.graphs import capture
 from lit_adapter.model.joining import grouped_linears
 from lit_adapter.model.kernels import attention, decode_attention, decode_products, prompt_prefix, rows
 from lit_adapter.model.kernels.attention import Prefix
+from lit_adapter.model.kernels.decode_attention import ROWS
 from lit_adapter.model.kernels.sizes import ceil_div, power_of_two
 from lit_adapter.model.layout import block_layout
 from lit_adapter.model.llama import Block, Llama
@@ -87,11 +88,22 @@ class FusedDecode(ModuleDecode):
         """Read pieces of prompts; see `ModuleDecode.read`. A common start would take a pass of its own."""
         self.prefixes.assign({piece.slot: piece.prefixes for piece in pieces})
         kind = self._short_read_of(pieces)
-        if kind is None:
-            return self._read_rows(pieces)
+        return self._read_rows(pieces) if kind is None else self._short_read(kind).read(pieces)
+
+    def capture_reads(self) -> None:
+        """Capture short reads of every number of queries, in tiles and one by one."""
+        longest, n = min(SHORT_READ, self.cache.length - 1), ROWS
+        while n <= power_of_two(longest):
+            piece = Piece([0] * min(n, longest), 0, self.prefixes.rows[0])
+            for size in {1, self.tile_size}:
+                for _ in range(2):  # the first time launches one by one
+                    self._short_read((n, size)).read([piece])
+            n *= 2
+
+    def _short_read(self, kind: tuple[int, int]) -> _ShortRead:
         if kind not in self.short_reads:
             self.short_reads[kind] = _ShortRead(self, *kind)
-        return self.short_reads[kind].read(pieces)
+        return self.short_reads[kind]
 
     def _short_read_of(self, pieces: Sequence[Piece]) -> tuple[int, int] | None:
         """Return the number of queries of the cheapest short read, and the size of their tiles.
@@ -102,7 +114,7 @@ class FusedDecode(ModuleDecode):
         found = {}
         for size in (self.tile_size, 1):
             n_tiles = [ceil_div(piece.n_new, size) for piece in pieces]
-            n = max(decode_attention.ROWS, power_of_two(size * sum(n_tiles)))
+            n = max(ROWS, power_of_two(size * sum(n_tiles)))
             n_keys = sum(tiles * len(piece.prompt) for tiles, piece in zip(n_tiles, pieces, strict=True))
             if n <= SHORT_READ and n_keys <= MOST_KEYS:
                 found[n_keys + ROW_KEYS * n] = n, size

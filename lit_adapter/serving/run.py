@@ -150,23 +150,18 @@ def _warm_up(adapters: Adapters, n_slots: int, context: int) -> None:
         long = list(islice(cycle(prompt), min(PROMPT_TOKENS + 1, context - WARM_UP[0].max_new_tokens)))
         for adapter in (base.adapter, *forms):  # the kernels of packed rows
             _answer(base.engine, [Request(long, WARM_UP[0], adapter)])
-        capture_graphs(base, n_slots, context)
+        capture_graphs(base, n_slots, prompt)
 
 
-def capture_graphs(base: AdaptedLlama, n_slots: int, context: int) -> None:
+def capture_graphs(base: AdaptedLlama, n_slots: int, prompt: Sequence[int]) -> None:
     """Capture, on an idle engine on CUDA, steps of every number of texts and the reading of short prompts.
 
     Capturing one takes as long as several steps, which a client would wait for.
     """
-    ids = base.template.encode_prompt(base.tokenizer, "Hello")
-    adapter = base.adapter
-    for n in _doubled(min(PROMPT_TOKENS, context - WARM_UP[0].max_new_tokens)):
-        for _ in range(2):  # the first time launches one by one
-            prompt = list(islice(cycle(ids), n))
-            _answer(base.engine, [Request(prompt, WARM_UP[0], adapter)])
+    base.engine.capture_reads(base.model)
     for how in WARM_UP:
         for n in _doubled(n_slots):
-            _answer(base.engine, [Request(ids, how, adapter) for _ in range(n)])
+            _answer(base.engine, [Request(prompt, how, base.adapter) for _ in range(n)])
 
 
 def _doubled(most: int) -> list[int]:

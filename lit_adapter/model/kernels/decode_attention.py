@@ -3,8 +3,8 @@
 Several queries of one slot form a tile, which reads their keys once. With few tiles, several programs share
 the keys of one, and one more computes its prefix; the last of them to finish adds up their parts.
 
-Letters: B slots, T tokens, N queries, H query heads, G key/value heads, D head size, S cache length, K prompt
-length.
+Letters: B slots, T tokens, N queries, M tiles, H query heads, G key/value heads, D head size, S cache length,
+K prompt length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_SPLITS = 64
 HEADS = 8
 """Heads that one program rotates or stores."""
 ROWS = 16
-"""Fewest rows that a matrix product takes: a tile has this many, of all its queries and heads of a group."""
+"""Fewest rows of a matrix product: as many as possible are a tile's queries, with their heads of a group."""
 
 
 def tile_size(heads: tuple[int, int]) -> int:
