@@ -180,6 +180,22 @@ def test_a_search_whose_loss_falls_for_ever_ends_too() -> None:
     assert len(done) == frontier.MOST_RATES + 2
 
 
+def test_runs_that_do_not_depend_on_each_other_are_taken_at_once() -> None:
+    course = courses.Course("text", (), Path("held_out.json"))
+    method = frontier.Method("a line", ("--x=1",))
+
+    def tasks(done: list[frontier.Result], running: set[frontier.Task]) -> list[frontier.Task]:
+        return list(frontier._tasks("base", [course], [method], done, running))
+
+    first = tasks([], set())
+    assert [task.power for task in first] == list(frontier.FIRST)
+    assert tasks([], set(first[1:])) == first[:1]
+    done = [result(power, frontier.SEEDS[0], abs(power)) for power in frontier.FIRST]
+    seeds = tasks(done, set())
+    assert [(task.power, task.seed) for task in seeds] == [(0, seed) for seed in frontier.SEEDS[1:]]
+    assert tasks(done, set(seeds)) == []
+
+
 @pytest.mark.slow
 def test_a_frontier_goes_on_where_it_was(
     tiny_base: Path, tiny_records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -124,6 +124,33 @@ def test_the_card_holds_tasks_and_plain_text_beside_the_records(adapter: Path) -
     assert "the first 40 questions of each, 5 examples before each question, in the base's chat" in text
 
 
+def test_no_examples_before_a_question_are_told_too(adapter: Path) -> None:
+    measured(adapter, "bare", **on_tasks(0.5, limit=None, few_shot=0, chat_template=False))
+    results, text = results_of(adapter)
+    assert results["arc|easy", "acc"].dataset_args == {"num_few_shot": 0}
+    assert "0 examples before each question" in text
+
+
+def test_what_a_card_could_not_tell_apart_or_is_of_an_earlier_state_is_left_out(adapter: Path) -> None:
+    """A second file of the same name, with other scores; and an evaluation before the adapter changed."""
+    for folder, source, value in (("a", "held.json", 0.5), ("b", "~/other/held.json", 0.25)):
+        score = {"value": value, "low": 0.0, "high": 1.0}
+        scores = {"base": {"exact": score}, "mine": {"exact": score}}
+        measured(adapter, folder, scores=scores, data={"source": source, "records": 8})
+    results, text = results_of(adapter)
+    assert [(name, one.metric_value) for (name, _), one in results.items()] == [("held.json", 0.5)]
+    assert "50.0%" in evaluated(adapter).files["scores.svg"].decode()
+    assert "25" not in text.partition("## Evaluation")[2]
+
+    path = adapter.parent / "a" / "results.json"
+    found = json.loads(path.read_text())
+    found["models"][1]["sha256"] = "0" * 64
+    path.write_text(json.dumps(found))
+    assert [one.metric_value for one in results_of(adapter)[0].values()] == [0.25]
+    with pytest.raises(UserError, match="or an earlier state of it"):
+        evaluated(adapter, path.parent)
+
+
 def test_a_card_shows_what_an_evaluation_of_tasks_and_text_has_written(
     tiny_base: Path, tmp_path: Path
 ) -> None:

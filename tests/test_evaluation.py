@@ -284,3 +284,7 @@ def test_a_plain_text_is_measured_once_by_each_model(
     assert measured[5:] == ["base", "one", "two"] * 2
     plain.write_text("red green blue\n" * 20)
     assert evaluate(**only, out=tmp_path / "fresh")["plain"] == found["plain"]
+    path.write_text("somebody's own text\n")
+    with pytest.raises(UserError, match=r"plain\.jsonl: answers of another run \(no identity"):
+        evaluate(**only)
+    assert path.read_text() == "somebody's own text\n"

@@ -95,7 +95,7 @@ def _settings(options: Any) -> Evaluation:
         ("data", ("metrics", "max_new_tokens", "stop_early")),
         ("tasks", ("few_shot", "chat_template")),
     ):
-        given = next((name for name in names if options[name] not in (None, False)), None)
+        given = next((name for name in names if not (options[name] is None or options[name] is False)), None)
         if given is not None and not options[needed]:
             raise UserError(f"--{given} without --{needed} has no meaning; leave it out")
     return Evaluation(

@@ -28,33 +28,40 @@ class AnswerFile:
         identity: everything that the values depend on, as JSON values by name.
         overwrite: discard the values of another run.
         item: what is numbered.
+        renew: discard the values of another run, but refuse a file of another kind.
 
     Raises:
         UserError: the file is damaged, or of another run; names what differs.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], *, overwrite: bool, item: str = "record"
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        item: str = "record",
+        renew: bool = False,
     ) -> None:
         self.path, self._item = path, item
         self._header = {"format": FORMAT, "identity": json.loads(json.dumps(identity))}
         self.values: dict[Pair, dict[str, Any]] = {}
-        self._read(overwrite=overwrite)
+        self._read(overwrite=overwrite, renew=renew)
         self.rewrite()  # a line cut short by a kill is gone before another one follows it
 
-    def _read(self, *, overwrite: bool) -> None:
+    def _read(self, *, overwrite: bool, renew: bool) -> None:
         with reading(self.path):
             try:
                 content = self.path.read_bytes()
             except FileNotFoundError:
                 return
         header, *lines = content.split(b"\n")[:-1] or [b""]
-        other = self._difference(header)
-        if other and overwrite:
-            return
-        if other:
+        theirs, ours = _identity(header), self._header["identity"]
+        if theirs != ours:
+            if overwrite or (renew and theirs is not None):
+                return
             raise UserError(
-                f"{self.path}: answers of another run ({other}); choose another --out, "
+                f"{self.path}: answers of another run ({_difference(theirs, ours)}); choose another --out, "
                 "or start again with --overwrite"
             )
         for number, line in enumerate(lines, 2):
@@ -66,18 +73,6 @@ class AnswerFile:
                     f"{self.path}:{number}: not a line of an evaluation; delete this file"
                 ) from None
             self.values.setdefault(pair, {}).update(row)
-
-    def _difference(self, header: bytes) -> str:
-        """Return what differs between this run and the one of ``header``; empty if nothing does."""
-        try:
-            found = json.loads(header)
-        except (ValueError, RecursionError):
-            return "no readable first line"
-        if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
-            return "no identity in its first line"
-        theirs, ours = found["identity"], self._header["identity"]
-        names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
-        return "other " + ", ".join(names) if names else ""
 
     def append(self, rows: Iterable[tuple[Pair, dict[str, Any]]]) -> None:
         """Add values, and sync them to the disk before anything else is computed.
@@ -99,3 +94,20 @@ class AnswerFile:
     def _line(self, pair: Pair, row: Mapping[str, Any]) -> bytes:
         text = json.dumps({"model": pair[0], self._item: pair[1], **row}, ensure_ascii=False)
         return text.encode(errors="backslashreplace") + b"\n"
+
+
+def _identity(header: bytes) -> dict[str, Any] | None:
+    """Return what the values of a file with this first line depend on; None if it does not say so."""
+    try:
+        found = json.loads(header)
+    except (ValueError, RecursionError):
+        return None
+    identity = found.get("identity") if isinstance(found, dict) else None
+    return identity if isinstance(identity, dict) else None
+
+
+def _difference(theirs: dict[str, Any] | None, ours: dict[str, Any]) -> str:
+    """Return what differs between two runs."""
+    if theirs is None:
+        return "no identity in its first line"
+    return "other " + ", ".join(name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name))

@@ -16,9 +16,11 @@ from lit_adapter.evaluation.report import markdown_table
 from lit_adapter.evaluation.results import RESULTS, places_of, read_results
 from lit_adapter.evaluation.style import STYLE
 from lit_adapter.evaluation.tables import Table
+from lit_adapter.files.read import file_sha256
 from lit_adapter.weights.model_card import Evaluated
 
 CURVES, SCORES = "loss.svg", "scores.svg"
+RECORDS = "records"
 MEASURED = ("scores", "tasks", "plain")
 """Keys of results, of which an evaluation has at least one."""
 ARGUMENTS = {"few_shot": "num_few_shot"}
@@ -30,7 +32,7 @@ class _Part:
     """What an evaluation says about an adapter on one data set."""
 
     identity: str
-    """The same for the same data in another evaluation."""
+    """The same for data of the same name in another evaluation: a card could not tell them apart."""
     dataset: dict[str, Any]
     metrics: list[dict[str, Any]]
     """Both as the Hub's ``model-index`` has them."""
@@ -43,8 +45,9 @@ class _Part:
 def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
     """Return what a card says about the training and the evaluations of an adapter, if available.
 
-    The evaluation is in ``folder``; by default, all in the adapter's run folder and in its folders are taken.
-    Of several on the same data the first counts, and one without a limit before others.
+    The evaluation is in ``folder``; by default, all in the adapter's run folder and in its folders are taken,
+    but none of an earlier state of the adapter. Of several on data of one name the first counts, and one
+    without a limit before others.
 
     Raises:
         UserError: ``folder`` holds no evaluation, or one of other adapters.
@@ -52,7 +55,8 @@ def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
     files = _curves(adapter)
     parts: dict[str, _Part] = {}
     for found, name in sorted(_evaluations(adapter, folder), key=_is_limited):
-        files = {**_score_plot(found, name), **files}
+        if not any(part.identity.startswith(RECORDS) for part in parts.values()):
+            files |= _score_plot(found, name)
         for part in (*_on_records(found, name), *_on_tasks(found, name), *_on_plain_text(found, name)):
             parts.setdefault(part.identity, part)
     results = [
@@ -68,7 +72,7 @@ def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
 
 def _evaluations(adapter: Path, folder: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the results of every evaluation of an adapter, with the adapter's name in them."""
-    run = adapter.resolve().parent
+    run, digest = adapter.resolve().parent, file_sha256(adapter)
     paths = [run / RESULTS, *sorted(run.glob(f"*/{RESULTS}"))] if folder is None else [folder / RESULTS]
     for path in paths:
         if folder is None and not path.is_file():
@@ -79,12 +83,16 @@ def _evaluations(adapter: Path, folder: Path | None) -> Iterator[tuple[dict[str,
                 continue
             raise UserError(f"{path}: not the results of an evaluation on records, tasks or a plain text")
         models, own = found["models"], adapter.resolve()
-        mine = (one for one in models if own in places_of(one.get("adapter"), path, adapter))
+        mine = (
+            one
+            for one in models
+            if own in places_of(one.get("adapter"), path, adapter) and one.get("sha256", digest) == digest
+        )
         name = next((one["name"] for one in mine if "name" in one), None)
         if name is not None:
             yield found, str(name)
         elif folder is not None:
-            raise UserError(f"{path}: evaluates other adapters than {adapter}")
+            raise UserError(f"{path}: evaluates other adapters than {adapter}, or an earlier state of it")
 
 
 def _is_limited(evaluation: tuple[dict[str, Any], str]) -> bool:
@@ -109,13 +117,17 @@ def _on_records(found: dict[str, Any], name: str) -> Iterator[_Part]:
     ]
     heading = f"On {data.get('records', 'the')} records of `{source}`, with 95 % intervals."
     dataset = {"name": source, "type": source}
-    yield _Part(f"records {data.get('source')}", dataset, metrics, heading, rows)
+    yield _Part(f"{RECORDS} {source}", dataset, metrics, heading, rows)
 
 
 def _on_tasks(found: dict[str, Any], name: str) -> Iterator[_Part]:
     asked = {key: found.get("run", {}).get(key) for key in ("limit", "few_shot", "chat_template")}
     heading = "On tasks of lm-evaluation-harness, with standard errors" + _conditions(**asked) + "."
-    arguments = {ARGUMENTS.get(key, key): value for key, value in asked.items() if value not in (None, False)}
+    arguments = {
+        ARGUMENTS.get(key, key): value
+        for key, value in asked.items()
+        if not (value is None or value is False)
+    }
     for task, by_metric in found.get("tasks", {}).items():
         dataset = {"name": task, "type": task, **({"args": arguments} if arguments else {})}
         metrics, rows = [], []
@@ -150,7 +162,7 @@ def _on_plain_text(found: dict[str, Any], name: str) -> Iterator[_Part]:
     ]
     heading = f"On {plain[name]['tokens']:,} tokens of the plain text `{source}`."
     dataset = {"name": source, "type": source}
-    yield _Part(f"plain text {about.get('source')}", dataset, metrics, heading, rows)
+    yield _Part(f"plain text {source}", dataset, metrics, heading, rows)
 
 
 def _metric(kind: str, score: dict[str, Any], title: str) -> dict[str, Any]:

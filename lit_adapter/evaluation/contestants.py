@@ -38,6 +38,7 @@ class Contestant:
             "name": self.name,
             "parameters": sum(parameter.numel() for _, parameter in adapter_parameters(self.model.model)),
             "adapter": without_home(str(self.adapter)) if self.adapter else None,
+            "sha256": file_sha256(self.adapter) if self.adapter else None,
             "template": self.model.template.kind,
         }
 

@@ -81,7 +81,7 @@ def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
         if plain is not None:
             found["plain_text"] = {"source": without_home(str(settings.plain)), "sha256": _sha256(plain)}
             with _answers_kept():
-                found["plain"] = _on_plain_text(settings.out, plain, models, base)
+                found["plain"] = _on_plain_text(settings, plain, models, base)
         found["run"] = _about(settings, models, time.perf_counter() - started)
         write_json(settings.out / "results.json", found)
         write_report(settings.out, found, answers, settings.adapters)
@@ -117,11 +117,15 @@ def _plain(settings: Evaluation) -> str | None:
     return text
 
 
-def _on_plain_text(out: Path, text: str, models: Sequence[Contestant], base: Path) -> dict[str, Any]:
+def _on_plain_text(
+    settings: Evaluation, text: str, models: Sequence[Contestant], base: Path
+) -> dict[str, Any]:
     """Measure a text with every model that has not measured it yet; ``plain.jsonl`` keeps the results."""
     identity = {"text": _sha256(text), "longest window": LONGEST_WINDOW, **identity_of(models, base)}
     # Unlike answers, what another run has measured is replaced: there is one number per model to lose.
-    file = AnswerFile(out / "plain.jsonl", identity, overwrite=True, item="text")
+    file = AnswerFile(
+        settings.out / "plain.jsonl", identity, overwrite=settings.overwrite, item="text", renew=True
+    )
     for one in models:
         if (one.name, 0) not in file.values:
             file.append([((one.name, 0), asdict(plain_text(one.model, text, one.name)))])

@@ -29,8 +29,8 @@ class Tasks:
     """The loaded tasks of an evaluation; they are loaded before any model is.
 
     Raises:
-        UserError: the extra is not installed, a task is unknown or its file is missing, or its data is not
-            available; names the task.
+        UserError: the extra is not installed, a task is unknown, given twice or in two groups, its file is
+            missing, or its data is not available; names the task.
     """
 
     def __init__(self, settings: Evaluation, say: Say) -> None:
