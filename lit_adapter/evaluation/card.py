@@ -72,7 +72,7 @@ def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
 
 def _evaluations(adapter: Path, folder: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the results of every evaluation of an adapter, with the adapter's name in them."""
-    run, digest = adapter.resolve().parent, file_sha256(adapter)
+    run = adapter.resolve().parent
     paths = [run / RESULTS, *sorted(run.glob(f"*/{RESULTS}"))] if folder is None else [folder / RESULTS]
     for path in paths:
         if folder is None and not path.is_file():
@@ -82,7 +82,7 @@ def _evaluations(adapter: Path, folder: Path | None) -> Iterator[tuple[dict[str,
             if folder is None:
                 continue
             raise UserError(f"{path}: not the results of an evaluation on records, tasks or a plain text")
-        models, own = found["models"], adapter.resolve()
+        models, own, digest = found["models"], adapter.resolve(), file_sha256(adapter)
         mine = (
             one
             for one in models
