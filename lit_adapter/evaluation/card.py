@@ -20,7 +20,6 @@ from lit_adapter.files.read import file_sha256
 from lit_adapter.weights.model_card import Evaluated
 
 CURVES, SCORES = "loss.svg", "scores.svg"
-RECORDS = "records"
 MEASURED = ("scores", "tasks", "plain")
 """Keys of results, of which an evaluation has at least one."""
 ARGUMENTS = {"few_shot": "num_few_shot"}
@@ -52,11 +51,11 @@ def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
     Raises:
         UserError: ``folder`` holds no evaluation, or one of other adapters.
     """
-    files = _curves(adapter)
+    evaluations = sorted(_evaluations(adapter, folder), key=_is_limited)
+    on_records = next(((found, name) for found, name in evaluations if name in found.get("scores", {})), None)
+    files = _curves(adapter) | (_score_plot(*on_records) if on_records else {})
     parts: dict[str, _Part] = {}
-    for found, name in sorted(_evaluations(adapter, folder), key=_is_limited):
-        if not any(part.identity.startswith(RECORDS) for part in parts.values()):
-            files |= _score_plot(found, name)
+    for found, name in evaluations:
         for part in (*_on_records(found, name), *_on_tasks(found, name), *_on_plain_text(found, name)):
             parts.setdefault(part.identity, part)
     results = [
@@ -72,20 +71,19 @@ def evaluated(adapter: Path, folder: Path | None = None) -> Evaluated:
 
 def _evaluations(adapter: Path, folder: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the results of every evaluation of an adapter, with the adapter's name in them."""
-    run = adapter.resolve().parent
-    paths = [run / RESULTS, *sorted(run.glob(f"*/{RESULTS}"))] if folder is None else [folder / RESULTS]
+    own = adapter.resolve()
+    everywhere = [own.parent / RESULTS, *sorted(own.parent.glob(f"*/{RESULTS}"))]
+    paths = [path for path in everywhere if path.is_file()] if folder is None else [folder / RESULTS]
+    digest = file_sha256(adapter) if paths else ""
     for path in paths:
-        if folder is None and not path.is_file():
-            continue
         found = read_results(path)
         if not _measures(found):
             if folder is None:
                 continue
             raise UserError(f"{path}: not the results of an evaluation on records, tasks or a plain text")
-        models, own, digest = found["models"], adapter.resolve(), file_sha256(adapter)
         mine = (
             one
-            for one in models
+            for one in found["models"]
             if own in places_of(one.get("adapter"), path, adapter) and one.get("sha256", digest) == digest
         )
         name = next((one["name"] for one in mine if "name" in one), None)
@@ -117,7 +115,7 @@ def _on_records(found: dict[str, Any], name: str) -> Iterator[_Part]:
     ]
     heading = f"On {data.get('records', 'the')} records of `{source}`, with 95 % intervals."
     dataset = {"name": source, "type": source}
-    yield _Part(f"{RECORDS} {source}", dataset, metrics, heading, rows)
+    yield _Part(f"records {source}", dataset, metrics, heading, rows)
 
 
 def _on_tasks(found: dict[str, Any], name: str) -> Iterator[_Part]:
@@ -182,9 +180,9 @@ def _curves(adapter: Path) -> dict[str, bytes]:
 
 
 def _score_plot(found: dict[str, Any], name: str) -> dict[str, bytes]:
-    scores, titles = found.get("scores", {}), found.get("metrics", {})
+    scores, titles = found["scores"], found.get("metrics", {})
     bars = []
-    for metric, score in scores.get(name, {}).items():
+    for metric, score in scores[name].items():
         for place, of in enumerate((scores.get(BASE, {}).get(metric), score)):
             if of is not None and tables.is_share(metric):
                 label = f"{tables.title_of(metric, titles)}{'' if place else ', base'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ class Contestant:
     adapter: Path | None = None
     """Its file; None for the plain base."""
 
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the adapter's file; None for the plain base."""
+        return file_sha256(self.adapter) if self.adapter else None
+
     def identity(self) -> list[Any]:
         """Return what its answers depend on."""
-        template = self.model.template.to_dict()
-        return [self.name, file_sha256(self.adapter) if self.adapter else None, template]
+        return [self.name, self.sha256, self.model.template.to_dict()]
 
     def described(self) -> dict[str, Any]:
         """Return what the results say about it."""
@@ -38,7 +43,7 @@ class Contestant:
             "name": self.name,
             "parameters": sum(parameter.numel() for _, parameter in adapter_parameters(self.model.model)),
             "adapter": without_home(str(self.adapter)) if self.adapter else None,
-            "sha256": file_sha256(self.adapter) if self.adapter else None,
+            "sha256": self.sha256,
             "template": self.model.template.kind,
         }
 

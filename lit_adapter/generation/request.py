@@ -165,9 +165,8 @@ class Request:
         if likelihoods is not None and self.most_likely is not None:
             self.likelihoods.append(TokenLikelihood.of(likelihoods, self.most_likely))
         self.news.append(token)
-        if (
-            self.n_new >= self.settings.max_new_tokens
-        ):  # never back to False: another thread may have ended it
+        # Never set to False: another thread may have ended it.
+        if self.n_new >= self.settings.max_new_tokens:
             self.ended = True
 
     def fail(self, error: BaseException) -> None:

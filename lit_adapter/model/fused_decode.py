@@ -107,7 +107,7 @@ class FusedDecode(ModuleDecode):
         are too long.
         """
         found = {}
-        for size in (self.tile_size, 1):
+        for size in (1, self.tile_size):  # of equals, the second
             n_tiles = [ceil_div(piece.n_new, size) for piece in pieces]
             n = max(ROWS, power_of_two(size * sum(n_tiles)))
             n_keys = sum(tiles * len(piece.prompt) for tiles, piece in zip(n_tiles, pieces, strict=True))

@@ -81,13 +81,12 @@ class SlotNorms:
         """Give each of the slots ``where`` the norms of a model; None gives it the initial ones."""
         rows, given = self.rows, [each or self.base for each in norms]
         here = {
-            own: own.each(lambda x: x.to(rows.wide.device, rows.wide.dtype, non_blocking=True))
-            for own in set(given)
+            one: one.each(lambda x: x.to(rows.wide.device, rows.wide.dtype, non_blocking=True))
+            for one in set(given)
         }
-        rows.wide[:, where] = torch.stack([here[own].wide for own in given], 1)
-        if rows.of_heads is not None:
-            of_heads = [here[own].of_heads for own in given]
-            rows.of_heads[:, where] = torch.stack([x for x in of_heads if x is not None], 1)
+        for name, own in vars(rows).items():
+            if own is not None:
+                own[:, where] = torch.stack([getattr(here[one], name) for one in given], 1)
 
 
 class TokenSlots:
