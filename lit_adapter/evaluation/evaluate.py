@@ -36,7 +36,7 @@ FORMAT = 1
 """Version of the keys of results.json; docs/evaluation.md describes them."""
 
 NO_REPORTS = {FINGERPRINT: "a converted base", CONFIG: "a model", "step-*.ckpt": "a run's checkpoints"}
-"""Files beside which no evaluation is written, and what their folder is; a run's own folder may hold one."""
+"""Files whose folder gets no evaluation, and what they show it to hold; a run's own folder may get one."""
 
 
 def evaluate(settings: Evaluation, say: Say) -> dict[str, Any]:
